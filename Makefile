@@ -1,0 +1,90 @@
+# Works with GNU make 3.81 (macOS) and later, and any POSIX sh. 'make' lists what there is.
+
+PYTHON ?=
+VENV ?= .venv
+REFERENCE_VENV ?= .venv-reference
+# Linux machines with an NVIDIA GPU, once: make setup EXTRAS=cuda,dev. The choice stays with the environment, and
+# another choice makes a new one, because the CPU and the CUDA build of MLX overwrite each other's files.
+EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,dev)
+ARGS ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+RUN = $(VENV)/bin/python
+PIP = -m pip install --quiet --disable-pip-version-check
+STAMP = $(VENV)/.setup-$(EXTRAS)
+REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
+REFERENCE_PACKAGES = torch transformers gguf
+# Workers run side by side: one BLAS thread each, unless the environment says otherwise.
+PYTEST = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# Sets $$python to the first interpreter that runs, fits and can make a virtual environment, or ends with a line
+# that says what to install. A pyenv shim is found on PATH but may fail: hence the trial.
+FIND_PYTHON = python=; bare=; \
+	for name in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3); do \
+	  "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || continue; \
+	  if "$$name" -c 'import ensurepip, venv' 2>/dev/null; then python=$$name; break; fi; \
+	  bare=$${bare:-$$name}; \
+	done; \
+	if [ -z "$$python" ] && [ -n "$$bare" ]; then \
+	  version=$$("$$bare" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  echo "setup: $$bare cannot make virtual environments; install them (Debian, Ubuntu: apt-get install python$$version-venv)" >&2; \
+	  exit 2; \
+	fi; \
+	if [ -z "$$python" ]; then \
+	  echo "setup: no Python 3.11, 3.12 or 3.13 $(if $(PYTHON),in PYTHON=$(PYTHON),that runs on PATH); install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+	  exit 2; \
+	fi
+
+.PHONY: help setup models train test test-all check clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+	  printf '  make %-10s %s\n' "$$name" "$$text"; \
+	done
+
+setup: $(STAMP) ## make .venv and install everything into it (PYTHON=, EXTRAS=)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ "$$(cat $(VENV)/.extras 2>/dev/null)" = "$(EXTRAS)" ] && "$(RUN)" -c 'import pip' 2>/dev/null; then :; else \
+	  $(FIND_PYTHON); \
+	  echo "setup: making $(VENV) with $$("$$python" -V) ($$python)"; \
+	  "$$python" -m venv --clear "$(VENV)" || exit 2; \
+	  echo "$(EXTRAS)" > "$(VENV)/.extras"; \
+	fi
+	@echo "setup: installing runner[$(EXTRAS)] and what it needs (some minutes the first time)"
+	@"$(RUN)" $(PIP) --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch "$(STAMP)"
+	@echo "setup: done"
+
+models: setup ## fetch the small model that train and test use
+	@"$(RUN)" -m runner.models.fetch smollm2_135m
+
+train: models ## fine-tune the small model and show it before and after (ARGS="lora.rank=16 ...")
+	@"$(RUN)" -m runner experiment=first_run $(ARGS)
+
+test: models ## run the tests, all but those against torch (WORKERS=, PYTEST_ARGS=)
+	@$(PYTEST) -m "not reference"
+
+test-all: models $(REFERENCE_STAMP) ## run every test, torch and transformers as references among them
+	@RUNNER_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE_VENV)/bin/python" $(PYTEST)
+
+$(REFERENCE_STAMP): constraints.txt
+	@if "$(REFERENCE_VENV)/bin/python" -c 'import pip' 2>/dev/null; then :; else \
+	  $(FIND_PYTHON); \
+	  echo "setup: making $(REFERENCE_VENV) with $$("$$python" -V) ($$python)"; \
+	  "$$python" -m venv --clear "$(REFERENCE_VENV)" || exit 2; \
+	fi
+	@echo "setup: installing $(REFERENCE_PACKAGES) for comparison (large)"
+	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt $(REFERENCE_PACKAGES)
+	@touch "$(REFERENCE_STAMP)"
+
+check: setup ## formatting, lint, types, and docs in step with the code
+	@"$(RUN)" -m ruff format --check .
+	@"$(RUN)" -m ruff check .
+	@"$(RUN)" -m mypy
+	@"$(RUN)" -m runner.docs --check
+
+clean: ## remove virtual environments, caches and built files; outputs/ stays
+	rm -rf "$(VENV)" "$(REFERENCE_VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+"""The door: `python -m runner …` and `runner …`. Reads the words, answers help at once, hands the rest to Hydra."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from runner.errors import EXIT_CONFIG, RunnerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's) and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    program = os.path.basename(sys.argv[0]) if sys.argv else "runner"
+    if any(w in ("--help", "-h", "help") for w in argv):
+        from runner.help import text
+
+        print(text(), end="")
+        return 0
+    if argv in (["--version"], ["-V"]):
+        from runner import __version__
+
+        print(f"runner {__version__}")
+        return 0
+    try:
+        return _start(argv, program)
+    except RunnerError as error:
+        return _refuse(error, error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from runner.sentences import explain
+
+        explained = explain(error)
+        return _refuse(explained, explained.exit_code, error)
+
+
+def _start(argv: list[str], program: str) -> int:
+    from runner.words import read
+
+    said = read(argv)
+    # Hydra then raises instead of printing its own text, and the sentence is ours.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    from runner.app import start
+
+    start(said, program)
+    return 0
+
+
+def _refuse(error: RunnerError, code: int, cause: BaseException | None = None) -> int:
+    if os.environ.get("RUNNER_TRACEBACK") == "1":
+        traceback.print_exception(cause or error)
+    lines = str(error).splitlines() or [type(error).__name__]
+    print("\n".join(f"runner: {line}" for line in lines), file=sys.stderr)
+    if code == EXIT_CONFIG and any("There is no setting" in line for line in lines):
+        print("runner: all settings: python -m runner --cfg job, or docs/config.md", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Open a BLAS for the whole process: prove that it multiplies, give it the plain names, describe it.
+
+OpenBLAS, MKL and BLIS export ``cblas_sgemm``; such a library only has to be loaded with RTLD_GLOBAL. The
+``scipy-openblas32`` wheel exports ``scipy_cblas_sgemm``, so that it never collides: a small shim of jump
+instructions, compiled once with the machine's C compiler, gives it the plain names. Jumps leave registers and
+stack as they are, which makes them right for every signature, hidden Fortran arguments included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import operator
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX = "scipy_"
+# What libmlx.so of mlx-cpu 0.32 leaves undefined, and zgemm, so that no complex product is split between two.
+FORWARDED = (
+    *(f"cblas_{kind}gemm" for kind in "sdcz"),
+    *(f"{kind}{name}_" for kind in "sdc" for name in ("geev", "gesdd")),
+    *(f"{kind}{name}_" for kind in "sd" for name in ("geqrf", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri")),
+    "cheevd_",
+)
+# A landing pad (for CPUs that check indirect branches), then the jump.
+JUMPS = {"x86_64": "endbr64\\n jmp {}@PLT", "aarch64": "hint #34\\n b {}"}
+COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
+
+
+class BlasError(Exception):
+    """This library cannot be used, and why; the next candidate is tried."""
+
+
+@dataclass(frozen=True)
+class LoadedBlas:
+    """A library that now answers ``cblas_sgemm`` for the whole process."""
+
+    version: str
+    core: str | None
+    threads: int | None
+
+
+def cache_folder() -> Path:
+    """``$RUNNER_CACHE``, else ``$XDG_CACHE_HOME/mlx-runner``, else ``~/.cache/mlx-runner``."""
+    if named := os.environ.get("RUNNER_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "mlx-runner"
+
+
+def open_for_process(path: str) -> LoadedBlas:
+    """Load `path` so that every library loaded later finds its BLAS names here.
+
+    It is proved in a child process first, once per file, because a BLAS that does not fit the machine ends
+    the process (illegal instruction, MKL without its threading layer) rather than report an error.
+
+    Raises BlasError where the file is missing, not a BLAS, computes wrong results or comes second to another.
+    """
+    mark = _proof_mark(path)
+    if not (mark and mark.exists()):
+        _try_in_child(path)
+        if mark:
+            _touch(mark)
+    return open_here(path)
+
+
+def open_here(path: str, size: int = 12) -> LoadedBlas:
+    """`open_for_process` without the child: proved in this process, on `size` x `size` matrices."""
+    library = _open(path)
+    prefix = "" if hasattr(library, "cblas_sgemm") else PREFIX
+    if not hasattr(library, f"{prefix}cblas_sgemm"):
+        raise BlasError(f"{path} has no cblas_sgemm")
+    loaded = describe(library, prefix)
+    if "USE64BITINT" in loaded.version:
+        raise BlasError(f"{path} takes 64-bit integers, MLX passes 32-bit ones")
+    with ExitStack() as stack:
+        if prefix:
+            _open(path, ctypes.RTLD_GLOBAL)
+            names = tuple(name for name in FORWARDED if hasattr(library, PREFIX + name))
+            path = stack.enter_context(_shim(_shim_source(names), loaded.version))
+            library = _open(path)
+        _prove(library.cblas_sgemm, path, size)
+        # Only what has proved right becomes global: until here no other library can meet it.
+        _open(path, ctypes.RTLD_GLOBAL)
+    # MKL's entry library loads its parts globally itself: one of those may come first.
+    if os.path.dirname(owner("cblas_sgemm") or "") != os.path.dirname(path):
+        raise BlasError("another library's cblas_sgemm comes first in this process")
+    return loaded
+
+
+class _DlInfo(ctypes.Structure):
+    """``Dl_info`` of dladdr(3)."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def owner(name: str) -> str | None:
+    """Path of the library in which the global scope finds `name` now, or None where nothing has it."""
+    everything, found = ctypes.CDLL(None), _DlInfo()
+    if not hasattr(everything, name):
+        return None
+    everything.dladdr(ctypes.cast(getattr(everything, name), ctypes.c_void_p), ctypes.byref(found))
+    return os.fsdecode(found.file or b"")
+
+
+def describe(library: ctypes.CDLL, prefix: str = "") -> LoadedBlas:
+    """Version, kernel type and thread count as OpenBLAS, MKL or BLIS itself tells them."""
+    if version := _text(library, f"{prefix}openblas_get_config"):
+        core = _text(library, f"{prefix}openblas_get_corename")
+        return LoadedBlas(version, core, _number(library, f"{prefix}openblas_get_num_threads"))
+    if hasattr(library, "MKL_Get_Version_String"):
+        buffer = ctypes.create_string_buffer(198)
+        library.MKL_Get_Version_String(buffer, len(buffer))
+        version = buffer.value.decode(errors="replace").strip()
+        return LoadedBlas(version, None, _number(library, "MKL_Get_Max_Threads"))
+    if version := _text(library, "bli_info_get_version_str"):
+        return LoadedBlas(f"BLIS {version}", None, _number(library, "bli_thread_get_num_threads"))
+    return LoadedBlas("BLAS of unknown make", None, None)
+
+
+def _text(library: ctypes.CDLL, name: str) -> str | None:
+    function = getattr(library, name, None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_char_p
+    return (function() or b"").decode(errors="replace").strip() or None
+
+
+def _number(library: ctypes.CDLL, name: str) -> int | None:
+    function = getattr(library, name, None)
+    return None if function is None else int(function())
+
+
+def _open(path: str, mode: int = 0) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(path, mode=mode)
+    except OSError as error:
+        raise BlasError(str(error)) from None
+
+
+def _prove(sgemm: Callable[..., object], whose: str, size: int) -> None:
+    """Check C = A B and C = A B^T of whole numbers, exact in float32, by C v = A (B v) (Freivalds 1977)."""
+    count = size * size
+    a = [(i * 7 + 3) % 11 - 5 for i in range(count)]
+    b = [(i * 5 + 1) % 13 - 6 for i in range(count)]
+    v = [i % 3 - 1 for i in range(size)]
+    array = ctypes.c_float * count
+    row_major, plain, transposed = 101, 111, 112
+    alpha, beta = ctypes.c_float(1.0), ctypes.c_float(0.0)
+    for flag in (plain, transposed):
+        right, product = array(*b), array(*[99.0] * count)
+        sgemm(row_major, plain, flag, size, size, size, alpha, array(*a), size, right, size, beta, product, size)
+        columns: list[Sequence[float]] = [b[j::size] for j in range(size)]
+        rows = columns if flag == transposed else _rows(b, size)
+        if _times(_rows(list(product), size), v) != _times(_rows(a, size), _times(rows, v)):
+            raise BlasError(f"{whose} computes a wrong product")
+
+
+def _rows(values: Sequence[float], size: int) -> list[Sequence[float]]:
+    return [values[i : i + size] for i in range(0, size * size, size)]
+
+
+def _times(rows: list[Sequence[float]], vector: Sequence[float]) -> list[float]:
+    return [sum(map(operator.mul, row, vector)) for row in rows]
+
+
+def _try_in_child(path: str) -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import runner.blas_library as b; b.try_out(sys.argv[2])"
+    root = str(Path(__file__).resolve().parent.parent)
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", code, root, path], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BlasError(f"{path} could not be tried: {error}") from None
+    if child.returncode != 0:
+        said = (child.stderr.strip() or child.stdout.strip() or f"ended with {child.returncode}").splitlines()
+        raise BlasError(f"{path}: {said[-1]}" if path not in said[-1] else said[-1])
+
+
+def try_out(path: str) -> None:
+    """What the child process does: open `path` and end with the reason where that fails."""
+    try:
+        open_here(path, size=64)
+    except BlasError as error:
+        raise SystemExit(str(error)) from None
+
+
+def _proof_mark(path: str) -> Path | None:
+    """The empty cache file that says that this very file was proved on this machine; None for a bare name."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    facts = (os.path.realpath(path), found.st_size, found.st_mtime_ns, _machine())
+    return cache_folder() / f"blas-proved-{_digest(facts)}"
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        return
+
+
+def _shim_source(names: tuple[str, ...]) -> str:
+    jump = JUMPS.get(platform.machine())
+    if jump is None:
+        raise BlasError(f"no shim for {platform.machine()}")
+    parts = (
+        f'__asm__(".text\\n .globl {name}\\n .type {name}, %function\\n{name}:\\n '
+        f'{jump.format(PREFIX + name)}\\n .size {name}, .-{name}\\n");'
+        for name in names
+    )
+    return "\n".join(parts) + "\n"
+
+
+@contextmanager
+def _shim(source: str, version: str) -> Iterator[str]:
+    """Path of the compiled shim, kept in the cache, or in a passing folder where that cannot be written."""
+    name = f"blas-shim-{_digest((source, version, _machine()))}.so"
+    target = cache_folder() / name
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not _loads(target):
+                _compile(source, target)
+        except OSError:
+            # What is mapped outlives the file.
+            target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-runner-"))) / name
+            _compile(source, target)
+        yield str(target)
+
+
+def _loads(shim: Path) -> bool:
+    try:
+        return bool(ctypes.CDLL(str(shim)))
+    except OSError:
+        return False
+
+
+def _compile(source: str, target: Path) -> None:
+    """Compile beside `target`, sync, rename: a second process at work sees all of it or nothing."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise BlasError("no C compiler (cc, gcc, clang) on PATH")
+    handle, built = tempfile.mkstemp(prefix=target.stem, suffix=".tmp", dir=target.parent)
+    try:
+        # Without start files and libc: a compiler without the C library's headers is enough.
+        words = [compiler, "-x", "c", "-shared", "-fPIC", "-nostdlib", "-o", built, "-"]
+        done = subprocess.run(words, input=source, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode != 0:
+            raise BlasError(f"{compiler} could not build the shim: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        os.fsync(handle)
+        os.replace(built, target)
+    except subprocess.TimeoutExpired:
+        raise BlasError(f"{compiler} took over a minute") from None
+    finally:
+        os.close(handle)
+        Path(built).unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return f"{platform.machine()} {platform.libc_ver()}"
+
+
+def _digest(facts: tuple) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

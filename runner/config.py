@@ -1,0 +1,603 @@
+"""The schema: every setting of a run with its type, its default and its meaning, and the checks on values.
+
+The dataclasses are the one place where a default lives (a group's YAML holds only what the choice changes); the
+line under a field is its documentation, from which docs/config.md is made. Plain Python: no Hydra, no MLX.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import inspect
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.errors import ConfigError, did_you_mean
+
+# What each optimizer and schedule takes beyond the common options, with its default. Adam's bias correction is on,
+# as in the Adam paper (mlx-lm leaves it off, which makes the first updates about three times too large).
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "bias_correction": True},
+    "adam": {"betas": [0.9, 0.999], "eps": 1e-8, "bias_correction": True},
+    "sgd": {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False},
+}
+SCHEDULES: dict[str, dict[str, Any]] = {"constant": {}, "linear": {"end": 0.0}, "cosine": {"end": 0.0}}
+DEFAULT_LORA_SCALE = 20.0  # as mlx-lm
+MISSING = "???"  # has to come from a group (OmegaConf's own mark for it)
+
+
+@dataclass(kw_only=True)
+class Quantize:
+    """Quantize the base while loading it (QLoRA)."""
+
+    bits: int | None = None
+    """Bits a weight (2, 3, 4, 5, 6 or 8); null leaves the base as it is."""
+    group_size: int = 64
+    """Weights that share one scale: 32, 64 or 128."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The frozen base model."""
+
+    path: str = MISSING
+    """Hub id, folder, .gguf file, or builtin:NAME."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    dtype: str = "auto"
+    """auto (float32 on the CPU, the model's own elsewhere), float32, bfloat16 or float16."""
+    dequantize: str = "auto"
+    """Expand a quantized base while loading: auto (on the CPU only, where quantized products are slow), always, never."""
+    quantize: Quantize = field(default_factory=Quantize)
+    trust_remote_code: bool = False
+    """Let a model's own Python code run. Leave it off for models you did not write."""
+
+
+@dataclass(kw_only=True)
+class Keys:
+    """What the fields of a row are called in your files."""
+
+    text: str = "text"
+    """Field of plain text rows."""
+    prompt: str = "prompt"
+    """Field of the prompt."""
+    completion: str = "completion"
+    """Field of the completion."""
+    messages: str = "messages"
+    """Field of the conversation."""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """What is learned."""
+
+    path: str = MISSING
+    """Folder with train.jsonl, valid.jsonl and test.jsonl, a hub id of such files, or builtin:NAME."""
+    format: str = "auto"
+    """auto (by the first row's fields), text, completions or chat."""
+    keys: Keys = field(default_factory=Keys)
+    chat_template: bool = True
+    """Render prompts with the tokenizer's chat template, where it has one."""
+    mask_prompt: bool = True
+    """Learn the answers only, not the prompts (mlx-lm learns both unless told)."""
+    max_length: int = 2048
+    """Longest row, in tokens."""
+    on_too_long: str = "truncate"
+    """What happens to a longer row: truncate, drop, or error (names file and line)."""
+    pad_to: int = 16
+    """Batches are padded to a multiple of this many tokens; few widths mean few compilations."""
+    window: int = 32
+    """Batches whose rows are sorted by length together: larger means less padding and less shuffling."""
+    metric: str | None = None
+    """The data set's own metric on generated answers: execution_accuracy, exact_match, or null."""
+    metric_split: str = "test"
+    """Split whose rows are generated for the metric: test or valid."""
+    metric_rows: int = 0
+    """Rows to generate before and after training; 0 generates none, -1 all."""
+    max_new_tokens: int = 96
+    """Longest generated answer, in tokens."""
+
+
+@dataclass(kw_only=True)
+class Lora:
+    """The shape of the adapter."""
+
+    type: str = "lora"
+    """Kind of fine-tuning: lora."""
+    rank: int = 8
+    """Rank of the update."""
+    scale: float | None = None
+    """Factor of the update, as in mlx-lm (20 where neither scale nor alpha is given)."""
+    alpha: float | None = None
+    """As in PEFT, instead of scale: scale = alpha / rank."""
+    rslora: bool = False
+    """With alpha: scale = alpha / sqrt(rank) (rank-stabilised LoRA, arXiv:2312.03732)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, 0 to below 1."""
+    num_layers: int = 16
+    """Blocks to adapt, counted from the last; -1 means all."""
+    keys: list[str] | None = None
+    """Names of the layers inside a block (self_attn.q_proj); null means every linear layer."""
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    """How the adapter is updated."""
+
+    name: str = MISSING
+    """Set by the group (optimizer=adamw)."""
+    learning_rate: float = 1e-4
+    """Peak learning rate (mlx-lm's 1e-5 hardly moves an adapter of rank 8)."""
+    betas: list[float] | None = None
+    """adam, adamw: decay of the two moments."""
+    eps: float | None = None
+    """adam, adamw: term added to the denominator."""
+    weight_decay: float | None = None
+    """adamw, sgd: weight decay."""
+    bias_correction: bool | None = None
+    """adam, adamw: correct the moments' start at zero."""
+    momentum: float | None = None
+    """sgd: momentum."""
+    nesterov: bool | None = None
+    """sgd: Nesterov's form of momentum."""
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """The learning rate over the updates."""
+
+    name: str = MISSING
+    """Set by the group (schedule=cosine)."""
+    warmup: int = 0
+    """Updates over which the learning rate rises linearly to its peak."""
+    iters: int | None = None
+    """Update at which the end is reached; null means train.iters."""
+    end: float | None = None
+    """linear, cosine: learning rate of the last update."""
+
+
+@dataclass(kw_only=True)
+class EarlyStopping:
+    """Stop when the validation loss no longer falls."""
+
+    patience: int | None = None
+    """Evaluations in a row without a better loss before stopping; null never stops."""
+    min_delta: float = 0.0
+    """What counts as better: lower by more than this."""
+
+
+@dataclass(kw_only=True)
+class Train:
+    """How long, in what portions, and what is reported."""
+
+    iters: int = 1000
+    """Optimizer updates in all."""
+    stop_at: int | None = None
+    """Stop after this update, resumable; belongs to one invocation."""
+    batch_size: int = 4
+    """Rows in a micro-batch."""
+    grad_accumulation: int = 1
+    """Micro-batches an update, weighted by their tokens."""
+    grad_clip: float | None = None
+    """Largest gradient norm; null does not clip."""
+    grad_checkpoint: bool = False
+    """Recompute activations instead of keeping them: less memory, about 1.4 times the time."""
+    compile: str = "auto"
+    """Compile the step with mx.compile: auto (not on the CPU, where each new shape costs seconds), always, never."""
+    report_every: int = 10
+    """Updates between reports of the training loss."""
+    eval_every: int = 200
+    """Updates between evaluations; always also before the first update and at the end."""
+    eval_batches: int = -1
+    """Batches of an evaluation, the same each time; -1 means all."""
+    test: bool = False
+    """Evaluate the result on the test split at the end."""
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    cache_limit_gb: float | None = None
+    """Limit of MLX's cache of freed buffers, in GB; null leaves MLX's own."""
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """When the run is saved and which checkpoints stay."""
+
+    every: int | None = 100
+    """Updates between saves."""
+    every_minutes: float | None = None
+    """Also save when this many minutes have passed since the last save."""
+    keep_last: int = 3
+    """Newest scheduled checkpoints that stay."""
+    keep_best: int = 1
+    """Best checkpoints by validation loss that stay."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many updates stay for good."""
+    result: str = "best"
+    """What becomes adapters/: best (by validation loss, where there is one) or last."""
+    dir: str = "checkpoints"
+    """Folder inside the run directory."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    """Decides the data order, the adapter's start and dropout."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    lora: Lora = field(default_factory=Lora)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    loggers: dict[str, Any] = field(default_factory=dict)
+    """One key per backend, chosen with loggers=NAME or 'loggers=[NAME,NAME]'."""
+    resume: str | None = None
+    """Run directory or checkpoint to go on from; belongs to one invocation."""
+    repeat: str | None = None
+    """Run directory whose settings are taken for a new run; belongs to one invocation."""
+    adapter: str | None = None
+    """Warm start, weights only: .npz, .safetensors or adapter folder."""
+    experiment: str | None = None
+    """Whole recipe from conf/experiment/."""
+
+
+GROUPS = ("model", "data", "lora", "optimizer", "schedule", "train", "checkpoint", "loggers", "experiment")
+INVOCATION = ("resume", "repeat", "experiment", "train.stop_at")
+"""Settings of one invocation: a later resume or repeat does not inherit them."""
+
+# What a resumed run may change. All else is frozen: it decides the path of the run.
+FREE_ON_RESUME = (
+    *INVOCATION,
+    "adapter",
+    "model.path",  # the fingerprint decides
+    "model.revision",
+    "model.trust_remote_code",
+    "data.path",  # the fingerprint decides
+    "data.metric",
+    "data.metric_split",
+    "data.metric_rows",
+    "data.max_new_tokens",
+    "train.iters",  # judged by may_extend
+    "train.report_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.test",
+    "train.early_stopping",
+    "train.cache_limit_gb",
+    "train.grad_checkpoint",
+    "train.compile",
+    "checkpoint",
+    "loggers",
+)
+
+CHOICES = {
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.dequantize": ("auto", "always", "never"),
+    "model.quantize.bits": (2, 3, 4, 5, 6, 8),
+    "model.quantize.group_size": (32, 64, 128),
+    "data.format": ("auto", "text", "completions", "chat"),
+    "data.on_too_long": ("truncate", "drop", "error"),
+    "data.metric": ("execution_accuracy", "exact_match"),
+    "data.metric_split": ("test", "valid"),
+    "lora.type": ("lora",),
+    "optimizer.name": tuple(OPTIMIZERS),
+    "schedule.name": tuple(SCHEDULES),
+    "train.compile": ("auto", "always", "never"),
+    "checkpoint.result": ("best", "last"),
+}
+_POSITIVE = (
+    "data.max_length",
+    "data.pad_to",
+    "data.window",
+    "data.max_new_tokens",
+    "lora.rank",
+    "schedule.iters",
+    "train.iters",
+    "train.stop_at",
+    "train.batch_size",
+    "train.grad_accumulation",
+    "train.report_every",
+    "train.eval_every",
+    "train.early_stopping.patience",
+    "checkpoint.every",
+    "checkpoint.keep_every",
+)
+_ABOVE_ZERO = (
+    "optimizer.learning_rate",
+    "optimizer.eps",
+    "train.grad_clip",
+    "train.cache_limit_gb",
+    "checkpoint.every_minutes",
+    "lora.alpha",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "schedule.warmup",
+    "schedule.end",
+    "optimizer.weight_decay",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "train.early_stopping.min_delta",
+)
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
+    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
+)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name to value for every leaf of a config section (the free dict of loggers is one leaf)."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value, name = getattr(config, f.name), f"{prefix}{f.name}"
+        out.update(flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value})
+    return out
+
+
+def flatten_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name to value for every leaf of nested dicts, empty ones included."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, Mapping) and value
+        out.update(flatten_dict(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return out
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def names() -> dict[str, Any]:
+    """Dotted name to default for every setting."""
+    return flatten(Config())
+
+
+def sections() -> set[str]:
+    """Dotted names of the sections."""
+    return {n.rpartition(".")[0] for n in names() if "." in n}
+
+
+def documented(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting as (dotted name, default, its documentation line), read from this file."""
+    body = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    doc: dict[str, str] = {}
+    for node, after in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            assert isinstance(node.target, ast.Name)
+            doc[node.target.id] = str(after.value.value)
+    default = cls()
+    for f in dataclasses.fields(cls):
+        value = getattr(default, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from documented(type(value), f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, doc[f.name]
+
+
+def check(config: Config) -> None:
+    """Check every value of `config` before anything is loaded or written.
+
+    Raises:
+        ConfigError: one sentence a problem, all problems at once.
+    """
+    flat = flatten(config)
+    problems: list[str] = []
+
+    def require(name: str, good: Callable[[Any], bool], wants: str) -> None:
+        if flat[name] is not None and not good(flat[name]):
+            problems.append(f"{name}={flat[name]} cannot be: it has to be {wants}.")
+
+    for name, value in flat.items():
+        if value == MISSING:
+            problems.append(f"{name} has no value: choose {name.split('.')[0]}=NAME or set it.")
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name}={value} cannot be: it has to be a finite number.")
+    for name, choices in CHOICES.items():
+        value = flat[name]
+        if value is not None and value != MISSING and value not in choices:
+            hint = did_you_mean(str(value), [str(c) for c in choices])
+            problems.append(f"{name}={value} is not a choice: {', '.join(map(str, choices))}.{hint}")
+    for name in _POSITIVE:
+        require(name, lambda v: v >= 1, "1 or more")
+    for name in _ABOVE_ZERO:
+        require(name, lambda v: v > 0, "above 0")
+    for name in _NOT_NEGATIVE:
+        require(name, lambda v: v >= 0, "0 or more")
+    for name in ("lora.num_layers", "data.metric_rows", "train.eval_batches"):
+        require(name, lambda v: v >= -1, "-1 (all) or more")
+    require("lora.num_layers", lambda v: v != 0, "-1 (all) or at least 1")
+    require("train.eval_batches", lambda v: v != 0, "-1 (all) or at least 1")
+    require("lora.dropout", lambda v: 0 <= v < 1, "from 0 to below 1")
+    require(
+        "optimizer.betas",
+        lambda v: len(v) == 2 and all(0 <= b < 1 for b in v),
+        "two numbers from 0 to below 1",
+    )
+    require("seed", lambda v: v < 2**63, "below 2**63")
+    require("data.max_length", lambda v: v >= 2, "2 or more")
+    require("checkpoint.dir", _is_plain_folder, "a plain folder name inside the run directory")
+    problems += _lora_problems(config.lora)
+    problems += _unused_options(config)
+    if config.train.stop_at is not None and config.train.stop_at > config.train.iters:
+        problems.append(f"train.stop_at={config.train.stop_at} lies beyond train.iters={config.train.iters}.")
+    if config.data.metric_rows and config.data.metric is None:
+        problems.append("data.metric_rows is set, but data.metric is null: choose data.metric=exact_match or another.")
+    end = config.schedule.iters or config.train.iters
+    if config.schedule.warmup >= end and config.schedule.warmup:
+        problems.append(f"schedule.warmup={config.schedule.warmup} leaves no update before the end at {end}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def complete(config: Config) -> Config:
+    """A copy with the defaults of the chosen optimizer, schedule and scale filled in: what is stored in config.yaml."""
+    config = copy.deepcopy(config)
+    for section, table in ((config.optimizer, OPTIMIZERS), (config.schedule, SCHEDULES)):
+        for option, default in table[section.name].items():
+            if getattr(section, option) is None:
+                setattr(section, option, copy.copy(default))
+    if config.lora.scale is None and config.lora.alpha is None:
+        config.lora.scale = DEFAULT_LORA_SCALE
+    return config
+
+
+def lora_scale(lora: Lora) -> float:
+    """The factor of the update: `scale`, else alpha / rank, with rslora alpha / sqrt(rank)."""
+    if lora.alpha is None:
+        return DEFAULT_LORA_SCALE if lora.scale is None else lora.scale
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+def may_extend(config: Config) -> bool:
+    """Whether train.iters may change on resume: only where the learning rate of past updates does not depend on it."""
+    return config.schedule.name == "constant" or config.schedule.iters is not None
+
+
+def is_free_on_resume(name: str) -> bool:
+    """Whether the setting may change when a run goes on; the others decide the path of the run."""
+    return _matches(name, FREE_ON_RESUME)
+
+
+def changes_on_resume(stored: Config, now: Config, step: int) -> dict[str, tuple[Any, Any]]:
+    """The settings that `now` changes of a run stored at `step`, as name to (stored, now), invocation aside.
+
+    Raises:
+        ConfigError: a change of a frozen setting, with the difference.
+    """
+    before, after = flatten(stored), flatten(now)
+    changed = {n: (before[n], after[n]) for n in after if before[n] != after[n] and not _matches(n, INVOCATION)}
+    frozen = {n: pair for n, pair in changed.items() if not is_free_on_resume(n)}
+    problems = [f"{n} was {_show(old)} and cannot become {_show(new)} on resume." for n, (old, new) in frozen.items()]
+    if "train.iters" in changed:
+        old, new = changed["train.iters"]
+        if not may_extend(stored):
+            problems.append(
+                f"train.iters was {old} and cannot become {new}: the {stored.schedule.name} schedule ends at "
+                "train.iters, so the updates already made would have had other learning rates."
+            )
+        elif new < step:
+            problems.append(f"train.iters={new} lies before update {step}, where the run stands.")
+    if problems:
+        problems.append(
+            "A new run with changed settings: repeat=RUN; with these weights as its start: adapter=RUN/adapters."
+        )
+        raise ConfigError("\n".join(problems))
+    return changed
+
+
+def secrets_in(value: Any, where: str = "") -> Iterator[str]:
+    """Dotted names below `value` whose text looks like a token or a private key."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from secrets_in(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from secrets_in(item, f"{where}[{i}]")
+    elif isinstance(value, str) and _SECRET.search(value):
+        yield where
+
+
+def refuse_secrets(value: Any) -> None:
+    """Refuse a config in which any text looks like a token: it would be stored in the run directory.
+
+    Raises:
+        ConfigError: names the setting, never the value.
+    """
+    for name in secrets_in(value):
+        raise ConfigError(
+            f"{name or 'A word on the command line'} looks like a secret and would be written into the run directory. "
+            "Set it in the environment instead: backends read their own variables (HF_TOKEN and the like)."
+        )
+
+
+def from_dict(data: Mapping[str, Any], where: str) -> Config:
+    """A Config from plain nested dicts, such as a stored config.yaml; every key and type is checked.
+
+    Raises:
+        ConfigError: an unknown key or a value of a wrong type; names `where`.
+    """
+    return _build(Config, data, where, "")
+
+
+def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} has to hold settings, not {_show(data)}.")
+    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+    known = {f.name for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(f"{where}: there is no setting {prefix}{key}.{did_you_mean(str(key), known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), value, where, f"{prefix}{key}.")
+        else:
+            values[key] = _coerce(hint, value, f"{where}: {prefix}{key}")
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is list and isinstance(value, list):
+        return [_coerce(args[0], v, where) for v in value]
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {_show(value)}.")
+
+
+def _lora_problems(lora: Lora) -> list[str]:
+    if lora.scale is not None and lora.alpha is not None:
+        return [f"lora.scale={lora.scale} and lora.alpha={lora.alpha} say the same thing twice: set exactly one."]
+    if lora.rslora and lora.alpha is None:
+        return ["lora.rslora=true needs lora.alpha: scale = alpha / sqrt(rank)."]
+    return []
+
+
+def _unused_options(config: Config) -> list[str]:
+    """An option that the chosen optimizer or schedule does not use would silently do nothing: refused instead."""
+    problems = []
+    for section, chosen, table in (
+        ("optimizer", config.optimizer, OPTIMIZERS),
+        ("schedule", config.schedule, SCHEDULES),
+    ):
+        if chosen.name not in table:
+            continue
+        options = {option for every in table.values() for option in every}
+        for option in sorted(options - set(table[chosen.name])):
+            if getattr(chosen, option) is not None:
+                users = [name for name, every in table.items() if option in every]
+                problems.append(
+                    f"{section}.{option} is not used by {section}={chosen.name}; it belongs to "
+                    f"{' and '.join(f'{section}={u}' for u in users)}."
+                )
+    if config.optimizer.nesterov and not config.optimizer.momentum:
+        problems.append("optimizer.nesterov=true needs optimizer.momentum above 0.")
+    return problems
+
+
+def _is_plain_folder(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w][\w.-]*", name)) and name not in ("adapters", "run.log")
+
+
+def _matches(name: str, settings: tuple[str, ...]) -> bool:
+    return any(name == s or name.startswith(f"{s}.") for s in settings)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,48 @@
+"""Metrics that a data set names: how right a generated answer is, row by row.
+
+A metric is a small class with a ``name`` and a ``score``; it is listed in `METRICS` and chosen by that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from runner.data.metrics.exact_match import ExactMatch
+from runner.data.metrics.execution import ExecutionAccuracy
+from runner.errors import ConfigError, did_you_mean
+
+
+class Metric(Protocol):
+    """Scores one generated text against the row that it answers."""
+
+    name: str
+
+    def score(self, row: Mapping[str, Any], text: str) -> float:
+        """1.0 for a right answer, 0.0 for a wrong one.
+
+        `row` is the whole JSON row of the data set, `text` what the model generated after its prompt.
+
+        Raises:
+            DataError: the row lacks what this metric compares with.
+        """
+        ...
+
+
+METRICS: dict[str, Callable[[], Metric]] = {
+    ExactMatch.name: ExactMatch,
+    ExecutionAccuracy.name: ExecutionAccuracy,
+}
+
+
+def metric_named(name: str) -> Metric:
+    """A new metric of that name.
+
+    Raises:
+        ConfigError: no metric has that name.
+    """
+    if name not in METRICS:
+        raise ConfigError(
+            f"There is no metric '{name}'.{did_you_mean(name, METRICS)} Known: {', '.join(sorted(METRICS))}."
+        )
+    return METRICS[name]()

@@ -1,0 +1,107 @@
+"""The order of training as a pure function of (lengths, batch size, seed, epoch), and that of evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """A point between two batches: `batch` batches of epoch `epoch` are done. Both count from 0."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class Order:
+    """Which rows make which batch in each epoch.
+
+    The rows are permuted by (seed, epoch) alone. The last ``rows % batch_size`` of the permutation make the
+    epoch's last, smaller batch. The others are cut into windows of `window_batches` batches (a quarter of the
+    epoch where that is less: a small set must not meet the same batches in each epoch), sorted by length
+    inside each window (equal lengths stay in the permuted order), cut into batches, and the batches shuffled.
+    Nothing is dropped.
+
+    Random numbers are the raw 64-bit outputs of Philox-4x64-10 (Salmon et al., "Parallel random numbers: as
+    easy as 1, 2, 3", 2011), keyed by BLAKE2b of seed, epoch and purpose, and used as sort keys: NumPy
+    promises the streams of its bit generators, not those of ``Generator.permutation``.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, window_batches: int = 32) -> None:
+        """`lengths`: (rows,), in tokens. Raises ValueError without rows, or for a size below 1."""
+        if len(lengths) == 0:
+            raise ValueError("an order needs at least one row")
+        if batch_size < 1 or window_batches < 1:
+            raise ValueError(f"batch_size {batch_size} and window_batches {window_batches} must be 1 or more")
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.window_batches = window_batches
+        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in one epoch, the smaller last one included."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """All batches of an epoch, each an array of row indices (int64)."""
+        return [self._batch(epoch, index) for index in range(self.batches_per_epoch)]
+
+    def take(self, position: Position, count: int) -> tuple[list[np.ndarray], Position]:
+        """The next `count` batches from `position` on, over epochs' edges, and the position after them.
+
+        Raises ValueError for a position outside an epoch.
+        """
+        if position.epoch < 0 or not 0 <= position.batch < self.batches_per_epoch:
+            raise ValueError(f"{position} is outside an epoch of {self.batches_per_epoch} batches")
+        batches = []
+        epoch, batch = position.epoch, position.batch
+        for _ in range(count):
+            batches.append(self._batch(epoch, batch))
+            batch += 1
+            if batch == self.batches_per_epoch:
+                epoch, batch = epoch + 1, 0
+        return batches, Position(epoch, batch)
+
+    def _batch(self, epoch: int, index: int) -> np.ndarray:
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = (epoch, *self._arrange(epoch))
+        _, full, rest = self._cached
+        return full[index] if index < len(full) else rest
+
+    def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The full batches (batches, batch_size) and the rows of the smaller last one (fewer than that,)."""
+        rows = np.argsort(_random(self.seed, epoch, "rows", len(self.lengths)), kind="stable")
+        whole = len(rows) - len(rows) % self.batch_size
+        rows, rest = rows[:whole], rows[whole:]
+        batches = min(self.window_batches, max(1, whole // self.batch_size // 4))
+        window = np.arange(whole) // (batches * self.batch_size)
+        rows = rows[np.lexsort((self.lengths[rows], window))]
+        full = rows.reshape(-1, self.batch_size)
+        full = full[np.argsort(_random(self.seed, epoch, "batches", len(full)), kind="stable")]
+        full.flags.writeable = rest.flags.writeable = False
+        return full, rest
+
+
+def evaluation_batches(lengths: np.ndarray, batch_size: int, limit: int = -1) -> list[np.ndarray]:
+    """Row indices in batches by rising length, the same at each call; all rows, for a `limit` of -1.
+
+    With `limit` from 0 up to the number of batches n, batch ``(2 i + 1) n // (2 limit)`` for each i below
+    `limit`: the middles of `limit` equal parts, so that short and long rows are both among them.
+    """
+    rows = np.argsort(np.asarray(lengths), kind="stable")
+    count = -(-len(rows) // batch_size)
+    everything = limit < 0 or limit >= count
+    chosen = range(count) if everything else [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
+    return [rows[index * batch_size : (index + 1) * batch_size] for index in chosen]
+
+
+def _random(seed: int, epoch: int, purpose: str, count: int) -> np.ndarray:
+    """(count,) uint64, a function of its arguments alone."""
+    words = f"{seed}/{epoch}/{purpose}".encode()
+    key = int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
+    return np.random.Philox(key=key).random_raw(count)

@@ -1,0 +1,107 @@
+"""Reading JSON Lines: one object a line, every bad line named."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.data.bad_rows import BadRow, BadRows
+from runner.errors import DataError
+
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One object of a JSONL file and where it stands; `line` counts from 1, blank lines included."""
+
+    file: Path
+    line: int
+    value: dict[str, Any]
+
+
+def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
+    """The rows of a UTF-8 JSONL file in its order, one at a time.
+
+    A byte order mark at the start and blank lines are passed over. A line that is no JSON object goes to
+    `bad` and is left out; without `bad`, the end of the file raises.
+
+    Raises:
+        DataError: the file is empty, is no regular file or cannot be read; bad lines where `bad` is None.
+    """
+    collected = BadRows() if bad is None else bad
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file. Data is read from JSONL files, one object a line.")
+    empty = True
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    if line.startswith(UTF16_MARKS):
+                        raise DataError(f"{path} is UTF-16, not UTF-8. Save it again as UTF-8.")
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if not line.strip():
+                    continue
+                empty = False
+                try:
+                    yield Row(path, number, _object(line))
+                except BadRow as reason:
+                    collected.add(path, number, str(reason))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if empty:
+        raise DataError(f"{path} is empty. One JSON object a line is expected, such as " + '{"text": "..."}.')
+    if bad is None:
+        collected.raise_if_any()
+
+
+class LazyRows(Sequence[Row]):
+    """The rows of one file, read at the first access; a file that is None has none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._rows: list[Row] | None = [] if path is None else None
+
+    def _read(self) -> list[Row]:
+        if self._rows is None:
+            self._rows = list(read_rows(self._path))
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()[index]
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line. Raises BadRow with the reason where there is none."""
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 (byte {error.start + 1}: 0x{line[error.start]:02x})") from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not JSON (column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise BadRow("not usable JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise BadRow(f"not usable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadRow(f"not an object but {kind(value)}; one JSON object a line is expected")
+    return value
+
+
+def kind(value: Any) -> str:
+    """The JSON type of a value, in words with an article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,1 @@
+"""Base models: where they come from, how adapters are put on them, and their forward pass."""

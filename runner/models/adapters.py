@@ -1,0 +1,212 @@
+"""Adapters on a base model: putting LoRA layers on it, taking them off, their config, and weights from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+
+from runner import config
+from runner.errors import ModelError, did_you_mean
+from runner.models.loading import Base
+
+Params = dict[str, mx.array]
+"""Trainable arrays by their dotted path in the model."""
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of a key that the step hands in, not of MLX's global random state.
+
+    So the mask is the same when a block is recomputed in the backward pass, and a run's randomness is a function of
+    (seed, update, micro-batch): there is nothing to save and nothing that evaluation could disturb.
+    """
+
+    def __init__(self, p: float, index: int, stream: DropoutStream) -> None:
+        super().__init__()
+        self._keep = 1.0 - p
+        self._index = index
+        self._stream = stream
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Drop elements of `x` (any shape) and scale the rest by 1 / (1 - p), while training only."""
+        if not self.training or self._stream.keys is None:
+            return x
+        mask = mx.random.bernoulli(self._keep, x.shape, key=self._stream.keys[self._index])
+        return mask * x * (1.0 / self._keep)
+
+
+class DropoutStream:
+    """The keys of one micro-batch, one for each dropout layer: shape (layers, 2)."""
+
+    def __init__(self) -> None:
+        self.layers = 0
+        self.keys: mx.array | None = None
+
+    def begin(self, key: mx.array | None) -> None:
+        """Derive every layer's key from the micro-batch's `key`; None switches dropout off."""
+        self.keys = mx.random.split(key, self.layers) if key is not None and self.layers else None
+
+
+class Adapted:
+    """A base model with an adapter on it. The base can be had back as it was with `remove`."""
+
+    def __init__(self, base: Base, lora: config.Lora, seed: int) -> None:
+        """Put LoRA layers on the last `lora.num_layers` blocks (or all, where there are fewer).
+
+        A is drawn from `seed` alone, B is zero.
+
+        Raises:
+            ModelError: keys that name no layer in a block.
+        """
+        self.base = base
+        self.model = base.model
+        self.stream = DropoutStream()
+        depth = len(self.model.layers)
+        self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
+        self.shape = {
+            "rank": lora.rank,
+            "scale": config.lora_scale(lora),
+            "dropout": lora.dropout,
+            "keys": _checked_keys(self.model, lora.keys),
+        }
+        # MLX draws the factors from its global state: seeded here, and nowhere else used.
+        mx.random.seed(seed)
+        linear_to_lora_layers(self.model, self.num_layers, {**self.shape, "keys": set(self.shape["keys"])})
+        for _, module in self._adapters():
+            if lora.dropout > 0:
+                module.dropout = KeyedDropout(lora.dropout, self.stream.layers, self.stream)
+                self.stream.layers += 1
+        mx.eval(self.model.trainable_parameters())
+
+    def params(self) -> Params:
+        """The trainable arrays as they are now."""
+        return dict(sorted(tree_flatten(self.model.trainable_parameters())))
+
+    def adapter_config(self) -> dict[str, Any]:
+        """What stock mlx-lm reads from adapter_config.json."""
+        return {
+            "model": self.base.source,
+            "fine_tune_type": "lora",
+            "num_layers": self.num_layers,
+            "lora_parameters": self.shape,
+            "base_fingerprint": self.base.fingerprint,
+        }
+
+    def remove(self) -> None:
+        """Take the adapter off: the base's own layers are back."""
+        remove_lora_layers(self.model)
+        self.model.freeze()
+        self.model.eval()
+
+    def _adapters(self) -> list[tuple[str, nn.Module]]:
+        return [(name, m) for name, m in self.model.named_modules() if hasattr(m, "lora_a")]
+
+
+def trainable_share(adapted: Adapted) -> tuple[int, int]:
+    """Parameters of the adapter, and of the whole model (quantized weights counted unpacked)."""
+    from mlx_lm.utils import get_total_parameters
+
+    return sum(a.size for a in adapted.params().values()), get_total_parameters(adapted.model)
+
+
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """Adapter weights from an mlx-examples .npz, an mlx-lm .safetensors, or a folder with adapters.safetensors.
+
+    Raises:
+        ModelError: missing, of another kind, or unreadable; a pickle inside an .npz is never loaded.
+    """
+    if path.is_dir():
+        inside = [
+            path / "adapters.safetensors",
+            path / "adapters" / "adapters.safetensors",
+            path / "adapters.npz",
+        ]
+        found = next((p for p in inside if p.is_file()), None)
+        if found is None:
+            raise ModelError(f"adapter={path}: no adapters.safetensors in this folder.")
+        path = found
+    if not path.is_file():
+        raise ModelError(f"adapter={path}: there is no such file or folder.")
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: mx.array(archive[name]) for name in archive.files}
+        except Exception as error:  # zip, numpy and value errors alike: not a plain .npz
+            raise ModelError(f"adapter={path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if path.suffix == ".safetensors":
+        from runner.training.state import arrays_from
+
+        return arrays_from(path.read_bytes(), where=str(path))
+    raise ModelError(f"adapter={path}: expected .npz, .safetensors or an adapter folder, not '{path.suffix}'.")
+
+
+def warm_start(params: Params, weights: dict[str, mx.array], where: str) -> Params:
+    """`params` replaced by `weights`, which must have the same names and shapes.
+
+    Raises:
+        ModelError: names the arrays that are missing, unknown or of another shape, and what to set.
+    """
+    missing, unknown = sorted(set(params) - set(weights)), sorted(set(weights) - set(params))
+    problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
+    problems += [f"{len(unknown)} arrays fit nowhere, such as {unknown[0]}"] if unknown else []
+    for name in sorted(set(params) & set(weights)):
+        if params[name].shape != weights[name].shape:
+            problems.append(f"{name} has shape {weights[name].shape}, here {params[name].shape}")
+            break
+        if not mx.all(mx.isfinite(weights[name])).item():
+            problems.append(f"{name} holds values that are not finite")
+            break
+    if problems:
+        raise ModelError(
+            f"adapter={where} does not fit this run: {'; '.join(problems)}. Set lora.rank, lora.num_layers and lora.keys "
+            f"to what it was trained with{_trained_with(where)}."
+        )
+    return {name: weights[name].astype(params[name].dtype) for name in params}
+
+
+def _trained_with(where: str) -> str:
+    path = Path(where)
+    about = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    try:
+        found = json.loads(about.read_text())
+        lora = found["lora_parameters"]
+        return f" (rank {lora['rank']}, num_layers {found['num_layers']}, keys {lora.get('keys')})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:
+    """The layers that can be adapted inside a block, or those of them that `keys` names."""
+    known: set[str] = set()
+    for block in model.layers:
+        for name, module in block.named_modules():
+            if hasattr(module, "to_lora") or _adaptable(module):
+                known.add(name)
+    if keys is None:
+        return sorted(known)
+    for key in keys:
+        if key not in known:
+            raise ModelError(
+                f"lora.keys: no block has '{key}'; it has {', '.join(sorted(known))}.{did_you_mean(key, known)}"
+            )
+    return sorted(keys)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (
+        nn.Linear,
+        nn.QuantizedLinear,
+        SwitchLinear,
+        QuantizedSwitchLinear,
+        nn.Embedding,
+        nn.QuantizedEmbedding,
+    )
+    return isinstance(module, kinds)

@@ -1,0 +1,191 @@
+"""Loading a base model from wherever `model.path` points: built in, a .gguf file, a folder, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from runner import config
+from runner.errors import ModelError, RunnerError, did_you_mean
+
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+BUILTIN = ("tiny", "smollm2_135m")
+
+
+@dataclass
+class Base:
+    """A loaded, frozen base model."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    """As in the hub's config.json."""
+    source: str
+    """What adapter_config.json names as the model."""
+    fingerprint: str
+    """Identity of the weights: see `fingerprint`."""
+    notes: list[str] = field(default_factory=list)
+    """Lines worth saying."""
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU here: there only float32 products are fast."""
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def load(settings: config.Model) -> Base:
+    """Load the base model, its tokenizer and its config; weights are frozen and in memory.
+
+    Raises:
+        ModelError: there is no such model, or it is not supported; names what.
+    """
+    notes: list[str] = []
+    if settings.trust_remote_code:
+        notes.append(f"model.trust_remote_code=true: code that came with {settings.path} may run")
+    expand = settings.dequantize == "always" or (settings.dequantize == "auto" and on_cpu())
+    dtype = _DTYPES.get(settings.dtype) or (mx.float32 if on_cpu() else None)
+    try:
+        model, tokenizer, about = _read(settings, expand, dtype)
+    except RunnerError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # mlx-lm, transformers and the hub raise all kinds for a model they cannot load
+        raise ModelError(f"model.path={settings.path} cannot be loaded: {_reason(error)}") from error
+    if expand and _is_quantized(model):
+        from mlx_lm.utils import dequantize_model
+
+        model = dequantize_model(model)
+        about.pop("quantization", None)
+        about.pop("quantization_config", None)
+        notes.append("the quantized base is expanded: on the CPU only float32 products are fast")
+    if dtype is not None:
+        _cast(model, dtype)
+    if settings.quantize.bits is not None:
+        model, about = _quantized(model, about, settings)
+        if on_cpu():
+            notes.append("model.quantize.bits: quantized products are slow on the CPU backend")
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return Base(model, tokenizer, about, settings.path, fingerprint(model), notes)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape, dtype and up to 1,024 evenly spaced elements.
+
+    A sample, so that 8B models are identified in well under a second; another fine-tune of the same shapes
+    differs in nearly all elements, hence in the sample.
+    """
+    digest = hashlib.sha256()
+    samples = []
+    for name, array in sorted(tree_flatten(model.parameters())):
+        flat = array.reshape(-1)
+        stride = max(1, flat.size // 1024)
+        sample = flat[::stride][:1024]
+        if mx.issubdtype(sample.dtype, mx.floating):
+            sample = sample.astype(mx.float32)
+        samples.append((f"{name} {array.shape} {array.dtype}", sample))
+    mx.eval([sample for _, sample in samples])
+    for head, sample in samples:
+        digest.update(head.encode())
+        digest.update(np.asarray(sample).tobytes())
+    return digest.hexdigest()
+
+
+def _read(
+    settings: config.Model, expand: bool, dtype: mx.Dtype | None
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    path = settings.path
+    if path == "builtin:tiny":
+        from runner.models import tiny
+
+        return tiny.model(), tiny.tokenizer(), dict(tiny.CONFIG)
+    if path.startswith("builtin:"):
+        name = path.removeprefix("builtin:")
+        if name not in BUILTIN:
+            raise ModelError(f"model.path={path} is not built in: {', '.join(BUILTIN)}.{did_you_mean(name, BUILTIN)}")
+        from runner.models.fetch import fetch
+
+        path = str(fetch(name))
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise ModelError(f"model.path={path}: there is no such file.")
+        from runner.models.gguf import read
+
+        gguf = read(Path(path), keep_quantized=not expand, dtype=dtype)
+        return gguf.model, gguf.tokenizer, gguf.config
+    _expect_model(path)
+    import mlx_lm
+
+    model, tokenizer, about = mlx_lm.load(
+        path,
+        tokenizer_config={"trust_remote_code": settings.trust_remote_code},
+        return_config=True,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return model, tokenizer, about
+
+
+def _expect_model(path: str) -> None:
+    """Say early what is wrong with a path; a hub id is left to the hub's own library."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path={path} is not a model folder: it has no config.json.")
+        if not list(folder.glob("model*.safetensors")):
+            raise ModelError(f"model.path={path} has no model*.safetensors.")
+    elif folder.is_file():
+        raise ModelError(f"model.path={path} is a file: a model is a folder, a .gguf file or a hub id.")
+    elif path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise ModelError(f"model.path={path}: there is no such folder or file (a hub id looks like ORGANISATION/NAME).")
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for _, m in model.named_modules())
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast floating parameters, except the scales of quantized layers, which keep what they were packed with."""
+    packed = tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    )
+
+    def cast(name: str, array: mx.array) -> mx.array:
+        quantized = name.rpartition(".")[0] in packed and not name.endswith(".bias")
+        return array if quantized or not mx.issubdtype(array.dtype, mx.floating) else array.astype(dtype)
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _quantized(model: nn.Module, about: dict[str, Any], settings: config.Model) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import quantize_model
+
+    if _is_quantized(model):
+        raise ModelError(f"model.quantize.bits={settings.quantize.bits}: {settings.path} is quantized already.")
+    return quantize_model(model, about, settings.quantize.group_size, settings.quantize.bits)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if type(error).__name__ in (
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "ConnectError",
+        "ConnectionError",
+    ):
+        return "it is neither a local folder nor in the hub's cache, and the hub cannot be reached. Check the name and the network."
+    if type(error).__name__ in ("RepositoryNotFoundError", "GatedRepoError"):
+        return "the hub has no such model, or it needs a login (hf auth login). Check the name."
+    return (text[:400] or type(error).__name__).rstrip(".") + "."

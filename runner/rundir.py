@@ -1,0 +1,247 @@
+"""A run's directory: claiming it, its lock, its status and its metrics file. Knows files only, no MLX and no Hydra."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.errors import ConfigError, DirectoryInUse, StorageError
+
+STATES = ("running", "finished", "stopped", "failed", "diverged", "interrupted")
+_LIMIT = 1_000_000  # bytes of a config.yaml or status.json; a real one has about 3,000
+
+
+class RunDirectory:
+    """The layout of one run's directory; see docs/run-directory.md."""
+
+    def __init__(self, path: Path, checkpoints: str = "checkpoints") -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.status = path / "status.json"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.log = path / "run.log"
+        self.checkpoints = path / checkpoints
+        self.result = path / "adapters"
+        self._lock: int | None = None
+
+    def claim(self, made_by_hydra: bool = False) -> None:
+        """Take the directory for a new run: creating checkpoints/ is the act that only one process can do.
+
+        Args:
+            made_by_hydra: a job of a sweep, where Hydra has written .hydra/ already.
+
+        Raises:
+            ConfigError: the directory already belongs to a run, holds other things, or cannot be made.
+        """
+        with explained(self.path, "cannot be made"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            others = {p.name for p in self.path.iterdir()} - ({".hydra"} if made_by_hydra else set())
+            if others and not self.checkpoints.exists():
+                raise ConfigError(f"{self.path} is not empty and not a run: choose another hydra.run.dir.")
+            try:
+                self.checkpoints.mkdir()
+            except FileExistsError:
+                raise ConfigError(
+                    f"{self.path} already belongs to a run. To go on with it: resume={self.path}. "
+                    "For a new run choose another hydra.run.dir."
+                ) from None
+
+    def lock(self) -> None:
+        """Hold the directory until this process ends, however it ends (an OS lock).
+
+        Raises:
+            DirectoryInUse: another process holds it; names its pid, host and since when.
+        """
+        with explained(self.path, "cannot be locked"):
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 1000).decode(errors="replace").strip()
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise StorageError(f"{self.path} cannot be locked: {os.strerror(error.errno or 0)}.") from error
+            raise DirectoryInUse(
+                f"{self.path} is in use by {holder or 'another process'}. Wait for it, or stop it."
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
+        self._lock = handle
+
+    def unlock(self) -> None:
+        """Let go of the directory; harmless where it is not held."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def held(self) -> bool:
+        """Whether a process holds the directory now."""
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except OSError:
+            return True
+        finally:
+            os.close(handle)
+
+    def read_config(self) -> dict[str, Any]:
+        """The stored config as plain data.
+
+        Raises:
+            ConfigError: missing, too large, not plain YAML, or not a mapping.
+        """
+        return read_yaml(self.config, missing=f"{self.path} is not a run directory: it has no config.yaml.")
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml atomically."""
+        text = "# The resolved settings of this run. Again with changes: runner repeat=THIS_FOLDER key=value\n"
+        write_atomically(
+            self.config, text + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
+        )
+
+    def read_status(self) -> dict[str, Any]:
+        """The status as it is now: `running` without a process that holds the lock reads as `interrupted`."""
+        try:
+            status = json.loads(_read_text(self.status))
+        except (OSError, ValueError):
+            return {"state": "interrupted" if self.config.exists() else "unknown"}
+        if not isinstance(status, dict) or status.get("state") not in STATES:
+            return {"state": "unknown"}
+        if status["state"] == "running" and not self.held():
+            status["state"] = "interrupted"
+        return status
+
+    def write_status(self, status: Mapping[str, Any]) -> None:
+        """Write status.json atomically."""
+        write_atomically(self.status, json.dumps(status, indent=1) + "\n")
+
+
+class Rows:
+    """A JSONL file that grows line by line and can be cut back to where a checkpoint saw it."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        """Open `path` for appending, cut to `offset` bytes: what lies beyond was written after the checkpoint."""
+        with explained(path, "cannot be written"):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            size = os.fstat(self._file).st_size
+            if size < offset:
+                os.close(self._file)
+                raise StorageError(f"{path} has {size} bytes, but the checkpoint saw {offset}: it was cut or replaced.")
+            os.ftruncate(self._file, offset)
+        self.path = path
+        self.offset = offset
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row as one line, in one call."""
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        with explained(self.path, "cannot be written"):
+            done = 0
+            while done < len(line):
+                done += os.pwrite(self._file, line[done:], self.offset + done)
+        self.offset += len(line)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk itself."""
+        with explained(self.path, "cannot be written"):
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a JSONL file that we wrote; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                return
+            yield json.loads(line)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a reader, or a crash, sees the old or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with explained(path, "cannot be written"):
+        try:
+            with temporary.open("x", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def read_yaml(path: Path, missing: str) -> dict[str, Any]:
+    """Plain data from a small YAML file: no tags that build objects, no aliases (an alias bomb needs them).
+
+    Raises:
+        ConfigError: names the file and the reason.
+    """
+    try:
+        text = _read_text(path)
+    except FileNotFoundError:
+        raise ConfigError(missing) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(
+                    f"{path} uses YAML aliases (*{event.anchor}), which a stored config never does: refused."
+                )
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} has to hold settings (key: value).")
+    return data
+
+
+def now() -> str:
+    """The time as text, UTC, to the second."""
+    return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class explained:
+    """Turn an OSError in the block into a StorageError that names the path."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path, self.what = path, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise StorageError(f"{self.path} {self.what}: {reason}.") from error
+
+
+def _read_text(path: Path) -> str:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as source:
+        data = source.read(_LIMIT + 1)
+    if len(data) > _LIMIT:
+        raise ValueError(f"it is larger than {_LIMIT} bytes")
+    return data.decode("utf-8")

@@ -1,0 +1,43 @@
+"""Validation and test loss: the same rows in the same order each time, no randomness, token-weighted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from runner.data.batches import Batch
+from runner.models.forward import Forward
+from runner.training.step import arrays, cross_entropy_sum
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of one pass."""
+
+    loss: float
+    """Mean over supervised tokens."""
+    supervised: int
+    tokens: int
+    """Real tokens, no padding."""
+    seconds: float
+
+
+def evaluate(
+    model: nn.Module, forward: Forward, batches: Sequence[Batch], each: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """The mean loss of the model as it is over `batches`; `each` is called before every batch and may raise."""
+    begun = time.perf_counter()
+    model.eval()
+    total, supervised, tokens = 0.0, 0, 0
+    for batch in batches:
+        each()
+        part = cross_entropy_sum(forward, *arrays(batch))
+        mx.eval(part)
+        total += part.item()
+        supervised += batch.supervised
+        tokens += batch.real_tokens
+    return Evaluation(total / max(1, supervised), supervised, tokens, time.perf_counter() - begun)

@@ -1,0 +1,211 @@
+"""The loop. A plain run, a resumed run and a branch pass through it; members share the batches, and a plain run has one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner.checkpoints.schedule import Schedule
+from runner.data.batches import Batch, make_batch
+from runner.data.order import Order, Position
+from runner.data.tokens import TokenSet
+from runner.errors import Diverged
+from runner.models.adapters import Adapted
+from runner.models.forward import Forward
+from runner.reports.progress import Display
+from runner.training import events, state
+from runner.training.evaluation import evaluate
+from runner.training.events import Plan
+from runner.training.member import Member, Window
+from runner.training.step import Step
+from runner.training.stops import Interrupted, Stops
+
+FINISHED, STOPPED_EARLY, STOP_AT = "finished", "early stopping", "stop_at"
+
+
+@dataclass
+class Job:
+    """All that the loop works on."""
+
+    plan: Plan
+    saves: Schedule
+    members: list[Member]
+    position: Position
+    order: Order
+    train_rows: TokenSet
+    pad_to: int
+    grad_accumulation: int
+    valid_batches: list[Batch]
+    adapted: Adapted
+    forward: Forward
+    step: Step
+    identity: state.Identity
+    stops: Stops
+    display: Display
+
+
+def train(job: Job) -> str:
+    """Train every member from where it stands to the end, a stop or the end of patience; returns which it was.
+
+    Raises:
+        Diverged: a loss or gradient is not finite. StorageError: a save failed. What was saved before stays.
+    """
+    for member in job.members:
+        open_evaluations(job, member)
+    while (ending := how_it_ends(job)) is None:
+        batches, job.position = next_batches(job)
+        for member in job.members:
+            learn(job, member, batches)
+            step = member.progress.step
+            if events.reports(step, job.plan):
+                report(job, member)
+            best = events.evaluates(step, job.plan) and assess(job, member)
+            save_if_due(job, member, best)
+    return ending
+
+
+def how_it_ends(job: Job) -> str | None:
+    """Why the loop is over, or None: all members stand at the same step."""
+    progress = job.members[0].progress
+    if job.stops.signal is not None:
+        return job.stops.signal.name
+    if progress.step >= job.plan.iters:
+        return FINISHED
+    if all(events.stopped_early(m.progress.bad_evaluations, job.plan) for m in job.members):
+        return STOPPED_EARLY
+    if job.plan.stop_at is not None and progress.step >= job.plan.stop_at:
+        return STOP_AT
+    return None
+
+
+def open_evaluations(job: Job, member: Member) -> None:
+    """What comes before the next update: the evaluation of step 0, or one that a stop cut off."""
+    progress = member.progress
+    if job.stops.signal is not None:
+        return
+    if progress.pending_evaluation:
+        progress.pending_evaluation = False
+        save_if_due(job, member, best=assess(job, member))
+    elif progress.step == 0 and job.plan.evaluates and progress.baseline_loss is None:
+        assess(job, member)
+
+
+def next_batches(job: Job) -> tuple[list[Batch], Position]:
+    """The micro-batches of one update, and the position after them."""
+    indices, after = job.order.take(job.position, job.grad_accumulation)
+    return [make_batch(job.train_rows, rows, job.pad_to) for rows in indices], after
+
+
+def learn(job: Job, member: Member, batches: Sequence[Batch]) -> None:
+    """One update of `member`, counted in its progress."""
+    begun = time.perf_counter()
+    progress = member.progress
+    rate = member.learning_rate(progress.step + 1)
+    loss_sum, norm = job.step.learn(member, batches, rate)
+    tokens = sum(batch.real_tokens for batch in batches)
+    supervised = sum(batch.supervised for batch in batches)
+    progress.step += 1
+    progress.tokens += tokens
+    window = progress.window
+    window.loss_sum += loss_sum
+    window.supervised += supervised
+    window.tokens += tokens
+    window.updates += 1
+    window.grad_norm = norm
+    member.train_seconds += time.perf_counter() - begun
+    job.display.step(progress.step, loss_sum / supervised, tokens, time.perf_counter() - begun)
+
+
+def report(job: Job, member: Member) -> None:
+    """Write the training loss of the window: the mean over its supervised tokens."""
+    progress, window = member.progress, member.progress.window
+    progress.train_loss = window.loss_sum / window.supervised
+    member.record.row(
+        step=progress.step,
+        split="train",
+        loss=progress.train_loss,
+        learning_rate=member.learning_rate(progress.step),
+        grad_norm=window.grad_norm,
+        epoch=epoch(job),
+        tokens=progress.tokens,
+        supervised_tokens=window.supervised,
+        tokens_per_second=round(window.tokens / max(member.train_seconds, 1e-9), 1),
+        peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
+    )
+    member.record.status(state="running", step=progress.step, train_loss=progress.train_loss)
+    job.display.report(progress.step, progress.train_loss, member.learning_rate(progress.step))
+    progress.window = Window()
+    member.train_seconds = 0.0
+
+
+def assess(job: Job, member: Member) -> bool:
+    """Evaluate `member` where it stands; returns whether it is the best so far. A stop leaves it to the resume."""
+    progress = member.progress
+    job.step.place(member.params)
+    try:
+        result = evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check)
+    except Interrupted:
+        progress.pending_evaluation = progress.step > 0
+        return False
+    if not math.isfinite(result.loss):
+        raise Diverged(f"The validation loss at step {progress.step} is not finite.")
+    progress.valid_loss, progress.valid_step = result.loss, progress.step
+    member.record.row(
+        step=progress.step,
+        split="valid",
+        loss=result.loss,
+        epoch=epoch(job),
+        tokens=progress.tokens,
+        supervised_tokens=result.supervised,
+        tokens_per_second=round(result.tokens / max(result.seconds, 1e-9), 1),
+        peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
+    )
+    best = False
+    if progress.step == 0:
+        progress.baseline_loss = result.loss
+    else:
+        if events.better(result.loss, progress.best_loss, job.plan.min_delta):
+            progress.bad_evaluations = 0
+        else:
+            progress.bad_evaluations += 1
+        best = events.better(result.loss, progress.best_loss)
+        if best:
+            progress.best_loss, progress.best_step = result.loss, progress.step
+    member.record.status(state="running", step=progress.step, valid_loss=result.loss, best=best_of(member))
+    job.display.evaluated(progress.step, result.loss, best)
+    return best
+
+
+def save_if_due(job: Job, member: Member, best: bool) -> None:
+    """Save after the evaluation of this step, once, if the schedule, a new best or the end of the loop asks for it."""
+    progress = member.progress
+    why = job.saves.due(
+        progress.step,
+        minutes_since_save=member.since_save.minutes(),
+        best=best and member.record.policy.keep_best > 0,
+        stopping=how_it_ends(job),
+    )
+    if not why:
+        return
+    evaluated = progress.valid_loss if progress.valid_step == progress.step else None
+    files = state.files_of(member, job.position, job.identity, job.adapted.adapter_config())
+    member.record.save(progress.step, files, why, evaluated)
+    member.record.status(state="running", step=progress.step, last_checkpoint=progress.step)
+    member.since_save.restart()
+
+
+def epoch(job: Job) -> float:
+    """Passes over the training rows so far, as a decimal."""
+    return round(job.position.epoch + job.position.batch / job.order.batches_per_epoch, 4)
+
+
+def best_of(member: Member) -> dict[str, float | int] | None:
+    """The best evaluation so far, for status.json."""
+    progress = member.progress
+    if progress.best_step is None or progress.best_loss is None:
+        return None
+    return {"step": progress.best_step, "valid_loss": progress.best_loss}

@@ -1,0 +1,83 @@
+"""A member: one trainable adapter and all that belongs to it. A plain run has one; all members share the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.optimizers as optim
+
+from runner.checkpoints.schedule import SinceSave
+from runner.models.adapters import Params
+
+if TYPE_CHECKING:
+    from runner.training.record import Record
+
+
+@dataclass
+class Window:
+    """Sums since the last report."""
+
+    loss_sum: float = 0.0
+    supervised: int = 0
+    tokens: int = 0
+    updates: int = 0
+    grad_norm: float | None = None
+    """Of the last update, before clipping."""
+
+
+@dataclass
+class Progress:
+    """Where a member stands: with its arrays, all that the next update depends on. Stored in train_state.json."""
+
+    step: int = 0
+    """Updates made."""
+    tokens: int = 0
+    """Real tokens (no padding) trained on."""
+    window: Window = field(default_factory=Window)
+    best_step: int | None = None
+    best_loss: float | None = None
+    """Lowest validation loss of a step above 0, and that step."""
+    baseline_loss: float | None = None
+    """Validation loss before the first update."""
+    valid_loss: float | None = None
+    """Last validation loss."""
+    valid_step: int | None = None
+    """Update of the last evaluation."""
+    bad_evaluations: int = 0
+    """Evaluations in a row that did not beat the best."""
+    train_loss: float | None = None
+    """Last reported training loss."""
+    pending_evaluation: bool = False
+    """An evaluation was due at this step and a stop came first: it is the first thing after the resume."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for train_state.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Progress:
+        """The reverse of `to_dict`.
+
+        Raises:
+            TypeError: unknown or missing fields.
+        """
+        return cls(**{**data, "window": Window(**data["window"])})
+
+
+@dataclass
+class Member:
+    """One adapter in training."""
+
+    params: Params
+    optimizer: optim.Optimizer
+    learning_rate: Callable[[int], float]
+    """Of the update, counted from 1."""
+    seed: int
+    record: Record
+    """The files it writes."""
+    progress: Progress = field(default_factory=Progress)
+    train_seconds: float = 0.0
+    """Of the report window; evaluation and saving not counted."""
+    since_save: SinceSave = field(default_factory=SinceSave)

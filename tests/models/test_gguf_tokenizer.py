@@ -1,0 +1,160 @@
+"""The tokenizer in a GGUF file cuts, merges and frames texts as the model's own does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from runner.errors import ModelError
+from runner.models.gguf_tokenizer import build, ending_ids, wrap
+
+WHERE = Path("some.gguf")
+Words = Callable[..., dict[str, Any]]
+
+
+def made(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
+    types = metadata.get("tokenizer.ggml.token_type")
+    if isinstance(types, list):
+        metadata = metadata | {"tokenizer.ggml.token_type": np.array(types, dtype=np.int32)}
+    return build(metadata, WHERE)
+
+
+def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """How `text` is cut before any merge, as written in it."""
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [text[begin:end] for _, (begin, end) in cut]
+
+
+CUTS = {
+    "smollm": {
+        "I'm 123  45": ["I", "'m", " ", "1", "2", "3", "  ", "4", "5"],
+        "a²³ b": ["a", "²", "³", " b"],
+        "x  \n y": ["x", "  \n", " y"],
+        "I'M": ["I", "'", "M"],
+    },
+    "gpt-2": {
+        "I'm 123  45": ["I", "'m", " 123", " ", " 45"],
+        "hi!!  there": ["hi", "!!", " ", " there"],
+        "I'M": ["I", "'", "M"],
+    },
+    "default": {
+        "ab 12345!": ["ab", " ", "123", "45", "!"],
+        "a+b == c": ["a", "+", "b", " ", "==", " c"],
+    },
+    "llama-bpe": {
+        "I'M 12345": ["I", "'M", " ", "123", "45"],
+        "x=\n\n  y": ["x", "=\n\n", " ", " y"],
+        "(foo) bar\r\n": ["(foo", ")", " bar", "\r\n"],
+        "tail   ": ["tail", "   "],
+    },
+    "qwen2": {
+        "I'M 12345": ["I", "'M", " ", "1", "2", "3", "4", "5"],
+        "(foo) bar\n \n": ["(foo", ")", " bar", "\n \n"],
+    },
+}
+
+
+@pytest.mark.parametrize(("pre", "text"), [(pre, text) for pre, texts in CUTS.items() for text in texts])
+def test_texts_are_cut_as_the_pre_tokenizer_of_that_name_cuts_them(vocabulary: Words, pre: str, text: str) -> None:
+    assert pieces(made(vocabulary(pre=pre)), text) == CUTS[pre][text]
+
+
+def test_merges_apply_inside_the_pieces_only(vocabulary: Words) -> None:
+    smollm, gpt2 = made(vocabulary(pre="smollm")), made(vocabulary(pre="gpt-2"))
+    assert smollm.tokenize("hello hello") == ["hello", "Ġhello"]
+    assert smollm.tokenize("123") == ["1", "2", "3"]
+    assert gpt2.tokenize("123") == ["123"]
+
+
+def test_llama_bpe_takes_whole_pieces_from_the_vocabulary_before_it_merges(vocabulary: Words) -> None:
+    words = vocabulary()["tokenizer.ggml.tokens"]
+    tokens = [*words, "xyz"]  # no merge leads to it
+    changes = {"tokens": tokens, "token_type": [1] * len(tokens)}
+    assert made(vocabulary(pre="llama-bpe", **changes)).tokenize("xyz") == ["xyz"]
+    assert made(vocabulary(pre="gpt-2", **changes)).tokenize("xyz") == ["x", "y", "z"]
+
+
+def test_qwen2_composes_characters_first(vocabulary: Words) -> None:
+    decomposed, composed = "e\u0301", "\u00e9"
+    assert made(vocabulary(pre="qwen2")).encode(decomposed) == made(vocabulary(pre="qwen2")).encode(composed)
+    assert made(vocabulary()).encode(decomposed) != made(vocabulary()).encode(composed)
+
+
+def test_control_tokens_are_special_and_user_defined_ones_are_plain(vocabulary: Words) -> None:
+    tokenizer = made(vocabulary())
+    ids = tokenizer.encode("a<|start|>b<tool>c")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<|start|>", "b", "<tool>", "c"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<tool>c"
+    assert tokenizer.decode(ids) == "a<|start|>b<tool>c"
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "last"),
+    [
+        ({"add_bos_token": False}, None, None),
+        ({"add_bos_token": True}, 1, None),
+        ({"add_bos_token": True, "add_eos_token": True}, 1, 2),
+        ({"add_bos_token": None}, None, None),
+        ({"add_bos_token": None, "pre": "llama-bpe"}, 1, None),
+    ],
+)
+def test_texts_are_framed_as_the_file_says_also_after_saving(
+    vocabulary: Words, tmp_path: Path, changes: dict[str, Any], first: int | None, last: int | None
+) -> None:
+    tokenizer = made(vocabulary(**changes))
+    bare = tokenizer.encode("hello", add_special_tokens=False)
+    expected = ([] if first is None else [first]) + bare + ([] if last is None else [last])
+    assert tokenizer.encode("hello") == expected
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("hello") == expected
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_a_saved_folder_gives_the_same_tokenizer(vocabulary: Words, tmp_path: Path, pre: str) -> None:
+    tokenizer = made(vocabulary(pre=pre))
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("", " hello  12345 <|start|>x<|stop|> <tool>", "日本 é 👍\n\n\tx  ", "e\u0301 I'M"):
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+        assert getattr(again, name) == getattr(tokenizer, name), name
+    messages = [{"role": "user", "content": "hello"}]
+    assert again.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
+
+
+def test_every_token_that_ends_an_answer_is_known_to_the_wrapper(vocabulary: Words) -> None:
+    metadata = vocabulary(eot_token_id=0)
+    assert ending_ids(metadata) == [2, 0]
+    assert wrap(made(metadata), metadata).eos_token_ids == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pre": "smolm"}, "'smolm'.*supported: smollm.*Did you mean 'smollm'"),
+        ({"pre": None}, "pre-tokenizer .* is None.*supported: smollm"),
+        ({"model": "llama"}, "SentencePiece.*supported: 'gpt2'"),
+        ({"model": None}, "tokenizer model is None"),
+        ({"tokens": None, "token_type": None}, "lists 0 tokens"),
+        ({"token_type": [1]}, "1 token types"),
+        ({"merges": ["h e", "q z"]}, "merge 'q z' does not fit"),
+        ({"merges": ["he"]}, "merge 'he' does not fit"),
+        ({"merges": "h e"}, "merges is a str, not a list"),
+        ({"tokens": ["a", "b", "a"], "token_type": [1] * 3, "merges": []}, "token 'a' is in its vocabulary twice"),
+        ({"bos_token_id": 5000}, "bos_token_id is 5000, but there are 268 tokens"),
+        ({"bos_token_id": None, "add_bos_token": True}, "asks for a start token"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(
+    vocabulary: Words, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"some\.gguf: .*{said}"):
+        made(vocabulary(**changes))

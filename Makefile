@@ -14,7 +14,7 @@ RUN = $(VENV)/bin/python
 PIP = -m pip install --quiet --disable-pip-version-check
 STAMP = $(VENV)/.setup-$(EXTRAS)
 REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
-REFERENCE_PACKAGES = torch transformers gguf
+REFERENCE_PACKAGES = torch transformers gguf accelerate
 # Workers run side by side: one BLAS thread each, unless the environment says otherwise.
 PYTEST = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 

@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from runner import checks
 from runner import config as schema
 from runner.config import Config
 from runner.errors import ConfigError, RunnerError
@@ -77,7 +78,7 @@ class Opening(Callback):
                 raise ConfigError(
                     "resume= goes on with one run: leave out -m. To vary a stored run: repeat=RUN with -m."
                 )
-            schema.refuse_secrets(OmegaConf.to_container(_without_hydra(config), resolve=False))
+            checks.refuse_secrets(OmegaConf.to_container(_without_hydra(config), resolve=False))
             folder, number = Path(config.hydra.sweep.dir), 1
             while True:
                 target = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
@@ -99,14 +100,14 @@ def checked(cfg: DictConfig) -> Config:
     Raises:
         ConfigError: a value that cannot be, or one that looks like a secret.
     """
-    schema.refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
+    checks.refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError("\n".join(f"{m} has no value: choose {m.split('.')[0]}=NAME or set it." for m in missing))
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
-    schema.check(config)
-    config = schema.complete(config)
+    checks.check(config)
+    config = checks.complete(config)
     for section in (config.model, config.data):
         section.path = _absolute(section.path)
     if config.adapter:
@@ -122,7 +123,7 @@ def stored_form(cfg: DictConfig, config: Config) -> dict[str, Any]:
 
 
 def _job(cfg: DictConfig) -> float | None:
-    """What Hydra calls, once or for every job of a sweep. A job of a sweep raises; a plain run's error goes straight out."""
+    """What Hydra calls, for a run or each job of a sweep. A job raises; a plain run's error goes straight out."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _run(cfg)
     try:

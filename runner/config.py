@@ -1,4 +1,4 @@
-"""The schema: every setting of a run with its type, its default and its meaning, and the checks on values.
+"""The schema: every setting of a run with its type, its default and its meaning.
 
 The dataclasses are the one place where a default lives (a group's YAML holds only what the choice changes); the
 line under a field is its documentation, from which docs/config.md is made. Plain Python: no Hydra, no MLX.
@@ -7,15 +7,12 @@ line under a field is its documentation, from which docs/config.md is made. Plai
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import inspect
-import math
-import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +51,7 @@ class Model:
     dtype: str = "auto"
     """auto (float32 on the CPU, the model's own elsewhere), float32, bfloat16 or float16."""
     dequantize: str = "auto"
-    """Expand a quantized base while loading: auto (on the CPU only, where quantized products are slow), always, never."""
+    """Expand a quantized base: auto (on the CPU only, where quantized products are slow), always, never."""
     quantize: Quantize = field(default_factory=Quantize)
     trust_remote_code: bool = False
     """Let a model's own Python code run. Leave it off for models you did not write."""
@@ -253,85 +250,6 @@ GROUPS = ("model", "data", "lora", "optimizer", "schedule", "train", "checkpoint
 INVOCATION = ("resume", "repeat", "experiment", "train.stop_at")
 """Settings of one invocation: a later resume or repeat does not inherit them."""
 
-# What a resumed run may change. All else is frozen: it decides the path of the run.
-FREE_ON_RESUME = (
-    *INVOCATION,
-    "adapter",
-    "model.path",  # the fingerprint decides
-    "model.revision",
-    "model.trust_remote_code",
-    "data.path",  # the fingerprint decides
-    "data.metric",
-    "data.metric_split",
-    "data.metric_rows",
-    "data.max_new_tokens",
-    "train.iters",  # judged by may_extend
-    "train.report_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.test",
-    "train.early_stopping",
-    "train.cache_limit_gb",
-    "train.grad_checkpoint",
-    "train.compile",
-    "checkpoint",
-    "loggers",
-)
-
-CHOICES = {
-    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "model.dequantize": ("auto", "always", "never"),
-    "model.quantize.bits": (2, 3, 4, 5, 6, 8),
-    "model.quantize.group_size": (32, 64, 128),
-    "data.format": ("auto", "text", "completions", "chat"),
-    "data.on_too_long": ("truncate", "drop", "error"),
-    "data.metric": ("execution_accuracy", "exact_match"),
-    "data.metric_split": ("test", "valid"),
-    "lora.type": ("lora",),
-    "optimizer.name": tuple(OPTIMIZERS),
-    "schedule.name": tuple(SCHEDULES),
-    "train.compile": ("auto", "always", "never"),
-    "checkpoint.result": ("best", "last"),
-}
-_POSITIVE = (
-    "data.max_length",
-    "data.pad_to",
-    "data.window",
-    "data.max_new_tokens",
-    "lora.rank",
-    "schedule.iters",
-    "train.iters",
-    "train.stop_at",
-    "train.batch_size",
-    "train.grad_accumulation",
-    "train.report_every",
-    "train.eval_every",
-    "train.early_stopping.patience",
-    "checkpoint.every",
-    "checkpoint.keep_every",
-)
-_ABOVE_ZERO = (
-    "optimizer.learning_rate",
-    "optimizer.eps",
-    "train.grad_clip",
-    "train.cache_limit_gb",
-    "checkpoint.every_minutes",
-    "lora.alpha",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "schedule.warmup",
-    "schedule.end",
-    "optimizer.weight_decay",
-    "checkpoint.keep_last",
-    "checkpoint.keep_best",
-    "train.early_stopping.min_delta",
-)
-_SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
-)
-
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name to value for every leaf of a config section (the free dict of loggers is one leaf)."""
@@ -384,142 +302,6 @@ def documented(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any,
             yield f"{prefix}{f.name}", value, doc[f.name]
 
 
-def check(config: Config) -> None:
-    """Check every value of `config` before anything is loaded or written.
-
-    Raises:
-        ConfigError: one sentence a problem, all problems at once.
-    """
-    flat = flatten(config)
-    problems: list[str] = []
-
-    def require(name: str, good: Callable[[Any], bool], wants: str) -> None:
-        if flat[name] is not None and not good(flat[name]):
-            problems.append(f"{name}={flat[name]} cannot be: it has to be {wants}.")
-
-    for name, value in flat.items():
-        if value == MISSING:
-            problems.append(f"{name} has no value: choose {name.split('.')[0]}=NAME or set it.")
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{name}={value} cannot be: it has to be a finite number.")
-    for name, choices in CHOICES.items():
-        value = flat[name]
-        if value is not None and value != MISSING and value not in choices:
-            hint = did_you_mean(str(value), [str(c) for c in choices])
-            problems.append(f"{name}={value} is not a choice: {', '.join(map(str, choices))}.{hint}")
-    for name in _POSITIVE:
-        require(name, lambda v: v >= 1, "1 or more")
-    for name in _ABOVE_ZERO:
-        require(name, lambda v: v > 0, "above 0")
-    for name in _NOT_NEGATIVE:
-        require(name, lambda v: v >= 0, "0 or more")
-    for name in ("lora.num_layers", "data.metric_rows", "train.eval_batches"):
-        require(name, lambda v: v >= -1, "-1 (all) or more")
-    require("lora.num_layers", lambda v: v != 0, "-1 (all) or at least 1")
-    require("train.eval_batches", lambda v: v != 0, "-1 (all) or at least 1")
-    require("lora.dropout", lambda v: 0 <= v < 1, "from 0 to below 1")
-    require(
-        "optimizer.betas",
-        lambda v: len(v) == 2 and all(0 <= b < 1 for b in v),
-        "two numbers from 0 to below 1",
-    )
-    require("seed", lambda v: v < 2**63, "below 2**63")
-    require("data.max_length", lambda v: v >= 2, "2 or more")
-    require("checkpoint.dir", _is_plain_folder, "a plain folder name inside the run directory")
-    problems += _lora_problems(config.lora)
-    problems += _unused_options(config)
-    if config.train.stop_at is not None and config.train.stop_at > config.train.iters:
-        problems.append(f"train.stop_at={config.train.stop_at} lies beyond train.iters={config.train.iters}.")
-    if config.data.metric_rows and config.data.metric is None:
-        problems.append("data.metric_rows is set, but data.metric is null: choose data.metric=exact_match or another.")
-    end = config.schedule.iters or config.train.iters
-    if config.schedule.warmup >= end and config.schedule.warmup:
-        problems.append(f"schedule.warmup={config.schedule.warmup} leaves no update before the end at {end}.")
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def complete(config: Config) -> Config:
-    """A copy with the defaults of the chosen optimizer, schedule and scale filled in: what is stored in config.yaml."""
-    config = copy.deepcopy(config)
-    for section, table in ((config.optimizer, OPTIMIZERS), (config.schedule, SCHEDULES)):
-        for option, default in table[section.name].items():
-            if getattr(section, option) is None:
-                setattr(section, option, copy.copy(default))
-    if config.lora.scale is None and config.lora.alpha is None:
-        config.lora.scale = DEFAULT_LORA_SCALE
-    return config
-
-
-def lora_scale(lora: Lora) -> float:
-    """The factor of the update: `scale`, else alpha / rank, with rslora alpha / sqrt(rank)."""
-    if lora.alpha is None:
-        return DEFAULT_LORA_SCALE if lora.scale is None else lora.scale
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
-
-
-def may_extend(config: Config) -> bool:
-    """Whether train.iters may change on resume: only where the learning rate of past updates does not depend on it."""
-    return config.schedule.name == "constant" or config.schedule.iters is not None
-
-
-def is_free_on_resume(name: str) -> bool:
-    """Whether the setting may change when a run goes on; the others decide the path of the run."""
-    return _matches(name, FREE_ON_RESUME)
-
-
-def changes_on_resume(stored: Config, now: Config, step: int) -> dict[str, tuple[Any, Any]]:
-    """The settings that `now` changes of a run stored at `step`, as name to (stored, now), invocation aside.
-
-    Raises:
-        ConfigError: a change of a frozen setting, with the difference.
-    """
-    before, after = flatten(stored), flatten(now)
-    changed = {n: (before[n], after[n]) for n in after if before[n] != after[n] and not _matches(n, INVOCATION)}
-    frozen = {n: pair for n, pair in changed.items() if not is_free_on_resume(n)}
-    problems = [f"{n} was {_show(old)} and cannot become {_show(new)} on resume." for n, (old, new) in frozen.items()]
-    if "train.iters" in changed:
-        old, new = changed["train.iters"]
-        if not may_extend(stored):
-            problems.append(
-                f"train.iters was {old} and cannot become {new}: the {stored.schedule.name} schedule ends at "
-                "train.iters, so the updates already made would have had other learning rates."
-            )
-        elif new < step:
-            problems.append(f"train.iters={new} lies before update {step}, where the run stands.")
-    if problems:
-        problems.append(
-            "A new run with changed settings: repeat=RUN; with these weights as its start: adapter=RUN/adapters."
-        )
-        raise ConfigError("\n".join(problems))
-    return changed
-
-
-def secrets_in(value: Any, where: str = "") -> Iterator[str]:
-    """Dotted names below `value` whose text looks like a token or a private key."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from secrets_in(item, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from secrets_in(item, f"{where}[{i}]")
-    elif isinstance(value, str) and _SECRET.search(value):
-        yield where
-
-
-def refuse_secrets(value: Any) -> None:
-    """Refuse a config in which any text looks like a token: it would be stored in the run directory.
-
-    Raises:
-        ConfigError: names the setting, never the value.
-    """
-    for name in secrets_in(value):
-        raise ConfigError(
-            f"{name or 'A word on the command line'} looks like a secret and would be written into the run directory. "
-            "Set it in the environment instead: backends read their own variables (HF_TOKEN and the like)."
-        )
-
-
 def from_dict(data: Mapping[str, Any], where: str) -> Config:
     """A Config from plain nested dicts, such as a stored config.yaml; every key and type is checked.
 
@@ -531,7 +313,7 @@ def from_dict(data: Mapping[str, Any], where: str) -> Config:
 
 def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} has to hold settings, not {_show(data)}.")
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} has to hold settings, not {shown(data)}.")
     hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
     known = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
@@ -558,46 +340,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {_show(value)}.")
+    raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {shown(value)}.")
 
 
-def _lora_problems(lora: Lora) -> list[str]:
-    if lora.scale is not None and lora.alpha is not None:
-        return [f"lora.scale={lora.scale} and lora.alpha={lora.alpha} say the same thing twice: set exactly one."]
-    if lora.rslora and lora.alpha is None:
-        return ["lora.rslora=true needs lora.alpha: scale = alpha / sqrt(rank)."]
-    return []
-
-
-def _unused_options(config: Config) -> list[str]:
-    """An option that the chosen optimizer or schedule does not use would silently do nothing: refused instead."""
-    problems = []
-    for section, chosen, table in (
-        ("optimizer", config.optimizer, OPTIMIZERS),
-        ("schedule", config.schedule, SCHEDULES),
-    ):
-        if chosen.name not in table:
-            continue
-        options = {option for every in table.values() for option in every}
-        for option in sorted(options - set(table[chosen.name])):
-            if getattr(chosen, option) is not None:
-                users = [name for name, every in table.items() if option in every]
-                problems.append(
-                    f"{section}.{option} is not used by {section}={chosen.name}; it belongs to "
-                    f"{' and '.join(f'{section}={u}' for u in users)}."
-                )
-    if config.optimizer.nesterov and not config.optimizer.momentum:
-        problems.append("optimizer.nesterov=true needs optimizer.momentum above 0.")
-    return problems
-
-
-def _is_plain_folder(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w][\w.-]*", name)) and name not in ("adapters", "run.log")
-
-
-def _matches(name: str, settings: tuple[str, ...]) -> bool:
-    return any(name == s or name.startswith(f"{s}.") for s in settings)
-
-
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as one would type it."""
     return "null" if value is None else str(value)

@@ -67,7 +67,8 @@ def _missing(error: MissingConfigException) -> str:
     group, _, choice = wanted.rpartition("/")
     options = list(error.options or [])
     if options:
-        return f"{_line_with(group, choice)}{group}={choice} is not a choice: {', '.join(options)}.{did_you_mean(choice, options)}"
+        where, hint = _line_with(group, choice), did_you_mean(choice, options)
+        return f"{where}{group}={choice} is not a choice: {', '.join(options)}.{hint}"
     return _first_line(str(error))
 
 

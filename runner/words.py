@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner import config
+from runner import checks, config
 from runner.errors import ConfigError, did_you_mean
 
 CONF = Path(__file__).parent / "conf"
@@ -20,19 +20,8 @@ if not CONF.is_dir():  # a clone or an editable install: the wheel carries conf/
     CONF = Path(__file__).parent.parent / "conf"
 
 _PATHS = ("resume", "repeat", "adapter", "data.path", "model.path", "hydra.run.dir", "hydra.sweep.dir")
-_FLAGS_WITH_VALUE = (
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-)
-_FLAGS_WITH_VALUE += ("--info", "-i")
+_FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn"}
+_FLAGS_WITH_VALUE |= {"--config-path", "-cp", "--info", "-i"}
 _WORD = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[A-Za-z_][\w./-]*)(?P<package>@[\w.:@]*)?=(?P<value>.*)", re.DOTALL)
 _PLAIN = re.compile(r"[\w/.:@%+-]*", re.ASCII)
 _SWEEP = re.compile(r"\w+\(.*\)", re.DOTALL)
@@ -115,7 +104,7 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
     _check_key(key, value, sign)
     if sign and key.startswith("loggers."):
         return word  # backends take options of their own
-    config.refuse_secrets({key: value})
+    checks.refuse_secrets({key: value})
     said.typed[key] = value
     if key in _PATHS:
         value = _path(value, said.multirun)

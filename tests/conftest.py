@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runner import blas, config
+from runner import blas, checks, config
 from runner.config import Config
 from runner.rundir import RunDirectory
 from runner.start import Start, find_source, new_run_id
@@ -55,8 +55,8 @@ def tiny() -> Callable[..., Config]:
             "checkpoint.every": 4,
         }
         settings = changed(settings, small | changes)
-        config.check(settings)
-        return config.complete(settings)
+        checks.check(settings)
+        return checks.complete(settings)
 
     return make
 
@@ -135,6 +135,17 @@ class Door:
         out, _ = process.communicate(timeout=600)
         assert process.returncode == expect, f"exit code {process.returncode}\n{out}"
         return out
+
+
+@pytest.fixture(scope="session")
+def make_door() -> Callable[[Path], Door]:
+    """A door in a folder of your own choice."""
+
+    def make(folder: Path) -> Door:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Door(folder)
+
+    return make
 
 
 @pytest.fixture

@@ -39,8 +39,7 @@ def child(code: str, cache: Path, **environment: str) -> subprocess.Popen:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name
-        not in ("RUNNER_BLAS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "LD_PRELOAD")
+        if name not in ("RUNNER_BLAS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "LD_PRELOAD")
     }
     environment = inherited | {"RUNNER_CACHE": str(cache), "PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen(
@@ -281,9 +280,7 @@ def test_the_quota_of_the_control_group_limits_the_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, group: str, files: dict[str, str], cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    for name, text in (
-        {f"sys/fs/cgroup/{k}": v for k, v in files.items()} | {"proc/self/cgroup": group}
-    ).items():
+    for name, text in ({f"sys/fs/cgroup/{k}": v for k, v in files.items()} | {"proc/self/cgroup": group}).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     assert blas.usable_cores(tmp_path) == cores
@@ -304,9 +301,7 @@ def test_the_thread_count_holds_in_the_library_and_is_not_left_to_children(tmp_p
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
 def test_every_blas_and_lapack_name_that_mlx_asks_for_is_forwarded() -> None:
     libmlx = importlib.metadata.distribution("mlx-cpu").locate_file("mlx/lib/libmlx.so")
-    listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(libmlx)], capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(libmlx)], capture_output=True, text=True, check=True)
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     wheel = ctypes.CDLL(WHEEL_LIBRARY)
     asked = {name for name in names if name.startswith("cblas_") or hasattr(wheel, f"scipy_{name}")}

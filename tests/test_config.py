@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from runner import config
+from runner import changes, checks, config
 from runner.config import Config
 from runner.errors import ConfigError
 
@@ -19,11 +19,11 @@ def test_every_setting_is_documented_once():
 
 def test_the_choices_and_bounds_name_settings_that_exist():
     names = set(config.names())
-    bounds = (*config._POSITIVE, *config._ABOVE_ZERO, *config._NOT_NEGATIVE)
-    assert set(config.CHOICES) <= names
+    bounds = (*checks._POSITIVE, *checks._ABOVE_ZERO, *checks._NOT_NEGATIVE)
+    assert set(checks.CHOICES) <= names
     assert set(bounds) <= names
     known = names | config.sections()
-    assert set(config.FREE_ON_RESUME) <= known
+    assert set(changes.FREE_ON_RESUME) <= known
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_all_problems_are_told_at_once(tiny):
 def test_exactly_one_of_scale_and_alpha(tiny):
     with pytest.raises(ConfigError, match="exactly one"):
         tiny(**{"lora.scale": 2.0, "lora.alpha": 16.0})
-    assert config.lora_scale(tiny().lora) == config.DEFAULT_LORA_SCALE == tiny().lora.scale
-    assert config.lora_scale(tiny(**{"lora.alpha": 16.0, "lora.rank": 4}).lora) == 4.0
-    assert config.lora_scale(tiny(**{"lora.alpha": 16.0, "lora.rank": 4, "lora.rslora": True}).lora) == 8.0
+    assert checks.lora_scale(tiny().lora) == config.DEFAULT_LORA_SCALE == tiny().lora.scale
+    assert checks.lora_scale(tiny(**{"lora.alpha": 16.0, "lora.rank": 4}).lora) == 4.0
+    assert checks.lora_scale(tiny(**{"lora.alpha": 16.0, "lora.rank": 4, "lora.rslora": True}).lora) == 8.0
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ def test_secrets_are_refused_by_name_and_never_shown():
     token = "hf_" + "a1B2" * 8
     for data in ({"model": {"path": token}}, {"loggers": {"x": {"k": ["a", token]}}}):
         with pytest.raises(ConfigError) as refused:
-            config.refuse_secrets(data)
+            checks.refuse_secrets(data)
         assert token not in str(refused.value)
-    config.refuse_secrets(config.to_dict(Config()))
+    checks.refuse_secrets(config.to_dict(Config()))
 
 
 def test_frozen_and_free_settings_together_are_all_settings():
-    free = {n for n in config.names() if config.is_free_on_resume(n)}
+    free = {n for n in config.names() if changes.is_free_on_resume(n)}
     frozen = set(config.names()) - free
     assert {"seed", "lora.rank", "optimizer.learning_rate", "train.batch_size", "train.grad_accumulation"} <= frozen
     assert {"train.iters", "train.eval_every", "checkpoint.every", "loggers", "model.path", "data.path"} <= free

@@ -68,6 +68,7 @@ class LazyRows(Sequence[Row]):
 
     def _read(self) -> list[Row]:
         if self._rows is None:
+            assert self._path is not None
             self._rows = list(read_rows(self._path))
         return self._rows
 

@@ -56,7 +56,7 @@ class TokenSet:
         """SHA-256 (hex) over offsets, tokens and supervision: equal for two sets that train alike."""
         digest = hashlib.sha256(f"tokens {len(self.tokens)} rows {len(self)}\n".encode())
         for array, stored in ((self.offsets, "<i8"), (self.tokens, "<i4"), (self.supervised, "u1")):
-            digest.update(np.ascontiguousarray(array, dtype=stored))
+            digest.update(np.ascontiguousarray(array, dtype=stored).data)
         return digest.hexdigest()
 
 

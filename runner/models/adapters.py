@@ -12,10 +12,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
 
-from runner import config
+from runner import checks, config
 from runner.errors import ModelError, did_you_mean
+from runner.models.arrays import arrays_from
 from runner.models.loading import Base
 
+ADAPTERS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 Params = dict[str, mx.array]
 """Trainable arrays by their dotted path in the model."""
 
@@ -69,15 +72,12 @@ class Adapted:
         self.stream = DropoutStream()
         depth = len(self.model.layers)
         self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
-        self.shape = {
-            "rank": lora.rank,
-            "scale": config.lora_scale(lora),
-            "dropout": lora.dropout,
-            "keys": _checked_keys(self.model, lora.keys),
-        }
+        keys = _checked_keys(self.model, lora.keys)
+        scale = checks.lora_scale(lora)
+        self.shape = {"rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}
         # MLX draws the factors from its global state: seeded here, and nowhere else used.
         mx.random.seed(seed)
-        linear_to_lora_layers(self.model, self.num_layers, {**self.shape, "keys": set(self.shape["keys"])})
+        linear_to_lora_layers(self.model, self.num_layers, {**self.shape, "keys": set(keys)})
         for _, module in self._adapters():
             if lora.dropout > 0:
                 module.dropout = KeyedDropout(lora.dropout, self.stream.layers, self.stream)
@@ -140,8 +140,6 @@ def read_weights(path: Path) -> dict[str, mx.array]:
         except Exception as error:  # zip, numpy and value errors alike: not a plain .npz
             raise ModelError(f"adapter={path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if path.suffix == ".safetensors":
-        from runner.training.state import arrays_from
-
         return arrays_from(path.read_bytes(), where=str(path))
     raise ModelError(f"adapter={path}: expected .npz, .safetensors or an adapter folder, not '{path.suffix}'.")
 
@@ -164,15 +162,15 @@ def warm_start(params: Params, weights: dict[str, mx.array], where: str) -> Para
             break
     if problems:
         raise ModelError(
-            f"adapter={where} does not fit this run: {'; '.join(problems)}. Set lora.rank, lora.num_layers and lora.keys "
-            f"to what it was trained with{_trained_with(where)}."
+            f"adapter={where} does not fit this run: {'; '.join(problems)}. "
+            f"Set lora.rank, lora.num_layers and lora.keys to what it was trained with{_trained_with(where)}."
         )
     return {name: weights[name].astype(params[name].dtype) for name in params}
 
 
 def _trained_with(where: str) -> str:
     path = Path(where)
-    about = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    about = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
     try:
         found = json.loads(about.read_text())
         lora = found["lora_parameters"]

@@ -185,7 +185,10 @@ def _reason(error: Exception) -> str:
         "ConnectError",
         "ConnectionError",
     ):
-        return "it is neither a local folder nor in the hub's cache, and the hub cannot be reached. Check the name and the network."
+        return (
+            "it is neither a local folder nor in the hub's cache, and the hub cannot be reached. "
+            "Check the name and the network."
+        )
     if type(error).__name__ in ("RepositoryNotFoundError", "GatedRepoError"):
         return "the hub has no such model, or it needs a login (hf auth login). Check the name."
     return (text[:400] or type(error).__name__).rstrip(".") + "."

@@ -37,7 +37,7 @@ def evaluate(
         each()
         part = cross_entropy_sum(forward, *arrays(batch))
         mx.eval(part)
-        total += part.item()
+        total += float(part)
         supervised += batch.supervised
         tokens += batch.real_tokens
     return Evaluation(total / max(1, supervised), supervised, tokens, time.perf_counter() - begun)

@@ -1,4 +1,4 @@
-"""The loop. A plain run, a resumed run and a branch pass through it; members share the batches, and a plain run has one."""
+"""The loop: every kind of run passes through it. Members share the batches; a plain run has one."""
 
 from __future__ import annotations
 

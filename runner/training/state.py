@@ -9,23 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from runner.checkpoints.tensors import Tensor, pack, unpack
+from runner.checkpoints.tensors import pack
 from runner.checkpoints.verify import Loaded
 from runner.data.order import Position
 from runner.errors import CheckpointError
-from runner.models.adapters import Params
+from runner.models.adapters import ADAPTER_CONFIG, ADAPTERS, Params
+from runner.models.arrays import arrays_from, tensors_of
 from runner.training import optimizers
 from runner.training.member import Member, Progress
 from runner.training.step import dropout_seed
 
-ADAPTERS = "adapters.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "train_state.json"
 SCHEMA = 1
-_BITS = {mx.bfloat16: ("BF16", mx.uint16)}
 
 
 @dataclass(frozen=True)
@@ -142,32 +139,6 @@ def restore(member: Member, restored: Restored, where: str) -> None:
     member.params = {name: restored.params[name] for name in member.params}
     optimizers.restore(member.optimizer, member.params, restored.optimizer, where)
     member.progress = restored.progress
-
-
-def tensors_of(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
-    """MLX arrays as bytes, through numpy; bfloat16, which numpy lacks, through its bits."""
-    mx.eval(list(arrays.values()))
-    out = {}
-    for name, array in arrays.items():
-        dtype, bits = _BITS.get(array.dtype, (None, None))
-        out[name] = Tensor.of(np.array(array.view(bits) if bits else array, copy=True), dtype)
-    return out
-
-
-def arrays_from(data: bytes, where: str) -> dict[str, mx.array]:
-    """MLX arrays from the bytes of a safetensors file, strictly checked, every value finite.
-
-    Raises:
-        CheckpointError: names `where` and the reason.
-    """
-    out = {}
-    for name, tensor in unpack(data, where=where)[0].items():
-        if not tensor.is_finite():
-            raise CheckpointError(f"{where}: {name} holds values that are not finite.")
-        array = mx.array(tensor.array())
-        out[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
-    mx.eval(list(out.values()))
-    return out
 
 
 def json_bytes(data: Any) -> bytes:

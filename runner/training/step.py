@@ -49,14 +49,15 @@ class Step:
             part, grads = self._loss_and_grad(member.params, *arrays(batch), key)
             total = grads if total is None else {name: total[name] + g for name, g in grads.items()}
             mx.eval(part, total)
-            loss_sum += part.item()
+            loss_sum += float(part)
         tokens = sum(batch.supervised for batch in batches)
         mean = {name: g / tokens for name, g in (total or {}).items()}
         clipped, norm = optim.clip_grad_norm(mean, self._grad_clip or math.inf)
         if not (math.isfinite(loss_sum) and math.isfinite(norm.item())):
             what = "loss" if not math.isfinite(loss_sum) else "gradient"
             raise Diverged(
-                f"The {what} at update {update} is not finite (learning rate {learning_rate:g}); the update was not made."
+                f"The {what} at update {update} is not finite (learning rate {learning_rate:g}); "
+                "the update was not made."
             )
         member.optimizer.learning_rate = learning_rate
         member.params = member.optimizer.apply_gradients(clipped if self._grad_clip else mean, member.params)

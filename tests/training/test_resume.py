@@ -228,7 +228,9 @@ def test_another_base_of_identical_shapes_is_refused_by_its_fingerprint(tiny, tr
         train(tiny(), run, resume=run)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(tiny, train, tmp_path, assert_equal_runs):
+def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(
+    tiny, train, tmp_path, assert_equal_runs
+):
     whole = train(tiny(), tmp_path / "whole")
     run = train(tiny(**{"train.stop_at": 3}), tmp_path / "run")
     shutil.rmtree(run / "checkpoints")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,8 +26,8 @@ def test_the_last_update_has_exactly_the_end_and_the_first_after_warmup_the_peak
 def test_rates_rise_in_the_warmup_and_never_rise_after_it(name, iters, warmup):
     warmup = min(warmup, iters - 1)
     rates = [learning_rate(u, name=name, peak=1.0, iters=iters, warmup=warmup) for u in range(1, iters + 5)]
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=True))
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[: warmup + 1]))
+    assert all(a >= b for a, b in pairwise(rates[warmup:]))
     assert all(0 <= r <= 1 for r in rates)
     assert rates[0] > 0
 

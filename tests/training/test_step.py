@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 
-from runner import config
+from runner import checks, config
 from runner.data.batches import make_batch
 from runner.data.tokens import TokenSet
 from runner.errors import Diverged
@@ -41,7 +41,7 @@ def adapted(dropout: float = 0.0, bits: int | None = None) -> Adapted:
 
 
 def member(made: Adapted, **options) -> Member:
-    settings = config.complete(config.Config(optimizer=config.Optimizer(name="adamw", **options)))
+    settings = checks.complete(config.Config(optimizer=config.Optimizer(name="adamw", **options)))
     settings.schedule.name = "constant"
     params = made.params()
     return Member(params, optimizers.build(settings.optimizer, params), lambda u: 1e-3, 0, record=None)
@@ -176,7 +176,10 @@ def test_dropout_depends_on_seed_update_and_micro_batch_alone():
     batch = make_batch(token_set([30]), np.array([0]), 16)
     step = Step(made, Forward(made.model), grad_clip=None, compiled=False)
     made.model.train()
-    losses = [step._loss_and_grad(made.params(), *arrays(batch), dropout_key(*k))[0].item() for k in ((1, 1, 0), (1, 1, 0), (1, 2, 0))]
+    losses = [
+        step._loss_and_grad(made.params(), *arrays(batch), dropout_key(*k))[0].item()
+        for k in ((1, 1, 0), (1, 1, 0), (1, 2, 0))
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -1,0 +1,39 @@
+"""MLX arrays as the tensors of a safetensors file, and back; strictly checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from runner.checkpoints.tensors import Tensor, unpack
+from runner.errors import CheckpointError
+
+_BITS = {mx.bfloat16: ("BF16", mx.uint16)}
+
+
+def tensors_of(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
+    """MLX arrays as bytes, through numpy; bfloat16, which numpy lacks, through its bits."""
+    mx.eval(list(arrays.values()))
+    out = {}
+    for name, array in arrays.items():
+        dtype, bits = _BITS.get(array.dtype, (None, None))
+        out[name] = Tensor.of(np.array(array.view(bits) if bits else array, copy=True), dtype)
+    return out
+
+
+def arrays_from(data: bytes, where: str) -> dict[str, mx.array]:
+    """MLX arrays from the bytes of a safetensors file, strictly checked, every value finite.
+
+    Raises:
+        CheckpointError: names `where` and the reason.
+    """
+    out = {}
+    for name, tensor in unpack(data, where=where)[0].items():
+        if not tensor.is_finite():
+            raise CheckpointError(f"{where}: {name} holds values that are not finite.")
+        array = mx.array(tensor.array())
+        out[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+    mx.eval(list(out.values()))
+    return out

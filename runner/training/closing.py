@@ -1,0 +1,143 @@
+"""What comes after the loop, and what is generated before and after it: samples, test loss, result, summary."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from runner.checkpoints.store import step_name
+from runner.config import Config
+from runner.data.metrics import metric_named
+from runner.errors import ConfigError
+from runner.reports import summary
+from runner.rundir import now
+from runner.start import Start
+from runner.training import state
+from runner.training.evaluation import evaluate
+from runner.training.generation import generate
+from runner.training.loop import FINISHED, STOPPED_EARLY, Job, best_of
+from runner.training.record import rows_of_step
+from runner.training.setup import Parts, fixed_batches
+from runner.training.stops import Interrupted
+
+
+def sample(job: Job, parts: Parts, settings: Config, *, before: bool) -> None:
+    """Generate the held-out rows and score them: before the first update, or with the result."""
+    member, wanted = job.members[0], settings.data.metric_rows
+    if not wanted or settings.data.metric is None or (before and member.progress.step > 0) or job.stops.signal:
+        return
+    split = settings.data.metric_split
+    rows = [row.value for row in parts.data.rows[split]]
+    rows = rows if wanted < 0 else rows[:wanted]
+    if not rows:
+        raise ConfigError(f"data.metric_rows={wanted}: the data have no {split} rows to generate from.")
+    job.step.place(member.params)
+    job.display.line(f"generating {len(rows)} {split} rows {'before' if before else 'after'} training")
+    try:
+        made = generate(
+            parts.adapted.model,
+            parts.base.tokenizer,
+            rows,
+            parts.reading,
+            metric_named(settings.data.metric),
+            max_tokens=settings.data.max_new_tokens,
+            each=job.stops.check,
+        )
+    except Interrupted:
+        return
+    step = member.progress.step
+    for answer in made.answers:
+        member.record.samples.append({"step": step, **vars(answer)})
+    member.record.row(
+        step=step,
+        split=split,
+        metric=settings.data.metric,
+        score=made.score,
+        rows=len(rows),
+        generated_tokens=made.tokens,
+    )
+
+
+def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
+    """Write adapters/, the last rows and the status, and say what came of the run."""
+    member, settings, record = job.members[0], start.config, job.members[0].record
+    progress = member.progress
+    finished = ending in (FINISHED, STOPPED_EARLY)
+    result = record.result_step(settings.checkpoint.result)
+    if result is not None:
+        record.write_result(result)
+    lines: list[str] = []
+    if finished:
+        lines = _final_rows(job, parts, settings, result)
+    if job.stops.signal is not None:  # also a stop that came while the last answers were generated
+        finished, ending = False, job.stops.signal.name
+    record.metrics.sync()
+    record.samples.sync()
+    named = finished and ending != FINISHED
+    record.status(
+        state="finished" if finished else "stopped",
+        step=progress.step,
+        reason=ending if named or not finished else None,
+        result_step=result,
+        best=best_of(member),
+        ended=now(),
+    )
+    for line in lines:
+        job.display.line(line)
+    source = parts.base.source
+    elsewhere = None if source.startswith("builtin:") or source.endswith(".gguf") else source
+    job.display.line("")
+    for line in summary.ending(
+        start.directory.path,
+        state="finished" if finished else "stopped",
+        reason=ending if named or not finished else "finished",
+        step=progress.step,
+        iters=settings.train.iters,
+        seconds=record.seconds(),
+        tokens=progress.tokens,
+        baseline=progress.baseline_loss,
+        best=best_of(member),
+        result_step=result,
+        peak_memory_gb=mx.get_peak_memory() / 1e9,
+        adapters_load_elsewhere=elsewhere,
+    ):
+        job.display.line(line)
+
+
+def _final_rows(job: Job, parts: Parts, settings: Config, result: int | None) -> list[str]:
+    """Test loss and generated answers of the result, where they are asked for."""
+    member = job.members[0]
+    if result is not None:
+        loaded = member.record.store.load(member.record.store.folder / step_name(result))
+        member.params = state.read(loaded).params
+    lines = []
+    step = member.progress.step
+    if settings.train.test:
+        if not len(parts.data.test):
+            raise ConfigError("train.test=true: the data have no test.jsonl.")
+        job.step.place(member.params)
+        tested = evaluate(parts.adapted.model, job.forward, fixed_batches(parts.data.test, settings))
+        member.record.row(
+            step=step,
+            split="test",
+            loss=tested.loss,
+            perplexity=math.exp(min(tested.loss, 700)),
+            of_step=result,
+        )
+        lines.append(f"test loss {tested.loss:.4f}, perplexity {math.exp(min(tested.loss, 700)):.3f}")
+    if settings.data.metric_rows and settings.data.metric:
+        sample(job, parts, settings, before=False)
+        before = rows_of_step(member.record.directory.samples, 0)
+        after = rows_of_step(member.record.directory.samples, step)
+        if after:
+            picked = summary.pick_samples(before, after)
+            lines += summary.before_and_after(
+                settings.data.metric,
+                len(after),
+                float(np.mean([row["score"] for row in before.values()])) if before else None,
+                float(np.mean([row["score"] for row in after.values()])),
+                [(before.get(row), after[row]) for row in picked],
+            )
+    return lines

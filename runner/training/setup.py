@@ -1,0 +1,214 @@
+"""From settings to a job for the loop: model, data, adapter, member, and a checkpoint's state put back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from runner import __version__, changes, config
+from runner.blas import BlasReport, blas_identity
+from runner.checkpoints.schedule import Schedule
+from runner.config import Config
+from runner.data.batches import Batch, make_batch
+from runner.data.formats import Keys, Reading
+from runner.data.order import Order, Position, evaluation_batches
+from runner.data.tokens import DataSet, TokenSet, load_splits
+from runner.errors import ConfigError
+from runner.models.adapters import Adapted, read_weights, trainable_share, warm_start
+from runner.models.forward import Forward
+from runner.models.loading import Base, load, on_cpu
+from runner.reports.progress import Display
+from runner.start import Start
+from runner.training import events, optimizers, state
+from runner.training.going_on import Found
+from runner.training.loop import Job
+from runner.training.member import Member
+from runner.training.record import Record
+from runner.training.schedules import learning_rate
+from runner.training.state import Identity
+from runner.training.step import Step
+from runner.training.stops import Stops
+
+
+@dataclass
+class Parts:
+    """What is loaded for a run."""
+
+    base: Base
+    data: DataSet
+    reading: Reading
+    adapted: Adapted
+    identity: Identity
+
+
+def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, display: Display) -> Parts:
+    base = load(settings.model)
+    base.source = stored["model"]["path"]  # as written: a path from the environment is not written out
+    for note in base.notes:
+        display.line(note)
+    reading = Reading(
+        format=settings.data.format,
+        mask_prompt=settings.data.mask_prompt,
+        max_length=settings.data.max_length,
+        on_too_long=settings.data.on_too_long,
+        keys=Keys(**vars(settings.data.keys)),
+        chat_template=settings.data.chat_template,
+    )
+    data = load_splits(settings.data.path, base.tokenizer, reading)
+    adapted = Adapted(base, settings.lora, settings.seed)
+    try:
+        _introduce(settings, base, data, adapted, blas, display)
+    except BaseException:
+        adapted.remove()
+        raise
+    return Parts(base, data, reading, adapted, _identity(settings, stored, base, data, blas))
+
+
+def _introduce(
+    settings: Config, base: Base, data: DataSet, adapted: Adapted, blas: BlasReport, display: Display
+) -> None:
+    ours, all_ = trainable_share(adapted)
+    device = "CPU" if on_cpu() else "GPU"
+    product = f", {blas.kind} BLAS, {blas.threads} threads" if blas.threads and on_cpu() else ""
+    display.line(
+        f"model  {base.source}: {all_ / 1e6:.1f}M parameters, {ours / 1e6:.3f}M trained in the last "
+        f"{adapted.num_layers} of {len(adapted.model.layers)} blocks ({device}{product})"
+    )
+    for split, counts in data.counts.items():
+        left_out = [
+            f"{number} {what}"
+            for number, what in (
+                (counts.truncated, f"cut at {settings.data.max_length}"),
+                (counts.dropped, "dropped as too long"),
+                (counts.nothing_to_learn, "without a token to learn"),
+            )
+            if number
+        ]
+        display.line(
+            f"data   {split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
+            f"longest {counts.longest}" + (f"; {', '.join(left_out)}" if left_out else "")
+        )
+    if not len(data.valid):
+        display.line("data   no valid.jsonl: no validation, the last checkpoint is the result", "yellow")
+
+
+def _identity(settings: Config, stored: dict[str, Any], base: Base, data: DataSet, blas: BlasReport) -> Identity:
+    flat = config.flatten(settings)
+    frozen = {name: value for name, value in flat.items() if not changes.is_free_on_resume(name)}
+    return Identity(
+        run_id="",
+        fingerprints={
+            "model": base.fingerprint,
+            "data_train": data.train.fingerprint,
+            "data_valid": data.valid.fingerprint,
+            "config": hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest(),
+        },
+        environment={
+            "runner": __version__,
+            "mlx": version("mlx"),
+            "mlx_lm": version("mlx-lm"),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "device": str(mx.default_device()),
+            "blas": blas_identity(blas),
+            "compiled": is_compiled(settings),
+        },
+        hyperparameters=config.flatten_dict(stored),
+    )
+
+
+def is_compiled(settings: Config) -> bool:
+    wanted = settings.train.compile
+    return wanted == "always" or (wanted == "auto" and not on_cpu())
+
+
+def make_job(start: Start, found: Found | None, parts: Parts, record: Record, stops: Stops, display: Display) -> Job:
+    settings, data = start.config, parts.data
+    member = _member(settings, parts, record)
+    position = Position()
+    for line in found.said if found else []:
+        display.line(line, "yellow")
+    if found is not None:
+        compare(found, parts.identity, display)
+        state.restore(member, found.restored, str(found.loaded.checkpoint.path))
+        position = found.restored.position
+        display.line(f"resumed from {found.loaded.checkpoint.path} at step {member.progress.step}")
+    elif start.source is not None:
+        display.line("resumed before the first checkpoint: from the beginning")
+    if settings.adapter and found is None:
+        member.params = warm_start(member.params, read_weights(Path(settings.adapter)), settings.adapter)
+        display.line(f"warm start from {settings.adapter}")
+    forward = Forward(parts.adapted.model)
+    t = settings.train
+    return Job(
+        plan=events.Plan(
+            iters=t.iters,
+            report_every=t.report_every,
+            eval_every=t.eval_every,
+            evaluates=len(data.valid) > 0,
+            stop_at=t.stop_at,
+            patience=t.early_stopping.patience,
+            min_delta=t.early_stopping.min_delta,
+        ),
+        saves=Schedule(settings.checkpoint.every, settings.checkpoint.every_minutes),
+        members=[member],
+        position=position,
+        order=Order(data.train.lengths, t.batch_size, settings.seed, settings.data.window),
+        train_rows=data.train,
+        pad_to=settings.data.pad_to,
+        grad_accumulation=t.grad_accumulation,
+        valid_batches=fixed_batches(data.valid, settings),
+        adapted=parts.adapted,
+        forward=forward,
+        step=Step(parts.adapted, forward, grad_clip=t.grad_clip, compiled=is_compiled(settings)),
+        identity=parts.identity,
+        stops=stops,
+        display=display,
+    )
+
+
+def _member(settings: Config, parts: Parts, record: Record) -> Member:
+    params = parts.adapted.params()
+    o, s = settings.optimizer, settings.schedule
+    iters = s.iters or settings.train.iters
+
+    def rate(update: int) -> float:
+        return learning_rate(update, name=s.name, peak=o.learning_rate, iters=iters, warmup=s.warmup, end=s.end or 0.0)
+
+    return Member(params, optimizers.build(o, params), rate, settings.seed, record)
+
+
+def fixed_batches(rows: TokenSet, settings: Config) -> list[Batch]:
+    chosen = evaluation_batches(rows.lengths, settings.train.batch_size, settings.train.eval_batches)
+    return [make_batch(rows, indices, settings.data.pad_to) for indices in chosen]
+
+
+def compare(found: Found, now_: Identity, display: Display) -> None:
+    """Refuse another model or other data; name what may change bits."""
+    then = found.restored.identity
+    words = {
+        "model": "the base model has other weights",
+        "data_train": "the training data are others",
+        "data_valid": "the validation data are others",
+    }
+    problems = [
+        f"{text}: fingerprint {then.fingerprints.get(name, 'none')[:16]} then, {now_.fingerprints[name][:16]} now."
+        for name, text in words.items()
+        if then.fingerprints.get(name) != now_.fingerprints[name]
+    ]
+    if problems:
+        problems.append("To train on them from here: adapter=RUN/adapters starts a new run from these weights.")
+        raise ConfigError(f"{found.loaded.checkpoint.path} cannot go on here:\n" + "\n".join(problems))
+    for name, value in now_.environment.items():
+        if then.environment.get(name) != value:
+            display.line(
+                f"bits may differ from an uninterrupted run: {name} was {then.environment.get(name)}, is {value}",
+                "yellow",
+            )

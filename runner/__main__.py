@@ -8,13 +8,15 @@ import traceback
 from collections.abc import Sequence
 
 from runner.errors import EXIT_CONFIG, RunnerError
+from runner.verbs import VERBS, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     program = os.path.basename(sys.argv[0]) if sys.argv else "runner"
-    if any(w in ("--help", "-h", "help") for w in argv):
+    verb = argv[0] if argv and argv[0] in VERBS else None
+    if verb is None and any(w in ("--help", "-h", "help") for w in argv):
         from runner.help import text
 
         print(text(), end="")
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"runner {__version__}")
         return 0
     try:
-        return _start(argv, program)
+        return run(verb, argv[1:]) if verb else _start(argv, program)
     except RunnerError as error:
         return _refuse(error, error.exit_code)
     except KeyboardInterrupt:

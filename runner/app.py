@@ -1,30 +1,35 @@
-"""Compose the config with Hydra, check it, open the run directory, hand over to training.
+"""Compose the config with Hydra, check it, open the output directory, hand over to training or to a sweep.
 
-Hydra and OmegaConf are known here and in the door only; below there are plain dataclasses.
+Hydra and OmegaConf are known at this edge only (here, in `composed`, `sentences` and `sweeps`).
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner import checks
 from runner import config as schema
+from runner.composed import checked, stored_form
 from runner.config import Config
 from runner.errors import ConfigError, RunnerError
 from runner.rundir import RunDirectory
+from runner.sentences import explain
 from runner.start import Start, find_source, new_run_id
-from runner.words import CONF, Invocation
+from runner.sweeps import grid, manifest
+from runner.words import CONF, Invocation, quoted_path
 
 _said = Invocation()
 
@@ -46,15 +51,36 @@ def start(said: Invocation, program: str) -> None:
     global _said
     _said = said
     words = list(said.words)
+    if said.resume is not None and (said.resume / manifest.NAME).is_file():
+        words = _words_of_sweep(said)
     if said.resume or said.repeat:
         _store_config_of(said)
         words.append("stored=run")
-    _register()
+    register()
     sys.argv = [program, *words]
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_job)()
     except Refused as refused:
-        raise refused.error from refused
+        if isinstance(refused.error, RunnerError):
+            raise refused.error from refused
+        raise explain(refused.error) from refused.error
+
+
+def run_sweep(
+    arguments: Sequence[str],
+    params: dict[str, Any] | None,
+    launcher: Launcher,
+    context: HydraContext,
+    config: DictConfig,
+) -> list[JobReturn]:
+    """What our sweeper calls: the sweep of this invocation. Its errors go past Hydra to the door."""
+    from runner.sweeps import sweep
+
+    try:
+        words = grid.kept_words(_said.words)
+        return sweep.run(arguments, params=params, launcher=launcher, context=context, config=config, words=words)
+    except Exception as error:
+        raise Refused(error) from error
 
 
 class Opening(Callback):
@@ -72,106 +98,66 @@ class Opening(Callback):
             _set(config, "hydra.run.dir", str(directory))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """A sweep: its directory is new and ours."""
+        """A sweep: its directory is new and ours, or that of the sweep to finish."""
         with _refusals():
             if _said.resume is not None:
-                raise ConfigError(
-                    "resume= goes on with one run: leave out -m. To vary a stored run: repeat=RUN with -m."
-                )
+                raise ConfigError("resume=RUN goes on with one run: leave out -m. To vary it: repeat=RUN with -m.")
             checks.refuse_secrets(OmegaConf.to_container(_without_hydra(config), resolve=False))
-            folder, number = Path(config.hydra.sweep.dir), 1
-            while True:
-                target = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-                try:
-                    target.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    if "hydra.sweep.dir" in str(sys.argv):
-                        raise ConfigError(f"{target} exists already: choose another hydra.sweep.dir.") from None
-                    number += 1
-                except OSError as error:
-                    raise ConfigError(f"{target} cannot be made: {error.strerror}.") from None
-            _set(config, "hydra.sweep.dir", str(target.absolute()))
-
-
-def checked(cfg: DictConfig) -> Config:
-    """The composed config as checked dataclasses, with absolute paths.
-
-    Raises:
-        ConfigError: a value that cannot be, or one that looks like a secret.
-    """
-    checks.refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError("\n".join(f"{m} has no value: choose {m.split('.')[0]}=NAME or set it." for m in missing))
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, Config)
-    checks.check(config)
-    config = checks.complete(config)
-    for section in (config.model, config.data):
-        section.path = _absolute(section.path)
-    if config.adapter:
-        config.adapter = _absolute(config.adapter)
-    return config
-
-
-def stored_form(cfg: DictConfig, config: Config) -> dict[str, Any]:
-    """What config.yaml holds: every setting resolved, except that ${oc.env:…} stays as written."""
-    data = schema.to_dict(config)
-    _keep_environment(data, OmegaConf.to_container(cfg, resolve=False))
-    return data
+            folder = Path(config.hydra.sweep.dir)
+            if _said.sweep is None:
+                folder = _claim_sweep(folder, named="hydra.sweep.dir" in str(sys.argv))
+            _set(config, "hydra.sweep.dir", str(folder.absolute()))
 
 
 def _job(cfg: DictConfig) -> float | None:
-    """What Hydra calls, for a run or each job of a sweep. A job raises; a plain run's error goes straight out."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _run(cfg)
+    """What Hydra's own launchers call for a run or a job. A job raises; a plain run's error goes straight out."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    experiment = hydra_config.runtime.choices.get("experiment")
+    if hydra_config.mode == RunMode.MULTIRUN:
+        from runner.sweeps.job import run_job
+
+        overrides = [word for word in hydra_config.overrides.task if not word.startswith("stored=")]
+        return run_job(cfg, folder, number=hydra_config.job.num, overrides=overrides, experiment=experiment)
     try:
-        return _run(cfg)
+        from runner import blas
+
+        report = blas.prepare()  # before MLX is imported
+        from runner.training.run import run
+
+        config = checked(cfg)
+        config.experiment = experiment
+        directory = RunDirectory(folder, config.checkpoint.dir)
+        source = None if _said.resume is None else find_source(_said.resume)
+        return run(Start(config, stored_form(cfg, config), directory, source, new_run_id()), report)
     except Exception as error:
         raise Refused(error) from error
 
 
-def _run(cfg: DictConfig) -> float | None:
-    """One run; returns its best validation loss."""
-    from runner import blas
-
-    report = blas.prepare()  # before MLX is imported
-    from runner.training.run import run
-
-    config = checked(cfg)
-    hydra_config = HydraConfig.get()
-    config.experiment = hydra_config.runtime.choices.get("experiment")
-    directory = RunDirectory(Path(hydra_config.runtime.output_dir), config.checkpoint.dir)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        directory.claim(made_by_hydra=True)
-        overrides = [o for o in hydra_config.overrides.task if not o.startswith("stored=")]
-        print(f"\njob {hydra_config.job.num}: {' '.join(overrides) or 'no overrides'}", flush=True)
-    source = None if _said.resume is None else find_source(_said.resume)
-    begun = Start(
-        config=config,
-        stored=stored_form(cfg, config),
-        directory=directory,
-        source=source,
-        run_id=new_run_id(),
-    )
-    return run(begun, report)
+def register() -> None:
+    """Make the schema known to Hydra."""
+    ConfigStore.instance().store(name="schema", node=Config)
 
 
-def _register() -> None:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+def _words_of_sweep(said: Invocation) -> list[str]:
+    """The words of the sweep to finish, with those typed now on top; `said` then describes that sweep."""
+    assert said.resume is not None
+    folder, said.resume = said.resume.absolute(), None
+    said.sweep = folder
+    typed = [word for word in said.words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
+    said.words = grid.merged(manifest.read(folder).words, typed)
+    for word in said.words:
+        if word.startswith("repeat="):
+            said.repeat = Path(word.partition("=")[2].strip("'"))
+    return [*said.words, f"hydra.sweep.dir={quoted_path(str(folder))}", "-m"]
 
 
 def _store_config_of(said: Invocation) -> None:
     """Make the stored config of the run that is resumed or repeated a part of the composition."""
     if said.resume and said.repeat:
         raise ConfigError("resume= and repeat= exclude each other: go on with a run, or start a new one like it.")
-    if said.resume:
-        run = find_source(said.resume).run
-    else:
-        assert said.repeat is not None
-        run = said.repeat
+    run = find_source(said.resume).run if said.resume else said.repeat
+    assert run is not None
     config = schema.from_dict(RunDirectory(run).read_config(), str(run / "config.yaml"))
     data = schema.to_dict(config)
     data = {section: value for section, value in data.items() if section not in said.chosen}
@@ -202,6 +188,23 @@ def _claim(path: Path, named: bool) -> Path:
             number += 1
 
 
+def _claim_sweep(path: Path, named: bool) -> Path:
+    """Claim `path` for a new sweep, as `_claim` does for a run."""
+    number = 1
+    while True:
+        target = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            target.mkdir(parents=True)
+            return target
+        except FileExistsError:
+            if named:
+                hint = f" To finish the sweep in it: resume={target}." if (target / manifest.NAME).exists() else ""
+                raise ConfigError(f"{target} exists already: choose another hydra.sweep.dir.{hint}") from None
+            number += 1
+        except OSError as error:
+            raise ConfigError(f"{target} cannot be made: {error.strerror}.") from None
+
+
 def _without_hydra(config: DictConfig) -> DictConfig:
     plain = copy.deepcopy(config)
     with read_write(plain), open_dict(plain):
@@ -214,19 +217,6 @@ def _set(config: DictConfig, name: str, value: Any) -> None:
         OmegaConf.update(config, name, value)
 
 
-def _absolute(path: str) -> str:
-    found = Path(path).expanduser()
-    return str(found.absolute()) if found.exists() else path
-
-
-def _keep_environment(data: dict[str, Any], raw: Any) -> None:
-    for key, value in raw.items() if isinstance(raw, Mapping) else ():
-        if isinstance(value, Mapping) and isinstance(data.get(key), dict):
-            _keep_environment(data[key], value)
-        elif isinstance(value, str) and "${oc.env" in value:
-            data[key] = value
-
-
 class _refusals:
     def __enter__(self) -> None:
         return None
@@ -235,6 +225,4 @@ class _refusals:
         if isinstance(error, RunnerError):
             raise Refused(error) from error
         if isinstance(error, Exception):
-            from runner.sentences import explain
-
             raise Refused(explain(error)) from error

@@ -30,6 +30,7 @@ FREE_ON_RESUME = (
     "train.compile",
     "checkpoint",
     "loggers",
+    "objective",
 )
 
 

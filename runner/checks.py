@@ -25,6 +25,8 @@ CHOICES = {
     "schedule.name": tuple(SCHEDULES),
     "train.compile": ("auto", "always", "never"),
     "checkpoint.result": ("best", "last"),
+    "objective.metric": ("valid_loss", "test_loss", "score"),
+    "objective.direction": ("minimize", "maximize"),
 }
 _POSITIVE = (
     "data.max_length",

@@ -222,6 +222,16 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True)
+class Objective:
+    """What the jobs of a sweep are compared by."""
+
+    metric: str = "valid_loss"
+    """valid_loss (the best), test_loss (needs train.test) or score (needs data.metric_rows)."""
+    direction: str = "minimize"
+    """minimize or maximize."""
+
+
+@dataclass(kw_only=True)
 class Config:
     """A whole run."""
 
@@ -236,6 +246,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     loggers: dict[str, Any] = field(default_factory=dict)
     """One key per backend, chosen with loggers=NAME or 'loggers=[NAME,NAME]'."""
+    objective: Objective = field(default_factory=Objective)
     resume: str | None = None
     """Run directory or checkpoint to go on from; belongs to one invocation."""
     repeat: str | None = None

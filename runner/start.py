@@ -38,6 +38,8 @@ class Start:
     directory: RunDirectory
     source: Source | None
     run_id: str
+    label: str | None = None
+    """Of a job of a sweep, on whose screen there are others: it is shown in one line."""
 
 
 def find_source(path: Path) -> Source:

@@ -35,6 +35,8 @@ class Invocation:
     multirun: bool = False
     shows_only: bool = False
     """--cfg, --info, shell completion: nothing runs, nothing is written."""
+    sweep: Path | None = None
+    """The sweep that resume= finishes."""
     resume: Path | None = None
     repeat: Path | None = None
     chosen: dict[str, str] = field(default_factory=dict)
@@ -63,7 +65,9 @@ def read(argv: Sequence[str]) -> Invocation:
     while i < len(words):
         word = words[i]
         if word in _FLAGS_WITH_VALUE and i + 1 < len(words):
-            said.words += [word, words[i + 1]]
+            value = words[i + 1]
+            folder = word in ("--config-dir", "-cd")
+            said.words += [f"--config-dir={os.path.abspath(value)}"] if folder else [word, value]
             i += 2
             continue
         said.words.append(word if word.startswith("-") else _read_word(word, said, folders))
@@ -158,12 +162,16 @@ def choices(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
 
 
 def _path(value: str, multirun: bool) -> str:
-    """`value` as a word that Hydra's grammar reads back as the same path."""
+    """`value`, typed for a path, as Hydra's grammar reads it back; sweeps and interpolations stay as they are."""
     if value == "null" or value[:1] in ("'", '"', "[") or "${" in value or (multirun and _SWEEP.fullmatch(value)):
         return value
     if multirun and "," in value and not os.path.exists(os.path.expanduser(value)):
         return ",".join(_path(part, False) for part in value.split(","))
-    value = os.path.expanduser(value)
+    return quoted_path(os.path.expanduser(value))
+
+
+def quoted_path(value: str) -> str:
+    """`value` as a word that Hydra's grammar reads back as the same text."""
     if _PLAIN.fullmatch(value):
         return value
     # Hydra's quoted strings escape the quote itself, and a backslash only in front of one.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from runner import blas, checks, config
 from runner.config import Config
@@ -18,6 +19,10 @@ from runner.rundir import RunDirectory
 from runner.start import Start, find_source, new_run_id
 
 blas.prepare(jobs=os.cpu_count() or 1)  # before any test imports MLX
+
+# A busy machine is no failure.
+hypothesis_settings.register_profile("no deadline", deadline=None)
+hypothesis_settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = ("time", "tokens_per_second", "peak_memory_gb")

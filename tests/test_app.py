@@ -16,9 +16,9 @@ from runner.words import CONF, choices
 def compose(*words: str) -> config.Config:
     from hydra import compose, initialize_config_dir
 
-    from runner.app import _register, checked
+    from runner.app import checked, register
 
-    _register()
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return checked(compose("config", overrides=list(words)))
 

@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from runner import checks, config
 from runner.errors import ModelError, did_you_mean
@@ -59,15 +59,16 @@ class DropoutStream:
 class Adapted:
     """A base model with an adapter on it. The base can be had back as it was with `remove`."""
 
-    def __init__(self, base: Base, lora: config.Lora, seed: int) -> None:
+    def __init__(self, base: Base, lora: config.Lora, seed: int, source: str | None = None) -> None:
         """Put LoRA layers on the last `lora.num_layers` blocks (or all, where there are fewer).
 
-        A is drawn from `seed` alone, B is zero.
+        A is drawn from `seed` alone, B is zero. `source` is how adapter_config.json names the base.
 
         Raises:
             ModelError: keys that name no layer in a block.
         """
         self.base = base
+        self.source = source or base.source
         self.model = base.model
         self.stream = DropoutStream()
         depth = len(self.model.layers)
@@ -91,7 +92,7 @@ class Adapted:
     def adapter_config(self) -> dict[str, Any]:
         """What stock mlx-lm reads from adapter_config.json."""
         return {
-            "model": self.base.source,
+            "model": self.source,
             "fine_tune_type": "lora",
             "num_layers": self.num_layers,
             "lora_parameters": self.shape,
@@ -100,7 +101,8 @@ class Adapted:
 
     def remove(self) -> None:
         """Take the adapter off: the base's own layers are back."""
-        remove_lora_layers(self.model)
+        own = [(name, m.embedding if "embedding" in m else m.linear) for name, m in self._adapters()]
+        self.model.update_modules(tree_unflatten(own))
         self.model.freeze()
         self.model.eval()
 

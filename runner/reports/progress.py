@@ -18,8 +18,19 @@ from runner.rundir import explained, now
 class Display:
     """Shows a run on `stream` and keeps its lines in `log`. A context manager."""
 
-    def __init__(self, log: Path, iters: int, memory_gb: Callable[[], float], stream: TextIO | None = None) -> None:
-        """`memory_gb` gives the peak memory so far, in GB (1e9 bytes)."""
+    def __init__(
+        self,
+        log: Path,
+        iters: int,
+        memory_gb: Callable[[], float],
+        stream: TextIO | None = None,
+        label: str | None = None,
+    ) -> None:
+        """`memory_gb` gives the peak memory so far, in GB (1e9 bytes).
+
+        With a `label`, the run is one of many: its lines go to run.log only, the screen shows `label` and its end.
+        """
+        self._label = label
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         with explained(log, "cannot be written"):
             self._log = log.open("a", encoding="utf-8")
@@ -41,7 +52,13 @@ class Display:
         """One line, on the screen and in run.log."""
         self._log.write(f"{now()} {text}\n")
         self._log.flush()
-        self._console.print(Text(text, style=style))
+        if self._label is None:
+            self._console.print(Text(text, style=style))
+
+    def one_line(self, text: str, style: str = "") -> None:
+        """What a run that is one of many says at its end."""
+        if self._label is not None:
+            self._console.print(Text(f"{text}  {self._label}", style=style))
 
     def begin(self, step: int, stop_at: int | None = None) -> None:
         """Training begins, or goes on, after `step`."""
@@ -53,7 +70,7 @@ class Display:
                 TextColumn("{task.fields[info]}"),
             )
             self._bar = Progress(*columns, console=self._console, transient=True, expand=True)
-            self._task = self._bar.add_task("training", total=self._iters, completed=step, info="")
+            self._task = self._bar.add_task(self._label or "training", total=self._iters, completed=step, info="")
             self._bar.start()
 
     def step(self, step: int, loss: float, tokens: int, seconds: float) -> None:

@@ -34,9 +34,11 @@ def sample(job: Job, parts: Parts, settings: Config, *, before: bool) -> None:
     if not rows:
         raise ConfigError(f"data.metric_rows={wanted}: the data have no {split} rows to generate from.")
     job.step.place(member.params)
-    job.display.line(f"generating {len(rows)} {split} rows {'before' if before else 'after'} training")
     try:
-        made = generate(
+        known = job.baseline.generation if before else None
+        if known is None:
+            job.display.line(f"generating {len(rows)} {split} rows {'before' if before else 'after'} training")
+        made = known or generate(
             parts.adapted.model,
             parts.base.tokenizer,
             rows,
@@ -47,6 +49,8 @@ def sample(job: Job, parts: Parts, settings: Config, *, before: bool) -> None:
         )
     except Interrupted:
         return
+    if before:
+        job.baseline.generation = made
     step = member.progress.step
     for answer in made.answers:
         member.record.samples.append({"step": step, **vars(answer)})
@@ -86,8 +90,11 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
     )
     for line in lines:
         job.display.line(line)
-    source = parts.base.source
+    source = parts.adapted.source
     elsewhere = None if source.startswith("builtin:") or source.endswith(".gguf") else source
+    state_now = "finished" if finished else "stopped"
+    loss = "" if progress.best_loss is None else f"valid loss {progress.best_loss:.4f}"
+    job.display.one_line(f"{state_now:<9} {progress.step:>6}/{settings.train.iters}  {loss}")
     job.display.line("")
     for line in summary.ending(
         start.directory.path,

@@ -21,6 +21,7 @@ from runner.training import events, state
 from runner.training.evaluation import evaluate
 from runner.training.events import Plan
 from runner.training.member import Member, Window
+from runner.training.shared import Baseline
 from runner.training.step import Step
 from runner.training.stops import Interrupted, Stops
 
@@ -44,6 +45,7 @@ class Job:
     forward: Forward
     step: Step
     identity: state.Identity
+    baseline: Baseline
     stops: Stops
     display: Display
 
@@ -147,7 +149,8 @@ def assess(job: Job, member: Member) -> bool:
     progress = member.progress
     job.step.place(member.params)
     try:
-        result = evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check)
+        known = job.baseline.evaluation if progress.step == 0 else None
+        result = known or evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check)
     except Interrupted:
         progress.pending_evaluation = progress.step > 0
         return False
@@ -166,6 +169,7 @@ def assess(job: Job, member: Member) -> bool:
     )
     best = False
     if progress.step == 0:
+        job.baseline.evaluation = result
         progress.baseline_loss = result.loss
     else:
         if events.better(result.loss, progress.best_loss, job.plan.min_delta):

@@ -115,6 +115,8 @@ class Record:
         """Close the row files and the loggers."""
         self.metrics.close()
         self.samples.close()
+        if self.samples.offset == 0:
+            self.directory.samples.unlink(missing_ok=True)
         for logger in self.loggers:
             logger.close()
 

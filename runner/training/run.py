@@ -19,11 +19,14 @@ from runner.training.going_on import Found, find_checkpoint, is_done
 from runner.training.loop import train
 from runner.training.record import Record, copy_rows
 from runner.training.setup import load_parts, make_job
+from runner.training.shared import Shared
 from runner.training.stops import Stops
 
 
-def run(start: Start, blas: BlasReport) -> float | None:
+def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float | None:
     """Train what `start` describes, in its directory; returns the best validation loss, where there is one.
+
+    Jobs of a sweep in one process hand in what they share.
 
     Raises:
         RunnerError: with the documented exit code; the run's status says why it ended.
@@ -41,7 +44,7 @@ def run(start: Start, blas: BlasReport) -> float | None:
                 return found.restored.progress.best_loss if found else None
             record = open_record(start, found)
             try:
-                return _train(start, blas, found, record, stops)
+                return _train(start, blas, found, record, stops, shared or Shared())
             except RunnerError as error:
                 kind = "diverged" if isinstance(error, Diverged) else "failed"
                 record.status(state=kind, reason=str(error), ended=now())
@@ -95,7 +98,9 @@ def open_record(start: Start, found: Found | None) -> Record:
     return record
 
 
-def _train(start: Start, blas: BlasReport, found: Found | None, record: Record, stops: Stops) -> float | None:
+def _train(
+    start: Start, blas: BlasReport, found: Found | None, record: Record, stops: Stops, shared: Shared
+) -> float | None:
     settings = start.config
     mx.reset_peak_memory()
     limit = settings.train.cache_limit_gb
@@ -104,10 +109,12 @@ def _train(start: Start, blas: BlasReport, found: Found | None, record: Record, 
         from mlx_lm.utils import maybe_set_recommended_wired_limit
 
         maybe_set_recommended_wired_limit()
-    with Display(start.directory.log, settings.train.iters, lambda: mx.get_peak_memory() / 1e9) as display:
+    with Display(
+        start.directory.log, settings.train.iters, lambda: mx.get_peak_memory() / 1e9, label=start.label
+    ) as display:
         for line in [blas.advice] if blas.advice else []:
             display.line(line, "yellow")
-        parts = load_parts(settings, start.stored, blas, display)
+        parts = load_parts(settings, start.stored, blas, shared, display)
         try:
             job = make_job(start, found, parts, record, stops, display)
             with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):
@@ -120,6 +127,7 @@ def _train(start: Start, blas: BlasReport, found: Found | None, record: Record, 
             parts.adapted.remove()
             if former is not None:
                 mx.set_cache_limit(former)
+            mx.clear_cache()  # the next job in this process starts with as much memory as this one did
     if stops.signal is not None:
         raise SystemExit(128 + stops.signal)
     return job.members[0].progress.best_loss

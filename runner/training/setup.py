@@ -17,13 +17,13 @@ from runner.blas import BlasReport, blas_identity
 from runner.checkpoints.schedule import Schedule
 from runner.config import Config
 from runner.data.batches import Batch, make_batch
-from runner.data.formats import Keys, Reading
+from runner.data.formats import Reading
 from runner.data.order import Order, Position, evaluation_batches
-from runner.data.tokens import DataSet, TokenSet, load_splits
+from runner.data.tokens import DataSet, TokenSet
 from runner.errors import ConfigError
 from runner.models.adapters import Adapted, read_weights, trainable_share, warm_start
 from runner.models.forward import Forward
-from runner.models.loading import Base, load, on_cpu
+from runner.models.loading import Base, on_cpu
 from runner.reports.progress import Display
 from runner.start import Start
 from runner.training import events, optimizers, state
@@ -32,6 +32,7 @@ from runner.training.loop import Job
 from runner.training.member import Member
 from runner.training.record import Record
 from runner.training.schedules import learning_rate
+from runner.training.shared import Baseline, Shared
 from runner.training.state import Identity
 from runner.training.step import Step
 from runner.training.stops import Stops
@@ -46,39 +47,36 @@ class Parts:
     reading: Reading
     adapted: Adapted
     identity: Identity
+    baseline: Baseline
 
 
-def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, display: Display) -> Parts:
-    base = load(settings.model)
-    base.source = stored["model"]["path"]  # as written: a path from the environment is not written out
+def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, shared: Shared, display: Display) -> Parts:
+    """Load, or take from what is shared, the model and the data, and put the adapter on.
+
+    Raises:
+        ModelError, DataError: with what is wrong and where.
+    """
+    base = shared.base(settings.model)
     for note in base.notes:
         display.line(note)
-    reading = Reading(
-        format=settings.data.format,
-        mask_prompt=settings.data.mask_prompt,
-        max_length=settings.data.max_length,
-        on_too_long=settings.data.on_too_long,
-        keys=Keys(**vars(settings.data.keys)),
-        chat_template=settings.data.chat_template,
-    )
-    data = load_splits(settings.data.path, base.tokenizer, reading)
-    adapted = Adapted(base, settings.lora, settings.seed)
+    data, reading = shared.data(settings.data, base)
+    # Named as written: a path that came from the environment is not written out.
+    adapted = Adapted(base, settings.lora, settings.seed, source=stored["model"]["path"])
     try:
-        _introduce(settings, base, data, adapted, blas, display)
+        _introduce(settings, data, adapted, blas, display)
     except BaseException:
         adapted.remove()
         raise
-    return Parts(base, data, reading, adapted, _identity(settings, stored, base, data, blas))
+    identity = _identity(settings, stored, base, data, blas)
+    return Parts(base, data, reading, adapted, identity, shared.baseline(settings, base, data))
 
 
-def _introduce(
-    settings: Config, base: Base, data: DataSet, adapted: Adapted, blas: BlasReport, display: Display
-) -> None:
+def _introduce(settings: Config, data: DataSet, adapted: Adapted, blas: BlasReport, display: Display) -> None:
     ours, all_ = trainable_share(adapted)
     device = "CPU" if on_cpu() else "GPU"
     product = f", {blas.kind} BLAS, {blas.threads} threads" if blas.threads and on_cpu() else ""
     display.line(
-        f"model  {base.source}: {all_ / 1e6:.1f}M parameters, {ours / 1e6:.3f}M trained in the last "
+        f"model  {adapted.source}: {all_ / 1e6:.1f}M parameters, {ours / 1e6:.3f}M trained in the last "
         f"{adapted.num_layers} of {len(adapted.model.layers)} blocks ({device}{product})"
     )
     for split, counts in data.counts.items():
@@ -169,6 +167,7 @@ def make_job(start: Start, found: Found | None, parts: Parts, record: Record, st
         forward=forward,
         step=Step(parts.adapted, forward, grad_clip=t.grad_clip, compiled=is_compiled(settings)),
         identity=parts.identity,
+        baseline=parts.baseline,
         stops=stops,
         display=display,
     )

@@ -1,0 +1,75 @@
+"""hydra/sweeper=grid (the default), hydra/launcher=serial (the default) and hydra/launcher=process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class GridSweeper(Sweeper):
+    """Every combination of the swept values; can be finished and extended with resume=."""
+
+    def __init__(self, params: dict[str, Any] | None = None) -> None:
+        self._params = params
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+        from hydra.core.plugins import Plugins
+
+        self._context, self._config = hydra_context, config
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the sweep of `arguments`."""
+        from runner.app import run_sweep
+
+        return run_sweep(arguments, self._params, self._launcher, self._context, self._config)
+
+
+class _Launcher(Launcher):
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self.context, self.config = hydra_context, config
+
+
+class SerialLauncher(_Launcher):
+    """Jobs one after the other in this process, sharing what they can."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs."""
+        from runner.sweeps.serial import launch
+
+        return launch(job_overrides, context=self.context, config=self.config)
+
+
+class ProcessLauncher(_Launcher):
+    """Each job in a process of its own, several at once."""
+
+    def __init__(self, jobs: int | None = None) -> None:
+        self._jobs = jobs
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs."""
+        from runner.sweeps.processes import launch
+
+        return launch(job_overrides, at_once=self._jobs, context=self.context, config=self.config)
+
+
+_HERE = "hydra_plugins.mlx_runner.plugins"
+_store = ConfigStore.instance()
+for _group, _name, _node in (
+    ("hydra/sweeper", "grid", {"_target_": f"{_HERE}.GridSweeper", "params": {}}),
+    ("hydra/launcher", "serial", {"_target_": f"{_HERE}.SerialLauncher"}),
+    # jobs: how many at once; null means as many as fit memory and cores.
+    ("hydra/launcher", "process", {"_target_": f"{_HERE}.ProcessLauncher", "jobs": None}),
+):
+    _store.store(group=_group, name=_name, node=_node, provider="mlx_runner")

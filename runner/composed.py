@@ -1,0 +1,55 @@
+"""From a composed DictConfig to checked dataclasses, and to what config.yaml holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from runner import checks
+from runner import config as schema
+from runner.config import Config
+from runner.errors import ConfigError
+
+
+def checked(cfg: DictConfig) -> Config:
+    """The composed config as checked dataclasses, with absolute paths.
+
+    Raises:
+        ConfigError: a value that cannot be, or one that looks like a secret.
+    """
+    checks.refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError("\n".join(f"{m} has no value: choose {m.split('.')[0]}=NAME or set it." for m in missing))
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    checks.check(config)
+    config = checks.complete(config)
+    for section in (config.model, config.data):
+        section.path = _absolute(section.path)
+    if config.adapter:
+        config.adapter = _absolute(config.adapter)
+    return config
+
+
+def stored_form(cfg: DictConfig, config: Config) -> dict[str, Any]:
+    """What config.yaml holds: every setting resolved, except that ${oc.env:…} stays as written."""
+    data = schema.to_dict(config)
+    _keep_environment(data, OmegaConf.to_container(cfg, resolve=False))
+    return data
+
+
+def _absolute(path: str) -> str:
+    found = Path(path).expanduser()
+    return str(found.absolute()) if found.exists() else path
+
+
+def _keep_environment(data: dict[str, Any], raw: Any) -> None:
+    for key, value in raw.items() if isinstance(raw, Mapping) else ():
+        if isinstance(value, Mapping) and isinstance(data.get(key), dict):
+            _keep_environment(data[key], value)
+        elif isinstance(value, str) and "${oc.env" in value:
+            data[key] = value

@@ -1,0 +1,1 @@
+"""Configs and command lines of other programs as our overrides: `runner import`. Plain Python: no Hydra, no MLX."""

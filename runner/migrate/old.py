@@ -1,0 +1,192 @@
+"""What an old config says: an mlx_lm.lora YAML or command line, or one of mlx-examples' lora.py, with its defaults.
+
+Flags, defaults and their precedence are those of mlx-lm 0.32.2 (`mlx_lm/lora.py`) and of the last lora.py in
+mlx-examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runner.errors import ConfigError
+from runner.rundir import read_yaml
+
+_TRAINING: dict[str, type] = {
+    "model": str,
+    "train": bool,
+    "data": str,
+    "batch_size": int,
+    "iters": int,
+    "val_batches": int,
+    "learning_rate": float,
+    "steps_per_report": int,
+    "steps_per_eval": int,
+    "resume_adapter_file": str,
+    "save_every": int,
+    "test": bool,
+    "test_batches": int,
+    "seed": int,
+    "lora_layers": int,  # of mlx-lm before it was called num_layers
+}
+_TRAINING_DEFAULTS: dict[str, Any] = {
+    "train": False,
+    "batch_size": 4,
+    "iters": 1000,
+    "val_batches": 25,
+    "learning_rate": 1e-5,
+    "steps_per_report": 10,
+    "steps_per_eval": 200,
+    "save_every": 100,
+    "seed": 0,
+    "num_layers": 16,
+    "optimizer": "adam",
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program whose settings are imported."""
+
+    name: str
+    flags: dict[str, type]
+    """Flag, with underscores, to the type of its value; bool takes none."""
+    defaults: dict[str, Any]
+    """What holds where nothing is said, as far as it decides what is trained."""
+    short: dict[str, str] = field(default_factory=dict)
+    yaml_only: tuple[str, ...] = ()
+    """Keys of its YAML that have no flag."""
+
+
+MLX_LM = Program(
+    name="mlx_lm.lora",
+    flags=_TRAINING
+    | {
+        "fine_tune_type": str,
+        "optimizer": str,
+        "mask_prompt": bool,
+        "num_layers": int,
+        "grad_accumulation_steps": int,
+        "adapter_path": str,
+        "max_seq_length": int,
+        "config": str,
+        "grad_checkpoint": bool,
+        "clear_cache_threshold": str,
+        "report_to": str,
+        "project_name": str,
+        "trust_remote_code": bool,
+    },
+    defaults=_TRAINING_DEFAULTS
+    | {
+        "model": "Qwen/Qwen3-0.6b",
+        "data": "mlx-community/WikiSQL",
+        "fine_tune_type": "lora",
+        "mask_prompt": False,
+        "max_seq_length": 2048,
+        "grad_checkpoint": False,
+        "grad_accumulation_steps": 1,
+    },
+    short={"config": "-c"},
+    yaml_only=(
+        "optimizer_config",
+        "lora_parameters",
+        "lr_schedule",
+        "hf_dataset",
+        "prompt_feature",
+        "completion_feature",
+        "text_feature",
+        "chat_feature",
+    ),
+)
+EXAMPLES = Program(
+    name="lora.py",
+    flags=_TRAINING | {"adapter_file": str, "add_eos_token": int, "prompt": str, "max_tokens": int, "temp": float},
+    defaults=_TRAINING_DEFAULTS | {"model": "mlx_model", "data": "data/", "grad_accumulation_steps": 1},
+    short={"prompt": "-p", "max_tokens": "-m"},
+)
+
+
+@dataclass
+class Old:
+    """Everything an old config or command line says."""
+
+    program: Program
+    said: dict[str, Any]
+    """Key, with underscores, to value; what is null is not said, as in mlx-lm."""
+    where: str
+    """The file or the command it comes from, for a person."""
+    flagged: set[str] = field(default_factory=set)
+    """Keys that a flag said, rather than the YAML."""
+    unknown: list[str] = field(default_factory=list)
+    """Words of the command line that the program does not know."""
+    before: list[str] = field(default_factory=list)
+    """Words before the program's name."""
+
+
+def read_config(path: Path) -> Old:
+    """An mlx_lm.lora YAML.
+
+    Raises:
+        ConfigError: missing or not plain YAML.
+    """
+    try:
+        data = read_yaml(path, missing=f"There is no file {path}.")
+    except ValueError as error:  # a date or a number that YAML takes for one and Python cannot hold
+        raise ConfigError(f"{path} is not plain YAML: {error}.") from None
+    return Old(MLX_LM, {str(k): v for k, v in data.items() if v is not None}, str(path))
+
+
+def read_command(words: Sequence[str]) -> Old:
+    """A command line; where it names a YAML (-c), its flags win over the YAML, as in mlx-lm.
+
+    Raises:
+        ConfigError: no known program in it, a flag with a wrong value, or a YAML that cannot be read.
+    """
+    if len(words) == 1 and " " in words[0]:
+        try:
+            words = shlex.split(words[0])
+        except ValueError as error:
+            raise ConfigError(f"The command cannot be split into words: {error}.") from None
+    program, before, rest = _program(words)
+    parser = _Flags(prog=program.name, add_help=False, argument_default=argparse.SUPPRESS)
+    for name, kind in program.flags.items():
+        flags = [f"--{name.replace('_', '-')}", *([program.short[name]] if name in program.short else [])]
+        if kind is bool:
+            parser.add_argument(*flags, action="store_true", dest=name)
+        else:
+            parser.add_argument(*flags, type=kind, dest=name)
+    known, unknown = parser.parse_known_args(list(rest))
+    flags_said = vars(known)
+    config = flags_said.pop("config", None)
+    said = read_config(Path(config)).said if config else {}
+    where = f"the command line and {config}" if config else "the command line"
+    return Old(program, said | flags_said, where, set(flags_said), unknown, before)
+
+
+def is_program(word: str) -> bool:
+    """Whether `word` of a command line names a program that is imported."""
+    return Path(word).name in ("mlx_lm", "mlx_lm.lora", "lora.py")
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}.")
+
+
+def _program(words: Sequence[str]) -> tuple[Program, list[str], Sequence[str]]:
+    for i, word in enumerate(words):
+        path, before = Path(word), list(words[:i])
+        if path.name == "mlx_lm.lora" or (path.name == "lora.py" and path.parent.name == "mlx_lm"):
+            return MLX_LM, before, words[i + 1 :]
+        if path.name == "lora.py":
+            return EXAMPLES, before, words[i + 1 :]
+        if path.name == "mlx_lm" and list(words[i + 1 : i + 2]) == ["lora"]:
+            return MLX_LM, before, words[i + 2 :]
+    raise ConfigError(
+        "This is no command that can be imported: expected mlx_lm.lora …, mlx_lm lora … or lora.py …, with or without "
+        "python -m before it."
+    )

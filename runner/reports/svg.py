@@ -1,0 +1,72 @@
+"""Curves as an SVG picture, drawn here so that no plotting library is needed. Pure: from points to text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+_COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 420, 64, 250, 40, 44
+
+Curve = tuple[str, Sequence[tuple[float, float]]]
+"""Name and points (x, y), finite, x rising."""
+
+
+def curves(title: str, series: Sequence[Curve], x_label: str = "step", y_label: str = "valid loss") -> str:
+    """An SVG of the curves with axes and a legend; series without points are left out."""
+    drawn = [(name, points) for name, points in series if points]
+    xs = [x for _, points in drawn for x, _ in points] or [0.0, 1.0]
+    ys = [y for _, points in drawn for _, y in points] or [0.0, 1.0]
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+    margin = 0.04 * (y1 - y0)
+    y0, y1 = y0 - margin, y1 + margin
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        inner_w, inner_h = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+        return _LEFT + (x - x0) / (x1 - x0) * inner_w, _TOP + (y1 - y) / (y1 - y0) * inner_h
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<text x="{_LEFT}" y="24" font-size="15" fill="#111">{escape(title)}</text>',
+    ]
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    for tick in ticks(y0, y1):
+        _, y = at(x0, tick)
+        out.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e7eb"/>')
+        out.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{tick:g}</text>')
+    for tick in ticks(x0, x1):
+        x, _ = at(tick, y0)
+        out.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{tick:g}</text>')
+    out.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle" fill="#111">{x_label}</text>')
+    middle = (_TOP + bottom) / 2
+    out.append(
+        f'<text x="16" y="{middle}" text-anchor="middle" fill="#111" transform="rotate(-90 16 {middle})">'
+        f"{y_label}</text>"
+    )
+    for i, (name, points) in enumerate(drawn):
+        colour, dash = _COLOURS[i % len(_COLOURS)], ' stroke-dasharray="5 3"' if i >= len(_COLOURS) else ""
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in points))
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        x, y = at(*points[-1])
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+        row = _TOP + 8 + 20 * i
+        if row < bottom:
+            out.append(
+                f'<line x1="{right + 14}" y1="{row}" x2="{right + 36}" y2="{row}" stroke="{colour}"{dash} '
+                'stroke-width="2"/>'
+            )
+            out.append(f'<text x="{right + 42}" y="{row + 4}" fill="#111">{escape(name)}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
+    """About `wanted` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]

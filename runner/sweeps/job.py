@@ -1,0 +1,85 @@
+"""One job of a sweep: its folder tells whether it starts or goes on, whichever launcher runs it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from runner import blas
+from runner.composed import checked, stored_form
+from runner.config import Config
+from runner.errors import ConfigError
+from runner.rundir import RunDirectory
+from runner.start import Source, Start, new_run_id
+
+if TYPE_CHECKING:
+    from runner.training.shared import Shared
+
+
+def run_job(
+    cfg: DictConfig,
+    folder: Path,
+    *,
+    number: int,
+    overrides: Sequence[str],
+    experiment: str | None,
+    shared: Shared | None = None,
+) -> float | None:
+    """Run the job of the composed `cfg` in `folder` and return its best validation loss.
+
+    A folder with a config.yaml is a run that began: it goes on from its newest checkpoint.
+
+    Raises:
+        RunnerError: the job failed or diverged; its status says why.
+        SystemExit: the process was asked to stop; the job saved and can be resumed.
+    """
+    report = blas.prepare()  # before MLX is imported
+    from runner.training.run import run
+
+    config = checked(cfg)
+    config.experiment = experiment
+    directory = RunDirectory(folder, config.checkpoint.dir)
+    source = _open(directory, config)
+    start = Start(config, stored_form(cfg, config), directory, source, new_run_id())
+    start.label = f"job {number}  {' '.join(overrides)}"
+    return run(start, report, shared)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run began in `folder`: its config is the first thing it writes."""
+    return (folder / "config.yaml").is_file()
+
+
+def clear_cut_off_start(folder: Path, checkpoints: str = "checkpoints") -> None:
+    """Remove what a start leaves that was killed before it wrote its config: Hydra's record and an empty claim.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    if not folder.is_dir() or has_begun(folder):
+        return
+    if folder.is_symlink():
+        raise ConfigError(f"{folder} is a link: a job's folder is never one.")
+    known = {".hydra", ".lock", "run.log", checkpoints}
+    for path in list(folder.iterdir()):
+        if path.name not in known or path.is_symlink():
+            raise ConfigError(f"{folder} is not a run and holds {path.name}: move it away, then resume the sweep.")
+        if path.name == ".hydra":
+            shutil.rmtree(path)
+        elif path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+def _open(directory: RunDirectory, config: Config) -> Source | None:
+    if has_begun(directory.path):
+        return Source(run=directory.path)
+    if not directory.checkpoints.exists():
+        directory.claim(made_by_hydra=True)
+        return None
+    raise ConfigError(f"{directory.path} was claimed by another start: resume the sweep that it belongs to.")

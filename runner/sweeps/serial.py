@@ -1,0 +1,87 @@
+"""The default launcher: jobs one after the other in this process, sharing the base model, the data and the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from runner.composed import checked
+from runner.sweeps.composing import Composer
+from runner.sweeps.job import run_job
+
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def launch(jobs: Sequence[Sequence[str]], *, context: HydraContext, config: DictConfig) -> list[JobReturn]:
+    """Run `jobs`, each a list of overrides with its hydra.sweep.subdir; a failed one does not stop the others.
+
+    Jobs of the same base and data run next to each other, whatever their numbers, so that each is loaded once.
+
+    Raises:
+        SystemExit: a signal asked the process to stop; the job in progress has saved.
+    """
+    from runner import blas
+
+    blas.prepare()  # before MLX is imported
+    from runner.training.shared import Shared
+
+    composer, shared = Composer(context.config_loader, config), Shared()
+    sweep = Path(config.hydra.sweep.dir)
+    HydraConfig.instance().set_config(config)  # for ${hydra:…} in a config of one's own
+    needs = [_needs(composer, words) for words in jobs]
+    order = sorted(range(len(jobs)), key=lambda i: needs.index(needs[i]))
+    returns: list[JobReturn | None] = [None] * len(jobs)
+    for i in order:
+        overrides, own = _split(jobs[i])
+        done = returns[i] = JobReturn()
+        done.overrides = overrides
+        try:
+            cfg = composer.compose(overrides)
+            node = composer.hydra_node(overrides)
+            number, folder = int(own["hydra.sweep.subdir"]), sweep / own["hydra.sweep.subdir"]
+            if own.get("hydra.output_subdir") != "null":
+                _record(cfg, node, overrides, number, folder)
+            done.cfg = cfg
+            done.return_value = run_job(
+                cfg,
+                folder,
+                number=number,
+                overrides=overrides,
+                experiment=node.runtime.choices.get("experiment"),
+                shared=shared,
+            )
+            done.status = JobStatus.COMPLETED
+        except Exception as error:
+            done.return_value, done.status = error, JobStatus.FAILED
+    return [done for done in returns if done is not None]
+
+
+def _needs(composer: Composer, words: Sequence[str]) -> tuple[str, str]:
+    config = checked(composer.compose(_split(words)[0]))
+    return repr(config.model), repr(config.data)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The job's overrides, and the words that the sweeper added for the launcher."""
+    own = {key: value for key, _, value in (w.partition("=") for w in words if w.startswith("hydra."))}
+    return [word for word in words if not word.startswith("hydra.")], own
+
+
+def _record(cfg: DictConfig, node: DictConfig, overrides: list[str], number: int, folder: Path) -> None:
+    """Hydra's own record of the job in .hydra/."""
+    record = folder / ".hydra"
+    record.mkdir(parents=True, exist_ok=True)
+    with read_write(node), open_dict(node):
+        node.job.num = node.job.id = number
+        node.overrides.task = overrides
+        node.runtime.output_dir = str(folder)
+    for name, content in (("config.yaml", cfg), ("overrides.yaml", overrides), ("hydra.yaml", {"hydra": node})):
+        content = content if OmegaConf.is_config(content) else OmegaConf.create(content)
+        plain = OmegaConf.to_container(content, enum_to_str=True)
+        (record / name).write_text(yaml.dump(plain, Dumper=_Dumper, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,168 @@
+"""A sweep from its words to its end: plan what is left, launch it, tell what came of every job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from runner.composed import checked
+from runner.errors import ConfigError, RunnerError
+from runner.reports.summary import short
+from runner.rundir import RunDirectory
+from runner.sweeps import grid, manifest
+from runner.sweeps.composing import Composer
+from runner.sweeps.job import clear_cut_off_start, has_begun
+from runner.sweeps.manifest import Job, Manifest
+
+DONE = ("finished", "diverged")
+"""States that a resumed sweep leaves alone: a diverged job diverges again, unless its overrides change."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job that is left to do."""
+
+    job: Job
+    goes_on: bool
+    """Whether its run began and goes on from where it stands."""
+    overrides: tuple[str, ...]
+    """With what this invocation adds, such as train.stop_at."""
+
+
+class SweepFailed(RunnerError):
+    """Some jobs failed or diverged; the others finished."""
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    params: dict[str, Any] | None,
+    launcher: Launcher,
+    context: HydraContext,
+    config: DictConfig,
+    words: Sequence[str],
+) -> list[JobReturn]:
+    """Run the sweep of `arguments` (task overrides) in hydra.sweep.dir: all of it, or what is left of it.
+
+    Raises:
+        ConfigError: a word or a value that no job could run with; nothing has started then.
+        DirectoryInUse: another process works on the sweep.
+        SweepFailed: at the end, if a job failed or diverged.
+    """
+    folder = Path(config.hydra.sweep.dir)
+    directory = RunDirectory(folder)
+    try:
+        directory.lock()
+        known = manifest.read(folder)
+        wanted = _grid(arguments, params, context)
+        _check_all(wanted, known, context, config)
+    except BaseException:
+        directory.unlock()
+        _remove_if_empty(folder)
+        raise
+    try:
+        if not known.jobs:
+            OmegaConf.save(config, folder / "multirun.yaml")  # as Hydra's own sweeper does
+        known.add(words, [(grid.identity(overrides), overrides) for overrides in wanted])
+        planned = plan(known, wanted)
+        _say(known, planned)
+        returns: list[JobReturn] = []
+        try:
+            if planned:
+                returns = list(launcher.launch([_words(p) for p in planned], initial_job_idx=0))
+        finally:
+            errors = {
+                one.job.number: str(done._return_value)
+                for one, done in zip(planned, returns, strict=False)
+                if done.status == JobStatus.FAILED
+            }
+            failed = _summarise(folder, known, errors)
+        if failed:
+            raise SweepFailed(
+                f"{failed} of {len(known.jobs)} jobs failed or diverged; the table and results.csv say why.\n"
+                f"To try the failed ones again: resume={short(folder)}"
+            )
+        return returns
+    finally:
+        directory.unlock()
+
+
+def plan(known: Manifest, wanted: Sequence[tuple[str, ...]]) -> list[Planned]:
+    """What is left to do, in the order of the jobs' numbers: all jobs of the manifest that are not done.
+
+    States are read from the runs themselves, so that they are true after a crash.
+    """
+    fresh = {grid.identity(overrides): overrides for overrides in wanted}
+    left = []
+    for job in known.jobs.values():
+        folder = known.folder / job.folder
+        begun = has_begun(folder)
+        if begun and RunDirectory(folder).read_status()["state"] in DONE:
+            continue
+        left.append(Planned(job, begun, fresh.get(job.identity, job.overrides)))
+    return left
+
+
+def _grid(arguments: Sequence[str], params: dict[str, Any] | None, context: HydraContext) -> list[tuple[str, ...]]:
+    words = [f"{key}={_param(value)}" for key, value in (params or {}).items()]
+    parser = OverridesParser.create(config_loader=context.config_loader)
+    return grid.jobs_of(parser.parse_overrides([*words, *arguments]))
+
+
+def _param(value: Any) -> str:
+    """A value of hydra.sweeper.params: text in the grammar of overrides, or a list of values."""
+    if OmegaConf.is_list(value) or isinstance(value, (list, tuple)):
+        return ",".join(json.dumps(v) if isinstance(v, str) else str(v) for v in value)
+    return str(value)
+
+
+def _check_all(wanted: list[tuple[str, ...]], known: Manifest, context: HydraContext, config: DictConfig) -> None:
+    """Compose and check every new job before the first starts: one wrong value is told at once."""
+    composer = Composer(context.config_loader, config)
+    for overrides in wanted:
+        if grid.identity(overrides) not in known.jobs:
+            try:
+                checked(composer.compose(overrides))
+            except ConfigError as error:
+                raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
+
+
+def _words(planned: Planned) -> list[str]:
+    own = [f"hydra.sweep.subdir={planned.job.folder}"]
+    if planned.goes_on:
+        own.append("hydra.output_subdir=null")  # the first start's record stays
+    return [*planned.overrides, *own]
+
+
+def _say(known: Manifest, planned: Sequence[Planned]) -> None:
+    on = sum(p.goes_on for p in planned)
+    done = len(known.jobs) - len(planned)
+    parts = [f"{len(planned) - on} to start" if len(planned) - on else "", f"{on} to go on" if on else ""]
+    parts.append(f"{done} done" if done else "")
+    print(f"sweep  {short(known.folder)}: {len(known.jobs)} jobs, {', '.join(p for p in parts if p)}", flush=True)
+    for one in planned:
+        clear_cut_off_start(known.folder / one.job.folder)
+
+
+def _summarise(folder: Path, known: Manifest, errors: dict[int, str]) -> int:
+    from runner.sweeps.summary import summarise
+
+    return summarise(folder, known, errors)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """A sweep that was refused before anything started leaves no folder behind."""
+    try:
+        (folder / ".lock").unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:
+        return

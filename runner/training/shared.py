@@ -1,0 +1,69 @@
+"""What the jobs of a sweep in one process share: base model, tokenised data, and the values before training."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from runner import config
+from runner.data.formats import Keys, Reading
+from runner.data.tokens import DataSet, load_splits
+from runner.models.loading import Base, load
+from runner.training.evaluation import Evaluation
+from runner.training.generation import Generation
+
+
+@dataclass
+class Baseline:
+    """What is computed before the first update: an adapter whose B is zero leaves the base as it is, at any rank."""
+
+    evaluation: Evaluation | None = None
+    generation: Generation | None = None
+
+
+class Shared:
+    """Keeps the last base model and the last data set, and every baseline of theirs; a plain run has one of its own.
+
+    Nothing here changes what a job computes: the base is frozen and given back without its adapter, and a baseline
+    is the very value that the job would compute.
+    """
+
+    def __init__(self) -> None:
+        self._base: tuple[Any, Base] | None = None
+        self._data: tuple[Any, DataSet, Reading] | None = None
+        self._baselines: dict[Any, Baseline] = {}
+
+    def base(self, settings: config.Model) -> Base:
+        """The base model of `settings`, loaded where the last job had another."""
+        key = astuple(settings)
+        if self._base is None or self._base[0] != key:
+            self._base = self._data = None  # two bases need not fit into memory at once
+            self._baselines.clear()
+            self._base = (key, load(settings))
+        return self._base[1]
+
+    def data(self, settings: config.Data, base: Base) -> tuple[DataSet, Reading]:
+        """The data set of `settings` as tokens of `base`'s tokenizer, and how its rows are read."""
+        reading = Reading(
+            format=settings.format,
+            mask_prompt=settings.mask_prompt,
+            max_length=settings.max_length,
+            on_too_long=settings.on_too_long,
+            keys=Keys(**vars(settings.keys)),
+            chat_template=settings.chat_template,
+        )
+        key = (settings.path, reading, base.fingerprint)
+        if self._data is None or self._data[0] != key:
+            self._data = None
+            self._data = (key, load_splits(settings.path, base.tokenizer, reading), reading)
+        return self._data[1], self._data[2]
+
+    def baseline(self, settings: config.Config, base: Base, data: DataSet) -> Baseline:
+        """The values before training, empty where no job has computed them yet; a warm start has its own."""
+        if settings.adapter:
+            return Baseline()
+        d, t = settings.data, settings.train
+        losses = (base.fingerprint, data.valid.fingerprint, t.batch_size, t.eval_batches, d.pad_to)
+        answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
+        key = (losses, answers)
+        return self._baselines.setdefault(key, Baseline())

@@ -1,0 +1,88 @@
+"""Tables: aligned, within the width, one line a row where there is no terminal, and never steering one."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.reports.tables import Column, Row, Screen, columns_of, cut, document, table
+
+COLUMNS = [Column("run"), Column("step", right=True), Column("settings", cut=True)]
+
+
+def text(columns: list[Column], rows: list[Row], width: int | None) -> list[str]:
+    """The table's lines as plain text."""
+    return ["".join(piece for piece, _ in line).rstrip() for line in table(columns, rows, width)]
+
+
+def test_columns_are_aligned_and_nothing_is_cut_without_a_width() -> None:
+    rows = [Row(["a", "1", "rank=8 " * 30]), Row(["bcd", "1000", "x"], notes=["failed: why"])]
+    assert text(COLUMNS, rows, None) == [
+        "run  step  settings",
+        f"a       1  {('rank=8 ' * 30).rstrip()}",
+        "bcd  1000  x  failed: why",
+    ]
+
+
+def test_the_long_column_is_cut_to_the_width() -> None:
+    lines = text(COLUMNS, [Row(["a", "1", "rank=16 " * 30])], 40)
+    assert len(lines) == 2 and len(lines[1]) == 40 and lines[1].endswith("…")
+
+
+def test_where_no_room_is_left_the_long_column_goes_below_its_row() -> None:
+    lines = text(COLUMNS, [Row(["a" * 30, "1", "rank=8 num_layers=16 dropout=0.1"], notes=["failed: why"])], 44)
+    assert lines == [
+        f"{'run':<30}  step",
+        f"{'a' * 30}     1",
+        "    rank=8 num_layers=16 dropout=0.1",
+        "    failed: why",
+    ]
+
+
+def test_then_a_path_is_cut_where_it_says_least() -> None:
+    columns = [Column("run", keep_end=True), Column("step", right=True), Column("settings", cut=True)]
+    lines = text(columns, [Row(["sweeps/2026-11-24/10-00-00", "1000/1000", ""])], 30)
+    assert lines[1] == "…026-11-24/10-00-00  1000/1000"
+
+
+@given(
+    cells=st.lists(st.tuples(st.text(max_size=12), st.text(max_size=5), st.text(max_size=200)), max_size=5),
+    notes=st.lists(st.text(max_size=200), max_size=2),
+    width=st.integers(60, 160),
+)
+def test_no_line_is_wider_than_the_terminal(cells: list[tuple[str, str, str]], notes: list[str], width: int) -> None:
+    lines = table(COLUMNS, [Row(list(row), notes=notes) for row in cells], width)
+    for line in lines:
+        whole = "".join(piece for piece, _ in line)
+        assert columns_of(whole) <= width and whole.isprintable()
+
+
+@given(words=st.text(max_size=50), width=st.integers(0, 60))
+def test_cut_text_fits(words: str, width: int) -> None:
+    assert columns_of(cut(words, width)) <= width
+    if columns_of(words) <= width:
+        assert cut(words, width) == words
+
+
+def test_wide_letters_count_twice() -> None:
+    assert columns_of("模型") == 4 and columns_of("é") == 1
+    rows = [Row(["模型", "1", ""]), Row(["abcd", "1", ""])]
+    assert [columns_of(line) for line in text(COLUMNS, rows, None)][1:] == [10, 10]
+
+
+def test_what_is_printed_cannot_steer_the_terminal() -> None:
+    out = io.StringIO()
+    Screen(out).line("a\x1b[31m\r\nb", ("\x07", "red"))
+    assert out.getvalue() == "a·[31m· b·\n"
+
+
+def test_a_document_is_json_whatever_it_holds() -> None:
+    data = {"a": math.nan, "b": [math.inf, 1.5, True, None], "c": Path("x/y"), 3: {"d": {1, 2}.__class__}}
+    read = json.loads(document(data))
+    assert read["a"] is None and read["b"] == [None, 1.5, True, None] and read["c"] == "x/y" and "3" in read
+    assert "\x1b" not in document({"a": "\x1b[31m"})

@@ -1,0 +1,289 @@
+"""Sweeps as a user runs them: finished, extended, with failing jobs, with every launcher, after kills."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = ("experiment=smoke", "train.iters=6", "train.eval_every=3", "checkpoint.every=2", "lora.dropout=0.1")
+
+
+def results(sweep: Path) -> dict[int, dict[str, str]]:
+    with (sweep / "results.csv").open() as lines:
+        return {int(row["job"]): row for row in csv.DictReader(lines)}
+
+
+def alone(door, name: str, *words: str) -> Path:
+    door(*words, f"hydra.run.dir={name}")
+    return door.folder / name
+
+
+def test_a_sweep_prints_its_table_sorted_by_the_objective_and_writes_results_and_curves(door):
+    out = door("-m", *SMALL, "lora.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", "hydra.sweep.dir=s")
+    rows = results(door.folder / "s")
+    assert [r["state"] for r in rows.values()] == ["finished"] * 4
+    values = [float(r["objective"]) for r in rows.values()]
+    assert values == sorted(values) and list(rows)[0] in (1, 3)
+    assert [line.split()[0] for line in out.splitlines() if "finished" in line][-4:] == [str(n) for n in rows]
+    svg = (door.folder / "s/curves.svg").read_text()
+    assert svg.count("<polyline") == 4 and "rank=2" in svg
+    assert (door.folder / "s/multirun.yaml").exists()
+
+
+def test_a_finished_sweep_runs_nothing_again_and_an_extended_one_only_what_is_new(door):
+    door("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
+    before = {p: p.stat().st_mtime_ns for p in (door.folder / "s").rglob("adapters.safetensors")}
+    out = door("resume=s")
+    assert "2 done" in out and "to start" not in out
+    out = door("resume=s", "lora.rank=2,3,4")
+    assert "1 to start, 2 done" in out
+    rows = results(door.folder / "s")
+    assert {n: r["lora.rank"] for n, r in sorted(rows.items())} == {0: "2", 1: "4", 2: "3"}
+    assert (
+        before.items() <= {p: p.stat().st_mtime_ns for p in (door.folder / "s").rglob("adapters.safetensors")}.items()
+    )
+
+
+def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(door, assert_equal_runs):
+    grid = ("lora.keys=[self_attn.q_proj],[nonsense]", "optimizer.learning_rate=1e-3,1e30")
+    words = ("-m", *SMALL, "optimizer=sgd", *grid, "train.iters=20", "hydra.sweep.dir=s")
+    out = door(*words, expect=1)
+    assert "Traceback" not in out
+    states = {n: r["state"] for n, r in results(door.folder / "s").items()}
+    assert [states[n] for n in range(4)] == ["finished", "diverged", "failed", "failed"]
+    reasons = {n: r["reason"] for n, r in results(door.folder / "s").items()}
+    assert "nonsense" in reasons[2] and "not finite" in reasons[1]
+    # Failed ones are tried again, the diverged one is not, the finished one stays.
+    out = door("resume=s", expect=1)
+    assert "2 to go on, 2 done" in out or "2 to start, 2 done" in out
+    twin = alone(door, "twin", *SMALL, "optimizer=sgd", "lora.keys=[self_attn.q_proj]", "train.iters=20",
+                 "optimizer.learning_rate=1e-3")  # fmt: skip
+    assert_equal_runs(door.folder / "s/0", twin)
+
+
+def test_a_wrong_value_in_any_job_is_told_before_the_first_starts_and_leaves_no_folder(door):
+    out = door("-m", *SMALL, "lora.rank=2,0", "hydra.sweep.dir=s", expect=2)
+    assert "lora.rank=0" in out
+    assert not (door.folder / "s").exists()
+
+
+def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alone(door, assert_equal_runs):
+    door("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", "hydra.sweep.dir=s")
+    assert {r["state"] for r in results(door.folder / "s").values()} == {"stopped"}
+    out = door("resume=s")
+    assert "2 to go on" in out
+    for number, rank in enumerate((2, 4)):
+        assert_equal_runs(door.folder / f"s/{number}", alone(door, f"alone{rank}", *SMALL, f"lora.rank={rank}"))
+
+
+@pytest.mark.slow
+def test_jobs_that_share_a_process_equal_the_same_runs_alone_in_any_order(door, assert_equal_runs):
+    """Gradient checkpointing, dropout, a quantized base and several ranks, each after every other kind."""
+    variants = {
+        "rank4": ("lora.rank=4",),
+        "checkpointed": ("lora.rank=8", "train.grad_checkpoint=true"),
+        "quantized": ("lora.rank=4", "model.quantize.bits=4", "model.quantize.group_size=32"),
+        "narrow": ("lora=query_value", "lora.rank=2"),
+        "accumulated": ("lora.rank=8", "train.grad_accumulation=2"),
+    }
+    (door.folder / "mine/experiment").mkdir(parents=True)
+    for name, words in variants.items():
+        body = ["# @package _global_", "defaults:", "  - override /model: tiny", "  - override /data: tiny"]
+        body += ["  - override /lora: query_value"] if "lora=query_value" in words else []
+        values = [w.split("=") for w in (*words, "train.iters=6", "lora.dropout=0.1", "data.metric=exact_match")]
+        for key, value in values:
+            if "." in key:
+                section, *path = key.split(".")
+                inner = value
+                for part in reversed(path):
+                    inner = f"{{{part}: {inner}}}"
+                body.append(f"{section}: {inner}")
+        merged: dict[str, list[str]] = {}
+        for line in [b for b in body if b[0].isalpha() and not b.startswith("defaults")]:
+            key, _, value = line.partition(": ")
+            merged.setdefault(key, []).append(value[1:-1])
+        head = [b for b in body if not b[0].isalpha() or b.startswith("defaults")]
+        text = [*head, *[f"{key}: {{{', '.join(parts)}}}" for key, parts in merged.items()]]
+        (door.folder / f"mine/experiment/{name}.yaml").write_text("\n".join(text) + "\n")
+    own = ("--config-dir", str(door.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
+    for name in variants:
+        alone(door, f"alone_{name}", *own, f"experiment={name}")
+    for round_, order in enumerate((list(variants), list(variants)[::-1])):
+        door("-m", *own, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
+        for number, name in enumerate(order):
+            assert_equal_runs(door.folder / f"s{round_}/{number}", door.folder / f"alone_{name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["process", "joblib"])
+def test_other_launchers_give_the_same_runs(door, launcher, assert_equal_runs):
+    words = (*SMALL, "lora.rank=2,4")
+    door("-m", *words, "hydra.sweep.dir=serial")
+    door("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=other")
+    for number in (0, 1):
+        assert_equal_runs(door.folder / f"serial/{number}", door.folder / f"other/{number}")
+    out = door("resume=other", "lora.rank=2,3,4")
+    assert "1 to start, 2 done" in out
+    assert results(door.folder / "other")[2]["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_the_process_launcher_survives_a_killed_job_and_the_resume_finishes_it(door, assert_equal_runs):
+    words = (*SMALL, "train.iters=200", "train.eval_every=50", "checkpoint.every=10", "lora.rank=2,4,6")
+    process = door.start("-m", *words, "hydra/launcher=process", "hydra.launcher.jobs=2", "hydra.sweep.dir=s")
+    victim = wait_for(door.folder / "s/1", 40, process)
+    os.kill(victim, signal.SIGKILL)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, out
+    rows = results(door.folder / "s")
+    assert [rows[n]["state"] for n in (0, 1, 2)] == ["finished", "failed", "finished"]
+    assert "SIGKILL" in rows[1]["reason"]
+    out = door("resume=s")
+    assert "1 to go on, 2 done" in out
+    assert_equal_runs(door.folder / "s/1", alone(door, "alone", *words[:-1], "lora.rank=4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["serial", "process"])
+def test_a_sweep_killed_at_random_three_times_and_resumed_equals_its_runs_alone(door, launcher, assert_equal_runs):
+    moments = random.Random(7)
+    words = (*SMALL, "train.iters=40", "train.eval_every=10", "checkpoint.every=5", "lora.rank=2,4,6,8")
+    start = ("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    for _ in range(3):
+        process = door.start(*start, start_new_session=True)
+        time.sleep(moments.uniform(2.0, 4.0))
+        kill_tree(process)
+        if (door.folder / "s/sweep.jsonl").exists():
+            start = ("resume=s",)
+    door(*start)
+    rows = results(door.folder / "s")
+    assert {r["state"] for r in rows.values()} == {"finished"} and len(rows) == 4
+    for number, rank in enumerate((2, 4, 6, 8)):
+        own = [w for w in words if not w.startswith("lora.rank")]
+        assert_equal_runs(door.folder / f"s/{number}", alone(door, f"alone{rank}", *own, f"lora.rank={rank}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["serial", "process"])
+def test_a_signal_to_a_sweep_saves_the_job_in_progress_and_ends(door, launcher):
+    words = (*SMALL, "train.iters=100000", "lora.rank=2,4,6,8")
+    process = door.start("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    wait_for(door.folder / "s/0", 10, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert results(door.folder / "s")[0]["state"] == "stopped"
+    assert "resume=s" in out
+
+
+def test_a_second_process_on_a_sweep_is_told_who_works_on_it(door):
+    words = (*SMALL, "train.iters=100000", "lora.rank=2,4")
+    process = door.start("-m", *words, "hydra.sweep.dir=s")
+    wait_for(door.folder / "s/0", 10, process)
+    out = door("resume=s", expect=3)
+    assert f"pid {process.pid}" in out
+    process.kill()
+    process.communicate()
+
+
+def test_repeat_of_a_run_with_a_sweep_and_its_resume(door):
+    alone(door, "run", *SMALL, "lora.rank=2")
+    door("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
+    door("resume=s")
+    rows = results(door.folder / "s")
+    assert {r["state"] for r in rows.values()} == {"finished"}
+    assert json.loads((door.folder / "s/0/status.json").read_text())["iters"] == 6
+
+
+def test_a_sweep_written_into_an_experiment_file_runs_without_m(door):
+    (door.folder / "mine/experiment").mkdir(parents=True)
+    (door.folder / "mine/experiment/ranks.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /data: tiny\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      lora.rank: 2,4\n      seed: [1, 2]\n"
+        "train:\n  iters: 2\n"
+    )
+    out = door("--config-dir", "mine", "experiment=ranks", "hydra.sweep.dir=s")
+    assert "4 jobs" in out
+    out = door("resume=s", "lora.rank=2,4,6")
+    assert "2 to start, 4 done" in out
+
+
+def test_experiment_choices_and_globs_are_swept(door):
+    door(
+        "-m", "model=tiny", "data=tiny", "train.iters=1", "schedule=glob(c*)", "optimizer=sgd,adam", "hydra.sweep.dir=s"
+    )
+    rows = results(door.folder / "s")
+    assert {(r["schedule"], r["optimizer"]) for r in rows.values()} == {
+        (s, o) for s in ("constant", "cosine") for o in ("sgd", "adam")
+    }
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_fifty_jobs(door):
+    code = (
+        "import sys, resource; from runner.__main__ import main; import mlx.core as mx\n"
+        "sizes = []\n"
+        "from runner.training import run as module\n"
+        "own = module.run\n"
+        "def watched(*a, **k):\n"
+        "    out = own(*a, **k); sizes.append(mx.get_active_memory() + mx.get_cache_memory())\n"
+        "    sizes_rss.append(int(open('/proc/self/statm').read().split()[1]) * 4096)\n"
+        "    return out\n"
+        "sizes_rss = []\n"
+        "module.run = watched\n"
+        "rc = main(['-m', 'model=tiny', 'data=tiny', 'train.iters=2', 'seed=range(50)', 'hydra.sweep.dir=s'])\n"
+        "print('SIZES', sizes[4], sizes[-1], sizes_rss[9], sizes_rss[-1]); sys.exit(rc)"
+    )
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=door.folder, env=door.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    mlx_early, mlx_late, rss_early, rss_late = map(int, done.stdout.split("SIZES")[1].split()[:4])
+    assert mlx_late <= mlx_early
+    assert rss_late - rss_early < 40 * 500_000  # under half a megabyte a job
+
+
+def wait_for(run: Path, step: int, process: subprocess.Popen[str]) -> int:
+    """Until `run` has reported `step`; the pid that works on it."""
+    for _ in range(6000):
+        assert process.poll() is None, process.communicate()[0]
+        try:
+            status = json.loads((run / "status.json").read_text())
+            if status["step"] >= step:
+                return status["pid"]
+        except (OSError, ValueError, KeyError):
+            pass
+        time.sleep(0.01)
+    raise AssertionError(f"{run} did not reach step {step}")
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a process and all of its descendants, in whatever session they are."""
+    found, pids = {process.pid}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                pids[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+    while True:
+        more = {pid for pid, parent in pids.items() if parent in found} - found
+        if not more:
+            break
+        found |= more
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()

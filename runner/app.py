@@ -149,7 +149,7 @@ def _words_of_sweep(said: Invocation) -> list[str]:
     for word in said.words:
         if word.startswith("repeat="):
             said.repeat = Path(word.partition("=")[2].strip("'"))
-    return [*said.words, f"hydra.sweep.dir={quoted_path(str(folder))}", "-m"]
+    return ["-m", *said.words, f"hydra.sweep.dir={quoted_path(str(folder))}"]
 
 
 def _store_config_of(said: Invocation) -> None:

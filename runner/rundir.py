@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from runner import plain_yaml
 from runner.errors import ConfigError, DirectoryInUse, StorageError
 
 STATES = ("running", "finished", "stopped", "failed", "diverged", "interrupted")
@@ -119,7 +120,7 @@ class RunDirectory:
         """The status as it is now: `running` without a process that holds the lock reads as `interrupted`."""
         try:
             status = json.loads(_read_text(self.status))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {"state": "interrupted" if self.config.exists() else "unknown"}
         if not isinstance(status, dict) or status.get("state") not in STATES:
             return {"state": "unknown"}
@@ -193,29 +194,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_yaml(path: Path, missing: str) -> dict[str, Any]:
-    """Plain data from a small YAML file: no tags that build objects, no aliases (an alias bomb needs them).
+    """Plain data from a small YAML file that a stranger may have written; see `plain_yaml`.
 
     Raises:
         ConfigError: names the file and the reason.
     """
     try:
-        text = _read_text(path)
+        return plain_yaml.read_mapping(path)
     except FileNotFoundError:
         raise ConfigError(missing) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(
-                    f"{path} uses YAML aliases (*{event.anchor}), which a stored config never does: refused."
-                )
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} has to hold settings (key: value).")
-    return data
 
 
 def now() -> str:

@@ -61,17 +61,23 @@ def read(argv: Sequence[str]) -> Invocation:
         said.words = words  # its words are no settings: install=bash, query=bash
         return said
     folders = [CONF, *config_folders(words)]
+    flags: list[str] = []
+    overrides: list[str] = []
     i = 0
     while i < len(words):
         word = words[i]
         if word in _FLAGS_WITH_VALUE and i + 1 < len(words):
             value = words[i + 1]
             folder = word in ("--config-dir", "-cd")
-            said.words += [f"--config-dir={os.path.abspath(value)}"] if folder else [word, value]
+            flags += [f"--config-dir={os.path.abspath(value)}"] if folder else [word, value]
             i += 2
             continue
-        said.words.append(word if word.startswith("-") else _read_word(word, said, folders))
+        if word.startswith("-"):
+            flags.append(word)
+        else:
+            overrides.append(_read_word(word, said, folders))
         i += 1
+    said.words = [*flags, *overrides]  # Hydra's parser refuses a flag between two overrides
     return said
 
 

@@ -39,7 +39,7 @@ def test_a_wrong_word_gets_a_sentence(word, says):
 
 def test_known_words_pass_and_a_plus_on_a_known_setting_is_taken_off():
     said = read(["model=tiny", "+lora.rank=4", "++train.iters=3", "-m", "seed=1,2"])
-    assert said.words == ["model=tiny", "lora.rank=4", "train.iters=3", "-m", "seed=1,2"]
+    assert said.words == ["-m", "model=tiny", "lora.rank=4", "train.iters=3", "seed=1,2"]
     assert said.multirun and said.chosen == {"model": "tiny"}
 
 

@@ -47,7 +47,7 @@ def ending(
     else:
         lines.append(f"vary it     python -m runner repeat={shown} lora.rank=16")
         if result_step is not None:
-            lines.append(f"build on it python -m runner adapter={shown}/adapters")
+            lines.append(f"build on it python -m runner repeat={shown} adapter={shown}/adapters")
     if adapters_load_elsewhere and result_step is not None:
         lines.append(
             f"try it      mlx_lm.generate --model {adapters_load_elsewhere} --adapter-path {shown}/adapters --prompt …"

@@ -82,6 +82,6 @@ def _record(cfg: DictConfig, node: DictConfig, overrides: list[str], number: int
         node.overrides.task = overrides
         node.runtime.output_dir = str(folder)
     for name, content in (("config.yaml", cfg), ("overrides.yaml", overrides), ("hydra.yaml", {"hydra": node})):
-        content = content if OmegaConf.is_config(content) else OmegaConf.create(content)
-        plain = OmegaConf.to_container(content, enum_to_str=True)
+        node_ = content if isinstance(content, DictConfig) else OmegaConf.create(content)
+        plain = OmegaConf.to_container(node_, enum_to_str=True)
         (record / name).write_text(yaml.dump(plain, Dumper=_Dumper, sort_keys=False), encoding="utf-8")

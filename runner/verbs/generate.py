@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     tokens = _prompt_tokens(loaded, chosen.config, prompt, words.system)
     answers = []
     if words.compare_base:
-        pass
+        loaded.take_off()
         answers.append({"by": "base", **_answer(loaded, tokens, words, label="base")})
         loaded.put_on()
     label = f"adapter ({place.name})" if words.compare_base else None

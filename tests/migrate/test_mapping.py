@@ -286,3 +286,12 @@ def test_whatever_an_old_config_says_the_command_composes_to_what_was_carried(
     empty = ("lora_parameters", "optimizer_config", "report_to")  # an empty one says nothing
     for key, value in found.said.items():
         assert key in told or (key in empty and (not value or isinstance(value, typing.Mapping))), key
+
+
+def test_every_flag_has_its_place_in_the_documentation():
+    page = (CONF.parent / "docs/migrating.md").read_text()
+    there, examples = page.split("## mlx-examples' lora.py")
+    for key in (*MLX_LM.flags, *MLX_LM.yaml_only):
+        assert f"`{key}" in there or key == "lora_layers", key
+    for flag in EXAMPLES.flags:
+        assert f"`--{flag.replace('_', '-')}`" in examples, flag

@@ -31,7 +31,7 @@ def test_a_sweep_prints_its_table_sorted_by_the_objective_and_writes_results_and
     rows = results(door.folder / "s")
     assert [r["state"] for r in rows.values()] == ["finished"] * 4
     values = [float(r["objective"]) for r in rows.values()]
-    assert values == sorted(values) and list(rows)[0] in (1, 3)
+    assert values == sorted(values) and next(iter(rows)) in (1, 3)
     assert [line.split()[0] for line in out.splitlines() if "finished" in line][-4:] == [str(n) for n in rows]
     svg = (door.folder / "s/curves.svg").read_text()
     assert svg.count("<polyline") == 4 and "rank=2" in svg
@@ -53,7 +53,8 @@ def test_a_finished_sweep_runs_nothing_again_and_an_extended_one_only_what_is_ne
 
 
 def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(door, assert_equal_runs):
-    grid = ("lora.keys=[self_attn.q_proj],[nonsense]", "optimizer.learning_rate=1e-3,1e30")
+    keys = "lora.keys=[self_attn.q_proj,self_attn.k_proj]"
+    grid = (f"{keys},[nonsense]", "optimizer.learning_rate=1e-3,1e30")
     words = ("-m", *SMALL, "optimizer=sgd", *grid, "train.iters=20", "hydra.sweep.dir=s")
     out = door(*words, expect=1)
     assert "Traceback" not in out
@@ -64,8 +65,8 @@ def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(doo
     # Failed ones are tried again, the diverged one is not, the finished one stays.
     out = door("resume=s", expect=1)
     assert "2 to go on, 2 done" in out or "2 to start, 2 done" in out
-    twin = alone(door, "twin", *SMALL, "optimizer=sgd", "lora.keys=[self_attn.q_proj]", "train.iters=20",
-                 "optimizer.learning_rate=1e-3")  # fmt: skip
+    words = (*SMALL, "optimizer=sgd", keys, "train.iters=20", "optimizer.learning_rate=1e-3")
+    twin = alone(door, "twin", *words)
     assert_equal_runs(door.folder / "s/0", twin)
 
 

@@ -63,8 +63,9 @@ def test_a_line_for_each_run_and_sweep_newest_first(outputs: Path, capsys: pytes
     ]
     assert titles.split() == ["run", "state", "step", "valid_loss", "age", "size", "settings", "that", "differ"]
     assert " stopped " in lines[0] and " 6/12 " in lines[0] and " 2.5000 @6 " in lines[0]
-    assert "2 finished, 1 failed" in lines[1] and "1.5000 in 1" in lines[1]
-    assert [line.split()[-1] for line in lines] == ["rank=2", "rank=4,16,32", "rank=8"]
+    assert " 3 jobs " in lines[1] and "1.5000 in 1" in lines[1]
+    settings = ["rank=2", "rank=4,16,32  2 finished, 1 failed", "rank=8"]
+    assert all(line.endswith(f"  {end}") for line, end in zip(lines, settings, strict=True))
 
 
 def test_a_sweep_with_its_runs(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

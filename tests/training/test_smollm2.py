@@ -1,0 +1,46 @@
+"""The real model, as whole processes: a first run with a before and after, and a resume after a real kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+SHORT = (
+    "experiment=first_run",
+    "train.iters=6",
+    "train.batch_size=2",
+    "train.report_every=1",
+    "train.eval_every=3",
+    "train.eval_batches=1",
+    "schedule.warmup=1",
+    "lora.num_layers=4",
+    "lora.dropout=0.1",
+    "checkpoint.every=2",
+    "data.metric_rows=2",
+    "data.max_new_tokens=8",
+    "hydra.run.dir=run",
+)
+
+
+@pytest.mark.slow
+def test_a_first_run_shows_before_and_after_and_a_killed_one_goes_on_to_the_same_end(
+    door, make_door, tmp_path, assert_equal_runs, rows
+):
+    whole = make_door(tmp_path / "whole")
+    out = whole(*SHORT)
+    assert "execution_accuracy on 2 held-out rows" in out and "before" in out and "after" in out
+    losses = [r["loss"] for r in rows(whole.folder / "run") if r["split"] == "valid"]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    process = door.start(*SHORT)
+    while not list((door.folder / "run/checkpoints").glob("step-*2")) and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.4)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert json.loads((door.folder / "run/status.json").read_text())["state"] in ("running", "finished")
+    door("resume=run")
+    assert_equal_runs(whole.folder / "run", door.folder / "run")

@@ -15,6 +15,7 @@ from runner.migrate.values import Cannot, number, text, texts, truth, whole
 from runner.words import choices
 
 _REMOTE_CODE = "importing does not switch it on: once you have read the model's code, add model.trust_remote_code=true"
+_KEPT = {MLX_LM.name: "every save stays", EXAMPLES.name: "one file is overwritten"}
 _HF_DATASET = (
     "data come from a folder here, or from a hub id that holds such files: write the rows to data/train.jsonl, "
     "data/valid.jsonl and data/test.jsonl, or give another folder with data.path"
@@ -173,13 +174,15 @@ def _lengths(to: Carried) -> None:
         elif count % share:
             note += ", rounded"
         if key == "save_every":
-            kept = f"there every save stays; here the last 3 and the best, all with checkpoint.keep_every={updates}"
+            there = _KEPT[to.old.program.name]
+            kept = f"there {there}; here the last 3 and the best, all with checkpoint.keep_every={updates}"
             note = f"{note}; {kept}" if note else kept
         to.put(key, whole, name, note=note, value=updates)
 
 
 def _evaluation_and_saves(to: Carried) -> None:
-    fixed = "there other random batches each time, here the same, short and long rows among them"
+    drawn = "the first batches" if to.old.program is EXAMPLES else "other random batches each time"
+    fixed = f"there {drawn}, here the same ones each time, short and long rows among them"
     to.put("val_batches", whole, "train.eval_batches", note="" if to.value("val_batches") == -1 else fixed)
     tests = to.old.said.get("test") is True
     if tests and to.old.said.get("train") is not True:

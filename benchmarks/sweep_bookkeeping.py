@@ -1,0 +1,100 @@
+"""What a sweep costs beyond its runs: python benchmarks/sweep_bookkeeping.py [--jobs 500] [--sizes 125,250,500]
+
+Runs sweeps of tiny jobs of two updates in processes of their own, takes the time inside each run and inside Hydra's
+composing out of the whole, and prints bookkeeping a job for several sizes (it must not grow with them), composing a
+job beside stock Hydra's, and the time from `resume=` on the finished sweep to its first new job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+INSIDE = """
+import json, sys, time
+begun = time.perf_counter()
+from runner import blas; blas.prepare()
+from runner.__main__ import main
+from runner.sweeps import composing, job, sweep
+from runner.training import run as module
+marks = {"run": 0.0, "runs": 0, "compose": 0.0, "composed": 0, "first": None, "launch": None}
+own_run = module.run
+def timed_run(*a, **k):
+    t = time.perf_counter()
+    if marks["first"] is None: marks["first"] = t - begun
+    try: return own_run(*a, **k)
+    finally: marks["run"] += time.perf_counter() - t; marks["runs"] += 1
+module.run = timed_run
+own_compose = composing.Composer.compose
+def timed_compose(*a, **k):
+    t = time.perf_counter()
+    try: return own_compose(*a, **k)
+    finally: marks["compose"] += time.perf_counter() - t; marks["composed"] += 1
+composing.Composer.compose = timed_compose
+own_sweep = sweep.run
+def timed_sweep(*a, **k):
+    t = time.perf_counter()
+    try: return own_sweep(*a, **k)
+    finally: marks["sweep"] = time.perf_counter() - t
+sweep.run = timed_sweep
+rc = main(sys.argv[1:])
+print("MARKS" + json.dumps({**marks, "rc": rc}))
+"""
+
+STOCK = """
+import json, time
+from hydra import compose, initialize_config_dir
+from runner.app import register
+from runner.words import CONF
+register()
+with initialize_config_dir(str(CONF), version_base="1.3"):
+    compose("config", overrides=["model=tiny"])
+    t = time.perf_counter()
+    for seed in range(20):
+        compose("config", overrides=["model=tiny", "data=tiny", "train.iters=2", f"seed={seed}"])
+    print("MARKS" + json.dumps({"stock": (time.perf_counter() - t) / 20}))
+"""
+
+
+def run(code: str, *words: str, folder: Path) -> dict:
+    """The marks that `code` prints."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if "MARKS" not in done.stdout:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(done.stdout.split("MARKS")[1])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="125,250,500", help="numbers of jobs, the last one is resumed as well")
+    sizes = [int(size) for size in parser.parse_args().sizes.split(",")]
+    print(f"{'jobs':>5}  {'bookkeeping':>12}  {'composing':>10}  {'run':>8}   ms a job")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        words = ["-m", "model=tiny", "data=tiny", "train.iters=2"]
+        for size in sizes:
+            m = run(INSIDE, *words, f"seed=range({size})", f"hydra.sweep.dir=s{size}", folder=folder)
+            assert m["rc"] == 0 and m["runs"] == size, m
+            beyond = (m["sweep"] - m["run"] - m["compose"]) / size
+            compose = m["compose"] / m["composed"]
+            print(f"{size:>5}  {beyond * 1e3:>12.2f}  {compose * 1e3:>10.2f}  {m['run'] / size * 1e3:>8.1f}", flush=True)
+        stock = run(STOCK, folder=folder)["stock"]
+        print(f"composing a job: stock Hydra {stock * 1e3:.1f} ms, here {compose * 1e3:.2f} ms (and twice or more a job)")
+        m = run(INSIDE, f"resume=s{sizes[-1]}", f"seed=range({sizes[-1] + 1})", folder=folder)
+        assert m["rc"] == 0 and m["runs"] == 1, m
+        print(f"resume= of {sizes[-1]} finished jobs to its first new one: {m['first']:.2f} s, imports included")
+
+
+if __name__ == "__main__":
+    main()

@@ -64,7 +64,7 @@ train: models ## fine-tune the small model and show it before and after (ARGS="l
 	@"$(RUN)" -m runner experiment=first_run $(ARGS)
 
 test: models ## run the tests, all but those against torch (WORKERS=, PYTEST_ARGS=)
-	@$(PYTEST) -m "not reference"
+	@$(PYTEST) -m "not reference and not long"
 
 test-all: models $(REFERENCE_STAMP) ## run every test, torch and transformers as references among them
 	@RUNNER_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE_VENV)/bin/python" $(PYTEST)

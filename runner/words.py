@@ -24,6 +24,7 @@ _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "-
 _FLAGS_WITH_VALUE |= {"--config-path", "-cp", "--info", "-i"}
 _WORD = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[A-Za-z_][\w./-]*)(?P<package>@[\w.:@]*)?=(?P<value>.*)", re.DOTALL)
 _PLAIN = re.compile(r"[\w/.:@%+-]*", re.ASCII)
+_OTHER_THAN_TEXT = re.compile(r"[-+]?[\d_]*\.?[\d_]*(e[-+]?\d+)?|[-+]?(inf|nan)|true|false|null", re.IGNORECASE)
 _SWEEP = re.compile(r"\w+\(.*\)", re.DOTALL)
 
 
@@ -178,10 +179,10 @@ def _path(value: str, multirun: bool) -> str:
 
 def quoted_path(value: str) -> str:
     """`value` as a word that Hydra's grammar reads back as the same text."""
-    if _PLAIN.fullmatch(value):
+    if _PLAIN.fullmatch(value) and not _OTHER_THAN_TEXT.fullmatch(value):
         return value
-    # Hydra's quoted strings escape the quote itself, and a backslash only in front of one.
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+    # Hydra's quoted strings escape the quote itself, and a backslash only in front of one (the closing one included).
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
 def _unquoted(value: str) -> str:

@@ -43,7 +43,9 @@ def test_known_words_pass_and_a_plus_on_a_known_setting_is_taken_off():
     assert said.multirun and said.chosen == {"model": "tiny"}
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "a,b", "a=b", "(x)", "x{y}", "ü", "a:b", "back\\slash's"])
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", 'say "x"', "a,b", "a=b", "(x)", "x{y}", "ü", "a:b", "back\\slash's", "end\\", "e\\\\"]
+)
 def test_raw_paths_come_through_hydras_grammar_as_they_are(name, tmp_path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -98,3 +100,12 @@ def test_help_is_answered_without_importing_hydra_or_mlx():
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("python -m runner ") >= 7
     assert "first_run" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["1e-5", "12", "true", "null", "nan", "3.5"])
+def test_a_path_that_looks_like_a_number_stays_text(name):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from runner.words import quoted_path
+
+    assert OverridesParser.create().parse_override(f"model.path={quoted_path(name)}").value() == name

@@ -203,7 +203,7 @@ def _around(to: Carried) -> None:
     elif not to.old.said.get("test"):
         to.leave("train", f"{to.old.program.name} trains nothing without it (--train); the command below trains", train)
     else:
-        to.seen.add("train")
+        to.elsewhere("train", "off there, where it tests alone; the command below trains")
     to.put("seed", whole, "seed")
     if to.old.program is MLX_LM:
         to.put("grad_checkpoint", truth, "train.grad_checkpoint")

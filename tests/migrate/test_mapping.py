@@ -95,6 +95,12 @@ def test_our_defaults_carries_only_what_is_said(tmp_path):
     ]
 
 
+def test_a_config_that_only_tests_is_told_that_the_command_trains(tmp_path):
+    carried = imported(tmp_path, train=False, test=True)
+    assert "runner test RUN" in reasons(carried)["test"]
+    assert "the command below trains" in {line.key: line.note for line in carried.lines}["train"]
+
+
 def test_micro_batches_become_updates(tmp_path, compose):
     carried = imported(tmp_path, iters=1003, grad_accumulation_steps=4, steps_per_report=10, steps_per_eval=200)
     found = compose(carried)

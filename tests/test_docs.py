@@ -1,0 +1,128 @@
+"""Every command in README and docs is run as written, in a folder that holds what it names.
+
+What a command would take hours for is cut short: `train.iters=2` and, where it names no model or data of its own, the
+tiny ones are added behind it. Hub names are found in an offline cache in the hub's layout, with the tiny model in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runner import docs
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = "outputs/2026-11-24/10-00-00"
+SWEEP = "outputs/sweeps/2026-11-24/10-00-00"
+HUB = ("Qwen/Qwen3-0.6B", "mlx-community/Qwen3-4B-4bit", "HuggingFaceTB/SmolLM2-135M-Instruct")
+ELSEWHERE = ("make train", "make test", "make test-all", "make check", "make setup", "source .venv/bin/activate")
+"""Run by CI itself, or below as a test of its own."""
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every fenced block's lines that start with a program of ours or of mlx-lm."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            for line in block.splitlines():
+                line = re.sub(r"\s+(#|--- ).*$", "", line).strip()
+                if re.match(r"(python -m runner|runner|make|mlx_lm\.\w+|pip|python -m) ?", line):
+                    found.append((page.name, line))
+    return list(dict.fromkeys(found))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_door):
+    """A folder with a run, a sweep, data, old adapters and an offline hub cache."""
+    from runner.config import Model
+    from runner.models.folders import write_folder
+    from runner.models.loading import load
+
+    folder = tmp_path_factory.mktemp("place")
+    model = tmp_path_factory.mktemp("model") / "tiny"
+    write_folder(load(Model(path="builtin:tiny")), model)
+    commit = "0" * 40
+    for name in HUB:
+        cache = folder / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(model, cache / "snapshots" / commit)
+        (cache / "refs").mkdir()
+        (cache / "refs/main").write_text(commit)
+    door = make_door(folder)
+    door.environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    door.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shutil.copytree(ROOT / "runner/data/sets/tiny", folder / "my_data")
+    door("experiment=smoke", "train.iters=100", "train.stop_at=80", "checkpoint.every=20", "checkpoint.keep_every=20",
+         f"hydra.run.dir={RUN}")  # fmt: skip
+    door("-m", "experiment=smoke", "train.iters=2", "lora.rank=4,8,16", f"hydra.sweep.dir={SWEEP}")
+    (folder / "old").mkdir()
+    from runner.models.adapters import read_weights
+
+    weights = read_weights(folder / RUN / "adapters")
+    np.savez(folder / "old/adapters.npz", **{name: np.array(array) for name, array in weights.items()})
+    return door
+
+
+def cut_short(words: list[str]) -> list[str]:
+    """The words behind a command that keep it short."""
+    own = {word.partition("=")[0] for word in words}
+    if own & {"resume", "--cfg", "--help", "-sc"} or "repeat" in own or not any("=" in w or w == "-m" for w in words):
+        return ["train.iters=2"] if "repeat" in own else []
+    extra = ["train.iters=2", "lora.num_layers=4"]
+    extra += [] if own & {"model", "model.path", "adapter"} else ["model=tiny"]
+    extra += ["model=tiny"] if "adapter" in own else []
+    extra += [] if own & {"data", "data.path"} else ["data=tiny"]
+    extra += ["data.metric=exact_match"] if "data.metric_rows" in own else []
+    kept = {word.partition("=")[0] for word in extra} & own - {"train.iters"}
+    return [word for word in extra if word.partition("=")[0] not in kept]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda v: v[:60])
+def test_the_command_does_what_the_page_says(place, page, command):
+    if command in ELSEWHERE or command.startswith("pip install"):
+        return
+    words = shlex.split(command.replace("…", "a b"))
+    if words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    if words[:3] == ["python", "-m", "runner"]:
+        words = words[3:]
+        is_verb = words and words[0] in ("ls", "show", "test", "generate", "export", "import")
+        place(*words, *([] if is_verb else cut_short(words)))
+        return
+    words[0] = str(Path(sys.executable).parent / words[0]) if not words[0].startswith("python") else sys.executable
+    done = subprocess.run(words, cwd=place.folder, env=place.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_pages_hold_commands_and_every_link_leads_somewhere():
+    assert len(commands()) > 15
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_settings_page_is_in_step_with_the_code():
+    assert docs.main(["--check"]) == 0
+
+
+@pytest.mark.long
+def test_make_train_ends_with_a_fine_tuned_model_and_a_clear_gain(make_door, tmp_path):
+    door = make_door(tmp_path)
+    door.environment.pop("OPENBLAS_NUM_THREADS")
+    door("experiment=first_run", "hydra.run.dir=run")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    scores = [row["score"] for row in rows if "score" in row]
+    assert len(scores) == 2 and scores[1] >= scores[0] + 0.05

@@ -65,6 +65,8 @@ def place(tmp_path_factory, make_door):
          f"hydra.run.dir={RUN}")  # fmt: skip
     door("-m", "experiment=smoke", "train.iters=2", "lora.rank=4,8,16", f"hydra.sweep.dir={SWEEP}")
     (folder / "old").mkdir()
+    (folder / "mine/experiment").mkdir(parents=True)
+    (folder / "old.yaml").write_text("model: Qwen/Qwen3-0.6B\ntrain: true\ndata: my_data\niters: 100\n")
     from runner.models.adapters import read_weights
 
     weights = read_weights(folder / RUN / "adapters")
@@ -91,7 +93,7 @@ def cut_short(words: list[str]) -> list[str]:
 def test_the_command_does_what_the_page_says(place, page, command):
     if command in ELSEWHERE or command.startswith("pip install"):
         return
-    words = shlex.split(command.replace("…", "a b"))
+    words = shlex.split(command.replace("…", "x"))
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +78,16 @@ def before_and_after(
 
 
 def pick_samples(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Rows to show: one gained, one right both times, one still wrong, as far as there are such; else the first ones.
+    """Rows to show: one that was gained, one that is still wrong, one that was right before, then more of these.
 
     Chosen to show each kind, never only successes.
     """
-
-    def first(good_before: bool | None, good_after: bool) -> list[int]:
-        fits = [
-            row
-            for row, answer in sorted(after.items())
-            if (answer["score"] >= 1) == good_after
-            and (good_before is None or (row in before and (before[row]["score"] >= 1) == good_before))
-        ]
-        return fits[:1]
-
-    picked = first(False, True) + first(None, False) + first(True, True)
-    picked += [row for row in sorted(after) if row not in picked]
-    return sorted(dict.fromkeys(picked[:SAMPLES]))
+    gained, wrong, kept = [], [], []
+    for row, answer in sorted(after.items()):
+        right_before = row in before and before[row]["score"] >= 1
+        (wrong if answer["score"] < 1 else kept if right_before else gained).append(row)
+    in_turn = [row for rows in zip_longest(gained, wrong, kept) for row in rows if row is not None]
+    return sorted(in_turn[:SAMPLES])
 
 
 def short(path: Path) -> str:

@@ -86,6 +86,7 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
         reason=ending if named or not finished else None,
         result_step=result,
         best=best_of(member),
+        seconds=round(record.seconds(), 1),
         ended=now(),
     )
     for line in lines:

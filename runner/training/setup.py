@@ -73,12 +73,10 @@ def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, share
 
 def _introduce(settings: Config, data: DataSet, adapted: Adapted, blas: BlasReport, display: Display) -> None:
     ours, all_ = trainable_share(adapted)
-    device = "CPU" if on_cpu() else "GPU"
+    blocks = f"the last {adapted.num_layers} of {len(adapted.model.layers)} blocks"
+    display.line(f"model  {adapted.source}: {all_ / 1e6:.1f}M parameters, {ours / 1e6:.3f}M trained in {blocks}")
     product = f", {blas.kind} BLAS, {blas.threads} threads" if blas.threads and on_cpu() else ""
-    display.line(
-        f"model  {adapted.source}: {all_ / 1e6:.1f}M parameters, {ours / 1e6:.3f}M trained in the last "
-        f"{adapted.num_layers} of {len(adapted.model.layers)} blocks ({device}{product})"
-    )
+    display.line(f"device {'CPU' if on_cpu() else 'GPU'}{product}")
     for split, counts in data.counts.items():
         left_out = [
             f"{number} {what}"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 SMALL = ("experiment=smoke", "train.iters=6", "train.eval_every=3", "checkpoint.every=2", "lora.dropout=0.1")
 
@@ -88,37 +89,25 @@ def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alon
 @pytest.mark.slow
 def test_jobs_that_share_a_process_equal_the_same_runs_alone_in_any_order(door, assert_equal_runs):
     """Gradient checkpointing, dropout, a quantized base and several ranks, each after every other kind."""
+    common = {"train": {"iters": 6}, "lora": {"dropout": 0.1}, "data": {"metric": "exact_match"}}
     variants = {
-        "rank4": ("lora.rank=4",),
-        "checkpointed": ("lora.rank=8", "train.grad_checkpoint=true"),
-        "quantized": ("lora.rank=4", "model.quantize.bits=4", "model.quantize.group_size=32"),
-        "narrow": ("lora=query_value", "lora.rank=2"),
-        "accumulated": ("lora.rank=8", "train.grad_accumulation=2"),
+        "rank4": {"lora": {"rank": 4}},
+        "checkpointed": {"lora": {"rank": 8}, "train": {"grad_checkpoint": True}},
+        "quantized": {"model": {"quantize": {"bits": 4, "group_size": 32}}},
+        "narrow": {"lora": {"rank": 2, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}},
+        "accumulated": {"lora": {"rank": 8}, "train": {"grad_accumulation": 2}},
     }
     (door.folder / "mine/experiment").mkdir(parents=True)
-    for name, words in variants.items():
-        body = ["# @package _global_", "defaults:", "  - override /model: tiny", "  - override /data: tiny"]
-        body += ["  - override /lora: query_value"] if "lora=query_value" in words else []
-        values = [w.split("=") for w in (*words, "train.iters=6", "lora.dropout=0.1", "data.metric=exact_match")]
-        for key, value in values:
-            if "." in key:
-                section, *path = key.split(".")
-                inner = value
-                for part in reversed(path):
-                    inner = f"{{{part}: {inner}}}"
-                body.append(f"{section}: {inner}")
-        merged: dict[str, list[str]] = {}
-        for line in [b for b in body if b[0].isalpha() and not b.startswith("defaults")]:
-            key, _, value = line.partition(": ")
-            merged.setdefault(key, []).append(value[1:-1])
-        head = [b for b in body if not b[0].isalpha() or b.startswith("defaults")]
-        text = [*head, *[f"{key}: {{{', '.join(parts)}}}" for key, parts in merged.items()]]
-        (door.folder / f"mine/experiment/{name}.yaml").write_text("\n".join(text) + "\n")
-    own = ("--config-dir", str(door.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
+    for name, own in variants.items():
+        settings = {section: {**common.get(section, {}), **own.get(section, {})} for section in {*common, *own}}
+        settings["defaults"] = [{"override /model": "tiny"}, {"override /data": "tiny"}]
+        text = "# @package _global_\n" + yaml.safe_dump(settings)
+        (door.folder / f"mine/experiment/{name}.yaml").write_text(text)
+    words = ("--config-dir", str(door.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
     for name in variants:
-        alone(door, f"alone_{name}", *own, f"experiment={name}")
+        alone(door, f"alone_{name}", *words, f"experiment={name}")
     for round_, order in enumerate((list(variants), list(variants)[::-1])):
-        door("-m", *own, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
+        door("-m", *words, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
         for number, name in enumerate(order):
             assert_equal_runs(door.folder / f"s{round_}/{number}", door.folder / f"alone_{name}")
 

@@ -82,7 +82,9 @@ def pick_samples(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Ma
 
     Chosen to show each kind, never only successes.
     """
-    gained, wrong, kept = [], [], []
+    gained: list[int] = []
+    wrong: list[int] = []
+    kept: list[int] = []
     for row, answer in sorted(after.items()):
         right_before = row in before and before[row]["score"] >= 1
         (wrong if answer["score"] < 1 else kept if right_before else gained).append(row)

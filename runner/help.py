@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from runner.config import GROUPS
+from runner.verbs import VERBS
 from runner.words import choices
 
 _TOP = """\
@@ -28,6 +29,9 @@ Examples:
   python -m runner repeat=outputs/2026-11-24/10-00-00 lora.rank=32           again, changed
   python -m runner adapter=old/adapters.npz                                  warm start
 
+Verbs, over output directories (runner VERB --help):
+VERBS
+
 More:
   --cfg job            print the composed settings and stop
   --config-dir DIR     your own groups and experiments beside ours
@@ -46,7 +50,8 @@ def text() -> str:
     for group in GROUPS:
         names = choices(group)
         rows.append(f"  {group:<11}{', '.join(names)}")
-    return _TOP + "\n".join(_folded(row) for row in rows) + "\n" + _BOTTOM
+    verbs = "\n".join(f"  {verb:<10}{about}" for verb, about in VERBS.items())
+    return _TOP + "\n".join(_folded(row) for row in rows) + "\n" + _BOTTOM.replace("VERBS", verbs)
 
 
 def _folded(row: str, width: int = 88) -> str:

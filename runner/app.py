@@ -24,7 +24,7 @@ from runner import checks
 from runner import config as schema
 from runner.composed import checked, stored_form
 from runner.config import Config
-from runner.errors import ConfigError, RunnerError
+from runner.errors import ConfigError, DirectoryInUse, RunnerError
 from runner.rundir import RunDirectory
 from runner.sentences import explain
 from runner.start import Start, find_source, new_run_id
@@ -32,6 +32,8 @@ from runner.sweeps import grid, manifest
 from runner.words import CONF, Invocation, quoted_path
 
 _said = Invocation()
+_claimed: RunDirectory | None = None
+"""The directory of a new run, held from the moment it is claimed."""
 
 
 class Refused(BaseException):
@@ -48,8 +50,8 @@ def start(said: Invocation, program: str) -> None:
     Raises:
         RunnerError: with the sentence and the exit code for the door.
     """
-    global _said
-    _said = said
+    global _said, _claimed
+    _said, _claimed = said, None
     words = list(said.words)
     if said.resume is not None and (said.resume / manifest.NAME).is_file():
         words = _words_of_sweep(said)
@@ -92,9 +94,13 @@ class Opening(Callback):
             checked(_without_hydra(config))
             if _said.resume is not None and not find_source(_said.resume).branch:
                 directory = find_source(_said.resume).run
+                if "hydra.run.dir" in str(sys.argv):
+                    raise ConfigError("resume=RUN goes on in RUN itself; hydra.run.dir is for a branch or a new run.")
                 _set(config, "hydra.output_subdir", None)  # the first start's .hydra/ stays
             else:
-                directory = _claim(Path(config.hydra.run.dir), named="hydra.run.dir" in str(sys.argv))
+                directory = _claim(
+                    Path(config.hydra.run.dir), config.checkpoint.dir, named="hydra.run.dir" in str(sys.argv)
+                )
             _set(config, "hydra.run.dir", str(directory))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -127,9 +133,12 @@ def _job(cfg: DictConfig) -> float | None:
 
         config = checked(cfg)
         config.experiment = experiment
-        directory = RunDirectory(folder, config.checkpoint.dir)
+        directory = RunDirectory(folder, config.checkpoint.dir) if _claimed is None else _claimed
         source = None if _said.resume is None else find_source(_said.resume)
-        return run(Start(config, stored_form(cfg, config), directory, source, new_run_id()), report)
+        stored = stored_form(cfg, config)
+        if source is not None and not source.branch:
+            stored |= {"resume": None, "experiment": directory.read_config().get("experiment")}
+        return run(Start(config, stored, directory, source, new_run_id()), report)
     except Exception as error:
         raise Refused(error) from error
 
@@ -174,15 +183,17 @@ def _store_config_of(said: Invocation) -> None:
     ConfigStore.instance().store(group="stored", name="run", package="_global_", node=data)
 
 
-def _claim(path: Path, named: bool) -> Path:
+def _claim(path: Path, checkpoints: str, named: bool) -> Path:
     """Claim `path` for a new run; a path made from the time gets -2, -3, … where another run was as quick."""
+    global _claimed
     number = 1
     while True:
         target = (path if number == 1 else path.with_name(f"{path.name}-{number}")).absolute()
         try:
-            RunDirectory(target).claim()
+            _claimed = RunDirectory(target, checkpoints)
+            _claimed.claim()
             return target
-        except ConfigError:
+        except (ConfigError, DirectoryInUse):
             if named or not target.is_dir():
                 raise
             number += 1

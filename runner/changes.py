@@ -28,7 +28,12 @@ FREE_ON_RESUME = (
     "train.cache_limit_gb",
     "train.grad_checkpoint",
     "train.compile",
-    "checkpoint",
+    "checkpoint.every",
+    "checkpoint.every_minutes",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every",
+    "checkpoint.result",
     "loggers",
     "objective",
 )

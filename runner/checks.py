@@ -116,6 +116,10 @@ def check(config: Config) -> None:
         problems.append(f"train.stop_at={config.train.stop_at} lies beyond train.iters={config.train.iters}.")
     if config.data.metric_rows and config.data.metric is None:
         problems.append("data.metric_rows is set, but data.metric is null: choose data.metric=exact_match or another.")
+    if config.objective.metric == "test_loss" and not config.train.test:
+        problems.append("objective.metric=test_loss needs train.test=true.")
+    if config.objective.metric == "score" and not config.data.metric_rows:
+        problems.append("objective.metric=score needs data.metric_rows.")
     end = config.schedule.iters or config.train.iters
     if config.schedule.warmup >= end and config.schedule.warmup:
         problems.append(f"schedule.warmup={config.schedule.warmup} leaves no update before the end at {end}.")

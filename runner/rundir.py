@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import secrets
+import shlex
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -37,34 +38,38 @@ class RunDirectory:
         self.result = path / "adapters"
         self._lock: int | None = None
 
-    def claim(self, made_by_hydra: bool = False) -> None:
-        """Take the directory for a new run: creating checkpoints/ is the act that only one process can do.
+    def claim(self) -> None:
+        """Take the directory for a new run, and hold it: the lock is what only one process can have.
 
-        Args:
-            made_by_hydra: a job of a sweep, where Hydra has written .hydra/ already.
+        A start that was cut off before it wrote its config leaves nothing worth keeping: its directory is taken over.
 
         Raises:
             ConfigError: the directory already belongs to a run, holds other things, or cannot be made.
+            DirectoryInUse: another process has just taken it.
         """
         with explained(self.path, "cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
-            others = {p.name for p in self.path.iterdir()} - ({".hydra"} if made_by_hydra else set())
-            if others and not self.checkpoints.exists():
+            others = {p.name for p in self.path.iterdir()} - {".lock", ".hydra", "run.log", self.checkpoints.name}
+            if others and not self.config.exists():
                 raise ConfigError(f"{self.path} is not empty and not a run: choose another hydra.run.dir.")
-            try:
-                self.checkpoints.mkdir()
-            except FileExistsError:
+            self.lock()
+            kept = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
+            if self.config.exists() or kept:
+                self.unlock()
                 raise ConfigError(
-                    f"{self.path} already belongs to a run. To go on with it: resume={self.path}. "
+                    f"{self.path} already belongs to a run. To go on with it: resume={shlex.quote(str(self.path))}. "
                     "For a new run choose another hydra.run.dir."
-                ) from None
+                )
+            self.checkpoints.mkdir(exist_ok=True)
 
     def lock(self) -> None:
-        """Hold the directory until this process ends, however it ends (an OS lock).
+        """Hold the directory until this process ends, however it ends (an OS lock); nothing to do where it is held.
 
         Raises:
             DirectoryInUse: another process holds it; names its pid, host and since when.
         """
+        if self._lock is not None:
+            return
         with explained(self.path, "cannot be locked"):
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 
@@ -10,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner import config
-from runner.errors import ConfigError, RunnerError, did_you_mean
+from runner.errors import ConfigError, RunnerError, StorageError, did_you_mean
 from runner.words import config_folders
 
 
@@ -39,8 +40,12 @@ def explain(error: BaseException) -> RunnerError:
         if isinstance(link, OmegaConfBaseException):
             return ConfigError(f"{file}{_omegaconf(link)}")
     for link in chain:
+        if found := re.search(r"Ambiguous value for argument '([^']*)'", str(link)):
+            return ConfigError(f"{found[1]} lists several values: add -m for a sweep, or put it in brackets or quotes.")
         if isinstance(link, HydraException):
             return ConfigError(f"{file}{_first_line(str(link))}")
+    if isinstance(error, OSError) and error.errno:
+        return StorageError(f"{error.filename or 'Writing'}: {os.strerror(error.errno)}.")
     name = type(error).__name__
     return RunnerError(f"{name}: {_first_line(str(error)) or 'no message'}. RUNNER_TRACEBACK=1 shows where.")
 

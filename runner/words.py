@@ -100,6 +100,8 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
             raise ConfigError(
                 f"'{word}' would remove a setting: every setting has to be there. Set it to null instead."
             )
+        if word in _known_words():
+            raise ConfigError(f"'{word}' needs a value: {word}=…")
         raise ConfigError(
             f"'{word}' is not a command and not a setting (key=value).{did_you_mean(word, _known_words())}"
         )

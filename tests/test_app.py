@@ -156,7 +156,7 @@ def test_a_used_directory_is_refused_and_same_second_starts_get_their_own(door):
     assert "resume=" in out
     processes = [door.start("experiment=smoke", "train.iters=1", "hydra.run.dir=outputs/x/${now:%Y}") for _ in range(3)]
     codes = sorted(p.wait() for p in processes)
-    assert codes == [0, 2, 2]  # named by hand: one gets it, the others are told
+    assert codes[0] == 0 and set(codes[1:]) <= {2, 3}  # named by hand: one gets it, the others are told
 
 
 def test_runs_of_the_same_second_get_directories_of_their_own(door):
@@ -185,3 +185,41 @@ def test_a_plain_multirun_trains_each_job_in_its_directory_equal_to_the_run_alon
         assert_equal_runs(door.folder / f"sweep/{number}", door.folder / f"alone{rank}")
     out = door("-m", "experiment=smoke", "lora.rank=2,4", "hydra.sweep.dir=sweep", expect=2)
     assert "exists already" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["loggers=csv", "loggers.csv.file=config.yaml"], "ends in .csv"),
+        (["objective.metric=test_loss"], "needs train.test=true"),
+        (["objective.metric=score"], "needs data.metric_rows"),
+        (["lora.rank=2,4"], "add -m"),
+        (["-m", "lora.rank=2,4", "hydra/launcher=process", "hydra.launcher.jobs=0"], "1 or more"),
+    ],
+)
+def test_what_could_only_go_wrong_later_is_refused_with_a_sentence(door, words, says):
+    assert says in door("experiment=smoke", *words, expect=2)
+
+
+def test_a_test_split_that_is_not_there_is_told_before_training(door):
+    (door.folder / "data").mkdir()
+    (door.folder / "data/train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    out = door("model=tiny", "data.path=data", "train.test=true", expect=2)
+    assert "no test.jsonl" in out and "step " not in out
+
+
+def test_the_commands_at_the_end_can_be_pasted_whatever_the_path(door):
+    out = door("experiment=smoke", "train.iters=2", "train.stop_at=1", "hydra.run.dir=a b's")
+    command = next(line for line in out.splitlines() if line.startswith("go on"))
+    import shlex
+
+    door(*shlex.split(command.split("python -m runner ")[1]))
+
+
+def test_a_resume_leaves_the_stored_config_as_the_first_start_wrote_it(door):
+    door("experiment=smoke", "train.iters=4", "train.stop_at=2", "hydra.run.dir=run")
+    before = yaml.safe_load((door.folder / "run/config.yaml").read_text())
+    door("resume=run")
+    after = yaml.safe_load((door.folder / "run/config.yaml").read_text())
+    before["train"]["stop_at"] = None
+    assert after == before

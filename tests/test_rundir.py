@@ -14,7 +14,12 @@ from runner.rundir import Rows, RunDirectory, read_rows, read_yaml, write_atomic
 
 
 def test_a_directory_is_claimed_once(tmp_path):
-    RunDirectory(tmp_path / "run").claim()
+    first = RunDirectory(tmp_path / "run")
+    first.claim()
+    with pytest.raises(DirectoryInUse):
+        RunDirectory(tmp_path / "run").claim()
+    first.write_config({})
+    first.unlock()
     with pytest.raises(ConfigError, match="resume="):
         RunDirectory(tmp_path / "run").claim()
 
@@ -29,10 +34,11 @@ def test_a_directory_with_other_things_is_never_claimed(tmp_path):
 def test_fifty_processes_claim_one_directory_and_one_gets_it(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
-        "from runner.rundir import RunDirectory; from runner.errors import ConfigError\n"
+        "from runner.rundir import RunDirectory; from runner.errors import ConfigError, DirectoryInUse\n"
+        "d = RunDirectory(Path(sys.argv[1]))\n"
         "sys.stdin.read()\n"
-        "try: RunDirectory(Path(sys.argv[1])).claim()\n"
-        "except ConfigError: sys.exit(9)"
+        "try: d.claim(); d.write_config({})\n"
+        "except (ConfigError, DirectoryInUse): sys.exit(9)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "run")]
     processes = [subprocess.Popen(words, stdin=subprocess.PIPE) for _ in range(50)]
@@ -138,3 +144,11 @@ def test_a_hostile_yaml_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="config.yaml"):
         read_yaml(tmp_path / "config.yaml", missing="")
+
+
+def test_a_start_that_was_cut_off_before_its_config_leaves_the_directory_to_the_next(tmp_path):
+    first = RunDirectory(tmp_path / "run")
+    first.claim()
+    (first.path / ".hydra").mkdir()
+    first.unlock()
+    RunDirectory(tmp_path / "run").claim()

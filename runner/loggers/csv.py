@@ -27,8 +27,8 @@ class CsvLogger:
     """Writes the columns of `COLUMNS`; on resume the lines beyond the checkpoint are taken out."""
 
     def __init__(self, file: str) -> None:
-        if not file or Path(file).name != file:
-            raise ConfigError(f"loggers.csv.file={file} has to be a plain file name inside the run directory.")
+        if Path(file).name != file or not file.endswith(".csv"):
+            raise ConfigError(f"loggers.csv.file={file} has to be a plain file name that ends in .csv.")
         self._file = file
         self._out: TextIO | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -32,7 +33,7 @@ def ending(
 
     `adapters_load_elsewhere` is the model that stock mlx-lm can load the adapter onto, where there is one.
     """
-    shown = short(path)
+    shown = shlex.quote(short(path))
     why = f" ({reason})" if reason != state else ""
     lines = [
         f"{state}{why} at step {step} of {iters} after {duration(seconds)}: {tokens:,} tokens, {peak_memory_gb:.2f} GB"

@@ -79,7 +79,5 @@ def clear_cut_off_start(folder: Path, checkpoints: str = "checkpoints") -> None:
 def _open(directory: RunDirectory, config: Config) -> Source | None:
     if has_begun(directory.path):
         return Source(run=directory.path)
-    if not directory.checkpoints.exists():
-        directory.claim(made_by_hydra=True)
-        return None
-    raise ConfigError(f"{directory.path} was claimed by another start: resume the sweep that it belongs to.")
+    directory.claim()
+    return None

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from runner.blas import thread_count, usable_cores
 from runner.composed import checked
-from runner.errors import RunnerError
+from runner.errors import ConfigError, RunnerError
 from runner.rundir import RunDirectory
 from runner.sweeps.composing import Composer
 from runner.training.stops import Stops
@@ -67,6 +67,8 @@ def launch(
     Raises:
         SystemExit: a signal was asked for; every running job was asked too, and has saved.
     """
+    if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
+        raise ConfigError(f"hydra.launcher.jobs={at_once} cannot be: it has to be 1 or more, or null.")
     sweep = Path(config.hydra.sweep.dir)
     composer = Composer(context.config_loader, config)
     split = [_split(words) for words in jobs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def _print(
     if len(ranked) > _SHOWN:
         screen.line(f"… and {len(ranked) - _SHOWN} more in results.csv")
     screen.line("")
-    shown = short(folder)
+    shown = shlex.quote(short(folder))
     screen.line(f"sweep       {shown}")
     screen.line(f"results     {shown}/results.csv, {shown}/curves.svg")
     if any(info.state not in ("finished", "diverged") for info in infos.values()):

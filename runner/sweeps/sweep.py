@@ -88,8 +88,8 @@ def run(
             failed = _summarise(folder, known, errors)
         if failed:
             raise SweepFailed(
-                f"{failed} of {len(known.jobs)} jobs failed or diverged; the table and results.csv say why.\n"
-                f"To try the failed ones again: resume={short(folder)}"
+                f"{failed} of {len(known.jobs)} jobs failed or diverged; the table and results.csv say why. "
+                "resume= tries failed ones again; diverged ones need other settings."
             )
         return returns
     finally:

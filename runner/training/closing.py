@@ -10,7 +10,6 @@ import numpy as np
 from runner.checkpoints.store import step_name
 from runner.config import Config
 from runner.data.metrics import metric_named
-from runner.errors import ConfigError
 from runner.reports import summary
 from runner.rundir import now
 from runner.start import Start
@@ -31,8 +30,6 @@ def sample(job: Job, parts: Parts, settings: Config, *, before: bool) -> None:
     split = settings.data.metric_split
     rows = [row.value for row in parts.data.rows[split]]
     rows = rows if wanted < 0 else rows[:wanted]
-    if not rows:
-        raise ConfigError(f"data.metric_rows={wanted}: the data have no {split} rows to generate from.")
     job.step.place(member.params)
     try:
         known = job.baseline.generation if before else None
@@ -123,8 +120,6 @@ def _final_rows(job: Job, parts: Parts, settings: Config, result: int | None) ->
     lines = []
     step = member.progress.step
     if settings.train.test:
-        if not len(parts.data.test):
-            raise ConfigError("train.test=true: the data have no test.jsonl.")
         job.step.place(member.params)
         tested = evaluate(parts.adapted.model, job.forward, fixed_batches(parts.data.test, settings))
         member.record.row(

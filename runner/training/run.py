@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import mlx.core as mx
 
 from runner import loggers
@@ -38,9 +40,8 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
         with Stops() as stops:
             found = find_checkpoint(start)
             if is_done(start, found):
-                print(
-                    f"{directory.path} is finished; nothing is left to do. A new run like it: repeat={directory.path}"
-                )
+                again = shlex.quote(str(directory.path))
+                print(f"{directory.path} is finished; nothing is left to do. A new run like it: repeat={again}")
                 return found.restored.progress.best_loss if found else None
             record = open_record(start, found)
             try:

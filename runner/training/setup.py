@@ -60,6 +60,7 @@ def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, share
     for note in base.notes:
         display.line(note)
     data, reading = shared.data(settings.data, base)
+    _require_splits(settings, data)
     # Named as written: a path that came from the environment is not written out.
     adapted = Adapted(base, settings.lora, settings.seed, source=stored["model"]["path"])
     try:
@@ -69,6 +70,15 @@ def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, share
         raise
     identity = _identity(settings, stored, base, data, blas)
     return Parts(base, data, reading, adapted, identity, shared.baseline(settings, base, data))
+
+
+def _require_splits(settings: Config, data: DataSet) -> None:
+    """Refuse before training what could only fail after it."""
+    if settings.train.test and not len(data.test):
+        raise ConfigError("train.test=true: the data have no test.jsonl.")
+    split = settings.data.metric_split
+    if settings.data.metric_rows and not len(data.test if split == "test" else data.valid):
+        raise ConfigError(f"data.metric_rows={settings.data.metric_rows}: the data have no {split} rows to answer.")
 
 
 def _introduce(settings: Config, data: DataSet, adapted: Adapted, blas: BlasReport, display: Display) -> None:

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunnerError as error:
         return _refuse(error, error.exit_code)
     except KeyboardInterrupt:
-        print("runner: stopped before anything was saved", file=sys.stderr)
+        if verb is None:
+            print("runner: stopped before anything was saved", file=sys.stderr)
         return 130
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))

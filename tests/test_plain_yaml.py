@@ -1,4 +1,4 @@
-"""Reading stored YAML: the same as PyYAML for what we write, a reason and no delay for what is hostile."""
+"""Reading stored YAML: what we wrote comes back, a reason and no delay for what is hostile."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ HOSTILE = {
 @given(data=st.dictionaries(st.text(max_size=8), VALUES, max_size=6))
 def test_reads_what_we_write(data: dict[str, Any]) -> None:
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
-    assert plain_yaml.parse(text) == yaml.safe_load(text)
+    # Not beside yaml.safe_load: importing mlx_lm.lora changes what that reads as a number.
+    assert plain_yaml.parse(text) == data
 
 
 @pytest.mark.parametrize("name", HOSTILE)

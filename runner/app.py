@@ -94,12 +94,12 @@ class Opening(Callback):
             checked(_without_hydra(config))
             if _said.resume is not None and not find_source(_said.resume).branch:
                 directory = find_source(_said.resume).run
-                if "hydra.run.dir" in str(sys.argv):
+                if "hydra.run.dir" in _said.hydra:
                     raise ConfigError("resume=RUN goes on in RUN itself; hydra.run.dir is for a branch or a new run.")
                 _set(config, "hydra.output_subdir", None)  # the first start's .hydra/ stays
             else:
                 directory = _claim(
-                    Path(config.hydra.run.dir), config.checkpoint.dir, named="hydra.run.dir" in str(sys.argv)
+                    Path(config.hydra.run.dir), config.checkpoint.dir, named="hydra.run.dir" in _said.hydra
                 )
             _set(config, "hydra.run.dir", str(directory))
 
@@ -111,7 +111,7 @@ class Opening(Callback):
             checks.refuse_secrets(OmegaConf.to_container(_without_hydra(config), resolve=False))
             folder = Path(config.hydra.sweep.dir)
             if _said.sweep is None:
-                folder = _claim_sweep(folder, named="hydra.sweep.dir" in str(sys.argv))
+                folder = _claim_sweep(folder, named="hydra.sweep.dir" in _said.hydra)
             _set(config, "hydra.sweep.dir", str(folder.absolute()))
 
 

@@ -31,6 +31,8 @@ def checked(cfg: DictConfig) -> Config:
     for section in (config.model, config.data):
         section.path = _absolute(section.path)
     if config.adapter:
+        if not Path(config.adapter).expanduser().exists():
+            raise ConfigError(f"adapter={config.adapter}: there is no such file or folder.")
         config.adapter = _absolute(config.adapter)
     return config
 

@@ -40,7 +40,7 @@ More:
   --version
 
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 3 directory in use,
-4 loss not finite, 5 checkpoint damaged, 74 storage, 130/143 stopped and resumable.
+4 loss not finite, 5 checkpoint damaged, 74 storage, 130/143/129 stopped (Ctrl-C, SIGTERM, hang-up), resumable.
 """
 
 

@@ -20,6 +20,10 @@ import yaml
 from runner import plain_yaml
 from runner.errors import ConfigError, DirectoryInUse, StorageError
 
+ADAPTERS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+METRIC = "valid_loss"
+"""What "best" compares, lower being better."""
 STATES = ("running", "finished", "stopped", "failed", "diverged", "interrupted")
 _LIMIT = 1_000_000  # bytes of a config.yaml or status.json; a real one has about 3,000
 
@@ -148,7 +152,10 @@ class Rows:
             size = os.fstat(self._file).st_size
             if size < offset:
                 os.close(self._file)
-                raise StorageError(f"{path} has {size} bytes, but the checkpoint saw {offset}: it was cut or replaced.")
+                raise StorageError(
+                    f"{path} has {size} bytes, but the checkpoint saw {offset}: it was cut or "
+                    "replaced. An earlier checkpoint may still fit: resume=RUN/checkpoints/step-…"
+                )
             os.ftruncate(self._file, offset)
         self.path = path
         self.offset = offset

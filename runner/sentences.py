@@ -94,6 +94,8 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
         return f"{key}: {text}."
     if re.search(r"Key '[^']*' (is )?not in|is not in struct", text):
         return f"There is no setting '{key}'.{did_you_mean(key, [*config.names(), *config.sections(), *config.GROUPS])}"
+    if "is not Optional" in text:
+        return f"{key}=null cannot be: it needs a value."
     wanted = re.search(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<type>\w+)", text)
     if wanted:
         kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}

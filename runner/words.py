@@ -22,6 +22,8 @@ if not CONF.is_dir():  # a clone or an editable install: the wheel carries conf/
 _PATHS = ("resume", "repeat", "adapter", "data.path", "model.path", "hydra.run.dir", "hydra.sweep.dir")
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn"}
 _FLAGS_WITH_VALUE |= {"--config-path", "-cp", "--info", "-i"}
+_FLAGS = _FLAGS_WITH_VALUE | {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "--version"}
+_FLAGS |= {"--shell-completion", "-sc", "--experimental-rerun"}
 _WORD = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[A-Za-z_][\w./-]*)(?P<package>@[\w.:@]*)?=(?P<value>.*)", re.DOTALL)
 _PLAIN = re.compile(r"[\w/.:@%+-]*", re.ASCII)
 _OTHER_THAN_TEXT = re.compile(r"[-+]?[\d_]*\.?[\d_]*(e[-+]?\d+)?|[-+]?(inf|nan)|true|false|null", re.IGNORECASE)
@@ -40,6 +42,8 @@ class Invocation:
     """The sweep that resume= finishes."""
     resume: Path | None = None
     repeat: Path | None = None
+    hydra: set[str] = field(default_factory=set)
+    """Hydra's own settings that were typed, such as hydra.run.dir."""
     chosen: dict[str, str] = field(default_factory=dict)
     """Group to choice, as typed."""
     typed: dict[str, str] = field(default_factory=dict)
@@ -74,6 +78,7 @@ def read(argv: Sequence[str]) -> Invocation:
             i += 2
             continue
         if word.startswith("-"):
+            _check_flag(word)
             flags.append(word)
         else:
             overrides.append(_read_word(word, said, folders))
@@ -106,7 +111,8 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
             f"'{word}' is not a command and not a setting (key=value).{did_you_mean(word, _known_words())}"
         )
     sign, key, package, value = match["sign"], match["key"], match["package"] or "", match["value"]
-    if key.startswith("hydra.") or key.startswith("hydra/"):
+    if key.startswith(("hydra.", "hydra/")):
+        said.hydra.add(key)
         return f"{sign}{key}{package}={_path(value, said.multirun) if key in _PATHS else value}"
     if sign == "~":
         raise ConfigError(f"'{word}' would remove a setting: every setting has to be there. Set it to null instead.")
@@ -125,6 +131,12 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
             path = Path(_unquoted(value))
             setattr(said, key, path if path.is_absolute() else Path.cwd() / path)
     return f"{key}={value}"
+
+
+def _check_flag(word: str) -> None:
+    name = word.partition("=")[0]
+    if name not in _FLAGS:
+        raise ConfigError(f"'{name}' is not a flag.{did_you_mean(name, _FLAGS)} python -m runner --help lists them.")
 
 
 def _known_words() -> list[str]:

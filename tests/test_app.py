@@ -194,6 +194,9 @@ def test_a_plain_multirun_trains_each_job_in_its_directory_equal_to_the_run_alon
         (["objective.metric=test_loss"], "needs train.test=true"),
         (["objective.metric=score"], "needs data.metric_rows"),
         (["lora.rank=2,4"], "add -m"),
+        (["train.eval_every=null"], "train.eval_every=null cannot be: it needs a value"),
+        (["adapter=nowhere"], "adapter=nowhere: there is no such file"),
+        (["--multrun"], "'--multrun' is not a flag. Did you mean '--multirun'"),
         (["-m", "lora.rank=2,4", "hydra/launcher=process", "hydra.launcher.jobs=0"], "1 or more"),
     ],
 )
@@ -223,3 +226,19 @@ def test_a_resume_leaves_the_stored_config_as_the_first_start_wrote_it(door):
     after = yaml.safe_load((door.folder / "run/config.yaml").read_text())
     before["train"]["stop_at"] = None
     assert after == before
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(door):
+    import subprocess
+    import sys
+
+    words = f"{sys.executable} -m runner experiment=smoke train.report_every=1 hydra.run.dir=run | head -n 2"
+    subprocess.run(["bash", "-c", words], cwd=door.folder, env=door.environment, capture_output=True, check=True)
+    assert "finished at step 20" in (door.folder / "run/run.log").read_text()
+
+
+def test_saving_by_minutes_saves_between_the_scheduled_updates(door):
+    words = ("experiment=smoke", "train.iters=60", "checkpoint.every=null", "checkpoint.every_minutes=0.005")
+    door(*words, "checkpoint.keep_last=50", "checkpoint.keep_best=0", "hydra.run.dir=run")
+    steps = sorted(int(p.name[5:]) for p in (door.folder / "run/checkpoints").glob("step-*"))
+    assert len(steps) >= 3 and steps[-1] == 60 and steps[0] < 60

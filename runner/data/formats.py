@@ -204,7 +204,7 @@ def _require(row: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         if key not in row:
             has = ", ".join(f"'{name}'" for name in row) or "none"
-            raise BadRow(f"no key '{key}'; it has: {has}.{did_you_mean(key, row)}")
+            raise BadRow(f"no key '{key}'; it has: {has}.{did_you_mean(key, set(row) - set(keys))}")
 
 
 def _string(value: Any, what: str) -> None:

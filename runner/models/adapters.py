@@ -16,9 +16,8 @@ from runner import checks, config
 from runner.errors import ModelError, did_you_mean
 from runner.models.arrays import arrays_from
 from runner.models.loading import Base
+from runner.rundir import ADAPTER_CONFIG
 
-ADAPTERS = "adapters.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 Params = dict[str, mx.array]
 """Trainable arrays by their dotted path in the model."""
 

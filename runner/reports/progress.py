@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from runner.rundir import explained, now
+
+
+class _Screen(Console):
+    """A console that falls silent where its reader went away (| head): the run goes on, and run.log has it all."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, which would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Display:
@@ -31,7 +41,7 @@ class Display:
         With a `label`, the run is one of many: its lines go to run.log only, the screen shows `label` and its end.
         """
         self._label = label
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._console = _Screen(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         with explained(log, "cannot be written"):
             self._log = log.open("a", encoding="utf-8")
         self._iters = iters

@@ -20,11 +20,9 @@ from typing import Any
 
 from runner import config, plain_yaml
 from runner.errors import RunnerError
-from runner.rundir import STATES, RunDirectory
+from runner.rundir import METRIC, STATES, RunDirectory
 from runner.sweeps import manifest
 
-METRIC = "valid_loss"
-"""What "best" compares, lower being better."""
 SWEEP_FILES = ("multirun.yaml", "sweep.jsonl")
 """Either of them makes a folder a sweep; its runs are its numbered subfolders."""
 _RUN_NAMES = {"config.yaml", "status.json", ".lock", "metrics.jsonl", "run.log", "checkpoints", ".hydra"}

@@ -15,9 +15,9 @@ from runner.checkpoints.schedule import is_scheduled
 from runner.checkpoints.verify import STEP_NAME
 from runner.config import Checkpoint
 from runner.errors import RunnerError
-from runner.reports.runs import METRIC, RunInfo, folder_size
+from runner.reports.runs import RunInfo, folder_size
+from runner.rundir import ADAPTERS, METRIC
 
-_ADAPTERS = "adapters.safetensors"
 _MOST_HASHED = 256_000_000  # bytes: a fraction of a second
 
 
@@ -70,7 +70,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
 
 def result_step(run: RunInfo, checkpoints: list[CheckpointInfo]) -> int | None:
     """The step that adapters/ was made from: as status.json says, else the checkpoint with the same adapter."""
-    adapter = run.path / "adapters" / _ADAPTERS
+    adapter = run.path / "adapters" / ADAPTERS
     disk = Disk()
     try:
         there = disk.look(adapter)
@@ -83,7 +83,7 @@ def result_step(run: RunInfo, checkpoints: list[CheckpointInfo]) -> int | None:
             return None
         _, digest = disk.sha256(adapter)
         for one in checkpoints:
-            if one.problem is None and verify.read_manifest(one.path, disk).files[_ADAPTERS].sha256 == digest:
+            if one.problem is None and verify.read_manifest(one.path, disk).files[ADAPTERS].sha256 == digest:
                 return one.step
     except (RunnerError, KeyError):
         return None

@@ -16,11 +16,7 @@ from runner.checkpoints.schedule import is_scheduled
 from runner.checkpoints.store import Store, step_name
 from runner.errors import CheckpointError
 from runner.loggers import Logger
-from runner.models.adapters import ADAPTER_CONFIG, ADAPTERS
-from runner.rundir import Rows, RunDirectory, now
-
-METRIC = "valid_loss"
-"""What "best" compares, lower being better."""
+from runner.rundir import ADAPTER_CONFIG, ADAPTERS, METRIC, Rows, RunDirectory, now
 
 
 class Record:

@@ -131,11 +131,17 @@ def _identity(settings: Config, stored: dict[str, Any], base: Base, data: DataSe
 
 
 def is_compiled(settings: Config) -> bool:
+    """Whether the step is compiled: as set, or where it pays."""
     wanted = settings.train.compile
     return wanted == "always" or (wanted == "auto" and not on_cpu())
 
 
 def make_job(start: Start, found: Found | None, parts: Parts, record: Record, stops: Stops, display: Display) -> Job:
+    """The loop's job: fresh, or with the state of the checkpoint that was found.
+
+    Raises:
+        ConfigError: the checkpoint is of another base model or of other data.
+    """
     settings, data = start.config, parts.data
     member = _member(settings, parts, record)
     position = Position()
@@ -193,6 +199,7 @@ def _member(settings: Config, parts: Parts, record: Record) -> Member:
 
 
 def fixed_batches(rows: TokenSet, settings: Config) -> list[Batch]:
+    """The batches of an evaluation, the same each time."""
     chosen = evaluation_batches(rows.lengths, settings.train.batch_size, settings.train.eval_batches)
     return [make_batch(rows, indices, settings.data.pad_to) for indices in chosen]
 

@@ -6,7 +6,8 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from runner import config
-from runner.data.formats import Keys, Reading
+from runner.data.formats import Reading
+from runner.data.reading import reading_of
 from runner.data.tokens import DataSet, load_splits
 from runner.models.loading import Base, load
 from runner.training.evaluation import Evaluation
@@ -44,14 +45,7 @@ class Shared:
 
     def data(self, settings: config.Data, base: Base) -> tuple[DataSet, Reading]:
         """The data set of `settings` as tokens of `base`'s tokenizer, and how its rows are read."""
-        reading = Reading(
-            format=settings.format,
-            mask_prompt=settings.mask_prompt,
-            max_length=settings.max_length,
-            on_too_long=settings.on_too_long,
-            keys=Keys(**vars(settings.keys)),
-            chat_template=settings.chat_template,
-        )
+        reading = reading_of(settings)
         key = (settings.path, reading, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None

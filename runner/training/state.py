@@ -14,8 +14,9 @@ from runner.checkpoints.tensors import pack
 from runner.checkpoints.verify import Loaded
 from runner.data.order import Position
 from runner.errors import CheckpointError
-from runner.models.adapters import ADAPTER_CONFIG, ADAPTERS, Params
+from runner.models.adapters import Params
 from runner.models.arrays import arrays_from, tensors_of
+from runner.rundir import ADAPTER_CONFIG, ADAPTERS
 from runner.training import optimizers
 from runner.training.member import Member, Progress
 from runner.training.step import dropout_seed

@@ -1,4 +1,4 @@
-"""Stopping on request: the first SIGTERM or Ctrl-C asks, the second ends at once (commits are atomic, so safely)."""
+"""Stopping on request: the first SIGTERM, Ctrl-C or hang-up asks, the second ends at once: commits are atomic."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+
+_ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -22,7 +24,9 @@ class Stops:
     def __enter__(self) -> Stops:
         # Python lets only the main thread set handlers; elsewhere (a launcher's worker thread) signals go unasked.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _ASKS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self._before[number] = signal.signal(number, self._ask)
         return self
 

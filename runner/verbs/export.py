@@ -18,9 +18,9 @@ from runner.checkpoints.tensors import unpack
 from runner.config import Config
 from runner.errors import CheckpointError, ConfigError, ModelError, StorageError
 from runner.reports.summary import short
-from runner.rundir import explained
+from runner.rundir import ADAPTER_CONFIG, ADAPTERS, explained
 from runner.verbs import VERBS, asking, places, settings
-from runner.verbs.places import ADAPTER_CONFIG, ADAPTERS, Place
+from runner.verbs.places import Place
 from runner.verbs.settings import Settings
 
 if TYPE_CHECKING:

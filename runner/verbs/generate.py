@@ -115,12 +115,12 @@ def _is_text(config: Config, encoder: Encoder) -> bool:
     if not (data.path.startswith(BUILTIN) or Path(data.path).is_dir()):
         return False
     from runner.data.formats import FORMATS, choose_format
+    from runner.data.reading import reading_of
     from runner.data.rows import read_rows
-    from runner.verbs.loading import reading
 
     try:
         first = next(iter(read_rows(find_files(resolve(data.path))["train"])))
-        return choose_format(first, encoder, reading(config)) is FORMATS["text"]
+        return choose_format(first, encoder, reading_of(config.data)) is FORMATS["text"]
     except (DataError, KeyError, StopIteration):
         return False
 

@@ -9,12 +9,12 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from runner import config
-from runner.data.formats import Keys, Reading
 from runner.errors import ModelError
 from runner.models.adapters import Adapted, Params
 from runner.models.arrays import arrays_from
 from runner.models.loading import Base, load, on_cpu
-from runner.verbs.places import ADAPTER_CONFIG, ADAPTERS, Place
+from runner.rundir import ADAPTER_CONFIG, ADAPTERS
+from runner.verbs.places import Place
 from runner.verbs.settings import NUMERICS, Settings
 
 _ABOUT_THE_BASE = ("model", "base_fingerprint")
@@ -104,19 +104,6 @@ def load_base(place: Place, settings: Settings, *, any_base: bool, say: Callable
     if any_base and base.fingerprint != wanted:
         say(f"{base.source} has other weights than the base that the adapter was trained on (--any-base)")
     return base
-
-
-def reading(settings: config.Config) -> Reading:
-    """How rows are read, by the settings."""
-    data = settings.data
-    return Reading(
-        format=data.format,
-        mask_prompt=data.mask_prompt,
-        max_length=data.max_length,
-        on_too_long=data.on_too_long,
-        keys=Keys(**vars(data.keys)),
-        chat_template=data.chat_template,
-    )
 
 
 def _numbers(model: config.Model) -> list[object]:

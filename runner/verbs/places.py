@@ -13,11 +13,8 @@ from runner.checkpoints.disk import Disk
 from runner.checkpoints.store import Store, step_name
 from runner.checkpoints.verify import STEP_NAME, Checkpoint
 from runner.errors import CheckpointError, ConfigError, did_you_mean
-from runner.rundir import RunDirectory
+from runner.rundir import ADAPTER_CONFIG, ADAPTERS, METRIC, RunDirectory
 
-ADAPTERS = "adapters.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-METRIC = "valid_loss"
 _LARGEST = 1 << 40  # bytes of an adapter
 _MOST_VALUES = 10_000  # in adapter_config.json
 

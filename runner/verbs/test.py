@@ -40,14 +40,15 @@ def run(argv: list[str]) -> int:
             f"{config.data.path} has no {words.split}.jsonl. Another split: --split valid. Other data: data.path=…"
         )
     blas.prepare()
+    from runner.data.reading import reading_of
     from runner.data.tokens import load_splits
     from runner.models.forward import Forward
     from runner.training.evaluation import evaluate
     from runner.training.setup import fixed_batches
-    from runner.verbs.loading import load_adapted, reading
+    from runner.verbs.loading import load_adapted
 
     loaded = load_adapted(place, chosen, any_base=words.any_base, say=asking.say)
-    data = load_splits(config.data.path, loaded.base.tokenizer, reading(config), splits=(words.split,))
+    data = load_splits(config.data.path, loaded.base.tokenizer, reading_of(config.data), splits=(words.split,))
     rows = getattr(data, words.split)
     batches = fixed_batches(rows, config)
     tested = evaluate(loaded.base.model, Forward(loaded.base.model), batches)
@@ -93,8 +94,8 @@ def _rows(asked: int | None, config: Config) -> int:
 
 def _answers(loaded: Loaded, data: DataSet, config: Config, split: str, wanted: int) -> Generation:
     from runner.data.metrics import metric_named
+    from runner.data.reading import reading_of
     from runner.training.generation import generate
-    from runner.verbs.loading import reading
 
     values = [row.value for row in data.rows[split]]
     values = values if wanted < 0 else values[:wanted]
@@ -104,7 +105,7 @@ def _answers(loaded: Loaded, data: DataSet, config: Config, split: str, wanted: 
         loaded.base.model,
         loaded.base.tokenizer,
         values,
-        reading(config),
+        reading_of(config.data),
         metric_named(config.data.metric),
         max_tokens=config.data.max_new_tokens,
     )

@@ -51,7 +51,9 @@ def state(run: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=str
+)
 def test_a_signal_saves_within_a_step_says_how_to_go_on_and_the_resumed_run_is_equal(
     door, whole, number, code, assert_equal_runs
 ):

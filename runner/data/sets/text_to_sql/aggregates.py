@@ -34,10 +34,12 @@ def _other_aggregates(table: Table, function: str, name: str) -> tuple[str, ...]
 
 
 def aggregate(scene: Scene) -> Draft:
+    """SUM, AVG, MIN or MAX of a column over the whole table."""
     return _aggregated(scene, 0)
 
 
 def filtered_aggregate(scene: Scene) -> Draft:
+    """The same over the rows that a condition leaves."""
     return _aggregated(scene, scene.draw.pick([1, 1, 1, 2]))
 
 
@@ -55,6 +57,7 @@ def _aggregated(scene: Scene, count: int) -> Draft:
 
 
 def two_aggregates(scene: Scene) -> Draft:
+    """Two aggregates of one column in one question."""
     draw, table = scene.draw, scene.main
     name, column = one(draw, table.numbers)
     said = conditions(draw, table, draw.pick([0, 1]), [name])
@@ -71,12 +74,14 @@ def two_aggregates(scene: Scene) -> Draft:
 
 
 def distinct_values(scene: Scene) -> Draft:
+    """The different values of a column."""
     name, column = one(scene.draw, [pair for pair in scene.main.categories if pair[1].nouns != pair[1].noun])
     query = Query(name, scene.main.name, distinct=True, others=others(scene.main, name))
     return Draft(ask(scene.draw, templates.DISTINCT, **about(scene), column=column.noun, columns=column.nouns), query)
 
 
 def count_distinct(scene: Scene) -> Draft:
+    """How many different values a column has."""
     draw, table = scene.draw, scene.main
     name, column = one(draw, [pair for pair in table.categories if pair[1].nouns != pair[1].noun])
     said = conditions(draw, table, draw.pick([0, 0, 1]), [name])

@@ -32,6 +32,8 @@ class NotHere(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
+    """A question and the query that answers it."""
+
     question: str
     query: Query
 
@@ -78,6 +80,7 @@ def conditions(draw: Draw, table: Table, count: int, spared: Sequence[str] = ())
 
 
 def others(table: Table, *chosen: str) -> tuple[str, ...]:
+    """The columns of the table besides `chosen`: what a near miss may select instead."""
     return tuple(name for name, _ in table.header if name not in chosen)
 
 
@@ -122,20 +125,24 @@ def filtered(scene: Scene, said: Sequence[Said], glue: str = "AND") -> Draft:
 
 
 def one_condition(scene: Scene) -> Draft:
+    """What one condition leaves."""
     return filtered(scene, conditions(scene.draw, scene.main, 1))
 
 
 def year_condition(scene: Scene) -> Draft:
+    """What happened in one year."""
     name, column = one(scene.draw, scene.main.named("year"))
     value = scene.draw.pick(scene.main.values(name))
     return filtered(scene, [say_number(scene.draw, name, column, "eq", value)])
 
 
 def two_conditions(scene: Scene) -> Draft:
+    """What two conditions leave, both of them true."""
     return filtered(scene, conditions(scene.draw, scene.main, 2))
 
 
 def three_conditions(scene: Scene) -> Draft:
+    """What three conditions leave, all of them true."""
     said = conditions(scene.draw, scene.main, 2)
     more = [pair for pair in scene.main.named("cat") if not _mentions(said, pair[0])]
     name, column = one(scene.draw, more)
@@ -144,10 +151,12 @@ def three_conditions(scene: Scene) -> Draft:
 
 
 def either(scene: Scene) -> Draft:
+    """What at least one of two conditions leaves (OR)."""
     return filtered(scene, conditions(scene.draw, scene.main, 2), "OR")
 
 
 def listed_values(scene: Scene) -> Draft:
+    """Rows whose value is one of several (IN)."""
     name, column = one(scene.draw, scene.main.categories)
     values = scene.draw.sample(sorted(set(map(str, scene.main.values(name)))), 2)
     extra = conditions(scene.draw, scene.main, 1, [name]) if scene.draw.chance(0.3) else []
@@ -155,6 +164,7 @@ def listed_values(scene: Scene) -> Draft:
 
 
 def excluded_value(scene: Scene) -> Draft:
+    """Rows whose value is not a given one."""
     name, column = one(scene.draw, scene.main.categories)
     value = str(scene.draw.pick(scene.main.values(name)))
     extra = conditions(scene.draw, scene.main, 1, [name]) if scene.draw.chance(0.3) else []
@@ -173,6 +183,7 @@ def in_range(scene: Scene) -> Draft:
 
 
 def text_pattern(scene: Scene) -> Draft:
+    """Rows whose text begins with, ends in or contains something (LIKE)."""
     draw = scene.draw
     name, column = scene.main.key
     value = str(draw.pick(scene.main.values(name)))
@@ -186,6 +197,7 @@ def text_pattern(scene: Scene) -> Draft:
 
 
 def whole_columns(scene: Scene) -> Draft:
+    """One or more columns of every row."""
     draw, table = scene.draw, scene.main
     chosen = several(draw, table.described, draw.pick([1, 2, 2, 3]))
     select = ", ".join(name for name, _ in chosen)
@@ -196,10 +208,12 @@ def whole_columns(scene: Scene) -> Draft:
 
 
 def count_everything(scene: Scene) -> Draft:
+    """How many rows there are."""
     return Draft(ask(scene.draw, templates.COUNT_EVERYTHING, **about(scene)), Query("COUNT(*)", scene.main.name))
 
 
 def lookup(scene: Scene) -> Draft:
+    """A column of the one row that is named."""
     draw, table = scene.draw, scene.main
     key, _ = table.key
     value = draw.pick(table.values(key))

@@ -49,6 +49,7 @@ class Pair:
 
 
 def pair_of(scene: Scene) -> Pair:
+    """The two tables of the scene and the columns that join them."""
     assert scene.child is not None and scene.link is not None
     return Pair(scene, scene.main, scene.child, scene.link)
 
@@ -66,10 +67,12 @@ def _parent(pair: Pair, described: bool) -> tuple[str, Condition]:
 
 
 def children_of_one(scene: Scene) -> Draft:
+    """Rows of the second table that belong to a named row of the first."""
     return _children(scene, described=False)
 
 
 def children_of_some(scene: Scene) -> Draft:
+    """Rows of the second table whose parents fulfil a condition."""
     return _children(scene, described=True)
 
 
@@ -99,10 +102,12 @@ def _children(scene: Scene, described: bool) -> Draft:
 
 
 def count_children_of_one(scene: Scene) -> Draft:
+    """How many rows belong to a named one."""
     return _counted(scene, described=False)
 
 
 def count_children_of_some(scene: Scene) -> Draft:
+    """How many rows belong to those that fulfil a condition."""
     return _counted(scene, described=True)
 
 
@@ -122,6 +127,7 @@ def _counted(scene: Scene, described: bool) -> Draft:
 
 
 def aggregate_children(scene: Scene) -> Draft:
+    """An aggregate over the rows that belong to a named one."""
     pair, draw = pair_of(scene), scene.draw
     child = pair.child
     name, column = one(draw, [found for found in child.numbers if found[1].kind != "year"])
@@ -148,6 +154,7 @@ def parents_with_child(scene: Scene) -> Draft:
 
 
 def both_tables(scene: Scene) -> Draft:
+    """A column of each table, joined."""
     pair, draw = pair_of(scene), scene.draw
     name, column = one(draw, pair.child.described)
     key = f"{pair.main.name}.{pair.main.key[0]}"
@@ -157,6 +164,7 @@ def both_tables(scene: Scene) -> Draft:
 
 
 def count_per_parent(scene: Scene) -> Draft:
+    """How many rows belong to each row of the first table."""
     pair = pair_of(scene)
     key = f"{pair.main.name}.{pair.main.key[0]}"
     query = Query(f"{key}, COUNT(*)", pair.join(pair.main), group=key)
@@ -164,6 +172,7 @@ def count_per_parent(scene: Scene) -> Draft:
 
 
 def most_children(scene: Scene) -> Draft:
+    """The row to which most others belong."""
     pair = pair_of(scene)
     key = f"{pair.main.name}.{pair.main.key[0]}"
     query = Query(key, pair.join(pair.main), group=key, order="COUNT(*)", descending=True, limit=1)
@@ -171,6 +180,7 @@ def most_children(scene: Scene) -> Draft:
 
 
 def childless(scene: Scene) -> Draft:
+    """Rows to which none belongs."""
     pair, key = pair_of(scene), scene.main.key[0]
     inner = f"(SELECT {scene.foreign_key} FROM {pair.child.name})"
     where = (Condition(f"id NOT IN {inner}", (f"id IN {inner}",)),)

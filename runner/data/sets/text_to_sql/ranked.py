@@ -34,10 +34,12 @@ def _order(scene: Scene, name: str) -> dict[str, Any]:
 
 
 def top_one(scene: Scene) -> Draft:
+    """The first row by a column."""
     return _top(scene, 0)
 
 
 def top_of_group(scene: Scene) -> Draft:
+    """The first row by a column among those that a condition leaves."""
     return _top(scene, 1)
 
 
@@ -69,6 +71,7 @@ def _top(scene: Scene, count: int) -> Draft:
 
 
 def top_several(scene: Scene) -> Draft:
+    """The first few rows by a column."""
     draw, table = scene.draw, scene.main
     name, column = one(draw, table.numbers)
     greatest, superlative = _end(scene, column)
@@ -91,6 +94,7 @@ def top_several(scene: Scene) -> Draft:
 
 
 def second_place(scene: Scene) -> Draft:
+    """The second row by a column."""
     draw, table = scene.draw, scene.main
     name, column = one(draw, [pair for pair in table.numbers if not pair[1].superlatives[0].startswith("with ")])
     greatest, superlative = _end(scene, column)
@@ -107,10 +111,12 @@ def second_place(scene: Scene) -> Draft:
 
 
 def everything_sorted(scene: Scene) -> Draft:
+    """All rows, in an order."""
     return _sorted(scene, 0)
 
 
 def group_sorted(scene: Scene) -> Draft:
+    """The rows that a condition leaves, in an order."""
     return _sorted(scene, 1)
 
 
@@ -149,6 +155,7 @@ def _grouping(scene: Scene) -> tuple[str, Column, dict[str, Any]]:
 
 
 def count_by_group(scene: Scene) -> Draft:
+    """How many rows each value of a column has."""
     draw, table = scene.draw, scene.main
     name, _, slots = _grouping(scene)
     said = conditions(draw, table, draw.pick([0, 0, 0, 1]), [name])
@@ -157,6 +164,7 @@ def count_by_group(scene: Scene) -> Draft:
 
 
 def aggregate_by_group(scene: Scene) -> Draft:
+    """An aggregate for each value of a column."""
     draw, table = scene.draw, scene.main
     name, _, slots = _grouping(scene)
     number, described = one(draw, [pair for pair in table.numbers if pair[1].kind != "year"])
@@ -168,6 +176,7 @@ def aggregate_by_group(scene: Scene) -> Draft:
 
 
 def having_count(scene: Scene) -> Draft:
+    """Values that more, or fewer, rows than a number have."""
     draw, table = scene.draw, scene.main
     name, _, slots = _grouping(scene)
     sign, how = draw.pick([(">", "more than"), (">", "more than"), (">=", "at least"), ("<", "fewer than")])
@@ -180,6 +189,7 @@ def having_count(scene: Scene) -> Draft:
 
 
 def having_average(scene: Scene) -> Draft:
+    """Values whose rows have an average above, or below, a number."""
     draw, table = scene.draw, scene.main
     name, _, slots = _grouping(scene)
     number, described = one(draw, [pair for pair in table.numbers if pair[1].kind != "year"])
@@ -195,6 +205,7 @@ def having_average(scene: Scene) -> Draft:
 
 
 def most_common(scene: Scene) -> Draft:
+    """The value that most rows have."""
     draw, table = scene.draw, scene.main
     name, _, slots = _grouping(scene)
     most = draw.chance(0.75)
@@ -208,6 +219,7 @@ def most_common(scene: Scene) -> Draft:
 
 
 def against_average(scene: Scene) -> Draft:
+    """Rows above, or below, the average of a column (a sub-query)."""
     draw, table = scene.draw, scene.main
     name, column = one(draw, [pair for pair in table.numbers if pair[1].kind != "year"])
     greater = draw.chance(0.7)
@@ -232,6 +244,7 @@ def against_average(scene: Scene) -> Draft:
 
 
 def against_another(scene: Scene) -> Draft:
+    """Rows above, or below, a named one (a sub-query)."""
     draw, table = scene.draw, scene.main
     name, column = one(draw, table.numbers)
     key = table.key[0]

@@ -43,6 +43,7 @@ def literal(value: Cell) -> str:
 
 
 def article(noun: str) -> str:
+    """The noun with a or an in front."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
@@ -206,6 +207,7 @@ def singular(draw: Draw, entity: Entity, said: Sequence[Said]) -> str:
 
 
 def predicate(said: Sequence[Said], glue: str = "AND") -> str:
+    """What is said of the things, as the clause after their name."""
     return f" {glue.lower()} ".join(one.finite for one in said)
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner import checks
 from runner import config as schema
-from runner.composed import checked, stored_form
+from runner.composed import checked, require_adapter, stored_form
 from runner.config import Config
 from runner.errors import ConfigError, DirectoryInUse, RunnerError
 from runner.rundir import RunDirectory
@@ -91,7 +91,7 @@ class Opening(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """A plain run: the directory is new and ours, or that of the run to resume."""
         with _refusals():
-            checked(_without_hydra(config))
+            require_adapter(checked(_without_hydra(config)))
             if _said.resume is not None and not find_source(_said.resume).branch:
                 directory = find_source(_said.resume).run
                 if "hydra.run.dir" in _said.hydra:

@@ -31,10 +31,18 @@ def checked(cfg: DictConfig) -> Config:
     for section in (config.model, config.data):
         section.path = _absolute(section.path)
     if config.adapter:
-        if not Path(config.adapter).expanduser().exists():
-            raise ConfigError(f"adapter={config.adapter}: there is no such file or folder.")
         config.adapter = _absolute(config.adapter)
     return config
+
+
+def require_adapter(config: Config) -> None:
+    """Refuse a warm start from nothing before a directory is made for the run.
+
+    Raises:
+        ConfigError: names the path.
+    """
+    if config.adapter and not Path(config.adapter).exists():
+        raise ConfigError(f"adapter={config.adapter}: there is no such file or folder.")
 
 
 def stored_form(cfg: DictConfig, config: Config) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner.composed import checked
 from runner.sweeps.composing import Composer
 from runner.sweeps.job import run_job
 
@@ -63,7 +62,8 @@ def launch(jobs: Sequence[Sequence[str]], *, context: HydraContext, config: Dict
 
 
 def _needs(composer: Composer, words: Sequence[str]) -> tuple[str, str]:
-    config = checked(composer.compose(_split(words)[0]))
+    """What has to be loaded for the job: its model and its data."""
+    config = composer.compose(_split(words)[0])
     return repr(config.model), repr(config.data)
 
 

@@ -14,7 +14,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from runner.composed import checked
+from runner.composed import checked, require_adapter
 from runner.errors import ConfigError, RunnerError
 from runner.reports.summary import short
 from runner.rundir import RunDirectory
@@ -131,7 +131,7 @@ def _check_all(wanted: list[tuple[str, ...]], known: Manifest, context: HydraCon
     for overrides in wanted:
         if grid.identity(overrides) not in known.jobs:
             try:
-                checked(composer.compose(overrides))
+                require_adapter(checked(composer.compose(overrides)))
             except ConfigError as error:
                 raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
 

@@ -124,7 +124,7 @@ def _job(cfg: DictConfig) -> float | None:
         from runner.sweeps.job import run_job
 
         overrides = [word for word in hydra_config.overrides.task if not word.startswith("stored=")]
-        return run_job(cfg, folder, number=hydra_config.job.num, overrides=overrides, experiment=experiment)
+        return run_job(cfg, folder, number=hydra_config.job.num, label=" ".join(overrides), experiment=experiment)
     try:
         from runner import blas
 

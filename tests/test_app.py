@@ -179,7 +179,7 @@ def test_a_file_in_the_place_of_the_output_directory_is_told_before_the_model_is
 @pytest.mark.slow
 def test_a_plain_multirun_trains_each_job_in_its_directory_equal_to_the_run_alone(door, assert_equal_runs):
     out = door("-m", "experiment=smoke", "lora.rank=2,4", "lora.dropout=0.1", "hydra.sweep.dir=sweep")
-    assert "job 1  experiment=smoke lora.rank=4" in out
+    assert "job 1  lora.rank=4" in out
     for number, rank in enumerate((2, 4)):
         door("experiment=smoke", f"lora.rank={rank}", "lora.dropout=0.1", f"hydra.run.dir=alone{rank}")
         assert_equal_runs(door.folder / f"sweep/{number}", door.folder / f"alone{rank}")

@@ -228,6 +228,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def objective_value(rows: Sequence[Mapping[str, Any]], best_loss: float | None, metric: str) -> float | None:
+    """What a run is compared by (objective.metric): its best validation loss, or the last test loss or score."""
+    if metric == "valid_loss":
+        return best_loss
+    if metric == "test_loss":
+        found = [row["loss"] for row in rows if row.get("split") == "test" and _finite(row, "loss")]
+    else:
+        found = [row["score"] for row in rows if row.get("step") and _finite(row, "score")]
+    return float(found[-1]) if found else None
+
+
 def folder_size(path: Path) -> int:
     """Bytes of the files below `path`; links are not followed."""
     size, waiting = 0, [os.fspath(path)]

@@ -25,11 +25,11 @@ def run_job(
     folder: Path,
     *,
     number: int,
-    overrides: Sequence[str],
+    label: str,
     experiment: str | None,
     shared: Shared | None = None,
 ) -> float | None:
-    """Run the job of the composed `cfg` in `folder` and return its best validation loss.
+    """Run the job of the composed `cfg` in `folder` and return its objective.
 
     A folder with a config.yaml is a run that began: it goes on from its newest checkpoint.
 
@@ -45,8 +45,20 @@ def run_job(
     directory = RunDirectory(folder, config.checkpoint.dir)
     source = _open(directory, config)
     start = Start(config, stored_form(cfg, config), directory, source, new_run_id())
-    start.label = f"job {number}  {' '.join(overrides)}"
+    start.label = f"job {number}  {label}"
     return run(start, report, shared)
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The job's overrides, and the words that the sweeper added for the launcher."""
+    own = {key: value for key, _, value in (w.partition("=") for w in words if w.startswith("hydra."))}
+    return [word for word in words if not word.startswith("hydra.")], own
+
+
+def differing_words(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Of each job the overrides that not all of them have, as one text."""
+    shared = set(jobs[0]).intersection(*jobs) if len(jobs) > 1 else set()
+    return [" ".join(word for word in words if word not in shared) for words in jobs]
 
 
 def has_begun(folder: Path) -> bool:

@@ -25,6 +25,7 @@ from runner.composed import checked
 from runner.errors import ConfigError, RunnerError
 from runner.rundir import RunDirectory
 from runner.sweeps.composing import Composer
+from runner.sweeps.job import differing_words, split_words
 from runner.training.stops import Stops
 from runner.words import quoted_path
 
@@ -42,6 +43,7 @@ class Running:
     number: int
     index: int
     overrides: list[str]
+    label: str
     folder: Path
     process: subprocess.Popen[bytes]
     log: IO[bytes]
@@ -71,10 +73,11 @@ def launch(
         raise ConfigError(f"hydra.launcher.jobs={at_once} cannot be: it has to be 1 or more, or null.")
     sweep = Path(config.hydra.sweep.dir)
     composer = Composer(context.config_loader, config)
-    split = [_split(words) for words in jobs]
+    split = [split_words(words) for words in jobs]
     number_at_once = at_once or _fitting(composer, [overrides for overrides, _ in split])
     number_at_once = max(1, min(number_at_once, len(jobs)))
     threads = max(1, thread_count(number_at_once, usable_cores()))
+    labels = differing_words([overrides for overrides, _ in split])
     logs = sweep / "logs"
     logs.mkdir(exist_ok=True)
     queue = Queue(list(range(len(jobs))))
@@ -91,7 +94,7 @@ def launch(
             while queue.waiting and len(queue.running) < number_at_once and stops.signal is None:
                 index = queue.waiting.pop(0)
                 overrides, own = split[index]
-                queue.running.append(_begin(index, overrides, own, sweep, logs, threads))
+                queue.running.append(_begin(index, overrides, own, labels[index], sweep, logs, threads))
             if stops.signal is not None:
                 queue.waiting.clear()
                 _ask(queue.running, stops.signal)
@@ -108,7 +111,9 @@ def launch(
     return [queue.done[i] for i in range(len(jobs))]
 
 
-def _begin(index: int, overrides: list[str], own: dict[str, str], sweep: Path, logs: Path, threads: int) -> Running:
+def _begin(
+    index: int, overrides: list[str], own: dict[str, str], label: str, sweep: Path, logs: Path, threads: int
+) -> Running:
     number = int(own["hydra.sweep.subdir"])
     folder = sweep / str(number)
     if own.get("hydra.output_subdir") == "null":  # its run began: it goes on
@@ -127,7 +132,7 @@ def _begin(index: int, overrides: list[str], own: dict[str, str], sweep: Path, l
         env=environment,
         start_new_session=True,  # Ctrl-C comes to us alone; we ask each job once
     )
-    return Running(number, index, overrides, folder, process, log)
+    return Running(number, index, overrides, label, folder, process, log)
 
 
 def _ask(running: list[Running], number: signal.Signals) -> None:
@@ -187,11 +192,6 @@ def available_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    own = {key: value for key, _, value in (w.partition("=") for w in words if w.startswith("hydra."))}
-    return [word for word in words if not word.startswith("hydra.")], own
-
-
 def _line(one: Running, ended: bool = False) -> str:
     """One line a job: number, overrides, step, losses, state."""
     status = RunDirectory(one.folder).read_status()
@@ -204,4 +204,4 @@ def _line(one: Running, ended: bool = False) -> str:
         code = one.process.returncode
         reason = str(status.get("reason") or "").split("\n")[0]
         parts.append(str(status.get("state")) if code == 0 else f"{status.get('state')} ({reason or f'exit {code}'})")
-    return "  ".join([*parts, " ".join(one.overrides)])
+    return "  ".join([*parts, one.label])

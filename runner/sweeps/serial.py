@@ -12,7 +12,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.sweeps.composing import Composer
-from runner.sweeps.job import run_job
+from runner.sweeps.job import differing_words, run_job, split_words
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -34,10 +34,12 @@ def launch(jobs: Sequence[Sequence[str]], *, context: HydraContext, config: Dict
     sweep = Path(config.hydra.sweep.dir)
     HydraConfig.instance().set_config(config)  # for ${hydra:…} in a config of one's own
     needs = [_needs(composer, words) for words in jobs]
-    order = sorted(range(len(jobs)), key=lambda i: needs.index(needs[i]))
+    rank = {need: i for i, need in reversed(list(enumerate(needs)))}  # of each need its first appearance
+    order = sorted(range(len(jobs)), key=lambda i: rank[needs[i]])
+    own_words = differing_words([split_words(words)[0] for words in jobs])
     returns: list[JobReturn | None] = [None] * len(jobs)
     for i in order:
-        overrides, own = _split(jobs[i])
+        overrides, own = split_words(jobs[i])
         done = returns[i] = JobReturn()
         done.overrides = overrides
         try:
@@ -51,7 +53,7 @@ def launch(jobs: Sequence[Sequence[str]], *, context: HydraContext, config: Dict
                 cfg,
                 folder,
                 number=number,
-                overrides=overrides,
+                label=own_words[i],
                 experiment=node.runtime.choices.get("experiment"),
                 shared=shared,
             )
@@ -63,14 +65,8 @@ def launch(jobs: Sequence[Sequence[str]], *, context: HydraContext, config: Dict
 
 def _needs(composer: Composer, words: Sequence[str]) -> tuple[str, str]:
     """What has to be loaded for the job: its model and its data."""
-    config = composer.compose(_split(words)[0])
+    config = composer.compose(split_words(words)[0])
     return repr(config.model), repr(config.data)
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The job's overrides, and the words that the sweeper added for the launcher."""
-    own = {key: value for key, _, value in (w.partition("=") for w in words if w.startswith("hydra."))}
-    return [word for word in words if not word.startswith("hydra.")], own
 
 
 def _record(cfg: DictConfig, node: DictConfig, overrides: list[str], number: int, folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.reports import svg
-from runner.reports.runs import RunInfo, read_run
+from runner.reports.runs import RunInfo, objective_value, read_run
 from runner.reports.summary import short
 from runner.reports.tables import Column, Row, Screen, table
 from runner.rundir import write_atomically
@@ -36,7 +36,10 @@ def summarise(folder: Path, known: Manifest, errors: dict[int, str]) -> int:
         infos[number].reason = infos[number].reason or error
     varied = _varied(jobs)
     metric, direction = _objective(list(infos.values()))
-    values = {number: _value(info, metric) for number, info in infos.items()}
+    values = {
+        number: None if info.state == "diverged" else objective_value(info.rows, info.best_loss, metric)
+        for number, info in infos.items()
+    }
     sign = -1.0 if direction == "maximize" else 1.0
 
     def rank(job: Job) -> tuple[float, int]:
@@ -67,17 +70,6 @@ def _objective(infos: list[RunInfo]) -> tuple[str, str]:
         if "objective.metric" in info.settings:
             return str(info.settings["objective.metric"]), str(info.settings["objective.direction"])
     return "valid_loss", "minimize"
-
-
-def _value(info: RunInfo, metric: str) -> float | None:
-    if info.state == "diverged":
-        return None
-    if metric == "valid_loss":
-        return info.best_loss
-    field, step0 = ("score", False) if metric == "score" else ("loss", True)
-    split = "test" if metric == "test_loss" else None
-    found = [r[field] for r in info.rows if field in r and (split in (None, r.get("split"))) and (step0 or r["step"])]
-    return float(found[-1]) if found else None
 
 
 def _write_csv(

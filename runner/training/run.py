@@ -14,11 +14,13 @@ from runner.errors import Diverged, RunnerError
 from runner.models.forward import checkpointed
 from runner.models.loading import on_cpu
 from runner.reports.progress import Display
+from runner.reports.runs import objective_value, read_rows
 from runner.rundir import now
 from runner.start import Start
 from runner.training.closing import close, sample
 from runner.training.going_on import Found, find_checkpoint, is_done
 from runner.training.loop import train
+from runner.training.member import Progress
 from runner.training.record import Record, copy_rows
 from runner.training.setup import load_parts, make_job
 from runner.training.shared import Shared
@@ -26,7 +28,7 @@ from runner.training.stops import Stops
 
 
 def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float | None:
-    """Train what `start` describes, in its directory; returns the best validation loss, where there is one.
+    """Train what `start` describes, in its directory; returns the objective, where there is one.
 
     Jobs of a sweep in one process hand in what they share.
 
@@ -42,7 +44,7 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
             if is_done(start, found):
                 again = shlex.quote(str(directory.path))
                 print(f"{directory.path} is finished; nothing is left to do. A new run like it: repeat={again}")
-                return found.restored.progress.best_loss if found else None
+                return _objective(start, found.restored.progress) if found else None
             record = open_record(start, found)
             try:
                 return _train(start, blas, found, record, stops, shared or Shared())
@@ -131,4 +133,9 @@ def _train(
             mx.clear_cache()  # the next job in this process starts with as much memory as this one did
     if stops.signal is not None:
         raise SystemExit(128 + stops.signal)
-    return job.members[0].progress.best_loss
+    return _objective(start, job.members[0].progress)
+
+
+def _objective(start: Start, progress: Progress) -> float | None:
+    rows = read_rows(start.directory.metrics)
+    return objective_value(rows, progress.best_loss, start.config.objective.metric)

@@ -243,3 +243,16 @@ def test_defaults_are_those_of_the_optimizer_and_schedule_that_were_chosen(tiny:
 
 def _info(settings: dict[str, Any]) -> RunInfo:
     return RunInfo(path=Path("x"), state="finished", settings=settings)
+
+
+def test_the_objective_is_the_best_validation_loss_the_last_test_loss_or_the_last_score():
+    from runner.reports.runs import objective_value
+
+    rows = [
+        {"step": 0, "split": "test", "metric": "m", "score": 0.1},
+        {"step": 5, "split": "valid", "loss": 3.0},
+        {"step": 9, "split": "test", "loss": 2.0},
+        {"step": 9, "split": "test", "metric": "m", "score": 0.7},
+    ]
+    assert [objective_value(rows, 2.5, m) for m in ("valid_loss", "test_loss", "score")] == [2.5, 2.0, 0.7]
+    assert objective_value(rows[:2], None, "score") is None

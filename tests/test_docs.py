@@ -34,6 +34,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            block = re.sub(r"\\\n\s*", "", block)
             for line in block.splitlines():
                 line = re.sub(r"\s+(#|--- ).*$", "", line).strip()
                 if re.match(r"(python -m runner|runner|make|mlx_lm\.\w+|pip|python -m) ?", line):

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from html import escape
 
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 420, 64, 250, 40, 44
+_PLOT, _HEIGHT, _LEFT, _TOP, _BOTTOM = 546, 420, 64, 40, 44
+_LETTER = 7.0
+"""Pixels of a letter of the legend, on the wide side."""
 
 Curve = tuple[str, Sequence[tuple[float, float]]]
 """Name and points (x, y), finite, x rising."""
@@ -16,6 +18,7 @@ Curve = tuple[str, Sequence[tuple[float, float]]]
 def curves(title: str, series: Sequence[Curve], x_label: str = "step", y_label: str = "valid loss") -> str:
     """An SVG of the curves with axes and a legend; series without points are left out."""
     drawn = [(name, points) for name, points in series if points]
+    width = _LEFT + _PLOT + 60 + int(_LETTER * max([len(name) for name, _ in drawn], default=0))
     xs = [x for _, points in drawn for x, _ in points] or [0.0, 1.0]
     ys = [y for _, points in drawn for _, y in points] or [0.0, 1.0]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
@@ -24,16 +27,16 @@ def curves(title: str, series: Sequence[Curve], x_label: str = "step", y_label: 
     y0, y1 = y0 - margin, y1 + margin
 
     def at(x: float, y: float) -> tuple[float, float]:
-        inner_w, inner_h = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-        return _LEFT + (x - x0) / (x1 - x0) * inner_w, _TOP + (y1 - y) / (y1 - y0) * inner_h
+        inner = _HEIGHT - _TOP - _BOTTOM
+        return _LEFT + (x - x0) / (x1 - x0) * _PLOT, _TOP + (y1 - y) / (y1 - y0) * inner
 
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<rect width="{width}" height="{_HEIGHT}" fill="white"/>',
         f'<text x="{_LEFT}" y="24" font-size="15" fill="#111">{escape(title)}</text>',
     ]
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    right, bottom = _LEFT + _PLOT, _HEIGHT - _BOTTOM
     for tick in ticks(y0, y1):
         _, y = at(x0, tick)
         out.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e7eb"/>')

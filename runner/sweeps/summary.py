@@ -91,7 +91,7 @@ def _write_curves(folder: Path, ranked: list[Job], infos: dict[int, RunInfo], va
     series = []
     for job in ranked[:_CURVES]:
         name = " ".join(f"{key.split('.')[-1]}={value}" for key, value in varied[job.number].items())
-        series.append((f"{job.number}: {name}"[:38], infos[job.number].losses("valid")))
+        series.append((f"{job.number}: {name}"[:60], infos[job.number].losses("valid")))
     title = f"{folder.name}: validation loss" + (f", the best {_CURVES}" if len(ranked) > _CURVES else "")
     write_atomically(folder / "curves.svg", svg.curves(title, series))
 

@@ -36,7 +36,7 @@ FIND_PYTHON = python=; bare=; \
 	  exit 2; \
 	fi
 
-.PHONY: help setup models train test test-all check clean
+.PHONY: help setup models train test test-all faults check clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -78,6 +78,9 @@ $(REFERENCE_STAMP): constraints.txt
 	@echo "setup: installing $(REFERENCE_PACKAGES) for comparison (large)"
 	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt $(REFERENCE_PACKAGES)
 	@touch "$(REFERENCE_STAMP)"
+
+faults: models ## every fault of tests/faults/rows.py with full counts, one line a row (half an hour)
+	@RUNNER_FAULTS=full $(PYTEST) tests/faults
 
 check: setup ## formatting, lint, types, and docs in step with the code
 	@"$(RUN)" -m ruff format --check .

@@ -1,0 +1,52 @@
+"""Three kills in one run; a kill inside accumulation, at an epoch's edge, during an evaluation: Equal."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.fault(5), pytest.mark.slow]
+
+# 50 rows in batches of 4 make 13 batches an epoch: with 3 an update, update 5 lies over the edge.
+WORDS = (
+    "model=tiny",
+    "data=tiny",
+    "schedule=cosine",
+    "lora.dropout=0.2",
+    "optimizer.learning_rate=1e-3",
+    "train.iters=14",
+    "train.grad_accumulation=3",
+    "train.report_every=4",
+    "train.eval_every=5",
+    "checkpoint.every=4",
+    "hydra.run.dir=run",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, make_door):
+    door = make_door(tmp_path_factory.mktemp("whole"))
+    door(*WORDS)
+    return door.folder / "run"
+
+
+@pytest.mark.parametrize(
+    "kills",
+    {
+        "three kills": [("update", 6), ("update", 3), ("micro-batch", 20)],
+        "inside accumulation": [("micro-batch", 3 * 6 + 2)],
+        "at an epoch's edge": [("micro-batch", 13), ("micro-batch", 2)],
+        "during evaluation": [("evaluation", 5)],
+        "before the first save": [("update", 2)],
+        "as a save begins": [("save", 2)],
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_equal_after(door, driven, whole, assert_equal_runs, kills):
+    words = WORDS
+    for point, at in kills[1]:
+        process = driven(door, point, at, *words)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == -9, out
+        words = ("resume=run",)
+    door("resume=run")
+    assert_equal_runs(whole, door.folder / "run")

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner import checks
 from runner import config as schema
+from runner.checkpoints import backup
 from runner.composed import checked, require_adapter, stored_form
 from runner.config import Config
 from runner.errors import ConfigError, DirectoryInUse, RunnerError
@@ -92,15 +93,18 @@ class Opening(Callback):
         """A plain run: the directory is new and ours, or that of the run to resume."""
         with _refusals():
             require_adapter(checked(_without_hydra(config)))
-            if _said.resume is not None and not find_source(_said.resume).branch:
+            named = "hydra.run.dir" in _said.hydra
+            from_backup = _said.resume is not None and backup.is_backup(_said.resume)
+            if _said.resume is not None and not from_backup and not find_source(_said.resume).branch:
                 directory = find_source(_said.resume).run
-                if "hydra.run.dir" in _said.hydra:
+                if named:
                     raise ConfigError("resume=RUN goes on in RUN itself; hydra.run.dir is for a branch or a new run.")
+                _hold(directory, config.checkpoint.dir)
                 _set(config, "hydra.output_subdir", None)  # the first start's .hydra/ stays
             else:
-                directory = _claim(
-                    Path(config.hydra.run.dir), config.checkpoint.dir, named="hydra.run.dir" in _said.hydra
-                )
+                directory = _claim(Path(config.hydra.run.dir), config.checkpoint.dir, named=named)
+            if from_backup:
+                _restore()
             _set(config, "hydra.run.dir", str(directory))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -197,6 +201,26 @@ def _claim(path: Path, checkpoints: str, named: bool) -> Path:
             if named or not target.is_dir():
                 raise
             number += 1
+
+
+def _hold(path: Path, checkpoints: str) -> None:
+    """Take the lock of the run to resume now, before anything heavy is imported."""
+    global _claimed
+    _claimed = RunDirectory(path, checkpoints)
+    _claimed.lock()
+
+
+def _restore() -> None:
+    """Fill the directory just claimed from the backup that resume= names: the run goes on there."""
+    assert _claimed is not None and _said.resume is not None
+    try:
+        said = backup.restore(_said.resume.absolute(), _claimed)
+    except RunnerError:
+        _claimed.abandon()
+        raise
+    for line in [f"restored {_said.resume} into {_claimed.path}", *said]:
+        print(line)
+    _said.resume = _claimed.path
 
 
 def _claim_sweep(path: Path, named: bool) -> Path:

@@ -34,6 +34,8 @@ FREE_ON_RESUME = (
     "checkpoint.keep_best",
     "checkpoint.keep_every",
     "checkpoint.result",
+    "checkpoint.background",
+    "checkpoint.backup",
     "loggers",
     "objective",
 )

@@ -219,6 +219,10 @@ class Checkpoint:
     """What becomes adapters/: best (by validation loss, where there is one) or last."""
     dir: str = "checkpoints"
     """Folder inside the run directory."""
+    background: bool = True
+    """Write checkpoints while training goes on; false makes each step wait for its save."""
+    backup: str | None = None
+    """Folder on a second disk: the best, every keep_every-th and the final checkpoint are mirrored there."""
 
 
 @dataclass(kw_only=True)

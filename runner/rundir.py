@@ -6,11 +6,13 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shlex
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 METRIC = "valid_loss"
 """What "best" compares, lower being better."""
 STATES = ("running", "finished", "stopped", "failed", "diverged", "interrupted")
+_LEFTOVER = re.compile(r"\.(config\.yaml|status\.json|results\.csv|curves\.svg)\.[0-9a-f]{8}\.tmp")
 _LIMIT = 1_000_000  # bytes of a config.yaml or status.json; a real one has about 3,000
 
 
@@ -53,8 +56,8 @@ class RunDirectory:
         """
         with explained(self.path, "cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
-            others = {p.name for p in self.path.iterdir()} - {".lock", ".hydra", "run.log", self.checkpoints.name}
-            if others and not self.config.exists():
+            others = {p.name for p in self.path.iterdir() if not is_leftover(p.name)}
+            if others - {".lock", ".hydra", "run.log", self.checkpoints.name} and not self.config.exists():
                 raise ConfigError(f"{self.path} is not empty and not a run: choose another hydra.run.dir.")
             self.lock()
             kept = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
@@ -65,6 +68,18 @@ class RunDirectory:
                     "For a new run choose another hydra.run.dir."
                 )
             self.checkpoints.mkdir(exist_ok=True)
+            # A power cut must not take the run away: which folders above it are new is not known, so all are synced.
+            for folder in (self.path, *self.path.parents):
+                with suppress(OSError):
+                    sync_folder(folder)
+
+    def abandon(self) -> None:
+        """Give back a directory that was claimed and in which nothing was kept; what else is in it stays."""
+        self.unlock()
+        with suppress(OSError):
+            (self.path / ".lock").unlink()
+            self.checkpoints.rmdir()
+            self.path.rmdir()
 
     def lock(self) -> None:
         """Hold the directory until this process ends, however it ends (an OS lock); nothing to do where it is held.
@@ -89,6 +104,10 @@ class RunDirectory:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
         self._lock = handle
+        with suppress(OSError):  # a killed writer leaves what it had begun; nobody else writes here now
+            for path in self.path.iterdir():
+                if is_leftover(path.name):
+                    path.unlink()
 
     def unlock(self) -> None:
         """Let go of the directory; harmless where it is not held."""
@@ -124,6 +143,8 @@ class RunDirectory:
         write_atomically(
             self.config, text + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
         )
+        with explained(self.path, "cannot be synced"):
+            sync_folder(self.path)  # what comes after it in time must not be there without it
 
     def read_status(self) -> dict[str, Any]:
         """The status as it is now: `running` without a process that holds the lock reads as `interrupted`."""
@@ -159,6 +180,7 @@ class Rows:
             os.ftruncate(self._file, offset)
         self.path = path
         self.offset = offset
+        self._is_named = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row as one line, in one call."""
@@ -173,6 +195,9 @@ class Rows:
         """Bring what was written to the disk itself."""
         with explained(self.path, "cannot be written"):
             os.fsync(self._file)
+            if not self._is_named:
+                sync_folder(self.path.parent)
+                self._is_named = True
 
     def close(self) -> None:
         """Close the file."""
@@ -190,19 +215,36 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader, or a crash, sees the old or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`: a reader, or a crash, sees the old or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with explained(path, "cannot be written"):
         try:
-            with temporary.open("x", encoding="utf-8") as out:
-                out.write(text)
+            with temporary.open("xb") as out:
+                out.write(content.encode() if isinstance(content, str) else content)
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name was on its way to replace another: see `write_atomically`."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in `folder` are on the disk, where its file system can tell."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def read_yaml(path: Path, missing: str) -> dict[str, Any]:

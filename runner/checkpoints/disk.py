@@ -12,12 +12,15 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from runner.errors import CheckpointError, StorageError
+
+Content = bytes | Sequence[bytes | memoryview]
+"""What a file is to hold, in one or in pieces."""
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO must not wait for a writer; on a regular file it changes nothing.
@@ -101,12 +104,13 @@ class Disk:
                 size += len(piece)
         return size, digest.hexdigest()
 
-    def write_file(self, path: Path, data: bytes) -> None:
-        """Create `path`, which must not exist, with `data`, and return once it is on the disk."""
+    def write_file(self, path: Path, content: Content) -> None:
+        """Create `path`, which must not exist, with `content`, and return once it is on the disk."""
         try:
             handle = os.open(path, _CREATE, 0o666)
             try:
-                _write(handle, data)
+                for piece in pieces_of(content):
+                    _write(handle, piece)
                 _sync(handle)
             except BaseException:
                 with suppress(OSError):
@@ -114,7 +118,7 @@ class Disk:
                 raise
             os.close(handle)  # network file systems report a failed write here
         except OSError as error:
-            raise _failure("written", path, error, needed=len(data)) from error
+            raise _failure("written", path, error, needed=size_of(content)) from error
 
     def mkdir(self, folder: Path) -> None:
         """Create `folder`, which must not exist; its parent must."""
@@ -166,6 +170,24 @@ class Disk:
             raise _failure("removed", path, error) from error
 
 
+def pieces_of(content: Content) -> Sequence[bytes | memoryview]:
+    """`content` as pieces."""
+    return [content] if isinstance(content, bytes) else content
+
+
+def size_of(content: Content) -> int:
+    """Bytes in `content`."""
+    return sum(memoryview(piece).nbytes for piece in pieces_of(content))
+
+
+def sha256_of(content: Content) -> str:
+    """SHA-256 of `content`, in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in pieces_of(content):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def size_text(size: int) -> str:
     """`size` in bytes for a person: ``16.3 MB`` (powers of 1000, as disks are sold)."""
     value = float(size)
@@ -196,7 +218,7 @@ def _reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise _unreadable("read", path, error) from error
 
 
-def _write(handle: int, data: bytes) -> None:
+def _write(handle: int, data: bytes | memoryview) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         written = os.write(handle, rest)

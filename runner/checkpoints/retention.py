@@ -7,7 +7,7 @@ finite is never best; the newest always stays.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +69,19 @@ def kept(
     reasons.append(("resumed from", {source} if source is not None else set()))
     told = {step: [reason for reason, stays in reasons if step in stays] for step in steps}
     return {step: why for step, why in told.items() if why}
+
+
+def matter(reasons: Mapping[int, Sequence[str]], ended: Collection[int]) -> list[int]:
+    """The steps of `kept`'s answer that a second disk is to hold: best, every M, and where the run ended or stopped.
+
+    `ended` are the steps that were saved because the loop ended there. Where none of all this is there, the newest.
+    """
+    found = [
+        step
+        for step, why in reasons.items()
+        if step in ended or any(reason == "best" or reason.startswith("every ") for reason in why)
+    ]
+    return sorted(found) or sorted(reasons)[-1:]
 
 
 def _ranked(saved: Sequence[Saved], direction: str) -> list[int]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-_SCHEDULED = "every "
+_SCHEDULED, _BEST = "every ", "best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Schedule:
         if self.every_minutes is not None and minutes_since_save >= self.every_minutes:
             why.append(f"{_SCHEDULED}{self.every_minutes:g} minutes")
         if best:
-            why.append("best")
+            why.append(_BEST)
         if stopping:
             why.append(stopping)
         return tuple(why)
@@ -48,6 +48,11 @@ class Schedule:
 def is_scheduled(why: Sequence[str]) -> bool:
     """Whether a save for the reasons `why` counts for `keep_last`."""
     return any(reason.startswith(_SCHEDULED) for reason in why)
+
+
+def is_end(why: Sequence[str]) -> bool:
+    """Whether a save for the reasons `why` was made because the loop ended there."""
+    return any(reason != _BEST and not reason.startswith(_SCHEDULED) for reason in why)
 
 
 class SinceSave:

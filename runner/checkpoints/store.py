@@ -10,18 +10,17 @@ The caller holds the run's lock; the folder must not be a symbolic link (resolve
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from runner.checkpoints import manifest as manifests
 from runner.checkpoints import verify
-from runner.checkpoints.disk import Disk, size_text
+from runner.checkpoints.disk import Content, Disk, sha256_of, size_of, size_text
 from runner.checkpoints.manifest import FileRecord, Manifest
 from runner.checkpoints.verify import STEP_NAME, Checkpoint, Loaded, kind_text
 from runner.errors import CheckpointError, StorageError
@@ -35,6 +34,12 @@ Check = Callable[[Loaded], None]
 def step_name(step: int) -> str:
     """``step-0000100``."""
     return f"step-{step:07d}"
+
+
+def record_of(found: Checkpoint, files: Mapping[str, Content]) -> Manifest:
+    """The manifest of `files`, some or all of those of the checkpoint `found`."""
+    records = {name: FileRecord(size_of(content), sha256_of(content)) for name, content in files.items()}
+    return Manifest(found.run_id, found.step, found.created, found.why, found.metrics, records)
 
 
 class Store:
@@ -52,7 +57,7 @@ class Store:
     def commit(
         self,
         step: int,
-        files: Mapping[str, bytes],
+        files: Mapping[str, Content],
         *,
         why: Sequence[str] = (),
         metrics: Mapping[str, float] | None = None,
@@ -62,34 +67,40 @@ class Store:
         Raises StorageError where the disk fails or lacks room (what was saved before is then intact),
         ValueError for a name, a step or a metric that a manifest cannot hold.
         """
-        records = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
         record = Manifest(
             run_id=self.run_id,
             step=step,
             created=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
             why=tuple(why),
             metrics={name: float(value) for name, value in (metrics or {}).items()},
-            files=records,
+            files={name: FileRecord(size_of(content), sha256_of(content)) for name, content in files.items()},
         )
+        return self._commit(record, files)
+
+    def copy(self, loaded: Loaded) -> Checkpoint:
+        """Save a verified checkpoint of another folder here as it is, its manifest included; raises as `commit`."""
+        return self._commit(record_of(loaded.checkpoint, loaded.files), loaded.files)
+
+    def _commit(self, record: Manifest, files: Mapping[str, Content]) -> Checkpoint:
         contents = {**files, manifests.NAME: manifests.write(record)}  # the manifest is written last
-        target = self.folder / step_name(step)
+        target = self.folder / step_name(record.step)
         try:
             self._make_folder()
             self.repair()
-            self._require_room([len(data) for data in contents.values()])
+            self._require_room([size_of(content) for content in contents.values()])
             self._write(target, contents)
         except (StorageError, CheckpointError) as error:
             raise StorageError(
-                f"step {step} was not saved; the checkpoints before it are untouched. {error}"
+                f"step {record.step} was not saved; the checkpoints before it are untouched. {error}"
             ) from error
         return verify.checkpoint(target, record)
 
-    def _write(self, target: Path, contents: Mapping[str, bytes]) -> None:
+    def _write(self, target: Path, contents: Mapping[str, Content]) -> None:
         disk, temporary = self._disk, self._aside("tmp", target.name)
         try:
             disk.mkdir(temporary)
-            for name, data in contents.items():
-                disk.write_file(temporary / name, data)
+            for name, content in contents.items():
+                disk.write_file(temporary / name, content)
             disk.fsync_folder(temporary)
             replaced = self._put(temporary, target)
         except StorageError:
@@ -170,8 +181,13 @@ class Store:
         whole = (step for step in reversed(own) if verify.is_whole(self.folder / step_name(step), self._disk))
         newest = next(whole, None)
         going = [] if newest is None else [step for step in own if step not in keep | {newest}]
+        self.remove(going)
+        return going
+
+    def remove(self, steps: Iterable[int]) -> None:
+        """Remove the checkpoints of `steps`, whatever they are worth. Raises StorageError."""
         removed = []
-        for step in going:
+        for step in sorted(steps):
             name = step_name(step)
             removed.append(self._aside("del", name))
             self._disk.rename(self.folder / name, removed[-1])
@@ -180,7 +196,6 @@ class Store:
             self._disk.fsync_folder(self.folder)
         for path in removed:
             self._disk.remove_tree(path)
-        return going
 
     def checkpoints(self) -> list[Checkpoint]:
         """Those whose manifest is sound, of any run, by step. Their files are not verified: see `load`."""

@@ -48,7 +48,7 @@ class Tensor:
 
     @classmethod
     def of(cls, array: np.ndarray, dtype: str | None = None) -> Tensor:
-        """`array`'s bytes; give `dtype` where numpy lacks the type ("BF16" for uint16 bits).
+        """`array`'s bytes, not copied where they lie in row-major order; "BF16" as `dtype` for its uint16 bits.
 
         Raises ValueError where safetensors has no such type or the item size is another.
         """
@@ -56,7 +56,8 @@ class Tensor:
         name = dtype or _NAMES.get(little)
         if name not in ITEM_BYTES or ITEM_BYTES[name] != little.itemsize:
             raise ValueError(f"an array of {array.dtype} cannot be stored as {name or 'safetensors'}")
-        return cls(name, array.shape, array.astype(little, copy=False).tobytes())
+        flat = np.ascontiguousarray(array.astype(little, copy=False)).reshape(-1)
+        return cls(name, array.shape, flat.view(np.uint8).data if flat.size else b"")
 
     def array(self) -> np.ndarray:
         """A read-only view in `shape`; BF16 and the 8-bit floats as unsigned integers of their bits."""
@@ -87,14 +88,22 @@ class Span:
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file: the same bytes for the same tensors, in whatever order they come.
+    """The bytes of `pieces` in one."""
+    return b"".join(pieces(tensors, metadata))
+
+
+def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+    """A safetensors file in pieces, the tensors' own memory among them: nothing of it is copied.
+
+    The same bytes for the same tensors, in whatever order they come.
 
     Raises ValueError where a tensor's data does not fit its shape, or `unpack` would refuse the header.
     """
     # Widest items first, as the format's own writer does, so that each tensor is aligned to its item size.
     order = sorted(tensors, key=lambda name: (-ITEM_BYTES.get(tensors[name].dtype, 0), name))
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
-    pieces, at = [], 0
+    parts: list[bytes | memoryview] = []
+    at = 0
     for name in order:
         tensor = tensors[name]
         data = memoryview(tensor.data).cast("B")
@@ -102,12 +111,12 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
             raise ValueError(f"a tensor cannot be named {_METADATA}")
         end = at + len(data)
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
-        pieces.append(data)
+        parts.append(data)
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     _spans(text, 8 + len(text) + at)
-    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
+    return [len(text).to_bytes(8, "little"), text, *parts]
 
 
 def unpack(data: bytes, *, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,13 +14,16 @@ _BITS = {mx.bfloat16: ("BF16", mx.uint16)}
 
 
 def tensors_of(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
-    """MLX arrays as bytes, through numpy; bfloat16, which numpy lacks, through its bits."""
-    mx.eval(list(arrays.values()))
-    out = {}
-    for name, array in arrays.items():
-        dtype, bits = _BITS.get(array.dtype, (None, None))
-        out[name] = Tensor.of(np.array(array.view(bits) if bits else array, copy=True), dtype)
-    return out
+    """MLX arrays as views of their own memory, through numpy; bfloat16, which numpy lacks, through its bits.
+
+    The views keep the memory alive and as it is: MLX computes into new arrays, and reuses the memory of an old one
+    only where nothing else holds it. So another thread may read them while training goes on.
+    """
+    # `view` makes arrays of our own: an operation in place (a += b) gives the caller's another memory, not ours.
+    bits = {name: _BITS.get(array.dtype, (None, array.dtype)) for name, array in arrays.items()}
+    own = {name: array.view(bits[name][1]) for name, array in arrays.items()}
+    mx.eval(list(own.values()))
+    return {name: Tensor.of(np.asarray(array), bits[name][0]) for name, array in own.items()}
 
 
 def arrays_from(data: bytes, where: str) -> dict[str, mx.array]:

@@ -13,7 +13,7 @@ from runner import blas
 from runner.composed import checked, stored_form
 from runner.config import Config
 from runner.errors import ConfigError
-from runner.rundir import RunDirectory
+from runner.rundir import RunDirectory, is_leftover
 from runner.start import Source, Start, new_run_id
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def clear_cut_off_start(folder: Path, checkpoints: str = "checkpoints") -> None:
         raise ConfigError(f"{folder} is a link: a job's folder is never one.")
     known = {".hydra", ".lock", "run.log", checkpoints}
     for path in list(folder.iterdir()):
-        if path.name not in known or path.is_symlink():
+        if path.is_symlink() or not (path.name in known or is_leftover(path.name)):
             raise ConfigError(f"{folder} is not a run and holds {path.name}: move it away, then resume the sweep.")
         if path.name == ".hydra":
             shutil.rmtree(path)

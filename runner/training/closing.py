@@ -16,7 +16,7 @@ from runner.start import Start
 from runner.training import state
 from runner.training.evaluation import evaluate
 from runner.training.generation import generate
-from runner.training.loop import FINISHED, STOPPED_EARLY, Job, best_of
+from runner.training.loop import FINISHED, STOPPED_EARLY, Job, best_of, tell_news
 from runner.training.record import rows_of_step
 from runner.training.setup import Parts, fixed_batches
 from runner.training.stops import Interrupted
@@ -86,6 +86,13 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
         seconds=round(record.seconds(), 1),
         ended=now(),
     )
+    if record.backup:
+        asked = job.stops.signal
+        if not record.backup.finish(lambda: job.stops.signal is asked):
+            job.display.line(f"backup: behind; resume= this run to catch up: {record.backup.problem or ''}", "yellow")
+        else:
+            lines.append(f"mirrored to {record.backup.folder}")
+        tell_news(job, member)
     for line in lines:
         job.display.line(line)
     source = parts.adapted.source

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from runner import changes, checks, config
-from runner.checkpoints import verify
+from runner.checkpoints import backup, folders, verify
 from runner.checkpoints.disk import Disk
 from runner.checkpoints.store import Store
 from runner.checkpoints.verify import Loaded
@@ -13,7 +15,6 @@ from runner.errors import CheckpointError
 from runner.rundir import RunDirectory
 from runner.start import Start
 from runner.training import state
-from runner.training.record import repair_result
 from runner.training.state import Restored
 
 
@@ -66,7 +67,7 @@ def _newest(start: Start) -> tuple[str, Loaded | None, list[str]]:
         kept = Store(directory.checkpoints, "").checkpoints()
         run_id = kept[-1].run_id if kept else start.run_id
     store = Store(directory.checkpoints, run_id)
-    repair_result(directory)
+    folders.repair(directory.result, Disk())
     said = store.repair()
     loaded, wrong = store.newest_valid(check=state.read)  # type: ignore[arg-type]
     if loaded is None and (wrong or status.get("last_checkpoint")):
@@ -78,11 +79,18 @@ def _newest(start: Start) -> tuple[str, Loaded | None, list[str]]:
                     f"No checkpoint of {directory.path} is valid, and a run never starts over in silence.",
                 ]
             )
-            + f"\nTo train anew with its settings: python -m runner repeat={directory.path}"
+            + _backup_of(start, run_id)
+            + f"\nTo train anew with its settings: python -m runner repeat={shlex.quote(str(directory.path))}"
         )
     if loaded is not None:
         said += [f"damaged, not used: {line}" for line in wrong]
     return run_id, loaded, said
+
+
+def _backup_of(start: Start, run_id: str) -> str:
+    root = start.config.checkpoint.backup
+    found = backup.find_for(Path(root).expanduser(), run_id) if root else None
+    return f"\nIts backup may go on: python -m runner resume={shlex.quote(str(found))}" if found else ""
 
 
 def _judge_changes(start: Start, step: int) -> list[str]:

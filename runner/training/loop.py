@@ -61,13 +61,23 @@ def train(job: Job) -> str:
     while (ending := how_it_ends(job)) is None:
         batches, job.position = next_batches(job)
         for member in job.members:
+            member.record.check()
+            tell_news(job, member)
             learn(job, member, batches)
             step = member.progress.step
             if events.reports(step, job.plan):
                 report(job, member)
             best = events.evaluates(step, job.plan) and assess(job, member)
             save_if_due(job, member, best)
+    for member in job.members:
+        member.record.settle()
     return ending
+
+
+def tell_news(job: Job, member: Member) -> None:
+    """Say what the backup has to say."""
+    for line in member.record.backup.news() if member.record.backup else []:
+        job.display.line(line, "yellow")
 
 
 def how_it_ends(job: Job) -> str | None:
@@ -198,7 +208,6 @@ def save_if_due(job: Job, member: Member, best: bool) -> None:
     evaluated = progress.valid_loss if progress.valid_step == progress.step else None
     files = state.files_of(member, job.position, job.identity, job.adapted.adapter_config())
     member.record.save(progress.step, files, why, evaluated)
-    member.record.status(state="running", step=progress.step, last_checkpoint=progress.step)
     member.since_save.restart()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.optimizers as optim
 
@@ -13,6 +14,8 @@ from runner.models.adapters import Params
 
 if TYPE_CHECKING:
     from runner.training.record import Record
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -61,9 +64,20 @@ class Progress:
         """The reverse of `to_dict`.
 
         Raises:
-            TypeError: unknown or missing fields.
+            TypeError: an unknown field, or a value of another type than it has.
         """
-        return cls(**{**data, "window": Window(**data["window"])})
+        return _checked(cls(**{**data, "window": _checked(Window(**data["window"]))}))
+
+
+def _checked(read: T) -> T:
+    """`read`, every value of which is of its type; whole numbers are counts, so from 0."""
+    hints = typing.get_type_hints(type(read))
+    for name, hint in hints.items():
+        value, kinds = getattr(read, name), typing.get_args(hint) or (hint,)
+        right = type(value) in kinds or (type(value) is int and float in kinds)
+        if not right or (type(value) is int and value < 0):
+            raise TypeError(f"{name} is not what it has to be ({getattr(hint, '__name__', hint)})")
+    return read
 
 
 @dataclass

@@ -7,22 +7,37 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.disk import Disk
-from runner.checkpoints.retention import Policy, Saved, kept
-from runner.checkpoints.schedule import is_scheduled
-from runner.checkpoints.store import Store, step_name
-from runner.errors import CheckpointError
+from runner.checkpoints import folders, manifest
+from runner.checkpoints.backup import Backup
+from runner.checkpoints.disk import Content, Disk
+from runner.checkpoints.retention import Policy, Saved, kept, matter
+from runner.checkpoints.schedule import is_end, is_scheduled
+from runner.checkpoints.store import Store, record_of, step_name
+from runner.errors import CheckpointError, StorageError
 from runner.loggers import Logger
 from runner.rundir import ADAPTER_CONFIG, ADAPTERS, METRIC, Rows, RunDirectory, now
+from runner.training.saver import Saver
+
+_LAST_MIRROR = 10.0  # seconds that a run that failed waits for its backup
 
 
 class Record:
     """What a run leaves behind. One writer: the process that holds the directory's lock."""
 
-    def __init__(self, directory: RunDirectory, store: Store, policy: Policy, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        store: Store,
+        policy: Policy,
+        loggers: Sequence[Logger] = (),
+        *,
+        background: bool = True,
+        backup: Path | None = None,
+    ) -> None:
         self.directory = directory
         self.store = store
         self.policy = policy
@@ -31,6 +46,9 @@ class Record:
         self.samples: Rows
         self.source_step: int | None = None
         """The checkpoint that this process resumed from: it stays while the process lives."""
+        self.backup = Backup(backup, directory, store, self._matter) if backup else None
+        self._saver = Saver(background)
+        self._saved: int | None = None
         self._status: dict[str, Any] = {}
         self._seconds_before = 0.0
         self._begun = time.monotonic()
@@ -61,21 +79,48 @@ class Record:
         self._status = {key: value for key, value in self._status.items() if value is not None}
         self.directory.write_status(self._status)
 
-    def save(self, step: int, files: Mapping[str, bytes], why: Sequence[str], valid_loss: float | None) -> None:
-        """Commit a checkpoint of `step`, then remove those that the policy lets go.
+    def save(self, step: int, files: Mapping[str, Content], why: Sequence[str], valid_loss: float | None) -> None:
+        """Begin to commit a checkpoint of `step` and to remove those that the policy lets go; see `check`, `settle`.
 
         The rows that the checkpoint counts on are on the disk before it is.
+
+        Raises:
+            StorageError: this save or the one before it failed.
         """
-        self.metrics.sync()
-        self.samples.sync()
-        self.store.commit(step, files, why=list(why), metrics={} if valid_loss is None else {METRIC: valid_loss})
-        self.store.rotate(set(self.reasons()))
+
+        def work() -> None:
+            self.metrics.sync()
+            self.samples.sync()
+            self.store.commit(step, files, why=list(why), metrics={} if valid_loss is None else {METRIC: valid_loss})
+            self._saved = step
+            self.store.rotate(set(self.reasons()))
+            if self.backup:
+                self.backup.wake()
+
+        self._saver.begin(work)
+
+    def check(self) -> None:
+        """Note a save that has ended. Raises StorageError if it failed."""
+        self._saver.check()
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            self.status(last_checkpoint=saved)
+
+    def settle(self) -> None:
+        """Return once nothing is being saved. Raises StorageError if that save failed."""
+        self._saver.wait()
+        self.check()
 
     def reasons(self) -> dict[int, list[str]]:
         """The checkpoints that stay, each with why."""
         own = [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
         saved = [Saved(c.step, is_scheduled(c.why), c.metrics.get(METRIC)) for c in own]
         return kept(saved, self.policy, source=self.source_step)
+
+    def _matter(self) -> list[int]:
+        """The checkpoints that are mirrored to the backup."""
+        ended = {c.step for c in self.store.checkpoints() if is_end(c.why)}
+        return matter(self.reasons(), ended)
 
     def result_step(self, which: str) -> int | None:
         """The step whose adapter is the run's result: the best one on disk (`which` is best), else the last."""
@@ -90,41 +135,26 @@ class Record:
     def write_result(self, step: int) -> None:
         """Make adapters/ the adapter of checkpoint `step`: the new one is complete before the old one goes."""
         loaded = self.store.load(self.store.folder / step_name(step))
-        disk, target = Disk(), self.directory.result
-        fresh, old = target.with_name(".adapters.new"), target.with_name(".adapters.old")
-        if disk.look(fresh):
-            disk.remove_tree(fresh)
-        disk.mkdir(fresh)
-        for name in (ADAPTERS, ADAPTER_CONFIG):
-            disk.write_file(fresh / name, loaded.files[name])
-        disk.fsync_folder(fresh)
-        repair_result(self.directory)
-        replaced = disk.look(target) is not None
-        if replaced:
-            disk.rename(target, old)
-        disk.rename(fresh, target)
-        disk.fsync_folder(target.parent)
-        if replaced:
-            disk.remove_tree(old)
+        files = {name: loaded.files[name] for name in (ADAPTERS, ADAPTER_CONFIG)}
+        sealed = {**files, manifest.NAME: manifest.write(record_of(loaded.checkpoint, files))}
+        folders.replace(self.directory.result, sealed, Disk())
 
     def close(self) -> None:
-        """Close the row files and the loggers."""
+        """End a save that is under way, close the row files and the loggers."""
+        failed = self._saver.close()
+        with suppress(StorageError):
+            if failed is not None:  # another failure ended the run: tell both
+                self.status(reason="; ".join(str(r) for r in (self._status.get("reason"), failed) if r))
+            self.check()
+        if self.backup:
+            patience = time.monotonic() + _LAST_MIRROR
+            self.backup.finish(lambda: time.monotonic() < patience)  # nothing to do where the run ended well
         self.metrics.close()
         self.samples.close()
         if self.samples.offset == 0:
             self.directory.samples.unlink(missing_ok=True)
         for logger in self.loggers:
             logger.close()
-
-
-def repair_result(directory: RunDirectory) -> None:
-    """Put adapters/ back where a crash came between its two renames."""
-    old = directory.result.with_name(".adapters.old")
-    if old.is_dir() and not old.is_symlink():
-        if directory.result.exists():
-            Disk().remove_tree(old)
-        else:
-            Disk().rename(old, directory.result)
 
 
 def copy_rows(source: Path, target: Path, size: int) -> None:

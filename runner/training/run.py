@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -71,6 +72,8 @@ def open_record(start: Start, found: Found | None) -> Record:
         Store(directory.checkpoints, start.run_id),
         Policy(chosen.keep_last, chosen.keep_best, chosen.keep_every),
         loggers.build(settings.loggers),
+        background=chosen.background,
+        backup=Path(chosen.backup).expanduser() if chosen.backup else None,
     )
     directory.write_config(start.stored)
     restored = found.restored if found else None
@@ -98,6 +101,8 @@ def open_record(start: Start, found: Found | None) -> Record:
             else ()
         )
     )
+    if record.backup:
+        record.backup.wake()  # catches up, and tells at once where it cannot
     return record
 
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.checkpoints.tensors import pack
+from runner.checkpoints import strict_json
+from runner.checkpoints.disk import Content
+from runner.checkpoints.strict_json import shown
+from runner.checkpoints.tensors import pieces
 from runner.checkpoints.verify import Loaded
 from runner.data.order import Position
 from runner.errors import CheckpointError
@@ -24,6 +27,8 @@ from runner.training.step import dropout_seed
 OPTIMIZER = "optimizer.safetensors"
 STATE = "train_state.json"
 SCHEMA = 1
+_MOST_VALUES = 100_000  # in train_state.json; a real one has about 150
+_LARGEST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Restored:
 
 def files_of(
     member: Member, position: Position, identity: Identity, adapter_config: Mapping[str, Any]
-) -> dict[str, bytes]:
-    """The files of `member`'s checkpoint. Arrays are copied here, on the training thread."""
+) -> dict[str, Content]:
+    """The files of `member`'s checkpoint, with views of its arrays: evaluated here, on the training thread."""
     progress = member.progress
     seed = dropout_seed(member.seed, progress.step + 1, 0)
     state = {
@@ -79,9 +84,9 @@ def files_of(
         "hyperparameters": identity.hyperparameters,
     }
     return {
-        ADAPTERS: pack(tensors_of(member.params), {"format": "mlx"}),
+        ADAPTERS: pieces(tensors_of(member.params), {"format": "mlx"}),
         ADAPTER_CONFIG: json_bytes(adapter_config),
-        OPTIMIZER: pack(tensors_of(optimizers.flat_state(member.optimizer)), {"format": "mlx"}),
+        OPTIMIZER: pieces(tensors_of(optimizers.flat_state(member.optimizer)), {"format": "mlx"}),
         STATE: json_bytes(state),
     }
 
@@ -96,32 +101,52 @@ def read(loaded: Loaded) -> Restored:
     try:
         params = arrays_from(loaded.files[ADAPTERS], where=f"{where}/{ADAPTERS}")
         optimizer = arrays_from(loaded.files[OPTIMIZER], where=f"{where}/{OPTIMIZER}")
-        data = json.loads(loaded.files[STATE])
+        data = strict_json.parse(loaded.files[STATE], most_values=_MOST_VALUES)
         if data["schema"] != SCHEMA:
-            raise CheckpointError(f"{where}/{STATE} has schema {data['schema']}; this version reads {SCHEMA}.")
+            raise CheckpointError(f"{where}/{STATE} has schema {shown(data['schema'])}; this version reads {SCHEMA}.")
         progress = Progress.from_dict(data["progress"])
-        position = Position(int(data["position"]["epoch"]), int(data["position"]["batch"]))
-        if progress.step != loaded.checkpoint.step or min(position.epoch, position.batch) < 0:
+        position = Position(_count(data["position"], "epoch"), _count(data["position"], "batch"))
+        if progress.step != loaded.checkpoint.step:
             raise CheckpointError(f"{where}/{STATE} is not of step {loaded.checkpoint.step}.")
         return Restored(
             params=params,
             optimizer=optimizer,
             progress=progress,
             position=position,
-            metrics_offset=int(data["metrics_offset"]),
-            samples_offset=int(data["samples_offset"]),
+            metrics_offset=_count(data, "metrics_offset"),
+            samples_offset=_count(data, "samples_offset"),
             identity=Identity(
                 run_id=loaded.checkpoint.run_id,
-                fingerprints=dict(data["fingerprints"]),
+                fingerprints={name: _text(value, name) for name, value in dict(data["fingerprints"]).items()},
                 environment=dict(data["environment"]),
                 hyperparameters=dict(data["hyperparameters"]),
             ),
-            seconds=float(data["seconds"]),
+            seconds=_seconds(data),
         )
     except KeyError as error:
         raise CheckpointError(f"{where} lacks {error.args[0]}.") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}/{STATE} cannot be understood: {' '.join(str(error).split())[:200]}") from None
+
+
+def _count(data: Mapping[str, Any], name: str) -> int:
+    value = data[name]
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ValueError(f"{name} is not a whole number from 0")
+    return value
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the fingerprint {shown(name)} is not a text")
+    return value
+
+
+def _seconds(data: Mapping[str, Any]) -> float:
+    value = data["seconds"]
+    if type(value) not in (int, float) or value < 0:
+        raise ValueError("seconds is not a number from 0")
+    return float(value)
 
 
 def restore(member: Member, restored: Restored, where: str) -> None:

@@ -12,6 +12,7 @@ from runner.errors import ConfigError
 VERBS = {
     "ls": "runs and sweeps: state, step, best metric, age, size, and the settings that differ",
     "show": "one run or sweep: settings that differ from the defaults, curves, checkpoints, how to go on",
+    "verify": "is every byte still what was saved? Of checkpoints, runs, sweeps, trees; --replay trains again",
     "test": "loss, perplexity and the data set's metric of a run or checkpoint on the test split",
     "generate": "answer a prompt with a run's adapter, streaming; --compare-base beside the base model",
     "export": "a run as an mlx-lm adapter folder or as a fused model",

@@ -1,0 +1,114 @@
+"""A save that fails while training goes on ends the run at the next step, with a sentence and exit code 74."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+import time
+
+import pytest
+
+from runner.errors import StorageError
+from runner.training.saver import Saver
+
+pytestmark = pytest.mark.fault(25)
+
+WORDS = (
+    "model=tiny",
+    "data=tiny",
+    "lora.dropout=0.1",
+    "train.iters=400",
+    "train.eval_every=1000",
+    "checkpoint.every=20",
+    "hydra.run.dir=run",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, make_door):
+    door = make_door(tmp_path_factory.mktemp("whole"))
+    door(*WORDS, "train.iters=60")
+    return door.folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
+def test_the_run_stops_at_the_next_step_and_what_was_saved_before_goes_on_equal(
+    door, faulty, whole, assert_equal_runs, error
+):
+    run = door.folder / "run"
+    # The third save's folder: the process meets the fault in its thread, at step 60 of 400.
+    env = faulty(run, name="step-0000060", calls="fsync", at=0, do=error, for_good=True)
+    out = door(*WORDS, expect=74, env=env)
+    assert "step 60 was not saved" in out and errno.errorcode[error] in out and "Traceback" not in out
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed" and "step 60 was not saved" in status["reason"]
+    assert status["last_checkpoint"] == 40
+    assert 60 <= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 100
+    door("resume=run", "train.iters=60")
+    assert_equal_runs(whole, run)
+
+
+@pytest.mark.slow
+def test_a_failed_last_save_is_no_success(door, faulty):
+    env = faulty(door.folder / "run", name="step-0000060", calls="write", at=2, do=errno.EIO, for_good=True)
+    out = door(*WORDS, "train.iters=60", expect=74, env=env)
+    assert "step 60 was not saved" in out
+    assert not (door.folder / "run/adapters").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_waits_for_the_save_that_is_under_way(door, faulty, whole, assert_equal_runs):
+    env = faulty(door.folder / "run", name="step-0000040", calls="fsync", at=0, do="+15")
+    door(*WORDS, "train.iters=60", expect=143, env=env)
+    door("resume=run")
+    assert_equal_runs(whole, door.folder / "run")
+
+
+def test_a_failure_is_raised_by_the_next_check_and_once_only():
+    saver = Saver()
+
+    def fail() -> None:
+        raise StorageError("the disk is gone")
+
+    saver.begin(fail)
+    with pytest.raises(StorageError, match="the disk is gone"):
+        for _ in range(1000):
+            saver.check()
+            time.sleep(0.001)
+    saver.check()
+    assert saver.close() is None
+
+
+def test_training_goes_on_while_a_save_is_written_and_the_next_save_waits():
+    saver, written, order = Saver(), threading.Event(), []
+
+    def slow() -> None:
+        written.wait(10)
+        order.append("first")
+
+    saver.begin(slow)
+    saver.check()  # does not wait
+    assert order == []
+    threading.Timer(0.05, written.set).start()
+    saver.begin(lambda: order.append("second"))
+    saver.wait()
+    assert order == ["first", "second"]
+    saver.close()
+
+
+def test_a_failure_that_nobody_asked_for_is_returned_at_the_end():
+    saver = Saver()
+
+    def fail() -> None:
+        raise StorageError("the disk is gone")
+
+    saver.begin(fail)
+    assert str(saver.close()) == "the disk is gone"
+
+
+def test_without_the_background_a_save_fails_where_it_is_asked_for():
+    saver = Saver(background=False)
+    with pytest.raises(ZeroDivisionError):
+        saver.begin(lambda: 1 / 0)

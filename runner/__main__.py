@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from runner.errors import EXIT_CONFIG, RunnerError
+from runner.errors import EXIT_CONFIG, RunnerError, clipped
 from runner.verbs import VERBS, run
 
 
@@ -62,7 +62,8 @@ def _refuse(error: RunnerError, code: int, cause: BaseException | None = None) -
     if os.environ.get("RUNNER_TRACEBACK") == "1":
         traceback.print_exception(cause or error)
     lines = str(error).splitlines() or [type(error).__name__]
-    print("\n".join(f"runner: {line}" for line in lines), file=sys.stderr)
+    # A message quotes files that others wrote.
+    print("\n".join(f"runner: {clipped(line, 2000)}" for line in lines[:100]), file=sys.stderr)
     if code == EXIT_CONFIG and any("There is no setting" in line for line in lines):
         print("runner: all settings: python -m runner --cfg job, or docs/config.md", file=sys.stderr)
     return code

@@ -20,7 +20,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import checks
+from runner import checks, foreign
 from runner import config as schema
 from runner.checkpoints import backup
 from runner.composed import checked, require_adapter, stored_form
@@ -60,6 +60,7 @@ def start(said: Invocation, program: str) -> None:
         _store_config_of(said)
         words.append("stored=run")
     register()
+    foreign.guard({*said.hydra, *said.typed})
     sys.argv = [program, *words]
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_job)()
@@ -92,6 +93,7 @@ class Opening(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """A plain run: the directory is new and ours, or that of the run to resume."""
         with _refusals():
+            checks.refuse_secrets(OmegaConf.to_container(config.hydra, resolve=False), "hydra")
             require_adapter(checked(_without_hydra(config)))
             named = "hydra.run.dir" in _said.hydra
             from_backup = _said.resume is not None and backup.is_backup(_said.resume)
@@ -112,7 +114,7 @@ class Opening(Callback):
         with _refusals():
             if _said.resume is not None:
                 raise ConfigError("resume=RUN goes on with one run: leave out -m. To vary it: repeat=RUN with -m.")
-            checks.refuse_secrets(OmegaConf.to_container(_without_hydra(config), resolve=False))
+            checks.refuse_secrets(OmegaConf.to_container(config, resolve=False))
             folder = Path(config.hydra.sweep.dir)
             if _said.sweep is None:
                 folder = _claim_sweep(folder, named="hydra.sweep.dir" in _said.hydra)
@@ -158,7 +160,11 @@ def _words_of_sweep(said: Invocation) -> list[str]:
     folder, said.resume = said.resume.absolute(), None
     said.sweep = folder
     typed = [word for word in said.words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
-    said.words = grid.merged(manifest.read(folder).words, typed)
+    known = manifest.read(folder)
+    if not known.words:
+        raise ConfigError(f"resume={folder}: {manifest.NAME} holds no words of a sweep: there is nothing to finish.")
+    foreign.require_harmless_sweep(known, said.typed)
+    said.words = grid.merged(known.words, typed)
     for word in said.words:
         if word.startswith("repeat="):
             said.repeat = Path(word.partition("=")[2].strip("'"))

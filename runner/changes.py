@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from runner.config import INVOCATION, Config, flatten, shown
@@ -49,6 +51,12 @@ def may_extend(config: Config) -> bool:
 def is_free_on_resume(name: str) -> bool:
     """Whether the setting may change when a run goes on; the others decide the path of the run."""
     return _matches(name, FREE_ON_RESUME)
+
+
+def fingerprint(settings: Config) -> str:
+    """SHA-256 (hex) over the frozen settings."""
+    frozen = {name: value for name, value in flatten(settings).items() if not is_free_on_resume(name)}
+    return hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def changes_on_resume(stored: Config, now: Config, step: int) -> dict[str, tuple[Any, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from runner.config import DEFAULT_LORA_SCALE, MISSING, OPTIMIZERS, SCHEDULES, Config, Lora, flatten
-from runner.errors import ConfigError, did_you_mean
+from runner.errors import ConfigError, clipped, did_you_mean
 
 CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -53,6 +54,9 @@ _ABOVE_ZERO = (
     "checkpoint.every_minutes",
     "lora.alpha",
 )
+# Beyond any use, and enough to end the process where MLX allocates what it cannot have.
+_AT_MOST = {"lora.rank": 16_384, "data.pad_to": 65_536, "train.batch_size": 1_000_000, "train.iters": 10**12}
+_PATHS = ("model.path", "data.path", "adapter", "checkpoint.backup")
 _NOT_NEGATIVE = (
     "seed",
     "schedule.warmup",
@@ -63,8 +67,9 @@ _NOT_NEGATIVE = (
     "train.early_stopping.min_delta",
 )
 _SECRET = re.compile(
+    r"(?<![A-Za-z0-9])(?:"  # at the beginning of a word: risk-assessment is none
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
+    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.)"
 )
 
 
@@ -108,8 +113,14 @@ def check(config: Config) -> None:
         "two numbers from 0 to below 1",
     )
     require("seed", lambda v: v < 2**63, "below 2**63")
+    for name, most in _AT_MOST.items():
+        if flat[name] > most:
+            problems.append(f"{name}={flat[name]} cannot be: it has to be at most {most:,}.")
     require("data.max_length", lambda v: v >= 2, "2 or more")
     require("checkpoint.dir", _is_plain_folder, "a plain folder name inside the run directory")
+    for name in _PATHS:
+        if isinstance(flat[name], str) and not _is_path(flat[name]):
+            problems.append(f"{name}={clipped(flat[name])} cannot be: it has to be a path or a name.")
     problems += _lora_problems(config.lora)
     problems += _unused_options(config)
     if config.train.stop_at is not None and config.train.stop_at > config.train.iters:
@@ -158,13 +169,15 @@ def secrets_in(value: Any, where: str = "") -> Iterator[str]:
         yield where
 
 
-def refuse_secrets(value: Any) -> None:
+def refuse_secrets(value: Any, where: str = "") -> None:
     """Refuse a config in which any text looks like a token: it would be stored in the run directory.
+
+    `where` is the dotted name of `value` itself.
 
     Raises:
         ConfigError: names the setting, never the value.
     """
-    for name in secrets_in(value):
+    for name in secrets_in(value, where):
         raise ConfigError(
             f"{name or 'A word on the command line'} looks like a secret and would be written into the run directory. "
             "Set it in the environment instead: backends read their own variables (HF_TOKEN and the like)."
@@ -201,5 +214,15 @@ def _unused_options(config: Config) -> list[str]:
     return problems
 
 
+def _is_path(text: str) -> bool:
+    """Whether the operating system would take `text` for a path; else it fails wherever it is first looked at."""
+    size = len(text.encode(errors="surrogatepass"))
+    parts = [len(part.encode(errors="surrogatepass")) for part in text.split("/")]
+    unknown_user = text.startswith("~") and os.path.expanduser(text) == text
+    return size < 4000 and max(parts) <= 255 and min(text, default=" ") >= " " and not unknown_user
+
+
 def _is_plain_folder(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w][\w.-]*", name)) and name not in ("adapters", "run.log")
+    # Names that the run directory has other uses for; case aside, since some file systems fold it.
+    taken = ("adapters", "run.log", "config.yaml", "status.json", "metrics.jsonl", "samples.jsonl", "backup.json")
+    return bool(re.fullmatch(r"[\w][\w.-]*", name)) and name.lower() not in taken

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -41,7 +41,7 @@ def require_adapter(config: Config) -> None:
     Raises:
         ConfigError: names the path.
     """
-    if config.adapter and not Path(config.adapter).exists():
+    if config.adapter and not os.path.exists(config.adapter):
         raise ConfigError(f"adapter={config.adapter}: there is no such file or folder.")
 
 
@@ -53,8 +53,8 @@ def stored_form(cfg: DictConfig, config: Config) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    found = Path(path).expanduser()
-    return str(found.absolute()) if found.exists() else path
+    found = os.path.expanduser(path)
+    return os.path.abspath(found) if os.path.exists(found) else path
 
 
 def _keep_environment(data: dict[str, Any], raw: Any) -> None:

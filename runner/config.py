@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import sys
 import types
 import typing
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.errors import ConfigError, did_you_mean
+from runner.errors import ConfigError, clipped, did_you_mean
 
 # What each optimizer and schedule takes beyond the common options, with its default. Adam's bias correction is on,
 # as in the Adam paper (mlx-lm leaves it off, which makes the first updates about three times too large).
@@ -27,6 +28,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 SCHEDULES: dict[str, dict[str, Any]] = {"constant": {}, "linear": {"end": 0.0}, "cosine": {"end": 0.0}}
 DEFAULT_LORA_SCALE = 20.0  # as mlx-lm
+_LARGEST = 10**300
 MISSING = "???"  # has to come from a group (OmegaConf's own mark for it)
 
 
@@ -54,7 +56,7 @@ class Model:
     """Expand a quantized base: auto (on the CPU only, where quantized products are slow), always, never."""
     quantize: Quantize = field(default_factory=Quantize)
     trust_remote_code: bool = False
-    """Let a model's own Python code run. Leave it off for models you did not write."""
+    """Let a model's own Python code run; counts where it is typed only, never from a file."""
 
 
 @dataclass(kw_only=True)
@@ -328,13 +330,14 @@ def from_dict(data: Mapping[str, Any], where: str) -> Config:
 
 def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} has to hold settings, not {shown(data)}.")
+        what = prefix.rstrip(".") or "the file"
+        raise ConfigError(f"{where}: {what} has to hold settings, not {clipped(shown(data))}.")
     hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
     known = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in known:
-            raise ConfigError(f"{where}: there is no setting {prefix}{key}.{did_you_mean(str(key), known)}")
+            raise ConfigError(f"{where}: there is no setting {prefix}{clipped(key)}.{did_you_mean(str(key), known)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             values[key] = _build(typing.cast(type, hint), value, where, f"{prefix}{key}.")
@@ -344,6 +347,8 @@ def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(value, str) and "${oc.env:" in value:
+        return value  # as it was typed; Hydra resolves it and checks its type
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
@@ -352,10 +357,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < _LARGEST else math.inf  # which the checks refuse
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {shown(value)}.")
+    raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {clipped(shown(value))}.")
 
 
 def shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -16,6 +17,9 @@ EXIT_IN_USE = 3
 EXIT_DIVERGED = 4
 EXIT_DAMAGED = 5
 EXIT_STORAGE = 74
+
+_LONGEST_WORD = 200
+_MOST_KNOWN = 1000
 
 
 class RunnerError(Exception):
@@ -67,6 +71,19 @@ class StorageError(RunnerError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the closest of `known`, or the empty string where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """``" Did you mean 'x'?"`` for the closest of `known`, or the empty string where none is near.
+
+    Only among the first thousand, and only short words: the time grows with the square of a length.
+    """
+    if len(word) > _LONGEST_WORD:
+        return ""
+    short = (one for one in islice(known, _MOST_KNOWN) if len(one) <= _LONGEST_WORD)
+    near = difflib.get_close_matches(word, list(short), n=1, cutoff=0.5)
+    return f" Did you mean '{clipped(near[0])}'?" if near else ""
+
+
+def clipped(text: object, most: int = 200) -> str:
+    """`text` for a message: cut where it is long, and what could steer a terminal shown as a middle dot."""
+    whole = str(text)
+    kept = whole if len(whole) <= most else f"{whole[: most - 20]}…{whole[-19:]}"
+    return "".join(c if c.isprintable() else "·" for c in kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import yaml
 LIMIT = 1_000_000
 """Bytes of a file; a stored config has about 3,000."""
 _DEPTH = 32
-# YAML 1.1 reads 1:30:00 as a number to base 60, in time that grows with the square of its length.
-_LONG_NUMBER = re.compile(r"[-+0-9_:.]{100,}")
+_MOST_VALUES = 500_000
+_LONGEST_REFERENCE = 1000
+"""Characters of a text with ${…}: the time to read it grows with its nesting."""
+# YAML 1.1 reads 1:30:00 as a number to base 60, in time that grows with the square of its length; and Python will
+# not print an integer of thousands of digits.
+_LONG_NUMBER = re.compile(r"[-+0-9_:.]{100,}|[-+]?0[xob][0-9a-fA-F_]{98,}")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -29,15 +34,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ValueError: with the reason, without the path: not a regular file, too large, not plain YAML, not a mapping.
         OSError: it is missing or cannot be read.
     """
-    # O_NONBLOCK: opening a FIFO must not wait for a writer.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(handle, "rb") as source:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("it is not a regular file")
-        data = source.read(LIMIT + 1)
-    if len(data) > LIMIT:
-        raise ValueError(f"it is larger than {LIMIT:,} bytes")
-    found = parse(data.decode("utf-8"))
+    found = parse(_read(path))
     if not isinstance(found, dict):
         raise ValueError("it does not hold settings (key: value)")
     return found
@@ -50,25 +47,68 @@ def parse(text: str) -> Any:
         ValueError: with the reason.
     """
     try:
-        _look_through(text)
+        _look_through(text, with_aliases=False)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"it is not plain YAML: {' '.join(str(error).split())[:200]}") from None
 
 
-def _look_through(text: str) -> None:
-    depth = 0
+def require_bounded(path: Path) -> None:
+    """Refuse the file `path` where `parse` would, but for aliases: those that stay small are a person's own.
+
+    Text that is not YAML at all passes: whoever reads it says what is wrong, and where.
+
+    Raises:
+        ValueError, OSError: as of `read_mapping`.
+    """
+    text = _read(path)
+    with suppress(yaml.YAMLError):
+        _look_through(text, with_aliases=True)
+
+
+def _read(path: Path) -> str:
+    # O_NONBLOCK: opening a FIFO must not wait for a writer.
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as source:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is not a regular file")
+        data = source.read(LIMIT + 1)
+    if len(data) > LIMIT:
+        raise ValueError(f"it is larger than {LIMIT:,} bytes")
+    return data.decode("utf-8")
+
+
+def _look_through(text: str, with_aliases: bool) -> None:
+    sizes: dict[str, int] = {}
+    """Of each anchor, how many values its node has, aliases expanded."""
+    opened: list[list[Any]] = [["", 0]]
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"it uses a YAML alias (*{str(event.anchor)[:40]}): refused")
-        if isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+            if not with_aliases or event.anchor not in sizes:
+                raise ValueError(f"it uses a YAML alias (*{str(event.anchor)[:40]}): refused")
+            opened[-1][1] += sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = opened.pop()
+            opened[-1][1] += size
+            sizes |= {anchor: size} if anchor else {}
         elif isinstance(event, (yaml.CollectionStartEvent, yaml.ScalarEvent)):
             if event.tag is not None:
                 raise ValueError(f"it uses a YAML tag ({event.tag[:60]}): refused")
             if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-                if depth > _DEPTH:
+                opened.append([event.anchor, 1])
+                if len(opened) > _DEPTH + 1:
                     raise ValueError(f"it is nested more than {_DEPTH} levels deep")
-            elif _LONG_NUMBER.fullmatch(event.value):
+                continue
+            opened[-1][1] += 1
+            sizes |= {event.anchor: 1} if event.anchor else {}
+            if _LONG_NUMBER.fullmatch(event.value):
                 raise ValueError(f"it holds a number of {len(event.value):,} characters")
+            if "${" in event.value and (len(event.value) > _LONGEST_REFERENCE or _brackets(event.value) > _DEPTH):
+                raise ValueError(f"it holds references (${{…}}) in a text of {len(event.value):,} characters")
+        if opened[-1][1] > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+
+
+def _brackets(text: str) -> int:
+    """How deeply a reference could be nested."""
+    return text.count("[") + text.count("{") - text.count("${") + text.count("(")

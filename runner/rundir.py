@@ -10,12 +10,13 @@ import re
 import secrets
 import shlex
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -56,6 +57,11 @@ class RunDirectory:
         """
         with explained(self.path, "cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
+            for path in (self.path / ".hydra", self.log, self.checkpoints):
+                if path.is_symlink():
+                    raise ConfigError(
+                        f"{path} is a symbolic link, where a run needs its own: choose another hydra.run.dir."
+                    )
             others = {p.name for p in self.path.iterdir() if not is_leftover(p.name)}
             if others - {".lock", ".hydra", "run.log", self.checkpoints.name} and not self.config.exists():
                 raise ConfigError(f"{self.path} is not empty and not a run: choose another hydra.run.dir.")
@@ -67,7 +73,8 @@ class RunDirectory:
                     f"{self.path} already belongs to a run. To go on with it: resume={shlex.quote(str(self.path))}. "
                     "For a new run choose another hydra.run.dir."
                 )
-            self.checkpoints.mkdir(exist_ok=True)
+            with explained(self.checkpoints, "cannot be made"):
+                self.checkpoints.mkdir(exist_ok=True)
             # A power cut must not take the run away: which folders above it are new is not known, so all are synced.
             for folder in (self.path, *self.path.parents):
                 with suppress(OSError):
@@ -90,7 +97,7 @@ class RunDirectory:
         if self._lock is not None:
             return
         with explained(self.path, "cannot be locked"):
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            handle = _open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -118,7 +125,7 @@ class RunDirectory:
     def held(self) -> bool:
         """Whether a process holds the directory now."""
         try:
-            handle = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            handle = _open_regular(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             return False
         try:
@@ -135,7 +142,10 @@ class RunDirectory:
         Raises:
             ConfigError: missing, too large, not plain YAML, or not a mapping.
         """
-        return read_yaml(self.config, missing=f"{self.path} is not a run directory: it has no config.yaml.")
+        found = read_yaml(self.config, missing=f"{self.path} is not a run directory: it has no config.yaml.")
+        if isinstance(found.get("model"), dict):
+            found["model"].pop("trust_remote_code", None)  # trust counts where it is typed, each time
+        return found
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml atomically."""
@@ -169,7 +179,7 @@ class Rows:
     def __init__(self, path: Path, offset: int = 0) -> None:
         """Open `path` for appending, cut to `offset` bytes: what lies beyond was written after the checkpoint."""
         with explained(path, "cannot be written"):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._file = _open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
             size = os.fstat(self._file).st_size
             if size < offset:
                 os.close(self._file)
@@ -185,7 +195,7 @@ class Rows:
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row as one line, in one call."""
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        with explained(self.path, "cannot be written"):
+        with explained(self.path, "cannot be written", needed=len(line)):
             done = 0
             while done < len(line):
                 done += os.pwrite(self._file, line[done:], self.offset + done)
@@ -215,13 +225,27 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def open_text(path: Path, *, append: bool) -> TextIO:
+    """The run's own text file `path`, to be written from its end or anew; a link is not followed.
+
+    Raises:
+        StorageError: it cannot be written, or is not a regular file.
+    """
+    with explained(path, "cannot be written"):
+        handle = _open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_APPEND if append else 0))
+        if not append:
+            os.ftruncate(handle, 0)
+        return open(handle, "w", encoding="utf-8", newline="")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`: a reader, or a crash, sees the old or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with explained(path, "cannot be written"):
+    data = content.encode() if isinstance(content, str) else content
+    with explained(path, "cannot be written", needed=len(data)):
         try:
             with temporary.open("xb") as out:
-                out.write(content.encode() if isinstance(content, str) else content)
+                out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(temporary, path)
@@ -269,8 +293,9 @@ def now() -> str:
 class explained:
     """Turn an OSError in the block into a StorageError that names the path."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self.what = path, what
+    def __init__(self, path: Path, what: str, needed: int | None = None) -> None:
+        """`needed`: the bytes that are to be written, told where there is no room for them."""
+        self.path, self.what, self.needed = path, what, needed
 
     def __enter__(self) -> None:
         return None
@@ -278,12 +303,32 @@ class explained:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise StorageError(f"{self.path} {self.what}: {reason}.") from error
+            if error.errno == errno.ELOOP:
+                reason = "it is a symbolic link, which is not followed"
+            raise StorageError(f"{self.path} {self.what}: {reason}{self._room(error)}.") from error
+
+    def _room(self, error: OSError) -> str:
+        if self.needed is None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return ""
+        there = "an unknown amount"
+        with suppress(OSError):
+            found = os.statvfs(self.path.parent)
+            there = f"{found.f_bavail * found.f_frsize:,} bytes"
+        return f"; needs {self.needed:,} bytes, has {there}. Make room there, then resume the run"
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """A handle of `path`. Raises OSError, also where it is a FIFO, a socket or a device."""
+    # O_NONBLOCK: opening a FIFO must not wait for its other end.
+    handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError("it is not a regular file")
 
 
 def _read_text(path: Path) -> str:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(handle, "rb") as source:
+    with os.fdopen(_open_regular(path, os.O_RDONLY), "rb") as source:
         data = source.read(_LIMIT + 1)
     if len(data) > _LIMIT:
         raise ValueError(f"it is larger than {_LIMIT} bytes")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config import Config
+from runner.config import Config, to_dict
 from runner.errors import ConfigError
 from runner.rundir import RunDirectory
+
+_SHORTEST = 4  # a shorter text is no secret, and would be found in other words
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Start:
     label: str | None = None
     """Of a job of a sweep, on whose screen there are others: it is shown in one line."""
 
+    def veiled(self, text: str) -> str:
+        """`text` with ${oc.env:NAME} in place of a value that a setting took from the environment."""
+        for value, written in sorted(_from_environment(to_dict(self.config), self.stored), key=lambda p: -len(p[0])):
+            text = text.replace(value, written)
+        return text
+
 
 def find_source(path: Path) -> Source:
     """What a path given to resume= is: a run directory or one of its checkpoints.
@@ -61,6 +70,15 @@ def find_source(path: Path) -> Source:
     if (path / "multirun.yaml").is_file():
         raise ConfigError(f"resume={path}: this is a sweep; resume its runs one by one, such as resume={path}/0.")
     raise ConfigError(f"resume={path}: not a run directory (no config.yaml) and not a checkpoint (step-0000100).")
+
+
+def _from_environment(values: Any, written: Any) -> Iterator[tuple[str, str]]:
+    """Each text of the settings `values` that stands as ${oc.env:…} in `written`, with what is written there."""
+    if isinstance(values, Mapping) and isinstance(written, Mapping):
+        for key, value in values.items():
+            yield from _from_environment(value, written.get(key))
+    elif isinstance(values, str) and isinstance(written, str) and "${oc.env:" in written and len(values) >= _SHORTEST:
+        yield values, written
 
 
 def new_run_id() -> str:

@@ -99,6 +99,7 @@ def config_folders(words: Sequence[str]) -> list[Path]:
 
 
 def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
+    checks.refuse_secrets({word.partition("=")[0] if "=" in word else "": word})
     match = _WORD.fullmatch(word)
     if match is None:
         if word.startswith("~"):
@@ -123,7 +124,6 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
     _check_key(key, value, sign)
     if sign and key.startswith("loggers."):
         return word  # backends take options of their own
-    checks.refuse_secrets({key: value})
     said.typed[key] = value
     if key in _PATHS:
         value = _path(value, said.multirun)

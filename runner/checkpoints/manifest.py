@@ -24,6 +24,7 @@ NAME = "manifest.json"
 MAX_BYTES = 1 << 20
 _SCHEMA = 1
 _MOST_VALUES = 20_000
+_MOST_FILES = 100
 _LARGEST = 10**18
 _LAST_KEY = b',\n "sha256": "'
 _END = b'"\n}\n'
@@ -61,6 +62,7 @@ class Manifest:
         for name, value in self.metrics.items():
             _check(_is_text(name) and isinstance(value, float), f"the metric {shown(name)} is not a number")
         _check(len(self.files) > 0, "it lists no files")
+        _check(len(self.files) <= _MOST_FILES, f"it lists more than {_MOST_FILES} files")
         # File systems that fold case would make one file of two.
         folded = {str(name).lower() for name in self.files}
         _check(len(folded) == len(self.files), "two file names differ only in case")

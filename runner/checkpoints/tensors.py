@@ -25,17 +25,20 @@ from runner.errors import CheckpointError, StorageError
 MAX_HEADER = 10_000_000
 _MOST_VALUES = 500_000
 _MOST_AXES = 64
+_LONGEST_AXIS = 2**31 - 1  # MLX counts in 32 bits
+_LONGEST_NAME = 1000
 _LARGEST = 1 << 62
 _METADATA = "__metadata__"
 
 # Types that numpy lacks (BF16 and the 8-bit floats) are seen as unsigned integers of their bits.
 _NUMPY = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "F8_E5M2": "u1",
+    "BOOL": "?", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
     "U16": "<u2", "I16": "<i2", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "I32": "<i4", "F32": "<f4",
     "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
 ITEM_BYTES = {name: np.dtype(code).itemsize for name, code in _NUMPY.items()}
-_NAMES = {np.dtype(code): name for name, code in _NUMPY.items() if name not in ("BF16", "F8_E4M3", "F8_E5M2")}
+_AS_BITS = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+_NAMES = {np.dtype(code): name for name, code in _NUMPY.items() if name not in _AS_BITS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Tensor:
             return bool(np.all(bits & 0x7C != 0x7C))
         if self.dtype == "F8_E4M3":
             return bool(np.all(bits & 0x7F != 0x7F))  # this type has NaN but no infinity
+        if self.dtype == "F8_E8M0":
+            return bool(np.all(bits != 0xFF))  # a scale: an exponent alone
         return bool(np.all(np.isfinite(bits)))
 
 
@@ -193,6 +198,8 @@ def _spans(header: bytes, size: int) -> tuple[dict[str, Span], dict[str, str]]:
 
 def _span(name: str, value: object, start: int) -> Span:
     tensor = f"tensor {shown(name)}"
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"{tensor} has a name of {len(name):,} characters")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{tensor} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -205,6 +212,8 @@ def _span(name: str, value: object, start: int) -> Span:
     needed = math.prod(shape) * ITEM_BYTES[dtype]
     if needed >= _LARGEST:
         raise ValueError(f"{tensor} has a shape that overflows")
+    if max(shape, default=0) > _LONGEST_AXIS:
+        raise ValueError(f"{tensor} has an axis of {max(shape):,}")
     if needed != offsets[1] - offsets[0]:
         raise ValueError(f"{tensor} needs {needed:,} bytes, its offsets span {offsets[1] - offsets[0]:,}")
     return Span(dtype, tuple(shape), start + offsets[0], start + offsets[1])

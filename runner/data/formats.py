@@ -7,12 +7,13 @@ turn of the assistant is supervised, not only the last.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from runner.data.bad_rows import BadRow
 from runner.data.rows import Row, kind
 from runner.data.turns import Conversation, Encoder, Span, common_prompt
-from runner.errors import ConfigError, DataError, did_you_mean
+from runner.errors import ConfigError, DataError, clipped, did_you_mean
 
 ROLES = (
     "system",
@@ -33,6 +34,7 @@ OTHER_NAMES = {
     "model": "assistant",
 }
 TOO_LONG = ("truncate", "drop", "error")
+_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ def choose_format(row: Row, encoder: Encoder, reading: Reading) -> Format:
     where = f"{row.file}:{row.line}"
     if not name:
         known = "; ".join(" and ".join(f"'{key}'" for key in f.columns(reading.keys)) for f in FORMATS.values())
-        has = ", ".join(f"'{key}'" for key in row.value) or "none"
+        has = _names(row.value)
         raise DataError(
             f"{where}: no known format has these keys: {has}. Expected: {known}. "
             "Other names are set with data.keys, such as data.keys.text=body."
@@ -203,8 +205,13 @@ def _conversation(
 def _require(row: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         if key not in row:
-            has = ", ".join(f"'{name}'" for name in row) or "none"
-            raise BadRow(f"no key '{key}'; it has: {has}.{did_you_mean(key, set(row) - set(keys))}")
+            near = did_you_mean(key, set(row) - set(keys)) if len(row) <= _MOST_NAMED else ""
+            raise BadRow(f"no key '{key}'; it has: {_names(row)}.{near}")
+
+
+def _names(row: dict[str, Any]) -> str:
+    shown = ", ".join(f"'{clipped(key, 60)}'" for key in islice(row, _MOST_NAMED))
+    return (shown or "none") + (f" and {len(row) - _MOST_NAMED} more" if len(row) > _MOST_NAMED else "")
 
 
 def _string(value: Any, what: str) -> None:
@@ -231,7 +238,7 @@ def _check_message(message: Any, what: str) -> None:
     if role not in ROLES:
         meant = OTHER_NAMES.get(role) if isinstance(role, str) else None
         hint = f" Did you mean '{meant}'?" if meant else did_you_mean(str(role), ROLES)
-        raise BadRow(f"{what} has the role {role!r}; known: {', '.join(ROLES)}.{hint}")
+        raise BadRow(f"{what} has the role {clipped(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
     content = message.get("content")
     if content is None and role == "assistant" and message.get("tool_calls"):
         return

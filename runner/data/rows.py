@@ -13,6 +13,8 @@ from runner.data.bad_rows import BadRow, BadRows
 from runner.errors import DataError
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+LONGEST_LINE = 4 << 20
+"""Bytes of a row. Tokenising takes about 70 times as much memory, and training sees max_length tokens of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
     `bad` and is left out; without `bad`, the end of the file raises.
 
     Raises:
-        DataError: the file is empty, is no regular file or cannot be read; bad lines where `bad` is None.
+        DataError: the file is empty, is no regular file, cannot be read or has an endless line; bad lines where `bad`
+            is None.
     """
     collected = BadRows() if bad is None else bad
     if not path.is_file():
@@ -39,7 +42,12 @@ def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
     empty = True
     try:
         with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise DataError(
+                        f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MB. One JSON object a line is "
+                        "expected; split long texts into rows."
+                    )
                 if number == 1:
                     if line.startswith(UTF16_MARKS):
                         raise DataError(f"{path} is UTF-16, not UTF-8. Save it again as UTF-8.")

@@ -7,9 +7,12 @@ from functools import cached_property
 from typing import Any
 
 from runner.data.bad_rows import BadRow
+from runner.data.limits import TooMuch, limited
+from runner.errors import DataError
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+_LONGEST_TEXT = 16_000_000  # characters of a rendered conversation; a row has at most a quarter of that
 
 
 class Encoder:
@@ -37,17 +40,27 @@ class Encoder:
 
     def render(self, messages: list[Message], tools: Any = None, prompt: bool = False) -> str:
         """The template's text, closed by the opening of an assistant turn where `prompt`."""
-        return self._apply(messages, tools, prompt, tokenize=False)
+        try:
+            with limited():
+                text = self._apply(messages, tools, prompt)
+        except TooMuch as error:
+            raise DataError(f"The model's chat template takes {error} for one conversation: it is not used.") from None
+        if len(text) > _LONGEST_TEXT:
+            raise DataError(f"The model's chat template makes {len(text):,} characters of one conversation.")
+        return text
 
     def chat(self, messages: list[Message], tools: Any = None, prompt: bool = False) -> list[int]:
         """The template's tokens, as mlx-lm's data sets make them."""
-        return list(self._apply(messages, tools, prompt, tokenize=True))
+        return self.encode(self.render(messages, tools, prompt), special=False)
 
-    def _apply(self, messages: list[Message], tools: Any, prompt: bool, tokenize: bool) -> Any:
+    def _apply(self, messages: list[Message], tools: Any, prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=prompt, tokenize=tokenize, return_dict=False
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=prompt, tokenize=False, return_dict=False
             )
+            return text
+        except (TooMuch, MemoryError):
+            raise
         # A template is a program of the model's author and may raise anything at all.
         except Exception as error:
             raise BadRow(f"the model's chat template refuses it ({_first_line(error)})") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from runner.errors import ConfigError
-from runner.rundir import explained
+from runner.rundir import explained, open_text
 
 COLUMNS = (
     "step",
@@ -36,13 +36,13 @@ class CsvLogger:
         """Open the file for appending after `step`."""
         path = run / self._file
         kept: list[list[str]] = []
-        if step and path.exists():
+        if step and path.is_file():
             with path.open(newline="") as old:
                 kept = [
                     line for line in list(csv.reader(old))[1:] if line and line[0].isdigit() and int(line[0]) <= step
                 ]
+        self._out = open_text(path, append=False)
         with explained(path, "cannot be written"):
-            self._out = path.open("w", newline="")
             csv.writer(self._out).writerows([list(COLUMNS), *kept])
             self._out.flush()
 

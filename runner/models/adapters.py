@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from runner import checks, config
-from runner.errors import ModelError, did_you_mean
+from runner.checkpoints import strict_json
+from runner.checkpoints.disk import Disk
+from runner.checkpoints.tensors import read_header
+from runner.errors import ModelError, RunnerError, clipped, did_you_mean
+from runner.models import npz
 from runner.models.arrays import arrays_from
 from runner.models.loading import Base
 from runner.rundir import ADAPTER_CONFIG
 
+_LARGEST_CONFIG = 1 << 20  # bytes of an adapter_config.json
+_MOST_VALUES = 10_000
 Params = dict[str, mx.array]
 """Trainable arrays by their dotted path in the model."""
 
@@ -116,12 +121,25 @@ def trainable_share(adapted: Adapted) -> tuple[int, int]:
     return sum(a.size for a in adapted.params().values()), get_total_parameters(adapted.model)
 
 
-def read_weights(path: Path) -> dict[str, mx.array]:
+def read_weights(path: Path, fitting: Params | None = None) -> dict[str, mx.array]:
     """Adapter weights from an mlx-examples .npz, an mlx-lm .safetensors, or a folder with adapters.safetensors.
 
+    Names and shapes are compared with those of `fitting`, where given, before any of the weights is read.
+
     Raises:
-        ModelError: missing, of another kind, or unreadable; a pickle inside an .npz is never loaded.
+        ModelError: missing, of another kind, unreadable, or not fitting; a pickle inside an .npz is never loaded.
+        CheckpointError: a .safetensors that is not sound.
     """
+    file = _weights_file(path)
+    if file.suffix == ".npz":
+        return _read_npz(file, path, fitting)
+    spans, _ = read_header(file)
+    if fitting is not None:
+        _require_fit(fitting, {name: span.shape for name, span in spans.items()}, str(path))
+    return arrays_from(file.read_bytes(), where=str(file))
+
+
+def _weights_file(path: Path) -> Path:
     if path.is_dir():
         inside = [
             path / "adapters.safetensors",
@@ -131,18 +149,25 @@ def read_weights(path: Path) -> dict[str, mx.array]:
         found = next((p for p in inside if p.is_file()), None)
         if found is None:
             raise ModelError(f"adapter={path}: no adapters.safetensors in this folder.")
-        path = found
+        return found
     if not path.is_file():
         raise ModelError(f"adapter={path}: there is no such file or folder.")
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: mx.array(archive[name]) for name in archive.files}
-        except Exception as error:  # zip, numpy and value errors alike: not a plain .npz
-            raise ModelError(f"adapter={path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if path.suffix == ".safetensors":
-        return arrays_from(path.read_bytes(), where=str(path))
-    raise ModelError(f"adapter={path}: expected .npz, .safetensors or an adapter folder, not '{path.suffix}'.")
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ModelError(f"adapter={path}: expected .npz, .safetensors or an adapter folder, not '{path.suffix}'.")
+    return path
+
+
+def _read_npz(file: Path, path: Path, fitting: Params | None) -> dict[str, mx.array]:
+    try:
+        with npz.opened(file) as archive:
+            if fitting is not None:
+                _require_fit(fitting, dict.fromkeys(archive.names), str(path))
+                _require_fit(fitting, archive.shapes(), str(path))
+            return {name: mx.array(array) for name, array in archive.arrays()}
+    except ModelError:
+        raise
+    except Exception as error:  # zip, zlib, numpy and value errors alike: not a plain .npz
+        raise ModelError(f"adapter={path} cannot be read: {clipped(' '.join(str(error).split()))}") from error
 
 
 def warm_start(params: Params, weights: dict[str, mx.array], where: str) -> Params:
@@ -151,33 +176,43 @@ def warm_start(params: Params, weights: dict[str, mx.array], where: str) -> Para
     Raises:
         ModelError: names the arrays that are missing, unknown or of another shape, and what to set.
     """
-    missing, unknown = sorted(set(params) - set(weights)), sorted(set(weights) - set(params))
-    problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
-    problems += [f"{len(unknown)} arrays fit nowhere, such as {unknown[0]}"] if unknown else []
-    for name in sorted(set(params) & set(weights)):
-        if params[name].shape != weights[name].shape:
-            problems.append(f"{name} has shape {weights[name].shape}, here {params[name].shape}")
-            break
+    _require_fit(params, {name: array.shape for name, array in weights.items()}, where)
+    for name in sorted(params):
         if not mx.all(mx.isfinite(weights[name])).item():
-            problems.append(f"{name} holds values that are not finite")
+            raise _unfit(where, [f"{name} holds values that are not finite"])
+    return {name: weights[name].astype(params[name].dtype) for name in params}
+
+
+def _require_fit(params: Params, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> None:
+    """Names and shapes (None: not known yet) have to be those of `params`."""
+    missing, unknown = sorted(set(params) - set(shapes)), sorted(set(shapes) - set(params))
+    problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
+    problems += [f"{len(unknown)} arrays fit nowhere, such as {clipped(unknown[0])}"] if unknown else []
+    for name in sorted(set(params) & set(shapes)):
+        if shapes[name] is not None and params[name].shape != shapes[name]:
+            problems.append(f"{name} has shape {clipped(shapes[name])}, here {params[name].shape}")
             break
     if problems:
-        raise ModelError(
-            f"adapter={where} does not fit this run: {'; '.join(problems)}. "
-            f"Set lora.rank, lora.num_layers and lora.keys to what it was trained with{_trained_with(where)}."
-        )
-    return {name: weights[name].astype(params[name].dtype) for name in params}
+        raise _unfit(where, problems)
+
+
+def _unfit(where: str, problems: list[str]) -> ModelError:
+    return ModelError(
+        f"adapter={where} does not fit this run: {'; '.join(problems)}. "
+        f"Set lora.rank, lora.num_layers and lora.keys to what it was trained with{_trained_with(where)}."
+    )
 
 
 def _trained_with(where: str) -> str:
     path = Path(where)
     about = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
     try:
-        found = json.loads(about.read_text())
+        found = strict_json.parse(Disk().read_file(about, _LARGEST_CONFIG), most_values=_MOST_VALUES)
         lora = found["lora_parameters"]
-        return f" (rank {lora['rank']}, num_layers {found['num_layers']}, keys {lora.get('keys')})"
-    except (OSError, ValueError, KeyError, TypeError):
+        told = f"rank {lora['rank']}, num_layers {found['num_layers']}, keys {lora.get('keys')}"
+    except (RunnerError, ValueError, KeyError, TypeError, AttributeError):
         return ""
+    return f" ({clipped(told, 1000)})"
 
 
 def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:

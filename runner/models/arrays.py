@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from runner.checkpoints.tensors import Tensor, unpack
-from runner.errors import CheckpointError
+from runner.errors import CheckpointError, clipped
 
+_MOST_ARRAYS = 20_000
 _BITS = {mx.bfloat16: ("BF16", mx.uint16)}
 
 
@@ -33,9 +34,12 @@ def arrays_from(data: bytes, where: str) -> dict[str, mx.array]:
         CheckpointError: names `where` and the reason.
     """
     out = {}
-    for name, tensor in unpack(data, where=where)[0].items():
+    tensors = unpack(data, where=where)[0]
+    if len(tensors) > _MOST_ARRAYS:
+        raise CheckpointError(f"{where}: {len(tensors):,} arrays, more than the {_MOST_ARRAYS:,} of any adapter.")
+    for name, tensor in tensors.items():
         if not tensor.is_finite():
-            raise CheckpointError(f"{where}: {name} holds values that are not finite.")
+            raise CheckpointError(f"{where}: {clipped(name)} holds values that are not finite.")
         array = mx.array(tensor.array())
         out[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
     mx.eval(list(out.values()))

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from runner.errors import ModelError
+from runner.errors import ModelError, clipped
 from runner.models.gguf_header import Header, Value
 from runner.models.gguf_tokenizer import ending_ids
 
@@ -45,7 +45,7 @@ class _Llama:
         if value is None:
             raise ModelError(f"{self.path}: the metadata key 'llama.{key}' is missing.")
         if not isinstance(value, kind) or type(value) is not kind:  # a bool is no int here
-            found = "a list" if isinstance(value, list | np.ndarray) else repr(value)[:80]
+            found = "a list" if isinstance(value, list | np.ndarray) else clipped(repr(value), 80)
             raise ModelError(f"{self.path}: 'llama.{key}' is {found}, where one {kind.__name__} is supported.")
         return value
 
@@ -73,7 +73,7 @@ def llama_config(path: Path, header: Header, rope_factors: np.ndarray | None) ->
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ModelError(
-            f"{path}: its architecture is {architecture!r}, which is not supported as GGUF (supported:"
+            f"{path}: its architecture is {clipped(repr(architecture))}, which is not supported as GGUF (supported:"
             f" {', '.join(ARCHITECTURES)}). Use the model's Hugging Face folder or hub id instead."
         )
     if str(metadata.get("split.count", 1)) not in ("0", "1"):
@@ -144,7 +144,9 @@ def _biased(header: Header, *stems: str) -> bool:
 def _rope_scaling(llama: _Llama, factors: np.ndarray | None) -> dict | None:
     kind = llama.get("rope.scaling.type", str, "linear" if "llama.rope.scale_linear" in llama.metadata else "none")
     if kind not in ("none", "linear"):
-        raise ModelError(f"{llama.path}: rope scaling {kind!r} is not supported (supported: linear, and Llama 3's).")
+        raise ModelError(
+            f"{llama.path}: rope scaling {clipped(repr(kind))} is not supported (supported: linear, and Llama 3's)."
+        )
     factor = llama.positive("rope.scaling.factor", llama.get("rope.scale_linear", float, 1.0))
     stretched = kind == "linear" and factor != 1.0
     if factors is None or np.all(factors == 1):

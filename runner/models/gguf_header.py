@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.errors import ModelError
+from runner.errors import ModelError, clipped
 
 HEADER_LIMIT = 24 << 20
 """Most bytes a header may take. A vocabulary of 260 000 tokens with its merges takes about 15 MB."""
@@ -196,7 +196,7 @@ class _Reader:
         """Each tensor at its place in the file; aligned, inside the file, and none upon another."""
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise self.fail(f"general.alignment is {alignment!r}, not a power of two of 8 or more")
+            raise self.fail(f"general.alignment is {clipped(repr(alignment))}, not a power of two of 8 or more")
         data = -(-self.position // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         for name, kind, shape, offset, nbytes in described:

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from runner.errors import ModelError, did_you_mean
+from runner.errors import ModelError, clipped, did_you_mean
 from runner.models.gguf_header import Value
 
 # Token types of the GGUF specification that are matched whole inside a text; only control ones are special.
@@ -53,15 +53,15 @@ def build(metadata: dict[str, Value], path: Path) -> PreTrainedTokenizerFast:
     if model != "gpt2":
         kind = "SentencePiece" if model == "llama" else "of another kind"
         raise ModelError(
-            f"{path}: its tokenizer model is {model!r} ({kind}), which is not supported (supported: 'gpt2', byte-level"
-            " BPE). Use the model's Hugging Face folder or hub id instead."
+            f"{path}: its tokenizer model is {clipped(repr(model))} ({kind}), which is not supported (supported:"
+            " 'gpt2', byte-level BPE). Use the model's Hugging Face folder or hub id instead."
         )
     pre = read("pre", str)
     if pre not in SPLITS:
         raise ModelError(
-            f"{path}: its pre-tokenizer (tokenizer.ggml.pre) is {pre!r}, which is not supported (supported:"
-            f" {', '.join(SPLITS)}).{did_you_mean(pre or '', SPLITS)} Use the model's Hugging Face folder or hub id"
-            " instead."
+            f"{path}: its pre-tokenizer (tokenizer.ggml.pre) is {clipped(repr(pre))}, which is not supported"
+            f" (supported: {', '.join(SPLITS)}).{did_you_mean(pre or '', SPLITS)} Use the model's Hugging Face"
+            " folder or hub id instead."
         )
     tokens = read("tokens", list)
     types = read("token_type", np.ndarray, np.ones(len(tokens or ()), dtype=np.int32))

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from runner import config
 from runner.errors import ModelError, RunnerError, did_you_mean
+from runner.models.untrusted import look_through
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 BUILTIN = ("tiny", "smollm2_135m")
@@ -125,12 +126,14 @@ def _read(
         return gguf.model, gguf.tokenizer, gguf.config
     _expect_model(path)
     import mlx_lm
+    from mlx_lm.utils import _download
 
+    folder = _download(path, revision=settings.revision)
+    look_through(folder)
     model, tokenizer, about = mlx_lm.load(
-        path,
+        str(folder),
         tokenizer_config={"trust_remote_code": settings.trust_remote_code},
         return_config=True,
-        revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
     return model, tokenizer, about
@@ -179,6 +182,7 @@ def _quantized(model: nn.Module, about: dict[str, Any], settings: config.Model) 
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
+    text = text.replace("Pass trust_remote_code=True", "Type model.trust_remote_code=true")
     if type(error).__name__ in (
         "LocalEntryNotFoundError",
         "OfflineModeIsEnabled",

@@ -18,7 +18,7 @@ from runner.checkpoints import backup, strict_json, verify
 from runner.checkpoints.disk import Disk
 from runner.checkpoints.tensors import unpack
 from runner.checkpoints.verify import STEP_NAME, Checkpoint
-from runner.errors import CheckpointError, RunnerError
+from runner.errors import CheckpointError, RunnerError, clipped
 from runner.reports.runs import RunInfo
 from runner.reports.saved import checkpoints_folder
 from runner.rundir import ADAPTERS, METRIC, RunDirectory
@@ -221,7 +221,7 @@ def _compare_settings(run: RunInfo, state: dict[str, Any], audit: Audit) -> None
         if name in then and name in run.settings and not changes.is_free_on_resume(name):
             old, new = then[name], run.settings[name]
             if old != new:
+                here, there = (clipped(config.shown(value)) for value in (new, old))
                 audit.damage.append(
-                    f"{run.path / 'config.yaml'}: {name} is {config.shown(new)}, and the newest checkpoint was "
-                    f"trained with {config.shown(old)}"
+                    f"{run.path / 'config.yaml'}: {name} is {here}, and the newest checkpoint was trained with {there}"
                 )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from runner.rundir import explained, now
+from runner.rundir import now, open_text
 
 
 class _Screen(Console):
@@ -35,15 +35,16 @@ class Display:
         memory_gb: Callable[[], float],
         stream: TextIO | None = None,
         label: str | None = None,
+        veil: Callable[[str], str] = str,
     ) -> None:
-        """`memory_gb` gives the peak memory so far, in GB (1e9 bytes).
+        """`memory_gb` gives the peak memory so far, in GB (1e9 bytes); `veil` takes out of a line what is secret.
 
         With a `label`, the run is one of many: its lines go to run.log only, the screen shows `label` and its end.
         """
         self._label = label
+        self._veil = veil
         self._console = _Screen(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        with explained(log, "cannot be written"):
-            self._log = log.open("a", encoding="utf-8")
+        self._log = open_text(log, append=True)
         self._iters = iters
         self._memory_gb = memory_gb
         self._loss: float | None = None
@@ -60,6 +61,7 @@ class Display:
 
     def line(self, text: str, style: str = "") -> None:
         """One line, on the screen and in run.log."""
+        text = self._veil(text)
         self._log.write(f"{now()} {text}\n")
         self._log.flush()
         if self._label is None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Sequence
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 
 from runner.errors import ConfigError
+
+MOST_JOBS = 10_000
 
 
 def jobs_of(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
@@ -19,7 +22,7 @@ def jobs_of(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
     parser; an interval needs a sweeper that draws from it.
 
     Raises:
-        ConfigError: an interval, or a glob that matches nothing.
+        ConfigError: an interval, a glob that matches nothing, or more jobs than anyone can want.
     """
     choices: dict[str, list[str]] = {}
     for override in overrides:
@@ -27,6 +30,9 @@ def jobs_of(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
         if override.is_sweep_override():
             if not override.is_discrete_sweep():
                 raise ConfigError(f"{override.input_line}: an interval has no values to try; list some or use range().")
+            found = override.value()
+            if isinstance(found, RangeSweep) and _count(found) > MOST_JOBS:
+                raise ConfigError(f"{override.input_line}: a sweep of more than {MOST_JOBS:,} jobs is refused.")
             values = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not values:
                 raise ConfigError(f"{override.input_line} matches nothing.")
@@ -34,7 +40,14 @@ def jobs_of(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
             values = [f"{key}={override.get_value_element_as_str()}"]
         choices.pop(key, None)
         choices[key] = list(dict.fromkeys(values))
+    if math.prod(map(len, choices.values())) > MOST_JOBS:
+        raise ConfigError(f"A sweep of more than {MOST_JOBS:,} jobs is refused: try fewer values at once.")
     return list(itertools.product(*choices.values()))
+
+
+def _count(found: RangeSweep) -> float:
+    assert found.start is not None and found.stop is not None
+    return abs(found.stop - found.start) / max(abs(found.step), 1e-300)
 
 
 def identity(overrides: Sequence[str]) -> str:

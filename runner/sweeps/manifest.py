@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import io
+import os
+import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError
+from runner.checkpoints import strict_json
+from runner.errors import ConfigError, clipped
 from runner.rundir import Rows, now
 
 NAME = "sweep.jsonl"
 SCHEMA = 1
-_LARGEST = 50_000_000
+_LARGEST = 20_000_000
+_MOST_VALUES = 100_000  # of a line: the words of a sweep, or the overrides of a job
+_LONGEST_WORD = 20_000
+_LONGEST_REFERENCE = 1000
+_MOST_NESTING = 1000
+_OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w./@:-]*=.*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -73,17 +82,25 @@ def read(folder: Path) -> Manifest:
     """
     manifest = Manifest(folder)
     path = folder / NAME
-    if not path.exists():
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path} is not a regular file.")
+            data = file.read(_LARGEST + 1)
+    except FileNotFoundError:
         return manifest
-    if path.stat().st_size > _LARGEST:
-        raise ConfigError(f"{path} is larger than {_LARGEST} bytes: not a manifest of ours.")
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    if len(data) > _LARGEST:
+        raise ConfigError(f"{path} is larger than {_LARGEST:,} bytes: not a manifest of ours.")
+    for number, line in enumerate(io.BytesIO(data), 1):
         if not line.endswith(b"\n"):
             break
         try:
-            _take(manifest, json.loads(line))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number} cannot be understood: {error!r}.") from None
+            _take(manifest, strict_json.parse(line, most_values=_MOST_VALUES))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}, line {number} cannot be understood: {clipped(repr(error))}.") from None
         manifest.size += len(line)
     return manifest
 
@@ -92,9 +109,27 @@ def _take(manifest: Manifest, line: dict[str, Any]) -> None:
     if "words" in line:
         if line["schema"] != SCHEMA:
             raise ValueError(f"schema {line['schema']}, this version reads {SCHEMA}")
-        manifest.words = [str(word) for word in line["words"]]
+        manifest.words = list(_texts(line["words"]))
         return
-    job = Job(int(line["job"]), str(line["id"]), tuple(str(o) for o in line["overrides"]))
-    if job.number != len(manifest.jobs) or job.identity in manifest.jobs:
+    job = Job(line["job"], line["id"], _texts(line["overrides"]))
+    if type(job.number) is not int or job.number != len(manifest.jobs):
         raise ValueError(f"job {job.number} out of order")
+    if not isinstance(job.identity, str) or job.identity in manifest.jobs:
+        raise ValueError(f"job {job.number} has the identity of another")
+    for word in job.overrides:
+        if not _OVERRIDE.fullmatch(word) or word.lstrip("+").startswith("hydra"):
+            raise ValueError(f"{word} is no setting of a job")
     manifest.jobs[job.identity] = job
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ValueError("a list of words is expected")
+    for word in value:
+        if len(word) > (_LONGEST_REFERENCE if "${" in word else _LONGEST_WORD) or _nesting(word) > _MOST_NESTING:
+            raise ValueError("a word is too long for a setting")
+    return tuple(value)
+
+
+def _nesting(word: str) -> int:
+    return sum(word.count(bracket) for bracket in "[{(")

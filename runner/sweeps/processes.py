@@ -118,9 +118,10 @@ def _begin(
     folder = sweep / str(number)
     if own.get("hydra.output_subdir") == "null":  # its run began: it goes on
         words = [f"resume={quoted_path(str(folder))}"]
-        words += [word for word in overrides if word.startswith("train.stop_at=")]
+        words += [word for word in overrides if word.startswith(("train.stop_at=", "model.trust_remote_code="))]
     else:
-        words = [*overrides, f"hydra.run.dir={quoted_path(str(folder))}"]
+        # A recipe that is a sweep says so in each of its jobs too.
+        words = [*overrides, "hydra.mode=RUN", f"hydra.run.dir={quoted_path(str(folder))}"]
     flags = [word for word in sys.argv if word.startswith("--config-dir=")]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads), "RUNNER_IN_SWEEP": "1"}
     log = (logs / f"{number}.log").open("ab")

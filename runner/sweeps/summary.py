@@ -31,8 +31,8 @@ def summarise(folder: Path, known: Manifest, errors: dict[int, str]) -> int:
     jobs = list(known.jobs.values())
     infos = {job.number: _read(folder / job.folder) for job in jobs}
     for number, error in errors.items():
-        if infos[number].state in ("not started", "interrupted"):
-            infos[number].state = "failed"
+        if infos[number].state not in ("failed", "diverged"):  # refused before it wrote a status
+            infos[number].state, infos[number].reason = "failed", error
         infos[number].reason = infos[number].reason or error
     varied = _varied(jobs)
     metric, direction = _objective(list(infos.values()))

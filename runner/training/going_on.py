@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runner import changes, checks, config
 from runner.checkpoints import backup, folders, verify
 from runner.checkpoints.disk import Disk
 from runner.checkpoints.store import Store
 from runner.checkpoints.verify import Loaded
-from runner.errors import CheckpointError
+from runner.errors import CheckpointError, ConfigError
 from runner.rundir import RunDirectory
 from runner.start import Start
 from runner.training import state
@@ -41,10 +43,11 @@ def find_checkpoint(start: Start) -> Found | None:
 
     Raises:
         CheckpointError: there were checkpoints and none is valid, or the one that was named is damaged.
-        ConfigError: a frozen setting was changed.
+        ConfigError: a frozen setting was changed, on the line or in config.yaml.
     """
     if start.source is None:
         return None
+    _judge_changes(start, 0)  # first, since where the checkpoints lie is a setting too
     said: list[str] = []
     if start.source.checkpoint is not None:
         loaded = verify.load(start.source.checkpoint, Disk())
@@ -52,10 +55,10 @@ def find_checkpoint(start: Start) -> Found | None:
     else:
         start.run_id, loaded_, said = _newest(start)
         if loaded_ is None:
-            _judge_changes(start, 0)
             return None
         loaded, restored = loaded_, state.read(loaded_)
     changes = _judge_changes(start, restored.progress.step)
+    _judge_edits(start, restored)
     return Found(loaded, restored, [*said, *changes], changed=bool(changes))
 
 
@@ -65,6 +68,12 @@ def _newest(start: Start) -> tuple[str, Loaded | None, list[str]]:
     run_id = status.get("run_id")
     if not isinstance(run_id, str):  # status.json is lost: the checkpoints know whose they are
         kept = Store(directory.checkpoints, "").checkpoints()
+        if len({c.run_id for c in kept}) > 1:
+            raise CheckpointError(
+                f"{directory.status} is lost, and the checkpoints are of several runs: "
+                + ", ".join(f"{c.path.name} of {c.run_id}" for c in kept)
+                + f". Name the one to go on from: resume={shlex.quote(str(kept[-1].path))}"
+            )
         run_id = kept[-1].run_id if kept else start.run_id
     store = Store(directory.checkpoints, run_id)
     folders.repair(directory.result, Disk())
@@ -96,6 +105,40 @@ def _backup_of(start: Start, run_id: str) -> str:
 def _judge_changes(start: Start, step: int) -> list[str]:
     assert start.source is not None
     where = start.source.run / "config.yaml"
-    stored = config.from_dict(RunDirectory(start.source.run).read_config(), str(where))
+    raw = RunDirectory(start.source.run).read_config()
+    stored = config.from_dict(_resolved(raw, start.stored, config.to_dict(start.config)), str(where))
     changed = changes.changes_on_resume(checks.complete(stored), start.config, step)
-    return [f"changed on resume: {name} {old} -> {new}" for name, (old, new) in sorted(changed.items())]
+    now = _named(start.stored)  # what comes from the environment is named, not shown
+    return [f"changed on resume: {name} {old} -> {now[name]}" for name, (old, _) in sorted(changed.items())]
+
+
+def _resolved(raw: Mapping[str, Any], now: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw`, stored settings, with the value that it has now in place of each ${oc.env:…} that stands in both."""
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        same = isinstance(value, str) and "${oc.env:" in value and now.get(key) == value
+        inside = isinstance(value, Mapping) and isinstance(now.get(key), Mapping)
+        found[key] = _resolved(value, now[key], values[key]) if inside else values[key] if same else value
+    return found
+
+
+def _judge_edits(start: Start, restored: Restored) -> None:
+    """Refuse a config.yaml that was edited or an environment that changed: the checkpoint knows its settings too."""
+    then, now = restored.identity.hyperparameters, _named(start.stored)
+    frozen = [name for name in now if not changes.is_free_on_resume(name)]
+    known = [name for name in frozen if name in then]  # another version may have other settings
+    problems = [f"{name} was {then[name]} and cannot become {now[name]}." for name in known if then[name] != now[name]]
+    if problems:
+        problems.append(f"So it was when step {restored.progress.step} was saved; config.yaml was changed since.")
+    taken = [f"{name}={now[name]}" for name in known if "${oc.env:" in str(now[name])]
+    same = changes.fingerprint(start.config) == restored.identity.fingerprints.get("config")
+    if taken and known == frozen and not problems and not same:
+        problems.append(f"The environment is another than when the run was started: {', '.join(taken)} cannot change.")
+    if problems:
+        raise ConfigError("\n".join([*problems, "A new run with changed settings: repeat=RUN."]))
+
+
+def _named(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name to value as config.yaml holds it; the options of the loggers are one value."""
+    flat = config.flatten_dict({key: value for key, value in stored.items() if key != "loggers"})
+    return flat | {"loggers": stored.get("loggers", {})}

@@ -58,8 +58,10 @@ def train(job: Job) -> str:
     """
     for member in job.members:
         open_evaluations(job, member)
-    while (ending := how_it_ends(job)) is None:
+    ending = how_it_ends(job)
+    while ending is None:
         batches, job.position = next_batches(job)
+        best = []
         for member in job.members:
             member.record.check()
             tell_news(job, member)
@@ -67,8 +69,10 @@ def train(job: Job) -> str:
             step = member.progress.step
             if events.reports(step, job.plan):
                 report(job, member)
-            best = events.evaluates(step, job.plan) and assess(job, member)
-            save_if_due(job, member, best)
+            best.append(events.evaluates(step, job.plan) and assess(job, member))
+        ending = how_it_ends(job)  # asked once: what ends the loop is what the saves are told
+        for member, is_best in zip(job.members, best, strict=True):
+            save_if_due(job, member, is_best, ending)
     for member in job.members:
         member.record.settle()
     return ending
@@ -101,7 +105,8 @@ def open_evaluations(job: Job, member: Member) -> None:
         return
     if progress.pending_evaluation:
         progress.pending_evaluation = False
-        save_if_due(job, member, best=assess(job, member))
+        best = assess(job, member)
+        save_if_due(job, member, best, how_it_ends(job))
     elif progress.step == 0 and job.plan.evaluates and progress.baseline_loss is None:
         assess(job, member)
 
@@ -194,14 +199,14 @@ def assess(job: Job, member: Member) -> bool:
     return best
 
 
-def save_if_due(job: Job, member: Member, best: bool) -> None:
-    """Save after the evaluation of this step, once, if the schedule, a new best or the end of the loop asks for it."""
+def save_if_due(job: Job, member: Member, best: bool, ending: str | None) -> None:
+    """Save after the evaluation of this step, once, if the schedule, a new best or the loop's `ending` asks for it."""
     progress = member.progress
     why = job.saves.due(
         progress.step,
         minutes_since_save=member.since_save.minutes(),
         best=best and member.record.policy.keep_best > 0,
-        stopping=how_it_ends(job),
+        stopping=ending,
     )
     if not why:
         return

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from runner.training.record import Record
 
 T = TypeVar("T")
+_LARGEST = 1 << 62
 
 
 @dataclass
@@ -75,7 +76,7 @@ def _checked(read: T) -> T:
     for name, hint in hints.items():
         value, kinds = getattr(read, name), typing.get_args(hint) or (hint,)
         right = type(value) in kinds or (type(value) is int and float in kinds)
-        if not right or (type(value) is int and value < 0):
+        if not right or (type(value) is int and not 0 <= value < _LARGEST):
             raise TypeError(f"{name} is not what it has to be ({getattr(hint, '__name__', hint)})")
     return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -127,7 +128,7 @@ class Record:
         own = [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
         if not own:
             return None
-        measured = [c for c in own if METRIC in c.metrics]
+        measured = [c for c in own if math.isfinite(c.metrics.get(METRIC, math.nan))]
         if which == "best" and measured:
             return min(measured, key=lambda c: (c.metrics[METRIC], c.step)).step
         return max(c.step for c in own)
@@ -163,7 +164,7 @@ def copy_rows(source: Path, target: Path, size: int) -> None:
     Raises:
         CheckpointError: the source has fewer bytes than the checkpoint saw.
     """
-    data = source.read_bytes()[:size] if source.exists() else b""
+    data = Disk().read_file(source, 1 << 40)[:size] if source.exists() else b""
     if len(data) < size:
         raise CheckpointError(f"{source} has {len(data)} bytes, the checkpoint saw {size}: it was cut or replaced.")
     target.write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from runner import loggers
 from runner.blas import BlasReport
 from runner.checkpoints.retention import Policy
 from runner.checkpoints.store import Store
-from runner.errors import Diverged, RunnerError
+from runner.errors import Diverged, RunnerError, StorageError
 from runner.models.forward import checkpointed
 from runner.models.loading import on_cpu
 from runner.reports.progress import Display
@@ -23,7 +24,7 @@ from runner.training.going_on import Found, find_checkpoint, is_done
 from runner.training.loop import train
 from runner.training.member import Progress
 from runner.training.record import Record, copy_rows
-from runner.training.setup import load_parts, make_job
+from runner.training.setup import load_parts, make_job, require_same
 from runner.training.shared import Shared
 from runner.training.stops import Stops
 
@@ -46,16 +47,24 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
                 again = shlex.quote(str(directory.path))
                 print(f"{directory.path} is finished; nothing is left to do. A new run like it: repeat={again}")
                 return _objective(start, found.restored.progress) if found else None
+            shared = shared or Shared()
+            if found:
+                require_same(start.config, found, shared)  # a resume that is refused writes nothing
             record = open_record(start, found)
             try:
-                return _train(start, blas, found, record, stops, shared or Shared())
+                return _train(start, blas, found, record, stops, shared)
             except RunnerError as error:
+                error.args = (start.veiled(str(error)),)
                 kind = "diverged" if isinstance(error, Diverged) else "failed"
-                record.status(state=kind, reason=str(error), ended=now())
+                with suppress(StorageError):  # a full disk refuses the status as well: what failed first is told
+                    record.status(state=kind, reason=str(error), ended=now())
                 raise
             except (Exception, SystemExit) as error:
                 if not isinstance(error, SystemExit):
-                    record.status(state="failed", reason=f"{type(error).__name__}: {error}", ended=now())
+                    with suppress(StorageError):
+                        record.status(
+                            state="failed", reason=start.veiled(f"{type(error).__name__}: {error}"), ended=now()
+                        )
                 raise
             finally:
                 record.close()
@@ -118,7 +127,11 @@ def _train(
 
         maybe_set_recommended_wired_limit()
     with Display(
-        start.directory.log, settings.train.iters, lambda: mx.get_peak_memory() / 1e9, label=start.label
+        start.directory.log,
+        settings.train.iters,
+        lambda: mx.get_peak_memory() / 1e9,
+        label=start.label,
+        veil=start.veiled,
     ) as display:
         for line in [blas.advice] if blas.advice else []:
             display.line(line, "yellow")

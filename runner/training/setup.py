@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +18,7 @@ from runner.data.batches import Batch, make_batch
 from runner.data.formats import Reading
 from runner.data.order import Order, Position, evaluation_batches
 from runner.data.tokens import DataSet, TokenSet
-from runner.errors import ConfigError
+from runner.errors import CheckpointError, ConfigError
 from runner.models.adapters import Adapted, read_weights, trainable_share, warm_start
 from runner.models.forward import Forward
 from runner.models.loading import Base, on_cpu
@@ -106,15 +104,13 @@ def _introduce(settings: Config, data: DataSet, adapted: Adapted, blas: BlasRepo
 
 
 def _identity(settings: Config, stored: dict[str, Any], base: Base, data: DataSet, blas: BlasReport) -> Identity:
-    flat = config.flatten(settings)
-    frozen = {name: value for name, value in flat.items() if not changes.is_free_on_resume(name)}
     return Identity(
         run_id="",
         fingerprints={
             "model": base.fingerprint,
             "data_train": data.train.fingerprint,
             "data_valid": data.valid.fingerprint,
-            "config": hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest(),
+            "config": changes.fingerprint(settings),
         },
         environment={
             "runner": __version__,
@@ -137,28 +133,32 @@ def is_compiled(settings: Config) -> bool:
 
 
 def make_job(start: Start, found: Found | None, parts: Parts, record: Record, stops: Stops, display: Display) -> Job:
-    """The loop's job: fresh, or with the state of the checkpoint that was found.
-
-    Raises:
-        ConfigError: the checkpoint is of another base model or of other data.
-    """
+    """The loop's job: fresh, or with the state of the checkpoint that was found."""
     settings, data = start.config, parts.data
     member = _member(settings, parts, record)
     position = Position()
     for line in found.said if found else []:
         display.line(line, "yellow")
     if found is not None:
-        compare(found, parts.identity, display)
+        tell_differences(found, parts.identity, display)
         state.restore(member, found.restored, str(found.loaded.checkpoint.path))
         position = found.restored.position
         display.line(f"resumed from {found.loaded.checkpoint.path} at step {member.progress.step}")
     elif start.source is not None:
         display.line("resumed before the first checkpoint: from the beginning")
     if settings.adapter and found is None:
-        member.params = warm_start(member.params, read_weights(Path(settings.adapter)), settings.adapter)
+        member.params = warm_start(
+            member.params, read_weights(Path(settings.adapter), fitting=member.params), settings.adapter
+        )
         display.line(f"warm start from {settings.adapter}")
     forward = Forward(parts.adapted.model)
     t = settings.train
+    order = Order(data.train.lengths, t.batch_size, settings.seed, settings.data.window)
+    if found is not None and position.batch >= order.batches_per_epoch:
+        raise CheckpointError(
+            f"{found.loaded.checkpoint.path} stands at batch {position.batch}, and an epoch has "
+            f"{order.batches_per_epoch}: its position is damaged."
+        )
     return Job(
         plan=events.Plan(
             iters=t.iters,
@@ -172,7 +172,7 @@ def make_job(start: Start, found: Found | None, parts: Parts, record: Record, st
         saves=Schedule(settings.checkpoint.every, settings.checkpoint.every_minutes),
         members=[member],
         position=position,
-        order=Order(data.train.lengths, t.batch_size, settings.seed, settings.data.window),
+        order=order,
         train_rows=data.train,
         pad_to=settings.data.pad_to,
         grad_accumulation=t.grad_accumulation,
@@ -204,22 +204,34 @@ def fixed_batches(rows: TokenSet, settings: Config) -> list[Batch]:
     return [make_batch(rows, indices, settings.data.pad_to) for indices in chosen]
 
 
-def compare(found: Found, now_: Identity, display: Display) -> None:
-    """Refuse another model or other data; name what may change bits."""
-    then = found.restored.identity
+def require_same(settings: Config, found: Found, shared: Shared) -> None:
+    """Load the model and the data, or take them from what is shared, and refuse others than the checkpoint's.
+
+    Raises:
+        ConfigError: with the fingerprints. ModelError, DataError: they cannot be loaded.
+    """
+    base = shared.base(settings.model)
+    data, _ = shared.data(settings.data, base)
+    then = found.restored.identity.fingerprints
+    now = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
     words = {
         "model": "the base model has other weights",
         "data_train": "the training data are others",
         "data_valid": "the validation data are others",
     }
     problems = [
-        f"{text}: fingerprint {then.fingerprints.get(name, 'none')[:16]} then, {now_.fingerprints[name][:16]} now."
+        f"{text}: fingerprint {then.get(name, 'none')[:16]} then, {now[name][:16]} now."
         for name, text in words.items()
-        if then.fingerprints.get(name) != now_.fingerprints[name]
+        if then.get(name) != now[name]
     ]
     if problems:
         problems.append("To train on them from here: adapter=RUN/adapters starts a new run from these weights.")
         raise ConfigError(f"{found.loaded.checkpoint.path} cannot go on here:\n" + "\n".join(problems))
+
+
+def tell_differences(found: Found, now_: Identity, display: Display) -> None:
+    """Name what may change bits."""
+    then = found.restored.identity
     for name, value in now_.environment.items():
         if then.environment.get(name) != value:
             display.line(

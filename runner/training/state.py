@@ -16,7 +16,7 @@ from runner.checkpoints.strict_json import shown
 from runner.checkpoints.tensors import pieces
 from runner.checkpoints.verify import Loaded
 from runner.data.order import Position
-from runner.errors import CheckpointError
+from runner.errors import CheckpointError, Diverged
 from runner.models.adapters import Params
 from runner.models.arrays import arrays_from, tensors_of
 from runner.rundir import ADAPTER_CONFIG, ADAPTERS
@@ -62,8 +62,16 @@ class Restored:
 def files_of(
     member: Member, position: Position, identity: Identity, adapter_config: Mapping[str, Any]
 ) -> dict[str, Content]:
-    """The files of `member`'s checkpoint, with views of its arrays: evaluated here, on the training thread."""
+    """The files of `member`'s checkpoint, with views of its arrays: evaluated here, on the training thread.
+
+    Raises:
+        Diverged: an array is not finite: such a checkpoint could not be read, and must not push out one that can.
+    """
     progress = member.progress
+    arrays = {ADAPTERS: tensors_of(member.params), OPTIMIZER: tensors_of(optimizers.flat_state(member.optimizer))}
+    for name, tensor in (pair for tensors in arrays.values() for pair in tensors.items()):
+        if not tensor.is_finite():
+            raise Diverged(f"{name} is not finite after update {progress.step}; that state was not saved.")
     seed = dropout_seed(member.seed, progress.step + 1, 0)
     state = {
         "schema": SCHEMA,
@@ -84,9 +92,9 @@ def files_of(
         "hyperparameters": identity.hyperparameters,
     }
     return {
-        ADAPTERS: pieces(tensors_of(member.params), {"format": "mlx"}),
+        ADAPTERS: pieces(arrays[ADAPTERS], {"format": "mlx"}),
         ADAPTER_CONFIG: json_bytes(adapter_config),
-        OPTIMIZER: pieces(tensors_of(optimizers.flat_state(member.optimizer)), {"format": "mlx"}),
+        OPTIMIZER: pieces(arrays[OPTIMIZER], {"format": "mlx"}),
         STATE: json_bytes(state),
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 from runner.checkpoints import strict_json, verify
 from runner.checkpoints.disk import Disk
 from runner.checkpoints.store import Store, step_name
+from runner.checkpoints.tensors import read_header
 from runner.checkpoints.verify import STEP_NAME, Checkpoint
 from runner.errors import CheckpointError, ConfigError, did_you_mean
 from runner.rundir import ADAPTER_CONFIG, ADAPTERS, METRIC, RunDirectory
@@ -83,6 +84,7 @@ def _of_result(run: Path, folder: Path) -> Place:
         )
         raise ConfigError(f"{run} has no result (adapters/): it is {RunDirectory(run).read_status()['state']}. {have}")
     disk = Disk()
+    read_header(folder / ADAPTERS)  # refused before its bytes fill the memory
     adapters = disk.read_file(folder / ADAPTERS, _LARGEST)
     about = _about(disk.read_file(folder / ADAPTER_CONFIG, 1 << 20), folder)
     step = RunDirectory(run).read_status().get("result_step")

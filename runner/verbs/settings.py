@@ -15,12 +15,13 @@ import yaml
 
 from runner import checks, config, words
 from runner.config import Config, Model
-from runner.errors import ConfigError, did_you_mean
+from runner.errors import ConfigError, clipped, did_you_mean
 from runner.rundir import RunDirectory, read_yaml
 
 CHANGEABLE = (
     "model.path",
     "model.revision",
+    "model.trust_remote_code",
     "model.dtype",
     "model.dequantize",
     "model.quantize.bits",
@@ -143,17 +144,17 @@ def _from_environment(text: str, where: str) -> str:
     def value_of(match: re.Match[str]) -> str:
         found = os.environ.get(match[1], match[2])
         if found is None:
-            raise ConfigError(f"{where} is {text}, and the environment variable {match[1]} is not set.")
+            raise ConfigError(f"{where} is {clipped(text)}, and the environment variable {match[1]} is not set.")
         return found if match[1] in os.environ else found.strip().strip("'\"")
 
     resolved = _FROM_ENVIRONMENT.sub(value_of, text)
     if "${" in _FROM_ENVIRONMENT.sub("", text):
         raise ConfigError(
-            f"{where} is {text}, of which only ${{oc.env:NAME}} can be resolved here: set it on the line."
+            f"{where} is {clipped(text)}, of which only ${{oc.env:NAME}} can be resolved here: set it on the line."
         )
     return resolved
 
 
 def _absolute(path: str) -> str:
-    found = Path(path).expanduser()
-    return str(found.absolute()) if found.exists() else path
+    found = os.path.expanduser(path)
+    return os.path.abspath(found) if os.path.exists(found) else path

@@ -1,18 +1,12 @@
-"""Instruments for the tests of checkpoints: a tape of system calls that can stop or fail, and a power cut.
+"""The instruments of tests/instruments.py as fixtures, and a store in an empty folder.
 
-`Tape` stands in for ``os`` inside ``runner.checkpoints.disk``. `PowerCut` replays a tape on a model of a disk
-that keeps only what was synced, or anything between that and all of it, after LevelDB's
-fault_injection_test. No test here waits for a real disk: what was synced when is on the tape.
+No test here waits for a real disk: what was synced when is on the tape.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import random
+import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,221 +16,37 @@ import runner.checkpoints.disk as disk_module
 from runner.checkpoints.store import Store
 
 
-class Killed(BaseException):
-    """The process ended here."""
+def _instruments() -> Any:
+    spec = importlib.util.spec_from_file_location("instruments", Path(__file__).parents[1] / "instruments.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["instruments"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-class Unsynced:
-    """``os`` without the waiting for the disk."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-    def fsync(self, handle: int) -> None:
-        os.fstat(handle)
-
-
-class Tape(Unsynced):
-    """Counts and records the system calls that change the disk.
-
-    `stop_at`: that call (from 0) and all later ones do nothing but raise `Killed`; a write is cut in half first.
-    `fail_at` with `error`: that call fails with this errno; with `for_good` all later ones as well.
-    """
-
-    def __init__(
-        self,
-        *,
-        stop_at: int = -1,
-        fail_at: int = -1,
-        error: int = 0,
-        for_good: bool = False,
-        piece: int = 1 << 30,
-    ) -> None:
-        self.events: list[tuple[Any, ...]] = []
-        self.calls: list[str] = []
-        self.was_hit = False
-        self._stop_at, self._fail_at, self._error, self._for_good = stop_at, fail_at, error, for_good
-        self._piece = piece
-        self._paths: dict[int, str] = {}
-
-    def __enter__(self) -> Tape:
-        self._before, disk_module.os = disk_module.os, self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        disk_module.os = self._before
-
-    def _change(self, name: str) -> None:
-        at = len(self.calls)
-        if 0 <= self._stop_at <= at:
-            self.was_hit = True
-            raise Killed
-        self.calls.append(name)
-        if at == self._fail_at or (self._for_good and 0 <= self._fail_at <= at):
-            self.was_hit = True
-            raise OSError(self._error, os.strerror(self._error))
-
-    def open(self, path: Path, flags: int, mode: int = 0o777) -> int:
-        if flags & os.O_CREAT:
-            self._change("create")
-            self.events.append(("create", str(path)))
-        handle = os.open(path, flags, mode)
-        self._paths[handle] = str(path)
-        return handle
-
-    def write(self, handle: int, data: memoryview) -> int:
-        part = bytes(data[: self._piece])
-        if len(self.calls) == self._stop_at:
-            os.write(handle, part[: len(part) // 2])
-        self._change("write")
-        self.events.append(("write", self._paths[handle], part))
-        return os.write(handle, part)
-
-    def fsync(self, handle: int) -> None:
-        self._change("fsync")
-        self.events.append(("sync", self._paths[handle]))
-
-    def close(self, handle: int) -> None:
-        os.close(handle)
-        if self._fail_at >= 0:
-            self._change("close")
-
-    def mkdir(self, path: Path) -> None:
-        self._change("mkdir")
-        self.events.append(("mkdir", str(path)))
-        os.mkdir(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._change("rename")
-        self.events.append(("rename", str(source), str(target)))
-        os.rename(source, target)
-
-    def unlink(self, path: Path | str, *, dir_fd: int | None = None) -> None:
-        self._change("unlink")
-        self.events.append(("remove", _absolute(path, dir_fd)))
-        os.unlink(path, dir_fd=dir_fd)
-
-    def rmdir(self, path: Path | str, *, dir_fd: int | None = None) -> None:
-        self._change("rmdir")
-        self.events.append(("remove", _absolute(path, dir_fd)))
-        os.rmdir(path, dir_fd=dir_fd)
-
-
-def _absolute(path: Path | str, dir_fd: int | None) -> str:
-    if dir_fd is None:
-        return str(path)
-    if sys.platform == "darwin":
-        folder = fcntl.fcntl(dir_fd, fcntl.F_GETPATH, b"\0" * 1024).rstrip(b"\0").decode()
-    else:
-        folder = os.readlink(f"/proc/self/fd/{dir_fd}")
-    return f"{folder}/{path}"
-
-
-@dataclass(eq=False)
-class _File:
-    data: bytes = b""
-    synced: bytes = b""
-
-
-@dataclass(eq=False)
-class _Folder:
-    names: dict[str, _File | _Folder] = field(default_factory=dict)
-    synced: dict[str, _File | _Folder] = field(default_factory=dict)
-    pending: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
-
-    def do(self, change: Callable[[dict[str, Any]], None]) -> None:
-        change(self.names)
-        self.pending.append(change)
-
-
-class PowerCut:
-    """A disk that holds `root` as it is now, all of it synced, and then what `apply` tells it."""
-
-    def __init__(self, root: Path) -> None:
-        self._base = str(root)
-        self._root = self._read(root)
-
-    def _read(self, folder: Path) -> _Folder:
-        found = _Folder()
-        for path in sorted(folder.iterdir()):
-            found.names[path.name] = self._read(path) if path.is_dir() else _File(*[path.read_bytes()] * 2)
-        found.synced = dict(found.names)
-        return found
-
-    def _find(self, path: str) -> tuple[_Folder, str]:
-        *way, name = path.removeprefix(self._base).strip("/").split("/")
-        folder = self._root
-        for part in way:
-            folder = folder.names[part]
-        return folder, name
-
-    def apply(self, event: tuple[Any, ...]) -> None:
-        kind, path, *rest = event
-        folder, name = self._find(path)
-        node = folder.names.get(name) if name else self._root
-        if kind in ("create", "mkdir"):
-            new = _File() if kind == "create" else _Folder()
-            folder.do(lambda names: names.__setitem__(name, new))
-        elif kind == "write":
-            node.data += rest[0]
-        elif kind == "sync" and isinstance(node, _File):
-            node.synced = node.data
-        elif kind == "sync":
-            node.synced, node.pending = dict(node.names), []
-        elif kind == "rename":
-            _, target = self._find(rest[0])
-
-            def move(names: dict[str, Any]) -> None:
-                if names.get(name) is node:
-                    del names[name]
-                names[target] = node
-
-            folder.do(move)
-        else:
-            folder.do(lambda names: names.pop(name, None))
-
-    def leave(self, folder: Path, luck: random.Random | None) -> None:
-        """Write to `folder` what survives: only what was synced, with `luck` some of the rest."""
-        self._leave(self._root, folder, luck)
-
-    def _leave(self, node: _Folder, folder: Path, luck: random.Random | None) -> None:
-        folder.mkdir()
-        names = dict(node.synced)
-        if luck:
-            share = luck.choice([0.5, 0.9, 1.0])
-            for change in node.pending:
-                if luck.random() < share:
-                    change(names)
-        for name, child in names.items():
-            if isinstance(child, _Folder):
-                self._leave(child, folder / name, luck)
-            elif luck and child.data != child.synced:
-                cut = luck.randrange(len(child.data) + 1)
-                lucky = [child.synced, child.data, child.data[:cut], bytes(len(child.data))]
-                (folder / name).write_bytes(luck.choice(lucky))
-            else:
-                (folder / name).write_bytes(child.synced)
+instruments = _instruments()
 
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_module, "os", Unsynced())
+    monkeypatch.setattr(disk_module, "os", instruments.Unsynced())
     monkeypatch.setattr(disk_module, "_FULL_SYNC", None)
 
 
 @pytest.fixture
-def tape() -> type[Tape]:
-    return Tape
+def tape() -> type:
+    return instruments.Tape
 
 
 @pytest.fixture
-def power_cut() -> type[PowerCut]:
-    return PowerCut
+def power_cut() -> type:
+    return instruments.PowerCut
 
 
 @pytest.fixture
-def killed() -> type[Killed]:
-    return Killed
+def killed() -> type[BaseException]:
+    return instruments.Killed
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import random
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,66 +18,16 @@ from runner.checkpoints.store import Store
 from runner.errors import StorageError
 
 
-def _files(mark: str) -> dict[str, bytes]:
-    return {"adapters.safetensors": f"weights of {mark}".encode() * 20, "train_state.json": mark.encode()}
+def _cases() -> Any:
+    spec = importlib.util.spec_from_file_location("store_cases", Path(__file__).parents[1] / "store_cases.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _first(store: Store) -> None:
-    store.commit(100, _files("new"))
-
-
-def _next(store: Store) -> None:
-    store.commit(200, _files("new"))
-
-
-def _replace(store: Store) -> None:
-    store.commit(100, _files("new"))
-
-
-def _rotate(store: Store) -> None:
-    store.rotate({100, 300})
-
-
-def _commit_and_rotate(store: Store) -> None:
-    store.commit(400, _files("new"))
-    store.rotate({300, 400})
-
-
-# What is there before, what happens, what may be loaded if it is cut off, what must be loaded if it is not.
-CASES: dict[str, tuple[list[int], Callable[[Store], None], set[str | None], str]] = {
-    "the first save": ([], _first, {None, "new"}, "new"),
-    "a further save": ([100], _next, {"old 100", "new"}, "new"),
-    "a save in place of one": ([100], _replace, {"old 100", "new"}, "new"),
-    "a save in place of the newest of two": ([50, 100], _replace, {"old 100", "new"}, "new"),
-    "a rotation": ([100, 200, 300], _rotate, {"old 300"}, "old 300"),
-    "a save and a rotation": ([100, 200, 300], _commit_and_rotate, {"old 300", "new"}, "new"),
-}
-# Besides the newest, rotation must leave these alone at every moment.
-KEPT = {"a rotation": 100, "a save and a rotation": 300}
-
-
-def _prepare(folder: Path, steps: list[int]) -> Store:
-    folder.mkdir(parents=True)
-    store = Store(folder / "checkpoints", "run-1")
-    store.folder.mkdir()
-    for step in steps:
-        store.commit(step, _files(f"old {step}"))
-    return store
-
-
-def _check(store: Store, case: str, *, completed: bool) -> None:
-    """The promise: after a repair the old or the new one loads, whole, and nothing is left over."""
-    _, _, may, must = CASES[case]
-    store.repair()
-    loaded, wrong = store.newest_valid()
-    mark = loaded and loaded.files["train_state.json"].decode()
-    assert mark in ({must} if completed else may)
-    assert wrong == []
-    assert mark is None or loaded.files == _files(mark)
-    if case in KEPT:
-        kept = store.load(store.folder / f"step-{KEPT[case]:07d}")
-        assert kept.files == _files(f"old {KEPT[case]}")
-    assert [name for name in os.listdir(store.folder) if not name.startswith("step-")] == []
+cases = _cases()
+CASES, _files, _prepare, _check = cases.CASES, cases.files, cases.prepare, cases.check
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,7 +1,9 @@
 """The program, which sends itself a signal at a chosen point: `driver.py POINT AT SIGNAL WORDS…`.
 
 Points: micro-batch (its gradients are about to be computed), update (it is about to be made), evaluation (a
-batch of one is about to be computed), save (one is about to begin). Counted from 1, in this process.
+batch of one is about to be computed), save (one is about to begin), due (whether to save after an update is about to
+be decided). Counted from 1, in this process. Several signals are joined by commas. NAME=VALUE in place of one sets a
+variable of the environment, such as FAULT_CLOCK of the preloaded library.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ POINTS = {
     "update": ("runner.training.loop", "learn"),
     "evaluation": ("runner.training.evaluation", "cross_entropy_sum"),
     "save": ("runner.training.state", "files_of"),
+    "due": ("runner.checkpoints.schedule", "Schedule.due"),
 }
 
 
@@ -25,18 +28,25 @@ def main() -> int:
     from runner import blas
 
     blas.prepare()
-    module_name, name = POINTS[point]
-    module = importlib.import_module(module_name)
-    own, seen = getattr(module, name), 0
+    module_name, names = POINTS[point]
+    *path, name = names.split(".")
+    holder: Any = importlib.import_module(module_name)
+    for part in path:
+        holder = getattr(holder, part)
+    own, seen = getattr(holder, name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal seen
         seen += 1
         if seen == int(at):
-            os.kill(os.getpid(), getattr(signal, number))
+            for one in number.split(","):
+                if "=" in one:
+                    os.environ.update([one.split("=", 1)])
+                else:
+                    os.kill(os.getpid(), getattr(signal, one))
         return own(*args, **kwargs)
 
-    setattr(module, name, counted)
+    setattr(holder, name, counted)
     from runner.__main__ import main as door
 
     return door(words)

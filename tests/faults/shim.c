@@ -8,6 +8,8 @@
  *               with a plus in front (+15), which is sent before the call goes on
  * FAULT_FOR_GOOD  1: all later ones are hit as well
  * FAULT_LOG     file to which a line "call path" is added for each call that counts
+ * FAULT_TAPE    file to which every change below FAULT_UNDER is added, to be replayed on another disk: a line
+ *               "call, path, other path, offset, size" with tabs, then that many bytes
  * FAULT_CLOCK   seconds added to the time of day (+31536000, -31536000), or the time itself (=1750000000)
  */
 #define _GNU_SOURCE
@@ -28,6 +30,7 @@
 #include <unistd.h>
 
 static atomic_long seen;
+static atomic_flag taping = ATOMIC_FLAG_INIT;
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
@@ -67,10 +70,29 @@ static int hit(const char *call, const char *path) {
     if (!strcmp(what, "kill")) end();
     if (!strcmp(what, "half")) return -1;
     if (*what == '+') {
-        syscall(SYS_kill, getpid(), atoi(what + 1));
+        // To this thread: it must not go on before the signal has arrived.
+        syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), atoi(what + 1));
         return 0;
     }
     return atoi(what);
+}
+
+static void add_to_tape(const char *call, const char *path, const char *other, long long at, const void *data,
+                        size_t size) {
+    const char *under = getenv("FAULT_UNDER"), *file = getenv("FAULT_TAPE");
+    if (!file || !*file || !under || strncmp(path, under, strlen(under))) return;
+    char line[2 * PATH_MAX + 64];
+    int length = snprintf(line, sizeof line, "%s\t%s\t%s\t%lld\t%zu\n", call, path, other, at, size);
+    int kept = errno;
+    while (atomic_flag_test_and_set(&taping)) usleep(10);
+    int to = syscall(SYS_openat, AT_FDCWD, file, O_WRONLY | O_CREAT | O_APPEND, 0644);
+    if (to >= 0) {
+        syscall(SYS_write, to, line, length);
+        if (size) syscall(SYS_write, to, data, size);
+        syscall(SYS_close, to);
+    }
+    atomic_flag_clear(&taping);
+    errno = kept;
 }
 
 static const char *path_of(int handle, char *into) {
@@ -105,8 +127,13 @@ static const char *absolute(int folder, const char *path, char *into) {
 
 static int open_at(int folder, const char *path, int flags, mode_t mode) {
     char full[2 * PATH_MAX];
-    if (flags & O_CREAT) FAIL_IF("open", absolute(folder, path, full));
-    return syscall(SYS_openat, folder, path, flags | O_LARGEFILE, mode);
+    if (!(flags & O_CREAT)) return syscall(SYS_openat, folder, path, flags | O_LARGEFILE, mode);
+    FAIL_IF("open", absolute(folder, path, full));
+    int is_new = syscall(SYS_faccessat, folder, path, F_OK) != 0;
+    int done = syscall(SYS_openat, folder, path, flags | O_LARGEFILE, mode);
+    if (done >= 0 && is_new) add_to_tape("create", absolute(folder, path, full), "", 0, "", 0);
+    else if (done >= 0 && flags & O_TRUNC) add_to_tape("cut", absolute(folder, path, full), "", 0, "", 0);
+    return done;
 }
 
 #define MODE                                                                                                  \
@@ -123,6 +150,11 @@ int open64(const char *path, int flags, ...) { MODE return open_at(AT_FDCWD, pat
 int openat(int folder, const char *path, int flags, ...) { MODE return open_at(folder, path, flags, mode); }
 int openat64(int folder, const char *path, int flags, ...) { MODE return open_at(folder, path, flags, mode); }
 
+static void after_write(int handle, const void *data, ssize_t done, off64_t at) {
+    char path[PATH_MAX];
+    if (done > 0 && getenv("FAULT_TAPE")) add_to_tape("write", path_of(handle, path), "", at, data, done);
+}
+
 static int before_write(int handle, size_t *size) {
     char path[PATH_MAX];
     int with = hit("write", path_of(handle, path));
@@ -135,6 +167,7 @@ ssize_t write(int handle, const void *data, size_t size) {
     if (with > 0) return errno = with, -1;
     ssize_t done = syscall(SYS_write, handle, data, size);
     if (with == -1) end();
+    after_write(handle, data, done, syscall(SYS_lseek, handle, 0, SEEK_CUR) - done);
     return done;
 }
 
@@ -143,15 +176,27 @@ ssize_t pwrite64(int handle, const void *data, size_t size, off64_t at) {
     if (with > 0) return errno = with, -1;
     ssize_t done = syscall(SYS_pwrite64, handle, data, size, at);
     if (with == -1) end();
+    after_write(handle, data, done, at);
     return done;
 }
 
 ssize_t pwrite(int handle, const void *data, size_t size, off_t at) { return pwrite64(handle, data, size, at); }
 
+int ftruncate64(int handle, off64_t size) {
+    char path[PATH_MAX];
+    int done = syscall(SYS_ftruncate, handle, size);
+    if (!done) add_to_tape("cut", path_of(handle, path), "", size, "", 0);
+    return done;
+}
+
+int ftruncate(int handle, off_t size) { return ftruncate64(handle, size); }
+
 static int sync_by(long number, int handle) {
     char path[PATH_MAX];
     FAIL_IF("fsync", path_of(handle, path));
-    return syscall(number, handle);
+    int done = syscall(number, handle);
+    if (!done) add_to_tape("sync", path_of(handle, path), "", 0, "", 0);
+    return done;
 }
 
 int fsync(int handle) { return sync_by(SYS_fsync, handle); }
@@ -167,34 +212,31 @@ int close(int handle) {
 }
 
 int rename(const char *from, const char *to) {
-    char full[2 * PATH_MAX];
+    char full[2 * PATH_MAX], other[2 * PATH_MAX];
     FAIL_IF("rename", absolute(AT_FDCWD, from, full));
-    return NEXT(rename)(from, to);
+    int done = NEXT(rename)(from, to);
+    if (!done) add_to_tape("rename", absolute(AT_FDCWD, from, full), absolute(AT_FDCWD, to, other), 0, "", 0);
+    return done;
 }
 
 int mkdir(const char *path, mode_t mode) {
     char full[2 * PATH_MAX];
     FAIL_IF("mkdir", absolute(AT_FDCWD, path, full));
-    return NEXT(mkdir)(path, mode);
-}
-
-int unlink(const char *path) {
-    char full[2 * PATH_MAX];
-    FAIL_IF("remove", absolute(AT_FDCWD, path, full));
-    return NEXT(unlink)(path);
+    int done = NEXT(mkdir)(path, mode);
+    if (!done) add_to_tape("mkdir", absolute(AT_FDCWD, path, full), "", 0, "", 0);
+    return done;
 }
 
 int unlinkat(int folder, const char *path, int flags) {
     char full[2 * PATH_MAX];
     FAIL_IF("remove", absolute(folder, path, full));
-    return NEXT(unlinkat)(folder, path, flags);
+    int done = NEXT(unlinkat)(folder, path, flags);
+    if (!done) add_to_tape("remove", absolute(folder, path, full), "", 0, "", 0);
+    return done;
 }
 
-int rmdir(const char *path) {
-    char full[2 * PATH_MAX];
-    FAIL_IF("remove", absolute(AT_FDCWD, path, full));
-    return NEXT(rmdir)(path);
-}
+int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }
+int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
 static time_t moved(time_t seconds) {
     const char *clock = getenv("FAULT_CLOCK");

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import random
 import signal
 import subprocess
 import time
@@ -51,24 +49,6 @@ def test_a_finished_sweep_runs_nothing_again_and_an_extended_one_only_what_is_ne
     assert (
         before.items() <= {p: p.stat().st_mtime_ns for p in (door.folder / "s").rglob("adapters.safetensors")}.items()
     )
-
-
-def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(door, assert_equal_runs):
-    keys = "lora.keys=[self_attn.q_proj,self_attn.k_proj]"
-    grid = (f"{keys},[nonsense]", "optimizer.learning_rate=1e-3,1e30")
-    words = ("-m", *SMALL, "optimizer=sgd", *grid, "train.iters=20", "hydra.sweep.dir=s")
-    out = door(*words, expect=1)
-    assert "Traceback" not in out
-    states = {n: r["state"] for n, r in results(door.folder / "s").items()}
-    assert [states[n] for n in range(4)] == ["finished", "diverged", "failed", "failed"]
-    reasons = {n: r["reason"] for n, r in results(door.folder / "s").items()}
-    assert "nonsense" in reasons[2] and "not finite" in reasons[1]
-    # Failed ones are tried again, the diverged one is not, the finished one stays.
-    out = door("resume=s", expect=1)
-    assert "2 to go on, 2 done" in out or "2 to start, 2 done" in out
-    words = (*SMALL, "optimizer=sgd", keys, "train.iters=20", "optimizer.learning_rate=1e-3")
-    twin = alone(door, "twin", *words)
-    assert_equal_runs(door.folder / "s/0", twin)
 
 
 def test_a_wrong_value_in_any_job_is_told_before_the_first_starts_and_leaves_no_folder(door):
@@ -123,42 +103,6 @@ def test_other_launchers_give_the_same_runs(door, launcher, assert_equal_runs):
     out = door("resume=other", "lora.rank=2,3,4")
     assert "1 to start, 2 done" in out
     assert results(door.folder / "other")[2]["state"] == "finished"
-
-
-@pytest.mark.slow
-def test_the_process_launcher_survives_a_killed_job_and_the_resume_finishes_it(door, assert_equal_runs):
-    words = (*SMALL, "train.iters=200", "train.eval_every=50", "checkpoint.every=10", "lora.rank=2,4,6")
-    process = door.start("-m", *words, "hydra/launcher=process", "hydra.launcher.jobs=2", "hydra.sweep.dir=s")
-    victim = wait_for(door.folder / "s/1", 40, process)
-    os.kill(victim, signal.SIGKILL)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 1, out
-    rows = results(door.folder / "s")
-    assert [rows[n]["state"] for n in (0, 1, 2)] == ["finished", "failed", "finished"]
-    assert "SIGKILL" in rows[1]["reason"]
-    out = door("resume=s")
-    assert "1 to go on, 2 done" in out
-    assert_equal_runs(door.folder / "s/1", alone(door, "alone", *words[:-1], "lora.rank=4"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["serial", "process"])
-def test_a_sweep_killed_at_random_three_times_and_resumed_equals_its_runs_alone(door, launcher, assert_equal_runs):
-    moments = random.Random(7)
-    words = (*SMALL, "train.iters=40", "train.eval_every=10", "checkpoint.every=5", "lora.rank=2,4,6,8")
-    start = ("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
-    for _ in range(3):
-        process = door.start(*start, start_new_session=True)
-        time.sleep(moments.uniform(2.0, 4.0))
-        kill_tree(process)
-        if (door.folder / "s/sweep.jsonl").exists():
-            start = ("resume=s",)
-    door(*start)
-    rows = results(door.folder / "s")
-    assert {r["state"] for r in rows.values()} == {"finished"} and len(rows) == 4
-    for number, rank in enumerate((2, 4, 6, 8)):
-        own = [w for w in words if not w.startswith("lora.rank")]
-        assert_equal_runs(door.folder / f"s/{number}", alone(door, f"alone{rank}", *own, f"lora.rank={rank}"))
 
 
 @pytest.mark.slow
@@ -255,25 +199,3 @@ def wait_for(run: Path, step: int, process: subprocess.Popen[str]) -> int:
             pass
         time.sleep(0.01)
     raise AssertionError(f"{run} did not reach step {step}")
-
-
-def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a process and all of its descendants, in whatever session they are."""
-    found, pids = {process.pid}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                pids[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, IndexError):
-                continue
-    while True:
-        more = {pid for pid, parent in pids.items() if parent in found} - found
-        if not more:
-            break
-        found |= more
-    for pid in found:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.communicate()

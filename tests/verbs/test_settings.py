@@ -66,7 +66,7 @@ def test_a_data_group_replaces_the_section(stored: Callable[..., Path]) -> None:
     [
         ("lora.rank=4", "lora.rank belongs to how the run was trained"),
         ("seed=1", "seed belongs to how"),
-        ("model.trust_remote_code=true", "model.trust_remote_code belongs to how"),
+        ("train.iters=1", "train.iters belongs to how"),
         ("data.pth=x", "no setting 'data.pth'. Did you mean 'data.path'"),
         ("model=tiny", "only data=NAME"),
         ("data=tni", "Did you mean 'tiny'"),

@@ -1,0 +1,312 @@
+"""The order of the measurements: gates, a cold run of each row, then rounds there and back."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gates, sides
+from benchmarks.processes import answer, measured
+from benchmarks.report import COLD
+from benchmarks.sides import BASE_ROW, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
+from benchmarks.workloads import Statistics
+
+GATE = "gate"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One workload's work: every row once, so that both sides train on the same tokens."""
+
+    work: Work
+    valid_rows: int
+
+    @property
+    def train_rows(self) -> int:
+        return self.work.iters * self.work.batch_size
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    mode: str
+    rounds: int
+    sizes: Mapping[str, Size]
+    slow: Size
+    """The work of row a, which is many times slower."""
+    slow_on: tuple[str, ...]
+    """The workloads that row a is run on."""
+    gate_runs: int
+    """Runs of stock mlx-lm without its token of padding; without any, ours may have learned more than b."""
+    cold_everywhere: bool
+    """Whether each workload has a cold run; else the first one's serves all, as kernels are compiled for any shape."""
+    minutes: float | None
+    notes: tuple[str, ...] = ()
+
+
+QUICK = Effort(
+    mode="quick",
+    rounds=2,
+    sizes={"short": Size(Work(4, 4), 4), "mixed": Size(Work(8, 8, batch_size=2), 4)},
+    slow=Size(Work(1, 1), 4),
+    slow_on=("short",),
+    gate_runs=0,
+    cold_everywhere=False,
+    minutes=9.5,
+    notes=(
+        "quick: start-up is a large part of such short runs, on both sides",
+        "quick: near lengths are sought in a quarter of the epoch, few batches here: f gains less than in long runs",
+    ),
+)
+FULL = Effort(
+    mode="full",
+    rounds=5,
+    sizes={"short": Size(Work(32, 16), 16), "mixed": Size(Work(32, 16), 16)},
+    slow=Size(Work(2, 2), 4),
+    slow_on=("short", "mixed"),
+    gate_runs=gates.SEEDS,
+    cold_everywhere=True,
+    minutes=None,
+)
+
+
+class Bench:
+    """One measurement from its start to its results; results.json is written after each run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        effort: Effort,
+        rows: Sequence[str],
+        workloads: Sequence[str],
+        rounds: int | None = None,
+        minutes: float | None = None,
+    ) -> None:
+        """`rounds` and `minutes` replace those of the effort."""
+        self.folder, self.effort = folder, effort
+        self.rows = [row for row in ROWS if row in rows]
+        self.workloads = list(workloads)
+        self.rounds = effort.rounds if rounds is None else rounds
+        self._limit = effort.minutes if minutes is None else minutes
+        self._begun = time.monotonic()
+        self._models: dict[str, str] = {}
+        self._data: dict[tuple[str, int, int], dict[str, Any]] = {}
+        self._jobs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.results: dict[str, Any] = {"mode": effort.mode, "gates": {}, "workloads": {}, "runs": []}
+        self.results["notes"] = list(effort.notes)
+
+    def run(self) -> None:
+        """Measure everything. Raises Failed where a process fails; what was measured before is in results.json."""
+        self._models = answer("models")
+        self.results["machine"] = _machine()
+        self.results["model"] = json.loads((Path(self._models["float32"]) / "config.json").read_text())
+        self.results["gemm"] = answer("flops")
+        for name in self.workloads:
+            self._prepare(name)
+        for name in self.workloads:
+            self._measure(name)
+        again = answer("flops")
+        self.results["gemm"]["gflops"] = max(self.results["gemm"]["gflops"], again["gflops"])
+        self._count()
+        for name in self.workloads:
+            self._compare(name)
+        shutil.rmtree(self.folder / "caches", ignore_errors=True)
+        self._keep()
+
+    def _prepare(self, name: str) -> None:
+        size = self.effort.sizes[name]
+        made = self._make(name, size)
+        self.results["workloads"][name] = {"statistics": made["statistics"], **asdict(size.work)}
+        for split, found in made["statistics"].items():
+            self._say(f"{name} {split}: {Statistics(**found)}")
+        found = answer("gates", "equal", self._models["float32"], made["folder"])
+        text = (
+            f"{found['rows_that_differ']} rows tokenised otherwise; losses of equal batches differ by "
+            f"{found['loss']:.1e} (at most {gates.LOSS:g}), gradients by {found['gradient']:.1e} of their norm "
+            f"(at most {gates.GRADIENT:g}); {found['zero_gradients']} of {found['arrays']} arrays without a gradient"
+        )
+        self.results["gates"][f"{name}, equal batches"] = {**found, "text": text}
+        self._say(f"{name}, equal batches: {'passed' if found['passed'] else 'FAILED'}: {text}")
+
+    def _make(self, name: str, size: Size) -> dict[str, Any]:
+        key = (name, size.train_rows, size.valid_rows)
+        if key not in self._data:
+            self._data[key] = answer("workloads", self._models["float32"], name, *map(str, key[1:]))
+        return self._data[key]
+
+    def _measure(self, name: str) -> None:
+        for seed in range(self.effort.gate_runs if SHIPPED_ROW in self.rows else 0):
+            self._one(name, GATE, GATE, seed)
+        rows = [row for row in self.rows if row != SLOW_ROW]
+        if self.effort.cold_everywhere or name == self.workloads[0]:
+            for row in rows:
+                shutil.rmtree(self._cache(row), ignore_errors=True)
+                self._one(name, row, COLD, seed=0)
+        if SLOW_ROW in self.rows and name in self.effort.slow_on:
+            shutil.rmtree(self._cache(SLOW_ROW), ignore_errors=True)
+            for which in (COLD, 1) if self.effort.cold_everywhere else (COLD,):
+                self._one(name, SLOW_ROW, which, seed=0)
+        longest = 0.0
+        for number in range(1, self.rounds + 1):
+            left = self._left()
+            if number > 1 and left < longest:
+                self.results["notes"].append(f"{name}: {number - 1} of {self.rounds} rounds, for lack of time")
+                break
+            begun = time.monotonic()
+            for row in rows if number % 2 else reversed(rows):
+                self._one(name, row, number, seed=number)
+            longest = max(longest, time.monotonic() - begun)
+
+    def _one(self, name: str, label: str, which: str | int, seed: int) -> None:
+        """Run one row once, and keep what is needed to count what it did."""
+        row = sides.GATE if label == GATE else ROWS[label]
+        size = self.effort.slow if label == SLOW_ROW else self.effort.sizes[name]
+        data = self._make(name, size)["folder"]
+        folder = self.folder / "runs" / f"{name}-{label.replace(': ', '-').replace(' ', '_')}-{which}-{seed}"
+        folder.mkdir(parents=True)
+        cache = self._cache(label)
+        cache.mkdir(parents=True, exist_ok=True)
+        words = sides.command(row, size.work, model=self._models[row.model], data=data, seed=seed, folder=folder)
+        # MLX keeps the kernels that it compiles below TMPDIR.
+        took = measured(words, extra={"TMPDIR": str(cache)}, log=folder / "log", limit=4 * 3600)
+        run = {"workload": name, "row": label, "round": which, "seed": seed, **asdict(took)}
+        own, job = (_ours if row.side == OURS else _stock)(row, size.work, self._models[row.model], data, seed, folder)
+        self._jobs.append((run | own, job))
+        others = "" if took.others is None else f", others {took.others:.1f} cores"
+        self._say(f"{name} {label} {which}: {took.seconds:.1f} s, {took.rss_gb:.2f} GB, load {took.load:.1f}{others}")
+        self._keep()
+
+    def _cache(self, label: str) -> Path:
+        return self.folder / "caches" / label.replace(": ", "-").replace(" ", "_")
+
+    def _count(self) -> None:
+        """Replay every run outside of the timing, and hold it against what the side itself has said."""
+        jobs = self.folder / "jobs.json"
+        jobs.write_text(json.dumps([job for _, job in self._jobs]))
+        wrong = []
+        for (run, _), counted in zip(self._jobs, answer("replay", str(jobs)), strict=True):
+            run["counted"] = counted
+            said = run["said_tokens"]
+            # Stock mlx-lm prints supervised tokens in hundreds, one of padding a row among them.
+            padding = 0 if run["row"] == GATE else counted["padded_rows"]
+            own = counted["tokens"] if run["exact"] else counted["supervised"] + padding
+            if said is None or abs(said - own) > (0 if run["exact"] else 50.001):
+                wrong.append(f"{run['workload']} {run['row']} {run['round']}: {said} said, {own} counted")
+            if run["said_evaluations"] != counted["evaluations"]:
+                wrong.append(f"{run['workload']} {run['row']}: {run['said_evaluations']} evaluations")
+            if run["row"] != GATE:
+                self.results["runs"].append(run)
+        text = (
+            "; ".join(wrong)
+            or f"{len(self._jobs)} runs trained and evaluated as often and on as many tokens as counted"
+        )
+        self.results["gates"]["tokens"] = {"passed": not wrong, "text": text}
+
+    def _compare(self, name: str) -> None:
+        """The gate of the adapters: equal validation loss after equal updates, as far as the seeds' spread tells."""
+        theirs = GATE if self.effort.gate_runs else BASE_ROW
+        found = {
+            label: [run["adapters"] for run, _ in self._jobs if (run["workload"], run["row"]) == (name, label)]
+            for label in (SHIPPED_ROW, theirs)
+        }
+        title = f"{name}, adapters"
+        if min(len(each) for each in found.values()) < gates.SEEDS:
+            text = f"needs {gates.SEEDS} runs of {SHIPPED_ROW} and of {sides.GATE.about if theirs == GATE else theirs}"
+            self.results["gates"][title] = {"passed": None, "text": text}
+            return
+        job = self.folder / "adapters.json"
+        data = self._make(name, self.effort.sizes[name])["folder"]
+        both = found[SHIPPED_ROW] + found[theirs]
+        job.write_text(json.dumps({"model": self._models["float32"], "data": data, "folders": both}))
+        said = answer("gates", "adapters", str(job))
+        losses = said["losses"][: len(found[SHIPPED_ROW])], said["losses"][len(found[SHIPPED_ROW]) :]
+        gate = gates.agree(*losses, said["before"], same=theirs == GATE)
+        against = sides.GATE.about if theirs == GATE else "b, where ours may be lower: b learns padding as well"
+        text = (
+            f"validation loss {gate['before']:.4f} before, {gate['ours']:.4f} ours, {gate['theirs']:.4f} theirs "
+            f"(margin {gate['margin']:.4f} from {len(losses[0])} and {len(losses[1])} seeds; against {against})"
+        )
+        self.results["gates"][title] = {**gate, "losses": losses, "text": text}
+        self._say(f"{title}: {'passed' if gate['passed'] else 'FAILED'}: {text}")
+
+    def _left(self) -> float:
+        """Seconds until the limit."""
+        return float("inf") if self._limit is None else self._limit * 60 - (time.monotonic() - self._begun)
+
+    def _keep(self) -> None:
+        runs = self.results["runs"] or [run for run, _ in self._jobs]
+        (self.folder / "results.json").write_text(json.dumps({**self.results, "runs": runs}, indent=1))
+
+    def _say(self, line: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._begun), 60)
+        print(f"{minutes:3d}:{seconds:02d}  {line}", flush=True)
+
+
+def _stock(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> tuple[dict, dict]:
+    """What stock mlx-lm said of itself, and the job for its replay."""
+    log = _COLOUR.sub("", (folder / "log").read_text(errors="replace"))
+    trained = re.findall(r"^ +\d+ +[\d.]+ [▼▲] +[\d,]+ +([\d.]+)k", log, re.MULTILINE)
+    evaluated = re.findall(r"^ +\d+ +val +[\d.]+ ", log, re.MULTILINE)
+    peak = re.search(r"^mlx peak memory ([\d.]+) GB", log, re.MULTILINE)
+    for file in (folder / "adapters").glob("0*_adapters.safetensors"):
+        file.unlink()
+    own = {
+        "adapters": str(folder / "adapters"),
+        "mlx_peak_gb": float(peak[1]) if peak else None,
+        "said_tokens": float(trained[-1]) * 1000 if trained else None,
+        "said_evaluations": len(evaluated),
+        "exact": False,
+    }
+    config = sides.stock_config(work, model, data, seed, folder)
+    return own, {"side": STOCK, "config": config, "sorted": "--sort" in row.flags}
+
+
+def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> tuple[dict, dict]:
+    """What our run's directory says, of which only the adapter and the rows stay, and the job for its replay."""
+    from runner.rundir import RunDirectory
+
+    run = folder / "run"
+    settings = RunDirectory(run).read_config()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "adapters").rename(folder / "adapters")
+    (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
+    shutil.rmtree(run)
+    trained = [line["tokens"] for line in rows if line["split"] == "train"]
+    own = {
+        "adapters": str(folder / "adapters"),
+        "mlx_peak_gb": max(line["peak_memory_gb"] for line in rows if "peak_memory_gb" in line),
+        "said_tokens": trained[-1] if trained else None,
+        "said_evaluations": sum(line["split"] == "valid" for line in rows),
+        "exact": True,
+    }
+    job = {"side": OURS, "model": model, "data": data, "seed": seed, "iters": work.iters, "eval_every": work.eval_every}
+    job |= {"batch_size": work.batch_size, "window": settings["data"]["window"], "pad_to": settings["data"]["pad_to"]}
+    return own, job
+
+
+def _machine() -> dict[str, Any]:
+    from runner import __version__
+    from runner.blas import usable_cores
+
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return {
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {"runner": __version__, **{name: version(name) for name in ("mlx", "mlx-lm")}},
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,187 @@
+"""Whether the two sides do the same: without that a ratio of speeds means nothing.
+
+``python -m benchmarks.gates equal MODEL DATA``: the same tokens, loss and gradients on the same batches.
+``python -m benchmarks.gates adapters JOB.json``: validation loss of adapters that both sides wrote, by one program.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sides import Work
+
+LOSS, GRADIENT = 1e-5, 1e-4
+"""Largest difference of the losses, and of a gradient relative to its norm."""
+SEEDS = 3
+"""Runs of each side that the comparison of adapters needs."""
+# Two-sided 95 % points of Student's t by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+def agree(ours: Sequence[float], theirs: Sequence[float], before: float, *, same: bool) -> dict[str, Any]:
+    """Whether two samples of validation losses have the same mean, as far as their spread tells (t test, 95 %).
+
+    Without `same`, ours may also be the lower one. Each side must have learned: its mean lies below the loss `before`
+    training by more than the margin. Raises ValueError for fewer than two losses a side.
+    """
+    count = len(ours) + len(theirs)
+    if min(len(ours), len(theirs)) < 2:
+        raise ValueError("a spread needs at least two losses a side")
+    pooled = sum((len(side) - 1) * statistics.variance(side) for side in (ours, theirs)) / (count - 2)
+    margin = _T[min(count - 2, len(_T)) - 1] * math.sqrt(pooled * (1 / len(ours) + 1 / len(theirs)))
+    mean, other = statistics.mean(ours), statistics.mean(theirs)
+    learned = before - max(mean, other) > margin
+    found = {"before": before, "ours": mean, "theirs": other, "margin": margin, "same": same}
+    return {"passed": learned and mean - other <= margin and (not same or other - mean <= margin), **found}
+
+
+def equal(model: str, data: str) -> dict[str, Any]:
+    """Tokens of every row, and loss and gradients of the first batch and of the shortest one, on both sides."""
+    adapted, tokens = _load(model, data)
+    found: dict[str, Any] = {"rows_that_differ": _differing(adapted.base.tokenizer, tokens, data)}
+    size = Work(0, 0).batch_size
+    batches = [range(size), tokens.train.lengths.argsort(kind="stable")[:size]]
+    pairs = [_pair(adapted, tokens.train, rows) for rows in batches]
+    found["loss"] = max(abs(ours - theirs) for (ours, _), (theirs, _) in pairs)
+    found["losses"] = [[ours, theirs] for (ours, _), (theirs, _) in pairs]
+    found["gradient"] = max(_distance(ours, theirs) for (_, ours), (_, theirs) in pairs)
+    found["zero_gradients"] = sum(not _norm(g) > 0 for pair in pairs for _, side in pair for g in side.values())
+    found["arrays"] = len(pairs[0][0][1])
+    found["passed"] = (
+        found["rows_that_differ"] == 0
+        and found["zero_gradients"] == 0
+        and found["loss"] <= LOSS
+        and found["gradient"] <= GRADIENT
+    )
+    return found
+
+
+def _load(model: str, data: str) -> tuple[Any, Any]:
+    from runner import blas
+
+    blas.prepare()
+    from benchmarks.workloads import SPLITS, reading
+    from runner import config
+    from runner.data.tokens import load_splits
+    from runner.models.adapters import Adapted
+    from runner.models.loading import load
+
+    work = Work(0, 0)
+    base = load(config.Model(path=model))
+    lora = config.Lora(rank=work.rank, scale=work.scale, num_layers=work.num_layers)
+    return Adapted(base, lora, seed=0), load_splits(data, base.tokenizer, reading(), SPLITS)
+
+
+def _differing(tokenizer: Any, tokens: Any, data: str) -> int:
+    """Rows whose tokens or supervised part are not those of stock mlx-lm."""
+    from mlx_lm.tuner.datasets import CompletionsDataset
+
+    from benchmarks.workloads import MAX_LENGTH, SPLITS
+
+    differing = 0
+    for split in SPLITS:
+        text = (Path(data) / f"{split}.jsonl").read_text(encoding="utf-8")
+        stock = CompletionsDataset(
+            [json.loads(line) for line in text.splitlines()], tokenizer, "prompt", "completion", True
+        )
+        ours = getattr(tokens, split)
+        differing += abs(len(stock) - len(ours))
+        for index in range(min(len(stock), len(ours))):
+            theirs, begin = stock.process(stock[index])
+            row, supervised = ours.row(index)
+            theirs = theirs[:MAX_LENGTH]
+            same = row.tolist() == theirs and supervised.tolist() == [i >= begin for i in range(len(theirs))]
+            differing += not same
+    return differing
+
+
+def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, dict], tuple[float, dict]]:
+    """Mean loss and gradients of the rows `chosen`: ours, then stock mlx-lm's.
+
+    Stock mlx-lm counts the first token of padding after each row. Told that each row is one token shorter, it counts
+    what is there.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.tuner.trainer import default_loss
+
+    from runner.data.batches import make_batch
+    from runner.models.forward import Forward
+    from runner.training.step import arrays, cross_entropy_sum
+
+    model, forward = adapted.model, Forward(adapted.model)
+    params = {
+        # B starts at zero, where the gradient of A is zero as well.
+        name: mx.random.normal(array.shape, scale=0.01, key=mx.random.key(index)) if name.endswith("lora_b") else array
+        for index, (name, array) in enumerate(adapted.params().items())
+    }
+    model.update(tree_unflatten(list(params.items())))
+    model.train()
+    batch = make_batch(rows, np.asarray(chosen), pad_to=32)
+
+    def mean(params: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten(list(params.items())))
+        return cross_entropy_sum(forward, *arrays(batch)) / batch.supervised
+
+    ours = mx.value_and_grad(mean)(params)
+    mx.eval(ours)
+    model.update(tree_unflatten(list(params.items())))
+    parts = [rows.row(int(index)) for index in chosen]
+    padded = np.zeros((len(parts), batch.inputs.shape[1] + 1), np.int32)
+    for line, (tokens, _) in zip(padded, parts, strict=True):
+        line[: len(tokens)] = tokens
+    spans = [(int(supervised.argmax()), len(tokens) - 1) for tokens, supervised in parts]
+    (loss, _), grads = nn.value_and_grad(model, default_loss)(model, mx.array(padded), mx.array(spans))
+    mx.eval(loss, grads)
+    return (ours[0].item(), ours[1]), (loss.item(), dict(tree_flatten(grads)))
+
+
+def _norm(array: Any) -> float:
+    return float((array * array).sum().item()) ** 0.5
+
+
+def _distance(ours: dict, theirs: dict) -> float:
+    """Of the arrays of two gradients, the largest difference relative to the norm; infinite for other names."""
+    if set(ours) != set(theirs):
+        return math.inf
+    return max(_norm(ours[name] - theirs[name]) / max(_norm(ours[name]), 1e-30) for name in ours)
+
+
+def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
+    """Validation loss of the base and of each adapter, by our evaluation: over supervised tokens, none of padding."""
+    adapted, tokens = _load(model, data)
+    import mlx.core as mx
+    from mlx.utils import tree_unflatten
+
+    from runner.data.batches import make_batch
+    from runner.data.order import evaluation_batches
+    from runner.models.forward import Forward
+    from runner.training.evaluation import evaluate
+
+    forward = Forward(adapted.model)
+    chosen = evaluation_batches(tokens.valid.lengths, Work(0, 0).batch_size)
+    batches = [make_batch(tokens.valid, rows, pad_to=16) for rows in chosen]
+    params, losses = adapted.params(), []
+    before = evaluate(adapted.model, forward, batches).loss
+    for folder in folders:
+        own = mx.load(str(Path(folder) / "adapters.safetensors"))
+        if {name: a.shape for name, a in own.items()} != {name: a.shape for name, a in params.items()}:
+            raise SystemExit(f"{folder}: another adapter than the one that both sides are to train")
+        adapted.model.update(tree_unflatten(list(own.items())))
+        losses.append(evaluate(adapted.model, forward, batches).loss)
+    return {"before": before, "losses": losses}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "equal":
+        print(json.dumps(equal(sys.argv[2], sys.argv[3])))
+    else:
+        print(json.dumps(adapters(**json.loads(Path(sys.argv[2]).read_text()))))

@@ -1,0 +1,98 @@
+"""Processes as a user starts them, measured from outside; and answers of our own modules that need MLX.
+
+The measuring process itself never loads MLX: on Linux a child's peak of resident memory starts at its parent's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process took."""
+
+    seconds: float
+    """Wall-clock from its start to its end."""
+    rss_gb: float
+    """Peak of its resident memory."""
+    load: float
+    """The machine's load average over a minute, when it started."""
+    others: float | None
+    """Cores that other processes (or other machines on the same host) kept busy meanwhile; None where unknown."""
+
+
+class Failed(Exception):
+    """A process that did not end well; carries the end of what it printed."""
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment with the clone importable, and without the network."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **(extra or {})}
+
+
+def measured(command: Sequence[str], *, extra: Mapping[str, str], log: Path, limit: float) -> Measured:
+    """Run `command` to its end, its output into `log`.
+
+    Raises:
+        Failed: it ended with an error, or took longer than `limit` seconds.
+    """
+    load, busy, begun = os.getloadavg()[0], _busy(), time.perf_counter()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=log.parent, env=environment(extra), stdout=out, stderr=out)
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        try:
+            # Not process.wait(): only wait4 tells the resources of this one child.
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            timer.cancel()
+    seconds, after = time.perf_counter() - begun, _busy()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        late = f" (after {seconds:.0f} s; the limit is {limit:.0f} s)" if seconds >= limit else ""
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise Failed(f"{' '.join(command)}\nended with {process.returncode}{late}; see {log}\n{tail}")
+    own = usage.ru_utime + usage.ru_stime
+    others = None if busy is None or after is None else max(0.0, (after - busy - own) / seconds)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Measured(seconds, usage.ru_maxrss * unit / 1e9, load, others)
+
+
+def answer(module: str, *words: str, limit: float = 1800) -> Any:
+    """What ``python -m benchmarks.MODULE WORDS…`` prints as its last line, which is JSON.
+
+    Raises:
+        Failed: it ended with an error.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{module}", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise Failed(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _busy() -> float | None:
+    """Seconds that all cores together have been busy since boot, time stolen by the host among them (Linux)."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = (int(word) for word in words[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,149 @@
+"""What saving costs a run: how long training waits for a save, in the foreground and in the background.
+
+    python -m benchmarks.save_cost [--updates 60] [--every 5] [--json FILE]
+
+Runs the default model with adapters of about 1, 10 and 100 MB (a checkpoint holds Adam's two moments as well: three
+times that), once with ``checkpoint.background=false``, once with it on. Saves are made often, to have many; the
+share of a run's time is told for one save every 100 updates, as the default has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RANKS = {1: 2, 10: 14, 100: 143}
+"""Size of the adapter in MB (32 bits a number, SmolLM2-135M, all linear layers of 16 blocks) to its rank."""
+EVERY = 100
+"""Updates between saves that the share is told for."""
+
+
+def main() -> None:
+    """Measure all, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.one:
+        _one(int(words.one[0]), words.one[1] == "background", words.updates, words.every)
+        return
+    found = []
+    print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
+    print("adapter  checkpoint  mode          update   waits for a save (ms)   whole save (ms)  later update  share at")
+    print(
+        "                                   p50 ms   p50    p95    most      p50     p95      slower by ms  every 100"
+    )
+    for size in RANKS:
+        for mode in ("foreground", "background"):
+            command = [sys.executable, "-m", "benchmarks.save_cost", "--one", str(size), mode]
+            command += ["--updates", str(words.updates), "--every", str(words.every)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            one = json.loads(done.stdout.splitlines()[-1])
+            found.append(one)
+            print(_line(one), flush=True)
+    if words.json:
+        words.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _line(one: dict[str, Any]) -> str:
+    return (
+        f"{one['adapter_mb']:5.1f} MB  {one['checkpoint_mb']:7.1f} MB  {one['mode']:<12} {one['update_ms']:7.0f}  "
+        f"{one['wait_p50']:6.1f} {one['wait_p95']:6.1f} {one['wait_most']:6.1f}   {one['save_p50']:7.1f} "
+        f"{one['save_p95']:7.1f}   {one['later_ms']:9.1f}     {one['share']:8.3%}"
+    )
+
+
+def _one(size: int, background: bool, updates: int, every: int) -> None:
+    from runner import blas
+
+    blas.prepare()
+    from runner.checkpoints.store import Store
+    from runner.training import loop
+
+    waits: list[float] = []
+    saves: list[float] = []
+    steps: list[float] = []
+    bytes_of: dict[str, int] = {}
+    _timed(loop, "save_if_due", waits)
+    _timed(loop, "learn", steps)
+    commit, rotate = Store.commit, Store.rotate
+
+    def timed_commit(self: Store, step: int, files: Any, **rest: Any) -> Any:
+        saves.append(time.perf_counter())
+        made = commit(self, step, files, **rest)
+        bytes_of.update({path.name: path.stat().st_size for path in made.path.iterdir()})
+        return made
+
+    def timed_rotate(self: Store, keep: set[int]) -> list[int]:
+        gone = rotate(self, keep)
+        saves[-1] = time.perf_counter() - saves[-1]
+        return gone
+
+    Store.commit, Store.rotate = timed_commit, timed_rotate  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        words = [f"lora.rank={RANKS[size]}", f"train.iters={updates}", f"checkpoint.every={every}"]
+        words += [f"checkpoint.background={str(background).lower()}", "train.eval_batches=1", "train.eval_every=100000"]
+        _quietly([*words, f"hydra.run.dir={folder}/run"])
+    waited = sorted(wait for step, wait in enumerate(waits[:-1], 1) if step % every == 0)
+    later = [step for number, step in enumerate(steps) if number % every == 0 and 0 < number]
+    others = [step for number, step in enumerate(steps) if number % every not in (0, 1) and number > 1]
+    usual = statistics.median(others)
+    slower = statistics.median(later) - usual
+    cost = statistics.median(waited) + max(0.0, slower if background else 0.0)
+    out = {
+        "adapter_mb": bytes_of["adapters.safetensors"] / 1e6,
+        "checkpoint_mb": sum(bytes_of.values()) / 1e6,
+        "mode": "background" if background else "foreground",
+        "update_ms": 1e3 * usual,
+        "wait_p50": 1e3 * statistics.median(waited),
+        "wait_p95": 1e3 * waited[min(len(waited) - 1, int(0.95 * len(waited)))],
+        "wait_most": 1e3 * waited[-1],
+        "save_p50": 1e3 * statistics.median(saves),
+        "save_p95": 1e3 * sorted(saves)[min(len(saves) - 1, int(0.95 * len(saves)))],
+        "later_ms": 1e3 * slower,
+        "share": cost / (EVERY * usual),
+        "saves": len(waited),
+    }
+    print(json.dumps(out))
+
+
+def _timed(module: Any, name: str, into: list[float]) -> None:
+    own = getattr(module, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return own(*args, **kwargs)
+        finally:
+            into.append(time.perf_counter() - begun)
+
+    setattr(module, name, timed)
+
+
+def _quietly(words: list[str]) -> None:
+    from runner.__main__ import main as door
+
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        code = door(words)
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

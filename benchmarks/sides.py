@@ -1,0 +1,146 @@
+"""The rows of the comparison: what each one is, and the command a user would type for it.
+
+A lever is a setting of ours that makes training faster or leaner. To measure a new one, add it to `LEVERS`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.models import FLOAT32, HUB
+from benchmarks.workloads import MAX_LENGTH
+
+STOCK, OURS = "mlx_lm", "runner"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides are to do; counted in micro-batches, of which each is an update."""
+
+    iters: int
+    eval_every: int
+    """Updates between evaluations and saves, a divisor of `iters` above 1: stock mlx-lm evaluates before its first
+    update and before each that this divides, ours before the first and after those, so equally often."""
+    batch_size: int = 4
+    num_layers: int = 16
+    rank: int = 8
+    scale: float = 20.0
+    learning_rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A setting of ours, off (as stock mlx-lm works) and on."""
+
+    about: str
+    off: Mapping[str, str]
+    on: Mapping[str, str]
+
+
+LEVERS: dict[str, Lever] = {
+    "near lengths": Lever("batches of near lengths", {"data.window": "1"}, {"data.window": "32"}),
+    "pad to 16": Lever("padded to 16 tokens, not 32", {"data.pad_to": "32"}, {"data.pad_to": "16"}),
+    "compile": Lever(
+        "compiled step (off as shipped on the CPU)", {"train.compile": "never"}, {"train.compile": "always"}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    side: str
+    about: str
+    model: str = FLOAT32
+    flags: tuple[str, ...] = ()
+    """Stock: what the launcher changes; without any, mlx-lm's own command runs."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Ours."""
+
+
+def levers_off(but: str | None = None) -> dict[str, str]:
+    """Overrides that switch every lever off, `but` for one."""
+    settings: dict[str, str] = {}
+    for name, lever in LEVERS.items():
+        settings |= lever.on if name == but else lever.off
+    return settings
+
+
+ROWS: dict[str, Row] = {
+    "a": Row(STOCK, "mlx_lm.lora as installed: bfloat16, its own BLAS", model=HUB),
+    "b": Row(STOCK, "mlx_lm.lora in float32 with our BLAS", flags=("--blas",)),
+    "c": Row(STOCK, "b with its sort by length repaired", flags=("--blas", "--sort")),
+    "d": Row(OURS, "ours, every lever off", overrides=levers_off()),
+    **{
+        f"e: {name}": Row(OURS, f"d with {lever.about}", overrides=levers_off(but=name))
+        for name, lever in LEVERS.items()
+    },
+    "f": Row(OURS, "ours as shipped"),
+}
+GATE = Row(STOCK, "b without its token of padding a row", flags=("--blas", "--exact"))
+"""Not timed. Stock mlx-lm learns to predict one token of padding a row: only without it can its adapter equal ours."""
+SLOW_ROW, BASE_ROW, SHIPPED_ROW = "a", "b", "f"
+QUICK_ROWS = ("a", "b", "d", "f")
+
+
+def command(row: Row, work: Work, *, model: str, data: str, seed: int, folder: Path) -> list[str]:
+    """The command of `row`; what it writes goes under `folder`, a configuration file of stock mlx-lm included."""
+    if row.side == OURS:
+        return [sys.executable, "-m", "runner", *_overrides(row, work, model, data, seed, folder)]
+    written = folder / "config.yaml"
+    written.write_text(json.dumps(stock_config(work, model, data, seed, folder), indent=2))  # JSON is YAML
+    stock = [str(Path(__file__).parent / "stock.py"), *row.flags, "--"] if row.flags else ["-m", "mlx_lm"]
+    return [sys.executable, *stock, "lora", "-c", str(written)]
+
+
+def stock_config(work: Work, model: str, data: str, seed: int, folder: Path) -> dict[str, object]:
+    """What stock mlx-lm is told. `keys` is left out: both sides then adapt every linear layer of the blocks."""
+    return {
+        "model": model,
+        "train": True,
+        "data": data,
+        "seed": seed,
+        "fine_tune_type": "lora",
+        "num_layers": work.num_layers,
+        "lora_parameters": {"rank": work.rank, "scale": work.scale, "dropout": 0.0},
+        "batch_size": work.batch_size,
+        "iters": work.iters,
+        "optimizer": "adam",
+        "optimizer_config": {"adam": {"bias_correction": True}},
+        "learning_rate": work.learning_rate,
+        "mask_prompt": True,
+        "max_seq_length": MAX_LENGTH,
+        "val_batches": -1,
+        "steps_per_eval": work.eval_every,
+        "save_every": work.eval_every,
+        "adapter_path": str(folder / "adapters"),
+    }
+
+
+def _overrides(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> list[str]:
+    settings = {
+        "optimizer": "adam",
+        "data": "folder",
+        "model.path": model,
+        "data.path": data,
+        "data.max_length": MAX_LENGTH,
+        "seed": seed,
+        "lora.num_layers": work.num_layers,
+        "lora.rank": work.rank,
+        "lora.scale": work.scale,
+        "train.batch_size": work.batch_size,
+        "train.iters": work.iters,
+        "optimizer.learning_rate": work.learning_rate,
+        "train.eval_every": work.eval_every,
+        "checkpoint.every": work.eval_every,
+        # Stock mlx-lm's result is its last adapter.
+        "checkpoint.result": "last",
+        "hydra.run.dir": folder / "run",
+        **row.overrides,
+    }
+    return [f"{name}={value}" for name, value in settings.items()]

@@ -1,0 +1,58 @@
+"""SIGKILL at every system call of a save: the newest valid checkpoint is the old one or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fault(2)
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(2))
+def test_a_run_killed_at_any_call_of_its_second_save_has_the_old_or_the_new_one_and_ends_equal(
+    make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+):
+    words = (*words, "checkpoint.keep_last=9")  # all states stay to be compared with
+    whole, calls = logged(*words)
+    calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
+    new = [i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path]
+    assert len(new) > 20
+    committed = next(i for i in new if calls[i][0] == "rename")
+    last = next(i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000006-" in path)
+    faults = [(at, "kill") for at in range(new[0], last + 1)]
+    faults += [(at, "half") for at in new if calls[at][0] == "write"]
+    for at, do in cases.some(faults, quick=4)[chunk::2]:
+        door = make_door(tmp_path / f"{at}-{do}")
+        run = door.folder / "run"
+        door(*words, "hydra.run.dir=run", expect=-9, env=faulty(run / "checkpoints", at=at, do=do))
+        found = newest(run)
+        assert found.checkpoint.step == (4 if at > committed else 2), calls[at]
+        assert_same_state(found, whole)
+        door("resume=run")
+        ended_equal(whole, run)
+        shutil.rmtree(door.folder)
+        cases.done()
+
+
+@pytest.mark.parametrize("do", ["kill", "half", "repair"])
+def test_a_process_that_saves_killed_at_any_call_leaves_the_old_or_the_new_one(tmp_path, faulty, cases, do):
+    """A small process for each case: first saves, further ones, replacements, rotations; and repairs of them."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "LD_PRELOAD": faulty()["LD_PRELOAD"]}
+    words = [sys.executable, str(HERE / "store_kills.py"), str(tmp_path.resolve()), do]
+    words.append("all" if cases.full else "some")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    if do == "half":
+        assert told.pop("a rotation") == 0  # it writes nothing
+    assert min(told.values()) >= 2, told
+    cases.done(sum(told.values()))

@@ -1,0 +1,83 @@
+"""SIGKILL while a row, a sample, the status or the settings are written: none is missing or doubled, Equal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytestmark = [pytest.mark.fault(4), pytest.mark.slow]
+
+WORDS = (
+    "model=tiny",
+    "data=tiny",
+    "lora.dropout=0.2",
+    "train.iters=6",
+    "train.report_every=2",
+    "train.eval_every=3",
+    "train.test=true",
+    "checkpoint.every=2",
+    "data.metric=exact_match",
+    "data.metric_rows=2",
+    "data.max_new_tokens=4",
+)
+# What the name of the file begins with, the call, what happens at it, and how many such calls there are at least.
+KILLS = [
+    ("metrics.jsonl", "write", "half", 8),
+    ("metrics.jsonl", "write", "kill", 8),
+    ("samples.jsonl", "write", "half", 4),
+    (".status.json.", "write", "half", 8),
+    (".status.json.", "rename", "kill", 8),
+    (".config.yaml.", "write", "half", 1),
+    (".config.yaml.", "rename", "kill", 1),
+]
+
+
+def lines_of(run, name):
+    return (run / name).read_bytes().split(b"\n")
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_a_run_killed_while_it_writes_goes_on_without_a_row_missing_or_doubled(
+    make_door, tmp_path, logged, faulty, ended_equal, cases, chunk
+):
+    whole, calls = logged(*WORDS)
+    faults = []
+    for name, call, do, least in KILLS:
+        number = sum(path.startswith(name) and one == call for one, path in calls)
+        assert number >= least, name
+        if name.startswith(".status"):
+            number -= 2  # two saves that end between two steps are told in one writing
+        faults += [(name, call, do, at) for at in range(number)]
+    for name, call, do, at in cases.some(faults, quick=3)[chunk::2]:
+        door = make_door(tmp_path / f"{name}-{do}-{at}")
+        run = door.folder / "run"
+        fault = faulty(run, name=f"/run/{name}", calls=call, at=at, do=do)
+        door(*WORDS, "hydra.run.dir=run", expect=-9, env=fault)
+        if name.endswith(".jsonl"):
+            *rows, torn = lines_of(run, name)
+            assert len(rows) == at and bool(torn) == (do == "half")
+        if do == "half" and name.endswith(".jsonl"):
+            with pytest.raises(ValueError):
+                json.loads(torn)
+        if (run / "config.yaml").exists():
+            door("resume=run")
+        else:
+            door(*WORDS, "hydra.run.dir=run")
+        ended_equal(whole, run)
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            *rows, rest = lines_of(run, file)
+            assert rest == b"" and len(rows) == len(lines_of(whole, file)) - 1
+        shutil.rmtree(door.folder)
+        cases.done()
+
+
+def test_a_sweep_killed_while_it_writes_the_settings_of_a_job_goes_on(door, faulty, undisturbed, ended_equal):
+    words = ("model=tiny", "data=tiny", "train.iters=2", "train.eval_every=2")
+    run = door.folder / "sweep/0"
+    fault = faulty(run, name=".config.yaml.", calls="write", at=0, do="half")
+    door(*words, "-m", "seed=0", "hydra.sweep.dir=sweep", expect=-9, env=fault)
+    assert list(run.glob(".config.yaml.*")) and not (run / "config.yaml").exists()
+    door("resume=sweep")
+    ended_equal(undisturbed(*words), run)

@@ -1,0 +1,197 @@
+"""A full disk, a limit on file sizes, EIO: exit 74 with the path and the room, the checkpoint before intact, Equal."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.fault(7), pytest.mark.slow]
+
+KEEP_ALL = "checkpoint.keep_last=9"
+
+
+def assert_told(out, path, *, room):
+    """One sentence for a person: which path, what was needed and there; no traceback."""
+    assert "Traceback" not in out and str(path) in out, out
+    assert not room or re.search(r"needs [\d.,]+ \w+, has [\d.,]+ \w+", out), out
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_a_failing_call_inside_a_save_ends_the_run_with_74_and_the_resumed_one_ends_equal(
+    make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+):
+    every_state, _ = logged(*words, KEEP_ALL)
+    words = (*words, "checkpoint.keep_last=1")  # so that the second save lets one go
+    whole, calls = logged(*words)
+    calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
+    begins = next(i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path)
+    committed = next(i for i in range(begins, len(calls)) if calls[i][0] == "rename")
+    ends = next(i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000006-" in path)
+    saving = [i for i in range(begins, ends) if "/step-" not in calls[i][1] or calls[i][0] == "rename"]
+    faults = [(at, errno.EIO) for at in saving]
+    faults += [(at, errno.ENOSPC) for at in saving if calls[at][0] in ("open", "mkdir", "write", "fsync")]
+    assert len(faults) > 40
+    for at, number in cases.some(faults, quick=3)[chunk::2]:
+        door = make_door(tmp_path / f"{at}-{number}")
+        run = door.folder / "run"
+        out = door(*words, "hydra.run.dir=run", expect=74, env=faulty(run / "checkpoints", at=at, do=number))
+        assert_told(out, run / "checkpoints", room=number == errno.ENOSPC and calls[at][0] == "write")
+        assert errno.errorcode[number] in out
+        found = newest(run)
+        assert found.checkpoint.step == (4 if at > committed else 2), calls[at]
+        assert_same_state(found, every_state, but=("hyperparameters",))
+        door("resume=run")
+        ended_equal(whole, run)
+        shutil.rmtree(door.folder)
+        cases.done()
+
+
+def test_a_limit_on_file_sizes_ends_the_run_with_74_and_without_it_the_run_ends_equal(
+    make_door, tmp_path, words, logged, newest, assert_same_state, ended_equal, cases
+):
+    whole, _ = logged(*words, KEEP_ALL)
+    for limit in cases.some([6_000, 10_000], quick=1):  # bytes: fewer than the adapters have, or than the optimizer
+        door = make_door(tmp_path / f"{limit}")
+        run = door.folder / "run"
+        door(*words, KEEP_ALL, "hydra.run.dir=run", "train.stop_at=2")
+        done = subprocess.run(
+            [sys.executable, "-m", "runner", "resume=run"],
+            cwd=door.folder,
+            env=door.environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        assert done.returncode == 74, done.stderr
+        assert_told(done.stderr, run / "checkpoints", room=True)
+        assert "ulimit -f" in done.stderr
+        found = newest(run)
+        assert found.checkpoint.step == 2
+        assert_same_state(found, whole, but=("hyperparameters",))
+        door("resume=run")
+        ended_equal(whole, run)
+        cases.done()
+
+
+class SmallDisk:
+    """A real tmpfs of a few pages in a mount namespace of its own, which a process that sleeps holds open."""
+
+    def __init__(self, place: Path) -> None:
+        place.mkdir()
+        self.place = place
+        mount = f"mount -t tmpfs -o size=400k tmpfs {shlex.quote(str(place))} && echo mounted && exec sleep 600"
+        self.holder = subprocess.Popen(
+            ["unshare", "--mount", "--map-root-user", "--user", "sh", "-c", mount], stdout=subprocess.PIPE, text=True
+        )
+        if self.holder.stdout.readline() != "mounted\n":
+            pytest.skip("no small disk can be mounted here")
+        self.seen = Path(f"/proc/{self.holder.pid}/root{place}")
+        """The same folder as it is reached from here."""
+
+    def start(self, door, *words, env=None):
+        """The program, on this disk."""
+        command = f"cd {shlex.quote(str(door.folder))} && exec {sys.executable} -m runner {shlex.join(words)}"
+        return subprocess.Popen(
+            [
+                "nsenter",
+                f"--target={self.holder.pid}",
+                "--user",
+                "--mount",
+                "--preserve-credentials",
+                "sh",
+                "-c",
+                command,
+            ],
+            env={**door.environment, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def fill(self, leave):
+        """Fill it up to `leave` bytes."""
+        with (self.seen / "filler").open("wb", buffering=0) as filler:
+            try:
+                while filler.write(bytes(4096)):
+                    pass
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+            filler.truncate(max(0, filler.tell() - leave))
+
+    def make_room(self):
+        (self.seen / "filler").unlink()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.holder.kill()
+        self.holder.communicate()
+
+
+def wait_until_it_stopped_itself(process):
+    while process.poll() is None:
+        if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            return
+        time.sleep(0.005)
+    raise AssertionError(process.communicate()[0])
+
+
+SAVE = "checkpoints/.tmp-step-0000004"
+# When the disk fills up: the call at which the program stops itself for that long, and the bytes that are left then.
+# Of a row that is written while a save may be under way, it may be that one or the next that finds no room.
+FULL = [
+    (SAVE, "open", 0, 0),  # no room for the adapters
+    (SAVE, "open", 1, 0),  # for the adapter's config
+    (SAVE, "open", 2, 0),  # for the optimizer
+    (SAVE, "open", 2, 8192),  # for more than half of it
+    (SAVE, "open", 3, 0),  # for the state
+    (SAVE, "open", 4, 0),  # for the manifest
+    ("metrics.jsonl", "write", 2, 16384),  # for a whole save: it is not begun
+    (".status.json.", "write", 4, 0),  # for the status
+]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not (shutil.which("unshare") and shutil.which("nsenter")),
+    reason="mounts a tmpfs in a namespace of its own",
+)
+@pytest.mark.parametrize("chunk", range(2))
+def test_a_disk_that_fills_up_ends_the_run_with_74_and_with_room_again_the_run_ends_equal(
+    make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+):
+    whole, _ = logged(*words, KEEP_ALL)
+    for number, (name, call, at, leave) in enumerate(cases.some(FULL, quick=2)[chunk::2]):
+        door = make_door(tmp_path.resolve() / f"{number}")
+        with SmallDisk(door.folder / "disk") as disk:
+            run, seen = disk.place / "run", disk.seen / "run"
+            fault = faulty(run, name=name, calls=call, at=at, do=f"+{signal.SIGSTOP:d}")
+            process = disk.start(door, *words, KEEP_ALL, f"hydra.run.dir={run}", env=fault)
+            wait_until_it_stopped_itself(process)
+            disk.fill(leave)
+            os.kill(process.pid, signal.SIGCONT)
+            out, _ = process.communicate(timeout=120)
+            assert process.returncode == 74, out
+            # Training goes on while it saves: a row or the status may be what meets the full disk first.
+            assert_told(out, run, room=True)
+            found = newest(seen)
+            assert found.checkpoint.step in ((2,) if name == SAVE else (2, 4))
+            assert_same_state(found, whole)
+            disk.make_room()
+            process = disk.start(door, f"resume={run}")
+            out, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, out
+            ended_equal(whole, seen)
+        cases.done()

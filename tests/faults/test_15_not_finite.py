@@ -1,0 +1,116 @@
+"""A loss, a gradient, a weight or a metric that is not finite: told by its step, never best; what was finite stays."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from runner.checkpoints.retention import Policy
+from runner.checkpoints.store import Store
+from runner.checkpoints.tensors import unpack
+from runner.reports.runs import read_rows
+from runner.rundir import RunDirectory
+from runner.training import state
+from runner.training.record import Record
+
+pytestmark = [pytest.mark.fault(15), pytest.mark.slow]
+
+WORDS = ("model=tiny", "data=tiny", "train.iters=20", "train.report_every=1", "checkpoint.every=1", "hydra.run.dir=run")
+# The loss overflows at once.
+TOO_FAST = ("optimizer.learning_rate=1e30",)
+# A warmup that passes the largest float32 at update 4, while the gradients are too small to move anything before it:
+# losses and gradients stay finite, and the weights are the first that are not.
+OVERFLOW = (
+    "optimizer=adam",
+    "optimizer.learning_rate=1e39",
+    "optimizer.bias_correction=false",
+    "optimizer.eps=1e8",
+    "schedule.warmup=10",
+    "lora.scale=1e-30",
+)
+
+
+def told(run):
+    return json.loads((run / "status.json").read_text())
+
+
+def saved(run):
+    """The steps of the checkpoints, each of which verifies and holds finite numbers only."""
+    store = Store(run / "checkpoints", told(run)["run_id"])
+    return [state.read(store.load(found.path)).progress.step for found in store.checkpoints()]
+
+
+def assert_diverged(run, out, words):
+    status = told(run)
+    assert status["state"] == "diverged" and words in status["reason"] and words in out
+    assert "Traceback" not in out and not (run / "adapters").exists()
+    assert all(json.dumps(row, allow_nan=False) for row in read_rows(run / "metrics.jsonl"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_the_state_before_it_stays(door):
+    run = door.folder / "run"
+    out = door(*WORDS, *TOO_FAST, "train.eval_every=100", "checkpoint.keep_last=1", expect=4)
+    assert_diverged(run, out, "at update 2 is not finite")
+    assert saved(run) == [1] and told(run)["step"] == 1 and "best" not in told(run)
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [0, 1]
+    before = (run / "checkpoints/step-0000001/adapters.safetensors").read_bytes()
+    out = door("resume=run", expect=4)
+    assert_diverged(run, out, "at update 2 is not finite")
+    assert (run / "checkpoints/step-0000001/adapters.safetensors").read_bytes() == before
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best_and_is_not_saved(door):
+    run = door.folder / "run"
+    out = door(*WORDS, *TOO_FAST, "train.eval_every=1", expect=4)
+    assert_diverged(run, out, "validation loss at step 1 is not finite")
+    assert saved(run) == [] and "best" not in told(run)
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_do_not_push_out_the_last_that_are(door):
+    run = door.folder / "run"
+    out = door(*WORDS, *OVERFLOW, "train.eval_every=100", "checkpoint.keep_last=1", "checkpoint.keep_best=0", expect=4)
+    assert_diverged(run, out, "not finite after update 4")
+    assert saved(run) == [3] and told(run)["last_checkpoint"] == 3
+
+
+def test_the_best_before_it_stays_and_can_be_exported(door):
+    run = door.folder / "run"
+    out = door(*WORDS, *OVERFLOW, "train.eval_every=1", "checkpoint.keep_last=1", expect=4)
+    assert_diverged(run, out, "validation loss at step 4 is not finite")
+    best = told(run)["best"]
+    assert best["step"] == 1 and saved(run) == [1, 3]
+    door("export", "run", "--checkpoint", "best", "--to", "mlx", "--out", "out")
+    tensors, _ = unpack((door.folder / "out/adapters.safetensors").read_bytes(), where="out")
+    assert all(tensor.is_finite() for tensor in tensors.values())
+
+
+def test_without_a_validation_set_no_result_is_made_of_them(door):
+    (door.folder / "data").mkdir()
+    (door.folder / "data/train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    words = (*WORDS, "data.path=data", "optimizer.learning_rate=1e39", "train.iters=1")
+    out = door(*words, expect=4)
+    assert_diverged(door.folder / "run", out, "not finite after update 1")
+    assert saved(door.folder / "run") == []
+
+
+@pytest.mark.parametrize("unmeasured", [2, 4, 6])
+def test_a_metric_that_is_nan_in_a_checkpoint_never_wins(stopped, reseal, unmeasured):
+    for step in (2, 4, 6):
+        metric = None if step == unmeasured else 9.0 - step
+        reseal(stopped / f"checkpoints/step-{step:07d}", metrics={"valid_loss": metric})
+    store = Store(stopped / "checkpoints", told(stopped)["run_id"])
+    record = Record(RunDirectory(stopped), store, Policy(keep_last=0, keep_best=3))
+    best = 4 if unmeasured == 6 else 6
+    assert record.result_step("best") == best
+    ranked = {step for step, why in record.reasons().items() if "best" in why}
+    assert ranked == {2, 4, 6} - {unmeasured}
+
+
+def test_a_metric_that_is_nan_in_a_checkpoint_is_not_the_result_of_the_run_that_goes_on(door, stopped, reseal):
+    for step in (4, 6):
+        reseal(stopped / f"checkpoints/step-{step:07d}", metrics={"valid_loss": None})
+    door("resume=run")
+    assert told(stopped)["result_step"] == 8
+    last = (stopped / "checkpoints/step-0000008/adapters.safetensors").read_bytes()
+    assert (stopped / "adapters/adapters.safetensors").read_bytes() == last

@@ -1,0 +1,192 @@
+"""A setting changed on resume: each frozen one is refused with the difference, each free one applied and logged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from runner import config
+from runner.changes import is_free_on_resume
+from runner.config import INVOCATION
+from runner.errors import ConfigError
+
+pytestmark = pytest.mark.fault(18)
+
+# Another value of every frozen setting; where it needs others to be a config at all, they come along.
+FROZEN = {
+    "seed": 1,
+    "model.dtype": "float16",
+    "model.dequantize": "never",
+    "model.quantize.bits": 4,
+    "model.quantize.group_size": 32,
+    "data.format": "completions",
+    "data.keys.text": "body",
+    "data.keys.prompt": "question",
+    "data.keys.completion": "answer",
+    "data.keys.messages": "turns",
+    "data.chat_template": False,
+    "data.mask_prompt": False,
+    "data.max_length": 64,
+    "data.on_too_long": "drop",
+    "data.pad_to": 8,
+    "data.window": 3,
+    "lora.type": "dora",
+    "lora.rank": 4,
+    "lora.scale": 10.0,
+    "lora.alpha": ({"lora.scale": None}, 16.0),
+    "lora.rslora": ({"lora.scale": None, "lora.alpha": 16.0}, True),
+    "lora.dropout": 0.1,
+    "lora.num_layers": 2,
+    "lora.keys": ["self_attn.q_proj"],
+    "optimizer.name": "adam",
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.betas": [0.8, 0.9],
+    "optimizer.eps": 1e-6,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.bias_correction": False,
+    "optimizer.momentum": ({"optimizer.name": "sgd"}, 0.9),
+    "optimizer.nesterov": ({"optimizer.name": "sgd", "optimizer.momentum": 0.9}, True),
+    "schedule.name": "cosine",
+    "schedule.warmup": 3,
+    "schedule.iters": 20,
+    "schedule.end": ({"schedule.name": "linear"}, 1e-6),
+    "train.batch_size": 2,
+    "train.grad_accumulation": 2,
+    "train.grad_clip": 1.0,
+    "checkpoint.dir": "saved",
+}
+FREE = {
+    "model.revision": "main",
+    "model.trust_remote_code": True,
+    "data.metric": "exact_match",
+    "data.metric_split": "valid",
+    "data.metric_rows": 2,
+    "data.max_new_tokens": 4,
+    "train.iters": 9,
+    "train.report_every": 1,
+    "train.eval_every": 2,
+    "train.eval_batches": 1,
+    "train.test": True,
+    "train.early_stopping.patience": 50,
+    "train.early_stopping.min_delta": 0.1,
+    "train.cache_limit_gb": 1.0,
+    "train.grad_checkpoint": True,
+    "train.compile": "never",
+    "checkpoint.every": 1,
+    "checkpoint.every_minutes": 60.0,
+    "checkpoint.keep_last": 2,
+    "checkpoint.keep_best": 0,
+    "checkpoint.keep_every": 4,
+    "checkpoint.result": "last",
+    "checkpoint.background": False,
+    "checkpoint.backup": "second",
+    "loggers": {"csv": {"file": "metrics.csv"}},
+    "objective.metric": "test_loss",
+    "objective.direction": "maximize",
+}
+# Judged by the fingerprints of what they name (rows 17 and 19), or of one invocation.
+BY_FINGERPRINT = {"model.path", "data.path", "adapter"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("frozen")
+
+
+@pytest.fixture
+def own(tiny):
+    """The settings that the run was started with."""
+    return tiny(**{"train.iters": 8, "train.stop_at": 4})
+
+
+@pytest.fixture
+def run(own, train, folder):
+    """A run that stopped after step 4."""
+    return folder / "run" if (folder / "run").exists() else train(own, folder / "run")
+
+
+def put(settings, name, value):
+    *path, last = name.split(".")
+    for part in path:
+        settings = getattr(settings, part)
+    assert getattr(settings, last) != value
+    setattr(settings, last, value)
+
+
+def test_the_lists_here_are_of_all_settings_there_are():
+    names = set(config.names())
+    assert set(FROZEN) == {name for name in names if not is_free_on_resume(name)}
+    assert set(FREE) | BY_FINGERPRINT | set(INVOCATION) == {name for name in names if is_free_on_resume(name)}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_setting_is_refused_with_the_difference_and_nothing_is_written(own, train, run, contents, name):
+    along, value = FROZEN[name] if isinstance(FROZEN[name], tuple) else ({}, FROZEN[name])
+    old = config.flatten(own)[name]
+    for one, other in along.items():
+        put(own, one, other)
+    put(own, name, value)
+    before = contents(run, but=(".lock",))
+    with pytest.raises(ConfigError) as caught:
+        train(own, run, resume=run)
+    shown = ["null" if v is None else str(v) for v in (old, value)]
+    assert f"{name} was {shown[0]} and cannot become {shown[1]} on resume." in str(caught.value)
+    assert "repeat=RUN" in str(caught.value)
+    assert contents(run, but=(".lock",)) == before
+
+
+@pytest.mark.slow
+def test_each_free_setting_is_applied_logged_and_stored(tiny, train, run, tmp_path, rows):
+    run = shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "second").mkdir()
+    changes = {**FREE, "checkpoint.backup": str(tmp_path / "second")}
+    before = config.flatten(tiny(**{"train.iters": 8}))
+    train(tiny(**changes), run, resume=run)
+    log = (run / "run.log").read_text()
+    stored = config.flatten(config.from_dict(yaml.safe_load((run / "config.yaml").read_text()), "config.yaml"))
+    for name, value in changes.items():
+        assert f"changed on resume: {name} {before[name]} -> {value}\n" in log
+        assert stored[name] == value != before[name], name
+    new = [row for row in rows(run) if row["step"] > 4]
+    assert [row["step"] for row in new if row["split"] == "train"] == [5, 6, 7, 8, 9]
+    valid = [row for row in new if row["split"] == "valid"]
+    assert [row["step"] for row in valid if "loss" in row] == [6, 8, 9]
+    assert [(row["step"], row["rows"]) for row in valid if "score" in row] == [(9, 2)]
+    assert [row["step"] for row in new if row["split"] == "test"] == [9]
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["step-0000004", "step-0000008", "step-0000009"]
+    assert json.loads((run / "status.json").read_text())["result_step"] == 9
+    assert "\n9,test," in (run / "metrics.csv").read_text()
+    assert list((tmp_path / "second").glob("*/checkpoints/step-0000009"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["the line", "the stored config"])
+def test_through_the_door_a_frozen_one_is_refused_on_the_line_and_in_the_stored_config(door, stopped, contents, on):
+    text = (stopped / "config.yaml").read_text()
+    if on == "the stored config":
+        assert "learning_rate: 0.001\n" in text
+        (stopped / "config.yaml").write_text(text.replace("learning_rate: 0.001\n", "learning_rate: 0.01\n"))
+    before = contents(stopped, but=(".lock",))
+    out = door("resume=run", *(["optimizer.learning_rate=0.01"] if on == "the line" else []), expect=2)
+    assert "optimizer.learning_rate was 0.001 and cannot become 0.01" in out and "Traceback" not in out
+    assert contents(stopped, but=(".lock",)) == before
+
+
+@pytest.mark.slow
+def test_what_comes_from_the_environment_is_no_change_unless_the_environment_changed(
+    door, words, undisturbed, ended_equal, contents
+):
+    run, environment = door.folder / "run", {"RATE": "1e-3", "RANK": "8", "FORMAT": "auto"}
+    given = ("optimizer.learning_rate=${oc.env:RATE}", "lora.rank=${oc.env:RANK}", "data.format=${oc.env:FORMAT}")
+    door(*words, *given, "train.stop_at=4", "hydra.run.dir=run", env=environment)
+    before = contents(run, but=(".lock",))
+    out = door("resume=run", expect=2, env={**environment, "RATE": "2e-3"})
+    assert "optimizer.learning_rate" in out and "${oc.env:RATE}" in out
+    assert contents(run, but=(".lock",)) == before
+    out = door("resume=run", env=environment)
+    assert "changed on resume" not in out
+    ended_equal(undisturbed(*words), run)

@@ -1,0 +1,184 @@
+"""Links, names that lead elsewhere and pipes: nothing outside the run's directory is touched, and nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from runner.checkpoints.store import Store
+from runner.errors import CheckpointError
+
+pytestmark = [pytest.mark.fault(21), pytest.mark.slow]
+
+
+@pytest.fixture
+def outside(door, contents):
+    """A folder that nobody named, with a file, an empty folder and a checkpoint; at the end it has to be as it was."""
+    folder = door.folder / "outside"
+    (folder / "empty").mkdir(parents=True)
+    (folder / "file").write_text("precious\n")
+    before = contents(folder)
+    yield folder
+    after = contents(folder)
+    assert {name for name in before | after if before.get(name) != after.get(name)} == set()
+
+
+@pytest.fixture
+def at_once(door):
+    """`at_once("ls", "run")`: exit code and output of the program, which has to end within a minute."""
+
+    def run(*words: str) -> tuple[int, str]:
+        process = door.start(*words)
+        try:
+            out, _ = process.communicate(timeout=60)
+        except BaseException:
+            process.kill()
+            process.communicate()
+            raise
+        assert "Traceback" not in out, out
+        return process.returncode, out
+
+    return run
+
+
+def link(path: Path, to: Path) -> None:
+    """Replace what is at `path` by a relative link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(os.path.relpath(to, path.parent))
+
+
+# What is linked: where to, and whether the run can go on all the same (a link is replaced, or is none of its files).
+LINKS = {
+    "metrics.jsonl": ("file", False),
+    "samples.jsonl": ("file", False),
+    "run.log": ("file", False),
+    ".lock": ("file", False),
+    "status.json": ("file", None),
+    "metrics.csv": ("file", False),
+    "adapters": ("empty", True),
+    ".adapters.new": ("empty", True),
+    ".adapters.old": ("empty", None),
+    "checkpoints": ("empty", False),
+    "checkpoints/step-0000006": ("empty", False),  # passed over, and in the way of the next save of that step
+    "checkpoints/step-0000006/adapters.safetensors": ("file", True),
+    "checkpoints/step-0000006/manifest.json": ("file", True),
+    "checkpoints/step-0000006/extra": ("file", True),
+    "checkpoints/.tmp-step-0000008-0123abcd": ("empty", True),
+    "checkpoints/.del-step-0000002-0123abcd": ("empty", True),
+    "checkpoints/.old-step-0000002-0123abcd": ("empty", True),
+}
+
+
+def test_what_a_link_in_a_run_leads_to_is_not_touched_when_the_run_goes_on(
+    door, stopped, outside, at_once, contents, cases
+):
+    before = contents(outside)
+    for name in cases.some(list(LINKS), quick=4):
+        to, goes_on = LINKS[name]
+        run = shutil.copytree(stopped, door.folder / "copy")
+        link(run / name, outside / to)
+        code, out = at_once("resume=copy", "loggers=csv")
+        assert contents(outside) == before, name
+        assert goes_on is None or (code == 0) == goes_on, f"{name}: {out}"
+        assert code in (0, 5, 74), f"{name}: {out}"
+        assert code == 0 or Path(name).name in out or name == ".lock", out
+        shutil.rmtree(run)
+        cases.done()
+
+
+@pytest.mark.parametrize("name", [".hydra", "run.log", "checkpoints"])
+def test_a_new_run_is_not_begun_where_a_link_leads_out_of_its_directory(door, outside, name):
+    (door.folder / "run").mkdir()
+    link(door.folder / "run" / name, outside / ("file" if name == "run.log" else "empty"))
+    out = door("model=tiny", "data=tiny", "hydra.run.dir=run", expect=2)
+    assert f"run/{name}" in out and "symbolic link" in out and "Traceback" not in out
+
+
+def test_a_run_that_is_reached_through_a_link_is_the_run(door, stopped, outside, words, undisturbed, ended_equal):
+    (door.folder / "far").mkdir()
+    stopped.rename(door.folder / "far/run")
+    (door.folder / "near").symlink_to("far")
+    (door.folder / "it").symlink_to("near/run")
+    door("resume=it")
+    assert (door.folder / "it").is_symlink()
+    ended_equal(undisturbed(*words), door.folder / "far/run")
+
+
+def test_checkpoints_cannot_be_kept_elsewhere(door, stopped, outside, contents, cases):
+    """Neither of a new run nor of one whose stored config says so."""
+    text = (stopped / "config.yaml").read_text()
+    for name in cases.some(["../outside", "/tmp", "a/b", ".", "..", ".hidden"], quick=2):
+        out = door("model=tiny", "data=tiny", f"checkpoint.dir={name}", "hydra.run.dir=new", expect=2)
+        assert "checkpoint.dir=" in out and "plain folder name" in out and not (door.folder / "new").exists()
+        (stopped / "config.yaml").write_text(text.replace("  dir: checkpoints\n", f"  dir: {name}\n"))
+        before = contents(stopped)
+        out = door("resume=run", expect=2)
+        assert "plain folder name" in out and "Traceback" not in out
+        assert contents(stopped) == before
+        cases.done()
+
+
+@pytest.mark.parametrize("name", ["../../../outside/file", "/etc/hostname", "..", "a/../../x", "step-0000006/x"])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused_though_it_is_sealed(stopped, outside, reseal, name):
+    from runner.checkpoints import manifest
+
+    folder = stopped / "checkpoints/step-0000006"
+    record = manifest.read((folder / manifest.NAME).read_bytes())
+    files = {one: {"size": about.size, "sha256": about.sha256} for one, about in record.files.items()}
+    stolen = {"size": 9, "sha256": "0" * 64}
+    reseal(folder, files={**files, name: stolen})
+    store = Store(stopped / "checkpoints", record.run_id)
+    with pytest.raises(CheckpointError, match="is not allowed"):
+        store.load(folder)
+    loaded, wrong = store.newest_valid()
+    assert loaded.checkpoint.step == 4 and len(wrong) == 1
+
+
+# A pipe in the place of a file: whether the run goes on without it.
+PIPES = {
+    "checkpoints/step-0000006/adapters.safetensors": True,
+    "checkpoints/step-0000006/manifest.json": True,
+    "config.yaml": False,
+    "status.json": True,
+    "metrics.jsonl": False,
+    "samples.jsonl": False,
+    "run.log": False,
+    "metrics.csv": False,
+    ".lock": False,
+}
+
+
+def test_a_pipe_in_the_place_of_a_file_hangs_nothing(door, stopped, at_once, cases):
+    for name in cases.some(list(PIPES), quick=2):
+        run = shutil.copytree(stopped, door.folder / "copy")
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+        for verb in ("ls", "show"):
+            code, out = at_once(verb, "copy")
+            assert code == 0 or (verb, name) == ("show", "config.yaml"), out
+        if name != "config.yaml":
+            code, out = at_once("resume=copy/checkpoints/step-0000004", "hydra.run.dir=branch")
+            assert (code == 0) == (name not in ("metrics.jsonl", "samples.jsonl")), f"{name}: {out}"
+        code, out = at_once("resume=copy", "loggers=csv")
+        assert (code == 0) == PIPES[name], f"{name}: {out}"
+        assert code in (0, 2, 5, 74)
+        shutil.rmtree(door.folder / "branch", ignore_errors=True)
+        shutil.rmtree(run)
+        cases.done()
+
+
+def test_a_pipe_that_another_process_holds_open_is_no_status(door, stopped, at_once):
+    """Then a read neither waits nor ends: there is nothing to read yet."""
+    (stopped / "status.json").unlink()
+    os.mkfifo(stopped / "status.json")
+    handle = os.open(stopped / "status.json", os.O_RDWR)
+    try:
+        assert at_once("ls", "run")[0] == 0
+        assert at_once("show", "run")[0] == 0
+    finally:
+        os.close(handle)

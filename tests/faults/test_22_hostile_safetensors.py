@@ -1,0 +1,283 @@
+"""Hostile safetensors through every door that reads one: refused within a second and 200 MB, with a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runner.checkpoints import manifest
+from runner.checkpoints.tensors import unpack
+
+pytestmark = [pytest.mark.fault(22), pytest.mark.slow]
+
+
+def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "U8") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+def file(path: Path, header: Any, data: bytes = b"", *, claims: int | None = None, size: int | None = None) -> None:
+    """A file whose header is `header`, or `claims` to be of another length, made `size` bytes long by a hole."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with path.open("wb") as out:
+        out.write((len(text) if claims is None else claims).to_bytes(8, "little") + text + data)
+        if size is not None:
+            out.truncate(size)
+
+
+def _many(count: int) -> bytes:
+    one = b'"a%d":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}'
+    return b"{" + b",".join([one % (i, i, i + 1) for i in range(count)]) + b"}"
+
+
+SOUND = "as many tensors as fit a header"
+"""In itself: only who knows the model can refuse it."""
+HOSTILE: dict[str, Callable[[Path], None]] = {
+    "a header of 99,999,999 bytes": lambda path: file(path, b"{", claims=99_999_999, size=100_000_007),
+    "a header of 8 exabytes": lambda path: file(path, b"{}", claims=(1 << 63) - 1),
+    "a header of 2 GB that is there": lambda path: file(path, b"{", claims=(2 << 30) - 8, size=2 << 30),
+    "two tensors at one place": lambda path: file(path, {"a": entry(0, 4), "b": entry(0, 4)}, b"1234"),
+    "an overlap": lambda path: file(path, {"a": entry(0, 3), "b": entry(2, 4)}, b"1234"),
+    "a hole": lambda path: file(path, {"a": entry(0, 1), "b": entry(3, 4)}, b"1234"),
+    "a hole of 2 GB at the end": lambda path: file(path, {"a": entry(0, 1)}, b"1", size=2 << 30),
+    "a name twice": lambda path: file(path, b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 1)).encode(),) * 2), b"1"),
+    "a shape that overflows": lambda path: file(path, {"a": entry(0, 0, [2**61, 8])}),
+    "a shape that wraps to one byte": lambda path: file(path, {"a": entry(0, 1, [2**31 + 1] * 64)}, b"1"),
+    "an axis of 2^40 and one of 0": lambda path: file(path, {"a": entry(0, 0, [2**40, 0])}),
+    "nine million brackets": lambda path: file(path, b'{"a":' + b"[" * 9_000_000),
+    "objects 400,000 deep": lambda path: file(path, b'{"a":' * 400_000),
+    "negative offsets": lambda path: file(path, {"a": entry(-4, 0, [4])}, b"1234"),
+    "NaN for an offset": lambda path: file(path, b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,NaN]}}', b"1"),
+    "not UTF-8": lambda path: file(path, b'{"\xff\xfe":%b}' % json.dumps(entry(0, 1)).encode(), b"1"),
+    "a million tensors": lambda path: file(path, _many(1_000_000), bytes(1_000_000)),
+    SOUND: lambda path: file(path, _many(83_000), bytes(83_000)),
+    "a number of nine million digits": lambda path: file(path, b'{"a":' + b"7" * 9_000_000 + b"}"),
+    "a name of nine million letters": lambda path: file(path, {"a" * 9_000_000: entry(0, 1)}, b"1"),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Canary(path.with_name("ran")))),
+    "bytes that mean nothing": lambda path: path.write_bytes(bytes(range(256)) * 4),
+    "nothing": lambda path: path.write_bytes(b""),
+}
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Callable[[str], Path]:
+    """The hostile file of that name, made once; those of gigabytes are holes."""
+    folder = tmp_path_factory.mktemp("hostile")
+
+    def make(name: str) -> Path:
+        path = folder / f"{list(HOSTILE).index(name):02d}.safetensors"
+        if not path.exists():
+            HOSTILE[name](path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, make_door) -> Path:
+    """A finished run of the tiny model."""
+    door = make_door(tmp_path_factory.mktemp("run"))
+    door("model=tiny", "data=tiny", "train.iters=4", "checkpoint.every=2", "hydra.run.dir=run")
+    return door.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The tiny model as a folder of the hub."""
+    from runner.config import Model
+    from runner.models.folders import write_folder
+    from runner.models.loading import load
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    write_folder(load(Model(path="builtin:tiny")), path)
+    return path
+
+
+def put(source: Path, target: Path) -> None:
+    """Another name for the same bytes: no copy of gigabytes."""
+    target.unlink(missing_ok=True)
+    target.hardlink_to(source)
+
+
+def resealed(folder: Path, name: str, source: Path) -> None:
+    """Put `source` as `name` into the folder and seal it again, as a stranger would."""
+    put(source, folder / name)
+    sealed = folder / manifest.NAME
+    if not sealed.exists():
+        return
+    record = {key: value for key, value in json.loads(sealed.read_bytes()).items() if key != "sha256"}
+    with source.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    record["files"][name] = {"size": source.stat().st_size, "sha256": digest}
+    sealed.write_bytes(manifest.seal(record))
+
+
+def of_run(at: str, name: str) -> Callable[[Path, Path, Path, Path], Path]:
+    """A door that is given a run with the hostile file in it."""
+
+    def prepare(place: Path, source: Path, run: Path, folder: Path) -> Path:
+        shutil.copytree(run, place / "run")
+        for other in (place / "run/checkpoints/step-0000002", place / "run/checkpoints/step-0000004"):
+            if other.name != Path(at).name:
+                shutil.rmtree(other)
+        resealed(place / "run" / at, name, source)
+        return place / "run"
+
+    return prepare
+
+
+def _file(place: Path, source: Path, run: Path, folder: Path) -> Path:
+    put(source, place / "a.safetensors")
+    return place / "a.safetensors"
+
+
+def _adapter_folder(place: Path, source: Path, run: Path, folder: Path) -> Path:
+    shutil.copytree(run / "adapters", place / "adapters")
+    put(source, place / "adapters/adapters.safetensors")
+    return place / "adapters"
+
+
+def _model_folder(place: Path, source: Path, run: Path, folder: Path) -> Path:
+    shutil.copytree(folder, place / "model")
+    put(source, place / "model/model.safetensors")
+    return place / "model"
+
+
+STEP = "checkpoints/step-0000004"
+TINY = ("model=tiny", "data=tiny", "train.iters=1", "hydra.run.dir=new")
+DOORS: dict[str, tuple[str, Callable[..., Path], Callable[[str], tuple[str, ...]]]] = {
+    "adapter=FILE": ("adapter", _file, lambda path: (f"adapter={path}", *TINY)),
+    "adapter=FOLDER": ("adapter", _adapter_folder, lambda path: (f"adapter={path}", *TINY)),
+    "resume= its adapter": ("resume", of_run(STEP, "adapters.safetensors"), lambda path: (f"resume={path}",)),
+    "resume= its optimizer": ("resume", of_run(STEP, "optimizer.safetensors"), lambda path: (f"resume={path}",)),
+    "generate": ("generate", of_run("adapters", "adapters.safetensors"), lambda path: ("generate", path, "hi")),
+    "export": ("export", of_run("adapters", "adapters.safetensors"), lambda path: ("export", path, "--to", "mlx")),
+    "verify": ("audit", of_run(STEP, "adapters.safetensors"), lambda path: ("verify", path)),
+    "model.path=FOLDER": (
+        "model",
+        _model_folder,
+        lambda path: (f"model.path={path}", "data=tiny", "train.iters=1", "hydra.run.dir=new"),
+    ),
+}
+"""Of each door: the reader of measure.py behind it, how the file gets there, and what is typed."""
+
+
+@pytest.mark.parametrize("door_name", DOORS)
+def test_every_hostile_file_is_refused_within_a_second_and_200_mb(
+    cases, door, tmp_path_factory, made, run, folder, hostile, door_name
+):
+    reader, prepare, _ = DOORS[door_name]
+    places = tmp_path_factory.mktemp("places")
+    paths = {}
+    for name in cases.some([name for name in HOSTILE if not (name == SOUND and reader in ("export", "audit"))], 6):
+        place = places / made(name).stem
+        place.mkdir()
+        paths[name] = prepare(place, made(name), run, folder)
+    for name, found in zip(paths, hostile.measure(reader, list(paths.values()), door.environment), strict=True):
+        assert found["error"] in ("CheckpointError", "ModelError"), (name, found)
+        assert found["told"].isprintable() or "\n" in found["told"], (name, found)
+        assert len(found["told"]) < 1000, (name, found)
+        assert found["seconds"] < hostile.SECONDS, (name, found)
+        assert found["bytes"] < hostile.BYTES, (name, found)
+        cases.done()
+    assert not list(tmp_path_factory.getbasetemp().rglob("ran"))
+
+
+@pytest.mark.parametrize("door_name", DOORS)
+def test_the_door_says_so_and_ends_with_2_or_5(cases, door, made, run, folder, door_name):
+    _, prepare, words = DOORS[door_name]
+    mine = list(DOORS).index(door_name)
+    names = [name for name in HOSTILE if not (name == SOUND and door_name in ("export", "verify"))]
+    for name in cases.some(names[mine:] + names[:mine], 1):
+        place = door.folder / made(name).stem
+        place.mkdir()
+        path = prepare(place, made(name), run, folder)
+        process = door.start(*words(str(path)))
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode in (2, 5), (name, out)
+        assert "Traceback" not in out and path.name in out, (name, out)
+        shutil.rmtree(door.folder / "new", ignore_errors=True)
+        cases.done()
+
+
+def _pickle_inside(path: Path, names: list[str]) -> None:
+    np.savez(path, **{names[0]: np.array([Canary(path.with_name("ran"))], dtype=object)})
+
+
+def _bomb(path: Path, names: list[str]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in names:
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array_header_1_0(
+                    member, {"descr": "<f4", "fortran_order": False, "shape": (1 << 21,)}
+                )
+                for _ in range(8):
+                    member.write(bytes(1 << 20))
+
+
+def _absolute_names(path: Path, names: list[str]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in (str(path.with_name("ran")), "../ran", "/etc/ran.npy", "..\\ran"):
+            archive.writestr(name, b"\x93NUMPY")
+
+
+def _entries(path: Path, names: list[str]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(300):
+            archive.writestr(f"{number}{'x' * 20_000}.npy", b"")
+
+
+def _claims(shape: str) -> Callable[[Path, list[str]], None]:
+    def make(path: Path, names: list[str]) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(118) + b"\n"
+                archive.writestr(f"{name}.npy", b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text)
+
+    return make
+
+
+ARCHIVES = {
+    "a pickle inside": _pickle_inside,
+    "a bomb": _bomb,
+    "absolute names": _absolute_names,
+    "a directory of 6 MB": _entries,
+    "a shape of 2^60": _claims("(1152921504606846976,)"),
+    "a shape that is a call": _claims("(__import__('os').system('true'),)"),
+    "a shape nested deeply": _claims("(" * 4000 + ")" * 4000),
+    "cut off": lambda path, names: path.write_bytes(b"PK\5\6" + b"\xff" * 18),
+    "a pickle": lambda path, names: path.write_bytes(pickle.dumps(Canary(path.with_name("ran")))),
+}
+
+
+def test_an_npz_to_start_from_runs_nothing_unpacks_nothing_and_is_refused_at_once(cases, door, run, tmp_path, hostile):
+    names = list(unpack((run / "adapters/adapters.safetensors").read_bytes(), where="here")[0])
+    paths = []
+    for number, make in enumerate(ARCHIVES.values()):
+        paths.append(tmp_path / f"{number}.npz")
+        make(paths[-1], names)
+    for name, found in zip(ARCHIVES, hostile.measure("adapter", paths, door.environment), strict=True):
+        assert found["error"] == "ModelError", (name, found)
+        assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
+        cases.done()
+    out = door(f"adapter={paths[1]}", *TINY, expect=2)
+    assert "has shape (2097152,)" in out and "Traceback" not in out
+    assert not list(tmp_path.rglob("ran*"))

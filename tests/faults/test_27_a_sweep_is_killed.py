@@ -1,0 +1,110 @@
+"""A sweep is killed at random: finished jobs are not run again, interrupted ones go on, failed ones are tried again,
+diverged ones are not; what comes out equals the jobs run alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.fault(27), pytest.mark.slow]
+
+SMALL = ("experiment=smoke", "optimizer=sgd", "lora.dropout=0.1", "train.iters=200", "train.eval_every=50")
+SMALL = (*SMALL, "checkpoint.every=10")
+KEYS = "[self_attn.q_proj,self_attn.k_proj]"
+GRID = (f"lora.keys={KEYS},[nonsense]", "optimizer.learning_rate=1e-3,1e30,2e-3")
+# Jobs 0 and 2 can finish, 1 diverges at once, 3 to 5 fail while the model is prepared.
+FINE, DIVERGED, FAILED = (0, 2), 1, (3, 4, 5)
+
+
+def results(sweep: Path) -> dict[int, dict[str, str]]:
+    with (sweep / "results.csv").open() as lines:
+        return {int(row["job"]): row for row in csv.DictReader(lines)}
+
+
+def state(job: Path) -> str | None:
+    try:
+        return json.loads((job / "status.json").read_text())["state"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def stamp(job: Path) -> dict[str, int]:
+    """When each file of a job was last written."""
+    return {str(p): p.stat().st_mtime_ns for p in job.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, make_door):
+    """The two jobs that finish, each run by itself."""
+    door = make_door(tmp_path_factory.mktemp("alone"))
+    for number, rate in zip(FINE, ("1e-3", "2e-3"), strict=True):
+        door(*SMALL, f"lora.keys={KEYS}", f"optimizer.learning_rate={rate}", f"hydra.run.dir={number}")
+    return door.folder
+
+
+@pytest.mark.parametrize("launcher", ["serial", "process"])
+def test_whenever_it_is_killed(door, alone, launcher, cases, assert_equal_runs):
+    moments = random.Random(f"27 {launcher}")
+    for number in range(cases.of(full=12, quick=1)):
+        sweep = door.folder / f"s{number}"
+        words = ("-m", *SMALL, *GRID, f"hydra/launcher={launcher}", f"hydra.sweep.dir=s{number}")
+        before: dict[int, dict[str, int]] = {}
+        kills = 0
+        while kills < 3:
+            process = door.start(*words, start_new_session=True)
+            time.sleep(moments.uniform(1.5, 4.5))
+            if process.poll() is not None:
+                process.communicate()
+                break
+            kill_tree(process)
+            kills += 1
+            if (sweep / "sweep.jsonl").exists():
+                words = (f"resume=s{number}",)
+            for job in FINE:
+                if state(sweep / str(job)) == "finished":
+                    before.setdefault(job, stamp(sweep / str(job)))
+            if state(sweep / str(DIVERGED)) == "diverged":
+                before.setdefault(DIVERGED, stamp(sweep / str(DIVERGED)))
+        failed = {job: stamp(sweep / str(job)) for job in FAILED if state(sweep / str(job)) == "failed"}
+        out = door(*words, expect=1)
+        assert "Traceback" not in out
+        rows = results(sweep)
+        assert [rows[n]["state"] for n in range(6)] == ["finished", "diverged", "finished", *["failed"] * 3]
+        assert "nonsense" in rows[3]["reason"] and "not finite" in rows[1]["reason"]
+        for job, then in before.items():
+            assert stamp(sweep / str(job)) == then, f"job {job} was done and was touched again"
+        for job, then in failed.items():
+            assert stamp(sweep / str(job)) != then, f"job {job} had failed and was not tried again"
+        for job in FINE:
+            assert_equal_runs(alone / str(job), sweep / str(job))
+        cases.done()
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a process and all of its descendants, in whatever session they are."""
+    found, pids = {process.pid}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                pids[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+    while True:
+        more = {pid for pid, parent in pids.items() if parent in found} - found
+        if not more:
+            break
+        found |= more
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()

@@ -1,0 +1,150 @@
+"""Secrets of the environment, and settings from there, are in no file and on no screen; those typed are refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from runner import checks
+from runner.data.source import resolve
+from runner.errors import ConfigError
+
+pytestmark = [pytest.mark.fault(28), pytest.mark.slow]
+
+TOKEN = "hf_" + "a1B2c3D4" * 4
+KEYS = {
+    "HF_TOKEN": TOKEN,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "z9Y8x7W6" * 4,
+    "WANDB_API_KEY": "0123456789abcdef" * 2,
+    "OPENAI_API_KEY": "sk-" + "q1W2e3R4" * 4,
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
+    "GITHUB_TOKEN": "ghp_" + "m5N6b7V8" * 4,
+    "MY_SECRET": "correct-horse-battery-staple",
+}
+SMALL = ("model=tiny", "data=tiny", "train.iters=4", "train.report_every=1", "checkpoint.every=2")
+
+
+def leaks(folder: Path, out: str) -> list[str]:
+    """Where one of `KEYS` is: files below `folder`, by bytes and by name, and what was printed."""
+    found = []
+    for name, secret in KEYS.items():
+        found += [f"{name} was printed"] if secret in out else []
+        for path in folder.rglob("*"):
+            if secret in str(path.relative_to(folder)) or (path.is_file() and secret.encode() in path.read_bytes()):
+                found.append(f"{name} is in {path}")
+    return found
+
+
+def test_the_look_finds_a_secret_that_is_there(tmp_path):
+    (tmp_path / "file").write_bytes(b"\0" + TOKEN.encode())
+    assert leaks(tmp_path, KEYS["MY_SECRET"]) == [f"HF_TOKEN is in {tmp_path}/file", "MY_SECRET was printed"]
+
+
+def test_a_run_its_resume_and_the_verbs_show_nothing_of_the_environment(door):
+    out = door(*SMALL, "train.stop_at=2", "loggers=csv", "hydra.run.dir=run", env=KEYS)
+    for words in (
+        ("resume=run",),
+        ("ls", "."),
+        ("ls", ".", "--json"),
+        ("show", "run"),
+        ("verify", "run"),
+        ("export", "run", "--to", "mlx", "--out", "exported"),
+    ):
+        out += door(*words, env=KEYS)
+    assert "finished at step 4" in out
+    assert leaks(door.folder, out) == []
+
+
+def test_a_sweep_shows_nothing_of_the_environment(door):
+    sweep = ("-m", *SMALL, "seed=1,2", "train.iters=2", "hydra.sweep.dir=sweep")
+    out = door(*sweep, "hydra/launcher=process", "hydra.launcher.jobs=1", env=KEYS)
+    out += door("ls", ".", env=KEYS) + door("show", "sweep", env=KEYS)
+    assert "job" in out
+    assert leaks(door.folder, out) == []
+
+
+@pytest.fixture
+def secret_place(tmp_path_factory):
+    """Data in a folder whose path is a secret, out of the door's folder."""
+    place = tmp_path_factory.mktemp("elsewhere") / KEYS["MY_SECRET"]
+    return shutil.copytree(resolve("builtin:tiny"), place)
+
+
+def test_a_setting_that_comes_from_the_environment_stays_there(door, secret_place):
+    env = {**KEYS, "WHERE": str(secret_place)}
+    settings = ("model=tiny", "data=tiny", "data.path=${oc.env:WHERE}", "train.iters=4", "checkpoint.every=2")
+    out = door(*settings, "train.stop_at=2", "hydra.run.dir=run", env=env)
+    out += door("resume=run", env=env)
+    out += door("resume=run/checkpoints/step-0000002", "hydra.run.dir=branch", env=env)
+    out += door("repeat=run", "seed=7", "hydra.run.dir=again", env=env)
+    out += door("-m", *settings, "seed=1,2", "hydra.sweep.dir=sweep", env=env)
+    out += door("show", "run", env=env) + door("ls", ".", env=env) + door("test", "run", env=env)
+    assert out.count("finished at step 4") >= 3
+    assert "\n  path: ${oc.env:WHERE}\n" in (door.folder / "run/config.yaml").read_text()
+    assert leaks(door.folder, out) == []
+
+
+def test_what_goes_wrong_with_it_is_told_by_its_name(door, secret_place, cases):
+    (secret_place / "train.jsonl").write_text('{"prompt": "a"\n')
+    env = {**KEYS, "WHERE": str(secret_place)}
+    wrong = {
+        ("model=tiny", "data=tiny", "data.path=${oc.env:WHERE}"): "${oc.env:WHERE}/train.jsonl:1: not JSON",
+        ("model.path=${oc.env:MY_SECRET}", "data=tiny"): "model.path=${oc.env:MY_SECRET}",
+        ("model=tiny", "data.path=${oc.env:MY_SECRET}"): "no folder '${oc.env:MY_SECRET}'",
+        ("-m", "model=tiny", "data.path=${oc.env:MY_SECRET}", "seed=1,2"): "no folder '${oc.env:MY_SECRET}'",
+    }
+    for words in cases.some(list(wrong), quick=2):
+        out = door(*words, expect=1 if words[0] == "-m" else 2, env=env)
+        assert wrong[words] in out
+        assert leaks(door.folder, out) == []
+        cases.done()
+
+
+TYPED = [
+    (f"model.path={TOKEN}",),
+    (f"data.path=${{oc.env:X,{TOKEN}}}",),
+    (f"+loggers.csv.key={TOKEN}",),
+    (f"loggers={{csv: {{file: {TOKEN}}}}}",),
+    (f"hydra.run.dir=out/{TOKEN}",),
+    (f"+hydra.job.env_set.HF_TOKEN={TOKEN}",),
+    (f"model={TOKEN}",),
+    (f"data.pathh={TOKEN}",),
+    (TOKEN,),
+    ("-m", f"seed=1,{TOKEN}"),
+    ("-m", "seed=1,2", f"+hydra.job.env_set.HF_TOKEN={TOKEN}"),
+]
+
+
+def test_a_token_that_is_typed_is_refused_before_anything_is_written_and_not_repeated(door, cases):
+    for words in cases.some(TYPED, quick=5):
+        out = door("model=tiny", "data=tiny", "train.iters=1", *words, expect=2)
+        assert "looks like a secret" in out and "Traceback" not in out, words
+        assert list(door.folder.iterdir()) == [] and leaks(door.folder, out) == []
+        cases.done()
+
+
+@pytest.mark.parametrize("multirun", [False, True], ids=["a run", "a sweep"])
+def test_a_token_in_a_recipe_of_ones_own_is_refused_too(door, multirun, tmp_path_factory, cases):
+    mine = tmp_path_factory.mktemp("mine")
+    (mine / "experiment").mkdir()
+    recipes = {
+        f"data:\n  path: {TOKEN}\n": "data.path looks like a secret",
+        f"loggers:\n  csv:\n    key: {TOKEN}\n": "loggers.csv.key looks like a secret",
+        f"hydra:\n  run:\n    dir: out/{TOKEN}\n": "hydra.run.dir looks like a secret",
+    }
+    for recipe in cases.some(list(recipes), quick=1):
+        (mine / "experiment/mine.yaml").write_text(f"# @package _global_\n{recipe}")
+        words = ("--config-dir", str(mine), "experiment=mine", "model=tiny")
+        out = door(*words, *(("-m", "seed=1,2") if multirun else ()), expect=2)
+        assert recipes[recipe] in out
+        assert list(door.folder.iterdir()) == [] and leaks(door.folder, out) == []
+        cases.done()
+
+
+@pytest.mark.parametrize("path", ["risk-assessment-dataset-of-2024", "my/task-classification-of-sentences", "disk-0"])
+def test_a_path_in_which_a_token_could_only_begin_inside_a_word_is_none(path):
+    checks.refuse_secrets({"data": {"path": path}})
+    with pytest.raises(ConfigError, match=r"^data\.path looks like a secret"):
+        checks.refuse_secrets({"data": {"path": f"{path}/{KEYS['OPENAI_API_KEY']}"}})

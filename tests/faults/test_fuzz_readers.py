@@ -1,0 +1,359 @@
+"""Every reader of a stranger's file returns or raises the error it documents: nothing else, at once, in bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import strategies as st
+
+from runner import checks, config, plain_yaml
+from runner.checkpoints import manifest, tensors, verify
+from runner.checkpoints.disk import Disk
+from runner.checkpoints.verify import Loaded
+from runner.data.formats import Reading
+from runner.data.rows import read_rows
+from runner.data.tokens import tokenise
+from runner.errors import CheckpointError, ConfigError, DataError, ModelError, RunnerError
+from runner.models import gguf, gguf_header, tiny
+from runner.models.arrays import arrays_from
+from runner.reports import audit, run_page, sweep_page
+from runner.reports.runs import read_run, read_sweep
+from runner.reports.tables import Screen
+from runner.sweeps import manifest as sweeps
+from runner.training import state
+from runner.verbs import places
+from runner.verbs import settings as verb_settings
+
+HERE = Path(__file__).resolve().parent
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"fuzz_{path.parent.name}_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+mutations = _module(HERE / "mutations.py")
+models = _module(HERE.parent / "models" / "conftest.py")
+found = _module(HERE / "found" / "cases.py")
+damaged, altered, JSON = mutations.damaged, mutations.altered, mutations.JSON
+fuzz, bounded, SECONDS = mutations.fuzz, mutations.bounded, mutations.SECONDS
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, make_door) -> Path:
+    """A finished run of the tiny model."""
+    door = make_door(tmp_path_factory.mktemp("real"))
+    door("model=tiny", "data=tiny", "train.iters=4", "checkpoint.every=2", "train.eval_every=2", "hydra.run.dir=run")
+    return door.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(real: Path) -> Loaded:
+    return verify.load(real / "checkpoints" / "step-0000004", Disk())
+
+
+@pytest.mark.fault(8)
+def test_a_manifest_is_read_or_refused(cases, checkpoint):
+    whole = (checkpoint.checkpoint.path / manifest.NAME).read_bytes()
+    record = {key: value for key, value in json.loads(whole).items() if key != "sha256"}
+
+    def read(data: Any) -> None:
+        if not isinstance(data, bytes):  # the checksum fits what it says
+            try:
+                data = manifest.seal(data) if isinstance(data, dict) else json.dumps(data).encode()
+            except (ValueError, RecursionError):
+                return
+        found = manifest.read(data)
+        assert type(found.step) is int and all(type(file.size) is int for file in found.files.values())
+
+    fuzz(cases, read, ValueError, damaged(whole), altered(record), JSON)
+
+
+@pytest.mark.fault(8)
+def test_a_train_state_is_read_or_refused(cases, checkpoint):
+    whole = checkpoint.files[state.STATE]
+    small = {**checkpoint.files}
+
+    def read(data: Any) -> None:
+        small[state.STATE] = data if isinstance(data, bytes) else json.dumps(data).encode()
+        found = state.read(Loaded(checkpoint.checkpoint, small))
+        assert_usable(found)
+
+    fuzz(cases, read, CheckpointError, damaged(whole), altered(json.loads(whole)), JSON)
+
+
+def assert_usable(found: state.Restored) -> None:
+    """What the loop computes with, it can compute with."""
+    progress, window = found.progress, found.progress.window
+    counts = [progress.step, progress.tokens, progress.bad_evaluations, window.supervised, window.tokens]
+    counts += [window.updates, found.metrics_offset, found.samples_offset, found.position.epoch, found.position.batch]
+    assert all(type(count) is int and 0 <= count < 2**63 for count in counts)
+    losses = [progress.best_loss, progress.baseline_loss, progress.valid_loss, progress.train_loss, window.grad_norm]
+    assert all(isinstance(loss, (float, int, type(None))) and not isinstance(loss, bool) for loss in losses)
+    assert isinstance(window.loss_sum, (float, int)) and isinstance(found.seconds, float)
+    assert progress.pending_evaluation in (True, False)
+    assert all(isinstance(value, str) for value in found.identity.fingerprints.values())
+
+
+@pytest.mark.fault(22)
+def test_a_safetensors_file_is_read_or_refused(cases):
+    from numpy import arange
+
+    arrays = {"a": arange(12, dtype="f4").reshape(3, 4), "b": arange(3, dtype="u1"), "c": arange(0, dtype="f8")}
+    whole = tensors.pack({name: tensors.Tensor.of(array) for name, array in arrays.items()}, {"format": "mlx"})
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+
+    def read(data: Any) -> None:
+        if not isinstance(data, bytes):
+            text = json.dumps(data).encode()
+            data = len(text).to_bytes(8, "little") + text + whole[-51:]
+        found, _ = tensors.unpack(data, where="here")
+        assert sum(len(one.data) for one in found.values()) <= len(data)
+        arrays_from(data, where="here")
+
+    fuzz(cases, read, CheckpointError, damaged(whole), altered(header), JSON)
+
+
+@pytest.fixture(scope="module")
+def gguf_files() -> list[bytes]:
+    made = [models.tiny_llama(), models.tiny_llama({"attn_q": "Q8_0", "ffn_up": "Q4_0"}, biases=True, tied=False)]
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return [one.write(Path(folder) / "a.gguf").read_bytes() for one in made]
+
+
+@pytest.mark.fault(8)
+def test_a_gguf_header_is_read_or_refused(cases, gguf_files, tmp_path):
+    path = tmp_path / "a.gguf"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        found = gguf_header.read_header(path)
+        assert all(info.start + info.nbytes <= len(data) for info in found.tensors.values())
+
+    head = gguf_files[0][:4096]
+    fuzz(cases, read, ModelError, damaged(*gguf_files), damaged(head, most=8), st.binary().map(b"GGUF\3\0\0\0".__add__))
+
+
+@pytest.mark.fault(8)
+def test_a_gguf_model_is_read_or_refused(cases, gguf_files, tmp_path):
+    path, whole = tmp_path / "a.gguf", models.tiny_llama()
+    keys = [*whole.file.metadata, "llama.attention.key_length", "tokenizer.ggml.add_eos_token", "general.alignment"]
+    values = (
+        st.integers(0, 2**32 - 1)
+        | st.booleans()
+        | st.floats(width=32)
+        | st.text(max_size=20)
+        | st.lists(st.text(max_size=4), min_size=1, max_size=300)
+        | st.lists(st.integers(-1, 9), min_size=1, max_size=300)
+        | st.sampled_from(["x" * 100_000, ["a"] * 300, "llama-bpe", "qwen2", 2**31, 0, -0.0])
+    )
+
+    def read(changes: Any) -> None:
+        if isinstance(changes, bytes):
+            path.write_bytes(changes)
+        else:
+            type(whole.file)({**whole.file.metadata, **changes}, whole.file.tensors).write(path)
+        gguf.read(path, keep_quantized=False, dtype=None)
+
+    changes = st.dictionaries(st.sampled_from(keys), values, min_size=1, max_size=3)
+    fuzz(cases, read, ModelError, changes, damaged(*gguf_files))
+
+
+ROWS = [
+    {"prompt": "one and one", "completion": " two"},
+    {"text": "a text"},
+    {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "name": "n"}],
+        "tools": [],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": "a"},
+        ]
+    },
+]
+
+
+def _tokenised(path: Path, tokenizer: Any) -> Any:
+    reading = Reading(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
+    return tokenise(read_rows(path), tokenizer, reading)
+
+
+@pytest.mark.fault(16, 8)
+def test_rows_of_data_are_read_or_refused(cases, tmp_path):
+    tokenizer = tiny.tokenizer()
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps(row).encode() for row in ROWS]
+    whole = [b"\n".join([line] * 3) + b"\n" for line in lines]
+
+    def read(data: Any) -> None:
+        path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
+        found, counts = _tokenised(path, tokenizer)
+        assert len(found) == counts.rows
+
+    fuzz(cases, read, DataError, damaged(*whole), *(altered(row) for row in ROWS), JSON)
+
+
+@pytest.mark.fault(8)
+def test_a_run_with_any_metrics_and_status_is_shown(cases, real, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    names = ("config.yaml", "status.json", "metrics.jsonl")
+    whole = {name: (real / name).read_bytes() for name in names}
+    status = json.loads(whole["status.json"])
+    row = json.loads(whole["metrics.jsonl"].splitlines()[0])
+
+    def read(changed: tuple[str, Any]) -> None:
+        name, data = changed
+        for other in names:
+            (run / other).write_bytes(whole[other])
+        (run / name).write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
+        audit.of_run(read_run(run))
+        page = run_page.read(read_run(run))
+        run_page.show(page, Screen(io.StringIO()))
+        json.dumps(run_page.fields(page), default=str)
+
+    fuzz(
+        cases,
+        read,
+        _Never,
+        *(st.tuples(st.just(name), damaged(whole[name])) for name in names),
+        st.tuples(st.just("status.json"), altered(status) | JSON),
+        st.tuples(st.just("metrics.jsonl"), altered(row) | JSON),
+    )
+
+
+class _Never(Exception):
+    """Nothing may be raised."""
+
+
+@pytest.mark.fault(8, 23)
+def test_the_manifest_of_a_sweep_is_read_or_refused(cases, tmp_path):
+    words = {"schema": 1, "words": ["model=tiny", "seed=1,2"], "time": "2026-11-24T10:00:00Z"}
+    jobs = [{"job": i, "id": f"a{i}", "overrides": ["model=tiny", f"seed={i}"]} for i in range(2)]
+    lines = [json.dumps(line).encode() + b"\n" for line in (words, *jobs)]
+    path = tmp_path / sweeps.NAME
+
+    def read(data: Any) -> None:
+        path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
+        sweep_page.show(read_sweep(tmp_path), Screen(io.StringIO()))
+        for job in sweeps.read(tmp_path).jobs.values():
+            assert type(job.number) is int and all("=" in word for word in job.overrides)
+
+    fuzz(cases, read, ConfigError, damaged(b"".join(lines)), altered(words), altered(jobs[0]), JSON)
+
+
+@pytest.mark.fault(23)
+def test_a_stored_config_is_read_or_refused(cases, real, tmp_path):
+    whole = (real / "config.yaml").read_bytes()
+    record = yaml.safe_load(whole)
+
+    def read(data: Any) -> None:
+        text = data if isinstance(data, bytes) else yaml.safe_dump(data, allow_unicode=True).encode()
+        (tmp_path / "config.yaml").write_bytes(text)
+        verb_settings.read(tmp_path)
+
+    def parse(data: Any) -> None:
+        if isinstance(data, bytes):
+            plain_yaml.parse(data.decode("utf-8", errors="replace"))
+        else:
+            checks.check(config.from_dict(data, "here"))
+
+    def both(data: Any) -> None:
+        with contextlib.suppress(ValueError, ConfigError):
+            parse(data)
+        try:
+            read(data)
+        except UnicodeEncodeError as error:
+            assert "surrogates" in str(error)  # not YAML that can be written
+
+    fuzz(cases, both, ConfigError, damaged(whole), altered(record).filter(lambda one: isinstance(one, dict)))
+
+
+@pytest.mark.fault(23)
+def test_an_adapter_config_is_read_or_refused(cases, checkpoint, real, tmp_path):
+    whole = checkpoint.files["adapter_config.json"]
+
+    def read(data: Any) -> None:
+        places._about(data if isinstance(data, bytes) else json.dumps(data).encode(), tmp_path)
+
+    fuzz(cases, read, RunnerError, damaged(whole), altered(json.loads(whole)), JSON)
+
+
+def _found(name: str) -> Any:
+    return pytest.mark.parametrize("case", getattr(found, name).items(), ids=lambda case: case[0])
+
+
+@pytest.mark.fault(8)
+@_found("TRAIN_STATE")
+def test_a_train_state_that_once_broke_it_is_refused(checkpoint, case):
+    path, text = case[1]
+    data = json.loads(checkpoint.files[state.STATE])
+    holder = data
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = "HERE"
+    broken = json.dumps(data).encode().replace(b'"HERE"', text)
+    with bounded(), pytest.raises(CheckpointError, match=r"train_state\.json"):
+        state.read(Loaded(checkpoint.checkpoint, {**checkpoint.files, state.STATE: broken}))
+
+
+@pytest.mark.fault(23)
+@_found("YAML")
+def test_a_config_that_once_broke_it_is_refused(tmp_path, case):
+    (tmp_path / "config.yaml").write_text(case[1])
+    with bounded(), pytest.raises(ConfigError) as refused:
+        verb_settings.read(tmp_path)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.fault(23)
+@_found("SWEEP")
+def test_a_manifest_of_a_sweep_that_once_broke_it_is_refused(tmp_path, case):
+    (tmp_path / sweeps.NAME).write_bytes(case[1])
+    with bounded(), pytest.raises(ConfigError, match="line 1 cannot be understood"):
+        sweeps.read(tmp_path)
+
+
+@pytest.mark.fault(22)
+@_found("SAFETENSORS")
+def test_a_safetensors_file_that_once_broke_it_is_refused(case):
+    header = json.dumps(case[1]).encode()
+    with bounded(), pytest.raises(CheckpointError, match="here: "):
+        arrays_from(len(header).to_bytes(8, "little") + header, where="here")
+
+
+@pytest.mark.fault(16)
+@_found("ROWS")
+def test_rows_that_once_broke_it_are_refused(tmp_path, case):
+    (tmp_path / "train.jsonl").write_bytes(case[1])
+    begun = time.process_time()
+    with bounded(), pytest.raises(DataError) as refused:
+        _tokenised(tmp_path / "train.jsonl", tiny.tokenizer())
+    assert len(str(refused.value)) < 5000 and time.process_time() - begun < SECONDS
+
+
+@pytest.mark.fault(8)
+@_found("GGUF")
+def test_a_gguf_file_that_once_broke_it_is_refused(tmp_path, case):
+    (tmp_path / "a.gguf").write_bytes(case[1])
+    with bounded(), pytest.raises(ModelError) as refused:
+        gguf.read(tmp_path / "a.gguf", keep_quantized=False, dtype=None)
+    assert len(str(refused.value)) < 1000

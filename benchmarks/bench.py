@@ -183,7 +183,8 @@ class Bench:
         own, job = (_ours if row.side == OURS else _stock)(row, size.work, self._models[row.model], data, seed, folder)
         self._jobs.append((run | own, job))
         others = "" if took.others is None else f", others {took.others:.1f} cores"
-        self._say(f"{name} {label} {which}: {took.seconds:.1f} s, {took.rss_gb:.2f} GB, load {took.load:.1f}{others}")
+        round_ = f"of seed {seed}" if label == GATE else which
+        self._say(f"{name} {label} {round_}: {took.seconds:.1f} s, {took.rss_gb:.2f} GB, load {took.load:.1f}{others}")
         self._keep()
 
     def _cache(self, label: str) -> Path:

@@ -95,7 +95,7 @@ def _one(size: int, background: bool, updates: int, every: int) -> None:
         words += [f"checkpoint.background={str(background).lower()}", "train.eval_batches=1", "train.eval_every=100000"]
         _quietly([*words, f"hydra.run.dir={folder}/run"])
     waited = sorted(wait for step, wait in enumerate(waits[:-1], 1) if step % every == 0)
-    later = [step for number, step in enumerate(steps) if number % every == 0 and 0 < number]
+    later = [step for number, step in enumerate(steps) if number % every == 0 and number > 0]
     others = [step for number, step in enumerate(steps) if number % every not in (0, 1) and number > 1]
     usual = statistics.median(others)
     slower = statistics.median(later) - usual

@@ -169,6 +169,8 @@ def check_mixed(found: Statistics) -> None:
 
 
 def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
+    import numpy as np
+
     from runner.data.tokens import load_splits
 
     data = load_splits(str(folder), tokenizer, reading(), SPLITS)
@@ -180,7 +182,7 @@ def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
             tokens=counts.tokens,
             supervised=counts.supervised,
             median=statistics.median(lengths),
-            ninetieth=statistics.quantiles(lengths, n=10, method="inclusive")[-1],
+            ninetieth=float(np.quantile(lengths, 0.9)),
             cut=counts.truncated,
         )
     return found

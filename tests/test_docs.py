@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from runner import docs
+from runner.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +66,9 @@ def place(tmp_path_factory, make_door):
     door("experiment=smoke", "train.iters=100", "train.stop_at=80", "checkpoint.every=20", "checkpoint.keep_every=20",
          f"hydra.run.dir={RUN}")  # fmt: skip
     door("-m", "experiment=smoke", "train.iters=2", "lora.rank=4,8,16", f"hydra.sweep.dir={SWEEP}")
+    (folder / "usb_disk").mkdir()
+    door("experiment=smoke", "train.iters=2", "checkpoint.backup=usb_disk", "hydra.run.dir=mirrored")
+    next((folder / "usb_disk").iterdir()).rename(folder / "usb_disk/2026-11-24-10-00-00-0123abcd")
     (folder / "old").mkdir()
     (folder / "mine/experiment").mkdir(parents=True)
     (folder / "old.yaml").write_text("model: Qwen/Qwen3-0.6B\ntrain: true\ndata: my_data\niters: 100\n")
@@ -101,7 +105,7 @@ def test_the_command_does_what_the_page_says(place, page, command):
         return
     if words[:3] == ["python", "-m", "runner"]:
         words = words[3:]
-        is_verb = words and words[0] in ("ls", "show", "test", "generate", "export", "import")
+        is_verb = words and words[0] in VERBS
         place(*words, *([] if is_verb else cut_short(words)))
         return
     words[0] = str(Path(sys.executable).parent / words[0]) if not words[0].startswith("python") else sys.executable

@@ -180,7 +180,9 @@ def _spans(header: bytes, size: int) -> tuple[dict[str, Span], dict[str, str]]:
     if not header.startswith(b"{"):
         raise ValueError("its header does not start with '{'")
     record = strict_json.parse(header, most_values=_MOST_VALUES)
-    metadata = record.pop(_METADATA, {})
+    metadata = record.pop(_METADATA, None)
+    if metadata is None:  # MLX writes null where it has none
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not an object of texts")
     start = 8 + len(header)

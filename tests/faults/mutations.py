@@ -174,14 +174,18 @@ def fuzz(cases: Any, reader: Callable[[Any], Any], may_raise: type[Exception], *
     @given(st.one_of(*inputs))
     def run(data: Any) -> None:
         nonlocal count
+        # What is slow is slow each time; a garbage collection comes once.
+        assert any(_took(data) < SECONDS for _ in range(4))
+        count += 1
+
+    def _took(data: Any) -> float:
         begun = time.process_time()
         try:
             with bounded():
                 reader(data)
         except may_raise as error:
             assert len(str(error)) < 10_000
-        assert time.process_time() - begun < SECONDS
-        count += 1
+        return time.process_time() - begun
 
     run()
     cases.done(count)

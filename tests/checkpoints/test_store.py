@@ -142,7 +142,7 @@ def test_steps_of_more_than_seven_digits_sort_as_numbers(store: Store) -> None:
         (1, {"manifest.json": b""}, "not allowed"),
         (1, {"Manifest.JSON": b""}, "not allowed"),
         (1, {"a": b"", "A": b""}, "differ only in case"),
-        (1, {f"file{number}": b"" for number in range(9000)}, "values"),
+        (1, {f"file{number}": b"" for number in range(9000)}, "more than 100 files"),
     ],
 )
 def test_what_a_manifest_cannot_hold_is_refused_before_anything_is_written(

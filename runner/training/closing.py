@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
+from runner.checkpoints.backup import Backup
 from runner.checkpoints.store import step_name
 from runner.config import Config
 from runner.data.metrics import metric_named
@@ -16,10 +17,10 @@ from runner.start import Start
 from runner.training import state
 from runner.training.evaluation import evaluate
 from runner.training.generation import generate
-from runner.training.loop import FINISHED, STOPPED_EARLY, Job, best_of, tell_news
+from runner.training.loop import FINISHED, STOPPED_EARLY, Job, best_of
 from runner.training.record import rows_of_step
 from runner.training.setup import Parts, fixed_batches
-from runner.training.stops import Interrupted
+from runner.training.stops import Interrupted, Stops
 
 
 def sample(job: Job, parts: Parts, settings: Config, *, before: bool) -> None:
@@ -74,8 +75,7 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
         lines = _final_rows(job, parts, settings, result)
     if job.stops.signal is not None:  # also a stop that came while the last answers were generated
         finished, ending = False, job.stops.signal.name
-    record.metrics.sync()
-    record.samples.sync()
+    record.end_rows()
     named = finished and ending != FINISHED
     record.status(
         state="finished" if finished else "stopped",
@@ -87,12 +87,8 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
         ended=now(),
     )
     if record.backup:
-        asked = job.stops.signal
-        if not record.backup.finish(lambda: job.stops.signal is asked):
-            job.display.line(f"backup: behind; resume= this run to catch up: {record.backup.problem or ''}", "yellow")
-        else:
-            lines.append(f"mirrored to {record.backup.folder}")
-        tell_news(job, member)
+        for line in mirror(record.backup, job.stops):
+            job.display.line(line, "yellow")
     for line in lines:
         job.display.line(line)
     source = parts.adapted.source
@@ -116,6 +112,16 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
         adapters_load_elsewhere=elsewhere,
     ):
         job.display.line(line)
+
+
+def mirror(backup: Backup, stops: Stops) -> list[str]:
+    """Wait until the backup has all that it should have, or a signal comes; what a person should know of it."""
+    asked = stops.signal
+    done = backup.finish(lambda: stops.signal is asked)
+    news = backup.news()
+    if done:
+        return [*news, f"mirrored to {backup.folder}"]
+    return [*news, f"backup: behind; resume= this run to catch up: {backup.problem or 'not waited for'}"]
 
 
 def _final_rows(job: Job, parts: Parts, settings: Config, result: int | None) -> list[str]:

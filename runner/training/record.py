@@ -140,6 +140,16 @@ class Record:
         sealed = {**files, manifest.NAME: manifest.write(record_of(loaded.checkpoint, files))}
         folders.replace(self.directory.result, sealed, Disk())
 
+    def end_rows(self) -> None:
+        """Bring the rows to the disk, and leave no empty file of samples: before a status tells the end."""
+        self.metrics.sync()
+        self.samples.sync()
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
+        if self.samples.offset == 0:
+            self.directory.samples.unlink(missing_ok=True)
+
     def close(self) -> None:
         """End a save that is under way, close the row files and the loggers."""
         failed = self._saver.close()
@@ -152,8 +162,7 @@ class Record:
             self.backup.finish(lambda: time.monotonic() < patience)  # nothing to do where the run ended well
         self.metrics.close()
         self.samples.close()
-        if self.samples.offset == 0:
-            self.directory.samples.unlink(missing_ok=True)
+        self._drop_empty()
         for logger in self.loggers:
             logger.close()
 

@@ -19,7 +19,7 @@ from runner.reports.progress import Display
 from runner.reports.runs import objective_value, read_rows
 from runner.rundir import now
 from runner.start import Start
-from runner.training.closing import close, sample
+from runner.training.closing import close, mirror, sample
 from runner.training.going_on import Found, find_checkpoint, is_done
 from runner.training.loop import train
 from runner.training.member import Progress
@@ -46,6 +46,8 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
             if is_done(start, found):
                 again = shlex.quote(str(directory.path))
                 print(f"{directory.path} is finished; nothing is left to do. A new run like it: repeat={again}")
+                if backup := _make_record(start).backup:  # what its end may not have waited for
+                    print(*mirror(backup, stops), sep="\n")
                 return _objective(start, found.restored.progress) if found else None
             shared = shared or Shared()
             if found:
@@ -75,15 +77,7 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
 def open_record(start: Start, found: Found | None) -> Record:
     """The files of the run: config.yaml and status.json written, row files cut to what the checkpoint saw."""
     settings, directory = start.config, start.directory
-    chosen = settings.checkpoint
-    record = Record(
-        directory,
-        Store(directory.checkpoints, start.run_id),
-        Policy(chosen.keep_last, chosen.keep_best, chosen.keep_every),
-        loggers.build(settings.loggers),
-        background=chosen.background,
-        backup=Path(chosen.backup).expanduser() if chosen.backup else None,
-    )
+    record = _make_record(start)
     directory.write_config(start.stored)
     restored = found.restored if found else None
     if found and start.source and start.source.branch:
@@ -113,6 +107,19 @@ def open_record(start: Start, found: Found | None) -> Record:
     if record.backup:
         record.backup.wake()  # catches up, and tells at once where it cannot
     return record
+
+
+def _make_record(start: Start) -> Record:
+    """What a run leaves behind; nothing is opened or written yet."""
+    chosen = start.config.checkpoint
+    return Record(
+        start.directory,
+        Store(start.directory.checkpoints, start.run_id),
+        Policy(chosen.keep_last, chosen.keep_best, chosen.keep_every),
+        loggers.build(start.config.loggers),
+        background=chosen.background,
+        backup=Path(chosen.backup).expanduser() if chosen.backup else None,
+    )
 
 
 def _train(

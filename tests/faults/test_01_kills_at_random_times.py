@@ -77,3 +77,15 @@ def test_a_run_killed_at_a_random_time_goes_on_and_ends_equal(make_door, tmp_pat
         ended_equal(undisturbed, run)
         shutil.rmtree(door.folder)
         cases.done()
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "status.json", "/checkpoints/"])
+def test_a_run_killed_at_its_last_calls_goes_on_and_ends_equal(make_door, tmp_path, logged, faulty, ended_equal, name):
+    """Random moments seldom fall between the last row and the end."""
+    whole, calls = logged(*WORDS[:-1])
+    door = make_door(tmp_path)
+    run = door.folder / "run"
+    last = sum(name in f"/{path}" for _, path in calls) - 1
+    door(*WORDS, env=faulty(run, name=name, at=last, do="kill"), expect=-signal.SIGKILL)
+    door("resume=run")
+    ended_equal(whole, run)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from runner import checks, config, plain_yaml
+from runner import config, plain_yaml
 from runner.checkpoints import manifest, tensors, verify
 from runner.checkpoints.disk import Disk
 from runner.checkpoints.verify import Loaded
@@ -24,6 +24,8 @@ from runner.data.formats import Reading
 from runner.data.rows import read_rows
 from runner.data.tokens import tokenise
 from runner.errors import CheckpointError, ConfigError, DataError, ModelError, RunnerError
+from runner.migrate.mapping import carry
+from runner.migrate.old import read_config
 from runner.models import gguf, gguf_header, tiny
 from runner.models.arrays import arrays_from
 from runner.reports import audit, run_page, sweep_page
@@ -31,7 +33,7 @@ from runner.reports.runs import read_run, read_sweep
 from runner.reports.tables import Screen
 from runner.sweeps import manifest as sweeps
 from runner.training import state
-from runner.verbs import places
+from runner.verbs import import_, places
 from runner.verbs import settings as verb_settings
 
 HERE = Path(__file__).resolve().parent
@@ -274,7 +276,7 @@ def test_a_stored_config_is_read_or_refused(cases, real, tmp_path):
         if isinstance(data, bytes):
             plain_yaml.parse(data.decode("utf-8", errors="replace"))
         else:
-            checks.check(config.from_dict(data, "here"))
+            config.from_dict(data, "here")
 
     def both(data: Any) -> None:
         with contextlib.suppress(ValueError, ConfigError):
@@ -285,6 +287,27 @@ def test_a_stored_config_is_read_or_refused(cases, real, tmp_path):
             assert "surrogates" in str(error)  # not YAML that can be written
 
     fuzz(cases, both, ConfigError, damaged(whole), altered(record).filter(lambda one: isinstance(one, dict)))
+
+
+OLD = {"model": "a/b", "data": "d", "iters": 9, "seed": 1, "learning_rate": 1e-5, "mask_prompt": True, "num_layers": 4}
+OLD |= {"lora_parameters": {"rank": 8, "scale": 2.0, "keys": ["self_attn.q_proj"]}, "optimizer": "adamw", "test": True}
+OLD |= {
+    "lr_schedule": {"name": "cosine_decay", "warmup": 3, "arguments": [1e-5, 9, 1e-7]},
+    "resume_adapter_file": "x.npz",
+}
+
+
+@pytest.mark.fault(23)
+def test_an_old_config_is_imported_or_refused(cases, tmp_path):
+    path = tmp_path / "old.yaml"
+
+    def read(data: Any) -> None:
+        text = data if isinstance(data, bytes) else json.dumps(data).encode()  # which is YAML, too
+        path.write_bytes(text)
+        carried = carry(read_config(path), our_defaults=False)
+        "\n".join([*import_.report(carried), import_.experiment(carried, ["x"]), import_.folded(carried.overrides)])
+
+    fuzz(cases, read, ConfigError, damaged(yaml.safe_dump(OLD).encode()), altered(OLD))
 
 
 @pytest.mark.fault(23)

@@ -116,6 +116,21 @@ def test_a_missing_medium_warns_once_stops_nothing_and_is_caught_up(tiny, train,
     assert_equal_runs(whole, run)
 
 
+def test_a_finished_run_whose_medium_was_missing_is_mirrored_by_a_resume_that_trains_nothing(
+    tiny, train, tmp_path, capsys
+):
+    medium = tmp_path / "stick"
+    settings = tiny(**HARD, **{"checkpoint.backup": str(medium)})
+    run = train(settings, tmp_path / "run")
+    assert "resume= this run to catch up" in (run / "run.log").read_text()
+    medium.mkdir()
+    before = (run / "metrics.jsonl").read_bytes()
+    train(settings, run, resume=run)
+    assert f"mirrored to {only(medium)}" in capsys.readouterr().out
+    assert steps(only(medium))[-1] == 20 and files(only(medium) / "adapters") == files(run / "adapters")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_medium_that_comes_back_while_the_run_is_at_work_is_caught_up_then(tmp_path):
     run, medium = tmp_path / "run", tmp_path / "stick"
     run.mkdir()

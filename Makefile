@@ -16,7 +16,7 @@ STAMP = $(VENV)/.setup-$(EXTRAS)
 REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
 REFERENCE_PACKAGES = torch transformers gguf accelerate
 # Workers run side by side: one BLAS thread each, unless the environment says otherwise.
-PYTEST = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+PYTEST = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Sets $$python to the first interpreter that runs, fits and can make a virtual environment, or ends with a line
 # that says what to install. A pyenv shim is found on PATH but may fail: hence the trial.

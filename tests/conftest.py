@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,25 @@ class Door:
         out, _ = process.communicate(timeout=600)
         assert process.returncode == expect, f"exit code {process.returncode}\n{out}"
         return out
+
+    def wait_for(self, run: Path, step: int, process: subprocess.Popen[str]) -> int:
+        """Until `run` has reported `step`; the pid that works on it."""
+        for _ in range(6000):
+            assert process.poll() is None, process.communicate()[0]
+            try:
+                status = json.loads((run / "status.json").read_text())
+                if status["step"] >= step:
+                    return status["pid"]
+            except (OSError, ValueError, KeyError):
+                pass
+            time.sleep(0.01)
+        raise AssertionError(f"{run} did not reach step {step}")
+
+    @staticmethod
+    def results(sweep: Path) -> dict[int, dict[str, str]]:
+        """The rows of a sweep's results.csv by job."""
+        with (sweep / "results.csv").open() as lines:
+            return {int(row["job"]): row for row in csv.DictReader(lines)}
 
 
 @pytest.fixture(scope="session")

@@ -159,17 +159,6 @@ def test_a_used_directory_is_refused_and_same_second_starts_get_their_own(door):
     assert codes[0] == 0 and set(codes[1:]) <= {2, 3}  # named by hand: one gets it, the others are told
 
 
-def test_runs_of_the_same_second_get_directories_of_their_own(door):
-    conf = door.folder / "mine/experiment"
-    conf.mkdir(parents=True)
-    (conf / "same.yaml").write_text("# @package _global_\nhydra:\n  run:\n    dir: outputs/same/second\n")
-    words = ("--config-dir", "mine", "experiment=same", "model=tiny", "data=tiny", "train.iters=1")
-    processes = [door.start(*words) for _ in range(5)]
-    assert [p.wait() for p in processes] == [0] * 5
-    made = sorted(p.name for p in (door.folder / "outputs/same").iterdir())
-    assert made == ["second", "second-2", "second-3", "second-4", "second-5"]
-
-
 def test_a_file_in_the_place_of_the_output_directory_is_told_before_the_model_is_loaded(door):
     (door.folder / "file").write_text("x")
     out = door("experiment=smoke", "hydra.run.dir=file/run", expect=74)

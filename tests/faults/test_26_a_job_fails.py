@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +11,6 @@ import pytest
 pytestmark = [pytest.mark.fault(26), pytest.mark.slow]
 
 SMALL = ("experiment=smoke", "train.iters=6", "train.eval_every=3", "checkpoint.every=2", "lora.dropout=0.1")
-
-
-def results(sweep: Path) -> dict[int, dict[str, str]]:
-    with (sweep / "results.csv").open() as lines:
-        return {int(row["job"]): row for row in csv.DictReader(lines)}
 
 
 def alone(door, name: str, *words: str) -> Path:
@@ -33,9 +24,9 @@ def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(doo
     words = ("-m", *SMALL, "optimizer=sgd", *grid, "train.iters=20", "hydra.sweep.dir=s")
     out = door(*words, expect=1)
     assert "Traceback" not in out
-    states = {n: r["state"] for n, r in results(door.folder / "s").items()}
+    states = {n: r["state"] for n, r in door.results(door.folder / "s").items()}
     assert [states[n] for n in range(4)] == ["finished", "diverged", "failed", "failed"]
-    reasons = {n: r["reason"] for n, r in results(door.folder / "s").items()}
+    reasons = {n: r["reason"] for n, r in door.results(door.folder / "s").items()}
     assert "nonsense" in reasons[2] and "not finite" in reasons[1]
     # Failed ones are tried again, the diverged one is not, the finished one stays.
     out = door("resume=s", expect=1)
@@ -46,29 +37,15 @@ def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(doo
 
 
 def test_the_process_launcher_survives_a_killed_job_and_the_resume_finishes_it(door, assert_equal_runs):
-    words = (*SMALL, "train.iters=200", "train.eval_every=50", "checkpoint.every=10", "lora.rank=2,4,6")
+    words = (*SMALL, "train.iters=100", "train.eval_every=50", "checkpoint.every=10", "lora.rank=2,4,6")
     process = door.start("-m", *words, "hydra/launcher=process", "hydra.launcher.jobs=2", "hydra.sweep.dir=s")
-    victim = wait_for(door.folder / "s/1", 40, process)
+    victim = door.wait_for(door.folder / "s/1", 40, process)
     os.kill(victim, signal.SIGKILL)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 1, out
-    rows = results(door.folder / "s")
+    rows = door.results(door.folder / "s")
     assert [rows[n]["state"] for n in (0, 1, 2)] == ["finished", "failed", "finished"]
     assert "SIGKILL" in rows[1]["reason"]
     out = door("resume=s")
     assert "1 to go on, 2 done" in out
     assert_equal_runs(door.folder / "s/1", alone(door, "alone", *words[:-1], "lora.rank=4"))
-
-
-def wait_for(run: Path, step: int, process: subprocess.Popen[str]) -> int:
-    """Until `run` has reported `step`; the pid that works on it."""
-    for _ in range(6000):
-        assert process.poll() is None, process.communicate()[0]
-        try:
-            status = json.loads((run / "status.json").read_text())
-            if status["step"] >= step:
-                return status["pid"]
-        except (OSError, ValueError, KeyError):
-            pass
-        time.sleep(0.01)
-    raise AssertionError(f"{run} did not reach step {step}")

@@ -3,7 +3,6 @@ diverged ones are not; what comes out equals the jobs run alone."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -22,11 +21,6 @@ KEYS = "[self_attn.q_proj,self_attn.k_proj]"
 GRID = (f"lora.keys={KEYS},[nonsense]", "optimizer.learning_rate=1e-3,1e30,2e-3")
 # Jobs 0 and 2 can finish, 1 diverges at once, 3 to 5 fail while the model is prepared.
 FINE, DIVERGED, FAILED = (0, 2), 1, (3, 4, 5)
-
-
-def results(sweep: Path) -> dict[int, dict[str, str]]:
-    with (sweep / "results.csv").open() as lines:
-        return {int(row["job"]): row for row in csv.DictReader(lines)}
 
 
 def state(job: Path) -> str | None:
@@ -76,7 +70,7 @@ def test_whenever_it_is_killed(door, alone, launcher, cases, assert_equal_runs):
         failed = {job: stamp(sweep / str(job)) for job in FAILED if state(sweep / str(job)) == "failed"}
         out = door(*words, expect=1)
         assert "Traceback" not in out
-        rows = results(sweep)
+        rows = door.results(sweep)
         assert [rows[n]["state"] for n in range(6)] == ["finished", "diverged", "finished", *["failed"] * 3]
         assert "nonsense" in rows[3]["reason"] and "not finite" in rows[1]["reason"]
         for job, then in before.items():

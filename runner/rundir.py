@@ -28,7 +28,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 METRIC = "valid_loss"
 """What "best" compares, lower being better."""
 STATES = ("running", "finished", "stopped", "failed", "diverged", "interrupted")
-_LEFTOVER = re.compile(r"\.(config\.yaml|status\.json|results\.csv|curves\.svg)\.[0-9a-f]{8}\.tmp")
+_LEFTOVER = re.compile(r"\.[a-z]+\.(yaml|json|jsonl|csv|svg)\.[0-9a-f]{8}\.tmp")
 _LIMIT = 1_000_000  # bytes of a config.yaml or status.json; a real one has about 3,000
 
 

@@ -112,12 +112,12 @@ class Backup:
             mirror.remove({c.step for c in mirror.checkpoints()} - wanted if wanted else set())
             self._verified &= wanted
             self._copy_result(place)
-        except RunnerError as error:
+        except Exception as error:  # whatever it is: the run must not wait for a thread that has died
             self._verified.clear()  # another medium may be there next time
             if self._place:
                 self._place.unlock()
                 self._place = None
-            return str(error)
+            return str(error) if isinstance(error, RunnerError) else f"{self.root}: {type(error).__name__}: {error}."
         return None
 
     def _open(self) -> RunDirectory:

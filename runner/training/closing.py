@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +23,8 @@ from runner.training.loop import FINISHED, STOPPED_EARLY, Job, best_of
 from runner.training.record import rows_of_step
 from runner.training.setup import Parts, fixed_batches
 from runner.training.stops import Interrupted, Stops
+
+_PATIENCE = 2.0  # seconds that a backup may take without a word
 
 
 def sample(job: Job, parts: Parts, settings: Config, *, before: bool) -> None:
@@ -87,7 +91,7 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
         ended=now(),
     )
     if record.backup:
-        for line in mirror(record.backup, job.stops):
+        for line in mirror(record.backup, job.stops, job.display.line):
             job.display.line(line, "yellow")
     for line in lines:
         job.display.line(line)
@@ -114,10 +118,18 @@ def close(job: Job, parts: Parts, start: Start, ending: str) -> None:
         job.display.line(line)
 
 
-def mirror(backup: Backup, stops: Stops) -> list[str]:
+def mirror(backup: Backup, stops: Stops, say: Callable[[str], None] = print) -> list[str]:
     """Wait until the backup has all that it should have, or a signal comes; what a person should know of it."""
-    asked = stops.signal
-    done = backup.finish(lambda: stops.signal is asked)
+    asked, begun, told = stops.signal, time.monotonic(), False
+
+    def waiting() -> bool:
+        nonlocal told
+        if not told and time.monotonic() - begun > _PATIENCE:
+            told = True
+            say(f"waiting for the backup in {backup.root}; Ctrl-C leaves it behind, and resume= catches it up")
+        return stops.signal is asked
+
+    done = backup.finish(waiting)
     news = backup.news()
     if done:
         return [*news, f"mirrored to {backup.folder}"]

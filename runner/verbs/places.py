@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints import strict_json, verify
+from runner.checkpoints import manifest, strict_json, verify
 from runner.checkpoints.disk import Disk
 from runner.checkpoints.store import Store, step_name
 from runner.checkpoints.tensors import read_header
@@ -84,6 +84,9 @@ def _of_result(run: Path, folder: Path) -> Place:
         )
         raise ConfigError(f"{run} has no result (adapters/): it is {RunDirectory(run).read_status()['state']}. {have}")
     disk = Disk()
+    if disk.look(folder / manifest.NAME):
+        return replace(_of_checkpoint(run, folder), is_result=True)
+    # Made by an older version, or edited by another program: nothing vouches for it.
     read_header(folder / ADAPTERS)  # refused before its bytes fill the memory
     adapters = disk.read_file(folder / ADAPTERS, _LARGEST)
     about = _about(disk.read_file(folder / ADAPTER_CONFIG, 1 << 20), folder)

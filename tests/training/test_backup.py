@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,8 +151,6 @@ def test_a_medium_that_comes_back_while_the_run_is_at_work_is_caught_up_then(tmp
 
 
 def wait_until(true, seconds: float = 10.0) -> None:
-    import time
-
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -238,6 +237,31 @@ def test_the_run_itself_cannot_be_its_own_backup(tmp_path):
     mirror = backup.Backup(tmp_path, RunDirectory(run), store, lambda: [])
     assert not mirror.finish(lambda: True)
     assert "cannot be its backup" in str(mirror.problem)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("what nobody thought of")], ids=repr)
+def test_a_medium_that_fails_in_any_way_is_told_and_nobody_waits_for_it(tmp_path, error):
+    class Failing(Disk):
+        def mkdir(self, folder: Path) -> None:
+            raise error
+
+    run, medium = tmp_path / "run", tmp_path / "stick"
+    run.mkdir()
+    medium.mkdir()
+    store = Store(run / "checkpoints", "0123456789abcdef")
+    store.commit(1, {"a": b"1"})
+    mirror = backup.Backup(medium, RunDirectory(run), store, lambda: [1], Failing())
+    end = time.monotonic() + 20
+    assert not mirror.finish(lambda: time.monotonic() < end)
+    assert time.monotonic() < end
+    assert str(error.args[-1]) in str(mirror.problem)
+
+
+def test_what_a_killed_writer_left_in_a_backup_is_cleared(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl", "backup.json", "config.yaml", "status.json"):
+        (tmp_path / f".{name}.0123abcd.tmp").write_text("half")
+    RunDirectory(tmp_path).lock()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_kill_at_any_moment_of_mirroring_leaves_a_backup_that_restores(tmp_path):

@@ -105,8 +105,26 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(run: Path, name: str) -> None:
         find(run, "8")
 
 
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "manifest.json"])
+def test_a_flipped_bit_in_the_result_is_found(run: Path, name: str) -> None:
+    path = run / "adapters" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=name):
+        find(run)
+
+
+def test_a_result_of_an_older_version_has_no_manifest_and_is_read(run: Path) -> None:
+    new = find(run)
+    (run / "adapters/manifest.json").unlink()
+    old = find(run)
+    assert (old.adapters, old.about, old.step, old.is_result) == (new.adapters, new.about, new.step, new.is_result)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1, "a": 2}', '{"a": NaN}'])
 def test_an_adapter_config_that_is_no_plain_object_is_refused(run: Path, text: str) -> None:
+    (run / "adapters/manifest.json").unlink()  # which would find it first
     (run / "adapters" / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         find(run)

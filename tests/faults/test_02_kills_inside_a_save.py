@@ -30,7 +30,7 @@ def test_a_run_killed_at_any_call_of_its_second_save_has_the_old_or_the_new_one_
     last = next(i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000006-" in path)
     faults = [(at, "kill") for at in range(new[0], last + 1)]
     faults += [(at, "half") for at in new if calls[at][0] == "write"]
-    for at, do in cases.some(faults, quick=4)[chunk::2]:
+    for at, do in cases.some(faults, quick=2)[chunk::2]:
         door = make_door(tmp_path / f"{at}-{do}")
         run = door.folder / "run"
         door(*words, "hydra.run.dir=run", expect=-9, env=faulty(run / "checkpoints", at=at, do=do))

@@ -51,7 +51,7 @@ def test_a_signal_saves_within_one_update_and_the_resumed_run_ends_equal(
 ):
     whole = undisturbed(*words, "checkpoint.keep_last=9")
     faults = [(point, number) for number in CODES for point in POINTS]
-    for (point, at), number in cases.some(faults, quick=3)[chunk::2]:
+    for (point, at), number in cases.some(faults, quick=2)[chunk::2]:
         door = make_door(tmp_path / f"{point}-{number}")
         run = door.folder / "run"
         process = driven(door, point, at, *words, "checkpoint.keep_last=9", "hydra.run.dir=run", number=number)

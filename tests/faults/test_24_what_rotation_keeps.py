@@ -105,7 +105,7 @@ def test_where_the_status_is_lost_too_nobody_guesses_whose_run_it_is(door, stopp
 
 def test_whatever_comes_newest_best_source_and_strangers_survive_every_rotation(tmp_path, cases):
     """Random runs on a real disk: losses that tie or are NaN, unevaluated saves, resumes, replaced steps."""
-    for case in range(cases.of(full=300, quick=25)):
+    for case in range(cases.of(full=300, quick=15)):
         luck = random.Random(case)
         directory = RunDirectory(tmp_path / f"{case}")
         stranger = Store(directory.checkpoints, "other").commit(luck.randrange(1, 60), {"a": b"other"})

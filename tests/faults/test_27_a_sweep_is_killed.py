@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = [pytest.mark.fault(27), pytest.mark.slow]
 
-SMALL = ("experiment=smoke", "optimizer=sgd", "lora.dropout=0.1", "train.iters=200", "train.eval_every=50")
+SMALL = ("experiment=smoke", "optimizer=sgd", "lora.dropout=0.1", "train.iters=100", "train.eval_every=50")
 SMALL = (*SMALL, "checkpoint.every=10")
 KEYS = "[self_attn.q_proj,self_attn.k_proj]"
 GRID = (f"lora.keys={KEYS},[nonsense]", "optimizer.learning_rate=1e-3,1e30,2e-3")

@@ -118,7 +118,7 @@ TYPED = [
 
 
 def test_a_token_that_is_typed_is_refused_before_anything_is_written_and_not_repeated(door, cases):
-    for words in cases.some(TYPED, quick=5):
+    for words in cases.some(TYPED, quick=3):
         out = door("model=tiny", "data=tiny", "train.iters=1", *words, expect=2)
         assert "looks like a secret" in out and "Traceback" not in out, words
         assert list(door.folder.iterdir()) == [] and leaks(door.folder, out) == []

@@ -22,6 +22,10 @@ from runner.verbs.loading import load_adapted
 
 pytestmark = pytest.mark.slow
 
+# mlx-lm's own commands on the small model take half a minute, on the tiny one seconds.
+ITS_COMMANDS = pytest.mark.parametrize(
+    "base", ["tiny", pytest.param("smollm2", marks=pytest.mark.long)], indirect=True, scope="module"
+)
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2, 300, 17]])
 TOLERANCE = 1e-4
 """Of a logit of magnitude 10 to 30: the same float32 products, in another order where weights are merged."""
@@ -72,6 +76,7 @@ def test_the_result_and_every_checkpoint_load_with_our_logits(run: Path, base: t
         assert mx.abs(found - bare).max().item() > 100 * TOLERANCE, folder
 
 
+@ITS_COMMANDS
 def test_mlx_lm_generate_answers_as_we_do(
     run: Path, base: tuple[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +90,7 @@ def test_mlx_lm_generate_answers_as_we_do(
     assert said == f"{answer}\n"
 
 
+@ITS_COMMANDS
 def test_mlx_lm_fuse_makes_the_model_that_we_export(run: Path, base: tuple[str, Path], tmp_path: Path) -> None:
     stock("fuse", "--model", str(base[1]), "--adapter-path", str(run / "adapters"), "--save-path", str(tmp_path / "s"))
     theirs = mlx_lm.load(str(tmp_path / "s"))[0](IDS)
@@ -95,6 +101,7 @@ def test_mlx_lm_fuse_makes_the_model_that_we_export(run: Path, base: tuple[str, 
     assert mx.abs(fused - expected).max().item() < TOLERANCE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", ["smollm2"], indirect=True)  # the tiny one's weights are float32
 def test_a_quantized_base_is_exported_quantized_and_close(run: Path, base: tuple[str, Path], tmp_path: Path) -> None:
     assert export.run([str(run), "--to", "mlx", "--with-base", "--out", str(tmp_path / "a")]) == 0

@@ -25,6 +25,12 @@ FREE_ON_RESUME = (
     "train.report_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.eval_tokens",
+    "train.loss_piece",  # named where it differs, as the trunk
+    "train.trunk",
+    "train.head",
+    "train.cpu_ops",
+    "train.prefetch",
     "train.test",
     "train.early_stopping",
     "train.cache_limit_gb",

@@ -25,6 +25,7 @@ CHOICES = {
     "optimizer.name": tuple(OPTIMIZERS),
     "schedule.name": tuple(SCHEDULES),
     "train.compile": ("auto", "always", "never"),
+    "train.head": ("supervised", "all"),
     "checkpoint.result": ("best", "last"),
     "objective.metric": ("valid_loss", "test_loss", "score"),
     "objective.direction": ("minimize", "maximize"),
@@ -40,6 +41,8 @@ _POSITIVE = (
     "train.stop_at",
     "train.batch_size",
     "train.grad_accumulation",
+    "train.eval_tokens",
+    "train.loss_piece",
     "train.report_every",
     "train.eval_every",
     "train.early_stopping.patience",
@@ -56,7 +59,7 @@ _ABOVE_ZERO = (
 )
 # Beyond any use, and enough to end the process where MLX allocates what it cannot have.
 _AT_MOST = {"lora.rank": 16_384, "data.pad_to": 65_536, "train.batch_size": 1_000_000, "train.iters": 10**12}
-_PATHS = ("model.path", "data.path", "adapter", "checkpoint.backup")
+_PATHS = ("model.path", "data.path", "adapter", "checkpoint.backup", "train.trunk.folder")
 _NOT_NEGATIVE = (
     "seed",
     "schedule.warmup",
@@ -64,6 +67,8 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "checkpoint.keep_last",
     "checkpoint.keep_best",
+    "train.trunk.memory_gb",
+    "train.trunk.disk_gb",
     "train.early_stopping.min_delta",
 )
 _SECRET = re.compile(

@@ -173,6 +173,20 @@ class EarlyStopping:
 
 
 @dataclass(kw_only=True)
+class Trunk:
+    """The frozen blocks below the first adapted one, computed once a row and cached."""
+
+    cache: bool = True
+    """Compute them apart and cache their output (nothing to cache with lora.num_layers=-1)."""
+    memory_gb: float = 0.25
+    """Memory for it, in GB."""
+    disk_gb: float = 8.0
+    """Disk for it, in GB, shared by all runs: what was not used for longest makes room. 0 uses no disk."""
+    folder: str | None = None
+    """Folder of its files; null means trunk/ in the cache folder."""
+
+
+@dataclass(kw_only=True)
 class Train:
     """How long, in what portions, and what is reported."""
 
@@ -196,6 +210,17 @@ class Train:
     """Updates between evaluations; always also before the first update and at the end."""
     eval_batches: int = -1
     """Batches of an evaluation, the same each time; -1 means all."""
+    eval_tokens: int = 2048
+    """Positions that an evaluation computes at once: its batches of near lengths are joined up to this many."""
+    head: str = "supervised"
+    """Positions that the head and the loss compute: supervised (those that count), or all."""
+    loss_piece: int = 256
+    """Supervised positions whose logits exist at once."""
+    trunk: Trunk = field(default_factory=Trunk)
+    prefetch: bool = True
+    """Prepare the next batch while the step runs."""
+    cpu_ops: bool = True
+    """On the CPU, compute exponentials and the like in NumPy, which is faster there than MLX's own loops."""
     test: bool = False
     """Evaluate the result on the test split at the end."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)

@@ -10,21 +10,54 @@ import mlx.nn as nn
 
 
 class Forward:
-    """Logits of selected positions. Splits the model where that gives the model's own logits, else runs it whole."""
+    """The hidden states and the logits of selected positions.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.split = self._head() is not None and self._agrees()
+    Splits the model where that gives the model's own logits, else runs it whole. With a `cut` above 0 the trunk falls
+    into two parts as well: `below` is the embedding and the first `cut` blocks, which no adapter touches.
+    """
 
-    def logits(self, inputs_BL: mx.array, positions_N: mx.array) -> mx.array:
-        """Float32 logits (n, vocabulary) at `positions_N`, flat indices into (batch * length)."""
-        if self.split:
-            hidden_BLD = self.model.model(inputs_BL)
-            head = self._head()
-            assert head is not None
-            return head(hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[positions_N]).astype(mx.float32)
-        logits_BLV = self.model(inputs_BL)
+    def __init__(self, model: nn.Module, cut: int = 0, *, everywhere: bool = False) -> None:
+        """Probes the model; where its parts do not agree with the whole, `split` is False or `cut` is 0.
+
+        `everywhere` computes the head at every position, and leaves out afterwards what is not asked for.
+        """
+        self.model, self.everywhere = model, everywhere
+        self.split = self._head() is not None and self._agrees(self._own_trunk)
+        self.cut = 0
+        if cut and self.split:
+            self._below, self._above = _parts(model.model, cut)
+            self.cut = cut if self._agrees(lambda inputs_BL: self._above(self._below(inputs_BL))) else 0
+
+    def below(self, inputs_BL: mx.array) -> mx.array:
+        """Hidden states (batch, length, width) at the cut, a function of the frozen base alone."""
+        return self._below(inputs_BL)
+
+    def logits(self, inputs: mx.array, positions_N: mx.array) -> mx.array:
+        """Float32 logits (n, vocabulary) at `positions_N`, flat indices into (batch * length).
+
+        `inputs` are token ids (batch, length), or hidden states (batch, length, width) at the cut.
+        """
+        if self.split and not self.everywhere:
+            return self.head(self.selected(inputs, positions_N))
+        logits_BLV = self.head(self._hidden(inputs)) if self.split else self.model(inputs)
         return logits_BLV.reshape(-1, logits_BLV.shape[-1])[positions_N].astype(mx.float32)
+
+    def selected(self, inputs: mx.array, positions_N: mx.array) -> mx.array:
+        """Hidden states (n, width) before the head; `inputs` as in `logits`. Needs `split`."""
+        hidden_BLD = self._hidden(inputs)
+        return hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[positions_N]
+
+    def head(self, hidden_ND: mx.array) -> mx.array:
+        """Float32 logits (n, vocabulary) of hidden states. Needs `split`."""
+        head = self._head()
+        assert head is not None
+        return head(hidden_ND).astype(mx.float32)
+
+    def _hidden(self, inputs: mx.array) -> mx.array:
+        return self._above(inputs) if inputs.ndim == 3 else self.model.model(inputs)
+
+    def _own_trunk(self, inputs_BL: mx.array) -> mx.array:
+        return self.model.model(inputs_BL)
 
     def _head(self) -> Callable[[mx.array], mx.array] | None:
         trunk = getattr(self.model, "model", None)
@@ -35,19 +68,43 @@ class Forward:
         embedding = getattr(trunk, "embed_tokens", None)
         return getattr(embedding, "as_linear", None)
 
-    def _agrees(self) -> bool:
-        """Whether trunk and head give the model's own logits on a probe: some families scale or cap them."""
+    def _agrees(self, trunk: Callable[[mx.array], mx.array]) -> bool:
+        """Whether `trunk` and head give the model's own logits on a probe: some families scale or cap them, or treat
+        their blocks by position."""
         probe_BL = mx.arange(8)[None] + 1
         head = self._head()
         assert head is not None
         try:
-            ours, own = head(self.model.model(probe_BL)), self.model(probe_BL)
-        except (TypeError, AttributeError, ValueError):
+            ours, own = head(trunk(probe_BL)), self.model(probe_BL)
+        except (TypeError, AttributeError, ValueError, IndexError, KeyError):
             return False
         if ours.shape != own.shape:
             return False
         ours, own = ours.astype(mx.float32), own.astype(mx.float32)
         return bool((mx.abs(ours - own).max() <= 1e-3 * mx.maximum(mx.abs(own).max(), 1e-6)).item())
+
+
+class _Same(nn.Module):
+    """In place of an embedding or a norm that the other part has."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x
+
+
+def _parts(trunk: nn.Module, cut: int) -> tuple[nn.Module, nn.Module]:
+    """Two shallow copies of `trunk` that share its blocks: up to `cut`, and from there on."""
+    below, above = _shallow(trunk), _shallow(trunk)
+    below.layers, above.layers = trunk.layers[:cut], trunk.layers[cut:]
+    below.norm = above.embed_tokens = _Same()
+    return below, above
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    kind = type(module)
+    made: nn.Module = kind.__new__(kind)  # type: ignore[call-overload]
+    made.__dict__.update(module.__dict__)
+    dict.update(made, module)
+    return made
 
 
 @contextmanager

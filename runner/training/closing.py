@@ -18,10 +18,11 @@ from runner.rundir import now
 from runner.start import Start
 from runner.training import state
 from runner.training.evaluation import evaluate
+from runner.training.feeding import fixed_batches
 from runner.training.generation import generate
 from runner.training.loop import FINISHED, STOPPED_EARLY, Job, best_of
 from runner.training.record import rows_of_step
-from runner.training.setup import Parts, fixed_batches
+from runner.training.setup import Parts
 from runner.training.stops import Interrupted, Stops
 
 _PATIENCE = 2.0  # seconds that a backup may take without a word
@@ -146,7 +147,8 @@ def _final_rows(job: Job, parts: Parts, settings: Config, result: int | None) ->
     step = member.progress.step
     if settings.train.test:
         job.step.place(member.params)
-        tested = evaluate(parts.adapted.model, job.forward, fixed_batches(parts.data.test, settings))
+        batches = fixed_batches(parts.data.test, settings, parts.trunks)
+        tested = evaluate(parts.adapted.model, job.forward, batches, piece=job.step.piece)
         member.record.row(
             step=step,
             split="test",

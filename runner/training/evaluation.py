@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from runner.data.batches import Batch
 from runner.models.forward import Forward
-from runner.training.step import arrays, cross_entropy_sum
+from runner.training.feed import Ready
+from runner.training.loss import PIECE, loss_sum
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,21 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, forward: Forward, batches: Sequence[Batch], each: Callable[[], None] = lambda: None
+    model: nn.Module,
+    forward: Forward,
+    batches: Iterable[Ready],
+    each: Callable[[], None] = lambda: None,
+    piece: int = PIECE,
 ) -> Evaluation:
     """The mean loss of the model as it is over `batches`; `each` is called before every batch and may raise."""
     begun = time.perf_counter()
     model.eval()
     total, supervised, tokens = 0.0, 0, 0
-    for batch in batches:
+    for ready in batches:
         each()
-        part = cross_entropy_sum(forward, *arrays(batch))
+        part = loss_sum(forward, *ready.arrays(), piece=piece)
         mx.eval(part)
         total += float(part)
-        supervised += batch.supervised
-        tokens += batch.real_tokens
+        supervised += ready.batch.supervised
+        tokens += ready.batch.real_tokens
     return Evaluation(total / max(1, supervised), supervised, tokens, time.perf_counter() - begun)

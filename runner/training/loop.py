@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from runner.checkpoints.schedule import Schedule
-from runner.data.batches import Batch, make_batch
 from runner.data.order import Order, Position
-from runner.data.tokens import TokenSet
 from runner.errors import Diverged
 from runner.models.adapters import Adapted
 from runner.models.forward import Forward
@@ -20,6 +18,7 @@ from runner.reports.progress import Display
 from runner.training import events, state
 from runner.training.evaluation import evaluate
 from runner.training.events import Plan
+from runner.training.feed import Ahead, Fixed, Ready
 from runner.training.member import Member, Window
 from runner.training.shared import Baseline
 from runner.training.step import Step
@@ -37,10 +36,8 @@ class Job:
     members: list[Member]
     position: Position
     order: Order
-    train_rows: TokenSet
-    pad_to: int
-    grad_accumulation: int
-    valid_batches: list[Batch]
+    batches: Ahead
+    valid_batches: Fixed
     adapted: Adapted
     forward: Forward
     step: Step
@@ -60,7 +57,7 @@ def train(job: Job) -> str:
         open_evaluations(job, member)
     ending = how_it_ends(job)
     while ending is None:
-        batches, job.position = next_batches(job)
+        batches, job.position = job.batches.take(job.position)
         best = []
         for member in job.members:
             member.record.check()
@@ -111,20 +108,14 @@ def open_evaluations(job: Job, member: Member) -> None:
         assess(job, member)
 
 
-def next_batches(job: Job) -> tuple[list[Batch], Position]:
-    """The micro-batches of one update, and the position after them."""
-    indices, after = job.order.take(job.position, job.grad_accumulation)
-    return [make_batch(job.train_rows, rows, job.pad_to) for rows in indices], after
-
-
-def learn(job: Job, member: Member, batches: Sequence[Batch]) -> None:
+def learn(job: Job, member: Member, batches: Sequence[Ready]) -> None:
     """One update of `member`, counted in its progress."""
     begun = time.perf_counter()
     progress = member.progress
     rate = member.learning_rate(progress.step + 1)
     loss_sum, norm = job.step.learn(member, batches, rate)
-    tokens = sum(batch.real_tokens for batch in batches)
-    supervised = sum(batch.supervised for batch in batches)
+    tokens = sum(ready.batch.real_tokens for ready in batches)
+    supervised = sum(ready.batch.supervised for ready in batches)
     progress.step += 1
     progress.tokens += tokens
     window = progress.window
@@ -165,7 +156,7 @@ def assess(job: Job, member: Member) -> bool:
     job.step.place(member.params)
     try:
         known = job.baseline.evaluation if progress.step == 0 else None
-        result = known or evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check)
+        result = known or evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check, job.step.piece)
     except Interrupted:
         progress.pending_evaluation = progress.step > 0
         return False

@@ -49,12 +49,12 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
                 if backup := _make_record(start).backup:  # what its end may not have waited for
                     print(*mirror(backup, stops), sep="\n")
                 return _objective(start, found.restored.progress) if found else None
-            shared = shared or Shared()
+            together = shared or Shared()
             if found:
-                require_same(start.config, found, shared)  # a resume that is refused writes nothing
+                require_same(start.config, found, together)  # a resume that is refused writes nothing
             record = open_record(start, found)
             try:
-                return _train(start, blas, found, record, stops, shared)
+                return _train(start, blas, found, record, stops, together)
             except RunnerError as error:
                 error.args = (start.veiled(str(error)),)
                 kind = "diverged" if isinstance(error, Diverged) else "failed"
@@ -70,6 +70,8 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
                 raise
             finally:
                 record.close()
+                if shared is None:
+                    together.close()
     finally:
         directory.unlock()
 
@@ -148,7 +150,10 @@ def _train(
             with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):
                 sample(job, parts, settings, before=True)
                 job.display.begin(job.members[0].progress.step, settings.train.stop_at)
-                ending = train(job)
+                try:
+                    ending = train(job)
+                finally:
+                    job.batches.close()
             job.display.stop()
             close(job, parts, start, ending)
         finally:

@@ -14,17 +14,20 @@ from runner import __version__, changes, config
 from runner.blas import BlasReport, blas_identity
 from runner.checkpoints.schedule import Schedule
 from runner.config import Config
-from runner.data.batches import Batch, make_batch
 from runner.data.formats import Reading
-from runner.data.order import Order, Position, evaluation_batches
-from runner.data.tokens import DataSet, TokenSet
+from runner.data.order import Order, Position
+from runner.data.tokens import DataSet
 from runner.errors import CheckpointError, ConfigError
+from runner.models import cpu_ops
 from runner.models.adapters import Adapted, read_weights, trainable_share, warm_start
 from runner.models.forward import Forward
 from runner.models.loading import Base, on_cpu
+from runner.models.trunk import Trunks
 from runner.reports.progress import Display
 from runner.start import Start
 from runner.training import events, optimizers, state
+from runner.training.feed import Ahead
+from runner.training.feeding import feed_of, fixed_batches, make_forward
 from runner.training.going_on import Found
 from runner.training.loop import Job
 from runner.training.member import Member
@@ -44,6 +47,8 @@ class Parts:
     data: DataSet
     reading: Reading
     adapted: Adapted
+    forward: Forward
+    trunks: Trunks | None
     identity: Identity
     baseline: Baseline
 
@@ -63,11 +68,23 @@ def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, share
     adapted = Adapted(base, settings.lora, settings.seed, source=stored["model"]["path"])
     try:
         _introduce(settings, data, adapted, blas, display)
+        forward = make_forward(base, adapted.num_layers, settings, blas)
+        trunks = shared.trunks(forward, base, settings, blas, display.line)
+        _tell_trunk(settings, adapted, forward, trunks, display)
     except BaseException:
         adapted.remove()
         raise
-    identity = _identity(settings, stored, base, data, blas)
-    return Parts(base, data, reading, adapted, identity, shared.baseline(settings, base, data))
+    identity = _identity(settings, stored, base, data, blas, forward)
+    baseline = shared.baseline(settings, base, data, forward.cut)
+    return Parts(base, data, reading, adapted, forward, trunks, identity, baseline)
+
+
+def _tell_trunk(settings: Config, adapted: Adapted, forward: Forward, trunks: Trunks | None, display: Display) -> None:
+    frozen = len(adapted.model.layers) - adapted.num_layers
+    if trunks:
+        display.line(f"trunk  the first {forward.cut} blocks are computed once a row")
+    elif frozen and settings.train.trunk.cache:
+        display.line(f"trunk  the first {frozen} blocks of this model cannot be computed apart: they run in each step")
 
 
 def _require_splits(settings: Config, data: DataSet) -> None:
@@ -103,7 +120,9 @@ def _introduce(settings: Config, data: DataSet, adapted: Adapted, blas: BlasRepo
         display.line("data   no valid.jsonl: no validation, the last checkpoint is the result", "yellow")
 
 
-def _identity(settings: Config, stored: dict[str, Any], base: Base, data: DataSet, blas: BlasReport) -> Identity:
+def _identity(
+    settings: Config, stored: dict[str, Any], base: Base, data: DataSet, blas: BlasReport, forward: Forward
+) -> Identity:
     return Identity(
         run_id="",
         fingerprints={
@@ -121,6 +140,10 @@ def _identity(settings: Config, stored: dict[str, Any], base: Base, data: DataSe
             "device": str(mx.default_device()),
             "blas": blas_identity(blas),
             "compiled": is_compiled(settings),
+            "loss_piece": settings.train.loss_piece,
+            "trunk": forward.cut,
+            "head": settings.train.head,
+            "cpu_ops": cpu_ops.usable() and f"numpy {version('numpy')}",
         },
         hyperparameters=config.flatten_dict(stored),
     )
@@ -151,7 +174,7 @@ def make_job(start: Start, found: Found | None, parts: Parts, record: Record, st
             member.params, read_weights(Path(settings.adapter), fitting=member.params), settings.adapter
         )
         display.line(f"warm start from {settings.adapter}")
-    forward = Forward(parts.adapted.model)
+    forward, trunks = parts.forward, parts.trunks
     t = settings.train
     order = Order(data.train.lengths, t.batch_size, settings.seed, settings.data.window)
     if found is not None and position.batch >= order.batches_per_epoch:
@@ -173,13 +196,11 @@ def make_job(start: Start, found: Found | None, parts: Parts, record: Record, st
         members=[member],
         position=position,
         order=order,
-        train_rows=data.train,
-        pad_to=settings.data.pad_to,
-        grad_accumulation=t.grad_accumulation,
-        valid_batches=fixed_batches(data.valid, settings),
+        batches=Ahead(feed_of(data.train, settings, trunks), order, t.grad_accumulation, t.prefetch),
+        valid_batches=fixed_batches(data.valid, settings, trunks),
         adapted=parts.adapted,
         forward=forward,
-        step=Step(parts.adapted, forward, grad_clip=t.grad_clip, compiled=is_compiled(settings)),
+        step=Step(parts.adapted, forward, grad_clip=t.grad_clip, compiled=is_compiled(settings), piece=t.loss_piece),
         identity=parts.identity,
         baseline=parts.baseline,
         stops=stops,
@@ -196,12 +217,6 @@ def _member(settings: Config, parts: Parts, record: Record) -> Member:
         return learning_rate(update, name=s.name, peak=o.learning_rate, iters=iters, warmup=s.warmup, end=s.end or 0.0)
 
     return Member(params, optimizers.build(o, params), rate, settings.seed, record)
-
-
-def fixed_batches(rows: TokenSet, settings: Config) -> list[Batch]:
-    """The batches of an evaluation, the same each time."""
-    chosen = evaluation_batches(rows.lengths, settings.train.batch_size, settings.train.eval_batches)
-    return [make_batch(rows, indices, settings.data.pad_to) for indices in chosen]
 
 
 def require_same(settings: Config, found: Found, shared: Shared) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from runner import config
+from runner.blas import BlasReport
 from runner.data.formats import Reading
 from runner.data.reading import reading_of
 from runner.data.tokens import DataSet, load_splits
+from runner.models.forward import Forward
 from runner.models.loading import Base, load
+from runner.models.trunk import Trunks
 from runner.training.evaluation import Evaluation
+from runner.training.feeding import make_trunks
 from runner.training.generation import Generation
 
 
@@ -33,6 +38,7 @@ class Shared:
         self._base: tuple[Any, Base] | None = None
         self._data: tuple[Any, DataSet, Reading] | None = None
         self._baselines: dict[Any, Baseline] = {}
+        self._trunks: tuple[Any, Trunks | None] | None = None
 
     def base(self, settings: config.Model) -> Base:
         """The base model of `settings`, loaded where the last job had another."""
@@ -40,6 +46,7 @@ class Shared:
         if self._base is None or self._base[0] != key:
             self._base = self._data = None  # two bases need not fit into memory at once
             self._baselines.clear()
+            self._let_go_of_trunks()
             self._base = (key, load(settings))
         return self._base[1]
 
@@ -49,15 +56,41 @@ class Shared:
         key = (settings.path, reading, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
+            self._let_go_of_trunks()
             self._data = (key, load_splits(settings.path, base.tokenizer, reading), reading)
         return self._data[1], self._data[2]
 
-    def baseline(self, settings: config.Config, base: Base, data: DataSet) -> Baseline:
+    def trunks(
+        self,
+        forward: Forward,
+        base: Base,
+        settings: config.Config,
+        blas: BlasReport,
+        say: Callable[[str], None],
+    ) -> Trunks | None:
+        """The trunk's cache at `forward`'s cut, the last job's where it had the same."""
+        key = (base.fingerprint, forward.cut, astuple(settings.train.trunk))
+        if self._trunks is None or self._trunks[0] != key:
+            self._let_go_of_trunks()
+            self._trunks = (key, make_trunks(forward, base, settings, blas, say))
+        return self._trunks[1]
+
+    def close(self) -> None:
+        """Let go of files; what is shared is not used again."""
+        self._let_go_of_trunks()
+
+    def _let_go_of_trunks(self) -> None:
+        if self._trunks and self._trunks[1]:
+            self._trunks[1].close()
+        self._trunks = None
+
+    def baseline(self, settings: config.Config, base: Base, data: DataSet, cut: int) -> Baseline:
         """The values before training, empty where no job has computed them yet; a warm start has its own."""
         if settings.adapter:
             return Baseline()
         d, t = settings.data, settings.train
-        losses = (base.fingerprint, data.valid.fingerprint, t.batch_size, t.eval_batches, d.pad_to)
+        computed = (t.batch_size, t.eval_batches, t.eval_tokens, t.loss_piece, d.pad_to, cut)
+        losses = (base.fingerprint, data.valid.fingerprint, *computed)
         answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
         key = (losses, answers)
         return self._baselines.setdefault(key, Baseline())

@@ -7,24 +7,34 @@ import math
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from runner.data.batches import Batch
 from runner.errors import Diverged
 from runner.models.adapters import Adapted, Params
 from runner.models.forward import Forward
+from runner.training.feed import Ready
+from runner.training.loss import PIECE, surrogate
 from runner.training.member import Member
 
 
 class Step:
     """The computation of an update, shared by all members of a run."""
 
-    def __init__(self, adapted: Adapted, forward: Forward, *, grad_clip: float | None, compiled: bool) -> None:
+    def __init__(
+        self,
+        adapted: Adapted,
+        forward: Forward,
+        *,
+        grad_clip: float | None,
+        compiled: bool,
+        piece: int = PIECE,
+    ) -> None:
+        """`piece`: see `runner.training.loss`."""
         self._adapted = adapted
         self._forward = forward
         self._grad_clip = grad_clip
+        self.piece, self._eager = piece, not compiled
         grad = mx.value_and_grad(self._loss_sum)
         self._loss_and_grad = mx.compile(grad) if compiled else grad
 
@@ -32,7 +42,7 @@ class Step:
         """Put `params` into the model, for evaluation and generation."""
         self._adapted.model.update(tree_unflatten(list(params.items())))
 
-    def learn(self, member: Member, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
+    def learn(self, member: Member, batches: Sequence[Ready], learning_rate: float) -> tuple[float, float]:
         """One optimizer update of `member` on the micro-batches, weighted by their supervised tokens.
 
         Returns:
@@ -44,13 +54,13 @@ class Step:
         update = member.progress.step + 1
         self._adapted.model.train()
         loss_sum, total = 0.0, None
-        for micro, batch in enumerate(batches):
+        for micro, ready in enumerate(batches):
             key = dropout_key(member.seed, update, micro)
-            part, grads = self._loss_and_grad(member.params, *arrays(batch), key)
+            (_, part), grads = self._loss_and_grad(member.params, *ready.arrays(), key)
             total = grads if total is None else {name: total[name] + g for name, g in grads.items()}
             mx.eval(part, total)
             loss_sum += float(part)
-        tokens = sum(batch.supervised for batch in batches)
+        tokens = sum(ready.batch.supervised for ready in batches)
         mean = {name: g / tokens for name, g in (total or {}).items()}
         clipped, norm = optim.clip_grad_norm(mean, self._grad_clip or math.inf)
         if not (math.isfinite(loss_sum) and math.isfinite(norm.item())):
@@ -74,22 +84,10 @@ class Step:
         targets: mx.array,
         weights: mx.array,
         key: mx.array,
-    ) -> mx.array:
+    ) -> tuple[mx.array, mx.array]:
         self.place(params)
         self._adapted.stream.begin(key)
-        return cross_entropy_sum(self._forward, inputs, positions, targets, weights)
-
-
-def cross_entropy_sum(
-    forward: Forward, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
-) -> mx.array:
-    """Sum over supervised tokens of -log p(target), float32; padding positions have weight 0."""
-    return (nn.losses.cross_entropy(forward.logits(inputs, positions), targets) * weights).sum()
-
-
-def arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """inputs (batch, length), positions, targets and weights (n,) as MLX arrays."""
-    return mx.array(batch.inputs), mx.array(batch.positions), mx.array(batch.targets), mx.array(batch.weights)
+        return surrogate(self._forward, inputs, positions, targets, weights, piece=self.piece, eager=self._eager)
 
 
 def dropout_seed(seed: int, update: int, micro: int) -> int:

@@ -39,20 +39,21 @@ def run(argv: list[str]) -> int:
         raise DataError(
             f"{config.data.path} has no {words.split}.jsonl. Another split: --split valid. Other data: data.path=…"
         )
-    blas.prepare()
+    report = blas.prepare()
     from runner.data.reading import reading_of
     from runner.data.tokens import load_splits
-    from runner.models.forward import Forward
     from runner.training.evaluation import evaluate
-    from runner.training.setup import fixed_batches
+    from runner.training.feeding import fixed_batches, make_forward, make_trunks
     from runner.verbs.loading import load_adapted
 
     loaded = load_adapted(place, chosen, any_base=words.any_base, say=asking.say)
     data = load_splits(config.data.path, loaded.base.tokenizer, reading_of(config.data), splits=(words.split,))
     rows = getattr(data, words.split)
-    batches = fixed_batches(rows, config)
-    tested = evaluate(loaded.base.model, Forward(loaded.base.model), batches)
-    evaluated = sum(len(batch.inputs) for batch in batches)
+    assert loaded.adapted is not None
+    forward = make_forward(loaded.base, loaded.adapted.num_layers, config, report)
+    batches = fixed_batches(rows, config, make_trunks(forward, loaded.base, config, report, asking.say))
+    tested = evaluate(loaded.base.model, forward, batches, piece=config.train.loss_piece)
+    evaluated = batches.rows
     perplexity = math.exp(min(tested.loss, 700))
     document: dict[str, Any] = {
         "run": str(place.run),

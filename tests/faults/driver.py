@@ -17,7 +17,7 @@ from typing import Any
 POINTS = {
     "micro-batch": ("runner.training.step", "dropout_key"),
     "update": ("runner.training.loop", "learn"),
-    "evaluation": ("runner.training.evaluation", "cross_entropy_sum"),
+    "evaluation": ("runner.training.evaluation", "loss_sum"),
     "save": ("runner.training.state", "files_of"),
     "due": ("runner.checkpoints.schedule", "Schedule.due"),
 }

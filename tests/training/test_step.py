@@ -10,15 +10,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 
 from runner import checks, config
-from runner.data.batches import make_batch
 from runner.data.tokens import TokenSet
 from runner.errors import Diverged
 from runner.models.adapters import Adapted
 from runner.models.forward import Forward, checkpointed
 from runner.models.loading import load
 from runner.training import optimizers
+from runner.training.feed import Feed
+from runner.training.loss import loss_sum
 from runner.training.member import Member
-from runner.training.step import Step, arrays, cross_entropy_sum, dropout_key
+from runner.training.step import Step, dropout_key
 
 GENERATOR = np.random.default_rng(3)
 
@@ -40,6 +41,10 @@ def adapted(dropout: float = 0.0, bits: int | None = None) -> Adapted:
     return made
 
 
+def batch_of(rows, indices, pad_to):
+    return Feed(rows, pad_to)(np.asarray(indices))
+
+
 def member(made: Adapted, **options) -> Member:
     settings = checks.complete(config.Config(optimizer=config.Optimizer(name="adamw", **options)))
     settings.schedule.name = "constant"
@@ -56,7 +61,7 @@ def _complete_needs_a_schedule(monkeypatch):
 def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bits):
     made = adapted(bits=bits)
     rows = token_set([17, 17, 17])
-    batch = make_batch(rows, np.arange(3), pad_to=16)
+    batch = batch_of(rows, np.arange(3), 16)
     forward = Forward(made.model)
     assert forward.split
     # mlx-lm trains positions `offset` to `length`: the first supervised target is token `prompt`.
@@ -64,35 +69,35 @@ def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bi
     lengths = mx.array([[4, 17]] * 3)
     theirs, grads = nn.value_and_grad(made.model, lambda m: default_loss(m, tokens, lengths)[0])(made.model)
     ntoks = default_loss(made.model, tokens, lengths)[1].item()
-    assert ntoks == batch.supervised == 39
+    assert ntoks == batch.batch.supervised == 39
     step = Step(made, forward, grad_clip=None, compiled=False)
-    ours, our_grads = step._loss_and_grad(made.params(), *arrays(batch), mx.random.key(0))
-    assert ours.item() / batch.supervised == pytest.approx(theirs.item(), abs=1e-5)
+    (_, ours), our_grads = step._loss_and_grad(made.params(), *batch.arrays(), mx.random.key(0))
+    assert ours.item() / batch.batch.supervised == pytest.approx(theirs.item(), abs=1e-5)
     flat = dict(tree_flatten(grads))
     assert set(flat) == set(our_grads)
     largest = max(mx.abs(g).max().item() for g in flat.values())
     assert largest > 1e-3
     for name, grad in flat.items():
-        assert mx.abs(our_grads[name] / batch.supervised - grad).max().item() < 1e-5 * max(1, largest)
+        assert mx.abs(our_grads[name] / batch.batch.supervised - grad).max().item() < 1e-5 * max(1, largest)
 
 
 def test_padding_does_not_change_the_loss():
     made = adapted()
     rows = token_set([9, 30, 21])
     forward = Forward(made.model)
-    together = cross_entropy_sum(forward, *arrays(make_batch(rows, np.arange(3), 16))).item()
-    alone = sum(cross_entropy_sum(forward, *arrays(make_batch(rows, np.array([i]), 8))).item() for i in range(3))
+    together = loss_sum(forward, *batch_of(rows, np.arange(3), 16).arrays()).item()
+    alone = sum(loss_sum(forward, *batch_of(rows, np.array([i]), 8).arrays()).item() for i in range(3))
     assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_model_that_cannot_be_split_gives_the_same_logits_whole():
     made = adapted()
     rows = token_set([20, 20])
-    batch = make_batch(rows, np.arange(2), 16)
+    batch = batch_of(rows, np.arange(2), 16)
     forward = Forward(made.model)
-    split = cross_entropy_sum(forward, *arrays(batch)).item()
+    split = loss_sum(forward, *batch.arrays()).item()
     forward.split = False
-    assert cross_entropy_sum(forward, *arrays(batch)).item() == pytest.approx(split, abs=1e-4)
+    assert loss_sum(forward, *batch.arrays()).item() == pytest.approx(split, abs=1e-4)
 
 
 def test_a_model_with_capped_logits_is_not_split():
@@ -113,8 +118,8 @@ def test_accumulation_weights_micro_batches_by_their_tokens():
     forward = Forward(made.model)
     step = Step(made, forward, grad_clip=None, compiled=False)
     whole, parts = member(made), member(made)
-    one = step.learn(whole, [make_batch(rows, np.arange(4), 8)], 1e-3)
-    several = step.learn(parts, [make_batch(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
+    one = step.learn(whole, [batch_of(rows, np.arange(4), 8)], 1e-3)
+    several = step.learn(parts, [batch_of(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
     assert several[0] == pytest.approx(one[0], rel=1e-5)
     assert several[1] == pytest.approx(one[1], rel=1e-4)
     for name in whole.params:
@@ -124,7 +129,7 @@ def test_accumulation_weights_micro_batches_by_their_tokens():
 def test_clipping_limits_the_norm_and_reports_the_one_before():
     made = adapted()
     rows = token_set([20, 20])
-    batch = [make_batch(rows, np.arange(2), 16)]
+    batch = [batch_of(rows, np.arange(2), 16)]
     free, clipped = member(made), member(made)
     norm = Step(made, Forward(made.model), grad_clip=None, compiled=False).learn(free, batch, 1e-3)[1]
     same = Step(made, Forward(made.model), grad_clip=norm / 10, compiled=False).learn(clipped, batch, 1e-3)[1]
@@ -144,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(poison):
     before = optimizers.flat_state(one.optimizer)
     with pytest.raises(Diverged, match="update 1 "):
         Step(made, Forward(made.model), grad_clip=1.0, compiled=False).learn(
-            one, [make_batch(token_set([20]), np.array([0]), 16)], 1e-3
+            one, [batch_of(token_set([20]), np.array([0]), 16)], 1e-3
         )
     after = optimizers.flat_state(one.optimizer)
     assert all(mx.array_equal(before[n], after[n]).item() for n in before)
@@ -154,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(poison):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_checkpointing_gives_the_same_bits_and_leaves_no_trace_on_the_class(dropout, compiled):
     made = adapted(dropout=dropout)
-    batch = [make_batch(token_set([30, 25]), np.arange(2), 16)]
+    batch = [batch_of(token_set([30, 25]), np.arange(2), 16)]
     block, own = type(made.model.layers[0]), type(made.model.layers[0]).__call__
     plain, recomputed = member(made), member(made)
     results = []
@@ -173,11 +178,11 @@ def test_dropout_depends_on_seed_update_and_micro_batch_alone():
     keys = [dropout_key(*k).tolist() for k in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))]
     assert len({tuple(k) for k in keys}) == 4
     made = adapted(dropout=0.5)
-    batch = make_batch(token_set([30]), np.array([0]), 16)
+    batch = batch_of(token_set([30]), np.array([0]), 16)
     step = Step(made, Forward(made.model), grad_clip=None, compiled=False)
     made.model.train()
     losses = [
-        step._loss_and_grad(made.params(), *arrays(batch), dropout_key(*k))[0].item()
+        step._loss_and_grad(made.params(), *batch.arrays(), dropout_key(*k))[0][1].item()
         for k in ((1, 1, 0), (1, 1, 0), (1, 2, 0))
     ]
     assert losses[0] == losses[1] != losses[2]
@@ -185,9 +190,9 @@ def test_dropout_depends_on_seed_update_and_micro_batch_alone():
 
 def test_evaluation_draws_nothing_and_ignores_dropout():
     made = adapted(dropout=0.5)
-    batch = make_batch(token_set([30]), np.array([0]), 16)
+    batch = batch_of(token_set([30]), np.array([0]), 16)
     made.model.eval()
     made.stream.begin(dropout_key(1, 1, 0))
-    first = cross_entropy_sum(Forward(made.model), *arrays(batch)).item()
+    first = loss_sum(Forward(made.model), *batch.arrays()).item()
     made.stream.begin(None)
-    assert cross_entropy_sum(Forward(made.model), *arrays(batch)).item() == first
+    assert loss_sum(Forward(made.model), *batch.arrays()).item() == first

@@ -1,0 +1,124 @@
+"""Batches as the step takes them: token ids, or the hidden states at the cut where the trunk is computed once.
+
+What needs no MLX, building a batch and reading the cache, is done for the next batch while the step runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from runner.data.batches import Batch, make_batch
+from runner.data.order import Order, Position
+from runner.data.tokens import TokenSet
+from runner.models.trunk import Trunk
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A batch and its arrays for the model."""
+
+    batch: Batch
+    inputs: mx.array
+    """Token ids (batch, length), or hidden states (batch, length, width) at the cut."""
+
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """inputs, positions, targets and weights (n,)."""
+        b = self.batch
+        return self.inputs, mx.array(b.positions), mx.array(b.targets), mx.array(b.weights)
+
+
+@dataclass(slots=True)
+class _Prepared:
+    batch: Batch
+    rows: np.ndarray
+    states: np.ndarray | None
+    missing: list[int]
+    """Places in `rows` whose states the cache lacks."""
+
+
+class Feed:
+    """Makes the batches of one token set."""
+
+    def __init__(self, rows: TokenSet, pad_to: int, trunk: Trunk | None = None) -> None:
+        self.rows = rows
+        self._pad_to, self._trunk = pad_to, trunk
+
+    def __call__(self, indices: np.ndarray) -> Ready:
+        """The batch of the rows `indices`, on the thread of training."""
+        return self.finish(self.prepare(indices))
+
+    def prepare(self, indices: np.ndarray) -> _Prepared:
+        """The part that needs no MLX."""
+        batch = make_batch(self.rows, indices, self._pad_to)
+        if self._trunk is None:
+            return _Prepared(batch, indices, None, [])
+        trunk, missing = self._trunk, []
+        states = np.zeros((*batch.inputs.shape, trunk.width), trunk.raw)
+        for place, row in enumerate(indices):
+            found = trunk.stored(int(row))
+            if found is None:
+                missing.append(place)
+            else:
+                states[place, : len(found)] = found
+        return _Prepared(batch, indices, states, missing)
+
+    def finish(self, prepared: _Prepared) -> Ready:
+        """The rest: what the cache lacks is computed."""
+        if self._trunk is None or prepared.states is None:
+            return Ready(prepared.batch, mx.array(prepared.batch.inputs))
+        computed = self._trunk.compute([int(prepared.rows[place]) for place in prepared.missing])
+        for place, made in zip(prepared.missing, computed, strict=True):
+            prepared.states[place, : len(made)] = made
+        return Ready(prepared.batch, self._trunk.array(prepared.states))
+
+
+class Fixed:
+    """The batches of an evaluation, the same each time; made one by one, while they are asked for."""
+
+    def __init__(self, feed: Feed, chosen: Sequence[np.ndarray]) -> None:
+        """`chosen`: the rows of each batch."""
+        self._feed, self._chosen = feed, chosen
+
+    def __iter__(self) -> Iterator[Ready]:
+        return (self._feed(indices) for indices in self._chosen)
+
+    @property
+    def rows(self) -> int:
+        """Rows in all batches."""
+        return sum(map(len, self._chosen))
+
+
+class Ahead:
+    """The updates' micro-batches in their order; the next update's are prepared in a thread meanwhile."""
+
+    def __init__(self, feed: Feed, order: Order, count: int, prefetch: bool = True) -> None:
+        """`count`: micro-batches of an update. Without `prefetch` all is done when it is asked for."""
+        self._feed, self._order, self._count = feed, order, count
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
+        self._next: tuple[Position, Future[tuple[list[_Prepared], Position]]] | None = None
+
+    def take(self, position: Position) -> tuple[list[Ready], Position]:
+        """The micro-batches of the update that begins at `position`, and the position after them."""
+        if self._pool is None:
+            prepared, after = self._prepare(position)
+            return [self._feed.finish(part) for part in prepared], after
+        if self._next is None or self._next[0] != position:
+            self._next = position, self._pool.submit(self._prepare, position)
+        prepared, after = self._next[1].result()
+        self._next = after, self._pool.submit(self._prepare, after)
+        return [self._feed.finish(part) for part in prepared], after
+
+    def close(self) -> None:
+        """End the thread."""
+        self._next = None
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, position: Position) -> tuple[list[_Prepared], Position]:
+        chosen, after = self._order.take(position, self._count)
+        return [self._feed.prepare(indices) for indices in chosen], after

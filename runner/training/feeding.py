@@ -1,0 +1,71 @@
+"""From settings to what feeds the model: the forward pass in its parts, the trunk's cache, evaluation's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from runner.blas import BlasReport, blas_identity
+from runner.config import Config
+from runner.data.order import evaluation_batches
+from runner.data.tokens import TokenSet
+from runner.models import cpu_ops
+from runner.models.fetch import cache_folder
+from runner.models.forward import Forward
+from runner.models.loading import Base
+from runner.models.trunk import Trunks, numbers_identity
+from runner.training.feed import Feed, Fixed
+
+
+def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport) -> Forward:
+    """The forward pass of `base` with an adapter on its last `num_layers` blocks."""
+    t = settings.train
+    cpu_ops.configure(on=t.cpu_ops, threads=blas.threads or 1)
+    cut = len(base.model.layers) - num_layers if t.trunk.cache else 0
+    return Forward(base.model, cut, everywhere=t.head == "all")
+
+
+def make_trunks(
+    forward: Forward, base: Base, settings: Config, blas: BlasReport, say: Callable[[str], None]
+) -> Trunks | None:
+    """The cache of what `forward` computes below its cut, or None where it has none."""
+    if not forward.cut:
+        return None
+    chosen = settings.train.trunk
+    return Trunks(
+        forward,
+        {"base": base.fingerprint, "cut": forward.cut, "blas": blas_identity(blas), **numbers_identity()},
+        memory_gb=chosen.memory_gb,
+        disk_gb=chosen.disk_gb,
+        folder=Path(chosen.folder).expanduser() if chosen.folder else cache_folder() / "trunk",
+        say=say,
+    )
+
+
+def feed_of(rows: TokenSet, settings: Config, trunks: Trunks | None) -> Feed:
+    """What makes batches of `rows`."""
+    return Feed(rows, settings.data.pad_to, trunks.of(rows) if trunks and len(rows) else None)
+
+
+def fixed_batches(rows: TokenSet, settings: Config, trunks: Trunks | None) -> Fixed:
+    """The batches of an evaluation: rows chosen in batches of training's size, computed in larger ones."""
+    t, pad_to = settings.train, settings.data.pad_to
+    chosen = evaluation_batches(rows.lengths, t.batch_size, t.eval_batches)
+    return Fixed(feed_of(rows, settings, trunks), joined(chosen, rows.lengths, pad_to, t.eval_tokens))
+
+
+def joined(chosen: list[np.ndarray], lengths: np.ndarray, pad_to: int, most: int) -> list[np.ndarray]:
+    """Neighbours of `chosen` joined while their padded positions stay within `most`; rows are by rising length."""
+    groups: list[list[np.ndarray]] = []
+    count = 0
+    for rows in chosen:
+        width = -(-max(1, int(lengths[rows].max()) - 1) // pad_to) * pad_to
+        if groups and (count + len(rows)) * width <= most:
+            groups[-1].append(rows)
+            count += len(rows)
+        else:
+            groups.append([rows])
+            count = len(rows)
+    return [np.concatenate(group) for group in groups]

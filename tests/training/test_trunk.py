@@ -1,0 +1,254 @@
+"""The trunk computed once: the same bits whatever the cache held, and a cache that is never trusted blindly."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from runner import config
+from runner.models import trunk as trunks_module
+from runner.models.forward import Forward
+from runner.models.loading import load
+from runner.models.trunk import Trunk, Trunks
+from runner.models.trunk_store import Budget, TrunkStore
+from runner.training.feed import Feed
+
+CUT = {"lora.num_layers": 1, "lora.dropout": 0.1, "train.grad_accumulation": 2}
+
+
+@pytest.fixture(autouse=True)
+def _small_sets_have_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trunks_module, "WORTH_A_FILE", 0)
+
+
+def store(folder: Path | None, rows: int = 3, *, memory: int = 0, disk: int = 10**6, say=print) -> TrunkStore:
+    return TrunkStore(
+        np.arange(rows + 1, dtype=np.int64) * 40, memory=Budget(memory), disk=disk, folder=folder, say=say
+    )
+
+
+def states(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**32, (5, 2), dtype=np.uint32)
+
+
+def kept(made: TrunkStore, row: int) -> bool:
+    found = made.fetch(row)
+    assert found is None or bytes(found) == states(row).tobytes(), "other bytes than were kept"
+    return found is not None
+
+
+@pytest.mark.parametrize(("memory", "disk", "left"), [(120, 0, 3), (80, 0, 2), (0, 10**6, 3), (40, 80, 2), (0, 0, 0)])
+def test_rows_come_back_as_they_were_kept_up_to_the_limits(tmp_path: Path, memory: int, disk: int, left: int) -> None:
+    made = store(tmp_path / "k", memory=memory, disk=disk)
+    for row in range(3):
+        assert not kept(made, row)
+        made.keep(row, states(row))
+    assert sum(kept(made, row) for row in range(3)) == left
+    made.close()
+    again = store(tmp_path / "k", disk=disk)
+    assert sum(kept(again, row) for row in range(3)) == min(3, disk // 40)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "sums cut", "sums gone", "states gone"])
+def test_a_damaged_file_loses_rows_and_never_gives_other_bytes(tmp_path: Path, damage: str) -> None:
+    made = store(tmp_path / "k")
+    for row in range(3):
+        made.keep(row, states(row))
+    made.close()
+    data, sums = tmp_path / "k/states.bin", tmp_path / "k/sums.bin"
+    if damage == "flip":
+        whole = bytearray(data.read_bytes())
+        whole[45] ^= 1
+        data.write_bytes(whole)
+    elif damage == "cut":
+        os.truncate(data, 100)
+    elif damage == "sums cut":
+        os.truncate(sums, 13)
+    else:
+        (sums if damage.startswith("sums") else data).unlink()
+    again = store(tmp_path / "k")
+    found = [kept(again, row) for row in range(3)]
+    assert (
+        found
+        == {
+            "flip": [True, False, True],
+            "cut": [True, True, False],
+            "sums cut": [True, False, False],
+            "sums gone": [False] * 3,
+            "states gone": [False] * 3,
+        }[damage]
+    )
+    for row in range(3):
+        again.keep(row, states(row))
+    assert all(kept(again, row) for row in range(3))
+
+
+def test_two_that_write_the_same_rows_at_once_agree(tmp_path: Path) -> None:
+    both = [store(tmp_path / "k", rows=200) for _ in range(2)]
+
+    def fill(made: TrunkStore) -> None:
+        for row in range(200):
+            made.keep(row, states(row))
+
+    threads = [threading.Thread(target=fill, args=(made,)) for made in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(kept(store(tmp_path / "k", rows=200), row) for row in range(200))
+
+
+def test_a_folder_that_cannot_be_used_is_said_once_and_costs_the_disk_only(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    made = store(tmp_path / "file" / "k", memory=40, say=said.append)
+    made.keep(0, states(0))
+    made.keep(1, states(1))
+    assert kept(made, 0) and not kept(made, 1)
+    assert len(said) == 1 and "memory only" in said[0]
+
+
+def test_a_disk_that_fails_while_rows_are_written_is_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = store(tmp_path / "k", say=said.append)
+    assert made._files is not None
+    os.close(made._files[0])  # writing fails from here on
+    made._files = (os.open("/dev/full", os.O_RDWR), made._files[1])
+    for row in range(3):
+        made.keep(row, states(row))
+    assert len(said) == 1 and "No space left" in said[0]
+    assert not any(kept(made, row) for row in range(3))
+
+
+def test_what_was_not_used_for_longest_makes_room_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/precious").write_text("mine")
+    rows = np.arange(4, dtype=np.int64) * 8192
+    for age, name in enumerate(("new", "old")):
+        made = TrunkStore(rows, memory=Budget(0), disk=10**6, folder=tmp_path / name)
+        for row in range(3):
+            made.keep(row, np.full(2048, row + 1, np.uint32))
+        made.close()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    size = (tmp_path / "old/states.bin").stat().st_blocks * 512
+    TrunkStore(rows, memory=Budget(0), disk=2 * size, folder=tmp_path / "third")
+    assert {p.name for p in tmp_path.iterdir()} == {"new", "third", "notes"}
+    assert (tmp_path / "notes/precious").read_text() == "mine"
+
+
+def test_the_parts_of_the_model_give_the_whole_bit_for_bit() -> None:
+    base = load(config.Model(path="builtin:tiny"))
+    ids = mx.array([[1, 70, 71, 72, 3, 100, 259, 2] * 8])
+    for cut in range(1, len(base.model.layers)):
+        forward = Forward(base.model, cut)
+        assert forward.cut == cut
+        own = forward.logits(ids, mx.arange(64))
+        assert mx.array_equal(own, forward.logits(forward.below(ids), mx.arange(64)))
+
+
+def test_a_model_that_treats_its_blocks_by_position_is_not_cut() -> None:
+    base = load(config.Model(path="builtin:tiny"))
+    trunk = base.model.model
+    own = type(trunk)
+
+    class ByPosition(own):  # type: ignore[misc, valid-type]
+        def __call__(self, inputs, cache=None, input_embeddings=None):
+            h = self.embed_tokens(inputs)
+            for number, block in enumerate(self.layers):
+                h = block(h, "causal", None) * (1.0 + number)
+            return self.norm(h)
+
+    trunk.__class__ = ByPosition
+    made = Forward(base.model, 1)
+    assert made.split and made.cut == 0
+
+
+@pytest.fixture
+def rows(tiny: Callable) -> Trunk:
+    from runner.data.reading import reading_of
+    from runner.data.tokens import load_splits
+
+    settings = tiny()
+    base = load(settings.model)
+    return load_splits("builtin:tiny", base.tokenizer, reading_of(settings.data)).train
+
+
+def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, tmp_path: Path) -> None:
+    forward = Forward(load(config.Model(path="builtin:tiny")).model, 1)
+    limits = {"memory_gb": 0, "disk_gb": 0, "folder": None, "say": print}
+    trunk = Trunks(forward, {}, **limits).of(rows)
+    chosen = np.argsort(rows.lengths)[[0, 1, len(rows) // 2, -1]]
+    together = trunk.compute([int(r) for r in chosen])
+    alone = [trunk.compute([int(r)])[0] for r in reversed(chosen)][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+    fed, plain = Feed(rows, 16, trunk)(chosen), Feed(rows, 16)(chosen)
+    own = forward.logits(plain.inputs, mx.array(plain.batch.positions))
+    ours = forward.logits(fed.inputs, mx.array(fed.batch.positions))
+    assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
+
+
+def test_an_entry_of_other_tokens_or_another_base_is_another_file(rows, tmp_path: Path) -> None:
+    forward = Forward(load(config.Model(path="builtin:tiny")).model, 1)
+    limits = {"memory_gb": 0, "disk_gb": 1, "folder": tmp_path, "say": print}
+    for identity in ({"base": "a"}, {"base": "b"}, {"base": "a"}):
+        trunk = Trunks(forward, identity, **limits).of(rows)
+        trunk.compute([0])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.fixture
+def reference(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
+    """A run whose cache was empty at first, and held all in memory."""
+    return train(tiny(**CUT, **{"train.trunk.disk_gb": 0.0}), tmp_path / "reference")
+
+
+@pytest.mark.parametrize("kind", ["disk", "nothing", "little memory", "warm"])
+def test_no_state_of_the_cache_changes_a_bit(
+    tiny: Callable, train: Callable, tmp_path: Path, reference: Path, assert_equal_runs: Callable, kind: str
+) -> None:
+    limits = {
+        "disk": {"train.trunk.memory_gb": 0.0},
+        "nothing": {"train.trunk.memory_gb": 0.0, "train.trunk.disk_gb": 0.0},
+        "little memory": {"train.trunk.memory_gb": 5e-5, "train.trunk.disk_gb": 0.0},
+        "warm": {"train.trunk.memory_gb": 0.0},
+    }[kind]
+    changes = {**CUT, **limits, "train.trunk.folder": str(tmp_path / "cache")}
+    run = train(tiny(**changes), tmp_path / "run")
+    if kind == "warm":
+        run = train(tiny(**changes), tmp_path / "again")
+    assert_equal_runs(run, reference)
+    assert (tmp_path / "cache").exists() == (kind in ("disk", "warm"))
+
+
+@pytest.mark.parametrize("between", ["deleted", "filled", "elsewhere", "damaged"])
+def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
+    tiny: Callable, train: Callable, tmp_path: Path, reference: Path, assert_equal_runs: Callable, between: str
+) -> None:
+    cache = tmp_path / "cache"
+    changes = {**CUT, "train.trunk.memory_gb": 0.0, "train.trunk.folder": str(cache)}
+    run = train(tiny(**changes, **{"train.stop_at": 5}), tmp_path / "run")
+    if between == "deleted":
+        shutil.rmtree(cache)
+    elif between == "filled":
+        train(tiny(**changes), tmp_path / "other")
+    elif between == "elsewhere":
+        changes["train.trunk.folder"] = str(tmp_path / "second disk")
+    else:
+        for file in cache.rglob("states.bin"):
+            file.write_bytes(bytes(file.stat().st_size))
+    assert_equal_runs(train(tiny(**changes), run, resume=run), reference)
+
+
+def test_switching_it_off_on_resume_is_named(
+    tiny: Callable, train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tiny(**CUT, **{"train.stop_at": 5}), tmp_path / "run")
+    train(tiny(**CUT, **{"train.trunk.cache": False}), run, resume=run)
+    assert "trunk was 3, is 0" in (run / "run.log").read_text()

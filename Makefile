@@ -36,7 +36,7 @@ FIND_PYTHON = python=; bare=; \
 	  exit 2; \
 	fi
 
-.PHONY: help setup models train test test-all faults check clean
+.PHONY: help setup models train test test-all faults bench bench-full check clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -81,6 +81,12 @@ $(REFERENCE_STAMP): constraints.txt
 
 faults: models ## every fault of tests/faults/rows.py with full counts, one line a row (half an hour)
 	@RUNNER_FAULTS=full $(PYTEST) tests/faults
+
+bench: setup ## against stock mlx_lm.lora, side by side (ten minutes; leave the machine alone)
+	@"$(RUN)" -m benchmarks.against_mlx_lm --quick $(ARGS)
+
+bench-full: setup ## all rows and rounds of it (hours)
+	@"$(RUN)" -m benchmarks.against_mlx_lm --full $(ARGS)
 
 check: setup ## formatting, lint, types, and docs in step with the code
 	@"$(RUN)" -m ruff format --check .

@@ -113,11 +113,14 @@ def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, 
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.tuner.trainer import default_loss
 
-    from runner.data.batches import make_batch
+    from runner.cpu.block import view
+    from runner.cpu.making import make_engine
     from runner.models.forward import Forward
-    from runner.training.step import arrays, cross_entropy_sum
+    from runner.training.feed import Feed
+    from runner.training.loss import surrogate
 
     model, forward = adapted.model, Forward(adapted.model)
+    engine, _ = make_engine(forward, piece=256)
     params = {
         # B starts at zero, where the gradient of A is zero as well.
         name: mx.random.normal(array.shape, scale=0.01, key=mx.random.key(index)) if name.endswith("lora_b") else array
@@ -125,14 +128,21 @@ def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, 
     }
     model.update(tree_unflatten(list(params.items())))
     model.train()
-    batch = make_batch(rows, np.asarray(chosen), pad_to=32)
+    ready = Feed(rows, pad_to=32)(np.asarray(chosen))
+    batch = ready.batch
 
-    def mean(params: dict[str, mx.array]) -> mx.array:
+    def mean(params: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
         model.update(tree_unflatten(list(params.items())))
-        return cross_entropy_sum(forward, *arrays(batch)) / batch.supervised
+        scalar, loss = surrogate(forward, *ready.arrays())
+        return scalar / batch.supervised, loss / batch.supervised
 
-    ours = mx.value_and_grad(mean)(params)
-    mx.eval(ours)
+    if engine is None:
+        (_, loss), grads = mx.value_and_grad(mean)(params)
+        ours = loss.item(), grads
+    else:
+        summed, made = engine.loss_and_grads({name: view(a) for name, a in params.items()}, *ready.numbers())
+        ours = summed / batch.supervised, {name: mx.array(grad / batch.supervised) for name, grad in made.items()}
+    mx.eval(ours[1])
     model.update(tree_unflatten(list(params.items())))
     parts = [rows.row(int(index)) for index in chosen]
     padded = np.zeros((len(parts), batch.inputs.shape[1] + 1), np.int32)
@@ -141,7 +151,7 @@ def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, 
     spans = [(int(supervised.argmax()), len(tokens) - 1) for tokens, supervised in parts]
     (loss, _), grads = nn.value_and_grad(model, default_loss)(model, mx.array(padded), mx.array(spans))
     mx.eval(loss, grads)
-    return (ours[0].item(), ours[1]), (loss.item(), dict(tree_flatten(grads)))
+    return ours, (loss.item(), dict(tree_flatten(grads)))
 
 
 def _norm(array: Any) -> float:
@@ -159,16 +169,17 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
     """Validation loss of the base and of each adapter, by our evaluation: over supervised tokens, none of padding."""
     adapted, tokens = _load(model, data)
     import mlx.core as mx
+    import numpy as np
     from mlx.utils import tree_unflatten
 
-    from runner.data.batches import make_batch
     from runner.data.order import evaluation_batches
     from runner.models.forward import Forward
     from runner.training.evaluation import evaluate
+    from runner.training.feed import Feed, Fixed
 
     forward = Forward(adapted.model)
     chosen = evaluation_batches(tokens.valid.lengths, Work(0, 0).batch_size)
-    batches = [make_batch(tokens.valid, rows, pad_to=16) for rows in chosen]
+    batches = Fixed(Feed(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
     params, losses = adapted.params(), []
     before = evaluate(adapted.model, forward, batches).loss
     for folder in folders:

@@ -44,6 +44,20 @@ class Lever:
 LEVERS: dict[str, Lever] = {
     "near lengths": Lever("batches of near lengths", {"data.window": "1"}, {"data.window": "32"}),
     "pad to 16": Lever("padded to 16 tokens, not 32", {"data.pad_to": "32"}, {"data.pad_to": "16"}),
+    "head": Lever(
+        "head and loss where a token is supervised, in pieces",
+        {"train.head": "all", "train.loss_piece": "65536"},
+        {"train.head": "supervised", "train.loss_piece": "256"},
+    ),
+    "trunk": Lever("the frozen trunk computed once", {"train.trunk.cache": "false"}, {"train.trunk.cache": "true"}),
+    "engine": Lever(
+        "the engine of the CPU (with the head: it computes no other)",
+        {"train.cpu_ops": "false"},
+        {"train.cpu_ops": "true", "train.head": "supervised", "train.loss_piece": "256"},
+    ),
+    "evaluation": Lever("evaluation in larger batches", {"train.eval_tokens": "1"}, {"train.eval_tokens": "2048"}),
+    "prefetch": Lever("the next batch prepared meanwhile", {"train.prefetch": "false"}, {"train.prefetch": "true"}),
+    "saving": Lever("saving in the background", {"checkpoint.background": "false"}, {"checkpoint.background": "true"}),
     "compile": Lever(
         "compiled step (off as shipped on the CPU)", {"train.compile": "never"}, {"train.compile": "always"}
     ),

@@ -28,8 +28,13 @@ class Batch:
     """(n,) float32: 1, and 0 for the filling up to a multiple of 64 (its position and target are 0)."""
     supervised: int
     """Supervised tokens: the sum of `weights`."""
-    real_tokens: int
-    """Input tokens without padding."""
+    lengths: np.ndarray
+    """(batch,) int64: of each row, without padding."""
+
+    @property
+    def real_tokens(self) -> int:
+        """Input tokens without padding."""
+        return int(self.lengths.sum())
 
 
 def make_batch(tokens: TokenSet, indices: np.ndarray, pad_to: int) -> Batch:
@@ -59,4 +64,4 @@ def make_batch(tokens: TokenSet, indices: np.ndarray, pad_to: int) -> Batch:
     positions[:supervised] = (row * length + column)[counted]
     targets[:supervised] = tokens.tokens[source + 1][counted]
     weights[:supervised] = 1
-    return Batch(inputs, positions, targets, weights, supervised, real)
+    return Batch(inputs, positions, targets, weights, supervised, counts)

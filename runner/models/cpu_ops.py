@@ -47,25 +47,30 @@ def cross_entropy(
     """
     mx.eval(logits, targets, weights)
     x, t, w = (np.array(a, copy=False) for a in (logits, targets, weights))
-    losses = np.empty(len(x), np.float32)
+    losses = softmax_loss(x, t, w, gradient=gradient)
+    return mx.array(losses.sum(dtype=np.float32)), logits
+
+
+def softmax_loss(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, gradient: bool) -> np.ndarray:
+    """Weighted losses (n,) as in `cross_entropy`; `logits` (n, vocabulary) are written over."""
+    losses = np.empty(len(logits), np.float32)
 
     def work(start: int, stop: int) -> None:
         with np.errstate(all="ignore"):  # what is not finite shows in the loss
             for at in range(start, stop, _ROWS):
                 part = slice(at, min(at + _ROWS, stop))
-                rows, index = x[part], np.arange(len(x[part]))
-                largest = rows.max(axis=1, keepdims=True)
-                np.subtract(rows, largest, out=rows)
-                own = rows[index, t[part]]
+                rows, index = logits[part], np.arange(len(logits[part]))
+                rows -= rows.max(axis=1, keepdims=True)
+                own = rows[index, targets[part]]
                 np.exp(rows, out=rows)
                 total = rows.sum(axis=1)
-                losses[part] = (np.log(total) - own) * w[part]
+                losses[part] = (np.log(total) - own) * weights[part]
                 if gradient:
-                    rows *= (w[part] / total)[:, None]
-                    rows[index, t[part]] -= w[part]
+                    rows *= (weights[part] / total)[:, None]
+                    rows[index, targets[part]] -= weights[part]
 
-    divided(work, len(x))
-    return mx.array(losses.sum(dtype=np.float32)), logits
+    divided(work, len(logits))
+    return losses
 
 
 def divided(work: Callable[[int, int], None], count: int) -> None:

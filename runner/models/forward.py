@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
+
+if TYPE_CHECKING:
+    from runner.cpu.engine import Engine
 
 
 class Forward:
@@ -22,6 +26,8 @@ class Forward:
         `everywhere` computes the head at every position, and leaves out afterwards what is not asked for.
         """
         self.model, self.everywhere = model, everywhere
+        self.engine: Engine | None = None
+        """Computes loss and gradients instead of MLX, where it is set."""
         self.split = self._head() is not None and self._agrees(self._own_trunk)
         self.cut = 0
         if cut and self.split:

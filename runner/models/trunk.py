@@ -38,7 +38,7 @@ class Trunk:
     """The states (length, width) of each row of one TokenSet; `length` is that of the row less its last token."""
 
     def __init__(self, forward: Forward, rows: TokenSet, store: TrunkStore, dtype: mx.Dtype, width: int) -> None:
-        self._forward, self._rows, self._store = forward, rows, store
+        self.forward, self._rows, self._store = forward, rows, store
         self.dtype, self.width = dtype, width
         self.raw = _BYTES[dtype]
         """NumPy's type of the same size: NumPy knows no bfloat16, and the bits only pass through."""
@@ -59,8 +59,11 @@ class Trunk:
         inputs = np.zeros((len(rows), -(-longest // _MULTIPLE) * _MULTIPLE), np.int32)
         for line, ids in zip(inputs, tokens, strict=True):
             line[: len(ids)] = ids
-        states = self._forward.below(mx.array(inputs))
-        raw = np.array(states.view(_AS[self.dtype]), copy=False)
+        engine = self.forward.engine
+        if engine is not None:
+            raw = engine.below(inputs).view(self.raw)
+        else:
+            raw = np.array(self.forward.below(mx.array(inputs)).view(_AS[self.dtype]), copy=False)
         out = [raw[i, : len(ids)].copy() for i, ids in enumerate(tokens)]
         for row, data in zip(rows, out, strict=True):
             self._store.keep(row, data)
@@ -91,6 +94,12 @@ class Trunks:
         probe = forward.below(mx.array(np.ones((1, 1), np.int32)))
         self._dtype, self._width = probe.dtype, probe.shape[-1]
         self._trunks: dict[str, tuple[Trunk, TrunkStore]] = {}
+
+    def use(self, forward: Forward) -> None:
+        """Compute with another job's forward pass from here on; the first one's memory is let go of."""
+        self.forward = forward
+        for trunk, _ in self._trunks.values():
+            trunk.forward = forward
 
     def of(self, rows: TokenSet) -> Trunk:
         """The trunk of `rows`, the same for equal rows."""

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
+from runner.cpu.block import view
 from runner.models.forward import Forward
 from runner.training.feed import Ready
 from runner.training.loss import PIECE, loss_sum
@@ -37,11 +38,13 @@ def evaluate(
     begun = time.perf_counter()
     model.eval()
     total, supervised, tokens = 0.0, 0, 0
+    params = {name: view(array) for name, array in tree_flatten(model.trainable_parameters())} if forward.engine else {}
     for ready in batches:
         each()
-        part = loss_sum(forward, *ready.arrays(), piece=piece)
-        mx.eval(part)
-        total += float(part)
+        if forward.engine is not None:
+            total += forward.engine.loss(params, *ready.numbers())
+        else:
+            total += float(view(loss_sum(forward, *ready.arrays(), piece=piece)))
         supervised += ready.batch.supervised
         tokens += ready.batch.real_tokens
     return Evaluation(total / max(1, supervised), supervised, tokens, time.perf_counter() - begun)

@@ -23,13 +23,23 @@ class Ready:
     """A batch and its arrays for the model."""
 
     batch: Batch
-    inputs: mx.array
-    """Token ids (batch, length), or hidden states (batch, length, width) at the cut."""
+    states: np.ndarray | None = None
+    """Hidden states (batch, length, width) at the cut, as the cache has them."""
+    trunk: Trunk | None = None
 
     def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """inputs, positions, targets and weights (n,)."""
+        """Inputs, which are token ids (batch, length) or hidden states; positions, targets and weights (n,)."""
         b = self.batch
-        return self.inputs, mx.array(b.positions), mx.array(b.targets), mx.array(b.weights)
+        inputs = mx.array(b.inputs) if self.states is None or self.trunk is None else self.trunk.array(self.states)
+        return inputs, mx.array(b.positions), mx.array(b.targets), mx.array(b.weights)
+
+    def numbers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The same for the engine of the CPU, where all is float32: rows without padding, with their lengths."""
+        b = self.batch
+        real = np.arange(b.inputs.shape[1]) < b.lengths[:, None]
+        places = np.cumsum(real.reshape(-1)) - 1
+        inputs = b.inputs if self.states is None else self.states.view(np.float32)
+        return inputs[real], b.lengths, places[b.positions], b.targets, b.weights
 
 
 @dataclass(slots=True)
@@ -70,11 +80,11 @@ class Feed:
     def finish(self, prepared: _Prepared) -> Ready:
         """The rest: what the cache lacks is computed."""
         if self._trunk is None or prepared.states is None:
-            return Ready(prepared.batch, mx.array(prepared.batch.inputs))
+            return Ready(prepared.batch)
         computed = self._trunk.compute([int(prepared.rows[place]) for place in prepared.missing])
         for place, made in zip(prepared.missing, computed, strict=True):
             prepared.states[place, : len(made)] = made
-        return Ready(prepared.batch, self._trunk.array(prepared.states))
+        return Ready(prepared.batch, prepared.states, self._trunk)
 
 
 class Fixed:

@@ -9,6 +9,8 @@ import numpy as np
 
 from runner.blas import BlasReport, blas_identity
 from runner.config import Config
+from runner.cpu.engine import VERSION
+from runner.cpu.making import make_engine
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
 from runner.models import cpu_ops
@@ -24,7 +26,10 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
     t = settings.train
     cpu_ops.configure(on=t.cpu_ops, threads=blas.threads or 1)
     cut = len(base.model.layers) - num_layers if t.trunk.cache else 0
-    return Forward(base.model, cut, everywhere=t.head == "all")
+    forward = Forward(base.model, cut, everywhere=t.head == "all")
+    if t.cpu_ops and forward.split and t.head != "all" and t.compile != "always" and not settings.lora.dropout:
+        forward.engine, _ = make_engine(forward, recompute=t.grad_checkpoint, piece=t.loss_piece)
+    return forward
 
 
 def make_trunks(
@@ -34,9 +39,16 @@ def make_trunks(
     if not forward.cut:
         return None
     chosen = settings.train.trunk
+    identity = {
+        "base": base.fingerprint,
+        "cut": forward.cut,
+        "blas": blas_identity(blas),
+        "engine": forward.engine and VERSION,
+        **numbers_identity(),
+    }
     return Trunks(
         forward,
-        {"base": base.fingerprint, "cut": forward.cut, "blas": blas_identity(blas), **numbers_identity()},
+        identity,
         memory_gb=chosen.memory_gb,
         disk_gb=chosen.disk_gb,
         folder=Path(chosen.folder).expanduser() if chosen.folder else cache_folder() / "trunk",

@@ -14,6 +14,7 @@ from runner import __version__, changes, config
 from runner.blas import BlasReport, blas_identity
 from runner.checkpoints.schedule import Schedule
 from runner.config import Config
+from runner.cpu.engine import VERSION
 from runner.data.formats import Reading
 from runner.data.order import Order, Position
 from runner.data.tokens import DataSet
@@ -144,6 +145,7 @@ def _identity(
             "trunk": forward.cut,
             "head": settings.train.head,
             "cpu_ops": cpu_ops.usable() and f"numpy {version('numpy')}",
+            "engine": forward.engine and VERSION,
         },
         hyperparameters=config.flatten_dict(stored),
     )

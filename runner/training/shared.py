@@ -69,10 +69,12 @@ class Shared:
         say: Callable[[str], None],
     ) -> Trunks | None:
         """The trunk's cache at `forward`'s cut, the last job's where it had the same."""
-        key = (base.fingerprint, forward.cut, astuple(settings.train.trunk))
+        key = (base.fingerprint, forward.cut, forward.engine is None, astuple(settings.train.trunk))
         if self._trunks is None or self._trunks[0] != key:
             self._let_go_of_trunks()
             self._trunks = (key, make_trunks(forward, base, settings, blas, say))
+        elif self._trunks[1]:
+            self._trunks[1].use(forward)
         return self._trunks[1]
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
+from runner.cpu.block import view
 from runner.errors import Diverged
 from runner.models.adapters import Adapted, Params
 from runner.models.forward import Forward
@@ -56,7 +57,7 @@ class Step:
         loss_sum, total = 0.0, None
         for micro, ready in enumerate(batches):
             key = dropout_key(member.seed, update, micro)
-            (_, part), grads = self._loss_and_grad(member.params, *ready.arrays(), key)
+            part, grads = self._of_batch(member.params, ready, key)
             total = grads if total is None else {name: total[name] + g for name, g in grads.items()}
             mx.eval(part, total)
             loss_sum += float(part)
@@ -75,6 +76,15 @@ class Step:
         self.place(member.params)  # tracing left its own arrays in the model
         self._adapted.stream.begin(None)
         return loss_sum, norm.item()
+
+    def _of_batch(self, params: Params, ready: Ready, key: mx.array) -> tuple[mx.array, Params]:
+        """Summed loss and gradients of one micro-batch."""
+        engine = self._forward.engine
+        if engine is None:
+            (_, loss), grads = self._loss_and_grad(params, *ready.arrays(), key)
+            return loss, grads
+        value, made = engine.loss_and_grads({name: view(array) for name, array in params.items()}, *ready.numbers())
+        return mx.array(value), {name: mx.array(grad) for name, grad in made.items()}
 
     def _loss_sum(
         self,

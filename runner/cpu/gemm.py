@@ -1,0 +1,57 @@
+"""Float32 matrix products by the BLAS that is loaded for the whole process, into memory that is already there."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+_ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
+
+
+@cache
+def _sgemm() -> Callable[..., None] | None:
+    """`cblas_sgemm` in the global scope, where `runner.blas` puts the fast one; None where there is none."""
+    try:
+        found = ctypes.CDLL(None).cblas_sgemm
+    except (AttributeError, OSError):
+        return None
+    number, real, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    found.argtypes = [number] * 6 + [real, pointer, number, pointer, number, real, pointer, number]
+    found.restype = None
+    return found
+
+
+def available() -> bool:
+    """Whether there is a BLAS to call."""
+    return _sgemm() is not None
+
+
+def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, *, alpha: float = 1.0, add: bool = False) -> np.ndarray:
+    """`out` (m, n) = alpha * a (m, k) @ b (k, n), or that added to it. Float32; views and transposes cost no copy."""
+    m, k = a.shape
+    n = b.shape[1]
+    flag_a, step_a = _layout(a)
+    flag_b, step_b = _layout(b)
+    call = _sgemm()
+    assert call is not None and b.shape[0] == k and out.shape == (m, n) and out.strides[1] == 4
+    call(
+        *(_ROW_MAJOR, flag_a, flag_b, m, n, k, alpha),
+        *(_at(a), step_a, _at(b), step_b, float(add), _at(out), max(out.strides[0] // 4, n)),
+    )
+    return out
+
+
+def _layout(x: np.ndarray) -> tuple[int, int]:
+    """How BLAS is to read a matrix: as it lies or transposed, and the floats from one line to the next."""
+    rows, columns = x.strides
+    if columns == 4 and (rows >= 4 * x.shape[1] or x.shape[0] == 1):
+        return _PLAIN, max(rows // 4, x.shape[1])
+    assert rows == 4, "neither lines nor columns lie together"
+    return _TRANSPOSED, max(columns // 4, x.shape[0])
+
+
+def _at(x: np.ndarray) -> int:
+    return x.__array_interface__["data"][0]

@@ -1,0 +1,65 @@
+"""An engine for a model, where there can be one and it gives the model's own loss and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from runner.cpu.block import view
+from runner.cpu.engine import Engine
+from runner.models.forward import Forward
+from runner.models.loading import on_cpu
+from runner.training.loss import surrogate
+
+TOLERANCE = 1e-3
+"""Largest relative difference: of the loss, and of each gradient by its norm. Float32 noise is a hundredth of it."""
+
+
+def make_engine(forward: Forward, *, recompute: bool = False, piece: int) -> tuple[Engine | None, str]:
+    """The engine of `forward`'s model, which carries its adapter; or None, and why."""
+    if not on_cpu():
+        return None, "this is no CPU"
+    try:
+        engine = Engine(forward.model, recompute=recompute, piece=piece)
+    except (TypeError, AttributeError) as error:
+        return None, f"this model has a part that is not written out: {error}"
+    return (engine, "") if _agrees(engine, forward) else (None, "it does not give this model's own gradients")
+
+
+def _agrees(engine: Engine, forward: Forward) -> bool:
+    model = forward.model
+    own = dict(tree_flatten(model.trainable_parameters()))
+    keys = mx.random.split(mx.random.key(0), max(1, len(own)))
+    params = {  # B starts at zero, where the gradient of A is zero as well
+        name: mx.random.normal(array.shape, scale=0.02, key=key) if name.endswith("lora_b") else array
+        for (name, array), key in zip(own.items(), keys, strict=False)
+    }
+    inputs = (np.arange(8, dtype=np.int32) + 1)[None]
+    positions, weights = np.arange(8, dtype=np.int32), (np.arange(8) < 7).astype(np.float32)
+    rest = positions, inputs[0], weights
+
+    def loss(params: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+        model.update(tree_unflatten(list(params.items())))
+        return surrogate(forward, *map(mx.array, (inputs, *rest)))
+
+    training = model.training
+    try:
+        model.eval()
+        (_, theirs), their_grads = mx.value_and_grad(loss)(params)
+        mx.eval(theirs, their_grads)
+        ours, our_grads = engine.loss_and_grads({name: view(a) for name, a in params.items()}, inputs[0], [8], *rest)
+    except (ValueError, AssertionError, KeyError):  # other shapes than the engine takes
+        return False
+    finally:
+        model.update(tree_unflatten(list(own.items())))
+        model.train(training)
+    if set(our_grads) != set(their_grads) or not math.isclose(ours, float(view(theirs)), rel_tol=TOLERANCE):
+        return False
+    return all(
+        our_grads[name].shape == grad.shape
+        and np.linalg.norm(our_grads[name] - view(grad)) <= TOLERANCE * np.linalg.norm(view(grad))
+        for name, grad in their_grads.items()
+    )

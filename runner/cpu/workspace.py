@@ -1,0 +1,27 @@
+"""Memory that each step uses again: fresh pages would have to be cleared by the system every time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+class Workspace:
+    """Float32 arrays by name; an array is what was left there, and holds until its name is asked for again."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, np.ndarray] = {}
+
+    def get(self, name: str, *shape: int) -> np.ndarray:
+        """An array of `shape` whose numbers are to be written first."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.size < size:
+            self._held[name] = held = np.empty(size, np.float32)
+        return held[:size].reshape(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array in self._held.values())

@@ -1,0 +1,234 @@
+"""The CPU's engine against MLX's own differentiation, and what is refused to it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import llama, qwen2
+
+from runner import config
+from runner.cpu import kernels
+from runner.cpu.block import view
+from runner.cpu.engine import Engine
+from runner.cpu.making import make_engine
+from runner.data.tokens import TokenSet
+from runner.models import cpu_ops
+from runner.models.adapters import Adapted
+from runner.models.forward import Forward
+from runner.models.loading import Base, load
+from runner.training.evaluation import evaluate
+from runner.training.feed import Feed
+from runner.training.loss import surrogate
+
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 300,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+}
+MODELS = {
+    "tied": lambda: llama.Model(llama.ModelArgs("llama", **SMALL)),
+    "own head": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, tie_word_embeddings=False)),
+    "biases": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, attention_bias=True, mlp_bias=True)),
+    "llama3 rope": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, rope_scaling=LLAMA3)),
+    "one head each": lambda: llama.Model(llama.ModelArgs("llama", **{**SMALL, "num_key_value_heads": 6})),
+    "qwen2": lambda: qwen2.Model(qwen2.ModelArgs("qwen2", **SMALL)),
+}
+
+
+def adapted(model, **lora) -> Adapted:
+    mx.random.seed(1)
+    model.update(tree_unflatten([(n, mx.random.normal(a.shape) * 0.2) for n, a in tree_flatten(model.parameters())]))
+    model.freeze()
+    made = Adapted(Base(model, None, {}, "none", "none"), config.Lora(**{"num_layers": 2, "rank": 4, **lora}), seed=0)
+    params = {n: mx.random.normal(a.shape) * 0.1 for n, a in made.params().items()}
+    made.model.update(tree_unflatten(list(params.items())))
+    mx.eval(made.model.parameters())
+    return made
+
+
+def batch(lengths, trunk=None):
+    numbers = np.random.default_rng(2)
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    tokens, supervised = numbers.integers(1, 300, offsets[-1]), numbers.random(offsets[-1]) < 0.7
+    rows = TokenSet(tokens.astype(np.int32), supervised, offsets, np.arange(len(lengths), dtype=np.int64))
+    return Feed(rows, 16, trunk)(np.arange(len(lengths)))
+
+
+def by_mlx(made: Adapted, ready):
+    """Loss and gradients by MLX's own differentiation."""
+    forward, own = Forward(made.model), made.params()
+
+    def loss(params):
+        made.model.update(tree_unflatten(list(params.items())))
+        return surrogate(forward, *ready.arrays())
+
+    (_, value), grads = mx.value_and_grad(loss)(own)
+    mx.eval(value, grads)
+    made.model.update(tree_unflatten(list(own.items())))
+    return value.item(), {name: view(grad) for name, grad in grads.items()}
+
+
+def numpy_params(made: Adapted):
+    return {name: view(array) for name, array in made.params().items()}
+
+
+def assert_close(made: Adapted, found, ready) -> None:
+    value, grads = by_mlx(made, ready)
+    assert found[0] == pytest.approx(value, rel=1e-5)
+    assert set(found[1]) == set(grads)
+    for name, grad in grads.items():
+        size = np.linalg.norm(grad)
+        assert size > 1e-3, name
+        assert np.linalg.norm(found[1][name] - grad) < 2e-5 * size, name
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool) -> None:
+    made = adapted(MODELS[name]())
+    ready = batch([9, 30, 2, 17])
+    engine = Engine(made.model, recompute=recompute, piece=16)
+    assert_close(made, engine.loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"num_layers": -1},
+        {"num_layers": 1, "rank": 3},
+        {"keys": ["self_attn.q_proj", "self_attn.v_proj"]},
+        {"keys": ["mlp.down_proj"]},
+        {"alpha": 3.0},
+    ],
+)
+def test_any_shape_of_adapter(lora: dict) -> None:
+    made = adapted(MODELS["tied"](), **lora)
+    ready = batch([20, 33])
+    assert_close(made, Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+
+
+def test_rows_longer_than_a_tile_of_attention() -> None:
+    made = adapted(MODELS["tied"]())
+    ready = batch([130, 300, 129])
+    assert_close(made, Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+
+
+def test_memory_that_is_used_again_leaves_nothing_behind() -> None:
+    made = adapted(MODELS["biases"]())
+    engine, params = Engine(made.model), numpy_params(made)
+    ready = batch([20, 9])
+    first = engine.loss_and_grads(params, *ready.numbers())
+    engine.loss_and_grads(params, *batch([200, 40, 3]).numbers())
+    assert engine.loss(params, *ready.numbers()) == first[0]
+    again = engine.loss_and_grads(params, *ready.numbers())
+    assert first[0] == again[0]
+    assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
+
+
+def test_no_number_of_threads_changes_a_bit() -> None:
+    made = adapted(MODELS["tied"]())
+    params, ready, found = numpy_params(made), batch([150, 40, 90]), []
+    for threads in (1, 2, 3):
+        cpu_ops.configure(on=True, threads=threads)
+        found.append(Engine(made.model).loss_and_grads(params, *ready.numbers()))
+    cpu_ops.configure(on=True, threads=1)
+    for other in found[1:]:
+        assert other[0] == found[0][0]
+        assert all(np.array_equal(other[1][name], grad) for name, grad in found[0][1].items())
+
+
+def test_from_the_cut_on_it_is_the_same_bit_for_bit() -> None:
+    made = adapted(MODELS["tied"]())
+    engine, params = Engine(made.model), numpy_params(made)
+    ids, lengths, *rest = batch([60, 60]).numbers()
+    states = engine.below(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
+    assert engine.first == 1
+    whole, part = (
+        engine.loss_and_grads(params, ids, lengths, *rest),
+        engine.loss_and_grads(params, states, lengths, *rest),
+    )
+    assert whole[0] == part[0]
+    assert all(np.array_equal(whole[1][name], part[1][name]) for name in whole[1])
+
+
+def test_an_evaluation_by_the_engine_is_that_of_mlx() -> None:
+    made = adapted(MODELS["tied"]())
+    forward, batches = Forward(made.model), [batch([20, 40]), batch([9])]
+    theirs = evaluate(made.model, forward, batches)
+    forward.engine = Engine(made.model)
+    ours = evaluate(made.model, forward, batches)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    assert (ours.tokens, ours.supervised) == (theirs.tokens, theirs.supervised)
+
+
+def engine_of(made: Adapted):
+    return make_engine(Forward(made.model), piece=256)
+
+
+def test_a_model_that_is_written_out_gets_its_engine_and_keeps_its_adapter() -> None:
+    made = adapted(MODELS["tied"]())
+    before = {name: array + 0 for name, array in made.params().items()}
+    engine, why = engine_of(made)
+    assert engine is not None and why == ""
+    assert all(mx.array_equal(array, before[name]) for name, array in made.params().items())
+
+
+@pytest.mark.parametrize("part", ["rms_norm", "swiglu", "rotate"])
+def test_other_numbers_than_the_model_s_are_refused(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    own = getattr(kernels, part)
+
+    def wrong(x, *args, **kwargs):
+        own(x, *args, **kwargs)
+        (x if part == "rotate" else args[-1] if part == "swiglu" else args[2])[...] *= 1.01
+
+    monkeypatch.setattr(kernels, part, wrong)
+    engine, why = engine_of(adapted(MODELS["tied"]()))
+    assert engine is None and "own gradients" in why
+
+
+@pytest.mark.parametrize("part", ["rms_norm_back", "swiglu_back"])
+def test_other_gradients_than_the_model_s_are_refused(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    own = getattr(kernels, part)
+
+    def wrong(x, *args, **kwargs):
+        own(x, *args, **kwargs)
+        (x if part == "swiglu_back" else args[-1])[...] *= 1.01
+
+    monkeypatch.setattr(kernels, part, wrong)
+    assert engine_of(adapted(MODELS["tied"]()))[0] is None
+
+
+def test_parts_that_are_not_written_out_are_named() -> None:
+    from mlx_lm.models import gemma
+
+    other = gemma.Model(gemma.ModelArgs("gemma", **{k: v for k, v in SMALL.items() if k[0] != "m"}, head_dim=8))
+    assert "gemma" in engine_of(adapted(other))[1]
+    half = adapted(MODELS["tied"]())
+    half.model.set_dtype(mx.bfloat16)
+    assert engine_of(half)[0] is None
+    quantized = load(
+        config.Model(path="builtin:tiny", quantize=config.Quantize(bits=4, group_size=32), dequantize="never")
+    )
+    assert engine_of(Adapted(quantized, config.Lora(num_layers=2), seed=0))[0] is None
+
+
+def test_a_sliding_window_is_refused() -> None:
+    args = llama.ModelArgs(
+        "llama", **SMALL, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=16
+    )
+    engine, why = engine_of(adapted(llama.Model(args)))
+    assert engine is None and "sliding" in why

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from runner.data.tokens import TokenSet
+from runner.data.token_set import TokenSet
 
 POSITIONS_MULTIPLE = 64
 
@@ -30,6 +32,22 @@ class Batch:
     """Supervised tokens: the sum of `weights`."""
     real_tokens: int
     """Input tokens without padding."""
+
+
+class Batches(Sequence[Batch]):
+    """Batches of given rows, each made when it is asked for: all of a large split would fill the memory."""
+
+    def __init__(self, tokens: TokenSet, rows: Sequence[np.ndarray], pad_to: int) -> None:
+        """`rows`: the row indices of each batch."""
+        self._tokens, self._rows, self._pad_to = tokens, rows, pad_to
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Batches(self._tokens, self._rows[index], self._pad_to)
+        return make_batch(self._tokens, self._rows[index], self._pad_to)
 
 
 def make_batch(tokens: TokenSet, indices: np.ndarray, pad_to: int) -> Batch:

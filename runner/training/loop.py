@@ -40,7 +40,7 @@ class Job:
     train_rows: TokenSet
     pad_to: int
     grad_accumulation: int
-    valid_batches: list[Batch]
+    valid_batches: Sequence[Batch]
     adapted: Adapted
     forward: Forward
     step: Step

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.data.batches import make_batch
+from runner.data.batches import Batches, make_batch
 from runner.data.tokens import TokenSet
 
 
@@ -129,3 +129,18 @@ def test_neither_padding_nor_neighbours_change_a_rows_loss(llama):
     together = summed_loss(llama, make_batch(tokens, np.arange(3), 32))
     alone = sum(summed_loss(llama, make_batch(tokens, np.array([index]), 1)) for index in range(3))
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_batches_are_made_when_they_are_asked_for(monkeypatch):
+    tokens = token_set([([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1]), ([6, 7], [0, 1])])
+    rows = [np.array([1, 2]), np.array([0])]
+    made = []
+    monkeypatch.setattr("runner.data.batches.make_batch", lambda *words: made.append(words) or make_batch(*words))
+    batches = Batches(tokens, rows, pad_to=4)
+    assert (len(batches), made) == (2, [])
+    for _ in range(2):  # as often as it is evaluated
+        assert [batch.inputs.tolist() for batch in batches] == [[[4, 0, 0, 0], [6, 0, 0, 0]], [[1, 2, 0, 0]]]
+    assert len(made) == 4
+    assert len(batches[1:]) == 1
+    with pytest.raises(IndexError):
+        batches[2]

@@ -21,6 +21,9 @@ FREE_ON_RESUME = (
     "data.metric_split",
     "data.metric_rows",
     "data.max_new_tokens",
+    "data.cache",
+    "data.cache_gb",
+    "data.cache_folder",
     "train.iters",  # judged by may_extend
     "train.report_every",
     "train.eval_every",

@@ -54,12 +54,13 @@ _ABOVE_ZERO = (
     "optimizer.eps",
     "train.grad_clip",
     "train.cache_limit_gb",
+    "data.cache_gb",
     "checkpoint.every_minutes",
     "lora.alpha",
 )
 # Beyond any use, and enough to end the process where MLX allocates what it cannot have.
 _AT_MOST = {"lora.rank": 16_384, "data.pad_to": 65_536, "train.batch_size": 1_000_000, "train.iters": 10**12}
-_PATHS = ("model.path", "data.path", "adapter", "checkpoint.backup", "train.trunk.folder")
+_PATHS = ("model.path", "data.path", "data.cache_folder", "adapter", "checkpoint.backup", "train.trunk.folder")
 _NOT_NEGATIVE = (
     "seed",
     "schedule.warmup",

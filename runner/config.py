@@ -102,6 +102,12 @@ class Data:
     """Rows to generate before and after training; 0 generates none, -1 all."""
     max_new_tokens: int = 96
     """Longest generated answer, in tokens."""
+    cache: bool = True
+    """Keep tokenised data on disk, so that the next start maps it."""
+    cache_gb: float = 10.0
+    """Most that is kept, in GB; what was not used for longest gives way."""
+    cache_folder: str | None = None
+    """Where it is kept; null means tokens/ in the cache folder (RUNNER_CACHE, else ~/.cache/mlx-runner)."""
 
 
 @dataclass(kw_only=True)

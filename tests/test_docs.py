@@ -26,7 +26,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = "outputs/2026-11-24/10-00-00"
 SWEEP = "outputs/sweeps/2026-11-24/10-00-00"
 HUB = ("Qwen/Qwen3-0.6B", "mlx-community/Qwen3-4B-4bit", "HuggingFaceTB/SmolLM2-135M-Instruct")
-ELSEWHERE = ("make train", "make bench", "make test", "make test-all", "make check", "make setup", "source .venv/bin/activate")
+ELSEWHERE = (
+    "make train",
+    "make bench",
+    "make test",
+    "make test-all",
+    "make check",
+    "make setup",
+    "source .venv/bin/activate",
+)
 """Run by CI itself, or below as a test of its own."""
 
 

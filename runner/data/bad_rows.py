@@ -26,6 +26,11 @@ class BadRows:
         if len(self._listed) < LISTED:
             self._listed.append(f"  {file}:{line}: {reason}")
 
+    def merge(self, other: BadRows) -> None:
+        """Note all of `other`, whose rows come after those that are here."""
+        self.count += other.count
+        self._listed += other._listed[: LISTED - len(self._listed)]
+
     def raise_if_any(self) -> None:
         """Raises DataError with the first rows and the number of the others, if there is a bad row."""
         if not self.count:

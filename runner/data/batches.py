@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.data.tokens import TokenSet
+from runner.data.token_set import TokenSet
 
 POSITIONS_MULTIPLE = 64
 

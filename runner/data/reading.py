@@ -1,9 +1,13 @@
-"""How rows are read, from the settings."""
+"""How rows are read and where their tokens are kept, from the settings."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from runner import config
 from runner.data.formats import Keys, Reading
+from runner.data.token_cache import TokenCache
+from runner.models.fetch import cache_folder
 
 
 def reading_of(data: config.Data) -> Reading:
@@ -16,3 +20,11 @@ def reading_of(data: config.Data) -> Reading:
         keys=Keys(**vars(data.keys)),
         chat_template=data.chat_template,
     )
+
+
+def cache_of(data: config.Data) -> TokenCache | None:
+    """Where tokens are kept between runs; None where they are not."""
+    if not data.cache:
+        return None
+    own = Path(data.cache_folder).expanduser().absolute() if data.cache_folder else cache_folder() / "tokens"
+    return TokenCache(own, int(data.cache_gb * 1e9))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from runner.data.bad_rows import BadRow, BadRows
 from runner.errors import DataError
@@ -37,34 +40,52 @@ def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
             is None.
     """
     collected = BadRows() if bad is None else bad
-    if not path.is_file():
-        raise DataError(f"{path} is not a regular file. Data is read from JSONL files, one object a line.")
     empty = True
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
-                if len(line) > LONGEST_LINE:
-                    raise DataError(
-                        f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MB. One JSON object a line is "
-                        "expected; split long texts into rows."
-                    )
-                if number == 1:
-                    if line.startswith(UTF16_MARKS):
-                        raise DataError(f"{path} is UTF-16, not UTF-8. Save it again as UTF-8.")
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if not line.strip():
-                    continue
-                empty = False
-                try:
-                    yield Row(path, number, _object(line))
-                except BadRow as reason:
-                    collected.add(path, number, str(reason))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if empty:
+    with opened(path) as lines:
+        before = collected.count
+        for row in rows_of(lines, path, collected):
+            empty = False
+            yield row
+    if empty and collected.count == before:
         raise DataError(f"{path} is empty. One JSON object a line is expected, such as " + '{"text": "..."}.')
     if bad is None:
         collected.raise_if_any()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """The regular file `path` for reading; what goes wrong while it is read is raised as DataError, with its path."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file. Data is read from JSONL files, one object a line.")
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def rows_of(lines: BinaryIO, path: Path, bad: BadRows, first: int = 1) -> Iterator[Row]:
+    """The rows of `lines`, which are those of the file `path` from line `first` on; other lines go to `bad`.
+
+    Raises:
+        DataError: the file is UTF-16 or has an endless line.
+    """
+    for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=first):
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MB. One JSON object a line is "
+                "expected; split long texts into rows."
+            )
+        if number == 1:
+            if line.startswith(UTF16_MARKS):
+                raise DataError(f"{path} is UTF-16, not UTF-8. Save it again as UTF-8.")
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            yield Row(path, number, _object(line))
+        except BadRow as reason:
+            bad.add(path, number, str(reason))
 
 
 class LazyRows(Sequence[Row]):
@@ -79,6 +100,13 @@ class LazyRows(Sequence[Row]):
             assert self._path is not None
             self._rows = list(read_rows(self._path))
         return self._rows
+
+    def first(self, count: int) -> list[Row]:
+        """The first `count` rows, without reading those after them; all, for a negative `count`."""
+        if self._rows is not None or count < 0:
+            return list(self._read()[: count if count >= 0 else None])
+        assert self._path is not None
+        return list(islice(read_rows(self._path), count))
 
     def __len__(self) -> int:
         return len(self._read())

@@ -100,14 +100,11 @@ class Conversation:
         self.encoder = encoder
         self.messages = messages
         self.tools = tools
-        self.tokens = encoder.chat(messages, tools)
+        self.text = encoder.render(messages, tools)
+        """The rendered conversation."""
+        self.tokens = encoder.encode(self.text, special=False)
         self._known = (0, 0)
         self._rewritten = False
-
-    @cached_property
-    def text(self) -> str:
-        """The rendered conversation."""
-        return self.encoder.render(self.messages, self.tools)
 
     def assistant_spans(self, limit: int) -> list[Span]:
         """Half-open token ranges of the assistant's turns, each with the tokens that end it.
@@ -200,8 +197,6 @@ class Conversation:
             if self.tokens[count : count + len(piece)] == piece:
                 self._known = (len(prefix), count + len(piece))
                 return count + len(piece)
-        if self.encoder.encode(self.text, special=False) != self.tokens:
-            return None
         return len(self.encoder.encode(prefix, special=False))
 
 

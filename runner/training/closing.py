@@ -34,8 +34,7 @@ def sample(job: Job, parts: Parts, settings: Config, *, before: bool) -> None:
     if not wanted or settings.data.metric is None or (before and member.progress.step > 0) or job.stops.signal:
         return
     split = settings.data.metric_split
-    rows = [row.value for row in parts.data.rows[split]]
-    rows = rows if wanted < 0 else rows[:wanted]
+    rows = [row.value for row in parts.data.rows[split].first(wanted)]
     job.step.place(member.params)
     try:
         known = job.baseline.generation if before else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,7 +27,7 @@ from runner.training.member import Progress
 from runner.training.record import Record, copy_rows
 from runner.training.setup import load_parts, make_job, require_same
 from runner.training.shared import Shared
-from runner.training.stops import Stops
+from runner.training.stops import Interrupted, Stops
 
 
 def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float | None:
@@ -51,7 +52,8 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
                 return _objective(start, found.restored.progress) if found else None
             together = shared or Shared()
             if found:
-                require_same(start.config, found, together)  # a resume that is refused writes nothing
+                with ended_by(stops):
+                    require_same(start.config, found, together, stops)  # a resume that is refused writes nothing
             record = open_record(start, found)
             try:
                 return _train(start, blas, found, record, stops, together)
@@ -74,6 +76,18 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
                     together.close()
     finally:
         directory.unlock()
+
+
+@contextmanager
+def ended_by(stops: Stops, record: Record | None = None) -> Iterator[None]:
+    """Ends the process as after any stop where one was asked for before the first update; `record` keeps why."""
+    try:
+        yield
+    except Interrupted:
+        assert stops.signal is not None
+        if record:
+            record.status(state="stopped", reason=stops.signal.name, ended=now())
+        raise SystemExit(128 + stops.signal) from None
 
 
 def open_record(start: Start, found: Found | None) -> Record:
@@ -144,7 +158,8 @@ def _train(
     ) as display:
         for line in [blas.advice] if blas.advice else []:
             display.line(line, "yellow")
-        parts = load_parts(settings, start.stored, blas, shared, display)
+        with ended_by(stops, record):
+            parts = load_parts(settings, start.stored, blas, shared, display, stops)
         try:
             job = make_job(start, found, parts, record, stops, display)
             with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):

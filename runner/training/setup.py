@@ -54,16 +54,20 @@ class Parts:
     baseline: Baseline
 
 
-def load_parts(settings: Config, stored: dict[str, Any], blas: BlasReport, shared: Shared, display: Display) -> Parts:
+def load_parts(
+    settings: Config, stored: dict[str, Any], blas: BlasReport, shared: Shared, display: Display, stops: Stops
+) -> Parts:
     """Load, or take from what is shared, the model and the data, and put the adapter on.
 
     Raises:
-        ModelError, DataError: with what is wrong and where.
+        ModelError, DataError: with what is wrong and where. Interrupted: a stop was asked for meanwhile.
     """
     base = shared.base(settings.model)
     for note in base.notes:
         display.line(note)
-    data, reading = shared.data(settings.data, base)
+    data, reading = shared.data(settings.data, base, stops.check)
+    for note in data.notes:
+        display.line(note, "yellow")
     _require_splits(settings, data)
     # Named as written: a path that came from the environment is not written out.
     adapted = Adapted(base, settings.lora, settings.seed, source=stored["model"]["path"])
@@ -221,14 +225,15 @@ def _member(settings: Config, parts: Parts, record: Record) -> Member:
     return Member(params, optimizers.build(o, params), rate, settings.seed, record)
 
 
-def require_same(settings: Config, found: Found, shared: Shared) -> None:
+def require_same(settings: Config, found: Found, shared: Shared, stops: Stops) -> None:
     """Load the model and the data, or take them from what is shared, and refuse others than the checkpoint's.
 
     Raises:
         ConfigError: with the fingerprints. ModelError, DataError: they cannot be loaded.
+        Interrupted: a stop was asked for meanwhile.
     """
     base = shared.base(settings.model)
-    data, _ = shared.data(settings.data, base)
+    data, _ = shared.data(settings.data, base, stops.check)
     then = found.restored.identity.fingerprints
     now = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
     words = {

@@ -9,7 +9,7 @@ from typing import Any
 from runner import config
 from runner.blas import BlasReport
 from runner.data.formats import Reading
-from runner.data.reading import reading_of
+from runner.data.reading import cache_of, reading_of
 from runner.data.tokens import DataSet, load_splits
 from runner.models.forward import Forward
 from runner.models.loading import Base, load
@@ -50,14 +50,18 @@ class Shared:
             self._base = (key, load(settings))
         return self._base[1]
 
-    def data(self, settings: config.Data, base: Base) -> tuple[DataSet, Reading]:
-        """The data set of `settings` as tokens of `base`'s tokenizer, and how its rows are read."""
+    def data(self, settings: config.Data, base: Base, each: Callable[[], None]) -> tuple[DataSet, Reading]:
+        """The data set of `settings` as tokens of `base`'s tokenizer, and how its rows are read.
+
+        `each` is called while rows are tokenised, and may raise.
+        """
         reading = reading_of(settings)
         key = (settings.path, reading, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
             self._let_go_of_trunks()
-            self._data = (key, load_splits(settings.path, base.tokenizer, reading), reading)
+            data = load_splits(settings.path, base.tokenizer, reading, cache=cache_of(settings), each=each)
+            self._data = (key, data, reading)
         return self._data[1], self._data[2]
 
     def trunks(

@@ -40,14 +40,17 @@ def run(argv: list[str]) -> int:
             f"{config.data.path} has no {words.split}.jsonl. Another split: --split valid. Other data: data.path=…"
         )
     report = blas.prepare()
-    from runner.data.reading import reading_of
+    from runner.data.reading import cache_of, reading_of
     from runner.data.tokens import load_splits
     from runner.training.evaluation import evaluate
     from runner.training.feeding import fixed_batches, make_forward, make_trunks
     from runner.verbs.loading import load_adapted
 
     loaded = load_adapted(place, chosen, any_base=words.any_base, say=asking.say)
-    data = load_splits(config.data.path, loaded.base.tokenizer, reading_of(config.data), splits=(words.split,))
+    reading, cache = reading_of(config.data), cache_of(config.data)
+    data = load_splits(config.data.path, loaded.base.tokenizer, reading, (words.split,), cache)
+    for note in data.notes:
+        asking.say(note)
     rows = getattr(data, words.split)
     assert loaded.adapted is not None
     forward = make_forward(loaded.base, loaded.adapted.num_layers, config, report)
@@ -98,8 +101,7 @@ def _answers(loaded: Loaded, data: DataSet, config: Config, split: str, wanted: 
     from runner.data.reading import reading_of
     from runner.training.generation import generate
 
-    values = [row.value for row in data.rows[split]]
-    values = values if wanted < 0 else values[:wanted]
+    values = [row.value for row in data.rows[split].first(wanted)]
     asking.say(f"generating {len(values)} {split} rows")
     assert config.data.metric is not None
     return generate(

@@ -12,7 +12,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from runner.data import token_cache
+from runner.data import tokens as loading
 from runner.data.formats import Reading
+from runner.data.token_cache import TokenCache
 
 CHATML = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -113,3 +116,74 @@ def chat_templates() -> dict[str, str]:
         "PLAIN_REWRITING": PLAIN_REWRITING,
         "STRICT": STRICT,
     }
+
+
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"the {n * 'a'}"}]}
+    for n in range(1, 40)
+]
+
+
+@pytest.fixture
+def conversations():
+    return CONVERSATIONS
+
+
+@pytest.fixture
+def folder(write_rows, tmp_path, monkeypatch):
+    """A data set whose files are kept, though small."""
+    monkeypatch.setattr(token_cache, "SMALLEST", 1)
+    write_rows("data/train.jsonl", *CONVERSATIONS)
+    write_rows("data/valid.jsonl", *CONVERSATIONS[:7])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The names of the files that were tokenised and not found, as they are."""
+    names = []
+    own = loading.tokenise_file
+
+    def tokenise_file(file, *rest):
+        names.append(file.name)
+        return own(file, *rest)
+
+    monkeypatch.setattr(loading, "tokenise_file", tokenise_file)
+    return names
+
+
+@pytest.fixture
+def load(tokenizer, reading, folder, tmp_path):
+    """Load the data set with the cache in `cache`, of 1 GB unless told."""
+
+    def do(limit=10**9, path=folder, cache=tmp_path / "cache", tokenizer=tokenizer, **changes):
+        return loading.load_splits(
+            str(path), tokenizer, reading(**{"max_length": 50} | changes), cache=TokenCache(cache, limit)
+        )
+
+    return do
+
+
+@pytest.fixture
+def fresh(tokenizer, reading, folder):
+    """The data set without a cache."""
+    return lambda: loading.load_splits(str(folder), tokenizer, reading(max_length=50))
+
+
+@pytest.fixture
+def entries(tmp_path):
+    """The folders in the cache."""
+    return lambda: sorted(path for path in (tmp_path / "cache").iterdir() if len(path.name) == 64)
+
+
+@pytest.fixture
+def rewrite():
+    """Change a file's bytes to as many others."""
+
+    def do(file, old, new):
+        data = file.read_bytes()
+        assert old in data
+        assert len(old) == len(new)
+        file.write_bytes(data.replace(old, new))
+
+    return do

@@ -32,7 +32,7 @@ def test_two_members_with_other_learning_rates_equal_their_solo_runs_bit_for_bit
     settings = tiny(**{"lora.dropout": 0.2, "train.grad_accumulation": 2})
     rates = (1e-3, 5e-3)
     with Display(tmp_path / "log", settings.train.iters, lambda: 0.0) as display, Stops() as stops:
-        parts = setup.load_parts(settings, config.to_dict(settings), blas.prepare(), Shared(), display)
+        parts = setup.load_parts(settings, config.to_dict(settings), blas.prepare(), Shared(), display, stops)
         start = Start(settings, config.to_dict(settings), RunDirectory(tmp_path), None, new_run_id())
         job = setup.make_job(start, None, parts, a_record(tmp_path / "pair0"), stops, display)
         first = job.members[0]

@@ -18,9 +18,16 @@ from runner.models.forward import Forward
 from runner.models.loading import load
 from runner.models.trunk import Trunk, Trunks
 from runner.models.trunk_store import Budget, TrunkStore
-from runner.training.feed import Feed
+from runner.training.feed import Feed, Fixed
+from runner.training.feeding import joined
 
-CUT = {"lora.num_layers": 1, "lora.dropout": 0.1, "train.grad_accumulation": 2}
+CUT = {"lora.num_layers": 1, "train.grad_accumulation": 2}
+
+
+@pytest.fixture(params=[0.0, 0.1])
+def cut(request: pytest.FixtureRequest) -> dict[str, float]:
+    """Without dropout the engine of the CPU computes, where it can; with it MLX does."""
+    return {**CUT, "lora.dropout": request.param}
 
 
 @pytest.fixture(autouse=True)
@@ -189,8 +196,8 @@ def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, 
     alone = [trunk.compute([int(r)])[0] for r in reversed(chosen)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
     fed, plain = Feed(rows, 16, trunk)(chosen), Feed(rows, 16)(chosen)
-    own = forward.logits(plain.inputs, mx.array(plain.batch.positions))
-    ours = forward.logits(fed.inputs, mx.array(fed.batch.positions))
+    own = forward.logits(plain.arrays()[0], mx.array(plain.batch.positions))
+    ours = forward.logits(fed.arrays()[0], mx.array(fed.batch.positions))
     assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
 
 
@@ -204,14 +211,14 @@ def test_an_entry_of_other_tokens_or_another_base_is_another_file(rows, tmp_path
 
 
 @pytest.fixture
-def reference(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
+def reference(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> Path:
     """A run whose cache was empty at first, and held all in memory."""
-    return train(tiny(**CUT, **{"train.trunk.disk_gb": 0.0}), tmp_path / "reference")
+    return train(tiny(**cut, **{"train.trunk.disk_gb": 0.0}), tmp_path / "reference")
 
 
 @pytest.mark.parametrize("kind", ["disk", "nothing", "little memory", "warm"])
 def test_no_state_of_the_cache_changes_a_bit(
-    tiny: Callable, train: Callable, tmp_path: Path, reference: Path, assert_equal_runs: Callable, kind: str
+    tiny: Callable, train: Callable, tmp_path: Path, reference: Path, cut: dict, assert_equal_runs: Callable, kind: str
 ) -> None:
     limits = {
         "disk": {"train.trunk.memory_gb": 0.0},
@@ -219,7 +226,7 @@ def test_no_state_of_the_cache_changes_a_bit(
         "little memory": {"train.trunk.memory_gb": 5e-5, "train.trunk.disk_gb": 0.0},
         "warm": {"train.trunk.memory_gb": 0.0},
     }[kind]
-    changes = {**CUT, **limits, "train.trunk.folder": str(tmp_path / "cache")}
+    changes = {**cut, **limits, "train.trunk.folder": str(tmp_path / "cache")}
     run = train(tiny(**changes), tmp_path / "run")
     if kind == "warm":
         run = train(tiny(**changes), tmp_path / "again")
@@ -229,10 +236,16 @@ def test_no_state_of_the_cache_changes_a_bit(
 
 @pytest.mark.parametrize("between", ["deleted", "filled", "elsewhere", "damaged"])
 def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
-    tiny: Callable, train: Callable, tmp_path: Path, reference: Path, assert_equal_runs: Callable, between: str
+    tiny: Callable,
+    train: Callable,
+    tmp_path: Path,
+    reference: Path,
+    cut: dict,
+    assert_equal_runs: Callable,
+    between: str,
 ) -> None:
     cache = tmp_path / "cache"
-    changes = {**CUT, "train.trunk.memory_gb": 0.0, "train.trunk.folder": str(cache)}
+    changes = {**cut, "train.trunk.memory_gb": 0.0, "train.trunk.folder": str(cache)}
     run = train(tiny(**changes, **{"train.stop_at": 5}), tmp_path / "run")
     if between == "deleted":
         shutil.rmtree(cache)
@@ -246,9 +259,28 @@ def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
     assert_equal_runs(train(tiny(**changes), run, resume=run), reference)
 
 
-def test_switching_it_off_on_resume_is_named(
-    tiny: Callable, train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = train(tiny(**CUT, **{"train.stop_at": 5}), tmp_path / "run")
-    train(tiny(**CUT, **{"train.trunk.cache": False}), run, resume=run)
+def test_switching_it_off_on_resume_is_named(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> None:
+    run = train(tiny(**cut, **{"train.stop_at": 5}), tmp_path / "run")
+    train(tiny(**cut, **{"train.trunk.cache": False}), run, resume=run)
     assert "trunk was 3, is 0" in (run / "run.log").read_text()
+
+
+def test_an_evaluation_s_batches_are_made_when_they_are_asked_for(rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    feed = Feed(rows, 16)
+    own = feed.prepare
+    monkeypatch.setattr(feed, "prepare", lambda indices: made.append(len(indices)) or own(indices))
+    fixed = Fixed(feed, [np.arange(3), np.arange(3, 5)])
+    assert (made, fixed.rows) == ([], 5)
+    for _ in range(2):  # as often as it is evaluated
+        assert [len(ready.batch.inputs) for ready in fixed] == [3, 2]
+    assert made == [3, 2, 3, 2]
+
+
+def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
+    lengths = np.array([5, 6, 9, 17, 17, 30, 200])
+    chosen = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5]), np.array([6])]
+    whole = joined(chosen, lengths, 16, 10**6)
+    assert [g.tolist() for g in whole] == [[0, 1, 2, 3, 4, 5, 6]]
+    assert [g.tolist() for g in joined(chosen, lengths, 16, 64)] == [[0, 1, 2, 3], [4, 5], [6]]
+    assert [g.tolist() for g in joined(chosen, lengths, 16, 1)] == [c.tolist() for c in chosen]

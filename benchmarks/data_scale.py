@@ -1,0 +1,135 @@
+"""What the size of a data set costs: time from the start of the program to its first update, and memory.
+
+    python -m benchmarks.data_scale [--rows 1000 10000 100000] [--characters 2000] [--updates 5] [--json FILE]
+
+Makes JSONL files of prompts and completions (a million rows of 2,000 characters are 2 GB) and starts the tiny model on
+each twice: cold, where every row is tokenised, and warm, where the tokens that the first start kept are mapped. The
+first update counts from the start of the program, so it has the imports, the model and one batch of evaluation in it;
+`peak` is the most memory that the run held at once and, after the plus, the most that any of its workers did (mapped
+files count as long as they are in memory; the system takes them back when it needs room); a step is the median of the
+updates after the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+MAX_LENGTH = 512
+"""Tokens of a row at most: about what 2,000 characters are to a real model. The tiny one has a token a byte."""
+
+
+def main() -> None:
+    """Measure all, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--characters", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are made and removed again (they take 5 GB a million)"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.one:
+        _one(float(words.one[0]), words.one[1], words.updates)
+        return
+    found = []
+    print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
+    print("     rows      JSONL      tokens  start   first update      peak           step")
+    for rows in words.rows:
+        with tempfile.TemporaryDirectory(dir=words.folder) as folder:
+            size = _write(Path(folder) / "data", rows, words.characters)
+            for start in ("cold", "warm"):
+                command = [sys.executable, "-m", "benchmarks.data_scale", "--updates", str(words.updates)]
+                command += ["--one", str(time.time()), folder]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                one = {"rows": rows, "bytes": size, "start": start, **json.loads(done.stdout.splitlines()[-1])}
+                found.append(one)
+                print(_line(one), flush=True)
+    if words.json:
+        words.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _line(one: dict[str, Any]) -> str:
+    workers = f" + {one['worker_gb']:.2f}" if one["worker_gb"] else ""
+    return (
+        f"{one['rows']:9,}  {one['bytes'] / 1e6:6.1f} MB  {one['tokens'] / 1e6:8.1f} M  {one['start']}    "
+        f"{one['first_update_s']:8.2f} s     {one['peak_gb']:5.2f} GB{workers:<8}  {one['step_ms']:6.1f} ms"
+    )
+
+
+def _write(folder: Path, rows: int, characters: int) -> int:
+    """Make the data set; its size in bytes."""
+    folder.mkdir()
+    draw = random.Random(0)
+    letters = "etaoinshrdlucmfw"
+    known = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(5000)]
+    for name, count in (("train", rows), ("valid", 4)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                text = " ".join(draw.choices(known, k=characters // 6))
+                middle = draw.randint(10, min(400, characters // 2))  # so that the answer begins before max_length
+                file.write(json.dumps({"prompt": text[:middle], "completion": text[middle:]}) + "\n")
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _one(begun: float, folder: str, updates: int) -> None:
+    from runner import blas
+
+    blas.prepare()
+    from runner.training import loop
+
+    ends: list[float] = []
+    own = loop.learn
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(*args, **kwargs)
+        finally:
+            ends.append(time.time())
+
+    loop.learn = timed
+    words = ["model=tiny", f"data.path={folder}/data", f"data.cache_folder={folder}/cache"]
+    words += [f"data.max_length={MAX_LENGTH}", f"train.iters={updates}", f"hydra.run.dir={folder}/run-{begun}"]
+    _quietly(words)
+    counted = Path(folder, f"run-{begun}", "run.log").read_text().split("rows, ")[1].split(" tokens")[0]
+    scale = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss is in bytes there, in KiB elsewhere
+    out = {
+        "first_update_s": ends[0] - begun,
+        "tokens": int(counted.replace(",", "")),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale,
+        "worker_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / scale,
+        "step_ms": 1e3 * statistics.median(b - a for a, b in pairwise(ends)),
+    }
+    print(json.dumps(out))
+
+
+def _quietly(words: list[str]) -> None:
+    from runner.__main__ import main as door
+
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        code = door(words)
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

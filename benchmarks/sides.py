@@ -52,7 +52,7 @@ LEVERS: dict[str, Lever] = {
     "trunk": Lever("the frozen trunk computed once", {"train.trunk.cache": "false"}, {"train.trunk.cache": "true"}),
     "engine": Lever(
         "the engine of the CPU (with the head: it computes no other)",
-        {"train.cpu_ops": "false"},
+        {"train.cpu_ops": "false", "train.head": "all", "train.loss_piece": "65536"},
         {"train.cpu_ops": "true", "train.head": "supervised", "train.loss_piece": "256"},
     ),
     "evaluation": Lever("evaluation in larger batches", {"train.eval_tokens": "1"}, {"train.eval_tokens": "2048"}),
@@ -80,8 +80,10 @@ class Row:
 def levers_off(but: str | None = None) -> dict[str, str]:
     """Overrides that switch every lever off, `but` for one."""
     settings: dict[str, str] = {}
-    for name, lever in LEVERS.items():
-        settings |= lever.on if name == but else lever.off
+    for lever in LEVERS.values():
+        settings |= lever.off
+    if but is not None:
+        settings |= LEVERS[but].on  # last: the engine brings the head's settings with it
     return settings
 
 

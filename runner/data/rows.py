@@ -47,9 +47,14 @@ def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
             empty = False
             yield row
     if empty and collected.count == before:
-        raise DataError(f"{path} is empty. One JSON object a line is expected, such as " + '{"text": "..."}.')
+        raise empty_file(path)
     if bad is None:
         collected.raise_if_any()
+
+
+def empty_file(path: Path) -> DataError:
+    """What a file without a line is refused with."""
+    return DataError(f"{path} is empty. One JSON object a line is expected, such as " + '{"text": "..."}.')
 
 
 @contextmanager

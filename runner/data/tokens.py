@@ -122,11 +122,12 @@ def tokenise_file(
     Raises:
         DataError: what ends the reading of a file, such as no format for its first row.
     """
-    first = next(read_rows(file, BadRows()), None)
-    task = Task(file, choose_format(first, Encoder(tokenizer), reading) if first else None, tokenizer, reading)
     digest = hashlib.sha256()
     with opened(file) as lines:
         count = workers_for(os.fstat(lines.fileno()).st_size)
+        # Other processes have to be told the format; one row more is read for it.
+        first = next(read_rows(file, BadRows()), None) if count else None
+        task = Task(file, choose_format(first, Encoder(tokenizer), reading) if first else None, tokenizer, reading)
         pieces = pieces_of(lines, digest.update)
         parts = encode_apart(task, pieces, bad, each, count) if count else encode_here(task, pieces, bad, each)
         with closing(parts):

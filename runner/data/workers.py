@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -15,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.bad_rows import BadRows
-from runner.data.encoding import Part, Piece, encode_piece
-from runner.data.formats import Format, Reading
+from runner.data.encoding import Part, Piece, encode_piece, encode_rows
+from runner.data.formats import Format, Reading, choose_format
+from runner.data.rows import empty_file, rows_of
 from runner.data.turns import Encoder
 from runner.errors import DataError, RunnerError
 
@@ -53,11 +56,24 @@ def workers_for(size: int) -> int:
 
 
 def encode_here(task: Task, pieces: Iterator[Piece], bad: BadRows, each: Callable[[], None]) -> Parts:
-    """The parts of `pieces`, made in this process; `each` is called before every piece and may raise."""
-    encoder = Encoder(task.tokenizer)
+    """The parts of `pieces`, made in this process; `each` is called before every piece and may raise.
+
+    The first row decides the format where `task` has none.
+
+    Raises:
+        DataError: as `encode_piece`; no format for the first row; an empty file.
+    """
+    encoder, chosen, before = Encoder(task.tokenizer), task.chosen, bad.count
     for piece in pieces:
         each()
-        yield encode_piece(piece, task.path, task.chosen, encoder, task.reading, bad)
+        rows = rows_of(io.BytesIO(piece.lines), task.path, bad, piece.first)
+        if chosen is None and (row := next(rows, None)) is not None:
+            chosen = choose_format(row, encoder, task.reading)
+            rows = chain([row], rows)
+        if chosen is not None:
+            yield encode_rows(rows, chosen, encoder, task.reading, bad)
+    if chosen is None and bad.count == before:
+        raise empty_file(task.path)
 
 
 def encode_apart(task: Task, pieces: Iterator[Piece], bad: BadRows, each: Callable[[], None], count: int) -> Parts:

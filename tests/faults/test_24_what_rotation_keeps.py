@@ -39,8 +39,9 @@ def assert_result_is(run, step):
 def test_the_best_stays_outside_the_last_ones_and_becomes_the_result(door, rows):
     run = door.folder / "run"
     words = ("train.iters=11", "train.eval_every=1", "checkpoint.every=1", "checkpoint.keep_last=2")
-    rate = "optimizer.learning_rate=0.03"  # so large that the loss does not fall for long
-    door("model=tiny", "data=tiny", *words, rate, "hydra.run.dir=run")
+    for split, letter in (("train", "a"), ("valid", "b")):  # what is learned is wrong for what is validated
+        (door.folder / f"{split}.jsonl").write_text(json.dumps({"text": letter * 60}) + "\n")
+    door("model=tiny", "data=folder", "data.path=.", *words, "optimizer.learning_rate=0.01", "hydra.run.dir=run")
     best = least(rows(run))
     assert best < 10, "the run is to have its best outside the last two"
     assert kept(run) == [best, 10, 11] and status(run)["best"]["step"] == best

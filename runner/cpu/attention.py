@@ -5,7 +5,7 @@ al., "FlashAttention", 2022)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import numpy as np
@@ -140,5 +140,10 @@ def _tiles(rows: Rows) -> Iterator[tuple[int, int, int, int]]:
 def _hide_the_future(scores: np.ndarray) -> None:
     """The last columns are those of the queries' own positions: no one sees what comes after it."""
     queries = scores.shape[1]
-    own = scores[:, :, -queries:]
-    own[:, np.triu(np.ones((queries, queries), np.bool_), 1)] = -np.inf
+    np.copyto(scores[:, :, -queries:], -np.inf, where=_future(queries))
+
+
+@cache
+def _future(queries: int) -> np.ndarray:
+    """(queries, queries): what each may not see. There are no more than `_TILE` of these."""
+    return np.triu(np.ones((queries, queries), np.bool_), 1)

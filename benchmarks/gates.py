@@ -47,9 +47,12 @@ def equal(model: str, data: str) -> dict[str, Any]:
     found: dict[str, Any] = {"rows_that_differ": _differing(adapted.base.tokenizer, tokens, data)}
     size = Work(0, 0).batch_size
     batches = [range(size), tokens.train.lengths.argsort(kind="stable")[:size]]
-    pairs = [_pair(adapted, tokens.train, rows) for rows in batches]
+    made = [_sides(adapted, tokens.train, rows) for rows in batches]
+    # Stock mlx-lm adds 49,000 exponentials up in a row, in float32: 1e-4 of the loss is lost. So its numbers are
+    # compared with ours from the same operations of MLX, and the engine's with those whose sums are made in pairs.
+    pairs = [(m["mlx"], m["stock"]) for m in made] + [(m["engine"], m["pairwise"]) for m in made if "engine" in m]
     found["loss"] = max(abs(ours - theirs) for (ours, _), (theirs, _) in pairs)
-    found["losses"] = [[ours, theirs] for (ours, _), (theirs, _) in pairs]
+    found["losses"] = [{name: side[0] for name, side in m.items()} for m in made]
     found["gradient"] = max(_distance(ours, theirs) for (_, ours), (_, theirs) in pairs)
     found["zero_gradients"] = sum(not _norm(g) > 0 for pair in pairs for _, side in pair for g in side.values())
     found["arrays"] = len(pairs[0][0][1])
@@ -101,8 +104,8 @@ def _differing(tokenizer: Any, tokens: Any, data: str) -> int:
     return differing
 
 
-def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, dict], tuple[float, dict]]:
-    """Mean loss and gradients of the rows `chosen`: ours, then stock mlx-lm's.
+def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[float, dict]]:
+    """Mean loss and gradients of the rows `chosen`: by stock mlx-lm, and by ours in each of its ways.
 
     Stock mlx-lm counts the first token of padding after each row. Told that each row is one token shorter, it counts
     what is there.
@@ -115,6 +118,7 @@ def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, 
 
     from runner.cpu.block import view
     from runner.cpu.making import make_engine
+    from runner.models import cpu_ops
     from runner.models.forward import Forward
     from runner.training.feed import Feed
     from runner.training.loss import surrogate
@@ -136,13 +140,16 @@ def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, 
         scalar, loss = surrogate(forward, *ready.arrays())
         return scalar / batch.supervised, loss / batch.supervised
 
-    if engine is None:
+    sides: dict[str, tuple[float, dict]] = {}
+    for name, numpy_sums in (("mlx", False), ("pairwise", True)):
+        cpu_ops.configure(on=numpy_sums, threads=1)
         (_, loss), grads = mx.value_and_grad(mean)(params)
-        ours = loss.item(), grads
-    else:
+        mx.eval(loss, grads)
+        sides[name] = loss.item(), grads
+    if engine is not None:
         summed, made = engine.loss_and_grads({name: view(a) for name, a in params.items()}, *ready.numbers())
-        ours = summed / batch.supervised, {name: mx.array(grad / batch.supervised) for name, grad in made.items()}
-    mx.eval(ours[1])
+        grads = {name: mx.array(grad / batch.supervised) for name, grad in made.items()}
+        sides["engine"] = summed / batch.supervised, grads
     model.update(tree_unflatten(list(params.items())))
     parts = [rows.row(int(index)) for index in chosen]
     padded = np.zeros((len(parts), batch.inputs.shape[1] + 1), np.int32)
@@ -151,7 +158,8 @@ def _pair(adapted: Any, rows: Any, chosen: Sequence[int]) -> tuple[tuple[float, 
     spans = [(int(supervised.argmax()), len(tokens) - 1) for tokens, supervised in parts]
     (loss, _), grads = nn.value_and_grad(model, default_loss)(model, mx.array(padded), mx.array(spans))
     mx.eval(loss, grads)
-    return ours, (loss.item(), dict(tree_flatten(grads)))
+    sides["stock"] = loss.item(), dict(tree_flatten(grads))
+    return sides
 
 
 def _norm(array: Any) -> float:

@@ -209,6 +209,7 @@ def words() -> tuple[str, ...]:
         "train.grad_accumulation=2",
         "train.report_every=3",
         "train.eval_every=5",
+        "train.eval_tokens=1",  # several batches in an evaluation
         "checkpoint.every=2",
         "checkpoint.keep_best=0",
     )

@@ -17,6 +17,7 @@ WORDS = (
     "train.grad_accumulation=3",
     "train.report_every=4",
     "train.eval_every=5",
+    "train.eval_tokens=1",  # several batches in an evaluation
     "checkpoint.every=4",
     "hydra.run.dir=run",
 )

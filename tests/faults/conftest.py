@@ -80,6 +80,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report.user_properties.append(("fault", (list(mark.args), ran if report.when == "call" else 0)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test whose cases are divided among workers, `make test` runs the first part: its counts are small."""
+    for item in items:
+        if getattr(item, "callspec", None) is not None and item.callspec.params.get("chunk", 0):
+            item.add_marker(pytest.mark.long)
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     told = _tally(terminalreporter)
     if not told:

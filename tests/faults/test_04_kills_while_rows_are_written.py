@@ -73,6 +73,7 @@ def test_a_run_killed_while_it_writes_goes_on_without_a_row_missing_or_doubled(
         cases.done()
 
 
+@pytest.mark.long
 def test_a_sweep_killed_while_it_writes_the_settings_of_a_job_goes_on(door, faulty, undisturbed, ended_equal):
     words = ("model=tiny", "data=tiny", "train.iters=2", "train.eval_every=2")
     run = door.folder / "sweep/0"

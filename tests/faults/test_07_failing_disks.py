@@ -58,6 +58,7 @@ def test_a_failing_call_inside_a_save_ends_the_run_with_74_and_the_resumed_one_e
         cases.done()
 
 
+@pytest.mark.long
 def test_a_limit_on_file_sizes_ends_the_run_with_74_and_without_it_the_run_ends_equal(
     make_door, tmp_path, words, logged, newest, assert_same_state, ended_equal, cases
 ):

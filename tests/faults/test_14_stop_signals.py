@@ -162,6 +162,7 @@ def test_a_second_signal_does_not_wait_for_a_long_update(door):
     assert time.monotonic() - begun < 3
 
 
+@pytest.mark.long
 def test_without_a_terminal_and_under_make_a_signal_saves_and_the_resumed_run_ends_equal(
     door, undisturbed, ended_equal
 ):

@@ -188,6 +188,7 @@ def test_through_the_door_a_frozen_one_is_refused_on_the_line_and_in_the_stored_
     assert contents(stopped, but=(".lock",)) == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_comes_from_the_environment_is_no_change_unless_the_environment_changed(
     door, words, undisturbed, ended_equal, contents

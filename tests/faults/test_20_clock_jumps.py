@@ -26,6 +26,7 @@ def assert_told_without_negative_ages(door):
     assert (found["state"], found["step"]) == ("finished", 8)
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_a_year_ahead_and_then_a_year_back_ends_equal(
     door, words, logged, faulty, newest, ended_equal
 ):

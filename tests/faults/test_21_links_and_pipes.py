@@ -74,6 +74,7 @@ LINKS = {
 }
 
 
+@pytest.mark.long
 def test_what_a_link_in_a_run_leads_to_is_not_touched_when_the_run_goes_on(
     door, stopped, outside, at_once, contents, cases
 ):

@@ -198,6 +198,7 @@ def test_stored_configs_are_refused_within_a_second_and_200_mb(cases, door, run,
             cases.done()
 
 
+@pytest.mark.long
 def test_trust_in_a_models_code_is_never_taken_over_from_a_config(door, run, hostile):
     target = door.folder / "theirs"
     shutil.copytree(run, target)

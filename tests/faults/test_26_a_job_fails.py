@@ -36,6 +36,7 @@ def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(doo
     assert_equal_runs(door.folder / "s/0", twin)
 
 
+@pytest.mark.long
 def test_the_process_launcher_survives_a_killed_job_and_the_resume_finishes_it(door, assert_equal_runs):
     words = (*SMALL, "train.iters=100", "train.eval_every=50", "checkpoint.every=10", "lora.rank=2,4,6")
     process = door.start("-m", *words, "hydra/launcher=process", "hydra.launcher.jobs=2", "hydra.sweep.dir=s")

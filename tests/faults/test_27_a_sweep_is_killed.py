@@ -44,7 +44,7 @@ def alone(tmp_path_factory, make_door):
     return door.folder
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process"])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_whenever_it_is_killed(door, alone, launcher, cases, assert_equal_runs):
     moments = random.Random(f"27 {launcher}")
     for number in range(cases.of(full=12, quick=1)):

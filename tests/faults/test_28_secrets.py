@@ -72,6 +72,7 @@ def secret_place(tmp_path_factory):
     return shutil.copytree(resolve("builtin:tiny"), place)
 
 
+@pytest.mark.long
 def test_a_setting_that_comes_from_the_environment_stays_there(door, secret_place):
     env = {**KEYS, "WHERE": str(secret_place)}
     settings = ("model=tiny", "data=tiny", "data.path=${oc.env:WHERE}", "train.iters=4", "checkpoint.every=2")

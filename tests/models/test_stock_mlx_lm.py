@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 """Of a logit of magnitude 10 to 30: the same float32 products, in another order where weights are merged."""
 
 
-@pytest.fixture(scope="module", params=["tiny", "smollm2"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.long)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """How a run names its base, and that base as an MLX folder, as training computes with it."""
     name = "builtin:tiny" if request.param == "tiny" else str(request.getfixturevalue("smollm2"))

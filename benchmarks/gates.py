@@ -124,7 +124,7 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from runner.training.loss import surrogate
 
     model, forward = adapted.model, Forward(adapted.model)
-    engine, _ = make_engine(forward, piece=256)
+    engine, _ = make_engine(forward)
     params = {
         # B starts at zero, where the gradient of A is zero as well.
         name: mx.random.normal(array.shape, scale=0.01, key=mx.random.key(index)) if name.endswith("lora_b") else array

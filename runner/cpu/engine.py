@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE
 
+from runner.config import Train
 from runner.cpu import gemm as blas
 from runner.cpu import kernels
 from runner.cpu.attention import Rows
@@ -33,7 +34,7 @@ VERSION = 1
 class Engine:
     """A model whose last blocks carry an adapter."""
 
-    def __init__(self, model: nn.Module, *, recompute: bool = False, piece: int = 256) -> None:
+    def __init__(self, model: nn.Module, *, recompute: bool = False, piece: int = Train.loss_piece) -> None:
         """`recompute` keeps a block's input alone and computes the block again on the way back.
 
         Raises:

@@ -18,12 +18,12 @@ TOLERANCE = 1e-3
 """Largest relative difference: of the loss, and of each gradient by its norm. Float32 noise is a hundredth of it."""
 
 
-def make_engine(forward: Forward, *, recompute: bool = False, piece: int) -> tuple[Engine | None, str]:
+def make_engine(forward: Forward, *, recompute: bool = False) -> tuple[Engine | None, str]:
     """The engine of `forward`'s model, which carries its adapter; or None, and why."""
     if not on_cpu():
         return None, "this is no CPU"
     try:
-        engine = Engine(forward.model, recompute=recompute, piece=piece)
+        engine = Engine(forward.model, recompute=recompute, piece=forward.piece)
     except (TypeError, AttributeError) as error:
         return None, f"this model has a part that is not written out: {error}"
     return (engine, "") if _agrees(engine, forward) else (None, "it does not give this model's own gradients")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
+from runner.config import Train
+
 if TYPE_CHECKING:
     from runner.cpu.engine import Engine
 
@@ -20,12 +22,15 @@ class Forward:
     into two parts as well: `below` is the embedding and the first `cut` blocks, which no adapter touches.
     """
 
-    def __init__(self, model: nn.Module, cut: int = 0, *, everywhere: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, cut: int = 0, *, everywhere: bool = False, piece: int = Train.loss_piece
+    ) -> None:
         """Probes the model; where its parts do not agree with the whole, `split` is False or `cut` is 0.
 
-        `everywhere` computes the head at every position, and leaves out afterwards what is not asked for.
+        `everywhere` computes the head at every position, and leaves out afterwards what is not asked for. `piece`:
+        positions whose logits exist at once.
         """
-        self.model, self.everywhere = model, everywhere
+        self.model, self.everywhere, self.piece = model, everywhere, piece
         self.engine: Engine | None = None
         """Computes loss and gradients instead of MLX, where it is set."""
         self.split = self._head() is not None and self._agrees(self._own_trunk)

@@ -108,16 +108,24 @@ class Trunks:
             name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
             size = self._width * self._dtype.size
             offsets = (rows.offsets - np.arange(len(rows.offsets))) * size
-            worth = self._folder is not None and offsets[-1] >= WORTH_A_FILE
+            place = self.place(rows)
             store = TrunkStore(
                 offsets,
                 memory=self._memory,
                 disk=self._disk,
-                folder=self._folder / name if worth and self._folder else None,
+                folder=place[0] / name if place else None,
                 say=self._say,
             )
             self._trunks[rows.fingerprint] = (Trunk(self.forward, rows, store, self._dtype, self._width), store)
         return self._trunks[rows.fingerprint][0]
+
+    def place(self, rows: TokenSet) -> tuple[Path, int] | None:
+        """The folder that keeps the states of `rows`, and the bytes that they take there at most; None: memory does."""
+        size = self._size(rows)
+        return (self._folder, min(size, self._disk)) if self._folder and self._disk and size >= WORTH_A_FILE else None
+
+    def _size(self, rows: TokenSet) -> int:
+        return (len(rows.tokens) - len(rows)) * self._width * self._dtype.size
 
     def close(self) -> None:
         """Let go of all that is held."""

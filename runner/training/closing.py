@@ -147,7 +147,7 @@ def _final_rows(job: Job, parts: Parts, settings: Config, result: int | None) ->
     if settings.train.test:
         job.step.place(member.params)
         batches = fixed_batches(parts.data.test, settings, parts.trunks)
-        tested = evaluate(parts.adapted.model, job.forward, batches, piece=job.step.piece)
+        tested = evaluate(parts.adapted.model, job.forward, batches)
         member.record.row(
             step=step,
             split="test",

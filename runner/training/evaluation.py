@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from runner.cpu.block import view
 from runner.models.forward import Forward
 from runner.training.feed import Ready
-from runner.training.loss import PIECE, loss_sum
+from runner.training.loss import loss_sum
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ def evaluate(
     forward: Forward,
     batches: Iterable[Ready],
     each: Callable[[], None] = lambda: None,
-    piece: int = PIECE,
 ) -> Evaluation:
     """The mean loss of the model as it is over `batches`; `each` is called before every batch and may raise."""
     begun = time.perf_counter()
@@ -44,7 +43,7 @@ def evaluate(
         if forward.engine is not None:
             total += forward.engine.loss(params, *ready.numbers())
         else:
-            total += float(view(loss_sum(forward, *ready.arrays(), piece=piece)))
+            total += float(view(loss_sum(forward, *ready.arrays())))
         supervised += ready.batch.supervised
         tokens += ready.batch.real_tokens
     return Evaluation(total / max(1, supervised), supervised, tokens, time.perf_counter() - begun)

@@ -26,9 +26,9 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
     t = settings.train
     cpu_ops.configure(on=t.cpu_ops, threads=blas.threads or 1)
     cut = len(base.model.layers) - num_layers if t.trunk.cache else 0
-    forward = Forward(base.model, cut, everywhere=t.head == "all")
+    forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_piece)
     if t.cpu_ops and forward.split and t.head != "all" and t.compile != "always" and not settings.lora.dropout:
-        forward.engine, _ = make_engine(forward, recompute=t.grad_checkpoint, piece=t.loss_piece)
+        forward.engine, _ = make_engine(forward, recompute=t.grad_checkpoint)
     return forward
 
 

@@ -156,7 +156,7 @@ def assess(job: Job, member: Member) -> bool:
     job.step.place(member.params)
     try:
         known = job.baseline.evaluation if progress.step == 0 else None
-        result = known or evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check, job.step.piece)
+        result = known or evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check)
     except Interrupted:
         progress.pending_evaluation = progress.step > 0
         return False

@@ -12,9 +12,6 @@ import mlx.nn as nn
 from runner.models import cpu_ops
 from runner.models.forward import Forward
 
-PIECE = 256
-"""Positions whose logits exist at once, where nothing else is said: products of this height run at full speed."""
-
 
 def loss_sum(
     forward: Forward,
@@ -23,7 +20,6 @@ def loss_sum(
     targets: mx.array,
     weights: mx.array,
     *,
-    piece: int = PIECE,
     eager: bool = True,
 ) -> mx.array:
     """Sum over supervised tokens of -log p(target), float32; padding positions have weight 0.
@@ -34,7 +30,7 @@ def loss_sum(
     if not forward.split or forward.everywhere:
         return _summed(forward.logits(inputs, positions), targets, weights)
     hidden = forward.selected(inputs, positions)
-    return _in_pieces(forward, hidden, targets, weights, piece, gradient=False, eager=eager)[0]
+    return _in_pieces(forward, hidden, targets, weights, gradient=False, eager=eager)[0]
 
 
 def surrogate(
@@ -44,7 +40,6 @@ def surrogate(
     targets: mx.array,
     weights: mx.array,
     *,
-    piece: int = PIECE,
     eager: bool = True,
 ) -> tuple[mx.array, mx.array]:
     """A scalar with the gradients of the summed loss, and the summed loss itself, which has none.
@@ -56,17 +51,17 @@ def surrogate(
         return loss, loss
     hidden = forward.selected(inputs, positions)
     fixed = mx.stop_gradient(hidden)
-    loss, gradient = _in_pieces(forward, fixed, targets, weights, piece, gradient=True, eager=eager)
+    loss, gradient = _in_pieces(forward, fixed, targets, weights, gradient=True, eager=eager)
     assert gradient is not None
     return (hidden.astype(mx.float32) * gradient.astype(mx.float32)).sum(), mx.stop_gradient(loss)
 
 
 def _in_pieces(
-    forward: Forward, hidden: mx.array, targets: mx.array, weights: mx.array, piece: int, *, gradient: bool, eager: bool
+    forward: Forward, hidden: mx.array, targets: mx.array, weights: mx.array, *, gradient: bool, eager: bool
 ) -> tuple[mx.array, mx.array | None]:
     total, gradients = mx.array(0.0), []
-    for start in range(0, len(targets), piece):
-        part = slice(start, start + piece)
+    for start in range(0, len(targets), forward.piece):
+        part = slice(start, start + forward.piece)
         h, t, w = hidden[part], targets[part], weights[part]
         if gradient:
             loss, made = _with_gradient(forward, h, t, w, eager)

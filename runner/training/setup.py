@@ -75,19 +75,23 @@ def load_parts(
         _introduce(settings, data, adapted, blas, display)
         forward = make_forward(base, adapted.num_layers, settings, blas)
         trunks = shared.trunks(forward, base, settings, blas, display.line)
-        _tell_trunk(settings, adapted, forward, trunks, display)
+        _tell_trunk(settings, data, adapted, forward, trunks, display)
     except BaseException:
         adapted.remove()
         raise
     identity = _identity(settings, stored, base, data, blas, forward)
-    baseline = shared.baseline(settings, base, data, forward.cut)
+    baseline = shared.baseline(settings, base, data, forward)
     return Parts(base, data, reading, adapted, forward, trunks, identity, baseline)
 
 
-def _tell_trunk(settings: Config, adapted: Adapted, forward: Forward, trunks: Trunks | None, display: Display) -> None:
+def _tell_trunk(
+    settings: Config, data: DataSet, adapted: Adapted, forward: Forward, trunks: Trunks | None, display: Display
+) -> None:
     frozen = len(adapted.model.layers) - adapted.num_layers
     if trunks:
-        display.line(f"trunk  the first {forward.cut} blocks are computed once a row")
+        kept = trunks.place(data.train)
+        where = f", up to {kept[1] / 1e9:.1f} GB kept in {kept[0]}" if kept else ""
+        display.line(f"trunk  the first {forward.cut} blocks are computed once a row{where}")
     elif frozen and settings.train.trunk.cache:
         display.line(f"trunk  the first {frozen} blocks of this model cannot be computed apart: they run in each step")
 
@@ -206,7 +210,7 @@ def make_job(start: Start, found: Found | None, parts: Parts, record: Record, st
         valid_batches=fixed_batches(data.valid, settings, trunks),
         adapted=parts.adapted,
         forward=forward,
-        step=Step(parts.adapted, forward, grad_clip=t.grad_clip, compiled=is_compiled(settings), piece=t.loss_piece),
+        step=Step(parts.adapted, forward, grad_clip=t.grad_clip, compiled=is_compiled(settings)),
         identity=parts.identity,
         baseline=parts.baseline,
         stops=stops,

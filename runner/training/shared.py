@@ -90,13 +90,15 @@ class Shared:
             self._trunks[1].close()
         self._trunks = None
 
-    def baseline(self, settings: config.Config, base: Base, data: DataSet, cut: int) -> Baseline:
+    def baseline(self, settings: config.Config, base: Base, data: DataSet, forward: Forward) -> Baseline:
         """The values before training, empty where no job has computed them yet; a warm start has its own."""
         if settings.adapter:
             return Baseline()
         d, t = settings.data, settings.train
-        computed = (t.batch_size, t.eval_batches, t.eval_tokens, t.loss_piece, d.pad_to, cut)
-        losses = (base.fingerprint, data.valid.fingerprint, *computed)
+        batches = (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to)
+        # The last digits are those of the way that computes them.
+        way = (forward.cut, forward.engine is None, t.head, t.loss_piece, t.cpu_ops)
+        losses = (base.fingerprint, data.valid.fingerprint, batches, way)
         answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
         key = (losses, answers)
         return self._baselines.setdefault(key, Baseline())

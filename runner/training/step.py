@@ -15,7 +15,7 @@ from runner.errors import Diverged
 from runner.models.adapters import Adapted, Params
 from runner.models.forward import Forward
 from runner.training.feed import Ready
-from runner.training.loss import PIECE, surrogate
+from runner.training.loss import surrogate
 from runner.training.member import Member
 
 
@@ -29,13 +29,11 @@ class Step:
         *,
         grad_clip: float | None,
         compiled: bool,
-        piece: int = PIECE,
     ) -> None:
-        """`piece`: see `runner.training.loss`."""
         self._adapted = adapted
         self._forward = forward
         self._grad_clip = grad_clip
-        self.piece, self._eager = piece, not compiled
+        self._eager = not compiled
         grad = mx.value_and_grad(self._loss_sum)
         self._loss_and_grad = mx.compile(grad) if compiled else grad
 
@@ -97,7 +95,7 @@ class Step:
     ) -> tuple[mx.array, mx.array]:
         self.place(params)
         self._adapted.stream.begin(key)
-        return surrogate(self._forward, inputs, positions, targets, weights, piece=self.piece, eager=self._eager)
+        return surrogate(self._forward, inputs, positions, targets, weights, eager=self._eager)
 
 
 def dropout_seed(seed: int, update: int, micro: int) -> int:

@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     assert loaded.adapted is not None
     forward = make_forward(loaded.base, loaded.adapted.num_layers, config, report)
     batches = fixed_batches(rows, config, make_trunks(forward, loaded.base, config, report, asking.say))
-    tested = evaluate(loaded.base.model, forward, batches, piece=config.train.loss_piece)
+    tested = evaluate(loaded.base.model, forward, batches)
     evaluated = batches.rows
     perplexity = math.exp(min(tested.loss, 700))
     document: dict[str, Any] = {

@@ -176,7 +176,7 @@ def test_an_evaluation_by_the_engine_is_that_of_mlx() -> None:
 
 
 def engine_of(made: Adapted):
-    return make_engine(Forward(made.model), piece=256)
+    return make_engine(Forward(made.model))
 
 
 def test_a_model_that_is_written_out_gets_its_engine_and_keeps_its_adapter() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from runner import config
 from runner.models import trunk as trunks_module
+from runner.models.adapters import Adapted
 from runner.models.forward import Forward
 from runner.models.loading import load
 from runner.models.trunk import Trunk, Trunks
@@ -284,3 +285,27 @@ def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
     assert [g.tolist() for g in whole] == [[0, 1, 2, 3, 4, 5, 6]]
     assert [g.tolist() for g in joined(chosen, lengths, 16, 64)] == [[0, 1, 2, 3], [4, 5], [6]]
     assert [g.tolist() for g in joined(chosen, lengths, 16, 1)] == [c.tolist() for c in chosen]
+
+
+def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
+    from runner import blas
+    from runner.training.feeding import make_forward
+    from runner.training.shared import Shared
+
+    shared, report = Shared(), blas.prepare()
+    base = shared.base(tiny().model)
+    data, _ = shared.data(tiny().data, base, lambda: None)
+
+    def baseline(**changes: object) -> object:
+        settings = tiny(**changes)
+        adapted = Adapted(base, settings.lora, 0)
+        try:
+            return shared.baseline(settings, base, data, make_forward(base, adapted.num_layers, settings, report))
+        finally:
+            adapted.remove()
+
+    own = baseline()
+    assert baseline(**{"lora.rank": 2, "seed": 1}) is own
+    # Without dropout the engine computes, with it MLX does: the last digits may differ.
+    others = [{"lora.dropout": 0.1}, {"train.head": "all"}, {"lora.num_layers": 1}, {"train.eval_tokens": 1}]
+    assert all(baseline(**other) is not own for other in others)

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from runner import quick_imports
 from runner.errors import EXIT_CONFIG, RunnerError, clipped
 from runner.verbs import VERBS, run
 
@@ -15,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     program = os.path.basename(sys.argv[0]) if sys.argv else "runner"
+    quick_imports.install()
     verb = argv[0] if argv and argv[0] in VERBS else None
     if verb is None and any(w in ("--help", "-h", "help") for w in argv):
         from runner.help import text

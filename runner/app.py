@@ -230,7 +230,7 @@ def _restore() -> None:
 
 
 def _claim_sweep(path: Path, named: bool) -> Path:
-    """Claim `path` for a new sweep, as `_claim` does for a run."""
+    """Claim `path` for a new sweep, as `_claim` does for a run: what a start left that was cut off is taken over."""
     number = 1
     while True:
         target = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -239,6 +239,8 @@ def _claim_sweep(path: Path, named: bool) -> Path:
             return target
         except FileExistsError:
             if named:
+                if manifest.was_cut_off(target):
+                    return target
                 hint = f" To finish the sweep in it: resume={target}." if (target / manifest.NAME).exists() else ""
                 raise ConfigError(f"{target} exists already: choose another hydra.sweep.dir.{hint}") from None
             number += 1

@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.places import cache_folder
+
 PREFIX = "scipy_"
 # What libmlx.so of mlx-cpu 0.32 leaves undefined, and zgemm, so that no complex product is split between two.
 FORWARDED = (
@@ -46,14 +48,6 @@ class LoadedBlas:
     version: str
     core: str | None
     threads: int | None
-
-
-def cache_folder() -> Path:
-    """``$RUNNER_CACHE``, else ``$XDG_CACHE_HOME/mlx-runner``, else ``~/.cache/mlx-runner``."""
-    if named := os.environ.get("RUNNER_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "mlx-runner"
 
 
 def open_for_process(path: str) -> LoadedBlas:

@@ -7,7 +7,7 @@ from pathlib import Path
 from runner import config
 from runner.data.formats import Keys, Reading
 from runner.data.token_cache import TokenCache
-from runner.models.fetch import cache_folder
+from runner.places import cache_folder
 
 
 def reading_of(data: config.Data) -> Reading:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from runner.errors import ModelError, RunnerError, StorageError, did_you_mean
+from runner.places import cache_folder
 
 _CHUNK = 1 << 20
 _MARKER = "verified.json"
@@ -57,14 +58,6 @@ BUILTIN: dict[str, Builtin] = {
     ),
 }
 """The models that need no hub, by name."""
-
-
-def cache_folder() -> Path:
-    """Where fetched models lie: $RUNNER_CACHE, else $XDG_CACHE_HOME/mlx-runner, else ~/.cache/mlx-runner."""
-    if own := os.environ.get("RUNNER_CACHE"):
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared and Path(shared).is_absolute() else Path.home() / ".cache") / "mlx-runner"
 
 
 def fetch(name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.checkpoints import strict_json
 from runner.errors import ConfigError, clipped
-from runner.rundir import Rows, now
+from runner.rundir import Rows, RunDirectory, is_leftover, now
 
 NAME = "sweep.jsonl"
 SCHEMA = 1
@@ -72,6 +72,23 @@ class Manifest:
             self.size = out.offset
         finally:
             out.close()
+
+
+def was_cut_off(folder: Path) -> bool:
+    """Whether all that lies in `folder` is what a sweep leaves that ended before it recorded a job.
+
+    Raises:
+        DirectoryInUse: a process holds it: the sweep has only just begun.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {p.name for p in folder.iterdir() if not is_leftover(p.name)}
+    if names - {".lock", "multirun.yaml", NAME} or read(folder).jobs:
+        return False
+    directory = RunDirectory(folder)
+    directory.lock()
+    directory.unlock()
+    return True
 
 
 def read(folder: Path) -> Manifest:

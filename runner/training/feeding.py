@@ -14,10 +14,10 @@ from runner.cpu.making import make_engine
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
 from runner.models import cpu_ops
-from runner.models.fetch import cache_folder
 from runner.models.forward import Forward
 from runner.models.loading import Base
 from runner.models.trunk import Trunks, numbers_identity
+from runner.places import cache_folder
 from runner.training.feed import Feed, Fixed
 
 

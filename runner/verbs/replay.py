@@ -26,7 +26,7 @@ from runner.checkpoints.tensors import unpack
 from runner.checkpoints.verify import Loaded
 from runner.config import Config
 from runner.errors import ConfigError
-from runner.models.fetch import cache_folder
+from runner.places import cache_folder
 from runner.rundir import ADAPTERS, RunDirectory
 from runner.start import Source, Start, new_run_id
 from runner.verbs import settings

@@ -82,6 +82,19 @@ def test_whenever_it_is_killed(door, alone, launcher, cases, assert_equal_runs):
         cases.done()
 
 
+def test_the_same_words_start_anew_what_was_killed_before_its_first_job_was_recorded(door):
+    """A kill between the lock and the first line of sweep.jsonl, as a loaded machine shows it now and then."""
+    sweep = door.folder / "s"
+    process = door.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True)
+    while not sweep.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    kill_tree(process)
+    assert not (sweep / "sweep.jsonl").exists(), "the kill came too late to show anything"
+    out = door("-m", *SMALL, "train.iters=2", "lora.rank=2", "hydra.sweep.dir=s")
+    assert "finished" in out and state(sweep / "0") == "finished"
+
+
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """SIGKILL to a process and all of its descendants, in whatever session they are."""
     found, pids = {process.pid}, {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, DirectoryInUse
+from runner.rundir import RunDirectory
 from runner.sweeps import manifest
 
 
@@ -47,3 +48,28 @@ def test_a_file_that_is_no_manifest_is_refused_with_its_line(tmp_path, line):
     (tmp_path / manifest.NAME).write_text(f"{line}\n")
     with pytest.raises(ConfigError, match=r"sweep.jsonl, line 1"):
         manifest.read(tmp_path)
+
+
+def test_what_a_start_left_that_was_cut_off_before_its_first_job_is_nobodys(tmp_path):
+    folder = tmp_path / "sweep"
+    assert not manifest.was_cut_off(folder)
+    folder.mkdir()
+    assert manifest.was_cut_off(folder)
+    directory = RunDirectory(folder)
+    directory.lock()
+    with pytest.raises(DirectoryInUse):
+        manifest.was_cut_off(folder)
+    directory.unlock()
+    assert manifest.was_cut_off(folder)
+    (folder / "multirun.yaml").write_text("torn: [")
+    manifest.read(folder).add(["a=1"], [])
+    assert manifest.was_cut_off(folder)
+    known = manifest.read(folder)
+    known.add(["a=1"], [("x", ("a=1",))])
+    assert not manifest.was_cut_off(folder)
+    (folder / manifest.NAME).unlink()
+    (folder / "notes.txt").write_text("mine")
+    assert not manifest.was_cut_off(folder)
+    (folder / "notes.txt").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    assert not manifest.was_cut_off(tmp_path / "link")

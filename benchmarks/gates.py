@@ -116,9 +116,9 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.tuner.trainer import default_loss
 
+    from runner.cpu import cross_entropy
     from runner.cpu.block import view
     from runner.cpu.making import make_engine
-    from runner.models import cpu_ops
     from runner.models.forward import Forward
     from runner.training.feed import Feed
     from runner.training.loss import surrogate
@@ -142,7 +142,7 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
 
     sides: dict[str, tuple[float, dict]] = {}
     for name, numpy_sums in (("mlx", False), ("pairwise", True)):
-        cpu_ops.configure(on=numpy_sums, threads=1)
+        cross_entropy.configure(on=numpy_sums)
         (_, loss), grads = mx.value_and_grad(mean)(params)
         mx.eval(loss, grads)
         sides[name] = loss.item(), grads

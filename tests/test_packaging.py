@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import venv
 import zipfile
@@ -59,15 +60,21 @@ def test_no_set_of_plain_dependencies_brings_a_second_mlx_backend() -> None:
     assert PROJECT["optional-dependencies"]["cuda"] == ["mlx[cuda13]"]
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ``bin`` folder of an environment that holds the wheel and its dependencies and nothing else."""
+@pytest.fixture(scope="module", params=["borrowed", pytest.param("its own", marks=pytest.mark.long)])
+def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` folder of an environment that holds the wheel, and its dependencies: what it asks for and nothing
+    else, or those of this environment (a path that is added so reads no ``.pth`` file, no editable install)."""
     folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=True)
-    words = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    words += ["--constraint", str(ROOT / "constraints.txt"), f"{wheel}[cpu]"]
+    own = request.param == "its own"
+    venv.create(folder, with_pip=False)
+    words = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+    words += ["--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt")]
+    words += [f"{wheel}[cpu]"] if own else ["--no-deps", str(wheel)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    if not own:
+        (packages,) = (folder / "lib").glob("python*/site-packages")
+        (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin"
 
 
@@ -82,9 +89,10 @@ def run_elsewhere(folder: Path, *words: str) -> str:
 def test_the_installed_wheel_imports_with_its_config_and_plugins(installed: Path, tmp_path: Path) -> None:
     code = (
         "import runner, hydra_plugins.mlx_runner, mlx.core, pathlib;"
-        "print((pathlib.Path(runner.__file__).parent / 'conf' / 'config.yaml').is_file())"
+        "print((pathlib.Path(runner.__file__).parent / 'conf' / 'config.yaml').is_file(), runner.__file__)"
     )
-    assert run_elsewhere(tmp_path, str(installed / "python"), "-c", code).strip() == "True"
+    found, where = run_elsewhere(tmp_path, str(installed / "python"), "-c", code).split(maxsplit=1)
+    assert found == "True" and where.startswith(str(installed.parent))
     assert not list(tmp_path.iterdir())
 
 

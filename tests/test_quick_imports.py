@@ -56,10 +56,15 @@ def test_the_answer_is_transformers_own_and_the_second_import_reads_no_model_fil
     assert plain[1:] == first[1:] == second[1:]
     (file,) = (tmp_path / "imports").iterdir()
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"[[1]]", b"\xff"):
-        file.write_bytes(damaged)
-        assert look(tmp_path)[1:] == plain[1:]
-        assert json.loads(file.read_bytes()) == json.loads(whole)
+    file.write_bytes(whole[: len(whole) // 2])
+    assert look(tmp_path)[1:] == plain[1:]
+    assert json.loads(file.read_bytes()) == json.loads(whole)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[[1]]", b"\xff", b"{}", b'[["torch", 1]]'])
+def test_what_is_damaged_is_no_answer(tmp_path, damaged):
+    (tmp_path / "file").write_bytes(damaged)
+    assert quick_imports._read(tmp_path / "file") in (None, {})
 
 
 @pytest.mark.slow

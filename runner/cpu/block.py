@@ -15,8 +15,9 @@ import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
 from runner.cpu import kernels
-from runner.cpu.attention import Rows, Shape, attend, attend_back
+from runner.cpu.attention import Shape, attend, attend_back
 from runner.cpu.gemm import gemm
+from runner.cpu.lanes import Lane
 from runner.cpu.workspace import Workspace
 
 Grads = dict[str, np.ndarray]
@@ -151,29 +152,32 @@ class Block:
         """All linear layers."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def forward(self, x: np.ndarray, rows: Rows, out: np.ndarray, work: Workspace, keep: str) -> None:
-        """`out` (n, d) from `x` (n, d), the positions of `rows`; `keep` names what the way back needs."""
+    def forward(self, x: np.ndarray, lane: Lane, out: np.ndarray, keep: str) -> None:
+        """`out` (n, d) from `x` (n, d), the positions of `lane`; `keep` names what the way back needs."""
         n, d = x.shape
-        qkv = work.get(f"{keep}.qkv", n, self.shape.columns)
-        self.qkv.forward(self._norm(0, x, work, keep), self._split(qkv), work, keep)
-        self._rotate(qkv, rows)
-        attended = work.get(f"{keep}.attended", n, self.shape.heads * self.shape.width)
-        attend(qkv, self.shape, rows, attended, work.get(f"{keep}.log_sums", n, self.shape.heads), work)
-        middle = work.get(f"{keep}.middle", n, d)
+        qkv = self._common(lane, f"{keep}.qkv", self.shape.columns)
+        own = qkv[lane.span]
+        self.qkv.forward(self._norm(0, x, lane.own, keep), self._split(own), lane.own, keep)
+        self._rotate(own, lane)
+        attended = self._common(lane, f"{keep}.attended", self.shape.heads * self.shape.width)
+        log_sums = self._common(lane, f"{keep}.log_sums", self.shape.heads)
+        lane.wait()
+        attend(qkv, self.shape, lane, attended, log_sums)
+        lane.wait()
+        middle = lane.own.get(f"{keep}.middle", n, d)
         middle[:] = x
-        self.o.forward(attended, [middle], work, keep, add=True)
-        gate_up = work.get(f"{keep}.gate_up", n, 2 * self.inner)
-        self.gate_up.forward(self._norm(1, middle, work, keep), self._halves(gate_up), work, keep)
-        inner = work.get("inner", n, self.inner)
+        self.o.forward(attended[lane.span], [middle], lane.own, keep, add=True)
+        gate_up = lane.own.get(f"{keep}.gate_up", n, 2 * self.inner)
+        self.gate_up.forward(self._norm(1, middle, lane.own, keep), self._halves(gate_up), lane.own, keep)
+        inner = lane.own.get("inner", n, self.inner)
         kernels.swiglu(gate_up, inner)
         out[:] = middle
-        self.down.forward(inner, [out], work, keep, add=True)
+        self.down.forward(inner, [out], lane.own, keep, add=True)
 
-    def back(
-        self, x: np.ndarray, rows: Rows, by_out: np.ndarray, work: Workspace, keep: str, grads: Grads, *, first: bool
-    ) -> None:
+    def back(self, x: np.ndarray, lane: Lane, by_out: np.ndarray, keep: str, grads: Grads, *, first: bool) -> None:
         """From the gradient by the output, which becomes that by `x`; for the `first` block none is made of `x`."""
         n, d = x.shape
+        work = lane.own
         gate_up, middle = work.get(f"{keep}.gate_up", n, 2 * self.inner), work.get(f"{keep}.middle", n, d)
         by_inner, inner = work.get("by_inner", n, self.inner), work.get("inner", n, self.inner)
         by_normed = work.get("by_normed", n, d)
@@ -184,18 +188,31 @@ class Block:
         self.gate_up.back_of_first_factors(self._norm(1, middle, work, keep), work, grads)
         self._norm_back(1, middle, by_normed, by_out, work, keep)
 
-        qkv = work.get(f"{keep}.qkv", n, self.shape.columns)
-        attended = work.get(f"{keep}.attended", n, self.shape.heads * self.shape.width)
-        by_attended, by_qkv = work.get("by_attended", *attended.shape), work.get("by_qkv", *qkv.shape)
-        self.o.back([by_out], by_attended, work, keep, grads)
-        self.o.back_of_first_factors(attended, work, grads)
-        log_sums = work.get(f"{keep}.log_sums", n, self.shape.heads)
-        attend_back(qkv, self.shape, rows, attended, log_sums, by_attended, by_qkv, work)
-        self._rotate(by_qkv, rows, back=True)
-        self.qkv.back(self._split(by_qkv), None if first else by_normed, work, keep, grads)
+        columns = self.shape.heads * self.shape.width
+        attended, by_attended = (
+            self._common(lane, f"{keep}.attended", columns),
+            self._common(lane, "by_attended", columns),
+        )
+        qkv, by_qkv = (self._common(lane, name, self.shape.columns) for name in (f"{keep}.qkv", "by_qkv"))
+        log_sums, deltas = (self._common(lane, name, self.shape.heads) for name in (f"{keep}.log_sums", "deltas"))
+        own, by_own = attended[lane.span], by_attended[lane.span]
+        self.o.back([by_out], by_own, work, keep, grads)
+        self.o.back_of_first_factors(own, work, grads)
+        heads = n, self.shape.heads, self.shape.width
+        np.einsum("nhw,nhw->nh", own.reshape(heads), by_own.reshape(heads), out=deltas[lane.span])
+        lane.wait()
+        attend_back(qkv, self.shape, lane, deltas, log_sums, by_attended, by_qkv)
+        lane.wait()
+        by_own = by_qkv[lane.span]
+        self._rotate(by_own, lane, back=True)
+        self.qkv.back(self._split(by_own), None if first else by_normed, work, keep, grads)
         self.qkv.back_of_first_factors(self._norm(0, x, work, keep), work, grads)
         if not first:
             self._norm_back(0, x, by_normed, by_out, work, keep)
+
+    def _common(self, lane: Lane, name: str, columns: int) -> np.ndarray:
+        """(positions of all lanes, columns), which all lanes share."""
+        return lane.common.get(name, len(lane.rows), columns)
 
     def _norm(self, which: int, x: np.ndarray, work: Workspace, keep: str) -> np.ndarray:
         """`x` normed; made again on the way back, where it costs less than keeping it would."""
@@ -210,11 +227,11 @@ class Block:
         weight, _ = self.norms[which]
         kernels.rms_norm_back(x, weight, work.get(f"{keep}.scale{which}", len(x), 1), by_normed, add_to)
 
-    def _rotate(self, qkv: np.ndarray, rows: Rows, *, back: bool = False) -> None:
+    def _rotate(self, qkv: np.ndarray, lane: Lane, *, back: bool = False) -> None:
         turned = self.shape.heads + self.shape.kv_heads  # queries and keys
         heads = qkv.reshape(len(qkv), -1, self.shape.width)[:, :turned]
-        cos, sin = self.rope(max(rows.lengths))
-        kernels.rotate(heads, cos, sin, rows.places, back=back)
+        cos, sin = self.rope(max(lane.rows.lengths))
+        kernels.rotate(heads, cos, sin, lane.rows.places[lane.span], back=back)
 
     def _split(self, qkv: np.ndarray) -> list[np.ndarray]:
         width = self.shape.width

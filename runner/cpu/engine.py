@@ -8,7 +8,7 @@ threads, memory is used again, and of attention no matrix is kept. Numbers diffe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import mlx.nn as nn
 import numpy as np
@@ -17,17 +17,15 @@ from mlx_lm.models.rope_utils import Llama3RoPE
 from runner.config import Train
 from runner.cpu import gemm as blas
 from runner.cpu import kernels
-from runner.cpu.attention import Rows
 from runner.cpu.block import Block, Grads, norm_of, view
 from runner.cpu.gemm import gemm
-from runner.cpu.workspace import Workspace
-from runner.models.cpu_ops import softmax_loss
+from runner.cpu.lanes import Lane, Lanes, Rows
 
 _ARCHITECTURES = ("llama", "qwen2")
 """Of mlx_lm.models: blocks as `runner.cpu.block` writes them out. Mistral and SmolLM are llama there."""
 
 
-VERSION = 1
+VERSION = 2
 """Of the numbers: another one gives other last digits."""
 
 
@@ -62,12 +60,21 @@ class Engine:
             (i for i, b in enumerate(self.blocks) if any(x.scale is not None for g in b.groups for x in g.linears)),
             len(self.blocks),
         )
-        self._work = Workspace()
+        self._lanes = Lanes()
+        for block in self.blocks[: self.first]:
+            for group in block.groups:
+                group.take({})
 
     def below(self, inputs: np.ndarray) -> np.ndarray:
         """Hidden states (batch, length, d) before the first block with an adapter, of ids (batch, length)."""
         rows = Rows([inputs.shape[1]] * len(inputs))
-        return self._through(self._embedded(inputs.reshape(-1)), rows).reshape(*inputs.shape, -1)
+        out = np.empty((inputs.size, self.embedding.shape[1]), np.float32)
+
+        def work(lane: Lane) -> None:
+            out[lane.span] = self._through(inputs.reshape(-1)[lane.span], lane)
+
+        self._lanes.run(work, rows)
+        return out.reshape(*inputs.shape, -1)
 
     def loss(
         self,
@@ -79,8 +86,14 @@ class Engine:
         weights: np.ndarray,
     ) -> float:
         """The weighted sum of -log p(target); arguments as `loss_and_grads`."""
-        x = self._forward(params, inputs, Rows(lengths), keep=False)
-        return self._head(x, positions, targets, weights, None)
+        self._take(params)
+
+        def work(lane: Lane) -> np.float32:
+            for x in self._forward(inputs, lane, keep=False):
+                last = x
+            return self._head(last, lane, positions, targets, weights, None)
+
+        return float(sum(self._lanes.run(work, Rows(lengths)), np.float32(0)))
 
     def loss_and_grads(
         self,
@@ -96,83 +109,89 @@ class Engine:
         `inputs`: ids (m,) int32, or hidden states (m, d) as `below` gives them, of rows of `lengths` one after the
         other; positions, targets (n,) int32 and weights (n,) float32, those of weight 0 last.
         """
-        rows = Rows(lengths)
-        x = self._forward(params, inputs, rows, keep=True)
-        by_x = self._work.get("by_x", *x.shape)
-        by_x[:] = 0
-        loss = self._head(x, positions, targets, weights, by_x)
-        grads: Grads = {}
-        for number in range(len(self.blocks) - 1, self.first - 1, -1):
-            block, entered = self.blocks[number], self._input_of(number, x)
-            if self.recompute:
-                block.forward(entered, rows, self._work.get("again", *x.shape), self._work, "any")
-            keep = "any" if self.recompute else str(number)
-            block.back(entered, rows, by_x, self._work, keep, grads, first=number == self.first)
-        return loss, grads
+        self._take(params)
 
-    def _forward(self, params: Mapping[str, np.ndarray], inputs: np.ndarray, rows: Rows, *, keep: bool) -> np.ndarray:
-        x = self._through(self._embedded(inputs), rows) if inputs.ndim == 1 else inputs
-        if keep:
-            entered = self._input_of(self.first, x)
-            entered[:] = x
-            x = entered
-        for number, block in enumerate(self.blocks[self.first :], self.first):
+        def work(lane: Lane) -> tuple[np.float32, Grads]:
+            entered = list(self._forward(inputs, lane, keep=True))
+            last = entered.pop()
+            by_x = lane.own.get("by_x", *last.shape)
+            by_x[:] = 0
+            loss = self._head(last, lane, positions, targets, weights, by_x)
+            grads: Grads = {}
+            for number in range(len(self.blocks) - 1, self.first - 1, -1):
+                block, x = self.blocks[number], entered.pop()
+                if self.recompute:
+                    block.forward(x, lane, lane.own.get("again", *x.shape), "any")
+                block.back(x, lane, by_x, "any" if self.recompute else str(number), grads, first=number == self.first)
+            return loss, grads
+
+        (loss, grads), *others = self._lanes.run(work, Rows(lengths))
+        for more, by_others in others:
+            loss += more
+            for name, grad in by_others.items():
+                grads[name] += grad
+        return float(loss), grads
+
+    def _take(self, params: Mapping[str, np.ndarray]) -> None:
+        for block in self.blocks[self.first :]:
             for group in block.groups:
                 group.take(params)
-            out = self._input_of(number + 1, x) if keep else self._other(x)
-            block.forward(x, rows, out, self._work, str(number) if keep and not self.recompute else "any")
-            x = out
-        return x
 
-    def _through(self, x: np.ndarray, rows: Rows) -> np.ndarray:
-        """Through the blocks before the first with an adapter."""
+    def _forward(self, inputs: np.ndarray, lane: Lane, *, keep: bool) -> Iterator[np.ndarray]:
+        """What enters each block with an adapter, and what leaves the last; without `keep` each until the next."""
+        x = self._through(inputs[lane.span], lane) if inputs.ndim == 1 else inputs[lane.span]
+        yield x
+        for number, block in enumerate(self.blocks[self.first :], self.first):
+            out = lane.own.get(f"{number}.out", *x.shape) if keep else self._other(x, lane)
+            block.forward(x, lane, out, str(number) if keep and not self.recompute else "any")
+            yield out
+            x = out
+
+    def _through(self, ids: np.ndarray, lane: Lane) -> np.ndarray:
+        """Through the embedding and the blocks before the first with an adapter."""
+        x = lane.own.get("even", ids.size, self.embedding.shape[1])
+        np.take(self.embedding, ids, axis=0, out=x)
         for block in self.blocks[: self.first]:
-            for group in block.groups:
-                group.take({})
-            out = self._other(x)
-            block.forward(x, rows, out, self._work, "any")
+            out = self._other(x, lane)
+            block.forward(x, lane, out, "any")
             x = out
         return x
 
     def _head(
         self,
         x: np.ndarray,
+        lane: Lane,
         positions: np.ndarray,
         targets: np.ndarray,
         weights: np.ndarray,
         by_x: np.ndarray | None,
-    ) -> float:
-        """The loss; its gradient by `x` (n, d) is added to `by_x`, where that is given."""
-        count = int(np.count_nonzero(weights))
+    ) -> np.float32:
+        """The loss of the lane's positions; its gradient by `x` (n, d) is added to `by_x`, where that is given."""
+        span, work = lane.span, lane.own
+        mine = np.flatnonzero((positions >= span.start) & (positions < span.stop) & (weights != 0))
         weight, eps = self.norm
-        total = np.float32(0)
-        for start in range(0, count, self.piece):
-            part = slice(start, min(start + self.piece, count))
-            chosen = x[positions[part]]
-            normed, scale = self._work.get("head.normed", *chosen.shape), self._work.get("head.scale", len(chosen), 1)
+        total, piece = np.float32(0), max(1, self.piece // lane.count)
+        for start in range(0, len(mine), piece):
+            part = mine[start : start + piece]
+            places = positions[part] - span.start
+            chosen = x[places]
+            normed, scale = work.get("head.normed", *chosen.shape), work.get("head.scale", len(chosen), 1)
             kernels.rms_norm(chosen, weight, eps, normed, scale)
-            logits = gemm(normed, self.head.T, self._work.get("logits", len(chosen), len(self.head)))
-            losses = softmax_loss(logits, targets[part], weights[part], gradient=by_x is not None)
+            logits = gemm(normed, self.head.T, work.get("logits", len(chosen), len(self.head)))
+            losses = kernels.softmax_loss(logits, targets[part], weights[part], gradient=by_x is not None)
             total += losses.sum(dtype=np.float32)
             if by_x is not None:
-                by_normed = gemm(logits, self.head, self._work.get("head.by_normed", *chosen.shape))
+                by_normed = gemm(logits, self.head, work.get("head.by_normed", *chosen.shape))
                 by_chosen = np.zeros_like(chosen)
                 kernels.rms_norm_back(chosen, weight, scale, by_normed, by_chosen)
-                by_x[positions[part]] = by_chosen
-        return float(total)
+                by_x[places] = by_chosen
+        return total
 
-    def _embedded(self, inputs: np.ndarray) -> np.ndarray:
-        x = self._work.get("even", inputs.size, self.embedding.shape[1])
-        np.take(self.embedding, inputs, axis=0, out=x)
-        return x
-
-    def _input_of(self, number: int, x: np.ndarray) -> np.ndarray:
-        return self._work.get(f"{number}.x", *x.shape)
-
-    def _other(self, x: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _other(x: np.ndarray, lane: Lane) -> np.ndarray:
         """Where a block may write while it reads `x`."""
-        even = self._work.get("even", *x.shape)
-        return self._work.get("odd", *x.shape) if np.may_share_memory(even, x) else even
+        even = lane.own.get("even", *x.shape)
+        return lane.own.get("odd", *x.shape) if np.may_share_memory(even, x) else even
 
 
 class _Rope:

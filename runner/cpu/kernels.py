@@ -1,88 +1,74 @@
-"""Element-wise parts of a block, forward and backward, by rows that threads share. All arrays are float32.
+"""Element-wise parts of a model, forward and backward, some rows at a time. All arrays are float32.
 
-A row's numbers come from that row alone, so neither the threads nor the neighbours change a bit of them.
+A row's numbers come from that row alone: its neighbours do not change a bit of them.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
 
-from runner.models.cpu_ops import divided
+import numpy as np
 
 _PART = 64
 """Rows at a time: what a part touches stays in a core's cache."""
+_LOGITS = 4
+"""The same of logits: 4 rows of 49,000."""
+
+
+def _parts(count: int, size: int = _PART) -> Iterator[slice]:
+    return (slice(at, min(at + size, count)) for at in range(0, count, size))
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
     """`out` (n, d) = x * scale * weight with `scale` (n, 1) = 1 / sqrt(mean(x²) + eps) (Zhang and Sennrich, 2019)."""
-
-    def work(start: int, stop: int) -> None:
-        for at in range(start, stop, _PART):
-            part = slice(at, min(at + _PART, stop))
-            rows = x[part]
-            scale[part, 0] = 1.0 / np.sqrt(np.einsum("nd,nd->n", rows, rows) / np.float32(x.shape[1]) + np.float32(eps))
-            np.multiply(rows, scale[part], out=out[part])
-            out[part] *= weight
-
-    divided(work, len(x))
+    for part in _parts(len(x)):
+        rows = x[part]
+        scale[part, 0] = 1.0 / np.sqrt(np.einsum("nd,nd->n", rows, rows) / np.float32(x.shape[1]) + np.float32(eps))
+        np.multiply(rows, scale[part], out=out[part])
+        out[part] *= weight
 
 
 def rms_norm_back(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, by_out: np.ndarray, add_to: np.ndarray) -> None:
     """Add the gradient by x to `add_to` (n, d); `by_out` (n, d), the gradient by the output, is written over."""
-
-    def work(start: int, stop: int) -> None:
-        for at in range(start, stop, _PART):
-            part = slice(at, min(at + _PART, stop))
-            rows, r, d = x[part], scale[part], by_out[part]
-            d *= weight
-            shared = np.einsum("nd,nd->n", d, rows)[:, None] * (r * r * r / np.float32(x.shape[1]))
-            d *= r
-            d -= rows * shared
-            add_to[part] += d
-
-    divided(work, len(x))
+    for part in _parts(len(x)):
+        rows, r, d = x[part], scale[part], by_out[part]
+        d *= weight
+        shared = np.einsum("nd,nd->n", d, rows)[:, None] * (r * r * r / np.float32(x.shape[1]))
+        d *= r
+        d -= rows * shared
+        add_to[part] += d
 
 
 def swiglu(gate_up: np.ndarray, out: np.ndarray) -> None:
     """`out` (n, d) = silu(gate) * up, for `gate_up` (n, 2 d) (Shazeer, 2020, without its biases)."""
     d = out.shape[1]
-
-    def work(start: int, stop: int) -> None:
-        with np.errstate(over="ignore"):  # exp(-gate) of a very negative gate: silu is then zero
-            for at in range(start, stop, _PART):
-                part = slice(at, min(at + _PART, stop))
-                gate, up, made = gate_up[part, :d], gate_up[part, d:], out[part]
-                np.negative(gate, out=made)
-                np.exp(made, out=made)
-                made += 1
-                np.divide(gate, made, out=made)
-                made *= up
-
-    divided(work, len(out))
+    with np.errstate(over="ignore"):  # exp(-gate) of a very negative gate: silu is then zero
+        for part in _parts(len(out)):
+            gate, up, made = gate_up[part, :d], gate_up[part, d:], out[part]
+            np.negative(gate, out=made)
+            np.exp(made, out=made)
+            made += 1
+            np.divide(gate, made, out=made)
+            made *= up
 
 
 def swiglu_back(gate_up: np.ndarray, by_out: np.ndarray, out: np.ndarray) -> None:
     """Gradients by gate and up, written over `gate_up`, and the output once more in `out`; `by_out` (n, d)."""
     d = out.shape[1]
-
-    def work(start: int, stop: int) -> None:
-        with np.errstate(over="ignore"):
-            for at in range(start, stop, _PART):
-                part = slice(at, min(at + _PART, stop))
-                gate, up, made, given = gate_up[part, :d], gate_up[part, d:], out[part], by_out[part]
-                sigmoid = np.exp(-gate)
-                sigmoid += 1
-                np.reciprocal(sigmoid, out=sigmoid)
-                silu = gate * sigmoid
-                np.multiply(silu, up, out=made)
-                # silu' = sigmoid + silu (1 - sigmoid)
-                slope = silu - silu * sigmoid
-                slope += sigmoid
-                slope *= up
-                np.multiply(slope, given, out=gate)
-                np.multiply(silu, given, out=up)
-
-    divided(work, len(out))
+    with np.errstate(over="ignore"):
+        for part in _parts(len(out)):
+            gate, up, made, given = gate_up[part, :d], gate_up[part, d:], out[part], by_out[part]
+            sigmoid = np.exp(-gate)
+            sigmoid += 1
+            np.reciprocal(sigmoid, out=sigmoid)
+            silu = gate * sigmoid
+            np.multiply(silu, up, out=made)
+            # silu' = sigmoid + silu (1 - sigmoid)
+            slope = silu - silu * sigmoid
+            slope += sigmoid
+            slope *= up
+            np.multiply(slope, given, out=gate)
+            np.multiply(silu, given, out=up)
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, *, back: bool = False) -> None:
@@ -91,17 +77,30 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, 
     `cos`, `sin`: (length, half); `places` (n,): of each position in its row. `back` undoes it, which is its gradient.
     """
     half = cos.shape[1]
+    for part in _parts(len(x)):
+        c, s = cos[places[part]][:, None], sin[places[part]][:, None]
+        s = -s if back else s
+        first, second = x[part, :, :half], x[part, :, half : 2 * half]
+        turned = first * s
+        first *= c
+        first -= second * s
+        second *= c
+        second += turned
 
-    def work(start: int, stop: int) -> None:
-        for at in range(start, stop, _PART):
-            part = slice(at, min(at + _PART, stop))
-            c, s = cos[places[part]][:, None], sin[places[part]][:, None]
-            s = -s if back else s
-            first, second = x[part, :, :half], x[part, :, half : 2 * half]
-            turned = first * s
-            first *= c
-            first -= second * s
-            second *= c
-            second += turned
 
-    divided(work, len(x))
+def softmax_loss(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, gradient: bool) -> np.ndarray:
+    """-log softmax(logits)[target] * weight (n,); `logits` (n, vocabulary) are written over, with the gradient or
+    with nothing of use."""
+    losses = np.empty(len(logits), np.float32)
+    with np.errstate(all="ignore"):  # what is not finite shows in the loss
+        for part in _parts(len(logits), _LOGITS):
+            rows, index = logits[part], np.arange(len(logits[part]))
+            rows -= rows.max(axis=1, keepdims=True)
+            own = rows[index, targets[part]]
+            np.exp(rows, out=rows)
+            total = rows.sum(axis=1)
+            losses[part] = (np.log(total) - own) * weights[part]
+            if gradient:
+                rows *= (weights[part] / total)[:, None]
+                rows[index, targets[part]] -= weights[part]
+    return losses

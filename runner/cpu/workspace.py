@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from threading import Lock
 
 import numpy as np
 
@@ -12,13 +13,15 @@ class Workspace:
 
     def __init__(self) -> None:
         self._held: dict[str, np.ndarray] = {}
+        self._lock = Lock()
 
     def get(self, name: str, *shape: int) -> np.ndarray:
-        """An array of `shape` whose numbers are to be written first."""
+        """An array of `shape` whose numbers are to be written first. Threads that ask for the same get the same."""
         size = math.prod(shape)
-        held = self._held.get(name)
-        if held is None or held.size < size:
-            self._held[name] = held = np.empty(size, np.float32)
+        with self._lock:
+            held = self._held.get(name)
+            if held is None or held.size < size:
+                self._held[name] = held = np.empty(size, np.float32)
         return held[:size].reshape(shape)
 
     @property

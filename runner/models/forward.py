@@ -33,6 +33,8 @@ class Forward:
         self.model, self.everywhere, self.piece = model, everywhere, piece
         self.engine: Engine | None = None
         """Computes loss and gradients instead of MLX, where it is set."""
+        self.why_mlx = ""
+        """Where it is not set on a CPU: why."""
         self.split = self._head() is not None and self._agrees(self._own_trunk)
         self.cut = 0
         if cut and self.split:

@@ -9,13 +9,13 @@ import numpy as np
 
 from runner.blas import BlasReport, blas_identity
 from runner.config import Config
+from runner.cpu import cross_entropy, threads
 from runner.cpu.engine import VERSION
 from runner.cpu.making import make_engine
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
-from runner.models import cpu_ops
 from runner.models.forward import Forward
-from runner.models.loading import Base
+from runner.models.loading import Base, on_cpu
 from runner.models.trunk import Trunks, numbers_identity
 from runner.places import cache_folder
 from runner.training.feed import Feed, Fixed
@@ -24,12 +24,26 @@ from runner.training.feed import Feed, Fixed
 def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport) -> Forward:
     """The forward pass of `base` with an adapter on its last `num_layers` blocks."""
     t = settings.train
-    cpu_ops.configure(on=t.cpu_ops, threads=blas.threads or 1)
+    cross_entropy.configure(on=t.cpu_ops)
+    threads.configure(blas.threads or 1)
     cut = len(base.model.layers) - num_layers if t.trunk.cache else 0
     forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_piece)
-    if t.cpu_ops and forward.split and t.head != "all" and t.compile != "always" and not settings.lora.dropout:
-        forward.engine, _ = make_engine(forward, recompute=t.grad_checkpoint)
+    if t.cpu_ops and on_cpu():
+        forward.why_mlx = _why_no_engine(forward, settings)
+        if not forward.why_mlx:
+            forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint)
     return forward
+
+
+def _why_no_engine(forward: Forward, settings: Config) -> str:
+    """Which setting the engine does not know, or nothing."""
+    found = {
+        "lora.dropout is above 0": settings.lora.dropout > 0,
+        "train.compile=always": settings.train.compile == "always",
+        "train.head=all": settings.train.head == "all",
+        "this model's head cannot be computed apart": not forward.split,
+    }
+    return next((why for why, so in found.items() if so), "")
 
 
 def make_trunks(

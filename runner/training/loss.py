@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from runner.models import cpu_ops
+from runner.cpu import cross_entropy
 from runner.models.forward import Forward
 
 
@@ -77,16 +77,16 @@ def _in_pieces(
 def _with_gradient(
     forward: Forward, hidden: mx.array, targets: mx.array, weights: mx.array, eager: bool
 ) -> tuple[mx.array, mx.array]:
-    if not (eager and cpu_ops.usable()):
+    if not (eager and cross_entropy.usable()):
         return mx.value_and_grad(lambda h: _summed(forward.head(h), targets, weights))(hidden)
-    losses, by_logits = cpu_ops.cross_entropy(forward.head(hidden), targets, weights)
+    losses, by_logits = cross_entropy.cross_entropy(forward.head(hidden), targets, weights)
     return losses, mx.vjp(forward.head, [hidden], [by_logits])[1][0]
 
 
 def _loss(forward: Forward, hidden: mx.array, targets: mx.array, weights: mx.array, eager: bool) -> mx.array:
-    if not (eager and cpu_ops.usable()):
+    if not (eager and cross_entropy.usable()):
         return _summed(forward.head(hidden), targets, weights)
-    return cpu_ops.cross_entropy(forward.head(hidden), targets, weights, gradient=False)[0]
+    return cross_entropy.cross_entropy(forward.head(hidden), targets, weights, gradient=False)[0]
 
 
 def _summed(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:

@@ -14,12 +14,12 @@ from runner import __version__, changes, config
 from runner.blas import BlasReport, blas_identity
 from runner.checkpoints.schedule import Schedule
 from runner.config import Config
+from runner.cpu import cross_entropy
 from runner.cpu.engine import VERSION
 from runner.data.formats import Reading
 from runner.data.order import Order, Position
 from runner.data.tokens import DataSet
 from runner.errors import CheckpointError, ConfigError
-from runner.models import cpu_ops
 from runner.models.adapters import Adapted, read_weights, trainable_share, warm_start
 from runner.models.forward import Forward
 from runner.models.loading import Base, on_cpu
@@ -74,6 +74,8 @@ def load_parts(
     try:
         _introduce(settings, data, adapted, blas, display)
         forward = make_forward(base, adapted.num_layers, settings, blas)
+        if forward.why_mlx:
+            display.line(f"engine not used: {forward.why_mlx}; MLX computes")
         trunks = shared.trunks(forward, base, settings, blas, display.line)
         _tell_trunk(settings, data, adapted, forward, trunks, display)
     except BaseException:
@@ -152,7 +154,7 @@ def _identity(
             "loss_piece": settings.train.loss_piece,
             "trunk": forward.cut,
             "head": settings.train.head,
-            "cpu_ops": cpu_ops.usable() and f"numpy {version('numpy')}",
+            "cpu_ops": cross_entropy.usable() and f"numpy {version('numpy')}",
             "engine": forward.engine and VERSION,
         },
         hyperparameters=config.flatten_dict(stored),

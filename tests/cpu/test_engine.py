@@ -9,17 +9,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama, qwen2
 
 from runner import config
-from runner.cpu import kernels
+from runner.blas import BlasReport
+from runner.cpu import kernels, threads
 from runner.cpu.block import view
 from runner.cpu.engine import Engine
 from runner.cpu.making import make_engine
 from runner.data.tokens import TokenSet
-from runner.models import cpu_ops
 from runner.models.adapters import Adapted
 from runner.models.forward import Forward
 from runner.models.loading import Base, load
 from runner.training.evaluation import evaluate
 from runner.training.feed import Feed
+from runner.training.feeding import make_forward
 from runner.training.loss import surrogate
 
 SMALL = {
@@ -96,9 +97,18 @@ def assert_close(made: Adapted, found, ready) -> None:
         assert np.linalg.norm(found[1][name] - grad) < 2e-5 * size, name
 
 
+@pytest.fixture
+def lanes():
+    """`lanes(3)` has three threads divide a batch."""
+    yield threads.configure
+    threads.configure(1)
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("recompute", [False, True])
-def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int, lanes) -> None:
+    lanes(count)
     made = adapted(MODELS[name]())
     ready = batch([9, 30, 2, 17])
     engine = Engine(made.model, recompute=recompute, piece=16)
@@ -121,7 +131,8 @@ def test_any_shape_of_adapter(lora: dict) -> None:
     assert_close(made, Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
 
 
-def test_rows_longer_than_a_tile_of_attention() -> None:
+def test_rows_longer_than_a_tile_of_attention(lanes) -> None:
+    lanes(2)
     made = adapted(MODELS["tied"]())
     ready = batch([130, 300, 129])
     assert_close(made, Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
@@ -139,16 +150,45 @@ def test_memory_that_is_used_again_leaves_nothing_behind() -> None:
     assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
 
 
-def test_no_number_of_threads_changes_a_bit() -> None:
+def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_those_of_one(lanes) -> None:
     made = adapted(MODELS["tied"]())
-    params, ready, found = numpy_params(made), batch([150, 40, 90]), []
-    for threads in (1, 2, 3):
-        cpu_ops.configure(on=True, threads=threads)
-        found.append(Engine(made.model).loss_and_grads(params, *ready.numbers()))
-    cpu_ops.configure(on=True, threads=1)
-    for other in found[1:]:
-        assert other[0] == found[0][0]
-        assert all(np.array_equal(other[1][name], grad) for name, grad in found[0][1].items())
+    params, found = numpy_params(made), []
+    batches = [batch(lengths) for lengths in ([150, 40, 90], [33], [20, 20, 21, 22])]
+    for count in (1, 2, 3):
+        lanes(count)
+        engine = Engine(made.model)
+        found.append([engine.loss_and_grads(params, *ready.numbers()) for ready in batches])
+        for _ in range(20):  # whichever thread comes first
+            for ready, (loss, grads) in zip(batches, found[-1], strict=True):
+                again = engine.loss_and_grads(params, *ready.numbers())
+                assert again[0] == loss
+                assert all(np.array_equal(again[1][name], grad) for name, grad in grads.items())
+    for several in found[1:]:
+        for (loss, grads), (one_loss, one_grads) in zip(several, found[0], strict=True):
+            assert loss == pytest.approx(one_loss, rel=1e-6)
+            for name, grad in one_grads.items():
+                assert np.linalg.norm(grads[name] - grad) < 1e-5 * np.linalg.norm(grad)
+
+
+def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkeypatch, lanes) -> None:
+    lanes(3)
+    made = adapted(MODELS["tied"]())
+    engine, params, ready = Engine(made.model), numpy_params(made), batch([150, 40, 90])
+    before = engine.loss_and_grads(params, *ready.numbers())
+    own, calls = kernels.swiglu, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        own(*args)
+
+    monkeypatch.setattr(kernels, "swiglu", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        engine.loss_and_grads(params, *ready.numbers())
+    monkeypatch.undo()
+    after = engine.loss_and_grads(params, *ready.numbers())
+    assert before[0] == after[0] and all(np.array_equal(before[1][name], after[1][name]) for name in before[1])
 
 
 def test_from_the_cut_on_it_is_the_same_bit_for_bit() -> None:
@@ -232,3 +272,24 @@ def test_a_sliding_window_is_refused() -> None:
     )
     engine, why = engine_of(adapted(llama.Model(args)))
     assert engine is None and "sliding" in why
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("lora", "dropout", 0.1, "lora.dropout"),
+        ("train", "compile", "always", "train.compile=always"),
+        ("train", "head", "all", "train.head=all"),
+        ("train", "cpu_ops", False, ""),
+        ("train", "cpu_ops", True, None),
+    ],
+)
+def test_a_setting_that_the_engine_does_not_know_is_named(section, name, value, said) -> None:
+    settings = config.Config()
+    settings.model.path = "builtin:tiny"
+    setattr(getattr(settings, section), name, value)
+    base = load(settings.model)
+    made = Adapted(base, settings.lora, seed=0)
+    forward = make_forward(base, made.num_layers, settings, BlasReport(kind="named", threads=1))
+    assert (forward.engine is not None) == (said is None)
+    assert forward.why_mlx.startswith(said or "") and bool(said) == bool(forward.why_mlx)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runner import config
-from runner.models import cpu_ops
+from runner.cpu import cross_entropy, threads
 from runner.models.forward import Forward
 from runner.models.loading import load
 from runner.training.loss import loss_sum, surrogate
@@ -24,11 +24,13 @@ def base():
 @pytest.fixture(params=["numpy", "two threads", "mlx", "traced", "everywhere", "whole"])
 def path(request, base):
     """A forward pass and whether it may evaluate on the way."""
-    cpu_ops.configure(on=request.param in ("numpy", "two threads"), threads=1 + (request.param == "two threads"))
+    cross_entropy.configure(on=request.param in ("numpy", "two threads"))
+    threads.configure(1 + (request.param == "two threads"))
     forward = Forward(base.model, everywhere=request.param == "everywhere")
     forward.split = request.param != "whole"
     yield forward, request.param != "traced"
-    cpu_ops.configure(on=True, threads=1)
+    cross_entropy.configure(on=True)
+    threads.configure(1)
 
 
 def batch():
@@ -89,11 +91,12 @@ def test_a_row_s_bits_depend_on_no_thread_and_no_neighbour():
     logits = mx.random.normal((37, 1000), key=mx.random.key(3)) * 8
     targets, weights = mx.arange(37), mx.ones(37)
     results = []
-    for threads in (1, 2, 3):
-        cpu_ops.configure(on=True, threads=threads)
-        results.append(cpu_ops.cross_entropy(logits + 0, targets, weights)[1])
-    cpu_ops.configure(on=True, threads=1)
-    one = cpu_ops.cross_entropy(logits[5:6] + 0, targets[5:6], weights[5:6])[1]
+    for count in (1, 2, 3):
+        threads.configure(count)
+        results.append(cross_entropy.cross_entropy(logits + 0, targets, weights)[1])
+    cross_entropy.configure(on=True)
+    threads.configure(1)
+    one = cross_entropy.cross_entropy(logits[5:6] + 0, targets[5:6], weights[5:6])[1]
     assert all(mx.array_equal(results[0], other) for other in results[1:])
     assert mx.array_equal(results[0][5:6], one)
 
@@ -101,13 +104,13 @@ def test_a_row_s_bits_depend_on_no_thread_and_no_neighbour():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows_in_the_loss(bad, recwarn):
     logits = mx.zeros((8, 50)).at[3, 7].add(bad)
-    loss, _ = cpu_ops.cross_entropy(logits, mx.zeros(8, mx.int32), mx.ones(8))
+    loss, _ = cross_entropy.cross_entropy(logits, mx.zeros(8, mx.int32), mx.ones(8))
     assert not np.isfinite(loss.item())
     assert not recwarn.list
 
 
 def test_large_logits_do_not_overflow():
     logits = mx.array([[1e4, 0.0, -1e4]])
-    loss, gradient = cpu_ops.cross_entropy(logits, mx.array([0]), mx.ones(1))
+    loss, gradient = cross_entropy.cross_entropy(logits, mx.array([0]), mx.ones(1))
     assert loss.item() == 0.0
     assert gradient.tolist() == [[0.0, 0.0, 0.0]]

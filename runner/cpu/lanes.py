@@ -1,0 +1,99 @@
+"""How the threads divide a batch: each has a lane, which is a stretch of its positions.
+
+All that a position needs from others is in attention: there the lanes wait for each other, divide rows and heads
+instead, wait again, and go on with their own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from threading import Barrier
+from typing import TypeVar
+
+import numpy as np
+
+from runner.cpu import threads
+from runner.cpu.workspace import Workspace
+
+T = TypeVar("T")
+_LEAST = 16
+"""Positions of a lane: products of fewer are slower by position."""
+
+
+class Rows:
+    """Rows of a batch one after the other, without padding."""
+
+    def __init__(self, lengths: Iterable[int]) -> None:
+        self.lengths = [int(length) for length in lengths]
+        self.starts = [0, *accumulate(self.lengths)][:-1]
+        self.places = np.concatenate([np.arange(length) for length in self.lengths])
+        """(n,): of each position in its row."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One thread's part."""
+
+    number: int
+    count: int
+    rows: Rows
+    """Of all lanes."""
+    own: Workspace
+    common: Workspace
+    """The same for all lanes: to be read and written where they have waited for each other."""
+    barrier: Barrier
+    _shares: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+
+    @property
+    def span(self) -> slice:
+        """Its positions."""
+        return slice(len(self.rows) * self.number // self.count, len(self.rows) * (self.number + 1) // self.count)
+
+    def wait(self) -> None:
+        """Until all lanes have come this far."""
+        if self.count > 1:
+            self.barrier.wait()
+
+    def share(self, parts: int) -> list[tuple[int, int, int]]:
+        """Its share of `parts` pieces of work a row, which cost the square of its length.
+
+        Each is (first position, length, part). The most costly go first to whoever has least.
+        """
+        if parts not in self._shares:
+            load = [0] * self.count
+            mine = []
+            order = sorted(range(len(self.rows.lengths)), key=lambda i: -self.rows.lengths[i])
+            for row in order:
+                for part in range(parts):
+                    lane = load.index(min(load))
+                    load[lane] += self.rows.lengths[row] ** 2
+                    if lane == self.number:
+                        mine.append((self.rows.starts[row], self.rows.lengths[row], part))
+            self._shares[parts] = mine
+        return self._shares[parts]
+
+
+class Lanes:
+    """The lanes of one engine, with the memory that they use again in each step."""
+
+    def __init__(self) -> None:
+        self._common, self._own = Workspace(), [Workspace()]
+
+    def run(self, work: Callable[[Lane], T], rows: Rows) -> list[T]:
+        """What `work` returns in each lane, in the order of their positions."""
+        count = threads.count_for(len(rows), _LEAST)
+        while len(self._own) < count:
+            self._own.append(Workspace())
+        return threads.side_by_side(
+            lambda number, barrier: work(Lane(number, count, rows, self._own[number], self._common, barrier)), count
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(space.nbytes for space in (self._common, *self._own))

@@ -79,7 +79,7 @@ $(REFERENCE_STAMP): constraints.txt
 	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt $(REFERENCE_PACKAGES)
 	@touch "$(REFERENCE_STAMP)"
 
-faults: models ## every fault of tests/faults/rows.py with full counts, one line a row (half an hour)
+faults: models ## every fault of tests/faults/rows.py with full counts, one line a row (an hour)
 	@RUNNER_FAULTS=full $(PYTEST) tests/faults
 
 bench: setup ## against stock mlx_lm.lora, side by side (ten minutes; leave the machine alone)

@@ -24,7 +24,8 @@ from runner.cpu.lanes import Lane, Lanes, Rows
 _ARCHITECTURES = ("llama", "qwen2")
 """Of mlx_lm.models: blocks as `runner.cpu.block` writes them out. Mistral and SmolLM are llama there."""
 
-
+_LEAST_PIECE = 64
+"""Of positions whose logits one of many lanes computes at once."""
 VERSION = 2
 """Of the numbers: another one gives other last digits."""
 
@@ -170,7 +171,8 @@ class Engine:
         span, work = lane.span, lane.own
         mine = np.flatnonzero((positions >= span.start) & (positions < span.stop) & (weights != 0))
         weight, eps = self.norm
-        total, piece = np.float32(0), max(1, self.piece // lane.count)
+        # Each lane reads the head's weights for each of its pieces: smaller ones are slower, larger ones take memory.
+        total, piece = np.float32(0), min(self.piece, max(_LEAST_PIECE, 2 * self.piece // lane.count))
         for start in range(0, len(mine), piece):
             part = mine[start : start + piece]
             places = positions[part] - span.start

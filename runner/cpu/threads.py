@@ -17,8 +17,8 @@ from typing import TypeVar
 T = TypeVar("T")
 _pool: ThreadPoolExecutor | None = None
 _count = 1
-# Each sets how many threads the BLAS uses from then on; MKL's own is for the calling thread alone.
-_SETTERS = ("openblas_set_num_threads", "scipy_openblas_set_num_threads", "bli_thread_set_num_threads")
+_PREFIXES = ("openblas", "scipy_openblas", "bli_thread")
+"""Of the functions by which a BLAS tells how many threads it uses, and is told."""
 
 
 def configure(count: int) -> None:
@@ -69,25 +69,30 @@ def side_by_side(work: Callable[[int, Barrier], T], count: int) -> list[T]:
 @contextmanager
 def _single_threaded_blas() -> Iterator[None]:
     """MLX shares the BLAS, and gets its threads back afterwards."""
-    setter = _setter()
-    if setter is None:
+    found = _thread_count()
+    if found is None:
         yield
         return
-    setter(1)
+    get, put = found
+    before = get()
+    put(1)
     try:
         yield
     finally:
-        setter(_count)
+        put(before)
 
 
 @cache
-def _setter() -> Callable[[int], object] | None:
+def _thread_count() -> tuple[Callable[[], int], Callable[[int], object]] | None:
+    """How many threads the BLAS uses: to be read and to be set."""
     try:
         everything = ctypes.CDLL(None)
     except OSError:
         return None
-    for name in _SETTERS:
-        if (found := getattr(everything, name, None)) is not None:
-            found.argtypes, found.restype = [ctypes.c_int], None
-            return found
+    for prefix in _PREFIXES:
+        get, put = (getattr(everything, f"{prefix}_{verb}_num_threads", None) for verb in ("get", "set"))
+        if get is not None and put is not None:
+            get.argtypes, get.restype = [], ctypes.c_int
+            put.argtypes, put.restype = [ctypes.c_int], None
+            return get, put
     return None

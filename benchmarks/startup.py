@@ -9,6 +9,7 @@ the adapter, one batch.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ model, _ = mlx_lm.load(sys.argv[1])
 mx.eval(model.parameters())
 """
 WORK = Work(2, 2)
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def until(command: Sequence[str], folder: Path, done: Callable[[], bool] | None) -> float:
@@ -48,7 +50,7 @@ def until(command: Sequence[str], folder: Path, done: Callable[[], bool] | None)
 
 def holds(file: Path, text: str) -> Callable[[], bool]:
     """Whether `file` is there and holds `text`."""
-    return lambda: file.exists() and text in file.read_text(errors="replace")
+    return lambda: file.exists() and text in _COLOUR.sub("", file.read_text(errors="replace"))
 
 
 def main(words: list[str] | None = None) -> int:

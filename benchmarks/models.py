@@ -44,7 +44,7 @@ def folders() -> dict[str, str]:
 
 def cache() -> Path:
     """Where the benchmark keeps what it makes once."""
-    from runner.places import cache_folder
+    from runner.cache import cache_folder
 
     return cache_folder() / "benchmarks"
 

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.places import cache_folder
+from runner.cache import cache_folder
 
 PREFIX = "scipy_"
 # What libmlx.so of mlx-cpu 0.32 leaves undefined, and zgemm, so that no complex product is split between two.

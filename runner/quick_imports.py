@@ -5,25 +5,22 @@ for ``transformers.models``: two thirds of a second of the 1.1 that ``import mlx
 on its own files alone, so it is kept by the install (version, place, and the time and size of the wheel's RECORD).
 An editable install has no such record that tells of an edit, and is read anew each time. Wherever something is
 not as expected transformers does its own reading; nothing of it is changed on disk.
+
+What it needs itself is imported when transformers is: many commands never come to that.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import importlib.util
-import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runner.places import cache_folder
+from runner.cache import cache_folder
 
 MODULE = "transformers.utils.import_utils"
 FUNCTION = "define_import_structure"
@@ -37,7 +34,7 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Finds one module as Python would and hands it a loader that looks into the cache."""
 
     def find_spec(
@@ -82,6 +79,9 @@ def remembering(own: Callable[..., Structure], models: Path) -> Callable[..., St
 
 def _file(models: Path) -> Path | None:
     """Where the answer for this install is kept; None where its files can change without a trace."""
+    import hashlib
+    import importlib.metadata
+
     try:
         wheel = importlib.metadata.distribution("transformers")
         record = wheel.locate_file(f"transformers-{wheel.version}.dist-info/RECORD")
@@ -95,6 +95,8 @@ def _file(models: Path) -> Path | None:
 
 
 def _read(file: Path) -> Structure | None:
+    import json
+
     try:
         kept = json.loads(file.read_bytes())
         return {frozenset(needs): {name: set(names) for name, names in of.items()} for needs, of in kept}
@@ -103,6 +105,9 @@ def _read(file: Path) -> Structure | None:
 
 
 def _write(file: Path, found: Structure) -> None:
+    import json
+    import tempfile
+
     try:
         kept = [[sorted(needs), {name: sorted(names) for name, names in of.items()}] for needs, of in found.items()]
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner import config
+from runner.cache import cache_folder
 from runner.data.formats import Keys, Reading
 from runner.data.token_cache import TokenCache
-from runner.places import cache_folder
 
 
 def reading_of(data: config.Data) -> Reading:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from runner.cache import cache_folder
 from runner.errors import ModelError, RunnerError, StorageError, did_you_mean
-from runner.places import cache_folder
 
 _CHUNK = 1 << 20
 _MARKER = "verified.json"

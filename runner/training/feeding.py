@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from runner.blas import BlasReport, blas_identity
+from runner.cache import cache_folder
 from runner.config import Config
 from runner.cpu import cross_entropy, threads
 from runner.cpu.engine import VERSION
@@ -17,7 +18,6 @@ from runner.data.tokens import TokenSet
 from runner.models.forward import Forward
 from runner.models.loading import Base, on_cpu
 from runner.models.trunk import Trunks, numbers_identity
-from runner.places import cache_folder
 from runner.training.feed import Feed, Fixed
 
 

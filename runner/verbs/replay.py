@@ -19,6 +19,7 @@ import numpy as np
 
 from runner import checks
 from runner.blas import THREAD_VARIABLES
+from runner.cache import cache_folder
 from runner.checkpoints import verify
 from runner.checkpoints.disk import Disk
 from runner.checkpoints.store import step_name
@@ -26,7 +27,6 @@ from runner.checkpoints.tensors import unpack
 from runner.checkpoints.verify import Loaded
 from runner.config import Config
 from runner.errors import ConfigError
-from runner.places import cache_folder
 from runner.rundir import ADAPTERS, RunDirectory
 from runner.start import Source, Start, new_run_id
 from runner.verbs import settings

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
+from runner.cache import cache_folder
 from runner.errors import ModelError, StorageError
 from runner.models import fetch as module
 from runner.models.fetch import BUILTIN, Builtin, fetch
-from runner.places import cache_folder
 
 ROOT = Path(module.__file__).parents[2]
 CONTENT = os.urandom(1 << 16) * 8

@@ -55,7 +55,11 @@ LEVERS: dict[str, Lever] = {
         {"train.cpu_ops": "false", "train.head": "all", "train.loss_piece": "65536"},
         {"train.cpu_ops": "true", "train.head": "supervised", "train.loss_piece": "256"},
     ),
-    "evaluation": Lever("evaluation in larger batches", {"train.eval_tokens": "1"}, {"train.eval_tokens": "2048"}),
+    "evaluation": Lever(
+        "evaluation in larger batches, the one before training kept",
+        {"train.eval_tokens": "1", "train.keep_baseline": "false"},
+        {"train.eval_tokens": "2048", "train.keep_baseline": "true"},
+    ),
     "prefetch": Lever("the next batch prepared meanwhile", {"train.prefetch": "false"}, {"train.prefetch": "true"}),
     "saving": Lever("saving in the background", {"checkpoint.background": "false"}, {"checkpoint.background": "true"}),
     "compile": Lever(

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.eval_batches",
     "train.eval_tokens",
+    "train.keep_baseline",
     "train.loss_piece",  # named where it differs, as the trunk
     "train.trunk",
     "train.head",

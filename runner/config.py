@@ -218,6 +218,8 @@ class Train:
     """Batches of an evaluation, the same each time; -1 means all."""
     eval_tokens: int = 2048
     """Positions that an evaluation computes at once: its batches of near lengths are joined up to this many."""
+    keep_baseline: bool = True
+    """Keep the loss before training in the cache folder: runs on the same base and data compute it once."""
     head: str = "supervised"
     """Positions that the head and the loss compute: supervised (those that count), or all."""
     loss_piece: int = 256

@@ -152,9 +152,11 @@ class Block:
         """All linear layers."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def forward(self, x: np.ndarray, lane: Lane, out: np.ndarray, keep: str) -> None:
-        """`out` (n, d) from `x` (n, d), the positions of `lane`; `keep` names what the way back needs."""
-        n, d = x.shape
+    def forward(self, x: np.ndarray, lane: Lane, out: np.ndarray, keep: str, chosen: np.ndarray | None = None) -> None:
+        """`out` (m, d) from `x` (n, d), the positions of `lane`; `keep` names what the way back needs.
+
+        `chosen` (m,): the positions whose output is wanted; None: all. After attention only they are computed.
+        """
         qkv = self._common(lane, f"{keep}.qkv", self.shape.columns)
         own = qkv[lane.span]
         self.qkv.forward(self._norm(0, x, lane.own, keep), self._split(own), lane.own, keep)
@@ -164,23 +166,37 @@ class Block:
         lane.wait()
         attend(qkv, self.shape, lane, attended, log_sums)
         lane.wait()
-        middle = lane.own.get(f"{keep}.middle", n, d)
-        middle[:] = x
-        self.o.forward(attended[lane.span], [middle], lane.own, keep, add=True)
-        gate_up = lane.own.get(f"{keep}.gate_up", n, 2 * self.inner)
+        m = len(out)
+        middle = lane.own.get(f"{keep}.middle", *out.shape)
+        middle[:] = x if chosen is None else x[chosen]
+        self.o.forward(self._attended(lane, keep, chosen), [middle], lane.own, keep, add=True)
+        gate_up = lane.own.get(f"{keep}.gate_up", m, 2 * self.inner)
         self.gate_up.forward(self._norm(1, middle, lane.own, keep), self._halves(gate_up), lane.own, keep)
-        inner = lane.own.get("inner", n, self.inner)
+        inner = lane.own.get("inner", m, self.inner)
         kernels.swiglu(gate_up, inner)
         out[:] = middle
         self.down.forward(inner, [out], lane.own, keep, add=True)
 
-    def back(self, x: np.ndarray, lane: Lane, by_out: np.ndarray, keep: str, grads: Grads, *, first: bool) -> None:
-        """From the gradient by the output, which becomes that by `x`; for the `first` block none is made of `x`."""
-        n, d = x.shape
+    def back(
+        self,
+        x: np.ndarray,
+        lane: Lane,
+        by_out: np.ndarray,
+        keep: str,
+        grads: Grads,
+        chosen: np.ndarray | None = None,
+        *,
+        first: bool,
+    ) -> np.ndarray:
+        """The gradient by `x` from that by the output (m, d), which is written over; `chosen` as in `forward`.
+
+        For the `first` block none is made of `x`, and what is returned means nothing.
+        """
+        n, (m, d) = len(x), by_out.shape
         work = lane.own
-        gate_up, middle = work.get(f"{keep}.gate_up", n, 2 * self.inner), work.get(f"{keep}.middle", n, d)
-        by_inner, inner = work.get("by_inner", n, self.inner), work.get("inner", n, self.inner)
-        by_normed = work.get("by_normed", n, d)
+        gate_up, middle = work.get(f"{keep}.gate_up", m, 2 * self.inner), work.get(f"{keep}.middle", m, d)
+        by_inner, inner = work.get("by_inner", m, self.inner), work.get("inner", m, self.inner)
+        by_normed = work.get("by_normed", m, d)
         self.down.back([by_out], by_inner, work, keep, grads)
         kernels.swiglu_back(gate_up, by_inner, inner)
         self.down.back_of_first_factors(inner, work, grads)
@@ -189,17 +205,21 @@ class Block:
         self._norm_back(1, middle, by_normed, by_out, work, keep)
 
         columns = self.shape.heads * self.shape.width
-        attended, by_attended = (
-            self._common(lane, f"{keep}.attended", columns),
-            self._common(lane, "by_attended", columns),
-        )
+        attended, by_attended = self._attended(lane, keep, chosen), self._common(lane, "by_attended", columns)
         qkv, by_qkv = (self._common(lane, name, self.shape.columns) for name in (f"{keep}.qkv", "by_qkv"))
         log_sums, deltas = (self._common(lane, name, self.shape.heads) for name in (f"{keep}.log_sums", "deltas"))
-        own, by_own = attended[lane.span], by_attended[lane.span]
+        by_own = by_attended[lane.span] if chosen is None else work.get("by_chosen", m, columns)
         self.o.back([by_out], by_own, work, keep, grads)
-        self.o.back_of_first_factors(own, work, grads)
-        heads = n, self.shape.heads, self.shape.width
-        np.einsum("nhw,nhw->nh", own.reshape(heads), by_own.reshape(heads), out=deltas[lane.span])
+        self.o.back_of_first_factors(attended, work, grads)
+        heads = m, self.shape.heads, self.shape.width
+        own_deltas = np.einsum("nhw,nhw->nh", attended.reshape(heads), by_own.reshape(heads))
+        if chosen is None:
+            deltas[lane.span] = own_deltas
+        else:  # what no one asked for has no gradient but through keys and values
+            by_out = _scattered(by_out, chosen, work.get("by_x", n, d))
+            _scattered(by_own, chosen, by_attended[lane.span])
+            _scattered(own_deltas, chosen, deltas[lane.span])
+            by_normed = work.get("by_normed", n, d)
         lane.wait()
         attend_back(qkv, self.shape, lane, deltas, log_sums, by_attended, by_qkv)
         lane.wait()
@@ -209,6 +229,12 @@ class Block:
         self.qkv.back_of_first_factors(self._norm(0, x, work, keep), work, grads)
         if not first:
             self._norm_back(0, x, by_normed, by_out, work, keep)
+        return by_out
+
+    def _attended(self, lane: Lane, keep: str, chosen: np.ndarray | None) -> np.ndarray:
+        """The heads' output at the lane's positions, or those that are chosen."""
+        own = self._common(lane, f"{keep}.attended", self.shape.heads * self.shape.width)[lane.span]
+        return own if chosen is None else np.take(own, chosen, axis=0)
 
     def _common(self, lane: Lane, name: str, columns: int) -> np.ndarray:
         """(positions of all lanes, columns), which all lanes share."""
@@ -240,6 +266,13 @@ class Block:
 
     def _halves(self, gate_up: np.ndarray) -> list[np.ndarray]:
         return [gate_up[:, : self.inner], gate_up[:, self.inner :]]
+
+
+def _scattered(part: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`out`, with `part` at `places` and zero elsewhere."""
+    out[:] = 0
+    out[places] = part
+    return out
 
 
 def norm_of(module: nn.Module) -> tuple[np.ndarray, float]:

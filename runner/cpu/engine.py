@@ -16,17 +16,14 @@ from mlx_lm.models.rope_utils import Llama3RoPE
 
 from runner.config import Train
 from runner.cpu import gemm as blas
-from runner.cpu import kernels
 from runner.cpu.block import Block, Grads, norm_of, view
-from runner.cpu.gemm import gemm
+from runner.cpu.head import Head, Targets
 from runner.cpu.lanes import Lane, Lanes, Rows
 
 _ARCHITECTURES = ("llama", "qwen2")
 """Of mlx_lm.models: blocks as `runner.cpu.block` writes them out. Mistral and SmolLM are llama there."""
 
-_LEAST_PIECE = 64
-"""Of positions whose logits one of many lanes computes at once."""
-VERSION = 2
+VERSION = 3
 """Of the numbers: another one gives other last digits."""
 
 
@@ -42,20 +39,19 @@ class Engine:
         trunk = model.model
         if type(model).__module__ not in [f"mlx_lm.models.{name}" for name in _ARCHITECTURES] or not blas.available():
             raise TypeError(type(model).__module__)
-        self.recompute, self.piece = recompute, piece
+        self.recompute = recompute
         rope = _Rope(model.layers[0].self_attn.rope)
         self.blocks = [Block(block, f"model.layers.{i}", rope) for i, block in enumerate(model.layers)]
         if any(getattr(block, "use_sliding", False) for block in model.layers):
             raise TypeError("sliding window")
-        self.norm = norm_of(trunk.norm)
         embedding, head = trunk.embed_tokens, getattr(model, "lm_head", None)
         if type(embedding) is not nn.Embedding or (
             head is not None and (type(head) is not nn.Linear or "bias" in head)
         ):
             raise TypeError("embedding or head")
         self.embedding = view(embedding.weight)
-        self.head = self.embedding if head is None else view(head.weight)
-        if self.embedding.dtype != np.float32 or self.head.dtype != np.float32:
+        self.head = Head(self.embedding if head is None else view(head.weight), norm_of(trunk.norm), piece)
+        if self.embedding.dtype != np.float32 or self.head.weight.dtype != np.float32:
             raise TypeError("not float32")
         self.first = next(
             (i for i, b in enumerate(self.blocks) if any(x.scale is not None for g in b.groups for x in g.linears)),
@@ -90,9 +86,10 @@ class Engine:
         self._take(params)
 
         def work(lane: Lane) -> np.float32:
-            for x in self._forward(inputs, lane, keep=False):
+            wanted = Targets.of(positions, targets, weights, lane)
+            for x in self._forward(inputs, lane, wanted.places, keep=False):
                 last = x
-            return self._head(last, lane, positions, targets, weights, None)
+            return self.head.loss(last, lane, wanted, None)
 
         return float(sum(self._lanes.run(work, Rows(lengths)), np.float32(0)))
 
@@ -113,17 +110,19 @@ class Engine:
         self._take(params)
 
         def work(lane: Lane) -> tuple[np.float32, Grads]:
-            entered = list(self._forward(inputs, lane, keep=True))
+            wanted = Targets.of(positions, targets, weights, lane)
+            entered = list(self._forward(inputs, lane, wanted.places, keep=True))
             last = entered.pop()
-            by_x = lane.own.get("by_x", *last.shape)
-            by_x[:] = 0
-            loss = self._head(last, lane, positions, targets, weights, by_x)
+            by_out = lane.own.get("by_last", *last.shape)
+            loss = self.head.loss(last, lane, wanted, by_out)
             grads: Grads = {}
             for number in range(len(self.blocks) - 1, self.first - 1, -1):
                 block, x = self.blocks[number], entered.pop()
+                chosen = self._chosen(number, wanted.places)
                 if self.recompute:
-                    block.forward(x, lane, lane.own.get("again", *x.shape), "any")
-                block.back(x, lane, by_x, "any" if self.recompute else str(number), grads, first=number == self.first)
+                    block.forward(x, lane, lane.own.get("again", *by_out.shape), "any", chosen)
+                keep = "any" if self.recompute else str(number)
+                by_out = block.back(x, lane, by_out, keep, grads, chosen, first=number == self.first)
             return loss, grads
 
         (loss, grads), *others = self._lanes.run(work, Rows(lengths))
@@ -138,13 +137,22 @@ class Engine:
             for group in block.groups:
                 group.take(params)
 
-    def _forward(self, inputs: np.ndarray, lane: Lane, *, keep: bool) -> Iterator[np.ndarray]:
-        """What enters each block with an adapter, and what leaves the last; without `keep` each until the next."""
+    def _chosen(self, number: int, places: np.ndarray) -> np.ndarray | None:
+        """Which positions need a block's output: after the last one, those that predict; all where None."""
+        return places if number == len(self.blocks) - 1 else None
+
+    def _forward(self, inputs: np.ndarray, lane: Lane, places: np.ndarray, *, keep: bool) -> Iterator[np.ndarray]:
+        """What enters each block with an adapter, and at `places` what leaves the last; without `keep` each until
+        the next."""
         x = self._through(inputs[lane.span], lane) if inputs.ndim == 1 else inputs[lane.span]
+        if self.first == len(self.blocks):
+            x = x[places]
         yield x
         for number, block in enumerate(self.blocks[self.first :], self.first):
-            out = lane.own.get(f"{number}.out", *x.shape) if keep else self._other(x, lane)
-            block.forward(x, lane, out, str(number) if keep and not self.recompute else "any")
+            chosen = self._chosen(number, places)
+            shape = x.shape if chosen is None else (len(chosen), x.shape[1])
+            out = lane.own.get(f"{number}.out", *shape) if keep else self._other(x, lane, *shape)
+            block.forward(x, lane, out, str(number) if keep and not self.recompute else "any", chosen)
             yield out
             x = out
 
@@ -153,47 +161,16 @@ class Engine:
         x = lane.own.get("even", ids.size, self.embedding.shape[1])
         np.take(self.embedding, ids, axis=0, out=x)
         for block in self.blocks[: self.first]:
-            out = self._other(x, lane)
+            out = self._other(x, lane, *x.shape)
             block.forward(x, lane, out, "any")
             x = out
         return x
 
-    def _head(
-        self,
-        x: np.ndarray,
-        lane: Lane,
-        positions: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray,
-        by_x: np.ndarray | None,
-    ) -> np.float32:
-        """The loss of the lane's positions; its gradient by `x` (n, d) is added to `by_x`, where that is given."""
-        span, work = lane.span, lane.own
-        mine = np.flatnonzero((positions >= span.start) & (positions < span.stop) & (weights != 0))
-        weight, eps = self.norm
-        # Each lane reads the head's weights for each of its pieces: smaller ones are slower, larger ones take memory.
-        total, piece = np.float32(0), min(self.piece, max(_LEAST_PIECE, 2 * self.piece // lane.count))
-        for start in range(0, len(mine), piece):
-            part = mine[start : start + piece]
-            places = positions[part] - span.start
-            chosen = x[places]
-            normed, scale = work.get("head.normed", *chosen.shape), work.get("head.scale", len(chosen), 1)
-            kernels.rms_norm(chosen, weight, eps, normed, scale)
-            logits = gemm(normed, self.head.T, work.get("logits", len(chosen), len(self.head)))
-            losses = kernels.softmax_loss(logits, targets[part], weights[part], gradient=by_x is not None)
-            total += losses.sum(dtype=np.float32)
-            if by_x is not None:
-                by_normed = gemm(logits, self.head, work.get("head.by_normed", *chosen.shape))
-                by_chosen = np.zeros_like(chosen)
-                kernels.rms_norm_back(chosen, weight, scale, by_normed, by_chosen)
-                by_x[places] = by_chosen
-        return total
-
     @staticmethod
-    def _other(x: np.ndarray, lane: Lane) -> np.ndarray:
+    def _other(x: np.ndarray, lane: Lane, *shape: int) -> np.ndarray:
         """Where a block may write while it reads `x`."""
-        even = lane.own.get("even", *x.shape)
-        return lane.own.get("odd", *x.shape) if np.may_share_memory(even, x) else even
+        even = lane.own.get("even", *shape)
+        return lane.own.get("odd", *shape) if np.may_share_memory(even, x) else even
 
 
 class _Rope:

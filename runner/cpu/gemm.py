@@ -33,6 +33,10 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, *, alpha: float = 1.0, a
     """`out` (m, n) = alpha * a (m, k) @ b (k, n), or that added to it. Float32; views and transposes cost no copy."""
     m, k = a.shape
     n = b.shape[1]
+    if not (m and n and k):  # such as of a thread that has nothing to predict
+        if not add:
+            out[:] = 0
+        return out
     flag_a, step_a = _layout(a)
     flag_b, step_b = _layout(b)
     call = _sgemm()

@@ -88,6 +88,16 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, 
         second += turned
 
 
+def exponentials(x: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
+    """Write exp(x - top) over `x` (n, d), `top` (n,), and the sum of each line to `sums` (n,)."""
+    with np.errstate(all="ignore"):  # what is not finite shows in the loss
+        for part in _parts(len(x), _LOGITS):
+            rows = x[part]
+            rows -= top[part, None]
+            np.exp(rows, out=rows)
+            np.sum(rows, axis=1, out=sums[part])
+
+
 def softmax_loss(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, gradient: bool) -> np.ndarray:
     """-log softmax(logits)[target] * weight (n,); `logits` (n, vocabulary) are written over, with the gradient or
     with nothing of use."""

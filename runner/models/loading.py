@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ class Base:
     """What adapter_config.json names as the model."""
     fingerprint: str
     """Identity of the weights: see `fingerprint`."""
+    contents: str = ""
+    """Identity of all that the model computes: see `contents`."""
     notes: list[str] = field(default_factory=list)
     """Lines worth saying."""
 
@@ -77,7 +81,23 @@ def load(settings: config.Model) -> Base:
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
-    return Base(model, tokenizer, about, settings.path, fingerprint(model), notes)
+    return Base(model, tokenizer, about, settings.path, fingerprint(model), contents(model, about), notes)
+
+
+def contents(model: nn.Module, about: Mapping[str, Any]) -> str:
+    """SHA-256 over the config and a sum over the bits of all weights: by it a cache knows what it was computed from.
+
+    Unlike a sample, the sums notice a single weight that was changed, and unlike a hash they are read as fast as the
+    memory is: the bits are summed as whole numbers, which wrap around.
+    """
+    sums = {}
+    for name, array in sorted(tree_flatten(model.parameters())):
+        flat = array.reshape(-1)
+        words = flat.view(mx.uint32) if flat.nbytes % 4 == 0 else flat.view(mx.uint8).astype(mx.uint32)
+        sums[f"{name} {array.shape} {array.dtype}"] = words.sum()
+    mx.eval(list(sums.values()))
+    found = {name: value.item() for name, value in sums.items()}
+    return hashlib.sha256(json.dumps([found, about], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:

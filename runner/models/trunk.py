@@ -24,8 +24,8 @@ from runner.models.forward import Forward
 from runner.models.loading import on_cpu
 from runner.models.trunk_store import GB, Budget, TrunkStore
 
-WORTH_A_FILE = 16 * 10**6
-"""Bytes of all states of a token set; fewer are computed again in seconds."""
+WORTH_A_FILE = 10**6
+"""Bytes of all states of a token set; fewer are computed again in less than a second."""
 LEAST_LENGTH = 48
 """Of what is computed. Shorter products take a path of their own in some BLAS, which costs more than the padding."""
 _MULTIPLE = 16

@@ -54,7 +54,7 @@ def make_trunks(
         return None
     chosen = settings.train.trunk
     identity = {
-        "base": base.fingerprint,
+        "base": base.contents,
         "cut": forward.cut,
         "blas": blas_identity(blas),
         "engine": forward.engine and VERSION,

@@ -16,11 +16,11 @@ from runner.models.adapters import Adapted
 from runner.models.forward import Forward
 from runner.reports.progress import Display
 from runner.training import events, state
+from runner.training.baselines import Baseline
 from runner.training.evaluation import evaluate
 from runner.training.events import Plan
 from runner.training.feed import Ahead, Fixed, Ready
 from runner.training.member import Member, Window
-from runner.training.shared import Baseline
 from runner.training.step import Step
 from runner.training.stops import Interrupted, Stops
 
@@ -175,7 +175,7 @@ def assess(job: Job, member: Member) -> bool:
     )
     best = False
     if progress.step == 0:
-        job.baseline.evaluation = result
+        job.baseline.evaluated(result)
         progress.baseline_loss = result.loss
     else:
         if events.better(result.loss, progress.best_loss, job.plan.min_delta):

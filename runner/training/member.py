@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import mlx.optimizers as optim
-
 from runner.checkpoints.schedule import SinceSave
 from runner.models.adapters import Params
+from runner.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from runner.training.record import Record
@@ -86,7 +85,7 @@ class Member:
     """One adapter in training."""
 
     params: Params
-    optimizer: optim.Optimizer
+    optimizer: Optimizer
     learning_rate: Callable[[int], float]
     """Of the update, counted from 1."""
     seed: int

@@ -1,45 +1,139 @@
-"""The optimizers by name, from the settings: mlx's own, over a flat dict of arrays."""
+"""The optimizers by name, from the settings: mlx's own, over all arrays of an adapter as one vector.
+
+Each of them works element by element, so the numbers are those of array by array; and an update is a dozen
+operations, not a dozen for each of hundreds of small arrays, which costs far more than the arithmetic.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, pairwise
+
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map_with_path
+import numpy as np
 
 from runner import config
 from runner.errors import CheckpointError
 
 CLASSES: dict[str, type[optim.Optimizer]] = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
+Vectors = dict[str, mx.array]
+"""All arrays of a dtype one after the other, by that dtype's name."""
+_LINE = 4096
+"""Elements that are summed first: one float32 sum over millions would lose digits."""
 
 
-def build(settings: config.Optimizer, params: dict[str, mx.array]) -> optim.Optimizer:
+class Packing:
+    """Where each array of an adapter lies in the vectors."""
+
+    def __init__(self, params: Mapping[str, mx.array]) -> None:
+        self._shapes = {name: array.shape for name, array in params.items()}
+        self.names: dict[str, list[str]] = {}
+        """Of the arrays by dtype."""
+        for name, array in params.items():
+            self.names.setdefault(str(array.dtype).rpartition(".")[2], []).append(name)
+        self._edges = {
+            dtype: list(accumulate(math.prod(self._shapes[name]) for name in names))
+            for dtype, names in self.names.items()
+        }
+
+    def pack(self, arrays: Mapping[str, mx.array]) -> Vectors:
+        """Arrays with the names and shapes of the adapter's as vectors."""
+        return {dtype: _joined([arrays[name] for name in names]) for dtype, names in self.names.items()}
+
+    def pack_numbers(self, arrays: Mapping[str, np.ndarray]) -> Vectors:
+        """The same of NumPy's arrays."""
+        return {
+            dtype: mx.array(np.concatenate([arrays[name].reshape(-1) for name in names]))
+            for dtype, names in self.names.items()
+        }
+
+    def unpack(self, vectors: Vectors) -> dict[str, mx.array]:
+        """The reverse of `pack`; the arrays share the memory of the vectors."""
+        out = dict(pair for dtype, vector in vectors.items() for pair in self.parts(dtype, vector))
+        return {name: out[name] for name in self._shapes}
+
+    def parts(self, dtype: str, vector: mx.array) -> Iterator[tuple[str, mx.array]]:
+        """Name and array of each part of the `vector` of a dtype."""
+        for name, (start, stop) in zip(self.names[dtype], pairwise([0, *self._edges[dtype]]), strict=True):
+            yield name, vector[start:stop].reshape(self._shapes[name])
+
+
+class Optimizer:
+    """One of `CLASSES` for the arrays of one adapter, with its state."""
+
+    def __init__(self, own: optim.Optimizer, params: Mapping[str, mx.array]) -> None:
+        """The state is made for `params`, at step 0."""
+        self.packing, self._own = Packing(params), own
+        own.init(self.packing.pack(params))
+        mx.eval(own.state)
+
+    def update(self, params: Mapping[str, mx.array], grads: Vectors, learning_rate: float) -> dict[str, mx.array]:
+        """The arrays after an update by their gradients."""
+        self._own.learning_rate = learning_rate
+        made = self._own.apply_gradients(grads, self.packing.pack(params))
+        out = self.packing.unpack(made)
+        mx.eval(out, self._own.state)
+        return out
+
+    def state(self) -> dict[str, mx.array]:
+        """The state as name to array, such as `model.layers.0.….lora_a.m`, `step`, `learning_rate`."""
+        out: dict[str, mx.array] = {}
+        for key, value in self._own.state.items():
+            if key in self.packing.names:
+                for part, vector in value.items():
+                    out |= {f"{name}.{part}": array for name, array in self.packing.parts(key, vector)}
+            else:
+                out[key] = value
+        return dict(sorted(out.items()))
+
+    def restore(self, saved: Mapping[str, mx.array], where: str) -> None:
+        """Put a saved state back.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes differ from what this optimizer keeps.
+        """
+        now = self.state()
+        if set(now) != set(saved):
+            odd = sorted(set(now) ^ set(saved))
+            raise CheckpointError(f"{where}: the optimizer's state has other arrays than here, such as {odd[0]}.")
+        for name, array in now.items():
+            if saved[name].shape != array.shape or saved[name].dtype != array.dtype:
+                raise CheckpointError(
+                    f"{where}: {name} is {saved[name].dtype} {saved[name].shape}, here {array.dtype} {array.shape}."
+                )
+        for key, value in self._own.state.items():
+            if key in self.packing.names:
+                names = self.packing.names[key]
+                for part in value:
+                    value[part] = _joined([saved[f"{name}.{part}"] for name in names])
+            else:
+                self._own.state[key] = saved[key]
+        mx.eval(self._own.state)
+
+
+def build(settings: config.Optimizer, params: Mapping[str, mx.array]) -> Optimizer:
     """The optimizer with its state made for `params`; options come from `settings`, completed."""
     options = {name: getattr(settings, name) for name in config.OPTIMIZERS[settings.name]}
-    made = CLASSES[settings.name](learning_rate=settings.learning_rate, **options)
-    made.init(params)
-    mx.eval(made.state)
-    return made
+    return Optimizer(CLASSES[settings.name](learning_rate=settings.learning_rate, **options), params)
 
 
-def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
-    """The optimizer's state as name to array, such as `model.layers.0.….lora_a.m`, `step`, `learning_rate`."""
-    return dict(sorted(tree_flatten(optimizer.state)))
+def clipped(grads: Vectors, largest: float | None) -> tuple[Vectors, mx.array]:
+    """Gradients scaled so that their norm is at most `largest`, as mlx.optimizers.clip_grad_norm does, and the norm
+    (a scalar) before."""
+    norm = mx.sqrt(sum((_squares(vector) for vector in grads.values()), mx.array(0.0)))
+    if largest is None:
+        return grads, norm
+    scale = mx.minimum(largest / (norm + 1e-6), 1.0)
+    return {dtype: (vector * scale).astype(vector.dtype) for dtype, vector in grads.items()}, norm
 
 
-def restore(optimizer: optim.Optimizer, params: dict[str, mx.array], saved: dict[str, mx.array], where: str) -> None:
-    """Put a saved state back.
+def _squares(vector: mx.array) -> mx.array:
+    squares = mx.square(vector.astype(mx.float32))
+    whole = vector.size // _LINE * _LINE
+    return squares[:whole].reshape(-1, _LINE).sum(axis=1).sum() + squares[whole:].sum()
 
-    Raises:
-        CheckpointError: names, shapes or dtypes differ from what this optimizer keeps.
-    """
-    now = flat_state(optimizer)
-    if set(now) != set(saved):
-        odd = sorted(set(now) ^ set(saved))
-        raise CheckpointError(f"{where}: the optimizer's state has other arrays than here, such as {odd[0]}.")
-    for name, array in now.items():
-        if saved[name].shape != array.shape or saved[name].dtype != array.dtype:
-            raise CheckpointError(
-                f"{where}: {name} is {saved[name].dtype} {saved[name].shape}, here {array.dtype} {array.shape}."
-            )
-    optimizer.state = tree_map_with_path(lambda path, _: saved[path], optimizer.state)
-    optimizer.init(params)  # keeps what is there; without it the first update would ask again
+
+def _joined(arrays: list[mx.array]) -> mx.array:
+    return mx.concatenate([array.reshape(-1) for array in arrays])

@@ -27,6 +27,7 @@ from runner.models.trunk import Trunks
 from runner.reports.progress import Display
 from runner.start import Start
 from runner.training import events, optimizers, state
+from runner.training.baselines import Baseline
 from runner.training.feed import Ahead
 from runner.training.feeding import feed_of, fixed_batches, make_forward
 from runner.training.going_on import Found
@@ -34,7 +35,7 @@ from runner.training.loop import Job
 from runner.training.member import Member
 from runner.training.record import Record
 from runner.training.schedules import learning_rate
-from runner.training.shared import Baseline, Shared
+from runner.training.shared import Shared
 from runner.training.state import Identity
 from runner.training.step import Step
 from runner.training.stops import Stops
@@ -82,7 +83,7 @@ def load_parts(
         adapted.remove()
         raise
     identity = _identity(settings, stored, base, data, blas, forward)
-    baseline = shared.baseline(settings, base, data, forward)
+    baseline = shared.baseline(settings, base, data, identity.environment)
     return Parts(base, data, reading, adapted, forward, trunks, identity, baseline)
 
 
@@ -142,23 +143,28 @@ def _identity(
             "data_valid": data.valid.fingerprint,
             "config": changes.fingerprint(settings),
         },
-        environment={
-            "runner": __version__,
-            "mlx": version("mlx"),
-            "mlx_lm": version("mlx-lm"),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": str(mx.default_device()),
-            "blas": blas_identity(blas),
-            "compiled": is_compiled(settings),
-            "loss_piece": settings.train.loss_piece,
-            "trunk": forward.cut,
-            "head": settings.train.head,
-            "cpu_ops": cross_entropy.usable() and f"numpy {version('numpy')}",
-            "engine": forward.engine and VERSION,
-        },
+        environment=environment(settings, blas, forward),
         hyperparameters=config.flatten_dict(stored),
     )
+
+
+def environment(settings: Config, blas: BlasReport, forward: Forward) -> dict[str, Any]:
+    """What the last digits of a run depend on beside its settings; a checkpoint records it."""
+    return {
+        "runner": __version__,
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(mx.default_device()),
+        "blas": blas_identity(blas),
+        "compiled": is_compiled(settings),
+        "loss_piece": settings.train.loss_piece,
+        "trunk": forward.cut,
+        "head": settings.train.head,
+        "cpu_ops": cross_entropy.usable() and f"numpy {version('numpy')}",
+        "engine": forward.engine and VERSION,
+    }
 
 
 def is_compiled(settings: Config) -> bool:

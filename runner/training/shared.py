@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 from runner import config
@@ -13,18 +14,9 @@ from runner.data.reading import cache_of, reading_of
 from runner.data.tokens import DataSet, load_splits
 from runner.models.forward import Forward
 from runner.models.loading import Base, load
-from runner.models.trunk import Trunks
-from runner.training.evaluation import Evaluation
+from runner.models.trunk import Trunks, numbers_identity
+from runner.training.baselines import Baseline, kept
 from runner.training.feeding import make_trunks
-from runner.training.generation import Generation
-
-
-@dataclass
-class Baseline:
-    """What is computed before the first update: an adapter whose B is zero leaves the base as it is, at any rank."""
-
-    evaluation: Evaluation | None = None
-    generation: Generation | None = None
 
 
 class Shared:
@@ -90,15 +82,20 @@ class Shared:
             self._trunks[1].close()
         self._trunks = None
 
-    def baseline(self, settings: config.Config, base: Base, data: DataSet, forward: Forward) -> Baseline:
-        """The values before training, empty where no job has computed them yet; a warm start has its own."""
+    def baseline(self, settings: config.Config, base: Base, data: DataSet, environment: Mapping[str, Any]) -> Baseline:
+        """The values before training, empty where no job has computed them yet; a warm start has its own.
+
+        `environment`: what the numbers depend on, as a checkpoint records it.
+        """
         if settings.adapter:
             return Baseline()
         d, t = settings.data, settings.train
         batches = (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to)
         # The last digits are those of the way that computes them.
-        way = (forward.cut, forward.engine is None, t.head, t.loss_piece, t.cpu_ops)
-        losses = (base.fingerprint, data.valid.fingerprint, batches, way)
+        way = {**environment, **numbers_identity()}
+        losses = {"base": base.contents, "rows": data.valid.fingerprint, "batches": batches, "way": way}
         answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
-        key = (losses, answers)
-        return self._baselines.setdefault(key, Baseline())
+        key = (json.dumps(losses, sort_keys=True, default=str), answers)
+        if key not in self._baselines:
+            self._baselines[key] = kept(losses) if t.keep_baseline else Baseline()
+        return self._baselines[key]

@@ -20,7 +20,6 @@ from runner.errors import CheckpointError, Diverged
 from runner.models.adapters import Params
 from runner.models.arrays import arrays_from, tensors_of
 from runner.rundir import ADAPTER_CONFIG, ADAPTERS
-from runner.training import optimizers
 from runner.training.member import Member, Progress
 from runner.training.step import dropout_seed
 
@@ -68,7 +67,7 @@ def files_of(
         Diverged: an array is not finite: such a checkpoint could not be read, and must not push out one that can.
     """
     progress = member.progress
-    arrays = {ADAPTERS: tensors_of(member.params), OPTIMIZER: tensors_of(optimizers.flat_state(member.optimizer))}
+    arrays = {ADAPTERS: tensors_of(member.params), OPTIMIZER: tensors_of(member.optimizer.state())}
     for name, tensor in (pair for tensors in arrays.values() for pair in tensors.items()):
         if not tensor.is_finite():
             raise Diverged(f"{name} is not finite after update {progress.step}; that state was not saved.")
@@ -171,7 +170,7 @@ def restore(member: Member, restored: Restored, where: str) -> None:
         if saved.shape != array.shape or saved.dtype != array.dtype:
             raise CheckpointError(f"{where}: {name} is {saved.dtype} {saved.shape}, here {array.dtype} {array.shape}.")
     member.params = {name: restored.params[name] for name in member.params}
-    optimizers.restore(member.optimizer, member.params, restored.optimizer, where)
+    member.optimizer.restore(restored.optimizer, where)
     member.progress = restored.progress
 
 

@@ -7,16 +7,17 @@ import math
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
 from runner.cpu.block import view
 from runner.errors import Diverged
 from runner.models.adapters import Adapted, Params
 from runner.models.forward import Forward
+from runner.training import optimizers
 from runner.training.feed import Ready
 from runner.training.loss import surrogate
 from runner.training.member import Member
+from runner.training.optimizers import Packing, Vectors
 
 
 class Step:
@@ -52,37 +53,35 @@ class Step:
         """
         update = member.progress.step + 1
         self._adapted.model.train()
-        loss_sum, total = 0.0, None
+        loss_sum, total = 0.0, Vectors()
         for micro, ready in enumerate(batches):
             key = dropout_key(member.seed, update, micro)
-            part, grads = self._of_batch(member.params, ready, key)
-            total = grads if total is None else {name: total[name] + g for name, g in grads.items()}
+            part, grads = self._of_batch(member.params, ready, key, member.optimizer.packing)
+            total = {dtype: total[dtype] + g for dtype, g in grads.items()} if total else grads
             mx.eval(part, total)
             loss_sum += float(part)
         tokens = sum(ready.batch.supervised for ready in batches)
-        mean = {name: g / tokens for name, g in (total or {}).items()}
-        clipped, norm = optim.clip_grad_norm(mean, self._grad_clip or math.inf)
-        if not (math.isfinite(loss_sum) and math.isfinite(norm.item())):
+        mean, length = optimizers.clipped({dtype: g / tokens for dtype, g in total.items()}, self._grad_clip)
+        norm = float(view(length))
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss_sum) else "gradient"
             raise Diverged(
                 f"The {what} at update {update} is not finite (learning rate {learning_rate:g}); "
                 "the update was not made."
             )
-        member.optimizer.learning_rate = learning_rate
-        member.params = member.optimizer.apply_gradients(clipped if self._grad_clip else mean, member.params)
-        mx.eval(member.params, member.optimizer.state)
+        member.params = member.optimizer.update(member.params, mean, learning_rate)
         self.place(member.params)  # tracing left its own arrays in the model
         self._adapted.stream.begin(None)
-        return loss_sum, norm.item()
+        return loss_sum, norm
 
-    def _of_batch(self, params: Params, ready: Ready, key: mx.array) -> tuple[mx.array, Params]:
+    def _of_batch(self, params: Params, ready: Ready, key: mx.array, packing: Packing) -> tuple[mx.array, Vectors]:
         """Summed loss and gradients of one micro-batch."""
         engine = self._forward.engine
         if engine is None:
             (_, loss), grads = self._loss_and_grad(params, *ready.arrays(), key)
-            return loss, grads
+            return loss, packing.pack(grads)
         value, made = engine.loss_and_grads({name: view(array) for name, array in params.items()}, *ready.numbers())
-        return mx.array(value), {name: mx.array(grad) for name, grad in made.items()}
+        return mx.array(value), packing.pack_numbers(made)
 
     def _loss_sum(
         self,

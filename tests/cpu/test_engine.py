@@ -61,10 +61,12 @@ def adapted(model, **lora) -> Adapted:
     return made
 
 
-def batch(lengths, trunk=None):
+def batch(lengths, trunk=None, prompt=0):
+    """Rows of random tokens; those before place `prompt` of all are not supervised, nor every third or so."""
     numbers = np.random.default_rng(2)
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
     tokens, supervised = numbers.integers(1, 300, offsets[-1]), numbers.random(offsets[-1]) < 0.7
+    supervised &= np.arange(offsets[-1]) >= prompt
     rows = TokenSet(tokens.astype(np.int32), supervised, offsets, np.arange(len(lengths), dtype=np.int64))
     return Feed(rows, 16, trunk)(np.arange(len(lengths)))
 
@@ -136,6 +138,33 @@ def test_rows_longer_than_a_tile_of_attention(lanes) -> None:
     made = adapted(MODELS["tied"]())
     ready = batch([130, 300, 129])
     assert_close(made, Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, lanes) -> None:
+    lanes(3)
+    made = adapted(MODELS["tied"](), num_layers=layers)
+    ready = batch([60, 60, 60], prompt=130)
+    engine, params = Engine(made.model, recompute=recompute, piece=16), numpy_params(made)
+    found = engine.loss_and_grads(params, *ready.numbers())
+    assert_close(made, found, ready)
+    assert engine.loss(params, *ready.numbers()) == found[0]
+
+
+def test_logits_too_far_apart_for_an_exponential(lanes) -> None:
+    """The first and the last words differ by hundreds: in a thread's own part of the vocabulary nothing says so."""
+    lanes(2)
+    made = adapted(MODELS["own head"]())
+    weight = np.array(made.model.lm_head.weight)
+    weight[200:] *= 300
+    made.model.lm_head.weight = mx.array(weight)
+    ready = batch([20, 33])
+    value, grads = Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers())
+    theirs, their_grads = by_mlx(made, ready)
+    assert value == pytest.approx(theirs, rel=1e-5) and theirs > 1000
+    for name, grad in their_grads.items():
+        assert np.linalg.norm(grads[name] - grad) < 1e-3 * np.linalg.norm(grad), name
 
 
 def test_memory_that_is_used_again_leaves_nothing_behind() -> None:

@@ -80,6 +80,7 @@ FREE = {
     "train.trunk.disk_gb": 1.0,
     "train.trunk.folder": "elsewhere",
     "train.prefetch": False,
+    "train.keep_baseline": False,
     "train.cpu_ops": False,
     "train.test": True,
     "train.early_stopping.patience": 50,

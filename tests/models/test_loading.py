@@ -15,7 +15,7 @@ import pytest
 from runner.config import Model
 from runner.errors import ModelError
 from runner.models.folders import write_folder
-from runner.models.loading import fingerprint, load
+from runner.models.loading import contents, fingerprint, load
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,26 @@ def test_quantizing_at_load_keeps_the_layers_quantized_and_changes_the_fingerpri
     kinds = [m for _, m in made.model.named_modules() if isinstance(m, nn.QuantizedLinear)]
     assert kinds and made.config["quantization"]["bits"] == 4
     assert made.fingerprint != load(Model(path="builtin:tiny")).fingerprint
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_contents_notice_one_weight_and_one_word_of_the_config(bits):
+    settings = Model(path="builtin:tiny")
+    settings.quantize.bits, settings.quantize.group_size = bits, 32
+    base = load(settings)
+    assert contents(base.model, base.config) == base.contents == load(settings).contents
+    assert contents(base.model, {**base.config, "rope_theta": 5e5}) != base.contents
+    layer = base.model.layers[1].mlp.up_proj
+    weight = mx.array(layer.weight)
+    weight[3, 5] = weight[3, 5] + (1 if bits else 1e-3)
+    layer.weight = weight
+    assert contents(base.model, base.config) != base.contents
+    if not bits:
+        assert fingerprint(base.model) == base.fingerprint, "a sample does not see it"
+        base.model.set_dtype(mx.bfloat16)
+        half = contents(base.model, base.config)
+        layer.weight[3, 5] = layer.weight[3, 5] * 2
+        assert contents(base.model, base.config) != half
 
 
 def test_a_quantized_folder_is_expanded_on_the_cpu_and_kept_where_asked(tmp_path):

@@ -290,6 +290,7 @@ def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
 def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
     from runner import blas
     from runner.training.feeding import make_forward
+    from runner.training.setup import environment
     from runner.training.shared import Shared
 
     shared, report = Shared(), blas.prepare()
@@ -300,7 +301,8 @@ def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
         settings = tiny(**changes)
         adapted = Adapted(base, settings.lora, 0)
         try:
-            return shared.baseline(settings, base, data, make_forward(base, adapted.num_layers, settings, report))
+            forward = make_forward(base, adapted.num_layers, settings, report)
+            return shared.baseline(settings, base, data, environment(settings, report, forward))
         finally:
             adapted.remove()
 

@@ -1,0 +1,90 @@
+"""The loss before training is kept between runs, and believed only where it is whole and of the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.training import baselines
+from runner.training.evaluation import Evaluation
+
+SHORT = {"train.iters": 1, "checkpoint.every": None}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RUNNER_CACHE", str(folder))
+    return folder
+
+
+def before(run: Path) -> float:
+    """The validation loss before the first update, as a run has recorded it."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next(row["loss"] for row in rows if row["split"] == "valid" and row["step"] == 0)
+
+
+def the_file(cache: Path) -> Path:
+    (file,) = (cache / "baselines").iterdir()
+    return file
+
+
+def rewritten(file: Path, loss: float) -> None:
+    values = {**json.loads(file.read_text())["evaluation"], "loss": loss}
+    file.write_text(json.dumps({"evaluation": values, "sha256": baselines._sum(values)}))
+
+
+def test_a_later_run_takes_what_an_earlier_one_has_computed(
+    tiny: Callable, train: Callable, tmp_path: Path, cache: Path
+) -> None:
+    first = before(train(tiny(**SHORT), tmp_path / "a"))
+    file = the_file(cache)
+    assert json.loads(file.read_text())["evaluation"]["loss"] == first
+    rewritten(file, 1.25)  # so that one sees where the value comes from
+    assert before(train(tiny(**SHORT, **{"lora.rank": 4, "seed": 7}), tmp_path / "b")) == 1.25
+    for number, other in enumerate(({"train.eval_tokens": 1}, {"lora.dropout": 0.1}, {"data.max_length": 40})):
+        assert before(train(tiny(**{**SHORT, **other}), tmp_path / f"c{number}")) != 1.25
+    assert before(train(tiny(**SHORT, **{"train.keep_baseline": False}), tmp_path / "d")) == first
+
+
+@pytest.mark.parametrize("harm", ["cut", "a digit", "not finite", "empty", "a folder", "no text"])
+def test_what_is_damaged_is_computed_again(
+    harm: str, tiny: Callable, train: Callable, tmp_path: Path, cache: Path
+) -> None:
+    first = before(train(tiny(**SHORT), tmp_path / "a"))
+    file = the_file(cache)
+    if harm == "cut":
+        file.write_text(file.read_text()[:40])
+    elif harm == "a digit":
+        file.write_text(file.read_text().replace('"loss": ', '"loss": 1'))
+    elif harm == "not finite":
+        rewritten(file, float("nan"))
+    elif harm == "empty":
+        file.write_text("")
+    elif harm == "no text":
+        file.write_bytes(b"\xff\xfe\x00")
+    else:
+        file.unlink()
+        file.mkdir()
+    assert before(train(tiny(**SHORT), tmp_path / "b")) == first
+
+
+def test_a_cache_folder_that_cannot_be_used_is_no_matter(
+    tiny: Callable, train: Callable, tmp_path: Path, cache: Path
+) -> None:
+    cache.write_text("a file where the folder would be")
+    settings = tiny(**SHORT, **{"train.trunk.disk_gb": 0.0})
+    assert before(train(settings, tmp_path / "a")) == before(train(settings, tmp_path / "b"))
+
+
+def test_very_many_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_MOST_FILES", 10)
+    for number in range(11):
+        baselines.kept({"number": number}).evaluated(Evaluation(1.0, 2, 3, 4.0))
+    assert len(list((cache / "baselines").iterdir())) == 5
+    assert baselines.kept({"number": 10}).evaluation == Evaluation(1.0, 2, 3, 4.0)
+    assert baselines.kept({"number": 0}).evaluation is None

@@ -1,0 +1,85 @@
+"""One vector for all arrays is what mlx's optimizers compute array by array, bit for bit."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from runner.errors import CheckpointError
+from runner.training.optimizers import Optimizer, Packing, clipped
+
+MADE = {
+    "adam": lambda: optim.Adam(1e-3, bias_correction=True),
+    "adamw": lambda: optim.AdamW(1e-3, weight_decay=0.1),
+    "sgd": lambda: optim.SGD(1e-3, momentum=0.9, weight_decay=0.01),
+}
+
+
+def arrays(seed: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+    numbers = np.random.default_rng(seed)
+    shapes = {"a": (7, 5), "b": (3,), "model.c": (64, 33), "d": (1, 1)}
+    out = {name: mx.array(numbers.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+    return out | {"b": out["b"].astype(dtype), "e": (out["a"] * 2).astype(dtype)}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", list(MADE))
+def test_updates_and_state_are_those_of_array_by_array(name: str, dtype: mx.Dtype) -> None:
+    apart, together = MADE[name](), MADE[name]()
+    params = arrays(0, dtype)
+    apart.init(params)
+    packed = Optimizer(together, params)
+    theirs, ours = params, params
+    for update in range(1, 6):
+        grads, rate = arrays(update, dtype), 1e-2 / update
+        apart.learning_rate = rate
+        theirs = apart.apply_gradients(grads, theirs)
+        ours = packed.update(ours, packed.packing.pack(grads), rate)
+        assert list(ours) == list(params)
+        assert all(mx.array_equal(ours[n], theirs[n]).item() and ours[n].dtype == theirs[n].dtype for n in params)
+    state = dict(tree_flatten(apart.state))
+    assert set(packed.state()) == set(state)
+    assert all(mx.array_equal(packed.state()[n], state[n]).item() for n in state)
+
+
+def test_a_restored_state_goes_on_as_if_never_stopped_and_another_s_is_refused() -> None:
+    params = arrays(0)
+    first, second = (Optimizer(MADE["adam"](), params) for _ in range(2))
+    grads = [first.packing.pack(arrays(update)) for update in (1, 2)]
+    stopped = first.update(params, grads[0], 1e-3)
+    state = {name: mx.array(np.array(array)) for name, array in first.state().items()}
+    straight = first.update(stopped, grads[1], 1e-3)
+    second.restore(state, "there")
+    resumed = second.update(stopped, grads[1], 1e-3)
+    assert all(mx.array_equal(resumed[n], straight[n]).item() for n in params)
+    with pytest.raises(CheckpointError, match="there: .*other arrays"):
+        second.restore({n: a for n, a in state.items() if n != "a.m"}, "there")
+    with pytest.raises(CheckpointError, match=r"there: a\.m is"):
+        second.restore({**state, "a.m": state["a.m"].T}, "there")
+
+
+def test_the_norm_keeps_its_digits_over_millions_and_clips_as_mlx_does() -> None:
+    numbers = np.random.default_rng(1).normal(size=3_000_001).astype(np.float32) * 1e-3
+    grads = {"float32": mx.array(numbers)}
+    exact = np.sqrt(np.square(numbers.astype(np.float64)).sum())
+    same, norm = clipped(grads, None)
+    assert same is grads and norm.item() == pytest.approx(exact, rel=1e-6)
+    few = {"float32": grads["float32"][:5000]}
+    ours, theirs = clipped(few, 0.02)[0]["float32"], optim.clip_grad_norm(few, 0.02)[0]["float32"]
+    assert mx.allclose(ours, theirs, rtol=1e-5, atol=0).item()
+    assert np.linalg.norm(np.array(ours)) == pytest.approx(0.02, rel=1e-4)
+    assert mx.array_equal(clipped(grads, float(exact) * 2)[0]["float32"], grads["float32"]).item()
+
+
+def test_arrays_of_a_vector_share_its_memory() -> None:
+    params = arrays(3)
+    packing = Packing(params)
+    vectors = packing.pack(params)
+    parts = packing.unpack(vectors)
+    mx.eval(vectors, parts)
+    whole = np.array(vectors["float32"], copy=False)
+    assert all(np.shares_memory(np.array(part, copy=False), whole) for part in parts.values())
+    assert all(mx.array_equal(parts[n], params[n]).item() for n in params)

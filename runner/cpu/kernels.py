@@ -11,8 +11,8 @@ import numpy as np
 
 _PART = 64
 """Rows at a time: what a part touches stays in a core's cache."""
-_LOGITS = 4
-"""The same of logits: 4 rows of 49,000."""
+_WIDE = 32768
+"""Numbers at a time of logits, whose rows are long."""
 
 
 def _parts(count: int, size: int = _PART) -> Iterator[slice]:
@@ -91,7 +91,7 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, 
 def exponentials(x: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
     """Write exp(x - top) over `x` (n, d), `top` (n,), and the sum of each line to `sums` (n,)."""
     with np.errstate(all="ignore"):  # what is not finite shows in the loss
-        for part in _parts(len(x), _LOGITS):
+        for part in _parts(len(x), max(1, _WIDE // x.shape[1])):
             rows = x[part]
             rows -= top[part, None]
             np.exp(rows, out=rows)
@@ -103,7 +103,7 @@ def softmax_loss(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *
     with nothing of use."""
     losses = np.empty(len(logits), np.float32)
     with np.errstate(all="ignore"):  # what is not finite shows in the loss
-        for part in _parts(len(logits), _LOGITS):
+        for part in _parts(len(logits), max(1, _WIDE // logits.shape[1])):
             rows, index = logits[part], np.arange(len(logits[part]))
             rows -= rows.max(axis=1, keepdims=True)
             own = rows[index, targets[part]]

@@ -178,7 +178,8 @@ class Bench:
         cache.mkdir(parents=True, exist_ok=True)
         words = sides.command(row, size.work, model=self._models[row.model], data=data, seed=seed, folder=folder)
         # MLX keeps the kernels that it compiles below TMPDIR.
-        took = measured(words, extra={"TMPDIR": str(cache)}, log=folder / "log", limit=4 * 3600)
+        own_caches = {"TMPDIR": str(cache), "RUNNER_CACHE": str(cache / "runner")}
+        took = measured(words, extra=own_caches, log=folder / "log", limit=4 * 3600)
         run = {"workload": name, "row": label, "round": which, "seed": seed, **asdict(took)}
         own, job = (_ours if row.side == OURS else _stock)(row, size.work, self._models[row.model], data, seed, folder)
         self._jobs.append((run | own, job))

@@ -54,10 +54,10 @@ def _lines(results: dict[str, Any]) -> list[str]:
         f"Fastest float32 product in this run: {gemm['gflops']:.0f} GFLOP/s.",
         "",
         "Real tokens: of the training rows, without padding. Seconds: wall-clock of the whole process, from its start "
-        "to its end. Medians, with the lowest and highest round. Cold: with empty caches, the first epoch on a data set; "
-        "the rounds find what the cold run has kept (compiled kernels; ours also states of the frozen blocks and the "
-        "loss before training), as later epochs and other jobs do. Of GEMM peak: of the cold run, which computes all "
-        "that is counted.",
+        "to its end. Medians, with the lowest and highest round. Cold: with empty caches, as the first epoch on a data "
+        "set is; the rounds find what the cold run has kept (compiled kernels; ours also states of the frozen blocks "
+        "and the loss before training), as later epochs and other jobs do. Of GEMM peak: of the cold run, which "
+        "computes all that is counted.",
         "",
     ]
     names = [name for name in NAMES if any(run["workload"] == name for run in results["runs"])]

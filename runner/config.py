@@ -190,6 +190,8 @@ class Trunk:
     """Disk for it, in GB, shared by all runs: what was not used for longest makes room. 0 uses no disk."""
     folder: str | None = None
     """Folder of its files; null means trunk/ in the cache folder."""
+    release: bool = True
+    """Let go of the blocks' weights where a run finds every row on disk; a row that is lost loads them again."""
 
 
 @dataclass(kw_only=True)

@@ -40,8 +40,8 @@ class Engine:
         if type(model).__module__ not in [f"mlx_lm.models.{name}" for name in _ARCHITECTURES] or not blas.available():
             raise TypeError(type(model).__module__)
         self.recompute = recompute
-        rope = _Rope(model.layers[0].self_attn.rope)
-        self.blocks = [Block(block, f"model.layers.{i}", rope) for i, block in enumerate(model.layers)]
+        self._rope = _Rope(model.layers[0].self_attn.rope)
+        blocks = [Block(block, f"model.layers.{i}", self._rope) for i, block in enumerate(model.layers)]
         if any(getattr(block, "use_sliding", False) for block in model.layers):
             raise TypeError("sliding window")
         embedding, head = trunk.embed_tokens, getattr(model, "lm_head", None)
@@ -54,11 +54,26 @@ class Engine:
         if self.embedding.dtype != np.float32 or self.head.weight.dtype != np.float32:
             raise TypeError("not float32")
         self.first = next(
-            (i for i, b in enumerate(self.blocks) if any(x.scale is not None for g in b.groups for x in g.linears)),
-            len(self.blocks),
+            (i for i, b in enumerate(blocks) if any(x.scale is not None for g in b.groups for x in g.linears)),
+            len(blocks),
         )
+        self._lower, self.blocks = blocks[: self.first], blocks[self.first :]
         self._lanes = Lanes()
-        for block in self.blocks[: self.first]:
+        self._take_none()
+
+    def release_below(self) -> None:
+        """Let go of the blocks before the first with an adapter."""
+        self._lower = []
+
+    def renew_below(self, model: nn.Module) -> None:
+        """Use the blocks of `model` for them again."""
+        self._lower = [
+            Block(block, f"model.layers.{i}", self._rope) for i, block in enumerate(model.layers[: self.first])
+        ]
+        self._take_none()
+
+    def _take_none(self) -> None:
+        for block in self._lower:
             for group in block.groups:
                 group.take({})
 
@@ -116,13 +131,13 @@ class Engine:
             by_out = lane.own.get("by_last", *last.shape)
             loss = self.head.loss(last, lane, wanted, by_out)
             grads: Grads = {}
-            for number in range(len(self.blocks) - 1, self.first - 1, -1):
-                block, x = self.blocks[number], entered.pop()
+            for number, block in reversed(list(enumerate(self.blocks))):
+                x = entered.pop()
                 chosen = self._chosen(number, wanted.places)
                 if self.recompute:
                     block.forward(x, lane, lane.own.get("again", *by_out.shape), "any", chosen)
                 keep = "any" if self.recompute else str(number)
-                by_out = block.back(x, lane, by_out, keep, grads, chosen, first=number == self.first)
+                by_out = block.back(x, lane, by_out, keep, grads, chosen, first=number == 0)
             return loss, grads
 
         (loss, grads), *others = self._lanes.run(work, Rows(lengths))
@@ -133,7 +148,7 @@ class Engine:
         return float(loss), grads
 
     def _take(self, params: Mapping[str, np.ndarray]) -> None:
-        for block in self.blocks[self.first :]:
+        for block in self.blocks:
             for group in block.groups:
                 group.take(params)
 
@@ -145,10 +160,10 @@ class Engine:
         """What enters each block with an adapter, and at `places` what leaves the last; without `keep` each until
         the next."""
         x = self._through(inputs[lane.span], lane) if inputs.ndim == 1 else inputs[lane.span]
-        if self.first == len(self.blocks):
+        if not self.blocks:
             x = x[places]
         yield x
-        for number, block in enumerate(self.blocks[self.first :], self.first):
+        for number, block in enumerate(self.blocks):
             chosen = self._chosen(number, places)
             shape = x.shape if chosen is None else (len(chosen), x.shape[1])
             out = lane.own.get(f"{number}.out", *shape) if keep else self._other(x, lane, *shape)
@@ -160,7 +175,7 @@ class Engine:
         """Through the embedding and the blocks before the first with an adapter."""
         x = lane.own.get("even", ids.size, self.embedding.shape[1])
         np.take(self.embedding, ids, axis=0, out=x)
-        for block in self.blocks[: self.first]:
+        for block in self._lower:
             out = self._other(x, lane, *x.shape)
             block.forward(x, lane, out, "any")
             x = out

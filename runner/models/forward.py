@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
 
 from runner.config import Train
 
@@ -37,6 +38,7 @@ class Forward:
         """Where it is not set on a CPU: why."""
         self.split = self._head() is not None and self._agrees(self._own_trunk)
         self.cut = 0
+        self._reload: Callable[[], nn.Module] | None = None
         if cut and self.split:
             self._below, self._above = _parts(model.model, cut)
             self.cut = cut if self._agrees(lambda inputs_BL: self._above(self._below(inputs_BL))) else 0
@@ -44,6 +46,28 @@ class Forward:
     def below(self, inputs_BL: mx.array) -> mx.array:
         """Hidden states (batch, length, width) at the cut, a function of the frozen base alone."""
         return self._below(inputs_BL)
+
+    def release_below(self, reload: Callable[[], nn.Module]) -> int:
+        """Let go of the weights below the cut, and return their bytes. `reload` gives the base again, should
+        `ensure_below` be asked for them."""
+        blocks, size = self.model.model.layers[: self.cut], 0
+        for block in blocks:
+            size += sum(array.nbytes for _, array in tree_flatten(block.parameters()))
+            block.update(tree_map(lambda array: mx.zeros((0,), array.dtype), block.parameters()))
+        if self.engine is not None:
+            self.engine.release_below()
+        self._reload = reload
+        return size
+
+    def ensure_below(self) -> None:
+        """Have the weights below the cut, loaded again where they were let go of."""
+        if self._reload is None:
+            return
+        fresh, self._reload = self._reload(), None
+        for block, other in zip(self.model.model.layers[: self.cut], fresh.model.layers, strict=False):
+            block.update(other.parameters())
+        if self.engine is not None:
+            self.engine.renew_below(self.model)
 
     def logits(self, inputs: mx.array, positions_N: mx.array) -> mx.array:
         """Float32 logits (n, vocabulary) at `positions_N`, flat indices into (batch * length).

@@ -88,12 +88,13 @@ def contents(model: nn.Module, about: Mapping[str, Any]) -> str:
     """SHA-256 over the config and a sum over the bits of all weights: by it a cache knows what it was computed from.
 
     Unlike a sample, the sums notice a single weight that was changed, and unlike a hash they are read as fast as the
-    memory is: the bits are summed as whole numbers, which wrap around.
+    memory is. The bits are summed as whole numbers of 64 bits: in 32, doubling every weight of a matrix, which adds
+    2^23 each time, would add up to nothing.
     """
     sums = {}
     for name, array in sorted(tree_flatten(model.parameters())):
         flat = array.reshape(-1)
-        words = flat.view(mx.uint32) if flat.nbytes % 4 == 0 else flat.view(mx.uint8).astype(mx.uint32)
+        words = flat.view(mx.uint64) if flat.nbytes % 8 == 0 else flat.view(mx.uint8).astype(mx.uint64)
         sums[f"{name} {array.shape} {array.dtype}"] = words.sum()
     mx.eval(list(sums.values()))
     found = {name: value.item() for name, value in sums.items()}

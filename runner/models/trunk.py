@@ -48,6 +48,10 @@ class Trunk:
         data = self._store.fetch(row)
         return None if data is None else data.view(self.raw).reshape(-1, self.width)
 
+    def complete(self) -> bool:
+        """Whether the cache has every row."""
+        return self._store.complete()
+
     def compute(self, rows: Sequence[int]) -> list[np.ndarray]:
         """The states of rows from the model, in `raw`; they are cached. On the thread of training."""
         together = [list(rows)] if not on_cpu() else [[row] for row in rows]
@@ -59,6 +63,7 @@ class Trunk:
         inputs = np.zeros((len(rows), -(-longest // _MULTIPLE) * _MULTIPLE), np.int32)
         for line, ids in zip(inputs, tokens, strict=True):
             line[: len(ids)] = ids
+        self.forward.ensure_below()
         engine = self.forward.engine
         if engine is not None:
             raw = engine.below(inputs).view(self.raw)

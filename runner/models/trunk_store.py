@@ -80,6 +80,10 @@ class TrunkStore:
         sound = len(data) == size and int(self._sums[row]) == _PRESENT | zlib.crc32(data)
         return np.frombuffer(data, np.uint8) if sound else None
 
+    def complete(self) -> bool:
+        """Whether every row was kept on disk."""
+        return self._files is not None and bool(self._sums.all())
+
     def keep(self, row: int, data: np.ndarray) -> None:
         """Keep the bytes of a row, where there is room."""
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)

@@ -25,7 +25,7 @@ from runner.training.going_on import Found, find_checkpoint, is_done
 from runner.training.loop import train
 from runner.training.member import Progress
 from runner.training.record import Record, copy_rows
-from runner.training.setup import load_parts, make_job, require_same
+from runner.training.setup import load_parts, make_job, release_trunk, require_same
 from runner.training.shared import Shared
 from runner.training.stops import Interrupted, Stops
 
@@ -56,7 +56,7 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
                     require_same(start.config, found, together, stops)  # a resume that is refused writes nothing
             record = open_record(start, found)
             try:
-                return _train(start, blas, found, record, stops, together)
+                return _train(start, blas, found, record, stops, together, alone=shared is None)
             except RunnerError as error:
                 error.args = (start.veiled(str(error)),)
                 kind = "diverged" if isinstance(error, Diverged) else "failed"
@@ -139,7 +139,14 @@ def _make_record(start: Start) -> Record:
 
 
 def _train(
-    start: Start, blas: BlasReport, found: Found | None, record: Record, stops: Stops, shared: Shared
+    start: Start,
+    blas: BlasReport,
+    found: Found | None,
+    record: Record,
+    stops: Stops,
+    shared: Shared,
+    *,
+    alone: bool,
 ) -> float | None:
     settings = start.config
     mx.reset_peak_memory()
@@ -161,6 +168,8 @@ def _train(
         with ended_by(stops, record):
             parts = load_parts(settings, start.stored, blas, shared, display, stops)
         try:
+            if alone:
+                release_trunk(settings, parts, display)
             job = make_job(start, found, parts, record, stops, display)
             with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):
                 sample(job, parts, settings, before=True)

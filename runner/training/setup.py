@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from runner import __version__, changes, config
 from runner.blas import BlasReport, blas_identity
@@ -19,10 +20,10 @@ from runner.cpu.engine import VERSION
 from runner.data.formats import Reading
 from runner.data.order import Order, Position
 from runner.data.tokens import DataSet
-from runner.errors import CheckpointError, ConfigError
+from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.models.adapters import Adapted, read_weights, trainable_share, warm_start
 from runner.models.forward import Forward
-from runner.models.loading import Base, on_cpu
+from runner.models.loading import Base, load, on_cpu
 from runner.models.trunk import Trunks
 from runner.reports.progress import Display
 from runner.start import Start
@@ -97,6 +98,27 @@ def _tell_trunk(
         display.line(f"trunk  the first {forward.cut} blocks are computed once a row{where}")
     elif frozen and settings.train.trunk.cache:
         display.line(f"trunk  the first {frozen} blocks of this model cannot be computed apart: they run in each step")
+
+
+def release_trunk(settings: Config, parts: Parts, display: Display) -> None:
+    """Let go of the weights below the cut where the run will not compute with them: every row is on disk, and nothing
+    is generated. Not for a base that other jobs share."""
+    trunks, data = parts.trunks, parts.data
+    if trunks is None or not settings.train.trunk.release or settings.data.metric_rows:
+        return
+    if not all(trunks.of(rows).complete() for rows in (data.train, data.valid) if len(rows)):
+        return
+
+    def reload() -> nn.Module:
+        display.line("trunk  a row is not in the cache: the base model is loaded again", "yellow")
+        fresh = load(settings.model)
+        if fresh.contents != parts.base.contents:
+            raise ModelError(f"model.path={settings.model.path} has changed since the run began.")
+        return fresh.model
+
+    size = parts.forward.release_below(reload)
+    mx.clear_cache()
+    display.line(f"trunk  every row is on disk: the weights of these blocks are let go of, {size / 1e9:.2f} GB")
 
 
 def _require_splits(settings: Config, data: DataSet) -> None:

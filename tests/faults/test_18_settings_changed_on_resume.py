@@ -79,6 +79,7 @@ FREE = {
     "train.trunk.memory_gb": 1.0,
     "train.trunk.disk_gb": 1.0,
     "train.trunk.folder": "elsewhere",
+    "train.trunk.release": False,
     "train.prefetch": False,
     "train.keep_baseline": False,
     "train.cpu_ops": False,

@@ -74,7 +74,12 @@ def test_the_contents_notice_one_weight_and_one_word_of_the_config(bits):
     weight[3, 5] = weight[3, 5] + (1 if bits else 1e-3)
     layer.weight = weight
     assert contents(base.model, base.config) != base.contents
+    layer.weight = base.model.layers[2].mlp.up_proj.weight
+    before = contents(base.model, base.config)
+    layer.weight = layer.weight * 2
+    assert contents(base.model, base.config) != before
     if not bits:
+        layer.weight = weight
         assert fingerprint(base.model) == base.fingerprint, "a sample does not see it"
         base.model.set_dtype(mx.bfloat16)
         half = contents(base.model, base.config)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from runner import config
+from runner.errors import ModelError
 from runner.models import trunk as trunks_module
 from runner.models.adapters import Adapted
 from runner.models.forward import Forward
@@ -232,10 +233,11 @@ def test_no_state_of_the_cache_changes_a_bit(
     if kind == "warm":
         run = train(tiny(**changes), tmp_path / "again")
     assert_equal_runs(run, reference)
+    assert ("let go of" in (run / "run.log").read_text()) == (kind == "warm")
     assert (tmp_path / "cache").exists() == (kind in ("disk", "warm"))
 
 
-@pytest.mark.parametrize("between", ["deleted", "filled", "elsewhere", "damaged"])
+@pytest.mark.parametrize("between", ["deleted", "filled", "elsewhere", "damaged", "filled and damaged"])
 def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
     tiny: Callable,
     train: Callable,
@@ -250,14 +252,56 @@ def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
     run = train(tiny(**changes, **{"train.stop_at": 5}), tmp_path / "run")
     if between == "deleted":
         shutil.rmtree(cache)
-    elif between == "filled":
-        train(tiny(**changes), tmp_path / "other")
     elif between == "elsewhere":
         changes["train.trunk.folder"] = str(tmp_path / "second disk")
-    else:
+    if "filled" in between:
+        train(tiny(**changes), tmp_path / "other")
+    if "damaged" in between:
         for file in cache.rglob("states.bin"):
             file.write_bytes(bytes(file.stat().st_size))
     assert_equal_runs(train(tiny(**changes), run, resume=run), reference)
+    log = (run / "run.log").read_text()
+    assert ("let go of" in log) == ("filled" in between)
+    assert ("the base model is loaded again" in log) == (between == "filled and damaged")
+
+
+@pytest.mark.parametrize(
+    "other", [{"train.trunk.release": False}, {"data.metric_rows": 2, "data.metric": "exact_match"}]
+)
+def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
+    tiny: Callable, train: Callable, tmp_path: Path, cut: dict, other: dict
+) -> None:
+    changes = {**cut, "train.iters": 1, "train.trunk.folder": str(tmp_path / "cache")}
+    train(tiny(**{**changes, "train.iters": 12}), tmp_path / "first")
+    run = train(tiny(**changes, **other), tmp_path / "run")
+    assert "let go of" not in (run / "run.log").read_text()
+
+
+def test_another_model_in_its_place_is_no_base_to_go_on_with(
+    tiny: Callable, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runner.models.folders import write_folder
+    from runner.models.loading import Base
+
+    changes = {**CUT, "model.path": str(tmp_path / "model"), "train.trunk.folder": str(tmp_path / "cache")}
+    changes |= {"train.trunk.memory_gb": 0.0}
+    write_folder(load(config.Model(path="builtin:tiny")), tmp_path / "model")
+    train(tiny(**changes), tmp_path / "first")
+    for file in (tmp_path / "cache").rglob("states.bin"):
+        file.write_bytes(bytes(file.stat().st_size))
+    own = Forward.release_below
+
+    def changes_meanwhile(forward: Forward, reload: Callable) -> int:
+        base = load(config.Model(path=changes["model.path"]))
+        other = base.model.layers[0].mlp.up_proj
+        other.weight = other.weight * 2
+        shutil.rmtree(tmp_path / "model")
+        write_folder(Base(base.model, base.tokenizer, base.config, "", ""), tmp_path / "model")
+        return own(forward, reload)
+
+    monkeypatch.setattr(Forward, "release_below", changes_meanwhile)
+    with pytest.raises(ModelError, match="has changed since the run began"):
+        train(tiny(**changes), tmp_path / "run")
 
 
 def test_switching_it_off_on_resume_is_named(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> None:

@@ -36,7 +36,7 @@ FIND_PYTHON = python=; bare=; \
 	  exit 2; \
 	fi
 
-.PHONY: help setup models train test test-all faults bench bench-full check clean
+.PHONY: help setup models compiled train test test-all faults bench bench-full check clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -63,10 +63,14 @@ models: setup ## fetch the small model that train and test use
 train: models ## fine-tune the small model and show it before and after (ARGS="lora.rank=16 ...")
 	@"$(RUN)" -m runner experiment=first_run $(ARGS)
 
-test: models ## run the tests, all but those against torch (WORKERS=, PYTEST_ARGS=)
+# Tests start hundreds of processes: where PYTHONDONTWRITEBYTECODE is set, each would compile the package anew.
+compiled: setup
+	@"$(RUN)" -m compileall -q runner hydra_plugins
+
+test: models compiled ## run the tests, all but those against torch (WORKERS=, PYTEST_ARGS=)
 	@$(PYTEST) -m "not reference and not long"
 
-test-all: models $(REFERENCE_STAMP) ## run every test, torch and transformers as references among them
+test-all: models compiled $(REFERENCE_STAMP) ## run every test, torch and transformers as references among them
 	@RUNNER_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE_VENV)/bin/python" $(PYTEST)
 
 $(REFERENCE_STAMP): constraints.txt
@@ -79,7 +83,7 @@ $(REFERENCE_STAMP): constraints.txt
 	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt $(REFERENCE_PACKAGES)
 	@touch "$(REFERENCE_STAMP)"
 
-faults: models ## every fault of tests/faults/rows.py with full counts, one line a row (an hour)
+faults: models compiled ## every fault of tests/faults/rows.py with full counts, one line a row (an hour)
 	@RUNNER_FAULTS=full $(PYTEST) tests/faults
 
 bench: setup ## against stock mlx_lm.lora, side by side (ten minutes; leave the machine alone)

@@ -52,7 +52,9 @@ class Step:
             Diverged: loss or gradient is not finite; the member is as it was before.
         """
         update = member.progress.step + 1
-        self._adapted.model.train()
+        by_mlx = self._forward.engine is None
+        if by_mlx:
+            self._adapted.model.train()
         loss_sum, total = 0.0, Vectors()
         for micro, ready in enumerate(batches):
             key = dropout_key(member.seed, update, micro)
@@ -70,8 +72,9 @@ class Step:
                 "the update was not made."
             )
         member.params = member.optimizer.update(member.params, mean, learning_rate)
-        self.place(member.params)  # tracing left its own arrays in the model
-        self._adapted.stream.begin(None)
+        if by_mlx:
+            self.place(member.params)  # tracing left its own arrays in the model
+            self._adapted.stream.begin(None)
         return loss_sum, norm
 
     def _of_batch(self, params: Params, ready: Ready, key: mx.array, packing: Packing) -> tuple[mx.array, Vectors]:

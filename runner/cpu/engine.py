@@ -23,7 +23,7 @@ from runner.cpu.lanes import Lane, Lanes, Rows
 _ARCHITECTURES = ("llama", "qwen2")
 """Of mlx_lm.models: blocks as `runner.cpu.block` writes them out. Mistral and SmolLM are llama there."""
 
-VERSION = 3
+VERSION = 4
 """Of the numbers: another one gives other last digits."""
 
 
@@ -58,7 +58,7 @@ class Engine:
             len(blocks),
         )
         self._lower, self.blocks = blocks[: self.first], blocks[self.first :]
-        self._lanes = Lanes()
+        self.lanes = Lanes()
         self._take_none()
 
     def release_below(self) -> None:
@@ -85,7 +85,7 @@ class Engine:
         def work(lane: Lane) -> None:
             out[lane.span] = self._through(inputs.reshape(-1)[lane.span], lane)
 
-        self._lanes.run(work, rows)
+        self.lanes.run(work, rows)
         return out.reshape(*inputs.shape, -1)
 
     def loss(
@@ -101,12 +101,12 @@ class Engine:
         self._take(params)
 
         def work(lane: Lane) -> np.float32:
-            wanted = Targets.of(positions, targets, weights, lane)
+            wanted = Targets.of(positions, targets, weights, len(self.head.weight), lane)
             for x in self._forward(inputs, lane, wanted.places, keep=False):
                 last = x
             return self.head.loss(last, lane, wanted, None)
 
-        return float(sum(self._lanes.run(work, Rows(lengths)), np.float32(0)))
+        return float(sum(self.lanes.run(work, Rows(lengths)), np.float32(0)))
 
     def loss_and_grads(
         self,
@@ -125,7 +125,7 @@ class Engine:
         self._take(params)
 
         def work(lane: Lane) -> tuple[np.float32, Grads]:
-            wanted = Targets.of(positions, targets, weights, lane)
+            wanted = Targets.of(positions, targets, weights, len(self.head.weight), lane)
             entered = list(self._forward(inputs, lane, wanted.places, keep=True))
             last = entered.pop()
             by_out = lane.own.get("by_last", *last.shape)
@@ -140,7 +140,7 @@ class Engine:
                 by_out = block.back(x, lane, by_out, keep, grads, chosen, first=number == 0)
             return loss, grads
 
-        (loss, grads), *others = self._lanes.run(work, Rows(lengths))
+        (loss, grads), *others = self.lanes.run(work, Rows(lengths))
         for more, by_others in others:
             loss += more
             for name, grad in by_others.items():

@@ -10,6 +10,7 @@ import numpy as np
 from runner.cpu import kernels
 from runner.cpu.gemm import gemm
 from runner.cpu.lanes import Lane
+from runner.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,20 @@ class Targets:
     """(m,): where these lie among the lane's positions."""
 
     @classmethod
-    def of(cls, positions: np.ndarray, targets: np.ndarray, weights: np.ndarray, lane: Lane) -> Targets:
-        """`positions` (n,) in the batch; those of weight 0 are left out."""
+    def of(
+        cls, positions: np.ndarray, targets: np.ndarray, weights: np.ndarray, vocabulary: int, lane: Lane
+    ) -> Targets:
+        """`positions` (n,) in the batch; those of weight 0 are left out.
+
+        Raises:
+            ModelError: a token is not in a vocabulary of so many.
+        """
         wanted = np.flatnonzero(weights)
+        if len(wanted) and not 0 <= targets[wanted].min() <= targets[wanted].max() < vocabulary:
+            raise ModelError(
+                f"The data hold token {targets[wanted].max()}, and the model has {vocabulary:,}: "
+                "this is another model's tokenizer."
+            )
         at, span = positions[wanted], lane.span
         mine = np.flatnonzero((at >= span.start) & (at < span.stop))
         return cls(targets[wanted], weights[wanted], mine, at[mine] - span.start)
@@ -80,7 +92,7 @@ class Head:
         lane.wait()
         logits = gemm(everyone, head.T, work.get("logits", count, len(head)))
         tops, sums = (common.get(f"head.{name}", lane.count, count) for name in ("tops", "sums"))
-        np.max(logits, axis=1, out=tops[lane.number])
+        np.max(logits, axis=1, out=tops[lane.number], initial=-np.inf)  # more lanes than words: none here
         lane.wait()
         top, own = tops.max(axis=0), common.get("head.target", count)
         here = np.flatnonzero((tokens >= words.start) & (tokens < words.stop))

@@ -91,7 +91,7 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, 
 def exponentials(x: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
     """Write exp(x - top) over `x` (n, d), `top` (n,), and the sum of each line to `sums` (n,)."""
     with np.errstate(all="ignore"):  # what is not finite shows in the loss
-        for part in _parts(len(x), max(1, _WIDE // x.shape[1])):
+        for part in _parts(len(x), max(1, _WIDE // max(1, x.shape[1]))):
             rows = x[part]
             rows -= top[part, None]
             np.exp(rows, out=rows)

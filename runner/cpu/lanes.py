@@ -18,8 +18,6 @@ from runner.cpu import threads
 from runner.cpu.workspace import Workspace
 
 T = TypeVar("T")
-_LEAST = 16
-"""Positions of a lane: products of fewer are slower by position."""
 
 
 class Rows:
@@ -82,11 +80,13 @@ class Lanes:
     """The lanes of one engine, with the memory that they use again in each step."""
 
     def __init__(self) -> None:
+        self.least = 16
+        """Positions of a lane: products of fewer are slower by position."""
         self._common, self._own = Workspace(), [Workspace()]
 
     def run(self, work: Callable[[Lane], T], rows: Rows) -> list[T]:
         """What `work` returns in each lane, in the order of their positions."""
-        count = threads.count_for(len(rows), _LEAST)
+        count = threads.count_for(len(rows), self.least)
         while len(self._own) < count:
             self._own.append(Workspace())
         return threads.side_by_side(

@@ -85,20 +85,25 @@ def load(settings: config.Model) -> Base:
 
 
 def contents(model: nn.Module, about: Mapping[str, Any]) -> str:
-    """SHA-256 over the config and a sum over the bits of all weights: by it a cache knows what it was computed from.
+    """SHA-256 over the config, the sample of `fingerprint` and, for each line of each weight, a sum over its bits: by
+    it a cache knows what it was computed from.
 
-    Unlike a sample, the sums notice a single weight that was changed, and unlike a hash they are read as fast as the
-    memory is. The bits are summed as whole numbers of 64 bits: in 32, doubling every weight of a matrix, which adds
-    2^23 each time, would add up to nothing.
+    Unlike a sample alone, the sums notice a single weight that was changed, and lines that changed places; unlike a
+    hash of all, they are made as fast as memory is read. The bits are summed as whole numbers of 64 bits: in 32,
+    doubling every weight of a line, which adds 2^23 each time, would add up to nothing.
     """
     sums = {}
     for name, array in sorted(tree_flatten(model.parameters())):
-        flat = array.reshape(-1)
-        words = flat.view(mx.uint64) if flat.nbytes % 8 == 0 else flat.view(mx.uint8).astype(mx.uint64)
-        sums[f"{name} {array.shape} {array.dtype}"] = words.sum()
+        lines = array.reshape(-1, array.shape[-1] if array.ndim else 1)
+        whole = lines.shape[-1] * lines.dtype.size % 8 == 0
+        words = lines.view(mx.uint64) if whole else lines.view(mx.uint8).astype(mx.uint64)
+        sums[f"{name} {array.shape} {array.dtype}"] = words.sum(axis=-1)
     mx.eval(list(sums.values()))
-    found = {name: value.item() for name, value in sums.items()}
-    return hashlib.sha256(json.dumps([found, about], sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([fingerprint(model), about], sort_keys=True, default=str).encode())
+    for head, found in sums.items():
+        digest.update(head.encode())
+        digest.update(np.asarray(found).tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -24,8 +24,8 @@ from runner.models.forward import Forward
 from runner.models.loading import on_cpu
 from runner.models.trunk_store import GB, Budget, TrunkStore
 
-WORTH_A_FILE = 10**6
-"""Bytes of all states of a token set; fewer are computed again in less than a second."""
+WORTH_A_FILE = 10**5
+"""Bytes of all states of a token set; fewer are computed again in a tenth of a second."""
 LEAST_LENGTH = 48
 """Of what is computed. Shorter products take a path of their own in some BLAS, which costs more than the padding."""
 _MULTIPLE = 16
@@ -54,6 +54,8 @@ class Trunk:
 
     def compute(self, rows: Sequence[int]) -> list[np.ndarray]:
         """The states of rows from the model, in `raw`; they are cached. On the thread of training."""
+        if not rows:
+            return []
         together = [list(rows)] if not on_cpu() else [[row] for row in rows]
         return [states for part in together for states in self._computed(part)]
 
@@ -144,6 +146,7 @@ def numbers_identity() -> dict[str, Any]:
     return {
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
+        "numpy": version("numpy"),
         "machine": platform.machine(),
         "processor": _processor(),
         "device": str(mx.default_device()),

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -50,7 +51,9 @@ def kept(key: Mapping[str, Any]) -> Baseline:
 
 def _read(file: Path) -> Evaluation | None:
     try:
-        with file.open("rb") as opened:
+        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                return None
             data = json.loads(opened.read(_LARGEST))
         values = data["evaluation"]
         if data["sha256"] != _sum(values):
@@ -61,7 +64,7 @@ def _read(file: Path) -> Evaluation | None:
             tokens=int(values["tokens"]),
             seconds=float(values["seconds"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return found if math.isfinite(found.loss) else None
 

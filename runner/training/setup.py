@@ -106,7 +106,8 @@ def release_trunk(settings: Config, parts: Parts, display: Display) -> None:
     trunks, data = parts.trunks, parts.data
     if trunks is None or not settings.train.trunk.release or settings.data.metric_rows:
         return
-    if not all(trunks.of(rows).complete() for rows in (data.train, data.valid) if len(rows)):
+    used = [data.train, data.valid, *([data.test] if settings.train.test else [])]
+    if not all(trunks.of(rows).complete() for rows in used if len(rows)):
         return
 
     def reload() -> nn.Module:

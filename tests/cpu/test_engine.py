@@ -15,6 +15,7 @@ from runner.cpu.block import view
 from runner.cpu.engine import Engine
 from runner.cpu.making import make_engine
 from runner.data.tokens import TokenSet
+from runner.errors import ModelError
 from runner.models.adapters import Adapted
 from runner.models.forward import Forward
 from runner.models.loading import Base, load
@@ -150,6 +151,22 @@ def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, lan
     found = engine.loss_and_grads(params, *ready.numbers())
     assert_close(made, found, ready)
     assert engine.loss(params, *ready.numbers()) == found[0]
+
+
+def test_more_threads_than_words_and_a_word_that_there_is_not(lanes) -> None:
+    lanes(4)
+    small = {**SMALL, "vocab_size": 3}
+    made = adapted(llama.Model(llama.ModelArgs("llama", **small, tie_word_embeddings=False)))
+    numbers = np.random.default_rng(2)
+    tokens, offsets = numbers.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
+    rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
+    ready = Feed(rows, 16)(np.arange(2))
+    engine, params = Engine(made.model, piece=16), numpy_params(made)
+    assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
+    inputs, lengths, positions, targets, weights = ready.numbers()
+    with pytest.raises(ModelError, match="token 3, and the model has 3"):
+        engine.loss(params, inputs, lengths, positions, np.where(np.arange(len(targets)) == 7, 3, targets), weights)
+    assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
 
 
 def test_logits_too_far_apart_for_an_exponential(lanes) -> None:

@@ -78,6 +78,10 @@ def test_the_contents_notice_one_weight_and_one_word_of_the_config(bits):
     before = contents(base.model, base.config)
     layer.weight = layer.weight * 2
     assert contents(base.model, base.config) != before
+    before, rows = contents(base.model, base.config), mx.arange(layer.weight.shape[0])
+    rows[2], rows[40] = 40, 2
+    layer.weight = layer.weight[rows]
+    assert contents(base.model, base.config) != before, "lines that changed places"
     if not bits:
         layer.weight = weight
         assert fingerprint(base.model) == base.fingerprint, "a sample does not see it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_a_later_run_takes_what_an_earlier_one_has_computed(
     assert before(train(tiny(**SHORT, **{"train.keep_baseline": False}), tmp_path / "d")) == first
 
 
-@pytest.mark.parametrize("harm", ["cut", "a digit", "not finite", "empty", "a folder", "no text"])
+@pytest.mark.parametrize("harm", ["cut", "a digit", "not finite", "empty", "a folder", "no text", "brackets", "a pipe"])
 def test_what_is_damaged_is_computed_again(
     harm: str, tiny: Callable, train: Callable, tmp_path: Path, cache: Path
 ) -> None:
@@ -65,6 +66,11 @@ def test_what_is_damaged_is_computed_again(
         rewritten(file, float("nan"))
     elif harm == "empty":
         file.write_text("")
+    elif harm == "brackets":
+        file.write_text("[" * 4096)
+    elif harm == "a pipe":
+        file.unlink()
+        os.mkfifo(file)
     elif harm == "no text":
         file.write_bytes(b"\xff\xfe\x00")
     else:

@@ -203,6 +203,26 @@ def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, 
     assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
 
 
+def test_where_rows_are_computed_together_a_batch_that_is_all_in_the_cache_needs_no_model(
+    rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which is not here: only what depends on the device's name is other."""
+    monkeypatch.setattr(trunks_module, "on_cpu", lambda: False)
+    forward = Forward(load(config.Model(path="builtin:tiny")).model, 1)
+    trunk = Trunks(forward, {}, memory_gb=0, disk_gb=1, folder=tmp_path, say=print).of(rows)
+    feed = Feed(rows, 16, trunk)
+    first = feed(np.arange(3)).states
+    assert not trunk.complete()
+    feed(np.arange(len(rows)))
+    assert trunk.complete()
+
+    def reload():
+        raise AssertionError("the base is not needed")
+
+    assert forward.release_below(reload) > 0
+    assert np.array_equal(feed(np.arange(3)).states, first)
+
+
 def test_an_entry_of_other_tokens_or_another_base_is_another_file(rows, tmp_path: Path) -> None:
     forward = Forward(load(config.Model(path="builtin:tiny")).model, 1)
     limits = {"memory_gb": 0, "disk_gb": 1, "folder": tmp_path, "say": print}

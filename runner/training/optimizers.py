@@ -15,13 +15,19 @@ import mlx.optimizers as optim
 import numpy as np
 
 from runner import config
+from runner.checkpoints.tensors import Tensor
 from runner.errors import CheckpointError
+from runner.models.arrays import tensors_of
 
 CLASSES: dict[str, type[optim.Optimizer]] = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
 Vectors = dict[str, mx.array]
 """All arrays of a dtype one after the other, by that dtype's name."""
 _LINE = 4096
 """Elements that are summed first: one float32 sum over millions would lose digits."""
+
+
+class NotFinite(Exception):
+    """An array with numbers that are none, by its name."""
 
 
 class Packing:
@@ -54,6 +60,21 @@ class Packing:
         out = dict(pair for dtype, vector in vectors.items() for pair in self.parts(dtype, vector))
         return {name: out[name] for name in self._shapes}
 
+    def tensors(self, vectors: Vectors) -> dict[str, Tensor]:
+        """The parts of `vectors` as a checkpoint has them. Raises NotFinite, which names one."""
+        out: dict[str, Tensor] = {}
+        for dtype, whole in tensors_of(vectors).items():
+            flat = whole.array()
+            edges = pairwise([0, *self._edges[dtype]])
+            parts = {
+                name: Tensor.of(flat[start:stop].reshape(self._shapes[name]), whole.dtype)
+                for name, (start, stop) in zip(self.names[dtype], edges, strict=True)
+            }
+            if not whole.is_finite():
+                raise NotFinite(next(name for name, part in parts.items() if not part.is_finite()))
+            out |= parts
+        return out
+
     def parts(self, dtype: str, vector: mx.array) -> Iterator[tuple[str, mx.array]]:
         """Name and array of each part of the `vector` of a dtype."""
         for name, (start, stop) in zip(self.names[dtype], pairwise([0, *self._edges[dtype]]), strict=True):
@@ -68,6 +89,7 @@ class Optimizer:
         self.packing, self._own = Packing(params), own
         own.init(self.packing.pack(params))
         mx.eval(own.state)
+        self._last: tuple[Mapping[str, mx.array], Vectors] | None = None
 
     def update(self, params: Mapping[str, mx.array], grads: Vectors, learning_rate: float) -> dict[str, mx.array]:
         """The arrays after an update by their gradients."""
@@ -75,7 +97,27 @@ class Optimizer:
         made = self._own.apply_gradients(grads, self.packing.pack(params))
         out = self.packing.unpack(made)
         mx.eval(out, self._own.state)
+        self._last = out, made
         return out
+
+    def tensors(self, params: Mapping[str, mx.array]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The arrays, as `update` gave them, and the state, as a checkpoint has them: views of their memory.
+
+        Raises:
+            NotFinite: a number is infinite or none; names the array.
+        """
+        vectors = self._last[1] if self._last and self._last[0] is params else self.packing.pack(params)
+        arrays = self.packing.tensors(vectors)
+        state: dict[str, Tensor] = {}
+        for key, value in self._own.state.items():
+            if key in self.packing.names:
+                for part, vector in value.items():
+                    state |= {f"{name}.{part}": t for name, t in self.packing.tensors({key: vector}).items()}
+            else:
+                state |= tensors_of({key: value})
+                if not state[key].is_finite():
+                    raise NotFinite(key)
+        return arrays, state
 
     def state(self) -> dict[str, mx.array]:
         """The state as name to array, such as `model.layers.0.….lora_a.m`, `step`, `learning_rate`."""

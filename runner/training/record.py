@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,16 @@ class Record:
         self._status = {key: value for key, value in self._status.items() if value is not None}
         self.directory.write_status(self._status)
 
-    def save(self, step: int, files: Mapping[str, Content], why: Sequence[str], valid_loss: float | None) -> None:
+    def save(
+        self,
+        step: int,
+        files: Mapping[str, Content | Callable[[], Content]],
+        why: Sequence[str],
+        valid_loss: float | None,
+    ) -> None:
         """Begin to commit a checkpoint of `step` and to remove those that the policy lets go; see `check`, `settle`.
+
+        What makes a file is called where the file is written.
 
         The rows that the checkpoint counts on are on the disk before it is.
 
@@ -92,7 +100,9 @@ class Record:
         def work() -> None:
             self.metrics.sync()
             self.samples.sync()
-            self.store.commit(step, files, why=list(why), metrics={} if valid_loss is None else {METRIC: valid_loss})
+            contents = {name: made() if callable(made) else made for name, made in files.items()}
+            metrics = {} if valid_loss is None else {METRIC: valid_loss}
+            self.store.commit(step, contents, why=list(why), metrics=metrics)
             self._saved = step
             self.store.rotate(set(self.reasons()))
             if self.backup:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,9 +19,10 @@ from runner.checkpoints.verify import Loaded
 from runner.data.order import Position
 from runner.errors import CheckpointError, Diverged
 from runner.models.adapters import Params
-from runner.models.arrays import arrays_from, tensors_of
+from runner.models.arrays import arrays_from
 from runner.rundir import ADAPTER_CONFIG, ADAPTERS
 from runner.training.member import Member, Progress
+from runner.training.optimizers import NotFinite
 from runner.training.step import dropout_seed
 
 OPTIMIZER = "optimizer.safetensors"
@@ -60,17 +62,18 @@ class Restored:
 
 def files_of(
     member: Member, position: Position, identity: Identity, adapter_config: Mapping[str, Any]
-) -> dict[str, Content]:
-    """The files of `member`'s checkpoint, with views of its arrays: evaluated here, on the training thread.
+) -> dict[str, Content | Callable[[], Content]]:
+    """The files of `member`'s checkpoint, or what makes them in any thread from views of its arrays, which are
+    evaluated here, on the training thread.
 
     Raises:
         Diverged: an array is not finite: such a checkpoint could not be read, and must not push out one that can.
     """
     progress = member.progress
-    arrays = {ADAPTERS: tensors_of(member.params), OPTIMIZER: tensors_of(member.optimizer.state())}
-    for name, tensor in (pair for tensors in arrays.values() for pair in tensors.items()):
-        if not tensor.is_finite():
-            raise Diverged(f"{name} is not finite after update {progress.step}; that state was not saved.")
+    try:
+        arrays, optimizer = member.optimizer.tensors(member.params)
+    except NotFinite as error:
+        raise Diverged(f"{error} is not finite after update {progress.step}; that state was not saved.") from None
     seed = dropout_seed(member.seed, progress.step + 1, 0)
     state = {
         "schema": SCHEMA,
@@ -91,9 +94,9 @@ def files_of(
         "hyperparameters": identity.hyperparameters,
     }
     return {
-        ADAPTERS: pieces(arrays[ADAPTERS], {"format": "mlx"}),
+        ADAPTERS: partial(pieces, arrays, {"format": "mlx"}),
         ADAPTER_CONFIG: json_bytes(adapter_config),
-        OPTIMIZER: pieces(arrays[OPTIMIZER], {"format": "mlx"}),
+        OPTIMIZER: partial(pieces, optimizer, {"format": "mlx"}),
         STATE: json_bytes(state),
     }
 

@@ -9,7 +9,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from runner.errors import CheckpointError
-from runner.training.optimizers import Optimizer, Packing, clipped
+from runner.models.arrays import tensors_of
+from runner.training.optimizers import NotFinite, Optimizer, Packing, clipped
 
 MADE = {
     "adam": lambda: optim.Adam(1e-3, bias_correction=True),
@@ -83,3 +84,25 @@ def test_arrays_of_a_vector_share_its_memory() -> None:
     whole = np.array(vectors["float32"], copy=False)
     assert all(np.shares_memory(np.array(part, copy=False), whole) for part in parts.values())
     assert all(mx.array_equal(parts[n], params[n]).item() for n in params)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_what_a_checkpoint_gets_are_the_arrays_and_the_state_and_a_number_that_is_none_is_named(
+    dtype: mx.Dtype,
+) -> None:
+    params = arrays(0, dtype)
+    optimizer = Optimizer(MADE["adam"](), params)
+    now = optimizer.update(params, optimizer.packing.pack(arrays(1, dtype)), 1e-3)
+    for given in (now, dict(now), params):  # those of the last update, and any others
+        found, state = optimizer.tensors(given)
+        expected = tensors_of(given), tensors_of(optimizer.state())
+        for ours, theirs in zip((found, state), expected, strict=True):
+            assert set(ours) == set(theirs)
+            for name, tensor in theirs.items():
+                assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
+                assert bytes(ours[name].data) == bytes(tensor.data)
+    with pytest.raises(NotFinite, match=r"^model\.c$"):
+        optimizer.tensors({**now, "model.c": mx.full((64, 33), float("nan"))})
+    optimizer.update(now, optimizer.packing.pack(arrays(2, dtype)), float("inf"))
+    with pytest.raises(NotFinite):
+        optimizer.tensors(now)

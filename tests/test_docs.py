@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,8 +102,19 @@ def cut_short(words: list[str]) -> list[str]:
     return [word for word in extra if word.partition("=")[0] not in kept]
 
 
+def cases() -> list[Any]:
+    """The commands as parameters; of sweeps the first two, and the others in `make test-all`."""
+    sweeps = [command for command in commands() if " -m" in command[1].replace(" -m runner", "", 1)]
+    return [
+        pytest.param(
+            *command, id="-".join(part[:60] for part in command), marks=[pytest.mark.long] * (command in sweeps[2:])
+        )
+        for command in commands()
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda v: v[:60])
+@pytest.mark.parametrize(("page", "command"), cases())
 def test_the_command_does_what_the_page_says(place, page, command):
     if command in ELSEWHERE or command.startswith("pip install"):
         return

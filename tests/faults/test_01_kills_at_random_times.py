@@ -79,7 +79,9 @@ def test_a_run_killed_at_a_random_time_goes_on_and_ends_equal(make_door, tmp_pat
         cases.done()
 
 
-@pytest.mark.parametrize("name", ["samples.jsonl", "status.json", "/checkpoints/"])
+@pytest.mark.parametrize(
+    "name", ["samples.jsonl", pytest.param("status.json", marks=pytest.mark.long), "/checkpoints/"]
+)
 def test_a_run_killed_at_its_last_calls_goes_on_and_ends_equal(make_door, tmp_path, logged, faulty, ended_equal, name):
     """Random moments seldom fall between the last row and the end."""
     whole, calls = logged(*WORDS[:-1])

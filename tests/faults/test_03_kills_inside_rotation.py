@@ -11,7 +11,7 @@ from runner.checkpoints.store import Store
 pytestmark = [pytest.mark.fault(3), pytest.mark.slow]
 
 
-@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("keep_last", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_killed_at_any_call_of_a_rotation_keeps_what_the_policy_keeps_and_ends_equal(
     make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, keep_last
 ):

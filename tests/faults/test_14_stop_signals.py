@@ -149,7 +149,8 @@ def test_a_second_signal_does_not_wait_for_a_long_update(door):
     run = door.folder / "run"
     process = door.start(*LONG, "train.grad_accumulation=2000", "hydra.run.dir=run")
     wait_for_step(run, 0, process)
-    while process.poll() is None and not (run / "metrics.jsonl").stat().st_size:
+    rows = run / "metrics.jsonl"
+    while process.poll() is None and not (rows.exists() and rows.stat().st_size):
         time.sleep(0.01)
     time.sleep(0.5)  # step 0 is evaluated: the first update is under way
     process.send_signal(signal.SIGTERM)

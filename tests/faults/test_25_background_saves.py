@@ -33,7 +33,9 @@ def whole(tmp_path_factory, make_door):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "error", [pytest.param(errno.EIO, marks=pytest.mark.long), errno.ENOSPC], ids=errno.errorcode.get
+)
 def test_the_run_stops_at_the_next_step_and_what_was_saved_before_goes_on_equal(
     door, faulty, whole, assert_equal_runs, error
 ):

@@ -274,7 +274,7 @@ WILD = st.dictionaries(st.sampled_from([*MLX_LM.flags, "prompt_feature", "text_f
 OLD = st.builds(lambda wild, plausible: wild | plausible, WILD, PLAUSIBLE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(old=OLD, our_defaults=st.booleans())
 def test_whatever_an_old_config_says_the_command_composes_to_what_was_carried(
     tmp_path_factory, compose, old, our_defaults

@@ -156,7 +156,10 @@ PAIRS = [{"prompt": f"what is {i} + {i} ?", "completion": f"it is {2 * i:02d}, "
     ("rows", "width", "more"),
     [
         (TEXT, 32, {"optimizer": "adam", "learning_rate": "1e-3"}),
-        (TEXT, 32, {"optimizer": "adamw", "grad_accumulation_steps": 2, "iters": 12, "steps_per_report": 2}),
+        pytest.param(
+            *(TEXT, 32, {"optimizer": "adamw", "grad_accumulation_steps": 2, "iters": 12, "steps_per_report": 2}),
+            marks=pytest.mark.long,
+        ),
         (PAIRS, 96, {"mask_prompt": True, "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.0}}),
         (
             TEXT,

@@ -190,6 +190,8 @@ def test_every_command_on_the_page_works(door: Any) -> None:
             python, dash_m, runner, *words = shlex.split(command["words"])
             assert (python, dash_m, runner) == ("python", "-m", "runner")
             new = "resume=run" not in words and "generate" not in words
+            if new and command["what"] in seen:
+                continue  # worded alike in both states
             door(*words, *([f"hydra.run.dir=other/{state}{number}"] if new else []))
             seen.add(command["what"])
     assert seen == {"go on", "train longer", "vary it", "branch off", "build on it", "ask it"}

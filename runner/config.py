@@ -6,14 +6,12 @@ line under a field is its documentation, from which docs/config.md is made. Plai
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import math
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -334,24 +332,6 @@ def names() -> dict[str, Any]:
 def sections() -> set[str]:
     """Dotted names of the sections."""
     return {n.rpartition(".")[0] for n in names() if "." in n}
-
-
-def documented(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every setting as (dotted name, default, its documentation line), read from this file."""
-    body = ast.parse(inspect.getsource(cls)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    doc: dict[str, str] = {}
-    for node, after in zip(body.body, [*body.body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            assert isinstance(node.target, ast.Name)
-            doc[node.target.id] = str(after.value.value)
-    default = cls()
-    for f in dataclasses.fields(cls):
-        value = getattr(default, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from documented(type(value), f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", value, doc[f.name]
 
 
 def from_dict(data: Mapping[str, Any], where: str) -> Config:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from runner import changes, config
 from runner.words import CONF, choices
@@ -23,6 +27,24 @@ resume and are logged ([resume.md](resume.md)).
 ## Groups"""
 
 
+def documented(cls: type = config.Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting as (dotted name, default, its documentation line), read from the source of the schema."""
+    body = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    doc: dict[str, str] = {}
+    for node, after in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            assert isinstance(node.target, ast.Name)
+            doc[node.target.id] = str(after.value.value)
+    default = cls()
+    for f in dataclasses.fields(cls):
+        value = getattr(default, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from documented(type(value), f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, doc[f.name]
+
+
 def page() -> str:
     """The whole page."""
     out = [_INTRO]
@@ -32,7 +54,7 @@ def page() -> str:
             out.append(f"| `{choice}` | {_about(group, choice)} |")
     out.append("\n## Settings by section\n")
     section = None
-    for name, default, doc in config.documented():
+    for name, default, doc in documented():
         here = name.split(".")[0] if "." in name else "run"
         if here != section:
             section = here

@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from runner import changes, checks, config
+from runner import changes, checks, config, docs
 from runner.config import Config
 from runner.errors import ConfigError
 
 
 def test_every_setting_is_documented_once():
-    documented = {name: doc for name, _, doc in config.documented()}
+    documented = {name: doc for name, _, doc in docs.documented()}
     assert set(documented) == set(config.names())
     assert all(doc.strip() for doc in documented.values())
 

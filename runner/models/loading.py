@@ -81,11 +81,12 @@ def load(settings: config.Model) -> Base:
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
-    return Base(model, tokenizer, about, settings.path, fingerprint(model), contents(model, about), notes)
+    sample = fingerprint(model)
+    return Base(model, tokenizer, about, settings.path, sample, contents(model, about, sample), notes)
 
 
-def contents(model: nn.Module, about: Mapping[str, Any]) -> str:
-    """SHA-256 over the config, the sample of `fingerprint` and, for each line of each weight, a sum over its bits: by
+def contents(model: nn.Module, about: Mapping[str, Any], sample: str) -> str:
+    """SHA-256 over the config, the `sample` of `fingerprint` and, for each line of each weight, a sum over its bits: by
     it a cache knows what it was computed from.
 
     Unlike a sample alone, the sums notice a single weight that was changed, and lines that changed places; unlike a
@@ -99,7 +100,7 @@ def contents(model: nn.Module, about: Mapping[str, Any]) -> str:
         words = lines.view(mx.uint64) if whole else lines.view(mx.uint8).astype(mx.uint64)
         sums[f"{name} {array.shape} {array.dtype}"] = words.sum(axis=-1)
     mx.eval(list(sums.values()))
-    digest = hashlib.sha256(json.dumps([fingerprint(model), about], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([sample, about], sort_keys=True, default=str).encode())
     for head, found in sums.items():
         digest.update(head.encode())
         digest.update(np.asarray(found).tobytes())

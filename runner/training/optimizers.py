@@ -89,6 +89,7 @@ class Optimizer:
         self.packing, self._own = Packing(params), own
         own.init(self.packing.pack(params))
         mx.eval(own.state)
+        # The arrays that `update` gave, and the vectors they are parts of: saving needs no copy of them.
         self._last: tuple[Mapping[str, mx.array], Vectors] | None = None
 
     def update(self, params: Mapping[str, mx.array], grads: Vectors, learning_rate: float) -> dict[str, mx.array]:

@@ -67,28 +67,28 @@ def test_the_contents_notice_one_weight_and_one_word_of_the_config(bits):
     settings = Model(path="builtin:tiny")
     settings.quantize.bits, settings.quantize.group_size = bits, 32
     base = load(settings)
-    assert contents(base.model, base.config) == base.contents == load(settings).contents
-    assert contents(base.model, {**base.config, "rope_theta": 5e5}) != base.contents
+    assert contents(base.model, base.config, base.fingerprint) == base.contents == load(settings).contents
+    assert contents(base.model, {**base.config, "rope_theta": 5e5}, base.fingerprint) != base.contents
     layer = base.model.layers[1].mlp.up_proj
     weight = mx.array(layer.weight)
     weight[3, 5] = weight[3, 5] + (1 if bits else 1e-3)
     layer.weight = weight
-    assert contents(base.model, base.config) != base.contents
+    assert contents(base.model, base.config, base.fingerprint) != base.contents
     layer.weight = base.model.layers[2].mlp.up_proj.weight
-    before = contents(base.model, base.config)
+    before = contents(base.model, base.config, base.fingerprint)
     layer.weight = layer.weight * 2
-    assert contents(base.model, base.config) != before
-    before, rows = contents(base.model, base.config), mx.arange(layer.weight.shape[0])
+    assert contents(base.model, base.config, base.fingerprint) != before
+    before, rows = contents(base.model, base.config, base.fingerprint), mx.arange(layer.weight.shape[0])
     rows[2], rows[40] = 40, 2
     layer.weight = layer.weight[rows]
-    assert contents(base.model, base.config) != before, "lines that changed places"
+    assert contents(base.model, base.config, base.fingerprint) != before, "lines that changed places"
     if not bits:
         layer.weight = weight
         assert fingerprint(base.model) == base.fingerprint, "a sample does not see it"
         base.model.set_dtype(mx.bfloat16)
-        half = contents(base.model, base.config)
+        half = contents(base.model, base.config, base.fingerprint)
         layer.weight[3, 5] = layer.weight[3, 5] * 2
-        assert contents(base.model, base.config) != half
+        assert contents(base.model, base.config, base.fingerprint) != half
 
 
 def test_a_quantized_folder_is_expanded_on_the_cpu_and_kept_where_asked(tmp_path):

@@ -63,10 +63,7 @@ QUICK = Effort(
     gate_runs=0,
     cold_everywhere=False,
     minutes=9.5,
-    notes=(
-        "quick: start-up is a large part of such short runs, on both sides",
-        "quick: near lengths are sought in a quarter of the epoch, few batches here: f gains less than in long runs",
-    ),
+    notes=("quick: start-up is a large part of such short runs, on both sides",),
 )
 FULL = Effort(
     mode="full",
@@ -280,6 +277,8 @@ def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) 
     run = folder / "run"
     settings = RunDirectory(run).read_config()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    state = max((run / "checkpoints").glob("step-*")) / "train_state.json"
+    window = json.loads(state.read_text())["position"]["window"]
     (run / "adapters").rename(folder / "adapters")
     (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
     shutil.rmtree(run)
@@ -292,7 +291,7 @@ def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) 
         "exact": True,
     }
     job = {"side": OURS, "model": model, "data": data, "seed": seed, "iters": work.iters, "eval_every": work.eval_every}
-    job |= {"batch_size": work.batch_size, "window": settings["data"]["window"], "pad_to": settings["data"]["pad_to"]}
+    job |= {"batch_size": work.batch_size, "window": window, "pad_to": settings["data"]["pad_to"]}
     return own, job
 
 

@@ -90,8 +90,9 @@ class Data:
     """What happens to a longer row: truncate, drop, or error (names file and line)."""
     pad_to: int = 16
     """Batches are padded to a multiple of this many tokens; few widths mean few compilations."""
-    window: int = 32
-    """Batches whose rows are sorted by length together: larger means less padding and less shuffling."""
+    window: int | None = None
+    """Batches whose rows are sorted by length together: larger means less padding and less shuffling. null means 1
+    (none sorted) where the engine of the CPU computes the model, which computes no padding, and 32 elsewhere."""
     metric: str | None = None
     """The data set's own metric on generated answers: execution_accuracy, exact_match, or null."""
     metric_split: str = "test"

@@ -18,6 +18,15 @@ TOLERANCE = 1e-3
 """Largest relative difference: of the loss, and of each gradient by its norm. Float32 noise is a hundredth of it."""
 
 
+def fits(forward: Forward) -> bool:
+    """Whether every part of `forward`'s model is written out in the engine; dropout, which is not, aside."""
+    try:
+        Engine(forward.model)
+    except (TypeError, AttributeError):
+        return False
+    return True
+
+
 def make_engine(forward: Forward, *, recompute: bool = False) -> tuple[Engine | None, str]:
     """The engine of `forward`'s model, which carries its adapter; or None, and why."""
     if not on_cpu():

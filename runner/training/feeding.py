@@ -12,13 +12,17 @@ from runner.cache import cache_folder
 from runner.config import Config
 from runner.cpu import cross_entropy, threads
 from runner.cpu.engine import VERSION
-from runner.cpu.making import make_engine
+from runner.cpu.making import fits, make_engine
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
 from runner.models.forward import Forward
 from runner.models.loading import Base, on_cpu
 from runner.models.trunk import Trunks, numbers_identity
 from runner.training.feed import Feed, Fixed
+
+UNSORTED, NEAR_LENGTHS = 1, 32
+"""Windows of `data.window`: null."""
+_DROPOUT = "lora.dropout is above 0"
 
 
 def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport) -> Forward:
@@ -38,12 +42,26 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
 def _why_no_engine(forward: Forward, settings: Config) -> str:
     """Which setting the engine does not know, or nothing."""
     found = {
-        "lora.dropout is above 0": settings.lora.dropout > 0,
+        _DROPOUT: settings.lora.dropout > 0,
         "train.compile=always": settings.train.compile == "always",
         "train.head=all": settings.train.head == "all",
         "this model's head cannot be computed apart": not forward.split,
     }
     return next((why for why, so in found.items() if so), "")
+
+
+def window_of(forward: Forward, settings: Config) -> int:
+    """`data.window`, and where it is left open the one that trains best for its time.
+
+    Batches of near lengths save padding, but an update by short rows alone moves less. Without padding to save they
+    are not worth it. Dropout leaves the answer alone: the jobs of a sweep over it are to meet the same batches.
+    """
+    if settings.data.window is not None:
+        return settings.data.window
+    without_padding = forward.engine is not None or (
+        settings.train.cpu_ops and on_cpu() and forward.why_mlx == _DROPOUT and fits(forward)
+    )
+    return UNSORTED if without_padding else NEAR_LENGTHS
 
 
 def make_trunks(

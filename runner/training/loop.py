@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -24,6 +24,8 @@ from runner.training.member import Member, Window
 from runner.training.step import Step
 from runner.training.stops import Interrupted, Stops
 
+PATIENCE = 3.0
+"""Seconds of silence before an evaluation says that it is at work."""
 FINISHED, STOPPED_EARLY, STOP_AT = "finished", "early stopping", "stop_at"
 
 
@@ -156,7 +158,7 @@ def assess(job: Job, member: Member) -> bool:
     job.step.place(member.params)
     try:
         known = job.baseline.evaluation if progress.step == 0 else None
-        result = known or evaluate(job.adapted.model, job.forward, job.valid_batches, job.stops.check)
+        result = known or evaluate(job.adapted.model, job.forward, shown(job, progress.step), job.stops.check)
     except Interrupted:
         progress.pending_evaluation = progress.step > 0
         return False
@@ -190,6 +192,18 @@ def assess(job: Job, member: Member) -> bool:
     return best
 
 
+def shown(job: Job, step: int) -> Iterator[Ready]:
+    """The batches of an evaluation; how far it is is shown, and said once where the one before training takes long."""
+    begun, done, said, rows = time.monotonic(), 0, step > 0, job.valid_batches.rows
+    for ready in job.valid_batches:
+        job.display.busy(f"{step}/{job.plan.iters}  evaluating, {done}/{rows} rows")
+        if not said and time.monotonic() - begun > PATIENCE:
+            job.display.line(f"evaluating {rows:,} rows before training: {done:,} done")
+            said = True
+        yield ready
+        done += len(ready.batch.lengths)
+
+
 def save_if_due(job: Job, member: Member, best: bool, ending: str | None) -> None:
     """Save after the evaluation of this step, once, if the schedule, a new best or the loop's `ending` asks for it."""
     progress = member.progress
@@ -202,7 +216,7 @@ def save_if_due(job: Job, member: Member, best: bool, ending: str | None) -> Non
     if not why:
         return
     evaluated = progress.valid_loss if progress.valid_step == progress.step else None
-    files = state.files_of(member, job.position, job.identity, job.adapted.adapter_config())
+    files = state.files_of(member, job.position, job.order.window_batches, job.identity, job.adapted.adapter_config())
     member.record.save(progress.step, files, why, evaluated)
     member.since_save.restart()
 

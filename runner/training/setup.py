@@ -30,7 +30,7 @@ from runner.start import Start
 from runner.training import events, optimizers, state
 from runner.training.baselines import Baseline
 from runner.training.feed import Ahead
-from runner.training.feeding import feed_of, fixed_batches, make_forward
+from runner.training.feeding import feed_of, fixed_batches, make_forward, window_of
 from runner.training.going_on import Found
 from runner.training.loop import Job
 from runner.training.member import Member
@@ -217,7 +217,8 @@ def make_job(start: Start, found: Found | None, parts: Parts, record: Record, st
         display.line(f"warm start from {settings.adapter}")
     forward, trunks = parts.forward, parts.trunks
     t = settings.train
-    order = Order(data.train.lengths, t.batch_size, settings.seed, settings.data.window)
+    window = found.restored.window if found is not None else None
+    order = Order(data.train.lengths, t.batch_size, settings.seed, window or window_of(forward, settings))
     if found is not None and position.batch >= order.batches_per_epoch:
         raise CheckpointError(
             f"{found.loaded.checkpoint.path} stands at batch {position.batch}, and an epoch has "

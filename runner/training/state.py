@@ -53,6 +53,8 @@ class Restored:
     optimizer: dict[str, mx.array]
     progress: Progress
     position: Position
+    window: int | None
+    """Batches sorted by length together; None in older checkpoints, whose settings say it."""
     metrics_offset: int
     samples_offset: int
     identity: Identity
@@ -61,10 +63,11 @@ class Restored:
 
 
 def files_of(
-    member: Member, position: Position, identity: Identity, adapter_config: Mapping[str, Any]
+    member: Member, position: Position, window: int, identity: Identity, adapter_config: Mapping[str, Any]
 ) -> dict[str, Content | Callable[[], Content]]:
     """The files of `member`'s checkpoint, or what makes them in any thread from views of its arrays, which are
-    evaluated here, on the training thread.
+    evaluated here, on the training thread. `window` is that of the order of training, without which `position` says
+    nothing.
 
     Raises:
         Diverged: an array is not finite: such a checkpoint could not be read, and must not push out one that can.
@@ -78,7 +81,7 @@ def files_of(
     state = {
         "schema": SCHEMA,
         "step": progress.step,
-        "position": {"epoch": position.epoch, "batch": position.batch},
+        "position": {"epoch": position.epoch, "batch": position.batch, "window": window},
         "random_state": [seed >> 32, seed & 0xFFFFFFFF],
         "progress": progress.to_dict(),
         "metrics": {
@@ -123,6 +126,7 @@ def read(loaded: Loaded) -> Restored:
             optimizer=optimizer,
             progress=progress,
             position=position,
+            window=_window(data["position"]),
             metrics_offset=_count(data, "metrics_offset"),
             samples_offset=_count(data, "samples_offset"),
             identity=Identity(
@@ -144,6 +148,12 @@ def _count(data: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or not 0 <= value < _LARGEST:
         raise ValueError(f"{name} is not a whole number from 0")
     return value
+
+
+def _window(data: Mapping[str, Any]) -> int | None:
+    if "window" in data and _count(data, "window") == 0:
+        raise ValueError("window is 0")
+    return data.get("window")
 
 
 def _text(value: object, name: str) -> str:

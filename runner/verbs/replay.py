@@ -53,12 +53,13 @@ def replay(run: Path, whole: list[int], start: int | None = None) -> dict[str, A
     target = verify.load(folder / step_name(last), Disk())
     then = json.loads(target.files[_STATE])
     _set_threads(then["environment"])
+    window = then["position"].get("window")  # older checkpoints: the settings say it
     scratch = Path(tempfile.mkdtemp(prefix="replay-", dir=_made(cache_folder())))
     try:
-        made = _train(run, folder, first, last, scratch / "1")
+        made = _train(run, folder, first, last, scratch / "1", window)
         noise: dict[str, float] | None = None
         if "cpu" not in str(made[1]["environment"]["device"]):
-            again = _train(run, folder, first, last, scratch / "2")
+            again = _train(run, folder, first, last, scratch / "2", window)
             noise = differences(made[0], again[0])
         found = _compare(run, target, then, *made, scratch / "1", noise)
     finally:
@@ -112,13 +113,17 @@ def _float(tensor: Any) -> np.ndarray:
     return bits.astype(np.float64)
 
 
-def _train(run: Path, folder: Path, first: int, last: int, scratch: Path) -> tuple[Loaded, dict[str, Any]]:
+def _train(
+    run: Path, folder: Path, first: int, last: int, scratch: Path, window: int | None
+) -> tuple[Loaded, dict[str, Any]]:
     from runner import blas
 
     report = blas.prepare()
     from runner.training.run import run as train
 
     chosen = _settings(run, last)
+    if not first:  # what data.window=null chose then, not what it would choose here
+        chosen.data.window = window or chosen.data.window
     stored = RunDirectory(run).read_config()
     directory = RunDirectory(scratch, chosen.checkpoint.dir)
     directory.claim()
@@ -155,9 +160,10 @@ def _compare(
     for name, far in differences(target, made).items():
         if far > (NOISE_FACTOR * noise[name] if noise else 0.0):
             found.append(f"{name} differs by up to {far:.1e} of its largest value")
-    for name in ("position", "random_state"):
-        if then[name] != now[name]:
-            found.append(f"{name} was {then[name]}, is {now[name]}")
+    for name, was in {**then["position"], "random_state": then["random_state"]}.items():
+        is_ = now[name] if name == "random_state" else now["position"][name]
+        if was != is_:
+            found.append(f"{name} was {was}, is {is_}")
     for name in _PROGRESS:
         a, b = then["progress"][name], now["progress"][name]
         if a != b:

@@ -94,3 +94,12 @@ def test_very_many_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(list((cache / "baselines").iterdir())) == 5
     assert baselines.kept({"number": 10}).evaluation == Evaluation(1.0, 2, 3, 4.0)
     assert baselines.kept({"number": 0}).evaluation is None
+
+
+def test_a_long_evaluation_before_training_says_that_it_is_at_work(tiny, train, tmp_path, monkeypatch):
+    quick = train(tiny(**{"train.iters": 1, "train.keep_baseline": False}), tmp_path / "quick")
+    assert "evaluating" not in (quick / "run.log").read_text()
+    monkeypatch.setattr("runner.training.loop.PATIENCE", 0.0)
+    slow = train(tiny(**{"train.iters": 6, "train.keep_baseline": False}), tmp_path / "slow")
+    assert (slow / "run.log").read_text().count("evaluating 10 rows before training: 0 done") == 1
+    assert (slow / "run.log").read_text().count("evaluating") == 1

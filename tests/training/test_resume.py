@@ -11,6 +11,7 @@ from runner.errors import CheckpointError, ConfigError
 
 HARD = {
     "lora.dropout": 0.2,
+    "data.window": 32,
     "train.grad_accumulation": 3,
     "schedule.name": "cosine",
     "schedule.warmup": 2,

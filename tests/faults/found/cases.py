@@ -13,6 +13,8 @@ TRAIN_STATE: dict[str, tuple[tuple[str, ...], bytes]] = {
     "an offset that is a text": (("samples_offset",), b'"12"'),
     "a batch that is a truth": (("position", "batch"), b"true"),
     "an epoch with a fraction": (("position", "epoch"), b"0.5"),
+    "a window without batches": (("position", "window"), b"0"),
+    "a window that is a text": (("position", "window"), b'"1"'),
     "tokens that are a text": ((*PROGRESS, "tokens"), b'"many"'),
     "tokens that 64 bits do not hold": ((*PROGRESS, "tokens"), b"18446744073709551616"),
     "a best loss that is a list": ((*PROGRESS, "best_loss"), b"[]"),

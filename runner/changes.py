@@ -30,6 +30,7 @@ FREE_ON_RESUME = (
     "train.eval_batches",
     "train.eval_tokens",
     "train.keep_baseline",
+    "train.keep_checks",
     "train.loss_piece",  # named where it differs, as the trunk
     "train.trunk",
     "train.head",

@@ -221,6 +221,9 @@ class Train:
     """Positions that an evaluation computes at once: its batches of near lengths are joined up to this many."""
     keep_baseline: bool = True
     """Keep the loss before training in the cache folder: runs on the same base and data compute it once."""
+    keep_checks: bool = True
+    """Keep in the cache folder that a model's parts and the engine were found to compute what the model computes: the
+    same base, settings, machine and code are not probed again."""
     head: str = "supervised"
     """Positions that the head and the loss compute: supervised (those that count), or all."""
     loss_piece: int = 256

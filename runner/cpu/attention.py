@@ -14,6 +14,8 @@ from runner.cpu.lanes import Lane
 
 _STACK, _LEAST_TILE, _TILE = 256, 32, 128
 """Queries of a tile: as many as make 256 with the heads that share keys, within the two bounds."""
+_AT_ONCE = 262144
+"""Scores that are made at once: those of several heads while that many, since each call of NumPy costs."""
 
 
 class Shape:
@@ -28,18 +30,23 @@ class Shape:
         """Query heads that share a head of keys and values."""
         return self.heads // self.kv_heads
 
-    def queries(self, x: np.ndarray, kv_head: int) -> np.ndarray:
-        """(group, length, width) of `x`, laid out as qkv or as queries alone."""
-        columns = slice(kv_head * self.group * self.width, (kv_head + 1) * self.group * self.width)
-        return x[:, columns].reshape(len(x), self.group, self.width).transpose(1, 0, 2)
+    def queries(self, x: np.ndarray, heads: range) -> np.ndarray:
+        """(heads, group, length, width) of `x`, laid out as qkv or as queries alone; `heads` are those of keys."""
+        columns = slice(heads.start * self.group * self.width, heads.stop * self.group * self.width)
+        return x[:, columns].reshape(len(x), len(heads), self.group, self.width).transpose(1, 2, 0, 3)
 
-    def key(self, x: np.ndarray, kv_head: int) -> np.ndarray:
-        """(length, width) of `x`, laid out as qkv."""
-        return self._column(x, self.heads + kv_head)
+    def by_query(self, x: np.ndarray, heads: range) -> np.ndarray:
+        """(heads, group, length) of `x` (length, all heads): a number for each query."""
+        columns = slice(heads.start * self.group, heads.stop * self.group)
+        return x[:, columns].reshape(len(x), len(heads), self.group).transpose(1, 2, 0)
 
-    def value(self, x: np.ndarray, kv_head: int) -> np.ndarray:
+    def key(self, x: np.ndarray, head: int) -> np.ndarray:
         """(length, width) of `x`, laid out as qkv."""
-        return self._column(x, self.heads + self.kv_heads + kv_head)
+        return self._column(x, self.heads + head)
+
+    def value(self, x: np.ndarray, head: int) -> np.ndarray:
+        """(length, width) of `x`, laid out as qkv."""
+        return self._column(x, self.heads + self.kv_heads + head)
 
     def _column(self, x: np.ndarray, head: int) -> np.ndarray:
         return x[:, head * self.width : (head + 1) * self.width]
@@ -49,29 +56,39 @@ class Shape:
         size = min(max(_LEAST_TILE, _STACK // self.group), _TILE)
         return ((start, min(start + size, length)) for start in range(0, length, size))
 
+    def work(self, lane: Lane) -> Iterator[tuple[int, int, int, range]]:
+        """This lane's share of the rows and the heads of keys, as many heads at once as a core's cache takes: first
+        position of a row, start and stop of a tile of its queries, heads."""
+        for row, length, mine in lane.share(self.kv_heads):
+            for start, stop in self.tiles(length):
+                size = max(1, _AT_ONCE // ((stop - start) * self.group * stop))
+                for first in range(mine.start, mine.stop, size):
+                    yield row, start, stop, range(first, min(first + size, mine.stop))
+
 
 def attend(qkv: np.ndarray, shape: Shape, lane: Lane, out: np.ndarray, log_sums: np.ndarray) -> None:
     """This lane's share of `out` (n, heads * width) = softmax(q kᵀ scale) v, for each row by itself.
 
     `log_sums` (n, heads): logarithms of the sums of exponentials, for the way back.
     """
-    for row, length, kv_head in lane.share(shape.kv_heads):
-        x, heads = qkv[row : row + length], _heads(shape, kv_head)
-        keys, values = shape.key(x, kv_head), shape.value(x, kv_head)
-        for start, stop in shape.tiles(length):
-            here = slice(row + start, row + stop)
-            queries = _stacked(shape.queries(qkv[here], kv_head), lane, "queries")
-            scores = lane.own.get("scores", len(queries), stop)
-            gemm(queries, keys[:stop].T, scores, alpha=shape.scale)
-            _hide_the_future(scores, shape.group)
-            largest = scores.max(axis=1, keepdims=True)
-            scores -= largest
-            np.exp(scores, out=scores)
-            total = scores.sum(axis=1, keepdims=True)
-            made = gemm(scores, values[:stop], queries)  # which are needed no more
-            made /= total
-            shape.queries(out[here], kv_head)[:] = made.reshape(shape.group, stop - start, shape.width)
-            log_sums[here, heads] = (np.log(total) + largest).reshape(shape.group, -1).T
+    for row, start, stop, heads in shape.work(lane):
+        seen, here = qkv[row : row + stop], slice(row + start, row + stop)
+        queries = _stacked(shape.queries(qkv[here], heads), lane, "queries")
+        scores = lane.own.get("scores", *queries.shape[:2], stop)
+        for number, head in enumerate(heads):
+            gemm(queries[number], shape.key(seen, head).T, scores[number], alpha=shape.scale)
+        _hide_the_future(scores, stop - start)
+        largest = scores.max(axis=2, keepdims=True)
+        scores -= largest
+        np.exp(scores, out=scores)
+        total = scores.sum(axis=2, keepdims=True)
+        for number, head in enumerate(heads):
+            gemm(scores[number], shape.value(seen, head), queries[number])  # which are needed no more
+        queries /= total
+        to = shape.queries(out[here], heads)
+        to[:] = queries.reshape(to.shape)
+        sums = shape.by_query(log_sums[here], heads)
+        sums[:] = (np.log(total) + largest).reshape(sums.shape)
 
 
 def attend_back(
@@ -87,45 +104,46 @@ def attend_back(
 
     `by_out` (n, heads * width); `deltas` (n, heads): products of the output and the gradient by it, summed by head.
     """
-    for row, length, kv_head in lane.share(shape.kv_heads):
-        x, made, heads = qkv[row : row + length], by_qkv[row : row + length], _heads(shape, kv_head)
-        keys, values = shape.key(x, kv_head), shape.value(x, kv_head)
-        by_keys, by_values = shape.key(made, kv_head), shape.value(made, kv_head)
-        by_keys[:], by_values[:] = 0, 0
-        for start, stop in shape.tiles(length):
-            here = slice(row + start, row + stop)
-            queries = _stacked(shape.queries(qkv[here], kv_head), lane, "queries")
-            given = _stacked(shape.queries(by_out[here], kv_head), lane, "given")
-            weights, slopes = (lane.own.get(name, len(queries), stop) for name in ("scores", "slopes"))
-            gemm(queries, keys[:stop].T, weights, alpha=shape.scale)
-            _hide_the_future(weights, shape.group)
-            weights -= log_sums[here, heads].T.reshape(-1, 1)
-            np.exp(weights, out=weights)
-            gemm(weights.T, given, by_values[:stop], add=True)
-            gemm(given, values[:stop].T, slopes)
-            slopes -= deltas[here, heads].T.reshape(-1, 1)
-            slopes *= weights
-            gemm(slopes.T, queries, by_keys[:stop], alpha=shape.scale, add=True)
-            gemm(slopes, keys[:stop], given, alpha=shape.scale)
-            shape.queries(by_qkv[here], kv_head)[:] = given.reshape(shape.group, stop - start, shape.width)
+    for row, start, stop, heads in shape.work(lane):
+        seen, made, here = qkv[row : row + stop], by_qkv[row : row + stop], slice(row + start, row + stop)
+        queries = _stacked(shape.queries(qkv[here], heads), lane, "queries")
+        given = _stacked(shape.queries(by_out[here], heads), lane, "given")
+        weights, slopes = (lane.own.get(name, *queries.shape[:2], stop) for name in ("scores", "slopes"))
+        for number, head in enumerate(heads):
+            gemm(queries[number], shape.key(seen, head).T, weights[number], alpha=shape.scale)
+            gemm(given[number], shape.value(seen, head).T, slopes[number])
+        _hide_the_future(weights, stop - start)
+        weights -= shape.by_query(log_sums[here], heads).reshape(*queries.shape[:2], 1)
+        np.exp(weights, out=weights)
+        slopes -= shape.by_query(deltas[here], heads).reshape(*queries.shape[:2], 1)
+        slopes *= weights
+        for number, head in enumerate(heads):
+            by_key, by_value = shape.key(made, head), shape.value(made, head)
+            # What lies before the tile has been written by the tiles before it.
+            for by, left, right, factor in (
+                (by_value, weights[number], given[number], 1.0),
+                (by_key, slopes[number], queries[number], shape.scale),
+            ):
+                if start:
+                    gemm(left[:, :start].T, right, by[:start], alpha=factor, add=True)
+                gemm(left[:, start:].T, right, by[start:], alpha=factor)
+            gemm(slopes[number], shape.key(seen, head), given[number], alpha=shape.scale)
+        to = shape.queries(by_qkv[here], heads)
+        to[:] = given.reshape(to.shape)
 
 
-def _heads(shape: Shape, kv_head: int) -> slice:
-    """The query heads that share keys and values."""
-    return slice(kv_head * shape.group, (kv_head + 1) * shape.group)
+def _stacked(queries: np.ndarray, lane: Lane, name: str) -> np.ndarray:
+    """(heads, group * length, width) of `queries` (heads, group, length, width), in the lane's own memory: one product
+    for the queries that share keys."""
+    out = lane.own.get(name, *queries.shape)
+    out[:] = queries
+    return out.reshape(len(queries), -1, queries.shape[3])
 
 
-def _stacked(heads: np.ndarray, lane: Lane, name: str) -> np.ndarray:
-    """Heads (group, length, width) below each other: one product for all."""
-    out = lane.own.get(name, *heads.shape)
-    out[:] = heads
-    return out.reshape(-1, heads.shape[2])
-
-
-def _hide_the_future(scores: np.ndarray, group: int) -> None:
+def _hide_the_future(scores: np.ndarray, queries: int) -> None:
     """The last columns are those of the queries' own positions: no one sees what comes after it."""
-    queries = len(scores) // group
-    np.copyto(scores.reshape(group, queries, -1)[:, :, -queries:], -np.inf, where=_future(queries))
+    last = scores.reshape(-1, queries, scores.shape[2])[:, :, -queries:]
+    np.copyto(last, -np.inf, where=_future(queries))
 
 
 @cache

@@ -23,7 +23,7 @@ from runner.cpu.lanes import Lane, Lanes, Rows
 _ARCHITECTURES = ("llama", "qwen2")
 """Of mlx_lm.models: blocks as `runner.cpu.block` writes them out. Mistral and SmolLM are llama there."""
 
-VERSION = 4
+VERSION = 5
 """Of the numbers: another one gives other last digits."""
 
 

@@ -45,7 +45,7 @@ class Lane:
     common: Workspace
     """The same for all lanes: to be read and written where they have waited for each other."""
     barrier: Barrier
-    _shares: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    _shares: dict[int, list[tuple[int, int, range]]] = field(default_factory=dict)
 
     @property
     def span(self) -> slice:
@@ -57,21 +57,23 @@ class Lane:
         if self.count > 1:
             self.barrier.wait()
 
-    def share(self, parts: int) -> list[tuple[int, int, int]]:
+    def share(self, parts: int) -> list[tuple[int, int, range]]:
         """Its share of `parts` pieces of work a row, which cost the square of its length.
 
-        Each is (first position, length, part). The most costly go first to whoever has least.
+        Each is (first position, length, pieces). All pieces lie in one line, of which each lane has a stretch of equal
+        cost: at most one row is divided between a lane and the next.
         """
         if parts not in self._shares:
-            load = [0] * self.count
+            lengths = np.array(self.rows.lengths, np.float64)
+            ends = np.cumsum(np.repeat(lengths * lengths, parts)).reshape(-1, parts)
+            middles = ends - (lengths * lengths)[:, None] / 2
+            lanes = np.minimum((middles * (self.count / ends[-1, -1])).astype(int), self.count - 1)
             mine = []
-            order = sorted(range(len(self.rows.lengths)), key=lambda i: -self.rows.lengths[i])
-            for row in order:
-                for part in range(parts):
-                    lane = load.index(min(load))
-                    load[lane] += self.rows.lengths[row] ** 2
-                    if lane == self.number:
-                        mine.append((self.rows.starts[row], self.rows.lengths[row], part))
+            for row, owners in enumerate(lanes):
+                own = np.flatnonzero(owners == self.number)
+                if len(own):
+                    pieces = range(int(own[0]), int(own[-1]) + 1)
+                    mine.append((self.rows.starts[row], self.rows.lengths[row], pieces))
             self._shares[parts] = mine
         return self._shares[parts]
 

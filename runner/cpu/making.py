@@ -27,15 +27,16 @@ def fits(forward: Forward) -> bool:
     return True
 
 
-def make_engine(forward: Forward, *, recompute: bool = False) -> tuple[Engine | None, str]:
-    """The engine of `forward`'s model, which carries its adapter; or None, and why."""
+def make_engine(forward: Forward, *, recompute: bool = False, proven: bool = False) -> tuple[Engine | None, str]:
+    """The engine of `forward`'s model, which carries its adapter; or None, and why. `proven`: that it gives the model's
+    own gradients is known."""
     if not on_cpu():
         return None, "this is no CPU"
     try:
         engine = Engine(forward.model, recompute=recompute, piece=forward.piece)
     except (TypeError, AttributeError) as error:
         return None, f"this model has a part that is not written out: {error}"
-    return (engine, "") if _agrees(engine, forward) else (None, "it does not give this model's own gradients")
+    return (engine, "") if proven or _agrees(engine, forward) else (None, "it does not give this model's own gradients")
 
 
 def _agrees(engine: Engine, forward: Forward) -> bool:

@@ -24,24 +24,32 @@ class Forward:
     """
 
     def __init__(
-        self, model: nn.Module, cut: int = 0, *, everywhere: bool = False, piece: int = Train.loss_piece
+        self,
+        model: nn.Module,
+        cut: int = 0,
+        *,
+        everywhere: bool = False,
+        piece: int = Train.loss_piece,
+        proven: bool = False,
     ) -> None:
         """Probes the model; where its parts do not agree with the whole, `split` is False or `cut` is 0.
 
         `everywhere` computes the head at every position, and leaves out afterwards what is not asked for. `piece`:
-        positions whose logits exist at once.
+        positions whose logits exist at once. `proven`: that the parts agree is known, and no probe is made.
         """
         self.model, self.everywhere, self.piece = model, everywhere, piece
         self.engine: Engine | None = None
         """Computes loss and gradients instead of MLX, where it is set."""
         self.why_mlx = ""
         """Where it is not set on a CPU: why."""
-        self.split = self._head() is not None and self._agrees(self._own_trunk)
+        self._own: mx.array | None = None
+        self.split = self._head() is not None and (proven or self._agrees(self._own_trunk))
         self.cut = 0
         self._reload: Callable[[], nn.Module] | None = None
         if cut and self.split:
             self._below, self._above = _parts(model.model, cut)
-            self.cut = cut if self._agrees(lambda inputs_BL: self._above(self._below(inputs_BL))) else 0
+            self.cut = cut if proven or self._agrees(lambda inputs_BL: self._above(self._below(inputs_BL))) else 0
+        self._own = None
 
     def below(self, inputs_BL: mx.array) -> mx.array:
         """Hidden states (batch, length, width) at the cut, a function of the frozen base alone."""
@@ -112,7 +120,9 @@ class Forward:
         head = self._head()
         assert head is not None
         try:
-            ours, own = head(trunk(probe_BL)), self.model(probe_BL)
+            if self._own is None:
+                self._own = self.model(probe_BL)
+            ours, own = head(trunk(probe_BL)), self._own
         except (TypeError, AttributeError, ValueError, IndexError, KeyError):
             return False
         if ours.shape != own.shape:

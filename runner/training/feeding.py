@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from runner import sealed
 from runner.blas import BlasReport, blas_identity
 from runner.cache import cache_folder
 from runner.config import Config
@@ -15,6 +20,7 @@ from runner.cpu.engine import VERSION
 from runner.cpu.making import fits, make_engine
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
+from runner.models import forward as forward_module
 from runner.models.forward import Forward
 from runner.models.loading import Base, on_cpu
 from runner.models.trunk import Trunks, numbers_identity
@@ -22,6 +28,7 @@ from runner.training.feed import Feed, Fixed
 
 UNSORTED, NEAR_LENGTHS = 1, 32
 """Windows of `data.window`: null."""
+_PROVEN = {"agrees": True}
 _DROPOUT = "lora.dropout is above 0"
 
 
@@ -31,12 +38,44 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
     cross_entropy.configure(on=t.cpu_ops)
     threads.configure(blas.threads or 1)
     cut = len(base.model.layers) - num_layers if t.trunk.cache else 0
-    forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_piece)
+    file = _place_of_checks(base, cut, settings, blas) if t.keep_checks else None
+    known = sealed.read(file) == _PROVEN if file else False
+    forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_piece, proven=known)
     if t.cpu_ops and on_cpu():
         forward.why_mlx = _why_no_engine(forward, settings)
         if not forward.why_mlx:
-            forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint)
+            forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint, proven=known)
+    # Only what was used and found right is kept: a failure may be mended by tomorrow.
+    if file and not known and forward.split and forward.cut == cut and not forward.why_mlx:
+        sealed.write(file, _PROVEN)
     return forward
+
+
+def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -> Path:
+    """Where it is kept that the parts of the model and the engine agree with the whole: by all that decides it."""
+    t = settings.train
+    return sealed.place(
+        "checks",
+        {
+            "base": base.contents,
+            "cut": cut,
+            "lora": asdict(settings.lora),
+            "train": (t.cpu_ops, t.head, t.loss_piece, t.grad_checkpoint, t.compile),
+            "blas": blas_identity(blas),
+            "python": platform.python_version(),
+            "code": _code(),
+            **numbers_identity(),
+        },
+    )
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the modules that compute."""
+    digest = hashlib.sha256()
+    for module in sorted((*Path(threads.__file__).parent.glob("*.py"), Path(forward_module.__file__))):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
 
 
 def _why_no_engine(forward: Forward, settings: Config) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runner import sealed
 from runner.training import baselines
 from runner.training.evaluation import Evaluation
 
@@ -35,8 +36,8 @@ def the_file(cache: Path) -> Path:
 
 
 def rewritten(file: Path, loss: float) -> None:
-    values = {**json.loads(file.read_text())["evaluation"], "loss": loss}
-    file.write_text(json.dumps({"evaluation": values, "sha256": baselines._sum(values)}))
+    values = {**json.loads(file.read_text())["values"], "loss": loss}
+    file.write_text(json.dumps({"values": values, "sha256": sealed._sum(values)}))
 
 
 def test_a_later_run_takes_what_an_earlier_one_has_computed(
@@ -44,7 +45,7 @@ def test_a_later_run_takes_what_an_earlier_one_has_computed(
 ) -> None:
     first = before(train(tiny(**SHORT), tmp_path / "a"))
     file = the_file(cache)
-    assert json.loads(file.read_text())["evaluation"]["loss"] == first
+    assert json.loads(file.read_text())["values"]["loss"] == first
     rewritten(file, 1.25)  # so that one sees where the value comes from
     assert before(train(tiny(**SHORT, **{"lora.rank": 4, "seed": 7}), tmp_path / "b")) == 1.25
     for number, other in enumerate(({"train.eval_tokens": 1}, {"lora.dropout": 0.1}, {"data.max_length": 40})):
@@ -88,7 +89,7 @@ def test_a_cache_folder_that_cannot_be_used_is_no_matter(
 
 
 def test_very_many_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "_MOST_FILES", 10)
+    monkeypatch.setattr(sealed, "_MOST_FILES", 10)
     for number in range(11):
         baselines.kept({"number": number}).evaluated(Evaluation(1.0, 2, 3, 4.0))
     assert len(list((cache / "baselines").iterdir())) == 5

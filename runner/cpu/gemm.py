@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -57,5 +58,15 @@ def _layout(x: np.ndarray) -> tuple[int, int]:
     return _TRANSPOSED, max(columns // 4, x.shape[0])
 
 
-def _at(x: np.ndarray) -> int:
+def _slow_at(x: np.ndarray) -> int:
     return x.__array_interface__["data"][0]
+
+
+def _fast_at(x: np.ndarray) -> int:
+    """The same in a fifth of the time, thousands of times a step: in NumPy's C structure the pointer to the data comes
+    right after what every object of CPython begins with."""
+    return ctypes.c_void_p.from_address(id(x) + object.__basicsize__).value or 0
+
+
+_PROBE = np.zeros((4, 4), np.float32)[1:, 2:]
+_at = _fast_at if sys.implementation.name == "cpython" and _fast_at(_PROBE) == _slow_at(_PROBE) else _slow_at

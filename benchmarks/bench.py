@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import gates, sides
 from benchmarks.processes import answer, measured
 from benchmarks.report import COLD
-from benchmarks.sides import BASE_ROW, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
+from benchmarks.sides import BASE_ROW, LEVER_ROWS, OFF_ROW, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
 from benchmarks.workloads import Statistics
 
 GATE = "gate"
@@ -42,6 +42,8 @@ class Effort:
     mode: str
     rounds: int
     sizes: Mapping[str, Size]
+    levers: Mapping[str, Size]
+    """The work of the levers' rows, of which there are many, and of the row without any beside them."""
     slow: Size
     """The work of row a, which is many times slower."""
     slow_on: tuple[str, ...]
@@ -58,6 +60,7 @@ QUICK = Effort(
     mode="quick",
     rounds=2,
     sizes={"short": Size(Work(4, 4), 4), "mixed": Size(Work(8, 8, batch_size=2), 4)},
+    levers={"short": Size(Work(4, 4), 4), "mixed": Size(Work(4, 4), 4)},
     slow=Size(Work(1, 1), 4),
     slow_on=("short",),
     gate_runs=0,
@@ -69,12 +72,22 @@ FULL = Effort(
     mode="full",
     rounds=5,
     sizes={"short": Size(Work(24, 12), 16), "mixed": Size(Work(16, 8), 8)},
+    levers={"short": Size(Work(8, 4), 8), "mixed": Size(Work(4, 2), 4)},
     slow=Size(Work(2, 2), 4),
     slow_on=("short", "mixed"),
     gate_runs=gates.SEEDS,
     cold_everywhere=True,
     minutes=None,
 )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are measured in turn on the same rows of one workload."""
+
+    workload: str
+    size: Size
+    rows: Sequence[str]
 
 
 class Bench:
@@ -91,8 +104,7 @@ class Bench:
     ) -> None:
         """`rounds` and `minutes` replace those of the effort."""
         self.folder, self.effort = folder, effort
-        self.rows = [row for row in ROWS if row in rows]
-        self.workloads = list(workloads)
+        self.parts = parts_of(effort, [row for row in ROWS if row in rows], workloads)
         self.rounds = effort.rounds if rounds is None else rounds
         self._limit = effort.minutes if minutes is None else minutes
         self._begun = time.monotonic()
@@ -108,24 +120,26 @@ class Bench:
         self.results["machine"] = _machine()
         self.results["model"] = json.loads((Path(self._models["float32"]) / "config.json").read_text())
         self.results["gemm"] = answer("flops")
-        for name in self.workloads:
+        for name in self.parts:
             self._prepare(name)
-        for name in self.workloads:
+        for name in self.parts:
             self._measure(name)
         again = answer("flops")
         self.results["gemm"]["gflops"] = max(self.results["gemm"]["gflops"], again["gflops"])
         self._count()
-        for name in self.workloads:
+        for name in self.parts:
             self._compare(name)
         shutil.rmtree(self.folder / "caches", ignore_errors=True)
         self._keep()
 
     def _prepare(self, name: str) -> None:
-        size = self.effort.sizes[name]
+        size = self.parts[name].size
         made = self._make(name, size)
         self.results["workloads"][name] = {"statistics": made["statistics"], **asdict(size.work)}
         for split, found in made["statistics"].items():
             self._say(f"{name} {split}: {Statistics(**found)}")
+        if not {BASE_ROW, SHIPPED_ROW} & set(self.parts[name].rows):
+            return
         found = answer("gates", "equal", self._models["float32"], made["folder"])
         text = (
             f"{found['rows_that_differ']} rows tokenised otherwise; losses of equal batches differ by "
@@ -136,20 +150,22 @@ class Bench:
         self._say(f"{name}, equal batches: {'passed' if found['passed'] else 'FAILED'}: {text}")
 
     def _make(self, name: str, size: Size) -> dict[str, Any]:
-        key = (name, size.train_rows, size.valid_rows)
+        workload = self.parts[name].workload
+        key = (workload, size.train_rows, size.valid_rows)
         if key not in self._data:
-            self._data[key] = answer("workloads", self._models["float32"], name, *map(str, key[1:]))
+            self._data[key] = answer("workloads", self._models["float32"], workload, *map(str, key[1:]))
         return self._data[key]
 
     def _measure(self, name: str) -> None:
-        for seed in range(self.effort.gate_runs if SHIPPED_ROW in self.rows else 0):
+        part = self.parts[name]
+        for seed in range(self.effort.gate_runs if SHIPPED_ROW in part.rows else 0):
             self._one(name, GATE, GATE, seed)
-        rows = [row for row in self.rows if row != SLOW_ROW]
-        if self.effort.cold_everywhere or name == self.workloads[0]:
+        rows = [row for row in part.rows if row != SLOW_ROW]
+        if self.effort.cold_everywhere or name == next(iter(self.parts)):
             for row in rows:
                 shutil.rmtree(self._cache(row), ignore_errors=True)
                 self._one(name, row, COLD, seed=0)
-        if SLOW_ROW in self.rows and name in self.effort.slow_on:
+        if SLOW_ROW in part.rows and name in self.effort.slow_on:
             shutil.rmtree(self._cache(SLOW_ROW), ignore_errors=True)
             for which in (COLD, 1) if self.effort.cold_everywhere else (COLD,):
                 self._one(name, SLOW_ROW, which, seed=0)
@@ -167,9 +183,13 @@ class Bench:
     def _one(self, name: str, label: str, which: str | int, seed: int) -> None:
         """Run one row once, and keep what is needed to count what it did."""
         row = sides.GATE if label == GATE else ROWS[label]
-        size = self.effort.slow if label == SLOW_ROW else self.effort.sizes[name]
+        size = self.effort.slow if label == SLOW_ROW else self.parts[name].size
         data = self._make(name, size)["folder"]
-        folder = self.folder / "runs" / f"{name}-{label.replace(': ', '-').replace(' ', '_')}-{which}-{seed}"
+        folder = (
+            self.folder
+            / "runs"
+            / f"{name.replace(', ', '-')}-{label.replace(': ', '-').replace(' ', '_')}-{which}-{seed}"
+        )
         folder.mkdir(parents=True)
         cache = self._cache(label)
         cache.mkdir(parents=True, exist_ok=True)
@@ -213,6 +233,8 @@ class Bench:
 
     def _compare(self, name: str) -> None:
         """The gate of the adapters: equal validation loss after equal updates, as far as the seeds' spread tells."""
+        if not {BASE_ROW, SHIPPED_ROW} & set(self.parts[name].rows):
+            return
         theirs = GATE if self.effort.gate_runs else BASE_ROW
         found = {
             label: [run["adapters"] for run, _ in self._jobs if (run["workload"], run["row"]) == (name, label)]
@@ -224,7 +246,7 @@ class Bench:
             self.results["gates"][title] = {"passed": None, "text": text}
             return
         job = self.folder / "adapters.json"
-        data = self._make(name, self.effort.sizes[name])["folder"]
+        data = self._make(name, self.parts[name].size)["folder"]
         both = found[SHIPPED_ROW] + found[theirs]
         job.write_text(json.dumps({"model": self._models["float32"], "data": data, "folders": both}))
         said = answer("gates", "adapters", str(job))
@@ -249,6 +271,19 @@ class Bench:
     def _say(self, line: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._begun), 60)
         print(f"{minutes:3d}:{seconds:02d}  {line}", flush=True)
+
+
+def parts_of(effort: Effort, rows: Sequence[str], workloads: Sequence[str]) -> dict[str, Part]:
+    """What is measured, by the name that it has in the results: the levers apart, with less work."""
+    parts = {}
+    for name in workloads:
+        levers = [row for row in rows if row in LEVER_ROWS]
+        if len(levers) < len(rows):
+            parts[name] = Part(name, effort.sizes[name], [row for row in rows if row not in LEVER_ROWS])
+        if levers:
+            beside = [OFF_ROW] if OFF_ROW in rows else []
+            parts[f"{name}, levers"] = Part(name, effort.levers[name], [*beside, *levers])
+    return parts
 
 
 def _stock(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> tuple[dict, dict]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import Shape, evaluating, training
-from benchmarks.sides import BASE_ROW, ROWS, SHIPPED_ROW, SLOW_ROW
-from benchmarks.workloads import NAMES, Statistics
+from benchmarks.sides import BASE_ROW, OFF_ROW, ROWS, SHIPPED_ROW, SLOW_ROW
+from benchmarks.workloads import Statistics
 
 COLD = "cold"
 QUIET = 0.1
@@ -60,7 +60,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
         "computes all that is counted.",
         "",
     ]
-    names = [name for name in NAMES if any(run["workload"] == name for run in results["runs"])]
+    names = [name for name in results["workloads"] if any(run["workload"] == name for run in results["runs"])]
     lines += ["## Gates", "", *_gates(results), ""]
     for name in names:
         lines += _workload(results, name)
@@ -86,8 +86,8 @@ def _workload(results: dict[str, Any], name: str) -> list[str]:
         f"layer of the last {about['num_layers']} blocks",
         f"- needed: {_flops_per_token(results, runs):.3g} FLOPs a real training token, evaluation aside",
         "",
-        "| row | what | rounds | tokens/s | of b | cold tokens/s | RSS peak, GB | MLX peak, GB | positions real | "
-        "of GEMM peak | load | others busy |",
+        f"| row | what | rounds | tokens/s | of {_base(runs)} | cold tokens/s | RSS peak, GB | MLX peak, GB | "
+        "positions real | of GEMM peak | load | others busy |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [_table_row(results, runs, row) for row in ROWS if any(run["row"] == row for run in runs)]
@@ -101,14 +101,15 @@ def _table_row(results: dict[str, Any], runs: Sequence[Run], row: str) -> str:
     shown = warm or cold
     others = [run["others"] for run in shown if run["others"] is not None]
     mlx = [run["mlx_peak_gb"] for run in shown if run["mlx_peak_gb"] is not None]
-    of_base = ratios(runs, row, BASE_ROW)
+    base = _base(runs)
+    of_base = ratios(runs, row, base)
     counted = shown[0]["counted"]
     cells = [
         row,
         ROWS[row].about,
         str(len(warm)) if warm else "cold only",
         _spread([rate(run) for run in warm]) if warm else "–",
-        f"{statistics.median(of_base):.2f}" if of_base and row not in (BASE_ROW, SLOW_ROW) else "–",
+        f"{statistics.median(of_base):.2f}" if of_base and row not in (base, SLOW_ROW) else "–",
         f"{rate(cold[0]):.1f}" if cold else "–",
         _spread([run["rss_gb"] for run in shown], 2),
         f"{statistics.median(mlx):.2f}" if mlx else "–",
@@ -118,6 +119,11 @@ def _table_row(results: dict[str, Any], runs: Sequence[Run], row: str) -> str:
         f"{statistics.median(others):.1f}" if others else "–",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _base(runs: Sequence[Run]) -> str:
+    """What the others are held against: b, and where only levers were measured what has none of them."""
+    return BASE_ROW if any(run["row"] == BASE_ROW for run in runs) else OFF_ROW
 
 
 def _headlines(results: dict[str, Any], runs: Sequence[Run]) -> list[str]:
@@ -191,7 +197,7 @@ def _share(results: dict[str, Any], run: Run) -> float:
 def plot(results: dict[str, Any]) -> str:
     """Bars of the median rates with the spread of the rounds, one group a workload, as SVG."""
     groups = []
-    for name in NAMES:
+    for name in results["workloads"]:
         bars = []
         for row in ROWS:
             own = [run for run in results["runs"] if (run["workload"], run["row"]) == (name, row)]

@@ -104,7 +104,8 @@ ROWS: dict[str, Row] = {
 }
 GATE = Row(STOCK, "b without its token of padding a row", flags=("--blas", "--exact"))
 """Not timed. Stock mlx-lm learns to predict one token of padding a row: only without it can its adapter equal ours."""
-SLOW_ROW, BASE_ROW, SHIPPED_ROW = "a", "b", "f"
+SLOW_ROW, BASE_ROW, OFF_ROW, SHIPPED_ROW = "a", "b", "d", "f"
+LEVER_ROWS = tuple(row for row in ROWS if row.startswith("e: "))
 QUICK_ROWS = ("a", "b", "d", "f")
 
 

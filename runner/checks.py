@@ -22,6 +22,7 @@ CHOICES = {
     "data.metric": ("execution_accuracy", "exact_match"),
     "data.metric_split": ("test", "valid"),
     "lora.type": ("lora",),
+    "lora.dtype": ("float32", "model"),
     "optimizer.name": tuple(OPTIMIZERS),
     "schedule.name": tuple(SCHEDULES),
     "train.compile": ("auto", "always", "never"),

@@ -129,6 +129,9 @@ class Lora:
     """Blocks to adapt, counted from the last; -1 means all."""
     keys: list[str] | None = None
     """Names of the layers inside a block (self_attn.q_proj); null means every linear layer."""
+    dtype: str = "float32"
+    """Numbers that the adapter computes in: float32, or model (the base's own, such as bfloat16: smaller products on a
+    GPU). What is learned, saved and averaged is float32 in both."""
 
 
 @dataclass(kw_only=True)

@@ -88,6 +88,13 @@ class Adapted:
                 module.dropout = KeyedDropout(lora.dropout, self.stream.layers, self.stream)
                 self.stream.layers += 1
         mx.eval(self.model.trainable_parameters())
+        self._dtypes = {name: _dtype_of(module) for name, module in self._adapters()} if lora.dtype == "model" else {}
+
+    def place(self, params: Params) -> None:
+        """Put `params` into the model, in the numbers that the adapter computes in; gradients pass through the cast."""
+        if self._dtypes:
+            params = {name: array.astype(self._dtypes[name.rpartition(".")[0]]) for name, array in params.items()}
+        self.model.update(tree_unflatten(list(params.items())))
 
     def params(self) -> Params:
         """The trainable arrays as they are now."""
@@ -112,6 +119,12 @@ class Adapted:
 
     def _adapters(self) -> list[tuple[str, nn.Module]]:
         return [(name, m) for name, m in self.model.named_modules() if hasattr(m, "lora_a")]
+
+
+def _dtype_of(module: nn.Module) -> mx.Dtype:
+    """The numbers that the layer below an adapter computes in."""
+    own = module.embedding if "embedding" in module else module.linear
+    return own.scales.dtype if "scales" in own else own.weight.dtype
 
 
 def trainable_share(adapted: Adapted) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def load(settings: config.Model) -> Base:
     expand = settings.dequantize == "always" or (settings.dequantize == "auto" and on_cpu())
     dtype = _DTYPES.get(settings.dtype) or (mx.float32 if on_cpu() else None)
     try:
-        model, tokenizer, about = _read(settings, expand, dtype)
+        model, tokenizer, about, code = _read(settings, expand, dtype)
     except RunnerError:
         raise
     except MemoryError:
@@ -82,12 +82,12 @@ def load(settings: config.Model) -> Base:
     model.eval()
     mx.eval(model.parameters())
     sample = fingerprint(model)
-    return Base(model, tokenizer, about, settings.path, sample, contents(model, about, sample), notes)
+    return Base(model, tokenizer, about, settings.path, sample, contents(model, about, sample, code), notes)
 
 
-def contents(model: nn.Module, about: Mapping[str, Any], sample: str) -> str:
-    """SHA-256 over the config, the `sample` of `fingerprint` and, for each line of each weight, a sum over its bits: by
-    it a cache knows what it was computed from.
+def contents(model: nn.Module, about: Mapping[str, Any], sample: str, code: str = "") -> str:
+    """SHA-256 over the config, the `code` that came with the model, the `sample` of `fingerprint` and, for each line of
+    each weight, a sum over its bits: by it a cache knows what it was computed from.
 
     Unlike a sample alone, the sums notice a single weight that was changed, and lines that changed places; unlike a
     hash of all, they are made as fast as memory is read. The bits are summed as whole numbers of 64 bits: in 32,
@@ -100,7 +100,9 @@ def contents(model: nn.Module, about: Mapping[str, Any], sample: str) -> str:
         words = lines.view(mx.uint64) if whole else lines.view(mx.uint8).astype(mx.uint64)
         sums[f"{name} {array.shape} {array.dtype}"] = words.sum(axis=-1)
     mx.eval(list(sums.values()))
-    digest = hashlib.sha256(json.dumps([sample, about], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps([sample, about, *([code] if code else [])], sort_keys=True, default=str).encode()
+    )
     for head, found in sums.items():
         digest.update(head.encode())
         digest.update(np.asarray(found).tobytes())
@@ -131,12 +133,12 @@ def fingerprint(model: nn.Module) -> str:
 
 def _read(
     settings: config.Model, expand: bool, dtype: mx.Dtype | None
-) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any], str]:
     path = settings.path
     if path == "builtin:tiny":
         from runner.models import tiny
 
-        return tiny.model(), tiny.tokenizer(), dict(tiny.CONFIG)
+        return tiny.model(), tiny.tokenizer(), dict(tiny.CONFIG), ""
     if path.startswith("builtin:"):
         name = path.removeprefix("builtin:")
         if name not in BUILTIN:
@@ -150,7 +152,7 @@ def _read(
         from runner.models.gguf import read
 
         gguf = read(Path(path), keep_quantized=not expand, dtype=dtype)
-        return gguf.model, gguf.tokenizer, gguf.config
+        return gguf.model, gguf.tokenizer, gguf.config, ""
     _expect_model(path)
     import mlx_lm
     from mlx_lm.utils import _download
@@ -163,7 +165,9 @@ def _read(
         return_config=True,
         trust_remote_code=settings.trust_remote_code,
     )
-    return model, tokenizer, about
+    own = about.get("model_file")  # mlx-lm has run it as the model's architecture
+    code = hashlib.sha256((Path(folder) / own).read_bytes()).hexdigest() if own else ""
+    return model, tokenizer, about, code
 
 
 def _expect_model(path: str) -> None:

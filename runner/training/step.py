@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 from runner.cpu.block import view
 from runner.errors import Diverged
@@ -40,7 +39,7 @@ class Step:
 
     def place(self, params: Params) -> None:
         """Put `params` into the model, for evaluation and generation."""
-        self._adapted.model.update(tree_unflatten(list(params.items())))
+        self._adapted.place(params)
 
     def learn(self, member: Member, batches: Sequence[Ready], learning_rate: float) -> tuple[float, float]:
         """One optimizer update of `member` on the micro-batches, weighted by their supervised tokens.

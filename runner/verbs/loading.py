@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 from runner import config
 from runner.errors import ModelError
@@ -42,7 +41,7 @@ class Loaded:
         except ModelError:
             adapted.remove()
             raise
-        adapted.model.update(tree_unflatten(list(self.weights.items())))
+        adapted.place(self.weights)
         adapted.model.eval()
         self.adapted = adapted
         return adapted

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import flops, gates, processes, replay, report, sides, workloads  # noqa: E402
+from benchmarks import bench, flops, gates, processes, replay, report, sides, workloads  # noqa: E402
 
 TOY = flops.Shape(layers=3, hidden=4, inner=6, queries=4, keys=2, vocabulary=10, rank=2, trained=2)
 
@@ -175,6 +175,23 @@ def test_the_headline_compares_within_rounds_and_is_withheld_where_a_gate_fails(
     results["gates"]["short, equal batches"]["passed"] = False
     text = report.write(results, tmp_path)
     assert "**FAILED** short, equal batches" in text and "f/b:" not in text
+
+
+def test_levers_are_measured_apart_and_held_against_none(tmp_path: Path) -> None:
+    parts = bench.parts_of(bench.FULL, list(sides.ROWS), ["short", "mixed"])
+    assert list(parts) == ["short", "short, levers", "mixed", "mixed, levers"]
+    assert parts["mixed"].rows == ["a", "b", "c", "d", "f"]
+    assert parts["mixed, levers"].rows == ["d", *(f"e: {name}" for name in sides.LEVERS)]
+    assert list(bench.parts_of(bench.QUICK, list(sides.QUICK_ROWS), ["short"])) == ["short"]
+    results = made_results()
+    results["workloads"]["short, levers"] = results["workloads"].pop("short")
+    names = {"b": "d", "f": "e: trunk"}
+    for run in results["runs"]:
+        run |= {"workload": "short, levers", "row": names[run["row"]]}
+    text = report.write(results, tmp_path)
+    assert "## short, levers" in text and "| of d |" in text and "f/b" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| e: trunk")]
+    assert "| 140.0 (100.0–180.0) | 1.90 |" in row
 
 
 def test_a_process_is_measured_by_itself(tmp_path: Path) -> None:

@@ -149,5 +149,11 @@ def test_code_that_comes_with_a_model_does_not_run_unless_it_is_trusted_and_then
     with pytest.raises(ModelError, match="trust_remote_code"):
         load(Model(path=str(own)))
     assert not (tmp_path / "ran").exists()
-    assert any("may run" in note for note in load(Model(path=str(own), trust_remote_code=True)).notes)
+    trusted = load(Model(path=str(own), trust_remote_code=True))
+    assert any("may run" in note for note in trusted.notes)
     assert (tmp_path / "ran").exists()
+    with (own / "mine.py").open("a") as file:
+        file.write("# another\n")
+    again = load(Model(path=str(own), trust_remote_code=True))
+    assert again.fingerprint == trusted.fingerprint
+    assert again.contents != trusted.contents, "what caches know the model by does not see its code"

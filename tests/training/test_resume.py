@@ -122,6 +122,7 @@ FROZEN = {
     "seed": 1,
     "lora.rank": 4,
     "lora.dropout": 0.1,
+    "lora.dtype": "model",
     "optimizer.learning_rate": 2e-3,
     "optimizer.weight_decay": 0.5,
     "schedule.warmup": 3,

@@ -1,0 +1,65 @@
+"""`lora.dtype: model`: the adapter computes in the base's numbers, and learns in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from runner.config import Lora, Model
+from runner.models.adapters import Adapted
+from runner.models.loading import load
+
+HALF = {"model.dtype": "bfloat16", "train.iters": 12, "lora.dropout": 0.1}
+
+
+def losses(run: Path, split: str) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["split"] == split]
+
+
+def test_the_same_is_learned_within_the_noise_of_bfloat16(tiny, train, tmp_path):
+    own = train(tiny(**HALF), tmp_path / "float32")
+    half = train(tiny(**HALF, **{"lora.dtype": "model"}), tmp_path / "model")
+    for split in ("train", "valid"):
+        first, second = losses(own, split), losses(half, split)
+        assert second == pytest.approx(first, rel=2e-3)
+    assert losses(half, "train") != losses(own, "train")
+    assert losses(half, "valid")[-1] < losses(half, "valid")[0] - 0.1
+    for name in ("adapters", "optimizer"):
+        saved = mx.load(str(half / f"checkpoints/step-0000012/{name}.safetensors"))
+        assert {a.dtype for a in saved.values() if a.size > 1} == {mx.float32}
+
+
+def test_a_resume_is_exact(tiny, train, tmp_path, assert_equal_runs):
+    settings = {**HALF, "lora.dtype": "model"}
+    whole = train(tiny(**settings), tmp_path / "whole")
+    run = train(tiny(**settings, **{"train.stop_at": 5}), tmp_path / "run")
+    train(tiny(**settings), run, resume=run)
+    assert_equal_runs(whole, run)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_is_placed_has_the_layers_own_numbers_and_a_gradient_in_float32(bits):
+    settings = Model(path="builtin:tiny", dtype="bfloat16")
+    settings.quantize.bits, settings.quantize.group_size = bits, 32
+    adapted = Adapted(load(settings), Lora(rank=2, dtype="model"), seed=0)
+    params = adapted.params()
+    assert {a.dtype for a in params.values()} == {mx.float32}
+
+    def loss(params):
+        adapted.place(params)
+        assert {a.dtype for a in adapted.params().values()} == {mx.bfloat16}
+        return adapted.model(mx.array([[1, 2, 3]])).astype(mx.float32).sum()
+
+    grads = mx.grad(loss)(params)
+    assert {a.dtype for a in grads.values()} == {mx.float32}
+    assert any(mx.abs(a).max().item() > 0 for a in grads.values())
+
+
+def test_with_a_float32_base_nothing_is_another(tiny, train, tmp_path, assert_equal_runs):
+    short = {"train.iters": 6}
+    first = train(tiny(**short), tmp_path / "float32")
+    assert_equal_runs(first, train(tiny(**short, **{"lora.dtype": "model"}), tmp_path / "model"))

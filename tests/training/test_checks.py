@@ -1,0 +1,98 @@
+"""That a model's parts and the engine agree with the model is found out once, and believed only for the same of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.cpu import making
+from runner.models.forward import Forward
+from runner.training import feeding
+
+SHORT = {"train.iters": 1, "checkpoint.every": None}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RUNNER_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was probed since it was last emptied."""
+    seen: list[str] = []
+
+    def watched(name: str, own: Callable) -> Callable:
+        def call(*arguments: object) -> object:
+            seen.append(name)
+            return own(*arguments)
+
+        return call
+
+    monkeypatch.setattr(making, "_agrees", watched("engine", making._agrees))
+    monkeypatch.setattr(Forward, "_agrees", watched("parts", Forward._agrees))
+    return seen
+
+
+def test_the_same_is_probed_once(tiny, train, tmp_path, cache, probed):
+    first = train(tiny(**SHORT), tmp_path / "first")
+    assert set(probed) == {"parts", "engine"}
+    probed.clear()
+    second = train(tiny(**SHORT, **{"seed": 3, "optimizer.learning_rate": 1e-4}), tmp_path / "second")
+    assert not probed
+    assert "engine not used" not in (first / "run.log").read_text() + (second / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"lora.rank": 4},
+        {"lora.num_layers": 2},
+        {"lora.keys": ["self_attn.q_proj"]},
+        {"train.grad_checkpoint": True},
+        {"train.loss_piece": 8},
+        {"train.keep_checks": False},
+    ],
+    ids=str,
+)
+def test_what_differs_is_probed_again(tiny, train, tmp_path, probed, other):
+    train(tiny(**SHORT), tmp_path / "first")
+    probed.clear()
+    train(tiny(**SHORT, **other), tmp_path / "second")
+    assert set(probed) == {"parts", "engine"}
+
+
+def test_other_code_is_probed_again(tiny, train, tmp_path, probed, monkeypatch):
+    train(tiny(**SHORT), tmp_path / "first")
+    probed.clear()
+    monkeypatch.setattr(feeding, "_code", lambda: "other")
+    train(tiny(**SHORT), tmp_path / "second")
+    assert set(probed) == {"parts", "engine"}
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.write_text("{}"), lambda file: file.unlink()], ids=["cut", "gone"])
+def test_a_damaged_finding_is_made_again(tiny, train, tmp_path, cache, probed, harm):
+    train(tiny(**SHORT), tmp_path / "first")
+    (file,) = (cache / "checks").iterdir()
+    before = file.read_bytes()
+    harm(file)
+    probed.clear()
+    train(tiny(**SHORT), tmp_path / "second")
+    assert set(probed) == {"parts", "engine"} and file.read_bytes() == before
+
+
+def test_what_did_not_agree_is_not_kept(tiny, train, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(making, "_agrees", lambda engine, forward: False)
+    run = train(tiny(**SHORT), tmp_path / "run")
+    assert "engine not used: it does not give this model's own gradients" in (run / "run.log").read_text()
+    assert not (cache / "checks").exists()
+
+
+def test_with_keep_checks_off_nothing_is_kept(tiny, train, tmp_path, cache):
+    train(tiny(**SHORT, **{"train.keep_checks": False}), tmp_path / "run")
+    assert not (cache / "checks").exists()

@@ -89,6 +89,11 @@ class Part:
     size: Size
     rows: Sequence[str]
 
+    @property
+    def gated(self) -> bool:
+        """Whether the two sides are compared here, and so have to do the same."""
+        return bool({BASE_ROW, SHIPPED_ROW} & set(self.rows))
+
 
 class Bench:
     """One measurement from its start to its results; results.json is written after each run."""
@@ -138,7 +143,7 @@ class Bench:
         self.results["workloads"][name] = {"statistics": made["statistics"], **asdict(size.work)}
         for split, found in made["statistics"].items():
             self._say(f"{name} {split}: {Statistics(**found)}")
-        if not {BASE_ROW, SHIPPED_ROW} & set(self.parts[name].rows):
+        if not self.parts[name].gated:
             return
         found = answer("gates", "equal", self._models["float32"], made["folder"])
         text = (
@@ -233,7 +238,7 @@ class Bench:
 
     def _compare(self, name: str) -> None:
         """The gate of the adapters: equal validation loss after equal updates, as far as the seeds' spread tells."""
-        if not {BASE_ROW, SHIPPED_ROW} & set(self.parts[name].rows):
+        if not self.parts[name].gated:
             return
         theirs = GATE if self.effort.gate_runs else BASE_ROW
         found = {

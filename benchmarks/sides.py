@@ -60,6 +60,9 @@ LEVERS: dict[str, Lever] = {
         {"train.eval_tokens": "1", "train.keep_baseline": "false"},
         {"train.eval_tokens": "2048", "train.keep_baseline": "true"},
     ),
+    "checks": Lever(
+        "what was found to agree kept, not probed again", {"train.keep_checks": "false"}, {"train.keep_checks": "true"}
+    ),
     "prefetch": Lever("the next batch prepared meanwhile", {"train.prefetch": "false"}, {"train.prefetch": "true"}),
     "saving": Lever("saving in the background", {"checkpoint.background": "false"}, {"checkpoint.background": "true"}),
     "compile": Lever(

@@ -87,6 +87,14 @@ def train() -> Callable[..., Path]:
     return do
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RUNNER_CACHE", str(folder))
+    return folder
+
+
 def rows(run: Path) -> list[dict[str, Any]]:
     """The metrics rows of a run without the fields that time and memory decide."""
     lines = (run / "metrics.jsonl").read_text().splitlines()

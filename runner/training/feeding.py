@@ -20,10 +20,12 @@ from runner.cpu.engine import VERSION
 from runner.cpu.making import fits, make_engine
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
+from runner.models import adapters
 from runner.models import forward as forward_module
 from runner.models.forward import Forward
 from runner.models.loading import Base, on_cpu
 from runner.models.trunk import Trunks, numbers_identity
+from runner.training import loss
 from runner.training.feed import Feed, Fixed
 
 UNSORTED, NEAR_LENGTHS = 1, 32
@@ -71,9 +73,10 @@ def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -
 
 @cache
 def _code() -> str:
-    """SHA-256 of the modules that compute."""
+    """SHA-256 of the modules that compute, and of what they are compared with."""
     digest = hashlib.sha256()
-    for module in sorted((*Path(threads.__file__).parent.glob("*.py"), Path(forward_module.__file__))):
+    ours = (Path(str(module.__file__)) for module in (forward_module, adapters, loss))
+    for module in sorted((*Path(threads.__file__).parent.glob("*.py"), *ours)):
         digest.update(module.read_bytes())
     return digest.hexdigest()
 

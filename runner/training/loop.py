@@ -158,7 +158,7 @@ def assess(job: Job, member: Member) -> bool:
     job.step.place(member.params)
     try:
         known = job.baseline.evaluation if progress.step == 0 else None
-        result = known or evaluate(job.adapted.model, job.forward, shown(job, progress.step), job.stops.check)
+        result = known or evaluate(job.adapted.model, job.forward, watched(job, progress.step), job.stops.check)
     except Interrupted:
         progress.pending_evaluation = progress.step > 0
         return False
@@ -192,13 +192,13 @@ def assess(job: Job, member: Member) -> bool:
     return best
 
 
-def shown(job: Job, step: int) -> Iterator[Ready]:
+def watched(job: Job, step: int) -> Iterator[Ready]:
     """The batches of an evaluation; how far it is is shown, and said once where the one before training takes long."""
     begun, done, said, rows = time.monotonic(), 0, step > 0, job.valid_batches.rows
     for ready in job.valid_batches:
         job.display.busy(f"{step}/{job.plan.iters}  evaluating, {done}/{rows} rows")
         if not said and time.monotonic() - begun > PATIENCE:
-            job.display.line(f"evaluating {rows:,} rows before training: {done:,} done")
+            job.display.line(f"evaluating {rows:,} rows before training")
             said = True
         yield ready
         done += len(ready.batch.lengths)

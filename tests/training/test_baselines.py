@@ -13,15 +13,8 @@ from runner import sealed
 from runner.training import baselines
 from runner.training.evaluation import Evaluation
 
+pytestmark = pytest.mark.usefixtures("cache")
 SHORT = {"train.iters": 1, "checkpoint.every": None}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("RUNNER_CACHE", str(folder))
-    return folder
 
 
 def before(run: Path) -> float:
@@ -102,5 +95,5 @@ def test_a_long_evaluation_before_training_says_that_it_is_at_work(tiny, train, 
     assert "evaluating" not in (quick / "run.log").read_text()
     monkeypatch.setattr("runner.training.loop.PATIENCE", 0.0)
     slow = train(tiny(**{"train.iters": 6, "train.keep_baseline": False}), tmp_path / "slow")
-    assert (slow / "run.log").read_text().count("evaluating 10 rows before training: 0 done") == 1
+    assert (slow / "run.log").read_text().count("evaluating 10 rows before training") == 1
     assert (slow / "run.log").read_text().count("evaluating") == 1

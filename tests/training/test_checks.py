@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -11,15 +10,8 @@ from runner.cpu import making
 from runner.models.forward import Forward
 from runner.training import feeding
 
+pytestmark = pytest.mark.usefixtures("cache")
 SHORT = {"train.iters": 1, "checkpoint.every": None}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("RUNNER_CACHE", str(folder))
-    return folder
 
 
 @pytest.fixture

@@ -18,11 +18,15 @@ from runner.data.cache_entry import MANIFEST, Damaged, Draft, NotKept
 from runner.data.cache_key import content_of, key_of, tokenizer_identity, why_not
 from runner.data.encoding import Fill, Gathered, in_memory
 from runner.data.formats import Reading
+from runner.data.later import Later, tokenizer_of
 from runner.data.token_set import Counts, TokenSet
 
 SMALLEST = 128 << 10
-"""Bytes of JSONL from which a file's tokens are kept. Making so many takes 0.1 to 0.4 s. Finding them takes 2 ms, and
-up to 0.1 s more to hash the state of a tokenizer of 150,000 tokens: with less to gain, the folder stays tidy."""
+"""Bytes of JSONL from which a file's tokens are kept, where they do not save loading the tokenizer. Making so many
+takes 0.1 to 0.4 s. Finding them takes 2 ms, and up to 0.1 s more to hash the state of a tokenizer of 150,000 tokens:
+with less to gain, the folder stays tidy."""
+MOST_ENTRIES = 2000
+"""Files whose tokens are kept, however small."""
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,7 +37,7 @@ class TokenCache:
     folder: Path
     limit: int
 
-    def opened(self, tokenizer: Any, reading: Reading) -> Store:
+    def opened(self, tokenizer: Any | Later, reading: Reading) -> Store:
         """The cache for one tokenizer and one way to read rows."""
         return Store(self, tokenizer, reading)
 
@@ -43,7 +47,7 @@ class Store:
     """The tokens of one tokenizer and one way to read rows."""
 
     cache: TokenCache
-    tokenizer: Any
+    tokenizer: Any | Later
     reading: Reading
     notes: list[str] = field(default_factory=list)
     """Lines worth saying."""
@@ -56,13 +60,12 @@ class Store:
         Raises:
             DataError: the file cannot be read, or what `fill` raises.
         """
-        if self._off or not file.is_file() or file.stat().st_size < SMALLEST:
+        if self._off or not file.is_file() or file.stat().st_size < self._smallest():
             return in_memory(fill, bad)
         if self._identity is None:
-            if reason := why_not(self.tokenizer, self.reading):
-                self._leave(f"tokens are not kept on disk: {reason}")
-                return in_memory(fill, bad)
-            self._identity = tokenizer_identity(self.tokenizer)
+            self._identity = self._identify()
+        if self._identity is None:
+            return in_memory(fill, bad)
         content = content_of(file, self.cache.folder / "files")
         key = key_of(content, self._identity, self.reading)
         found = self._find(key, file)
@@ -77,6 +80,23 @@ class Store:
             made = in_memory(fill, own)
         bad.merge(own)
         return made
+
+    def _smallest(self) -> int:
+        return 1 if isinstance(self.tokenizer, Later) and self.tokenizer.known_by_files else SMALLEST
+
+    def _identify(self) -> str | None:
+        """What the tokenizer is known by; None, with a note, where its tokens cannot be kept."""
+        later = self.tokenizer if isinstance(self.tokenizer, Later) else None
+        if later and (known := later.known(self.reading)):
+            return known
+        tokenizer = tokenizer_of(self.tokenizer)
+        if reason := why_not(tokenizer, self.reading):
+            self._leave(f"tokens are not kept on disk: {reason}")
+            return None
+        found = tokenizer_identity(tokenizer)
+        if later:
+            later.keep(self.reading, found)
+        return found
 
     def _leave(self, note: str) -> None:
         self._off = True
@@ -112,7 +132,7 @@ class Store:
         return tokens, draft.counts
 
     def _make_room(self, newest: str) -> None:
-        """Remove the entries that were not used for longest, until the others are within the limit.
+        """Remove the entries that were not used for longest, until the others are within the limits.
 
         One that a process has mapped stays readable to it: the disk's blocks are free once no mapping is left.
         """
@@ -124,8 +144,8 @@ class Store:
                     used = max(used, (folder / MANIFEST).stat().st_mtime)
                 entries.append((used, folder, _size(folder)))
         left = sum(size for _, _, size in entries)
-        for _, folder, size in sorted(entries):
-            if left <= self.cache.limit:
+        for number, (_, folder, size) in enumerate(sorted(entries)):
+            if left <= self.cache.limit and len(entries) - number <= MOST_ENTRIES:
                 return
             if folder.name == newest:
                 self.notes.append(

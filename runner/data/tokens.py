@@ -14,6 +14,7 @@ from typing import Any
 from runner.data.bad_rows import BadRows
 from runner.data.encoding import Columns, Gathered, encode_rows, in_memory, pieces_of
 from runner.data.formats import Reading, choose_format
+from runner.data.later import Later, tokenizer_of
 from runner.data.rows import LazyRows, Row, opened, read_rows
 from runner.data.source import EXPECTED, SPLITS, find_files, listing, resolve
 from runner.data.token_cache import TokenCache
@@ -67,7 +68,7 @@ def tokenise(
 
 def load_splits(
     path: str,
-    tokenizer: Any,
+    tokenizer: Any | Later,
     reading: Reading,
     splits: Sequence[str] = SPLITS,
     cache: TokenCache | None = None,
@@ -75,8 +76,8 @@ def load_splits(
 ) -> DataSet:
     """Resolve, read and tokenise a data set. Of `splits`, train has to be there, valid and test need not.
 
-    With a `cache`, tokens that an earlier run left there are mapped instead, and others are left there. `each` is
-    called now and then while rows are tokenised, and may raise.
+    With a `cache`, tokens that an earlier run left there are mapped instead, and others are left there; a tokenizer for
+    later is then not loaded. `each` is called now and then while rows are tokenised, and may raise.
 
     Raises:
         DataError: with all bad rows of all files, or when a split that is there has no row to learn from.
@@ -92,7 +93,7 @@ def load_splits(
     for split, file in files.items():
 
         def fill(into: Columns, bad: BadRows, file: Path = file) -> str:
-            return tokenise_file(file, tokenizer, reading, bad, into, each)
+            return tokenise_file(file, tokenizer_of(tokenizer), reading, bad, into, each)
 
         read[split] = store.tokens_of(file, fill, bad) if store else in_memory(fill, bad)
     bad.raise_if_any()

@@ -54,7 +54,7 @@ def merge(adapted: Adapted, *, dequantize: bool) -> Base:
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
-    return Base(model, adapted.base.tokenizer, about, adapted.base.source, fingerprint="")
+    return Base(model, adapted.base.tokens, about, adapted.base.source, fingerprint="")
 
 
 def size_of(base: Base) -> int:

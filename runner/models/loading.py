@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from runner import config
+from runner.data.later import Later, tokenizer_of
 from runner.errors import ModelError, RunnerError, did_you_mean
 from runner.models.untrusted import look_through
 
@@ -28,7 +29,8 @@ class Base:
     """A loaded, frozen base model."""
 
     model: nn.Module
-    tokenizer: TokenizerWrapper
+    tokens: TokenizerWrapper | Later
+    """Its tokenizer, or what will load it: see `tokenizer`."""
     config: dict[str, Any]
     """As in the hub's config.json."""
     source: str
@@ -40,6 +42,11 @@ class Base:
     notes: list[str] = field(default_factory=list)
     """Lines worth saying."""
 
+    @property
+    def tokenizer(self) -> TokenizerWrapper:
+        """The tokenizer; loaded now if it was not needed before. Raises ModelError where it cannot be."""
+        return tokenizer_of(self.tokens)
+
 
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU here: there only float32 products are fast."""
@@ -47,7 +54,7 @@ def on_cpu() -> bool:
 
 
 def load(settings: config.Model) -> Base:
-    """Load the base model, its tokenizer and its config; weights are frozen and in memory.
+    """Load the base model and its config; weights are frozen and in memory. A folder's tokenizer is loaded when needed.
 
     Raises:
         ModelError: there is no such model, or it is not supported; names what.
@@ -58,13 +65,13 @@ def load(settings: config.Model) -> Base:
     expand = settings.dequantize == "always" or (settings.dequantize == "auto" and on_cpu())
     dtype = _DTYPES.get(settings.dtype) or (mx.float32 if on_cpu() else None)
     try:
-        model, tokenizer, about, code = _read(settings, expand, dtype)
+        model, tokens, about, code = _read(settings, expand, dtype)
     except RunnerError:
         raise
     except MemoryError:
         raise
     except Exception as error:  # mlx-lm, transformers and the hub raise all kinds for a model they cannot load
-        raise ModelError(f"model.path={settings.path} cannot be loaded: {_reason(error)}") from error
+        raise _cannot(settings, error) from error
     if expand and _is_quantized(model):
         from mlx_lm.utils import dequantize_model
 
@@ -82,7 +89,7 @@ def load(settings: config.Model) -> Base:
     model.eval()
     mx.eval(model.parameters())
     sample = fingerprint(model)
-    return Base(model, tokenizer, about, settings.path, sample, contents(model, about, sample, code), notes)
+    return Base(model, tokens, about, settings.path, sample, contents(model, about, sample, code), notes)
 
 
 def contents(model: nn.Module, about: Mapping[str, Any], sample: str, code: str = "") -> str:
@@ -133,7 +140,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def _read(
     settings: config.Model, expand: bool, dtype: mx.Dtype | None
-) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any], str]:
+) -> tuple[nn.Module, TokenizerWrapper | Later, dict[str, Any], str]:
     path = settings.path
     if path == "builtin:tiny":
         from runner.models import tiny
@@ -154,20 +161,26 @@ def _read(
         gguf = read(Path(path), keep_quantized=not expand, dtype=dtype)
         return gguf.model, gguf.tokenizer, gguf.config, ""
     _expect_model(path)
-    import mlx_lm
-    from mlx_lm.utils import _download
+    from mlx_lm.utils import _download, load_model, load_tokenizer
 
     folder = _download(path, revision=settings.revision)
     look_through(folder)
-    model, tokenizer, about = mlx_lm.load(
-        str(folder),
-        tokenizer_config={"trust_remote_code": settings.trust_remote_code},
-        return_config=True,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    model, about = load_model(folder, trust_remote_code=settings.trust_remote_code)
+
+    def load_tokens() -> TokenizerWrapper:
+        extra = {"trust_remote_code": settings.trust_remote_code}
+        try:
+            return load_tokenizer(folder, extra, eos_token_ids=about.get("eos_token_id"))
+        except (RunnerError, MemoryError):
+            raise
+        except Exception as error:
+            raise _cannot(settings, error) from error
+
+    # Code that comes with a model may read anything.
+    tokens = Later(load_tokens, None if settings.trust_remote_code else Path(folder))
     own = about.get("model_file")  # mlx-lm has run it as the model's architecture
     code = hashlib.sha256((Path(folder) / own).read_bytes()).hexdigest() if own else ""
-    return model, tokenizer, about, code
+    return model, tokens, about, code
 
 
 def _expect_model(path: str) -> None:
@@ -209,6 +222,10 @@ def _quantized(model: nn.Module, about: dict[str, Any], settings: config.Model) 
     if _is_quantized(model):
         raise ModelError(f"model.quantize.bits={settings.quantize.bits}: {settings.path} is quantized already.")
     return quantize_model(model, about, settings.quantize.group_size, settings.quantize.bits)
+
+
+def _cannot(settings: config.Model, error: Exception) -> ModelError:
+    return ModelError(f"model.path={settings.path} cannot be loaded: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

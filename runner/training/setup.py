@@ -71,6 +71,8 @@ def load_parts(
     for note in data.notes:
         display.line(note, "yellow")
     _require_splits(settings, data)
+    if settings.data.metric_rows:
+        _ = base.tokenizer  # now: what cannot be loaded, or has moved meanwhile, shall not fail after training
     # Named as written: a path that came from the environment is not written out.
     adapted = Adapted(base, settings.lora, settings.seed, source=stored["model"]["path"])
     try:

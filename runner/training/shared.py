@@ -52,7 +52,7 @@ class Shared:
         if self._data is None or self._data[0] != key:
             self._data = None
             self._let_go_of_trunks()
-            data = load_splits(settings.path, base.tokenizer, reading, cache=cache_of(settings), each=each)
+            data = load_splits(settings.path, base.tokens, reading, cache=cache_of(settings), each=each)
             self._data = (key, data, reading)
         return self._data[1], self._data[2]
 

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
 
     loaded = load_adapted(place, chosen, any_base=words.any_base, say=asking.say)
     reading, cache = reading_of(config.data), cache_of(config.data)
-    data = load_splits(config.data.path, loaded.base.tokenizer, reading, (words.split,), cache)
+    data = load_splits(config.data.path, loaded.base.tokens, reading, (words.split,), cache)
     for note in data.notes:
         asking.say(note)
     rows = getattr(data, words.split)

@@ -55,6 +55,16 @@ LEVERS: dict[str, Lever] = {
         {"train.cpu_ops": "false", "train.head": "all", "train.loss_piece": "65536"},
         {"train.cpu_ops": "true", "train.head": "supervised", "train.loss_piece": "256"},
     ),
+    "native": Lever(
+        "the engine, its parts between products in C",
+        {"train.native_ops": "false"},
+        {
+            "train.cpu_ops": "true",
+            "train.head": "supervised",
+            "train.loss_piece": "256",
+            "train.native_ops": "true",
+        },
+    ),
     "evaluation": Lever(
         "evaluation in larger batches, the one before training kept",
         {"train.eval_tokens": "1", "train.keep_baseline": "false"},

@@ -1,3 +1,3 @@
 """runner: config-driven LoRA fine-tuning with MLX; every run resumes exactly from its output directory."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -9,19 +9,17 @@ stack as they are, which makes them right for every signature, hidden Fortran ar
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import operator
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.c_library import CompileError, compiled, digest
 from runner.cache import cache_folder
 
 PREFIX = "scipy_"
@@ -34,7 +32,6 @@ FORWARDED = (
 )
 # A landing pad (for CPUs that check indirect branches), then the jump.
 JUMPS = {"x86_64": "endbr64\\n jmp {}@PLT", "aarch64": "hint #34\\n b {}"}
-COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
 
 
 class BlasError(Exception):
@@ -200,7 +197,7 @@ def _proof_mark(path: str) -> Path | None:
     except OSError:
         return None
     facts = (os.path.realpath(path), found.st_size, found.st_mtime_ns, _machine())
-    return cache_folder() / f"blas-proved-{_digest(facts)}"
+    return cache_folder() / f"blas-proved-{digest(facts)}"
 
 
 def _touch(path: Path) -> None:
@@ -225,52 +222,13 @@ def _shim_source(names: tuple[str, ...]) -> str:
 
 @contextmanager
 def _shim(source: str, version: str) -> Iterator[str]:
-    """Path of the compiled shim, kept in the cache, or in a passing folder where that cannot be written."""
-    name = f"blas-shim-{_digest((source, version, _machine()))}.so"
-    target = cache_folder() / name
-    with ExitStack() as stack:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not _loads(target):
-                _compile(source, target)
-        except OSError:
-            # What is mapped outlives the file.
-            target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-runner-"))) / name
-            _compile(source, target)
-        yield str(target)
-
-
-def _loads(shim: Path) -> bool:
+    """Path of the compiled shim."""
     try:
-        return bool(ctypes.CDLL(str(shim)))
-    except OSError:
-        return False
-
-
-def _compile(source: str, target: Path) -> None:
-    """Compile beside `target`, sync, rename: a second process at work sees all of it or nothing."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise BlasError("no C compiler (cc, gcc, clang) on PATH")
-    handle, built = tempfile.mkstemp(prefix=target.stem, suffix=".tmp", dir=target.parent)
-    try:
-        # Without start files and libc: a compiler without the C library's headers is enough.
-        words = [compiler, "-x", "c", "-shared", "-fPIC", "-nostdlib", "-o", built, "-"]
-        done = subprocess.run(words, input=source, capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode != 0:
-            raise BlasError(f"{compiler} could not build the shim: {(done.stderr.strip() or '?').splitlines()[-1]}")
-        os.fsync(handle)
-        os.replace(built, target)
-    except subprocess.TimeoutExpired:
-        raise BlasError(f"{compiler} took over a minute") from None
-    finally:
-        os.close(handle)
-        Path(built).unlink(missing_ok=True)
+        with compiled(source, f"blas-shim-{digest((source, version, _machine()))}") as path:
+            yield path
+    except CompileError as error:
+        raise BlasError(str(error)) from None
 
 
 def _machine() -> str:
     return f"{platform.machine()} {platform.libc_ver()}"
-
-
-def _digest(facts: tuple) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

@@ -35,6 +35,7 @@ FREE_ON_RESUME = (
     "train.trunk",
     "train.head",
     "train.cpu_ops",
+    "train.native_ops",
     "train.prefetch",
     "train.test",
     "train.early_stopping",

@@ -51,10 +51,14 @@ class Shape:
     def _column(self, x: np.ndarray, head: int) -> np.ndarray:
         return x[:, head * self.width : (head + 1) * self.width]
 
+    @property
+    def tile(self) -> int:
+        """Queries of a tile."""
+        return min(max(_LEAST_TILE, _STACK // self.group), _TILE)
+
     def tiles(self, length: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each tile of a row's queries."""
-        size = min(max(_LEAST_TILE, _STACK // self.group), _TILE)
-        return ((start, min(start + size, length)) for start in range(0, length, size))
+        return ((start, min(start + self.tile, length)) for start in range(0, length, self.tile))
 
     def work(self, lane: Lane) -> Iterator[tuple[int, int, int, range]]:
         """This lane's share of the rows and the heads of keys, as many heads at once as a core's cache takes: first

@@ -14,8 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
-from runner.cpu import kernels
-from runner.cpu.attention import Shape, attend, attend_back
+from runner.cpu.attention import Shape
 from runner.cpu.gemm import gemm
 from runner.cpu.lanes import Lane
 from runner.cpu.workspace import Workspace
@@ -159,21 +158,21 @@ class Block:
         """
         qkv = self._common(lane, f"{keep}.qkv", self.shape.columns)
         own = qkv[lane.span]
-        self.qkv.forward(self._norm(0, x, lane.own, keep), self._split(own), lane.own, keep)
+        self.qkv.forward(self._norm(0, x, lane, keep), self._split(own), lane.own, keep)
         self._rotate(own, lane)
         attended = self._common(lane, f"{keep}.attended", self.shape.heads * self.shape.width)
         log_sums = self._common(lane, f"{keep}.log_sums", self.shape.heads)
         lane.wait()
-        attend(qkv, self.shape, lane, attended, log_sums)
+        lane.ops.attend(qkv, self.shape, lane, attended, log_sums)
         lane.wait()
         m = len(out)
         middle = lane.own.get(f"{keep}.middle", *out.shape)
         middle[:] = x if chosen is None else x[chosen]
         self.o.forward(self._attended(lane, keep, chosen), [middle], lane.own, keep, add=True)
         gate_up = lane.own.get(f"{keep}.gate_up", m, 2 * self.inner)
-        self.gate_up.forward(self._norm(1, middle, lane.own, keep), self._halves(gate_up), lane.own, keep)
+        self.gate_up.forward(self._norm(1, middle, lane, keep), self._halves(gate_up), lane.own, keep)
         inner = lane.own.get("inner", m, self.inner)
-        kernels.swiglu(gate_up, inner)
+        lane.ops.swiglu(gate_up, inner)
         out[:] = middle
         self.down.forward(inner, [out], lane.own, keep, add=True)
 
@@ -198,11 +197,11 @@ class Block:
         by_inner, inner = work.get("by_inner", m, self.inner), work.get("inner", m, self.inner)
         by_normed = work.get("by_normed", m, d)
         self.down.back([by_out], by_inner, work, keep, grads)
-        kernels.swiglu_back(gate_up, by_inner, inner)
+        lane.ops.swiglu_back(gate_up, by_inner, inner)
         self.down.back_of_first_factors(inner, work, grads)
         self.gate_up.back(self._halves(gate_up), by_normed, work, keep, grads)
-        self.gate_up.back_of_first_factors(self._norm(1, middle, work, keep), work, grads)
-        self._norm_back(1, middle, by_normed, by_out, work, keep)
+        self.gate_up.back_of_first_factors(self._norm(1, middle, lane, keep), work, grads)
+        self._norm_back(1, middle, by_normed, by_out, lane, keep)
 
         columns = self.shape.heads * self.shape.width
         attended, by_attended = self._attended(lane, keep, chosen), self._common(lane, "by_attended", columns)
@@ -212,23 +211,22 @@ class Block:
         self.o.back([by_out], by_own, work, keep, grads)
         self.o.back_of_first_factors(attended, work, grads)
         heads = m, self.shape.heads, self.shape.width
-        own_deltas = np.einsum("nhw,nhw->nh", attended.reshape(heads), by_own.reshape(heads))
-        if chosen is None:
-            deltas[lane.span] = own_deltas
-        else:  # what no one asked for has no gradient but through keys and values
+        own_deltas = deltas[lane.span] if chosen is None else np.empty(heads[:2], np.float32)
+        lane.ops.dots(attended.reshape(heads), by_own.reshape(heads), own_deltas)
+        if chosen is not None:  # what no one asked for has no gradient but through keys and values
             by_out = _scattered(by_out, chosen, work.get("by_x", n, d))
             _scattered(by_own, chosen, by_attended[lane.span])
             _scattered(own_deltas, chosen, deltas[lane.span])
             by_normed = work.get("by_normed", n, d)
         lane.wait()
-        attend_back(qkv, self.shape, lane, deltas, log_sums, by_attended, by_qkv)
+        lane.ops.attend_back(qkv, self.shape, lane, deltas, log_sums, by_attended, by_qkv)
         lane.wait()
         by_own = by_qkv[lane.span]
         self._rotate(by_own, lane, back=True)
         self.qkv.back(self._split(by_own), None if first else by_normed, work, keep, grads)
-        self.qkv.back_of_first_factors(self._norm(0, x, work, keep), work, grads)
+        self.qkv.back_of_first_factors(self._norm(0, x, lane, keep), work, grads)
         if not first:
-            self._norm_back(0, x, by_normed, by_out, work, keep)
+            self._norm_back(0, x, by_normed, by_out, lane, keep)
         return by_out
 
     def _attended(self, lane: Lane, keep: str, chosen: np.ndarray | None) -> np.ndarray:
@@ -240,24 +238,24 @@ class Block:
         """(positions of all lanes, columns), which all lanes share."""
         return lane.common.get(name, len(lane.rows), columns)
 
-    def _norm(self, which: int, x: np.ndarray, work: Workspace, keep: str) -> np.ndarray:
+    def _norm(self, which: int, x: np.ndarray, lane: Lane, keep: str) -> np.ndarray:
         """`x` normed; made again on the way back, where it costs less than keeping it would."""
         weight, eps = self.norms[which]
-        normed = work.get("normed", *x.shape)
-        kernels.rms_norm(x, weight, eps, normed, work.get(f"{keep}.scale{which}", len(x), 1))
+        normed = lane.own.get("normed", *x.shape)
+        lane.ops.rms_norm(x, weight, eps, normed, lane.own.get(f"{keep}.scale{which}", len(x), 1))
         return normed
 
     def _norm_back(
-        self, which: int, x: np.ndarray, by_normed: np.ndarray, add_to: np.ndarray, work: Workspace, keep: str
+        self, which: int, x: np.ndarray, by_normed: np.ndarray, add_to: np.ndarray, lane: Lane, keep: str
     ) -> None:
         weight, _ = self.norms[which]
-        kernels.rms_norm_back(x, weight, work.get(f"{keep}.scale{which}", len(x), 1), by_normed, add_to)
+        lane.ops.rms_norm_back(x, weight, lane.own.get(f"{keep}.scale{which}", len(x), 1), by_normed, add_to)
 
     def _rotate(self, qkv: np.ndarray, lane: Lane, *, back: bool = False) -> None:
         turned = self.shape.heads + self.shape.kv_heads  # queries and keys
         heads = qkv.reshape(len(qkv), -1, self.shape.width)[:, :turned]
         cos, sin = self.rope(max(lane.rows.lengths))
-        kernels.rotate(heads, cos, sin, lane.rows.places[lane.span], back=back)
+        lane.ops.rotate(heads, cos, sin, lane.rows.places[lane.span], back=back)
 
     def _split(self, qkv: np.ndarray) -> list[np.ndarray]:
         width = self.shape.width

@@ -19,19 +19,28 @@ from runner.cpu import gemm as blas
 from runner.cpu.block import Block, Grads, norm_of, view
 from runner.cpu.head import Head, Targets
 from runner.cpu.lanes import Lane, Lanes, Rows
+from runner.cpu.ops import Ops
 
 _ARCHITECTURES = ("llama", "qwen2")
 """Of mlx_lm.models: blocks as `runner.cpu.block` writes them out. Mistral and SmolLM are llama there."""
 
-VERSION = 5
+VERSION = 6
 """Of the numbers: another one gives other last digits."""
+_AT_ONCE = 384
+"""Positions that an evaluation computes at once: more are not faster, and take more memory than training does."""
+_PASSING = "0"
+"""Where a block keeps what is not needed later: with what the first block with an adapter keeps in training, which
+begins anew with each batch."""
 
 
 class Engine:
     """A model whose last blocks carry an adapter."""
 
-    def __init__(self, model: nn.Module, *, recompute: bool = False, piece: int = Train.loss_piece) -> None:
-        """`recompute` keeps a block's input alone and computes the block again on the way back.
+    def __init__(
+        self, model: nn.Module, *, recompute: bool = False, piece: int = Train.loss_piece, ops: Ops | None = None
+    ) -> None:
+        """`recompute` keeps a block's input alone and computes the block again on the way back; `ops` computes what
+        lies between products, NumPy by default.
 
         Raises:
             TypeError: the model has a part that is not written out here.
@@ -58,8 +67,13 @@ class Engine:
             len(blocks),
         )
         self._lower, self.blocks = blocks[: self.first], blocks[self.first :]
-        self.lanes = Lanes()
+        self.lanes = Lanes(ops or Ops())
         self._take_none()
+
+    @property
+    def identity(self) -> str:
+        """Of the numbers: another one has other last digits."""
+        return f"{VERSION}, {self.lanes.ops.name}"
 
     def release_below(self) -> None:
         """Let go of the blocks before the first with an adapter."""
@@ -99,14 +113,29 @@ class Engine:
     ) -> float:
         """The weighted sum of -log p(target); arguments as `loss_and_grads`."""
         self._take(params)
+        rows, total = Rows(lengths), np.float32(0)
+        for group in _groups(rows, _AT_ONCE):
+            begin, end = rows.starts[group.start], rows.starts[group.stop - 1] + rows.lengths[group.stop - 1]
+            own = np.flatnonzero((positions >= begin) & (positions < end))
+            total += self._loss(
+                inputs[begin:end],
+                Rows(rows.lengths[group]),
+                positions[own] - np.int32(begin),
+                targets[own],
+                weights[own],
+            )
+        return float(total)
 
+    def _loss(
+        self, inputs: np.ndarray, rows: Rows, positions: np.ndarray, targets: np.ndarray, weights: np.ndarray
+    ) -> np.float32:
         def work(lane: Lane) -> np.float32:
             wanted = Targets.of(positions, targets, weights, len(self.head.weight), lane)
             for x in self._forward(inputs, lane, wanted.places, keep=False):
                 last = x
             return self.head.loss(last, lane, wanted, None)
 
-        return float(sum(self.lanes.run(work, Rows(lengths)), np.float32(0)))
+        return sum(self.lanes.run(work, rows), np.float32(0))
 
     def loss_and_grads(
         self,
@@ -135,8 +164,8 @@ class Engine:
                 x = entered.pop()
                 chosen = self._chosen(number, wanted.places)
                 if self.recompute:
-                    block.forward(x, lane, lane.own.get("again", *by_out.shape), "any", chosen)
-                keep = "any" if self.recompute else str(number)
+                    block.forward(x, lane, lane.own.get("again", *by_out.shape), _PASSING, chosen)
+                keep = _PASSING if self.recompute else str(number)
                 by_out = block.back(x, lane, by_out, keep, grads, chosen, first=number == 0)
             return loss, grads
 
@@ -167,7 +196,7 @@ class Engine:
             chosen = self._chosen(number, places)
             shape = x.shape if chosen is None else (len(chosen), x.shape[1])
             out = lane.own.get(f"{number}.out", *shape) if keep else self._other(x, lane, *shape)
-            block.forward(x, lane, out, str(number) if keep and not self.recompute else "any", chosen)
+            block.forward(x, lane, out, str(number) if keep and not self.recompute else _PASSING, chosen)
             yield out
             x = out
 
@@ -177,7 +206,7 @@ class Engine:
         np.take(self.embedding, ids, axis=0, out=x)
         for block in self._lower:
             out = self._other(x, lane, *x.shape)
-            block.forward(x, lane, out, "any")
+            block.forward(x, lane, out, _PASSING)
             x = out
         return x
 
@@ -186,6 +215,18 @@ class Engine:
         """Where a block may write while it reads `x`."""
         even = lane.own.get("even", *shape)
         return lane.own.get("odd", *shape) if np.may_share_memory(even, x) else even
+
+
+def _groups(rows: Rows, most: int) -> Iterator[slice]:
+    """Neighbouring rows of `most` positions together, or one row of more."""
+    first, count = 0, 0
+    for number, length in enumerate(rows.lengths):
+        if count and count + length > most:
+            yield slice(first, number)
+            first, count = number, 0
+        count += length
+    if rows.lengths:
+        yield slice(first, len(rows.lengths))
 
 
 class _Rope:

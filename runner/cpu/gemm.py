@@ -30,6 +30,12 @@ def available() -> bool:
     return _sgemm() is not None
 
 
+def entry() -> int | None:
+    """The address of `cblas_sgemm`, for code in C; None where there is none."""
+    found = _sgemm()
+    return None if found is None else ctypes.cast(found, ctypes.c_void_p).value  # type: ignore[arg-type]
+
+
 def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, *, alpha: float = 1.0, add: bool = False) -> np.ndarray:
     """`out` (m, n) = alpha * a (m, k) @ b (k, n), or that added to it. Float32; views and transposes cost no copy."""
     m, k = a.shape
@@ -44,7 +50,7 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, *, alpha: float = 1.0, a
     assert call is not None and b.shape[0] == k and out.shape == (m, n) and out.strides[1] == 4
     call(
         *(_ROW_MAJOR, flag_a, flag_b, m, n, k, alpha),
-        *(_at(a), step_a, _at(b), step_b, float(add), _at(out), max(out.strides[0] // 4, n)),
+        *(address(a), step_a, address(b), step_b, float(add), address(out), max(out.strides[0] // 4, n)),
     )
     return out
 
@@ -69,4 +75,5 @@ def _fast_at(x: np.ndarray) -> int:
 
 
 _PROBE = np.zeros((4, 4), np.float32)[1:, 2:]
-_at = _fast_at if sys.implementation.name == "cpython" and _fast_at(_PROBE) == _slow_at(_PROBE) else _slow_at
+address = _fast_at if sys.implementation.name == "cpython" and _fast_at(_PROBE) == _slow_at(_PROBE) else _slow_at
+"""Where an array's first number lies."""

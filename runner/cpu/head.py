@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.cpu import kernels
 from runner.cpu.gemm import gemm
 from runner.cpu.lanes import Lane
 from runner.errors import ModelError
@@ -86,7 +85,7 @@ class Head:
         words = slice(len(self.weight) * lane.number // lane.count, len(self.weight) * (lane.number + 1) // lane.count)
         head = self.weight[words]
         normed, scale = work.get("head.own", *x.shape), work.get("head.scale", len(x), 1)
-        kernels.rms_norm(x, norm, eps, normed, scale)
+        lane.ops.rms_norm(x, norm, eps, normed, scale)
         everyone = common.get("head.normed", count, x.shape[1])
         everyone[mine] = normed
         lane.wait()
@@ -98,7 +97,7 @@ class Head:
         here = np.flatnonzero((tokens >= words.start) & (tokens < words.stop))
         at = here, tokens[here] - words.start
         own[here] = logits[at] - top[here]
-        kernels.exponentials(logits, top, sums[lane.number])
+        lane.ops.exponentials(logits, top, sums[lane.number])
         lane.wait()
         total = sums.sum(axis=0)
         with np.errstate(all="ignore"):  # what is not finite shows in the loss
@@ -111,5 +110,5 @@ class Head:
                 lane.wait()
                 by_normed = parts[:, mine].sum(axis=0) * (weights / total)[mine, None]
                 by_x[:] = 0
-                kernels.rms_norm_back(x, norm, scale, by_normed, by_x)
+                lane.ops.rms_norm_back(x, norm, scale, by_normed, by_x)
         return loss

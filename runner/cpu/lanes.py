@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from threading import Barrier
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from runner.cpu import threads
 from runner.cpu.workspace import Workspace
+
+if TYPE_CHECKING:
+    from runner.cpu.ops import Ops
 
 T = TypeVar("T")
 
@@ -45,6 +48,7 @@ class Lane:
     common: Workspace
     """The same for all lanes: to be read and written where they have waited for each other."""
     barrier: Barrier
+    ops: Ops
     _shares: dict[int, list[tuple[int, int, range]]] = field(default_factory=dict)
 
     @property
@@ -81,7 +85,8 @@ class Lane:
 class Lanes:
     """The lanes of one engine, with the memory that they use again in each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
         self.least = 16
         """Positions of a lane: products of fewer are slower by position."""
         self._common, self._own = Workspace(), [Workspace()]
@@ -92,7 +97,8 @@ class Lanes:
         while len(self._own) < count:
             self._own.append(Workspace())
         return threads.side_by_side(
-            lambda number, barrier: work(Lane(number, count, rows, self._own[number], self._common, barrier)), count
+            lambda number, barrier: work(Lane(number, count, rows, self._own[number], self._common, barrier, self.ops)),
+            count,
         )
 
     @property

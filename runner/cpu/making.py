@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from runner.cpu.block import view
 from runner.cpu.engine import Engine
+from runner.cpu.ops import Ops
 from runner.models.forward import Forward
 from runner.models.loading import on_cpu
 from runner.training.loss import surrogate
@@ -27,13 +28,15 @@ def fits(forward: Forward) -> bool:
     return True
 
 
-def make_engine(forward: Forward, *, recompute: bool = False, proven: bool = False) -> tuple[Engine | None, str]:
+def make_engine(
+    forward: Forward, *, recompute: bool = False, proven: bool = False, ops: Ops | None = None
+) -> tuple[Engine | None, str]:
     """The engine of `forward`'s model, which carries its adapter; or None, and why. `proven`: that it gives the model's
     own gradients is known."""
     if not on_cpu():
         return None, "this is no CPU"
     try:
-        engine = Engine(forward.model, recompute=recompute, piece=forward.piece)
+        engine = Engine(forward.model, recompute=recompute, piece=forward.piece, ops=ops)
     except (TypeError, AttributeError) as error:
         return None, f"this model has a part that is not written out: {error}"
     return (engine, "") if proven or _agrees(engine, forward) else (None, "it does not give this model's own gradients")

@@ -15,9 +15,9 @@ from runner import sealed
 from runner.blas import BlasReport, blas_identity
 from runner.cache import cache_folder
 from runner.config import Config
-from runner.cpu import cross_entropy, threads
-from runner.cpu.engine import VERSION
+from runner.cpu import cross_entropy, native, threads
 from runner.cpu.making import fits, make_engine
+from runner.cpu.ops import Ops
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
 from runner.models import adapters
@@ -46,7 +46,8 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
     if t.cpu_ops and on_cpu():
         forward.why_mlx = _why_no_engine(forward, settings)
         if not forward.why_mlx:
-            forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint, proven=known)
+            ops = ops_of(settings)
+            forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint, proven=known, ops=ops)
     # Only what was used and found right is kept: a failure may be mended by tomorrow.
     if file and not known and forward.split and forward.cut == cut and not forward.why_mlx:
         sealed.write(file, _PROVEN)
@@ -62,7 +63,7 @@ def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -
             "base": base.contents,
             "cut": cut,
             "lora": asdict(settings.lora),
-            "train": (t.cpu_ops, t.head, t.loss_piece, t.grad_checkpoint, t.compile),
+            "train": (t.cpu_ops, ops_of(settings).name, t.head, t.loss_piece, t.grad_checkpoint, t.compile),
             "blas": blas_identity(blas),
             "python": platform.python_version(),
             "code": _code(),
@@ -71,12 +72,18 @@ def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -
     )
 
 
+def ops_of(settings: Config) -> Ops:
+    """What the engine computes with beside products."""
+    found = native.load()[0] if settings.train.native_ops else None
+    return found or Ops()
+
+
 @cache
 def _code() -> str:
     """SHA-256 of the modules that compute, and of what they are compared with."""
     digest = hashlib.sha256()
     ours = (Path(str(module.__file__)) for module in (forward_module, adapters, loss))
-    for module in sorted((*Path(threads.__file__).parent.glob("*.py"), *ours)):
+    for module in sorted((*Path(threads.__file__).parent.glob("*.[cp]*"), *ours)):
         digest.update(module.read_bytes())
     return digest.hexdigest()
 
@@ -117,7 +124,7 @@ def make_trunks(
         "base": base.contents,
         "cut": forward.cut,
         "blas": blas_identity(blas),
-        "engine": forward.engine and VERSION,
+        "engine": forward.engine and forward.engine.identity,
         **numbers_identity(),
     }
     return Trunks(

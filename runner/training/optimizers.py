@@ -1,6 +1,6 @@
-"""The optimizers by name, from the settings: mlx's own, over all arrays of an adapter as one vector.
+"""The optimizers by name, from the settings: mlx's own, over the arrays of an adapter as a few vectors.
 
-Each of them works element by element, so the numbers are those of array by array; and an update is a dozen
+Each of them works element by element, so the numbers are those of array by array; and an update is some dozens of
 operations, not a dozen for each of hundreds of small arrays, which costs far more than the arithmetic.
 """
 
@@ -21,7 +21,9 @@ from runner.models.arrays import tensors_of
 
 CLASSES: dict[str, type[optim.Optimizer]] = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
 Vectors = dict[str, mx.array]
-"""All arrays of a dtype one after the other, by that dtype's name."""
+"""Arrays of one dtype one after the other; by the dtype's name, and a number after the first."""
+_VECTOR = 1 << 18
+"""Elements of a vector, and those of its last array: what an update needs meanwhile is several times its size."""
 _LINE = 4096
 """Elements that are summed first: one float32 sum over millions would lose digits."""
 
@@ -36,12 +38,16 @@ class Packing:
     def __init__(self, params: Mapping[str, mx.array]) -> None:
         self._shapes = {name: array.shape for name, array in params.items()}
         self.names: dict[str, list[str]] = {}
-        """Of the arrays by dtype."""
+        """Of the arrays by vector."""
+        sizes: dict[str, int] = {}
         for name, array in params.items():
-            self.names.setdefault(str(array.dtype).rpartition(".")[2], []).append(name)
+            dtype = str(array.dtype).rpartition(".")[2]
+            before = sizes.get(dtype, 0)
+            number = before // _VECTOR
+            self.names.setdefault(f"{dtype}.{number}" if number else dtype, []).append(name)
+            sizes[dtype] = before + array.size
         self._edges = {
-            dtype: list(accumulate(math.prod(self._shapes[name]) for name in names))
-            for dtype, names in self.names.items()
+            key: list(accumulate(math.prod(self._shapes[name]) for name in names)) for key, names in self.names.items()
         }
 
     def pack(self, arrays: Mapping[str, mx.array]) -> Vectors:

@@ -16,7 +16,6 @@ from runner.blas import BlasReport, blas_identity
 from runner.checkpoints.schedule import Schedule
 from runner.config import Config
 from runner.cpu import cross_entropy
-from runner.cpu.engine import VERSION
 from runner.data.formats import Reading
 from runner.data.order import Order, Position
 from runner.data.tokens import DataSet
@@ -188,7 +187,7 @@ def environment(settings: Config, blas: BlasReport, forward: Forward) -> dict[st
         "trunk": forward.cut,
         "head": settings.train.head,
         "cpu_ops": cross_entropy.usable() and f"numpy {version('numpy')}",
-        "engine": forward.engine and VERSION,
+        "engine": forward.engine and forward.engine.identity,
     }
 
 

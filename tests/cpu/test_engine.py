@@ -10,10 +10,11 @@ from mlx_lm.models import llama, qwen2
 
 from runner import config
 from runner.blas import BlasReport
-from runner.cpu import kernels, threads
+from runner.cpu import kernels, native, threads
 from runner.cpu.block import view
 from runner.cpu.engine import Engine
 from runner.cpu.making import make_engine
+from runner.cpu.ops import Ops
 from runner.data.tokens import TokenSet
 from runner.errors import ModelError
 from runner.models.adapters import Adapted
@@ -100,6 +101,18 @@ def assert_close(made: Adapted, found, ready) -> None:
         assert np.linalg.norm(found[1][name] - grad) < 2e-5 * size, name
 
 
+@pytest.fixture(params=["numpy", "native"])
+def ops(request) -> Ops:
+    """What the engine computes with beside products."""
+    if request.param == "numpy":
+        return Ops()
+    found, why = native.load()
+    if found is None and "compiler" in why:
+        pytest.skip(why)
+    assert found is not None, why
+    return found
+
+
 @pytest.fixture
 def lanes():
     """`lanes(3)` has three threads divide a batch."""
@@ -110,11 +123,11 @@ def lanes():
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int, lanes) -> None:
+def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int, lanes, ops) -> None:
     lanes(count)
     made = adapted(MODELS[name]())
     ready = batch([9, 30, 2, 17])
-    engine = Engine(made.model, recompute=recompute, piece=16)
+    engine = Engine(made.model, recompute=recompute, piece=16, ops=ops)
     assert_close(made, engine.loss_and_grads(numpy_params(made), *ready.numbers()), ready)
 
 
@@ -128,32 +141,32 @@ def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int
         {"alpha": 3.0},
     ],
 )
-def test_any_shape_of_adapter(lora: dict) -> None:
+def test_any_shape_of_adapter(lora: dict, ops) -> None:
     made = adapted(MODELS["tied"](), **lora)
     ready = batch([20, 33])
-    assert_close(made, Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+    assert_close(made, Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
 
 
-def test_rows_longer_than_a_tile_of_attention(lanes) -> None:
+def test_rows_longer_than_a_tile_of_attention(lanes, ops) -> None:
     lanes(2)
     made = adapted(MODELS["tied"]())
     ready = batch([130, 300, 129])
-    assert_close(made, Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+    assert_close(made, Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, lanes) -> None:
+def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, lanes, ops) -> None:
     lanes(3)
     made = adapted(MODELS["tied"](), num_layers=layers)
     ready = batch([60, 60, 60], prompt=130)
-    engine, params = Engine(made.model, recompute=recompute, piece=16), numpy_params(made)
+    engine, params = Engine(made.model, recompute=recompute, piece=16, ops=ops), numpy_params(made)
     found = engine.loss_and_grads(params, *ready.numbers())
     assert_close(made, found, ready)
     assert engine.loss(params, *ready.numbers()) == found[0]
 
 
-def test_more_threads_than_words_and_a_word_that_there_is_not(lanes) -> None:
+def test_more_threads_than_words_and_a_word_that_there_is_not(lanes, ops) -> None:
     lanes(4)
     small = {**SMALL, "vocab_size": 3}
     made = adapted(llama.Model(llama.ModelArgs("llama", **small, tie_word_embeddings=False)))
@@ -161,7 +174,7 @@ def test_more_threads_than_words_and_a_word_that_there_is_not(lanes) -> None:
     tokens, offsets = numbers.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
     rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
     ready = Feed(rows, 16)(np.arange(2))
-    engine, params = Engine(made.model, piece=16), numpy_params(made)
+    engine, params = Engine(made.model, piece=16, ops=ops), numpy_params(made)
     assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
     inputs, lengths, positions, targets, weights = ready.numbers()
     with pytest.raises(ModelError, match="token 3, and the model has 3"):
@@ -169,7 +182,7 @@ def test_more_threads_than_words_and_a_word_that_there_is_not(lanes) -> None:
     assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
 
 
-def test_logits_too_far_apart_for_an_exponential(lanes) -> None:
+def test_logits_too_far_apart_for_an_exponential(lanes, ops) -> None:
     """The first and the last words differ by hundreds: in a thread's own part of the vocabulary nothing says so."""
     lanes(2)
     made = adapted(MODELS["own head"]())
@@ -177,16 +190,16 @@ def test_logits_too_far_apart_for_an_exponential(lanes) -> None:
     weight[200:] *= 300
     made.model.lm_head.weight = mx.array(weight)
     ready = batch([20, 33])
-    value, grads = Engine(made.model).loss_and_grads(numpy_params(made), *ready.numbers())
+    value, grads = Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers())
     theirs, their_grads = by_mlx(made, ready)
     assert value == pytest.approx(theirs, rel=1e-5) and theirs > 1000
     for name, grad in their_grads.items():
         assert np.linalg.norm(grads[name] - grad) < 1e-3 * np.linalg.norm(grad), name
 
 
-def test_memory_that_is_used_again_leaves_nothing_behind() -> None:
+def test_memory_that_is_used_again_leaves_nothing_behind(ops) -> None:
     made = adapted(MODELS["biases"]())
-    engine, params = Engine(made.model), numpy_params(made)
+    engine, params = Engine(made.model, ops=ops), numpy_params(made)
     ready = batch([20, 9])
     first = engine.loss_and_grads(params, *ready.numbers())
     engine.loss_and_grads(params, *batch([200, 40, 3]).numbers())
@@ -196,13 +209,13 @@ def test_memory_that_is_used_again_leaves_nothing_behind() -> None:
     assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
 
 
-def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_those_of_one(lanes) -> None:
+def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_those_of_one(lanes, ops) -> None:
     made = adapted(MODELS["tied"]())
     params, found = numpy_params(made), []
     batches = [batch(lengths) for lengths in ([150, 40, 90], [33], [20, 20, 21, 22])]
     for count in (1, 2, 3):
         lanes(count)
-        engine = Engine(made.model)
+        engine = Engine(made.model, ops=ops)
         found.append([engine.loss_and_grads(params, *ready.numbers()) for ready in batches])
         for _ in range(20):  # whichever thread comes first
             for ready, (loss, grads) in zip(batches, found[-1], strict=True):
@@ -237,9 +250,9 @@ def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkey
     assert before[0] == after[0] and all(np.array_equal(before[1][name], after[1][name]) for name in before[1])
 
 
-def test_from_the_cut_on_it_is_the_same_bit_for_bit() -> None:
+def test_from_the_cut_on_it_is_the_same_bit_for_bit(ops) -> None:
     made = adapted(MODELS["tied"]())
-    engine, params = Engine(made.model), numpy_params(made)
+    engine, params = Engine(made.model, ops=ops), numpy_params(made)
     ids, lengths, *rest = batch([60, 60]).numbers()
     states = engine.below(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
     assert engine.first == 1
@@ -251,11 +264,11 @@ def test_from_the_cut_on_it_is_the_same_bit_for_bit() -> None:
     assert all(np.array_equal(whole[1][name], part[1][name]) for name in whole[1])
 
 
-def test_an_evaluation_by_the_engine_is_that_of_mlx() -> None:
+def test_an_evaluation_by_the_engine_is_that_of_mlx(ops) -> None:
     made = adapted(MODELS["tied"]())
     forward, batches = Forward(made.model), [batch([20, 40]), batch([9])]
     theirs = evaluate(made.model, forward, batches)
-    forward.engine = Engine(made.model)
+    forward.engine = Engine(made.model, ops=ops)
     ours = evaluate(made.model, forward, batches)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
     assert (ours.tokens, ours.supervised) == (theirs.tokens, theirs.supervised)

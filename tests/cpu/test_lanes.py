@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from runner.cpu import gemm
 from runner.cpu.lanes import Lane, Rows
+from runner.cpu.ops import Ops
 from runner.cpu.workspace import Workspace
 
 
 def lanes(lengths: list[int], count: int) -> list[Lane]:
     rows = Rows(lengths)
-    return [Lane(number, count, rows, Workspace(), Workspace(), Barrier(count)) for number in range(count)]
+    return [Lane(number, count, rows, Workspace(), Workspace(), Barrier(count), Ops()) for number in range(count)]
 
 
 @given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=12), parts=st.integers(1, 9), count=st.integers(1, 8))
@@ -49,4 +50,4 @@ def test_at_most_one_row_is_divided_between_a_lane_and_the_next():
 )
 def test_an_arrays_address_is_what_numpy_says(array):
     assert gemm._fast_at(array) == gemm._slow_at(array)
-    assert gemm._at is gemm._fast_at
+    assert gemm.address is gemm._fast_at

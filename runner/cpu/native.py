@@ -1,0 +1,161 @@
+"""The same as `runner.cpu.ops.Ops` by code in C, where this machine has a compiler: one pass over the numbers instead
+of one for each operation, and the interpreter's lock is let go of for a whole piece of work."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from runner.c_library import CompileError, compiled, digest
+from runner.cpu.attention import Shape
+from runner.cpu.gemm import address, entry
+from runner.cpu.lanes import Lane
+from runner.cpu.ops import Ops
+
+SOURCE = Path(__file__).with_name("native.c")
+# Contracted products, or sums in another order, would give other bits on another machine or compiler.
+FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_FOR_THIS_MACHINE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
+_INT, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
+_FUNCTIONS = {
+    "rms_norm": (_INT, _INT, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER),
+    "rms_norm_back": (_INT, _INT, *[_POINTER] * 5),
+    "swiglu": (_INT, _INT, _POINTER, _POINTER),
+    "swiglu_back": (_INT, _INT, _POINTER, _POINTER, _POINTER),
+    "rotate": (*[_INT] * 5, *[_POINTER] * 4, _FLOAT),
+    "exponentials": (_INT, _INT, _POINTER, _POINTER, _POINTER),
+    "dots": (_INT, _INT, _POINTER, _POINTER, _POINTER),
+    "attend": (_POINTER, _INT, *[_POINTER] * 6),
+    "attend_back": (_POINTER, _INT, *[_POINTER] * 10),
+}
+
+
+class _Shape(ctypes.Structure):
+    """``shape_t`` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("heads", "kv_heads", "width", "tile")),
+        ("scale", ctypes.c_float),
+        ("gemm", ctypes.c_void_p),
+    )
+
+
+class NativeOps(Ops):
+    """Arrays are float32, and contiguous where nothing else is said."""
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, types in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+        self._library = library
+        self._shapes: dict[Shape, _Shape] = {}
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
+        self._library.rms_norm(*x.shape, _at(x), _at(weight), eps, _at(out), _at(scale))
+
+    def rms_norm_back(
+        self, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, by_out: np.ndarray, add_to: np.ndarray
+    ) -> None:
+        self._library.rms_norm_back(*x.shape, _at(x), _at(weight), _at(scale), _at(by_out), _at(add_to))
+
+    def swiglu(self, gate_up: np.ndarray, out: np.ndarray) -> None:
+        self._library.swiglu(*out.shape, _at(gate_up), _at(out))
+
+    def swiglu_back(self, gate_up: np.ndarray, by_out: np.ndarray, out: np.ndarray) -> None:
+        self._library.swiglu_back(*out.shape, _at(gate_up), _at(by_out), _at(out))
+
+    def rotate(
+        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, *, back: bool = False
+    ) -> None:
+        n, heads, width = x.shape
+        step, between, one = (stride // 4 for stride in x.strides)
+        assert between == width and one == 1 and places.dtype == np.int64
+        where = address(x), _at(cos), _at(sin), address(places)
+        self._library.rotate(n, heads, step, width, cos.shape[1], *where, -1.0 if back else 1.0)
+
+    def exponentials(self, x: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
+        self._library.exponentials(*x.shape, _at(x), _at(top), _at(sums))
+
+    def dots(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+        self._library.dots(out.size, a.shape[-1], _at(a), _at(b), _at(out))
+
+    def attend(self, qkv: np.ndarray, shape: Shape, lane: Lane, out: np.ndarray, log_sums: np.ndarray) -> None:
+        rooms = self._rooms(shape, lane)
+        self._attention(self._library.attend, shape, lane, qkv, out, log_sums, rooms[0], rooms[2])
+
+    def attend_back(
+        self,
+        qkv: np.ndarray,
+        shape: Shape,
+        lane: Lane,
+        deltas: np.ndarray,
+        log_sums: np.ndarray,
+        by_out: np.ndarray,
+        by_qkv: np.ndarray,
+    ) -> None:
+        rooms = self._rooms(shape, lane)
+        self._attention(self._library.attend_back, shape, lane, qkv, deltas, log_sums, by_out, by_qkv, *rooms)
+
+    def _attention(self, function: Callable[..., None], shape: Shape, lane: Lane, *arrays: np.ndarray) -> None:
+        """`function` on this lane's share of the rows and the heads of keys."""
+        share = lane.share(shape.kv_heads)
+        work = np.array([(start, length, heads.start, heads.stop) for start, length, heads in share], np.int64)
+        if shape not in self._shapes:
+            sizes = shape.heads, shape.kv_heads, shape.width, shape.tile
+            self._shapes[shape] = _Shape(*sizes, shape.scale, entry())
+        function(ctypes.addressof(self._shapes[shape]), len(work), address(work), *map(_at, arrays))
+
+    @staticmethod
+    def _rooms(shape: Shape, lane: Lane) -> list[np.ndarray]:
+        """For queries and what is given, a tile of them; for weights and slopes, each by all positions of a row."""
+        lines = shape.group * shape.tile
+        columns = {"queries": shape.width, "given": shape.width, "scores": 0, "slopes": 0}
+        longest = max(lane.rows.lengths)
+        return [lane.own.get(name, lines, count or longest) for name, count in columns.items()]
+
+
+def _at(x: np.ndarray) -> int:
+    assert x.dtype == np.float32 and x.flags.c_contiguous
+    return address(x)
+
+
+@cache
+def load() -> tuple[NativeOps | None, str]:
+    """What C code of ours computes here; or None, and why."""
+    if entry() is None:
+        return None, "there is no BLAS for it to call"
+    source, machine = SOURCE.read_text(encoding="utf-8"), platform.machine()
+    flags = [*FLAGS, *filter(None, [_FOR_THIS_MACHINE.get(machine)])]
+    try:
+        with compiled(source, f"native-{digest((source, flags, machine, _processor()))}", flags) as path:
+            ops = NativeOps(ctypes.CDLL(path))
+    except (CompileError, OSError) as error:
+        return None, str(error)
+    return (ops, "") if _proven(ops) else (None, "what it computes is not right")
+
+
+def _processor() -> str:
+    """What the compiler makes code for, where the cache folder is shared by machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor()
+    found = (re.search(rf"^{name}\s*:.*$", text, re.MULTILINE) for name in ("model name", "flags", "Features"))
+    return "\n".join(one[0] for one in found if one)
+
+
+def _proven(ops: NativeOps) -> bool:
+    """Whether what the compiler made computes what NumPy does, on a few numbers."""
+    gate_up = np.linspace(-30, 30, 2 * 2 * 37, dtype=np.float32).reshape(2, 74)
+    made, expected = np.empty((2, 2, 37), np.float32)
+    ops.swiglu(gate_up, made)
+    Ops().swiglu(gate_up, expected)
+    return bool(np.allclose(made, expected, rtol=1e-5, atol=1e-6))

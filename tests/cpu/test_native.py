@@ -1,0 +1,222 @@
+"""The engine's parts in C against the same in NumPy, and what becomes of them where there is no compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from threading import Barrier
+
+import numpy as np
+import pytest
+
+from runner import blas
+from runner.c_library import COMPILERS
+from runner.cpu import native
+from runner.cpu.attention import Shape
+from runner.cpu.lanes import Lane, Rows
+from runner.cpu.native import NativeOps
+from runner.cpu.ops import Ops
+from runner.cpu.workspace import Workspace
+
+HERE = [found for name in COMPILERS if (found := shutil.which(name))]
+pytestmark = pytest.mark.skipif(not HERE or sys.platform != "linux", reason="needs Linux and a C compiler")
+ROOT = Path(__file__).parent.parent.parent
+LIMITS = [0.0, -0.0, 1e-30, -87.3, -87.34, -1000.0, 88.0, 88.4, 1e4, np.inf, -np.inf, np.nan]
+
+
+@pytest.fixture(scope="module")
+def ours() -> NativeOps:
+    found, why = native.load()
+    assert found is not None, why
+    return found
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
+
+
+def close(found: np.ndarray, expected: np.ndarray, by: float = 2e-6) -> None:
+    assert np.abs(found - expected).max() <= by * np.abs(expected).max()
+
+
+# Lengths below, at and beside those of the vectors.
+@pytest.mark.parametrize("d", [1, 7, 16, 33, 576, 1537])
+def test_norms_and_the_gated_product_and_their_gradients_are_numpy_s(ours: NativeOps, d: int) -> None:
+    x, weight, given = numbers(5, d), numbers(d, seed=1), numbers(5, d, seed=2)
+    made = []
+    for ops in (ours, Ops()):
+        out, scale, total, by = np.empty_like(x), np.empty((5, 1), np.float32), numbers(5, d, seed=3), given.copy()
+        ops.rms_norm(x, weight, 1e-5, out, scale)
+        ops.rms_norm_back(x, weight, scale, by, total)
+        gate_up, inner = np.concatenate([x, given], axis=1), np.empty_like(x)
+        ops.swiglu(gate_up, inner)
+        again = np.empty_like(x)
+        ops.swiglu_back(gate_up, numbers(5, d, seed=4), again)
+        close(again, inner, 1e-6)
+        dots, sums, rows = np.empty((5, 1), np.float32), np.empty(5, np.float32), x.copy()
+        ops.dots(x[:, None], given[:, None], dots)
+        ops.exponentials(rows, x.max(axis=1), sums)
+        made.append((out, scale, total, inner, gate_up, dots, sums, rows))
+    for found, expected in zip(*made, strict=True):
+        close(found, expected)
+
+
+def test_an_exponential_is_right_to_the_last_digits_and_at_its_limits(ours: NativeOps) -> None:
+    x = np.linspace(-87, 0, 100_003, dtype=np.float32)[None]
+    exact, sums = np.exp(x.astype(np.float64)), np.empty(1, np.float32)
+    ours.exponentials(x, np.zeros(1, np.float32), sums)
+    assert np.abs(x / exact - 1).max() < 2.5e-7
+    assert sums[0] == pytest.approx(exact.sum(), rel=1e-7)
+    odd = np.array([LIMITS], np.float32)
+    ours.exponentials(odd, np.zeros(1, np.float32), sums)
+    with np.errstate(over="ignore"):
+        expected = np.exp(np.array(LIMITS, np.float64))
+    assert np.isnan(odd[0, -1]) and odd[0, -2] == odd[0, 5] == 0 and odd[0, -3] > 1e38
+    assert np.allclose(odd[0, :7], expected[:7], rtol=3e-7, atol=1.2e-38)
+
+
+def test_a_gate_far_from_zero_lets_all_or_nothing_through(ours: NativeOps) -> None:
+    gate_up, out = np.array([[-1e4, -90, 90, 1e4, 2, 2, 2, 2]], np.float32), np.empty((1, 4), np.float32)
+    ours.swiglu(gate_up, out)
+    assert np.allclose(out, [[0, 0, 180, 2e4]], atol=1e-30)
+    ours.swiglu_back(gate_up, np.ones((1, 4), np.float32), out)
+    assert np.allclose(gate_up, [[0, 0, 2, 2, 0, 0, 90, 1e4]], atol=1e-30) and np.allclose(out, [[0, 0, 180, 2e4]])
+
+
+def test_many_small_numbers_beside_a_large_one_are_not_lost_in_a_sum(ours: NativeOps) -> None:
+    x, sums = np.full((1, 49152), np.log(1e-8), np.float32), np.empty(1, np.float32)
+    x[0, 100] = 0
+    ours.exponentials(x, np.zeros(1, np.float32), sums)
+    assert sums[0] == pytest.approx(1 + 49151e-8, rel=1e-7)
+
+
+@pytest.mark.parametrize("half", [4, 13, 32])
+def test_positions_are_turned_as_by_numpy_and_back(ours: NativeOps, half: int) -> None:
+    angles = numbers(20, half)
+    cos, sin, places = np.cos(angles), np.sin(angles), np.array([3, 0, 19, 7])
+    lines = numbers(4, 6 * (2 * half + 3))
+    turned = []
+    for ops in (ours, Ops()):
+        whole = lines.copy()
+        heads = whole.reshape(4, 6, -1)[:, :5]  # a width of more than is turned, and a head that is left alone
+        ops.rotate(heads, cos, sin, places)
+        turned.append(whole.copy())
+        ops.rotate(heads, cos, sin, places, back=True)
+        close(whole, lines, 1e-6)
+    close(*turned)
+    assert not np.array_equal(turned[0], lines)
+
+
+def lane_of(lengths: list[int], ops: Ops, number: int = 0, count: int = 1) -> Lane:
+    return Lane(number, count, Rows(lengths), Workspace(), Workspace(), Barrier(1), ops)
+
+
+def attended(ops: Ops, shape: Shape, lengths: list[int], count: int = 1) -> list[np.ndarray]:
+    """What both ways of attention write, by `count` lanes one after the other."""
+    n, own = sum(lengths), shape.heads * shape.width
+    qkv, by_out = numbers(n, shape.columns, scale=1), numbers(n, own, seed=1)
+    out, sums = np.full((n, own), np.nan, np.float32), np.full((n, shape.heads), np.nan, np.float32)
+    by_qkv, deltas = np.full((n, shape.columns), np.nan, np.float32), np.empty((n, shape.heads), np.float32)
+    for number in range(count):
+        ops.attend(qkv, shape, lane_of(lengths, ops, number, count), out, sums)
+    heads = n, shape.heads, shape.width
+    ops.dots(out.reshape(heads), by_out.reshape(heads), deltas)
+    for number in range(count):
+        ops.attend_back(qkv, shape, lane_of(lengths, ops, number, count), deltas, sums, by_out, by_qkv)
+    return [out, sums, by_qkv]
+
+
+@pytest.mark.parametrize("shape", [Shape(9, 3, 64, 0.125), Shape(4, 4, 8, 0.3), Shape(8, 1, 20, 0.2)])
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 40], [300, 33, 129]])
+def test_attention_and_its_gradients_are_numpy_s(ours: NativeOps, shape: Shape, lengths: list[int]) -> None:
+    for found, expected in zip(attended(ours, shape, lengths, 2), attended(Ops(), shape, lengths), strict=True):
+        close(found, expected, 5e-6)
+
+
+def test_a_number_that_is_none_is_not_hidden(ours: NativeOps) -> None:
+    shape, qkv = Shape(2, 1, 8, 0.3), numbers(6, 32)
+    qkv[3, 0] = np.nan
+    out, sums = np.empty((6, 16), np.float32), np.empty((6, 2), np.float32)
+    ours.attend(qkv, shape, lane_of([6], ours), out, sums)
+    assert np.isnan(sums[3, 0]) and np.isnan(out[3, :8]).all()
+    assert np.isfinite(np.delete(out, 3, axis=0)).all()
+
+
+@pytest.mark.parametrize("compiler", sorted({Path(found).name for found in HERE} & {"gcc", "clang", "cc"}))
+@pytest.mark.parametrize("flags", [[], ["-march=x86-64-v3"], ["-O0"]])
+def test_no_bit_depends_on_the_compiler_or_the_width_of_its_vectors(
+    ours: NativeOps, compiler: str, flags: list[str], tmp_path: Path
+) -> None:
+    if flags == ["-march=x86-64-v3"] and platform.machine() != "x86_64":
+        flags = []
+    plain = [*native.FLAGS, *flags]
+    source = str(native.SOURCE)
+    words = [compiler, *plain, "-shared", "-fPIC", "-nostdlib", "-x", "c", source, "-o", str(tmp_path / "other.so")]
+    subprocess.run(words, check=True)
+    other = NativeOps(ctypes.CDLL(str(tmp_path / "other.so")))
+    shape = Shape(9, 3, 64, 0.125)
+    for found, expected in zip(attended(other, shape, [70, 9]), attended(ours, shape, [70, 9]), strict=True):
+        assert found.tobytes() == expected.tobytes()
+    made = []
+    for ops in (ours, other):
+        x, given = numbers(3, 577), numbers(3, 577, seed=1)
+        out, scale, gate_up = np.empty_like(x), np.empty((3, 1), np.float32), np.concatenate([x, given], axis=1)
+        ops.rms_norm(x, given[0], 1e-5, out, scale)
+        ops.rms_norm_back(x, given[0], scale, given, out)
+        inner, sums = np.empty_like(x), np.empty(3, np.float32)
+        ops.swiglu_back(gate_up, given, inner)
+        ops.exponentials(x, x.max(axis=1), sums)
+        made.append([a.tobytes() for a in (out, scale, gate_up, inner, x, sums)])
+    assert made[0] == made[1]
+
+
+CHILD = """
+import json
+import os
+from runner import blas
+blas.prepare()
+from runner.cpu import native
+found, why = native.load()
+print(json.dumps([found is not None, why]))
+"""
+
+
+def child(cache: Path, **extra: str) -> list:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RUNNER_")}
+    own |= {"RUNNER_CACHE": str(cache), "PYTHONPATH": str(ROOT)} | extra
+    done = subprocess.run([sys.executable, "-c", CHILD], env=own, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_it_is_compiled_once_and_again_where_the_file_is_damaged(tmp_path: Path) -> None:
+    assert child(tmp_path) == [True, ""]
+    (built,) = tmp_path.glob("native-*.so")
+    first, whole = built.stat().st_mtime_ns, built.read_bytes()
+    assert child(tmp_path) == [True, ""] and built.stat().st_mtime_ns == first
+    for damaged in (whole[:3000], whole[:-2000] + bytes(2000), b""):
+        built.write_bytes(damaged)
+        assert child(tmp_path) == [True, ""] and built.read_bytes() == whole
+
+
+def test_without_a_compiler_or_room_in_the_cache_there_is_a_reason_or_a_passing_one(tmp_path: Path) -> None:
+    from_system = blas.prepare().library or ""
+    found, why = child(tmp_path / "cache", PATH=str(tmp_path), RUNNER_BLAS=from_system)
+    assert not found and ("compiler" in why or "no BLAS" in why)
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    assert child(in_the_way) == [True, ""]
+
+
+def test_what_the_compiler_made_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
+    wrong = tmp_path / "native.c"
+    wrong.write_text(native.SOURCE.read_text().replace("+ 127) << 23", "+ 126) << 23"))
+    monkeypatch.setattr(native, "SOURCE", wrong)
+    found, why = native.load.__wrapped__()
+    assert found is None and "not right" in why

@@ -43,7 +43,7 @@ class Effort:
     rounds: int
     sizes: Mapping[str, Size]
     levers: Mapping[str, Size]
-    """The work of the levers' rows, of which there are many, and of the row without any beside them."""
+    """The work of the levers' rows, of which there are many, and of those without any beside them."""
     slow: Size
     """The work of row a, which is many times slower."""
     slow_on: tuple[str, ...]
@@ -71,8 +71,8 @@ QUICK = Effort(
 FULL = Effort(
     mode="full",
     rounds=5,
-    sizes={"short": Size(Work(24, 12), 16), "mixed": Size(Work(16, 8), 8)},
-    levers={"short": Size(Work(8, 4), 8), "mixed": Size(Work(4, 2), 4)},
+    sizes={"short": Size(Work(24, 12), 16), "mixed": Size(Work(12, 6), 8)},
+    levers={"short": Size(Work(4, 2), 8), "mixed": Size(Work(2, 2), 4)},
     slow=Size(Work(2, 2), 4),
     slow_on=("short", "mixed"),
     gate_runs=gates.SEEDS,
@@ -92,7 +92,7 @@ class Part:
     @property
     def gated(self) -> bool:
         """Whether the two sides are compared here, and so have to do the same."""
-        return bool({BASE_ROW, SHIPPED_ROW} & set(self.rows))
+        return SHIPPED_ROW in self.rows or self.rows == [BASE_ROW]
 
 
 class Bench:
@@ -279,14 +279,18 @@ class Bench:
 
 
 def parts_of(effort: Effort, rows: Sequence[str], workloads: Sequence[str]) -> dict[str, Part]:
-    """What is measured, by the name that it has in the results: the levers apart, with less work."""
+    """What is measured, by the name that it has in the results: the levers apart, with less work, and with them what
+    has none."""
+    levers = [row for row in rows if row in LEVER_ROWS]
+    beside = [row for row in (BASE_ROW, OFF_ROW) if row in rows] if levers else []
+    whole = [row for row in rows if row not in levers and not (levers and row == OFF_ROW)]
+    if set(whole) <= set(beside):
+        whole = []
     parts = {}
     for name in workloads:
-        levers = [row for row in rows if row in LEVER_ROWS]
-        if len(levers) < len(rows):
-            parts[name] = Part(name, effort.sizes[name], [row for row in rows if row not in LEVER_ROWS])
+        if whole:
+            parts[name] = Part(name, effort.sizes[name], whole)
         if levers:
-            beside = [OFF_ROW] if OFF_ROW in rows else []
             parts[f"{name}, levers"] = Part(name, effort.levers[name], [*beside, *levers])
     return parts
 
@@ -318,7 +322,7 @@ def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) 
     settings = RunDirectory(run).read_config()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = max((run / "checkpoints").glob("step-*")) / "train_state.json"
-    window = json.loads(state.read_text())["position"]["window"]
+    saved = json.loads(state.read_text())
     (run / "adapters").rename(folder / "adapters")
     (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
     shutil.rmtree(run)
@@ -331,7 +335,8 @@ def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) 
         "exact": True,
     }
     job = {"side": OURS, "model": model, "data": data, "seed": seed, "iters": work.iters, "eval_every": work.eval_every}
-    job |= {"batch_size": work.batch_size, "window": window, "pad_to": settings["data"]["pad_to"]}
+    job |= {"batch_size": work.batch_size, "window": saved["position"]["window"], "pad_to": settings["data"]["pad_to"]}
+    job |= {"packed": bool(saved["environment"]["engine"])}
     return own, job
 
 

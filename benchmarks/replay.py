@@ -89,7 +89,7 @@ def _unpacked(padded: Any, spans: Any) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def ours(job: dict[str, Any], data: Any) -> Counted:
-    """The batches that our side makes of `data` with the settings in `job`."""
+    """The batches that our side makes of `data` with the settings in `job`, ``packed`` where it computes no padding."""
     from runner.data.batches import make_batch
     from runner.data.order import Order, Position, evaluation_batches
 
@@ -98,6 +98,8 @@ def ours(job: dict[str, Any], data: Any) -> Counted:
     for rows in order.take(Position(), job["iters"])[0]:
         batch = make_batch(data.train, rows, job["pad_to"])
         counted.add(batch.inputs, data.train.lengths[rows], batch.supervised)
+    if job["packed"]:
+        counted.positions = counted.tokens
     evaluated = Counted()
     for rows in evaluation_batches(data.valid.lengths, job["batch_size"]):
         batch = make_batch(data.valid, rows, job["pad_to"])

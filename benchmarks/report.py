@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import Shape, evaluating, training
-from benchmarks.sides import BASE_ROW, OFF_ROW, ROWS, SHIPPED_ROW, SLOW_ROW
+from benchmarks.sides import BASE_ROW, LEVER_ROWS, OFF_ROW, ROWS, SHIPPED_ROW, SLOW_ROW
 from benchmarks.workloads import Statistics
 
 COLD = "cold"
@@ -122,8 +122,8 @@ def _table_row(results: dict[str, Any], runs: Sequence[Run], row: str) -> str:
 
 
 def _base(runs: Sequence[Run]) -> str:
-    """What the others are held against: b, and where only levers were measured what has none of them."""
-    return BASE_ROW if any(run["row"] == BASE_ROW for run in runs) else OFF_ROW
+    """What the others are held against: b, and among levers what has none of them."""
+    return OFF_ROW if any(run["row"] in LEVER_ROWS for run in runs) else BASE_ROW
 
 
 def _headlines(results: dict[str, Any], runs: Sequence[Run]) -> list[str]:

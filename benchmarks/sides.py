@@ -57,7 +57,12 @@ LEVERS: dict[str, Lever] = {
     ),
     "native": Lever(
         "the engine, its parts between products in C",
-        {"train.native_ops": "false"},
+        {
+            "train.cpu_ops": "false",
+            "train.head": "all",
+            "train.loss_piece": "65536",
+            "train.native_ops": "false",
+        },
         {
             "train.cpu_ops": "true",
             "train.head": "supervised",

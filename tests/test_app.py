@@ -227,7 +227,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(door):
 
 
 def test_saving_by_minutes_saves_between_the_scheduled_updates(door):
-    words = ("experiment=smoke", "train.iters=60", "checkpoint.every=null", "checkpoint.every_minutes=0.005")
+    words = ("experiment=smoke", "train.iters=60", "checkpoint.every=null", "checkpoint.every_minutes=0.0005")
     door(*words, "checkpoint.keep_last=50", "checkpoint.keep_best=0", "hydra.run.dir=run")
     steps = sorted(int(p.name[5:]) for p in (door.folder / "run/checkpoints").glob("step-*"))
     assert len(steps) >= 3 and steps[-1] == 60 and steps[0] < 60

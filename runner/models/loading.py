@@ -168,6 +168,8 @@ def _read(
     model, about = load_model(folder, trust_remote_code=settings.trust_remote_code)
 
     def load_tokens() -> TokenizerWrapper:
+        if not Path(folder).is_dir():
+            raise ModelError(f"model.path={path}: its folder {folder} is gone since the model was loaded.")
         extra = {"trust_remote_code": settings.trust_remote_code}
         try:
             return load_tokenizer(folder, extra, eos_token_ids=about.get("eos_token_id"))

@@ -180,9 +180,11 @@ def test_the_headline_compares_within_rounds_and_is_withheld_where_a_gate_fails(
 def test_levers_are_measured_apart_and_held_against_none(tmp_path: Path) -> None:
     parts = bench.parts_of(bench.FULL, list(sides.ROWS), ["short", "mixed"])
     assert list(parts) == ["short", "short, levers", "mixed", "mixed, levers"]
-    assert parts["mixed"].rows == ["a", "b", "c", "d", "f"]
-    assert parts["mixed, levers"].rows == ["d", *(f"e: {name}" for name in sides.LEVERS)]
-    assert list(bench.parts_of(bench.QUICK, list(sides.QUICK_ROWS), ["short"])) == ["short"]
+    assert parts["mixed"].rows == ["a", "b", "c", "f"]
+    assert parts["mixed, levers"].rows == ["b", "d", *(f"e: {name}" for name in sides.LEVERS)]
+    assert list(bench.parts_of(bench.FULL, ["b", "d", "e: trunk"], ["short"])) == ["short, levers"]
+    (quick,) = bench.parts_of(bench.QUICK, list(sides.QUICK_ROWS), ["short"]).values()
+    assert quick.rows == ["a", "b", "d", "f"] and quick.gated and not parts["mixed, levers"].gated
     results = made_results()
     results["workloads"]["short, levers"] = results["workloads"].pop("short")
     names = {"b": "d", "f": "e: trunk"}

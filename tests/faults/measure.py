@@ -80,7 +80,7 @@ def model() -> Callable[[Path], Any]:
     with TemporaryDirectory() as folder:  # what the first model of a process imports is the program's own
         write_folder(load(Model(path="builtin:tiny")), Path(folder))
         load(Model(path=folder))
-    return lambda path: load(Model(path=str(path)))
+    return lambda path: load(Model(path=str(path))).tokenizer
 
 
 def data() -> Callable[[Path], Any]:

@@ -85,6 +85,7 @@ FREE = {
     "train.keep_baseline": False,
     "train.keep_checks": False,
     "train.cpu_ops": False,
+    "train.native_ops": False,
     "train.test": True,
     "train.early_stopping.patience": 50,
     "train.early_stopping.min_delta": 0.1,

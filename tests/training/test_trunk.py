@@ -313,10 +313,11 @@ def test_another_model_in_its_place_is_no_base_to_go_on_with(
 
     def changes_meanwhile(forward: Forward, reload: Callable) -> int:
         base = load(config.Model(path=changes["model.path"]))
+        tokenizer = base.tokenizer
         other = base.model.layers[0].mlp.up_proj
         other.weight = other.weight * 2
         shutil.rmtree(tmp_path / "model")
-        write_folder(Base(base.model, base.tokenizer, base.config, "", ""), tmp_path / "model")
+        write_folder(Base(base.model, tokenizer, base.config, "", ""), tmp_path / "model")
         return own(forward, reload)
 
     monkeypatch.setattr(Forward, "release_below", changes_meanwhile)

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from runner.cache import cache_folder
 
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
+_LARGEST = 10_000_000
 
 
 class CompileError(Exception):
@@ -23,35 +25,48 @@ class CompileError(Exception):
 
 @contextmanager
 def compiled(source: str, name: str, flags: Sequence[str] = ()) -> Iterator[str]:
-    """Path of `source` compiled, kept as `name` in the cache, or in a passing folder where that cannot be written.
+    """Path of `source` compiled, kept as `name` in the cache, or where that cannot be written, or nothing there be
+    run, in a passing folder.
 
     `name` tells all that the result depends on. What is mapped while the path holds outlives the file.
 
     Raises:
         CompileError: no compiler, or it failed.
     """
-    folder = cache_folder()
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            found = _kept(folder, name) or _compile(source, folder, name, flags)
-        except OSError:
-            found = _compile(source, Path(stack.enter_context(_passing_folder())), name, flags)
+            found = _in(cache_folder(), source, name, flags)
+        except (OSError, CompileError):
+            passing = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-runner-"))
+            try:
+                found = _in(Path(passing), source, name, flags)
+            except OSError as error:
+                raise CompileError(f"{passing}: {error.strerror or error}") from None
         yield str(found)
 
 
-def _passing_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="mlx-runner-")
-
-
-def _kept(folder: Path, name: str) -> Path | None:
-    """The library that was compiled earlier, whole: of a damaged one, parts would only be missed when they are
-    called. Its name tells its sum."""
+def _in(folder: Path, source: str, name: str, flags: Sequence[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{name}.*.so"):
-        if hashlib.sha256(path.read_bytes()).hexdigest() == path.name.split(".")[-2] and _loads(path):
+        if _is_whole(path) and _loads(path):
             return path
-        path.unlink(missing_ok=True)
-    return None
+    made = _compile(source, folder, name, flags)
+    if not _loads(made):
+        raise CompileError(f"{made} cannot be loaded")
+    return made
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was compiled: what of a damaged one is missing would end the process that calls it.
+    Its name tells its sum."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode) or about.st_size > _LARGEST:
+                return False
+            return hashlib.sha256(file.read()).hexdigest() == path.name.split(".")[-2]
+    except OSError:
+        return False
 
 
 def digest(facts: tuple) -> str:
@@ -75,10 +90,13 @@ def _compile(source: str, folder: Path, name: str, flags: Sequence[str]) -> Path
     try:
         # Without start files and libc: a compiler without the C library's headers is enough.
         words = [compiler, "-x", "c", *flags, "-shared", "-fPIC", "-nostdlib", "-o", built, "-"]
-        done = subprocess.run(words, input=source, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            words, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False
+        )
         if done.returncode != 0:
             said = (done.stderr.strip() or "?").splitlines()[-1]
             raise CompileError(f"{compiler} could not build {name.rpartition('-')[0]}: {said}")
+        os.fchmod(handle, 0o755)  # a cache may be shared
         os.fsync(handle)
         target = folder / f"{name}.{hashlib.sha256(Path(built).read_bytes()).hexdigest()}.so"
         os.replace(built, target)

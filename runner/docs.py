@@ -42,7 +42,7 @@ def documented(cls: type = config.Config, prefix: str = "") -> Iterator[tuple[st
         if dataclasses.is_dataclass(value):
             yield from documented(type(value), f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}", value, doc[f.name]
+            yield f"{prefix}{f.name}", value, " ".join(doc[f.name].split())
 
 
 def page() -> str:

@@ -71,9 +71,10 @@ def tiny() -> Callable[..., Config]:
 
 @pytest.fixture
 def train() -> Callable[..., Path]:
-    """Train in this process: `train(settings, folder)`; `resume=path` goes on from there."""
+    """Train in this process: `train(settings, folder)`; `resume=path` goes on from there, and jobs of a sweep share
+    a `Shared`."""
 
-    def do(settings: Config, folder: Path, resume: Path | None = None) -> Path:
+    def do(settings: Config, folder: Path, resume: Path | None = None, shared: Any = None) -> Path:
         from runner.training.run import run
 
         source = find_source(resume) if resume else None
@@ -81,7 +82,7 @@ def train() -> Callable[..., Path]:
         if source is None or source.branch:
             directory.claim()
         start = Start(settings, config.to_dict(settings), directory, source, new_run_id())
-        run(start, blas.prepare())
+        run(start, blas.prepare(), shared=shared)
         return folder
 
     return do

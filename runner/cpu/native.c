@@ -13,12 +13,12 @@ enum { LINES = 16, PART = 256, ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
 
 typedef void gemm_t(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
 
-/* exp(x), as in the Cephes library (S. Moshier): 2^n times a polynomial of the rest. Zero below the least normal
-   number, its largest value beyond it; what is no number stays so. */
+/* exp(x), as in the Cephes library (S. Moshier): 2^n times a polynomial of the rest. Zero below -87.33, infinite above
+   88.37, where n would not fit; what is no number stays so. */
 static inline float exp_(float x)
 {
-    float top = x > 88.37f ? 88.37f : x;
-    float in = top < -87.33f ? -87.33f : top;
+    float low = x > 88.37f ? 88.37f : x;
+    float in = low >= -87.33f ? low : -87.33f;
     float n = (in * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
     float r = in - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
@@ -32,8 +32,9 @@ static inline float exp_(float x)
     int bits = ((int)n + 127) << 23;
     float power;
     __builtin_memcpy(&power, &bits, 4);
-    float y = p * power;
-    return x < -87.33f ? 0.0f : y;
+    float y = x > 88.37f ? __builtin_inff() : p * power;
+    y = x < -87.33f ? 0.0f : y;
+    return x == x ? y : x;
 }
 
 /* log(x) of a normal number above zero, as in the Cephes library. */

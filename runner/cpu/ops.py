@@ -14,6 +14,8 @@ class Ops:
 
     name = f"numpy {np.__version__}"
     """Of the numbers: others give other last digits."""
+    build: str = ""
+    """Of the code, where a compiler made it here."""
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
         kernels.rms_norm(x, weight, eps, out, scale)

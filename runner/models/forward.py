@@ -42,6 +42,8 @@ class Forward:
         """Computes loss and gradients instead of MLX, where it is set."""
         self.why_mlx = ""
         """Where it is not set on a CPU: why."""
+        self.why_numpy = ""
+        """Where it has no code in C though that is wanted: why."""
         self._own: mx.array | None = None
         self.split = self._head() is not None and (proven or self._agrees(self._own_trunk))
         self.cut = 0

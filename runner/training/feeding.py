@@ -46,7 +46,7 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
     if t.cpu_ops and on_cpu():
         forward.why_mlx = _why_no_engine(forward, settings)
         if not forward.why_mlx:
-            ops = ops_of(settings)
+            ops, forward.why_numpy = ops_of(settings)
             forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint, proven=known, ops=ops)
     # Only what was used and found right is kept: a failure may be mended by tomorrow.
     if file and not known and forward.split and forward.cut == cut and not forward.why_mlx:
@@ -57,13 +57,15 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
 def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -> Path:
     """Where it is kept that the parts of the model and the engine agree with the whole: by all that decides it."""
     t = settings.train
+    ops = ops_of(settings)[0] if t.cpu_ops and on_cpu() else None
     return sealed.place(
         "checks",
         {
             "base": base.contents,
             "cut": cut,
             "lora": asdict(settings.lora),
-            "train": (t.cpu_ops, ops_of(settings).name, t.head, t.loss_piece, t.grad_checkpoint, t.compile),
+            "train": (t.cpu_ops, t.head, t.loss_piece, t.grad_checkpoint, t.compile),
+            "ops": ops and (ops.name, ops.build),
             "blas": blas_identity(blas),
             "python": platform.python_version(),
             "code": _code(),
@@ -72,10 +74,10 @@ def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -
     )
 
 
-def ops_of(settings: Config) -> Ops:
-    """What the engine computes with beside products."""
-    found = native.load()[0] if settings.train.native_ops else None
-    return found or Ops()
+def ops_of(settings: Config) -> tuple[Ops, str]:
+    """What the engine computes with beside products; and where that is NumPy though C is wanted, why."""
+    found, why = native.load() if settings.train.native_ops else (None, "")
+    return found or Ops(), why
 
 
 @cache

@@ -79,6 +79,8 @@ def load_parts(
         forward = make_forward(base, adapted.num_layers, settings, blas)
         if forward.why_mlx:
             display.line(f"engine not used: {forward.why_mlx}; MLX computes")
+        elif forward.why_numpy:
+            display.line(f"engine without its code in C: {forward.why_numpy}; NumPy computes")
         trunks = shared.trunks(forward, base, settings, blas, display.line)
         _tell_trunk(settings, data, adapted, forward, trunks, display)
     except BaseException:

@@ -65,7 +65,8 @@ class Shared:
         say: Callable[[str], None],
     ) -> Trunks | None:
         """The trunk's cache at `forward`'s cut, the last job's where it had the same."""
-        key = (base.fingerprint, forward.cut, forward.engine is None, astuple(settings.train.trunk))
+        engine = forward.engine and forward.engine.identity
+        key = (base.fingerprint, forward.cut, engine, astuple(settings.train.trunk))
         if self._trunks is None or self._trunks[0] != key:
             self._let_go_of_trunks()
             self._trunks = (key, make_trunks(forward, base, settings, blas, say))

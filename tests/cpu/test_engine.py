@@ -12,7 +12,8 @@ from runner import config
 from runner.blas import BlasReport
 from runner.cpu import kernels, native, threads
 from runner.cpu.block import view
-from runner.cpu.engine import Engine
+from runner.cpu.engine import Engine, _groups
+from runner.cpu.lanes import Rows
 from runner.cpu.making import make_engine
 from runner.cpu.ops import Ops
 from runner.data.tokens import TokenSet
@@ -272,6 +273,18 @@ def test_an_evaluation_by_the_engine_is_that_of_mlx(ops) -> None:
     ours = evaluate(made.model, forward, batches)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
     assert (ours.tokens, ours.supervised) == (theirs.tokens, theirs.supervised)
+
+
+def test_an_evaluation_of_more_rows_than_are_computed_at_once_is_that_of_mlx(ops, lanes) -> None:
+    lanes(2)
+    made = adapted(MODELS["tied"]())
+    forward, batches = Forward(made.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
+    theirs = evaluate(made.model, forward, batches)
+    forward.engine = Engine(made.model, ops=ops)
+    ours = evaluate(made.model, forward, batches)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    groups = _groups(Rows([150, 40, 260, 90, 500, 3, 381, 4]), 384)
+    assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
 
 
 def engine_of(made: Adapted):

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from runner.errors import CheckpointError
 from runner.models.arrays import tensors_of
+from runner.training import optimizers
 from runner.training.optimizers import NotFinite, Optimizer, Packing, clipped
 
 MADE = {
@@ -44,6 +45,24 @@ def test_updates_and_state_are_those_of_array_by_array(name: str, dtype: mx.Dtyp
     state = dict(tree_flatten(apart.state))
     assert set(packed.state()) == set(state)
     assert all(mx.array_equal(packed.state()[n], state[n]).item() for n in state)
+
+
+@pytest.mark.parametrize("name", list(MADE))
+def test_several_vectors_are_the_same_as_one_and_take_its_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, grads = arrays(0), [arrays(update) for update in (1, 2)]
+    one = Optimizer(MADE[name](), params)
+    middle = one.update(params, one.packing.pack(grads[0]), 1e-3)
+    state = {key: mx.array(np.array(array)) for key, array in one.state().items()}
+    expected = one.update(middle, one.packing.pack(grads[1]), 1e-3)
+    monkeypatch.setattr(optimizers, "_VECTOR", 40)
+    several = Optimizer(MADE[name](), params)
+    assert list(several.packing.names) == ["float32", "float32.53"] and list(one.packing.names) == ["float32"]
+    several.restore(state, "there")
+    found = several.update(middle, several.packing.pack(grads[1]), 1e-3)
+    assert list(found) == list(expected)
+    assert all(mx.array_equal(found[n], expected[n]).item() for n in expected)
+    for ours, theirs in zip(several.tensors(found), one.tensors(expected), strict=True):
+        assert {n: bytes(t.data) for n, t in ours.items()} == {n: bytes(t.data) for n, t in theirs.items()}
 
 
 def test_a_restored_state_goes_on_as_if_never_stopped_and_another_s_is_refused() -> None:

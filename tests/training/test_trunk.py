@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -22,6 +23,7 @@ from runner.models.trunk import Trunk, Trunks
 from runner.models.trunk_store import Budget, TrunkStore
 from runner.training.feed import Feed, Fixed
 from runner.training.feeding import joined
+from runner.training.shared import Shared
 
 CUT = {"lora.num_layers": 1, "train.grad_accumulation": 2}
 
@@ -376,3 +378,15 @@ def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
     # Without dropout the engine computes, with it MLX does: the last digits may differ.
     others = [{"lora.dropout": 0.1}, {"train.head": "all"}, {"lora.num_layers": 1}, {"train.eval_tokens": 1}]
     assert all(baseline(**other) is not own for other in others)
+
+
+def test_jobs_that_compute_otherwise_share_no_states(tiny: Callable, train: Callable, tmp_path: Path) -> None:
+    """In one process, as the jobs of a sweep: by C, then by NumPy, whose numbers are others."""
+    settings = {**CUT, "train.trunk.folder": str(tmp_path / "cache"), "train.iters": 1}
+    shared, kept = Shared(), [0]
+    for native_ops in (True, False, True):
+        train(tiny(**settings, **{"train.native_ops": native_ops}), tmp_path / f"{len(kept)}", shared=shared)
+        kept.append(len(list((tmp_path / "cache").iterdir())))
+    assert kept == [0, kept[1], 2 * kept[1], 2 * kept[1]] and kept[1] > 0
+    states = [json.loads((tmp_path / f"{job}/checkpoints/step-0000001/train_state.json").read_text()) for job in (1, 2)]
+    assert [state["environment"]["engine"].split(", ")[1][:5] for state in states] == ["nativ", "numpy"]

@@ -237,8 +237,8 @@ class Train:
     cpu_ops: bool = True
     """On the CPU, compute exponentials and the like in NumPy, which is faster there than MLX's own loops."""
     native_ops: bool = True
-    """In the engine of the CPU, compute them by code that this machine's C compiler makes once; NumPy where it has
-    none."""
+    """In the engine of the CPU, compute what lies between products by code that this machine's C compiler makes once;
+    NumPy where it has none."""
     test: bool = False
     """Evaluate the result on the test split at the end."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)

@@ -92,17 +92,19 @@ def ours(job: dict[str, Any], data: Any) -> Counted:
     """The batches that our side makes of `data` with the settings in `job`, ``packed`` where it computes no padding."""
     from runner.data.batches import make_batch
     from runner.data.order import Order, Position, evaluation_batches
+    from runner.data.widths import Widths
 
     counted = Counted()
     order = Order(data.train.lengths, job["batch_size"], job["seed"], job["window"])
+    widths = Widths.of(data.train.lengths, job["pad_to"])
     for rows in order.take(Position(), job["iters"])[0]:
-        batch = make_batch(data.train, rows, job["pad_to"])
+        batch = make_batch(data.train, rows, widths)
         counted.add(batch.inputs, data.train.lengths[rows], batch.supervised)
     if job["packed"]:
         counted.positions = counted.tokens
     evaluated = Counted()
     for rows in evaluation_batches(data.valid.lengths, job["batch_size"]):
-        batch = make_batch(data.valid, rows, job["pad_to"])
+        batch = make_batch(data.valid, rows, widths)
         evaluated.add(batch.inputs, data.valid.lengths[rows], batch.supervised)
     counted.valid_tokens, counted.valid_supervised = evaluated.tokens, evaluated.supervised
     counted.evaluations = 1 + sum(u % job["eval_every"] == 0 or u == job["iters"] for u in range(1, job["iters"] + 1))

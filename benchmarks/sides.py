@@ -42,8 +42,8 @@ class Lever:
 
 
 LEVERS: dict[str, Lever] = {
-    "near lengths": Lever("batches of near lengths", {"data.window": "1"}, {"data.window": "32"}),
-    "pad to 16": Lever("padded to 16 tokens, not 32", {"data.pad_to": "32"}, {"data.pad_to": "16"}),
+    "near lengths": Lever("batches of near lengths", {"data.window": "1"}, {"data.window": "64"}),
+    "widths": Lever("padded to the widths that pad least", {"data.pad_to": "32"}, {"data.pad_to": "null"}),
     "head": Lever(
         "head and loss where a token is supervised, in pieces",
         {"train.head": "all", "train.loss_piece": "65536"},

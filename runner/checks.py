@@ -121,7 +121,7 @@ def check(config: Config) -> None:
     )
     require("seed", lambda v: v < 2**63, "below 2**63")
     for name, most in _AT_MOST.items():
-        if flat[name] > most:
+        if flat[name] is not None and flat[name] > most:
             problems.append(f"{name}={flat[name]} cannot be: it has to be at most {most:,}.")
     require("data.max_length", lambda v: v >= 2, "2 or more")
     require("checkpoint.dir", _is_plain_folder, "a plain folder name inside the run directory")

@@ -88,11 +88,12 @@ class Data:
     """Longest row, in tokens."""
     on_too_long: str = "truncate"
     """What happens to a longer row: truncate, drop, or error (names file and line)."""
-    pad_to: int = 16
-    """Batches are padded to a multiple of this many tokens; few widths mean few compilations."""
+    pad_to: int | None = None
+    """Batches are padded to a multiple of this many tokens; null chooses, for the lengths there are, the 32 widths that
+    pad least. Few widths mean few compilations."""
     window: int | None = None
     """Batches whose rows are sorted by length together: larger means less padding and less shuffling. null means 1
-    (none sorted) where the engine of the CPU computes the model, which computes no padding, and 32 elsewhere."""
+    (none sorted) where the engine of the CPU computes the model, which computes no padding, and 64 elsewhere."""
     metric: str | None = None
     """The data set's own metric on generated answers: execution_accuracy, exact_match, or null."""
     metric_split: str = "test"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runner.data.token_set import TokenSet
+from runner.data.widths import Widths
 
 POSITIONS_MULTIPLE = 64
 
@@ -37,18 +38,18 @@ class Batch:
         return int(self.lengths.sum())
 
 
-def make_batch(tokens: TokenSet, indices: np.ndarray, pad_to: int) -> Batch:
+def make_batch(tokens: TokenSet, indices: np.ndarray, widths: Widths) -> Batch:
     """The batch of the rows `indices`, in their order.
 
-    The length is the smallest multiple of `pad_to` that holds the longest row less its last token. Raises
-    ValueError without a row.
+    The length is the least of `widths` that holds the longest row less its last token. Raises ValueError without a
+    row.
     """
     indices = np.asarray(indices)
     if indices.size == 0:
         raise ValueError("a batch needs at least one row")
     starts = tokens.offsets[indices]
     counts = tokens.offsets[indices + 1] - starts - 1
-    length = max(1, -(-int(counts.max()) // pad_to)) * pad_to
+    length = widths.fit(int(counts.max()))
     real = int(counts.sum())
     row = np.repeat(np.arange(len(indices)), counts)
     column = np.arange(real) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -15,6 +15,7 @@ import numpy as np
 from runner.data.batches import Batch, make_batch
 from runner.data.order import Order, Position
 from runner.data.tokens import TokenSet
+from runner.data.widths import Widths
 from runner.models.trunk import Trunk
 
 
@@ -54,9 +55,10 @@ class _Prepared:
 class Feed:
     """Makes the batches of one token set."""
 
-    def __init__(self, rows: TokenSet, pad_to: int, trunk: Trunk | None = None) -> None:
-        self.rows = rows
-        self._pad_to, self._trunk = pad_to, trunk
+    def __init__(self, rows: TokenSet, pad_to: int | None, trunk: Trunk | None = None) -> None:
+        """`pad_to` as the setting `data.pad_to`."""
+        self.rows, self._trunk = rows, trunk
+        self.widths = Widths.of(rows.lengths, pad_to)
 
     def __call__(self, indices: np.ndarray) -> Ready:
         """The batch of the rows `indices`, on the thread of training."""
@@ -64,7 +66,7 @@ class Feed:
 
     def prepare(self, indices: np.ndarray) -> _Prepared:
         """The part that needs no MLX."""
-        batch = make_batch(self.rows, indices, self._pad_to)
+        batch = make_batch(self.rows, indices, self.widths)
         if self._trunk is None:
             return _Prepared(batch, indices, None, [])
         trunk, missing = self._trunk, []

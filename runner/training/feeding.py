@@ -20,6 +20,7 @@ from runner.cpu.making import fits, make_engine
 from runner.cpu.ops import Ops
 from runner.data.order import evaluation_batches
 from runner.data.tokens import TokenSet
+from runner.data.widths import Widths
 from runner.models import adapters
 from runner.models import forward as forward_module
 from runner.models.forward import Forward
@@ -28,7 +29,7 @@ from runner.models.trunk import Trunks, numbers_identity
 from runner.training import loss
 from runner.training.feed import Feed, Fixed
 
-UNSORTED, NEAR_LENGTHS = 1, 32
+UNSORTED, NEAR_LENGTHS = 1, 64
 """Windows of `data.window`: null."""
 _PROVEN = {"agrees": True}
 _DROPOUT = "lora.dropout is above 0"
@@ -146,17 +147,17 @@ def feed_of(rows: TokenSet, settings: Config, trunks: Trunks | None) -> Feed:
 
 def fixed_batches(rows: TokenSet, settings: Config, trunks: Trunks | None) -> Fixed:
     """The batches of an evaluation: rows chosen in batches of training's size, computed in larger ones."""
-    t, pad_to = settings.train, settings.data.pad_to
+    t, feed = settings.train, feed_of(rows, settings, trunks)
     chosen = evaluation_batches(rows.lengths, t.batch_size, t.eval_batches)
-    return Fixed(feed_of(rows, settings, trunks), joined(chosen, rows.lengths, pad_to, t.eval_tokens))
+    return Fixed(feed, joined(chosen, rows.lengths, feed.widths, t.eval_tokens))
 
 
-def joined(chosen: list[np.ndarray], lengths: np.ndarray, pad_to: int, most: int) -> list[np.ndarray]:
+def joined(chosen: list[np.ndarray], lengths: np.ndarray, widths: Widths, most: int) -> list[np.ndarray]:
     """Neighbours of `chosen` joined while their padded positions stay within `most`; rows are by rising length."""
     groups: list[list[np.ndarray]] = []
     count = 0
     for rows in chosen:
-        width = -(-max(1, int(lengths[rows].max()) - 1) // pad_to) * pad_to
+        width = widths.fit(int(lengths[rows].max()) - 1)
         if groups and (count + len(rows)) * width <= most:
             groups[-1].append(rows)
             count += len(rows)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from runner.data.batches import make_batch
 from runner.data.tokens import TokenSet
+from runner.data.widths import Widths
 
 
 def token_set(rows):
@@ -47,7 +48,7 @@ one_row = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size
 @given(st.lists(one_row, min_size=1, max_size=7), st.data(), st.sampled_from([1, 3, 8, 32, 64]))
 def test_a_batch_equals_the_obvious_construction(rows, data, pad_to):
     indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9))
-    batch = make_batch(token_set(rows), np.array(indices), pad_to)
+    batch = make_batch(token_set(rows), np.array(indices), Widths(pad_to))
     inputs, positions, targets, real = obvious([rows[index] for index in indices], pad_to)
     count = len(positions)
     assert batch.inputs.tolist() == inputs
@@ -67,12 +68,12 @@ def test_a_batch_equals_the_obvious_construction(rows, data, pad_to):
 @pytest.mark.parametrize(("tokens", "pad_to", "length"), [(33, 32, 32), (34, 32, 64), (2, 32, 32), (6, 1, 5)])
 def test_the_length_is_the_next_multiple_above_the_longest_row(tokens, pad_to, length):
     rows = [([1] * tokens, [True] * tokens), ([1, 2], [False, True])]
-    assert make_batch(token_set(rows), np.array([0, 1]), pad_to).inputs.shape == (2, length)
+    assert make_batch(token_set(rows), np.array([0, 1]), Widths(pad_to)).inputs.shape == (2, length)
 
 
 def test_a_batch_without_rows_is_refused():
     with pytest.raises(ValueError, match="at least one row"):
-        make_batch(token_set([([1, 2], [False, True])]), np.array([], dtype=int), 32)
+        make_batch(token_set([([1, 2], [False, True])]), np.array([], dtype=int), Widths(32))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_the_summed_loss_equals_mlx_lms(offset, pad_to, llama):
     rows = np.random.default_rng(1).integers(1, 101, (3, 21))
     supervised = [index >= max(offset, 1) for index in range(21)]
     tokens = token_set([(row.tolist(), supervised) for row in rows])
-    batch = make_batch(tokens, np.arange(3), pad_to)
+    batch = make_batch(tokens, np.arange(3), Widths(pad_to))
     loss, count = default_loss(llama, mx.array(rows), mx.array([[offset, 21]] * 3))
     assert count.item() == batch.supervised
     assert summed_loss(llama, batch) == pytest.approx((loss * count).item(), rel=1e-5)
@@ -126,6 +127,6 @@ def test_neither_padding_nor_neighbours_change_a_rows_loss(llama):
     generator = np.random.default_rng(2)
     rows = [generator.integers(1, 101, size).tolist() for size in (5, 30, 17)]
     tokens = token_set([(row, [False, False] + [True] * (len(row) - 2)) for row in rows])
-    together = summed_loss(llama, make_batch(tokens, np.arange(3), 32))
-    alone = sum(summed_loss(llama, make_batch(tokens, np.array([index]), 1)) for index in range(3))
+    together = summed_loss(llama, make_batch(tokens, np.arange(3), Widths(32)))
+    alone = sum(summed_loss(llama, make_batch(tokens, np.array([index]), Widths(1))) for index in range(3))
     assert together == pytest.approx(alone, rel=1e-5)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from runner import config
+from runner.data.widths import Widths
 from runner.errors import ModelError
 from runner.models import trunk as trunks_module
 from runner.models.adapters import Adapted
@@ -348,10 +349,10 @@ def test_an_evaluation_s_batches_are_made_when_they_are_asked_for(rows, monkeypa
 def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
     lengths = np.array([5, 6, 9, 17, 17, 30, 200])
     chosen = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5]), np.array([6])]
-    whole = joined(chosen, lengths, 16, 10**6)
+    whole = joined(chosen, lengths, Widths(16), 10**6)
     assert [g.tolist() for g in whole] == [[0, 1, 2, 3, 4, 5, 6]]
-    assert [g.tolist() for g in joined(chosen, lengths, 16, 64)] == [[0, 1, 2, 3], [4, 5], [6]]
-    assert [g.tolist() for g in joined(chosen, lengths, 16, 1)] == [c.tolist() for c in chosen]
+    assert [g.tolist() for g in joined(chosen, lengths, Widths(16), 64)] == [[0, 1, 2, 3], [4, 5], [6]]
+    assert [g.tolist() for g in joined(chosen, lengths, Widths(16), 1)] == [c.tolist() for c in chosen]
 
 
 def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:

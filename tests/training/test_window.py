@@ -11,6 +11,7 @@ from runner.checkpoints.disk import Disk
 from runner.checkpoints.manifest import write
 from runner.checkpoints.store import record_of
 from runner.checkpoints.verify import load
+from runner.training.feeding import NEAR_LENGTHS
 from runner.verbs.replay import replay
 
 
@@ -23,9 +24,9 @@ def position(run: Path, step: int) -> dict[str, int]:
     [
         ({}, 1),
         ({"lora.dropout": 0.1}, 1),
-        ({"train.cpu_ops": False}, 32),
-        ({"train.cpu_ops": False, "lora.dropout": 0.1}, 32),
-        ({"train.head": "all"}, 32),
+        ({"train.cpu_ops": False}, NEAR_LENGTHS),
+        ({"train.cpu_ops": False, "lora.dropout": 0.1}, NEAR_LENGTHS),
+        ({"train.head": "all"}, NEAR_LENGTHS),
         ({"data.window": 5}, 5),
     ],
     ids=str,

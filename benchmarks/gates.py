@@ -121,7 +121,7 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from runner.cpu.making import make_engine
     from runner.models.forward import Forward
     from runner.training.feed import Feed
-    from runner.training.loss import surrogate
+    from runner.training.loss import loss_and_grads
 
     model, forward = adapted.model, Forward(adapted.model)
     engine, _ = make_engine(forward)
@@ -135,17 +135,12 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     ready = Feed(rows, pad_to=32)(np.asarray(chosen))
     batch = ready.batch
 
-    def mean(params: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-        model.update(tree_unflatten(list(params.items())))
-        scalar, loss = surrogate(forward, *ready.arrays())
-        return scalar / batch.supervised, loss / batch.supervised
-
     sides: dict[str, tuple[float, dict]] = {}
     for name, numpy_sums in (("mlx", False), ("pairwise", True)):
         cross_entropy.configure(on=numpy_sums)
-        (_, loss), grads = mx.value_and_grad(mean)(params)
+        loss, grads = loss_and_grads(forward, adapted.place, params, *ready.arrays())
         mx.eval(loss, grads)
-        sides[name] = loss.item(), grads
+        sides[name] = loss.item() / batch.supervised, {key: grad / batch.supervised for key, grad in grads.items()}
     if engine is not None:
         summed, made = engine.loss_and_grads({name: view(a) for name, a in params.items()}, *ready.numbers())
         grads = {name: mx.array(grad / batch.supervised) for name, grad in made.items()}

@@ -11,9 +11,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from runner.cpu.block import view
 from runner.cpu.engine import Engine
 from runner.cpu.ops import Ops
+from runner.models.adapters import Params
 from runner.models.forward import Forward
 from runner.models.loading import on_cpu
-from runner.training.loss import surrogate
+from runner.training.loss import loss_and_grads
 
 TOLERANCE = 1e-3
 """Largest relative difference: of the loss, and of each gradient by its norm. Float32 noise is a hundredth of it."""
@@ -57,14 +58,13 @@ def _agrees(engine: Engine, forward: Forward) -> bool:
     positions, weights = np.arange(8, dtype=np.int32), ((np.arange(8) > 3) & (np.arange(8) < 7)).astype(np.float32)
     rest = positions, inputs[0], weights
 
-    def loss(params: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+    def place(params: Params) -> None:
         model.update(tree_unflatten(list(params.items())))
-        return surrogate(forward, *map(mx.array, (inputs, *rest)))
 
     training, least, piece = model.training, engine.lanes.least, engine.head.piece
     try:
         model.eval()
-        (_, theirs), their_grads = mx.value_and_grad(loss)(params)
+        theirs, their_grads = loss_and_grads(forward, place, params, *map(mx.array, (inputs, *rest)))
         mx.eval(theirs, their_grads)
         engine.lanes.least, engine.head.piece = 1, 2
         ours, our_grads = engine.loss_and_grads({name: view(a) for name, a in params.items()}, inputs[0], [8], *rest)
@@ -72,7 +72,7 @@ def _agrees(engine: Engine, forward: Forward) -> bool:
         return False
     finally:
         engine.lanes.least, engine.head.piece = least, piece
-        model.update(tree_unflatten(list(own.items())))
+        place(own)
         model.train(training)
     if set(our_grads) != set(their_grads) or not math.isclose(ours, float(view(theirs)), rel_tol=TOLERANCE):
         return False

@@ -6,11 +6,17 @@ the loss, while a piece's logits are there: they are neither kept for the backwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from runner.cpu import cross_entropy
+from runner.cpu.block import view
+from runner.models.adapters import Params
 from runner.models.forward import Forward
+from runner.models.loading import on_cpu
 
 
 def loss_sum(
@@ -25,7 +31,7 @@ def loss_sum(
     """Sum over supervised tokens of -log p(target), float32; padding positions have weight 0.
 
     `inputs` as in `Forward.logits`; positions, targets, weights (n,). `eager`: not while a compilation traces. It has
-    no gradients: see `surrogate`.
+    no gradients: see `loss_and_grads`.
     """
     if not forward.split or forward.everywhere:
         return _summed(forward.logits(inputs, positions), targets, weights)
@@ -33,27 +39,70 @@ def loss_sum(
     return _in_pieces(forward, hidden, targets, weights, gradient=False, eager=eager)[0]
 
 
-def surrogate(
+def loss_and_grads(
     forward: Forward,
+    place: Callable[[Params], None],
+    params: Params,
     inputs: mx.array,
     positions: mx.array,
     targets: mx.array,
     weights: mx.array,
     *,
     eager: bool = True,
-) -> tuple[mx.array, mx.array]:
-    """A scalar with the gradients of the summed loss, and the summed loss itself, which has none.
+) -> tuple[mx.array, Params]:
+    """The summed loss as in `loss_sum`, and its gradients by `params`, which `place` puts into the model.
 
-    With g the loss's gradient by the hidden states h, held fixed, sum(h * g) has exactly g as its own.
+    The model holds arrays of the differentiation's own afterwards: place what it is to have.
     """
-    if not forward.split or forward.everywhere:
-        loss = _summed(forward.logits(inputs, positions), targets, weights)
-        return loss, loss
-    hidden = forward.selected(inputs, positions)
-    fixed = mx.stop_gradient(hidden)
-    loss, gradient = _in_pieces(forward, fixed, targets, weights, gradient=True, eager=eager)
+    if eager and on_cpu() and forward.split and not forward.everywhere:
+        return _forth_and_back(forward, place, params, inputs, positions, targets, weights)
+
+    def traced(params: Params) -> tuple[mx.array, mx.array]:
+        place(params)
+        if not forward.split or forward.everywhere:
+            loss = _summed(forward.logits(inputs, positions), targets, weights)
+            return loss, loss
+        hidden = forward.selected(inputs, positions)
+        loss, gradient = _in_pieces(forward, mx.stop_gradient(hidden), targets, weights, gradient=True, eager=False)
+        assert gradient is not None
+        return _with_its_gradient(hidden, gradient.astype(mx.float32)), mx.stop_gradient(loss)
+
+    (_, loss), grads = mx.value_and_grad(traced)(params)
+    return loss, grads
+
+
+def _forth_and_back(
+    forward: Forward,
+    place: Callable[[Params], None],
+    params: Params,
+    inputs: mx.array,
+    positions: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+) -> tuple[mx.array, Params]:
+    """`loss_and_grads` where arrays are evaluated on the way: not before the differentiation has ended, as each
+    array that is evaluated within it is kept until its end, needed or not."""
+    by_hidden = mx.array(0.0)
+
+    def traced(params: Params) -> tuple[mx.array, mx.array]:
+        nonlocal by_hidden
+        place(params)
+        hidden = forward.selected(inputs, positions)
+        by_hidden = mx.array(np.zeros(hidden.shape, np.float32))
+        return _with_its_gradient(hidden, by_hidden), mx.stop_gradient(hidden)
+
+    (scalar, hidden), grads = mx.value_and_grad(traced)(params)
+    del scalar  # never computed
+    loss, gradient = _in_pieces(forward, hidden, targets, weights, gradient=True, eager=True)
     assert gradient is not None
-    return (hidden.astype(mx.float32) * gradient.astype(mx.float32)).sum(), mx.stop_gradient(loss)
+    # The way back is laid out but not begun: it will read what is written here.
+    np.array(by_hidden, copy=False)[...] = view(gradient.astype(mx.float32))
+    return loss, grads
+
+
+def _with_its_gradient(hidden: mx.array, gradient: mx.array) -> mx.array:
+    """A scalar whose gradient by `hidden` is `gradient`, which is held fixed."""
+    return (hidden.astype(mx.float32) * gradient).sum()
 
 
 def _in_pieces(

@@ -14,7 +14,7 @@ from runner.models.adapters import Adapted, Params
 from runner.models.forward import Forward
 from runner.training import optimizers
 from runner.training.feed import Ready
-from runner.training.loss import surrogate
+from runner.training.loss import loss_and_grads
 from runner.training.member import Member
 from runner.training.optimizers import Packing, Vectors
 
@@ -34,8 +34,7 @@ class Step:
         self._forward = forward
         self._grad_clip = grad_clip
         self._eager = not compiled
-        grad = mx.value_and_grad(self._loss_sum)
-        self._loss_and_grad = mx.compile(grad) if compiled else grad
+        self._loss_and_grads = mx.compile(self._differentiated) if compiled else self._differentiated
 
     def place(self, params: Params) -> None:
         """Put `params` into the model, for evaluation and generation."""
@@ -80,12 +79,12 @@ class Step:
         """Summed loss and gradients of one micro-batch."""
         engine = self._forward.engine
         if engine is None:
-            (_, loss), grads = self._loss_and_grad(params, *ready.arrays(), key)
+            loss, grads = self._loss_and_grads(params, *ready.arrays(), key)
             return loss, packing.pack(grads)
         value, made = engine.loss_and_grads({name: view(array) for name, array in params.items()}, *ready.numbers())
         return mx.array(value), packing.pack_numbers(made)
 
-    def _loss_sum(
+    def _differentiated(
         self,
         params: Params,
         inputs: mx.array,
@@ -93,10 +92,9 @@ class Step:
         targets: mx.array,
         weights: mx.array,
         key: mx.array,
-    ) -> tuple[mx.array, mx.array]:
-        self.place(params)
+    ) -> tuple[mx.array, Params]:
         self._adapted.stream.begin(key)
-        return surrogate(self._forward, inputs, positions, targets, weights, eager=self._eager)
+        return loss_and_grads(self._forward, self.place, params, inputs, positions, targets, weights, eager=self._eager)
 
 
 def dropout_seed(seed: int, update: int, micro: int) -> int:

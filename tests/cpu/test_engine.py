@@ -24,7 +24,7 @@ from runner.models.loading import Base, load
 from runner.training.evaluation import evaluate
 from runner.training.feed import Feed
 from runner.training.feeding import make_forward
-from runner.training.loss import surrogate
+from runner.training.loss import loss_and_grads
 
 SMALL = {
     "hidden_size": 48,
@@ -78,13 +78,9 @@ def by_mlx(made: Adapted, ready):
     """Loss and gradients by MLX's own differentiation."""
     forward, own = Forward(made.model), made.params()
 
-    def loss(params):
-        made.model.update(tree_unflatten(list(params.items())))
-        return surrogate(forward, *ready.arrays())
-
-    (_, value), grads = mx.value_and_grad(loss)(own)
+    value, grads = loss_and_grads(forward, made.place, own, *ready.arrays())
     mx.eval(value, grads)
-    made.model.update(tree_unflatten(list(own.items())))
+    made.place(own)
     return value.item(), {name: view(grad) for name, grad in grads.items()}
 
 

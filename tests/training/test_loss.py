@@ -9,9 +9,10 @@ import pytest
 
 from runner import config
 from runner.cpu import cross_entropy, threads
+from runner.models.adapters import Adapted
 from runner.models.forward import Forward
 from runner.models.loading import load
-from runner.training.loss import loss_sum, surrogate
+from runner.training.loss import loss_and_grads, loss_sum
 
 N = 192
 
@@ -70,12 +71,14 @@ def test_loss_and_gradient_are_those_of_one_piece(base, path, piece):
     base.model.model.__class__ = Scaled
     try:
 
-        def trained(f):
-            Scaled.factor = f
-            return surrogate(forward, *args, eager=eager)
+        def place(params):
+            Scaled.factor = params["factor"]
 
-        step = mx.value_and_grad(trained)
-        (_, loss), ours = (step if eager else mx.compile(step))(factor)
+        def step(params):
+            return loss_and_grads(forward, place, params, *args, eager=eager)
+
+        loss, grads = (step if eager else mx.compile(step))({"factor": factor})
+        ours = grads["factor"]
         Scaled.factor = factor
         evaluated = loss_sum(forward, *args, eager=eager)
     finally:
@@ -114,3 +117,27 @@ def test_large_logits_do_not_overflow():
     loss, gradient = cross_entropy.cross_entropy(logits, mx.array([0]), mx.ones(1))
     assert loss.item() == 0.0
     assert gradient.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_pieces_on_the_way_hold_no_more_memory_than_the_whole_at_once(base):
+    """What is evaluated within a differentiation is kept until its end: before, this took 1.8 times as much."""
+    adapted = Adapted(base, config.Lora(rank=4, num_layers=2), seed=5)
+    numbers = np.random.default_rng(0)
+    ids = mx.array(numbers.integers(3, 300, (8, 256)).astype(np.int32))
+    positions = mx.array(np.sort(numbers.choice(2048, 1024, replace=False)).astype(np.int32))
+    args = ids, positions, mx.array(numbers.integers(3, 300, 1024).astype(np.int32)), mx.ones(1024)
+    forward, params = Forward(base.model, piece=64), adapted.params()
+
+    def peak(eager):
+        mx.eval(params, args)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(loss_and_grads(forward, adapted.place, params, *args, eager=eager))
+        adapted.place(params)
+        return mx.get_peak_memory() - before
+
+    try:
+        base.model.train()
+        assert peak(eager=True) < 1.2 * peak(eager=False)
+    finally:
+        adapted.remove()

@@ -27,6 +27,7 @@ from typing import Any
 from runner.data.cache_entry import Damaged, seal, unseal
 from runner.data.formats import Reading
 from runner.data.rows import opened
+from runner.errors import DataError
 
 ALWAYS_READ = 16 << 20
 """Bytes; 20 ms."""
@@ -124,12 +125,27 @@ def content_of(file: Path, notes: Path) -> str:
             content = told.pop("sha256")
             if told == stated and isinstance(content, str):
                 return content
-        settled = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED * 1e9
+        settled = _is_settled(found)
         content = hashlib.file_digest(source, "sha256").hexdigest()
     if settled:
         with suppress(OSError):
             _write(note, seal({**stated, "sha256": content}))
     return content
+
+
+def note_content(file: Path, notes: Path) -> None:
+    """Have the hash of a large `file` noted, if it was too new for that when `content_of` hashed it and is not now.
+
+    For the time after its rows were tokenised, which took a hundred times as long as one more hash does.
+    """
+    with suppress(OSError, DataError):
+        found = file.stat()
+        if found.st_size > ALWAYS_READ and _is_settled(found):
+            content_of(file, notes)  # which takes no time where there is a note
+
+
+def _is_settled(found: os.stat_result) -> bool:
+    return time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED * 1e9
 
 
 def _write(file: Path, data: bytes) -> None:

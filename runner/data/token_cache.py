@@ -15,7 +15,7 @@ from typing import Any
 from runner.data import cache_entry
 from runner.data.bad_rows import BadRows
 from runner.data.cache_entry import MANIFEST, Damaged, Draft, NotKept
-from runner.data.cache_key import content_of, key_of, tokenizer_identity, why_not
+from runner.data.cache_key import content_of, key_of, note_content, tokenizer_identity, why_not
 from runner.data.encoding import Fill, Gathered, in_memory
 from runner.data.formats import Reading
 from runner.data.later import Later, tokenizer_of
@@ -78,6 +78,8 @@ class Store:
             self._leave(f"tokens are not kept on disk: {reason} (data.cache_folder=… names another folder)")
             own = BadRows()
             made = in_memory(fill, own)
+        else:
+            note_content(file, self.cache.folder / "files")
         bad.merge(own)
         return made
 

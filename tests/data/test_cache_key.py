@@ -185,6 +185,16 @@ def test_a_file_of_just_now_is_hashed_until_it_is_settled(load, hashed, folder):
     assert not list((folder.parent / "cache").glob("files/*"))
 
 
+def test_a_file_that_settles_while_its_rows_are_tokenised_is_noted_then(load, hashed, monkeypatch, tokenised):
+    now = iter([False, True, True] * 2)
+    monkeypatch.setattr(cache_key, "_is_settled", lambda _: next(now, True))
+    load()
+    assert hashed == ["train.jsonl"] * 2 + ["valid.jsonl"] * 2
+    load()
+    assert len(hashed) == 4
+    assert len(tokenised) == 2
+
+
 def test_an_edit_that_keeps_size_and_time_is_noticed(load, hashed, folder, monkeypatch, tokenised, rewrite):
     monkeypatch.setattr(cache_key, "SETTLED", 0.0)
     file = folder / "train.jsonl"

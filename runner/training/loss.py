@@ -54,29 +54,35 @@ def loss_and_grads(
 
     The model holds arrays of the differentiation's own afterwards: place what it is to have.
     """
-    if eager and on_cpu() and forward.split and not forward.everywhere:
-        return _forth_and_back(forward, place, params, inputs, positions, targets, weights)
 
-    def traced(params: Params) -> tuple[mx.array, mx.array]:
+    def hidden_of(params: Params) -> mx.array:
         place(params)
-        if not forward.split or forward.everywhere:
-            loss = _summed(forward.logits(inputs, positions), targets, weights)
-            return loss, loss
-        hidden = forward.selected(inputs, positions)
+        return forward.selected(inputs, positions)
+
+    def whole(params: Params) -> tuple[mx.array, mx.array]:
+        place(params)
+        loss = _summed(forward.logits(inputs, positions), targets, weights)
+        return loss, loss
+
+    def in_pieces(params: Params) -> tuple[mx.array, mx.array]:
+        hidden = hidden_of(params)
         loss, gradient = _in_pieces(forward, mx.stop_gradient(hidden), targets, weights, gradient=True, eager=False)
         assert gradient is not None
         return _with_its_gradient(hidden, gradient.astype(mx.float32)), mx.stop_gradient(loss)
 
-    (_, loss), grads = mx.value_and_grad(traced)(params)
+    if forward.split and not forward.everywhere:
+        if eager and on_cpu():
+            return _forth_and_back(forward, hidden_of, params, targets, weights)
+        (_, loss), grads = mx.value_and_grad(in_pieces)(params)
+    else:
+        (_, loss), grads = mx.value_and_grad(whole)(params)
     return loss, grads
 
 
 def _forth_and_back(
     forward: Forward,
-    place: Callable[[Params], None],
+    hidden_of: Callable[[Params], mx.array],
     params: Params,
-    inputs: mx.array,
-    positions: mx.array,
     targets: mx.array,
     weights: mx.array,
 ) -> tuple[mx.array, Params]:
@@ -86,8 +92,7 @@ def _forth_and_back(
 
     def traced(params: Params) -> tuple[mx.array, mx.array]:
         nonlocal by_hidden
-        place(params)
-        hidden = forward.selected(inputs, positions)
+        hidden = hidden_of(params)
         by_hidden = mx.array(np.zeros(hidden.shape, np.float32))
         return _with_its_gradient(hidden, by_hidden), mx.stop_gradient(hidden)
 

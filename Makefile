@@ -96,7 +96,7 @@ check: setup ## formatting, lint, types, and docs in step with the code
 	@"$(RUN)" -m ruff format --check .
 	@"$(RUN)" -m ruff check .
 	@"$(RUN)" -m mypy
-	@"$(RUN)" -m runner.docs --check
+	@"$(RUN)" -m runner.config.reference --check
 
 clean: ## remove virtual environments, caches and built files; outputs/ stays
 	rm -rf "$(VENV)" "$(REFERENCE_VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

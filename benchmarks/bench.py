@@ -316,7 +316,7 @@ def _stock(row: Row, work: Work, model: str, data: str, seed: int, folder: Path)
 
 def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> tuple[dict, dict]:
     """What our run's directory says, of which only the adapter and the rows stay, and the job for its replay."""
-    from runner.rundir import RunDirectory
+    from runner.runs.directory import RunDirectory
 
     run = folder / "run"
     settings = RunDirectory(run).read_config()
@@ -342,7 +342,7 @@ def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) 
 
 def _machine() -> dict[str, Any]:
     from runner import __version__
-    from runner.blas import usable_cores
+    from runner.backends.cpu.blas import usable_cores
 
     try:
         found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

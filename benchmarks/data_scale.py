@@ -86,13 +86,13 @@ def _write(folder: Path, rows: int, characters: int) -> int:
 
 
 def _one(begun: float, folder: str, updates: int) -> None:
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    blas.prepare()
-    from runner.training import loop
+    blas.load_blas()
+    from runner.training import trainer
 
     ends: list[float] = []
-    own = loop.learn
+    own = trainer.update
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -100,7 +100,7 @@ def _one(begun: float, folder: str, updates: int) -> None:
         finally:
             ends.append(time.time())
 
-    loop.learn = timed
+    trainer.update = timed
     words = ["model=tiny", f"data.path={folder}/data", f"data.cache_folder={folder}/cache"]
     words += [f"data.max_length={MAX_LENGTH}", f"train.iters={updates}", f"hydra.run.dir={folder}/run-{begun}"]
     _quietly(words)

@@ -105,9 +105,9 @@ def evaluating(shape: Shape, *, tokens: int, supervised: int, times: int) -> int
 
 def peak(seconds: float = 4.0) -> dict[str, Any]:
     """The fastest float32 product of square matrices in `seconds`, in GFLOP/s, and the BLAS that made it."""
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    report = blas.prepare()
+    report = blas.load_blas()
     import mlx.core as mx
 
     best, end = 0.0, time.perf_counter() + seconds

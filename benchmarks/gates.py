@@ -66,19 +66,19 @@ def equal(model: str, data: str) -> dict[str, Any]:
 
 
 def _load(model: str, data: str) -> tuple[Any, Any]:
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    blas.prepare()
+    blas.load_blas()
     from benchmarks.workloads import SPLITS, reading
-    from runner import config
-    from runner.data.tokens import load_splits
-    from runner.models.adapters import Adapted
-    from runner.models.loading import load
+    from runner.config import schema
+    from runner.data.tokenize import load_dataset
+    from runner.models.load import load_base_model
+    from runner.models.lora import AdaptedModel
 
     work = Work(0, 0)
-    base = load(config.Model(path=model))
-    lora = config.Lora(rank=work.rank, scale=work.scale, num_layers=work.num_layers)
-    return Adapted(base, lora, seed=0), load_splits(data, base.tokenizer, reading(), SPLITS)
+    base = load_base_model(schema.ModelConfig(path=model))
+    lora = schema.LoraConfig(rank=work.rank, scale=work.scale, num_layers=work.num_layers)
+    return AdaptedModel(base, lora, seed=0), load_dataset(data, base.tokenizer, reading(), SPLITS)
 
 
 def _differing(tokenizer: Any, tokens: Any, data: str) -> int:
@@ -116,11 +116,11 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.tuner.trainer import default_loss
 
-    from runner.cpu import cross_entropy
-    from runner.cpu.block import view
-    from runner.cpu.making import make_engine
+    from runner.backends.cpu import cross_entropy
+    from runner.backends.cpu.block import view
+    from runner.backends.cpu.build import make_engine
     from runner.models.forward import Forward
-    from runner.training.feed import Feed
+    from runner.training.dataloader import BatchBuilder
     from runner.training.loss import loss_and_grads
 
     model, forward = adapted.model, Forward(adapted.model)
@@ -132,7 +132,7 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     }
     model.update(tree_unflatten(list(params.items())))
     model.train()
-    ready = Feed(rows, pad_to=32)(np.asarray(chosen))
+    ready = BatchBuilder(rows, pad_to=32)(np.asarray(chosen))
     batch = ready.batch
 
     sides: dict[str, tuple[float, dict]] = {}
@@ -177,20 +177,20 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
 
     from runner.data.order import evaluation_batches
     from runner.models.forward import Forward
-    from runner.training.evaluation import evaluate
-    from runner.training.feed import Feed, Fixed
+    from runner.training.dataloader import BatchBuilder, FixedBatches
+    from runner.training.validate import validate
 
     forward = Forward(adapted.model)
     chosen = evaluation_batches(tokens.valid.lengths, Work(0, 0).batch_size)
-    batches = Fixed(Feed(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
+    batches = FixedBatches(BatchBuilder(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
     params, losses = adapted.params(), []
-    before = evaluate(adapted.model, forward, batches).loss
+    before = validate(adapted.model, forward, batches).loss
     for folder in folders:
         own = mx.load(str(Path(folder) / "adapters.safetensors"))
         if {name: a.shape for name, a in own.items()} != {name: a.shape for name, a in params.items()}:
             raise SystemExit(f"{folder}: another adapter than the one that both sides are to train")
         adapted.model.update(tree_unflatten(list(own.items())))
-        losses.append(evaluate(adapted.model, forward, batches).loss)
+        losses.append(validate(adapted.model, forward, batches).loss)
     return {"before": before, "losses": losses}
 
 

@@ -18,17 +18,17 @@ HUB, FLOAT32 = "hub", "float32"
 
 def folders() -> dict[str, str]:
     """Path of each folder by its name; those that are not there yet are written."""
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    blas.prepare()
-    from runner import config
+    blas.load_blas()
+    from runner.config import schema
+    from runner.export.folders import write_model_folder
     from runner.models import fetch
-    from runner.models.folders import write_folder
-    from runner.models.loading import load
+    from runner.models.load import load_base_model
 
     settings = {
-        HUB: config.Model(path="builtin:smollm2_135m", dtype="bfloat16", dequantize="always"),
-        FLOAT32: config.Model(path="builtin:smollm2_135m", dtype="float32", dequantize="always"),
+        HUB: schema.ModelConfig(path="builtin:smollm2_135m", dtype="bfloat16", dequantize="always"),
+        FLOAT32: schema.ModelConfig(path="builtin:smollm2_135m", dtype="float32", dequantize="always"),
     }
     source = fetch.BUILTIN["smollm2_135m"].sha256.encode()
     version = hashlib.sha256(source + Path(__file__).read_bytes()).hexdigest()[:12]
@@ -37,16 +37,16 @@ def folders() -> dict[str, str]:
         folder = cache() / "models" / f"smollm2_135m-{name}-{version}"
         if not folder.is_dir():
             with whole(folder) as fresh:
-                write_folder(load(chosen), fresh)
+                write_model_folder(load_base_model(chosen), fresh)
         found[name] = str(folder)
     return found
 
 
 def cache() -> Path:
     """Where the benchmark keeps what it makes once."""
-    from runner.cache import cache_folder
+    from runner.common.cache_dir import cache_dir
 
-    return cache_folder() / "benchmarks"
+    return cache_dir() / "benchmarks"
 
 
 class whole:

@@ -90,21 +90,21 @@ def _unpacked(padded: Any, spans: Any) -> tuple[np.ndarray, np.ndarray, int]:
 
 def ours(job: dict[str, Any], data: Any) -> Counted:
     """The batches that our side makes of `data` with the settings in `job`, ``packed`` where it computes no padding."""
-    from runner.data.batches import make_batch
-    from runner.data.order import Order, Position, evaluation_batches
-    from runner.data.widths import Widths
+    from runner.data.batch import collate
+    from runner.data.length_buckets import LengthBuckets
+    from runner.data.order import BatchOrder, DataPosition, evaluation_batches
 
     counted = Counted()
-    order = Order(data.train.lengths, job["batch_size"], job["seed"], job["window"])
-    widths = Widths.of(data.train.lengths, job["pad_to"])
-    for rows in order.take(Position(), job["iters"])[0]:
-        batch = make_batch(data.train, rows, widths)
+    order = BatchOrder(data.train.lengths, job["batch_size"], job["seed"], job["window"])
+    widths = LengthBuckets.of(data.train.lengths, job["pad_to"])
+    for rows in order.take(DataPosition(), job["iters"])[0]:
+        batch = collate(data.train, rows, widths)
         counted.add(batch.inputs, data.train.lengths[rows], batch.supervised)
     if job["packed"]:
         counted.positions = counted.tokens
     evaluated = Counted()
     for rows in evaluation_batches(data.valid.lengths, job["batch_size"]):
-        batch = make_batch(data.valid, rows, widths)
+        batch = collate(data.valid, rows, widths)
         evaluated.add(batch.inputs, data.valid.lengths[rows], batch.supervised)
     counted.valid_tokens, counted.valid_supervised = evaluated.tokens, evaluated.supervised
     counted.evaluations = 1 + sum(u % job["eval_every"] == 0 or u == job["iters"] for u in range(1, job["iters"] + 1))
@@ -113,16 +113,16 @@ def ours(job: dict[str, Any], data: Any) -> Counted:
 
 def main(jobs: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Count each job: stock ones have ``config`` and ``sorted``, ours the settings that `ours` reads."""
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    blas.prepare()
+    blas.load_blas()
     from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
     from mlx_lm.tuner.trainer import iterate_batches
     from mlx_lm.utils import load_tokenizer
 
     from benchmarks.stock import repair_sort
     from benchmarks.workloads import reading
-    from runner.data.tokens import load_splits
+    from runner.data.tokenize import load_dataset
 
     own_length = CacheDataset.itemlen
     tokenizer = cache(lambda model: load_tokenizer(Path(model)))
@@ -133,7 +133,7 @@ def main(jobs: list[dict[str, Any]]) -> list[dict[str, int]]:
         raw = [json.loads(line) for line in text.splitlines()]
         return CacheDataset(CompletionsDataset(raw, tokenizer(model), "prompt", "completion", True))
 
-    splits = cache(lambda model, data: load_splits(data, tokenizer(model), reading(), ("train", "valid")))
+    splits = cache(lambda model, data: load_dataset(data, tokenizer(model), reading(), ("train", "valid")))
     counted = []
     for job in jobs:
         CacheDataset.itemlen = own_length

@@ -64,32 +64,32 @@ def _line(one: dict[str, Any]) -> str:
 
 
 def _one(size: int, background: bool, updates: int, every: int) -> None:
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    blas.prepare()
-    from runner.checkpoints.store import Store
-    from runner.training import loop
+    blas.load_blas()
+    from runner.checkpoints.store import CheckpointStore
+    from runner.training import trainer
 
     waits: list[float] = []
     saves: list[float] = []
     steps: list[float] = []
     bytes_of: dict[str, int] = {}
-    _timed(loop, "save_if_due", waits)
-    _timed(loop, "learn", steps)
-    commit, rotate = Store.commit, Store.rotate
+    _timed(trainer, "save_if_due", waits)
+    _timed(trainer, "learn", steps)
+    commit, rotate = CheckpointStore.commit, CheckpointStore.rotate
 
-    def timed_commit(self: Store, step: int, files: Any, **rest: Any) -> Any:
+    def timed_commit(self: CheckpointStore, step: int, files: Any, **rest: Any) -> Any:
         saves.append(time.perf_counter())
         made = commit(self, step, files, **rest)
         bytes_of.update({path.name: path.stat().st_size for path in made.path.iterdir()})
         return made
 
-    def timed_rotate(self: Store, keep: set[int]) -> list[int]:
+    def timed_rotate(self: CheckpointStore, keep: set[int]) -> list[int]:
         gone = rotate(self, keep)
         saves[-1] = time.perf_counter() - saves[-1]
         return gone
 
-    Store.commit, Store.rotate = timed_commit, timed_rotate  # type: ignore[method-assign]
+    CheckpointStore.commit, CheckpointStore.rotate = timed_commit, timed_rotate  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         words = [f"lora.rank={RANKS[size]}", f"train.iters={updates}", f"checkpoint.every={every}"]
         words += [f"checkpoint.background={str(background).lower()}", "train.eval_batches=1", "train.eval_every=100000"]

@@ -24,8 +24,8 @@ from benchmarks.sides import ROWS, Work
 
 LOAD = """
 import sys
-from runner import blas
-blas.prepare()
+from runner.backends.cpu import blas
+blas.load_blas()
 import mlx.core as mx, mlx_lm
 model, _ = mlx_lm.load(sys.argv[1])
 mx.eval(model.parameters())

@@ -14,9 +14,9 @@ def main(words: list[str]) -> None:
     """Change what the flags before ``--`` say, then run mlx-lm with the words after it."""
     flags, rest = words[: words.index("--")], words[words.index("--") + 1 :]
     if "--blas" in flags:
-        from runner import blas
+        from runner.backends.cpu import blas
 
-        blas.prepare()
+        blas.load_blas()
     if "--sort" in flags:
         repair_sort()
     if "--exact" in flags:

@@ -18,7 +18,7 @@ from pathlib import Path
 INSIDE = """
 import json, sys, time
 begun = time.perf_counter()
-from runner import blas; blas.prepare()
+from runner.backends.cpu import blas; blas.load_blas()
 from runner.__main__ import main
 from runner.sweeps import composing, job, sweep
 from runner.training import run as module
@@ -49,8 +49,8 @@ print("MARKS" + json.dumps({**marks, "rc": rc}))
 STOCK = """
 import json, time
 from hydra import compose, initialize_config_dir
-from runner.app import register
-from runner.words import CONF
+from runner.app.run import register
+from runner.config.groups import CONF_DIR as CONF
 register()
 with initialize_config_dir(str(CONF), version_base="1.3"):
     compose("config", overrides=["model=tiny"])

@@ -138,19 +138,19 @@ def _mixed(train: int, valid: int, encoder: Any) -> dict[str, list[dict[str, str
 
 def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
     """Write the data set `name` once; its ``folder`` and, by split, its statistics."""
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    blas.prepare()
+    blas.load_blas()
     from mlx_lm.utils import load_tokenizer
 
     from benchmarks.models import cache, whole
-    from runner.data.turns import Encoder
+    from runner.data.chat_spans import TextEncoder
 
     version = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode() + model.encode()).hexdigest()[:12]
     folder = cache() / "data" / f"{name}-{train}-{valid}-{version}"
     tokenizer = load_tokenizer(Path(model))
     if not folder.is_dir():
-        rows = _short(train, valid) if name == "short" else _mixed(train, valid, Encoder(tokenizer))
+        rows = _short(train, valid) if name == "short" else _mixed(train, valid, TextEncoder(tokenizer))
         with whole(folder) as fresh:
             for split in SPLITS:
                 text = "".join(json.dumps(row) + "\n" for row in rows[split])
@@ -171,9 +171,9 @@ def check_mixed(found: Statistics) -> None:
 def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
     import numpy as np
 
-    from runner.data.tokens import load_splits
+    from runner.data.tokenize import load_dataset
 
-    data = load_splits(str(folder), tokenizer, reading(), SPLITS)
+    data = load_dataset(str(folder), tokenizer, reading(), SPLITS)
     found = {}
     for split in SPLITS:
         lengths, counts = getattr(data, split).lengths.tolist(), data.counts[split]
@@ -190,9 +190,9 @@ def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
 
 def reading() -> Any:
     """How our side reads the rows: as stock mlx-lm does, answers only."""
-    from runner.data.formats import Reading
+    from runner.data.formats import EncodeOptions
 
-    return Reading(format="completions", mask_prompt=True, max_length=MAX_LENGTH, on_too_long="truncate")
+    return EncodeOptions(format="completions", mask_prompt=True, max_length=MAX_LENGTH, on_too_long="truncate")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from runner import blas, checks, config
-from runner.config import Config
-from runner.rundir import RunDirectory
-from runner.start import Start, find_source, new_run_id
+from runner.backends.cpu import blas
+from runner.config import schema, validation
+from runner.config.schema import Config
+from runner.runs.directory import RunDirectory
+from runner.runs.run_spec import RunSpec, find_resume_source, new_run_id
 
-blas.prepare(jobs=os.cpu_count() or 1)  # before any test imports MLX
+blas.load_blas(jobs=os.cpu_count() or 1)  # before any test imports MLX
 
 # A busy machine is no failure.
 hypothesis_settings.register_profile("no deadline", deadline=None)
@@ -63,8 +64,8 @@ def tiny() -> Callable[..., Config]:
             "checkpoint.every": 4,
         }
         settings = changed(settings, small | changes)
-        checks.check(settings)
-        return checks.complete(settings)
+        validation.validate(settings)
+        return validation.fill_defaults(settings)
 
     return make
 
@@ -77,12 +78,12 @@ def train() -> Callable[..., Path]:
     def do(settings: Config, folder: Path, resume: Path | None = None, shared: Any = None) -> Path:
         from runner.training.run import run
 
-        source = find_source(resume) if resume else None
+        source = find_resume_source(resume) if resume else None
         directory = RunDirectory(folder, settings.checkpoint.dir)
         if source is None or source.branch:
             directory.claim()
-        start = Start(settings, config.to_dict(settings), directory, source, new_run_id())
-        run(start, blas.prepare(), shared=shared)
+        start = RunSpec(settings, schema.to_dict(settings), directory, source, new_run_id())
+        run(start, blas.load_blas(), shared=shared)
         return folder
 
     return do

@@ -1,6 +1,6 @@
 """Instruments for tests of checkpoints: a tape of system calls that can stop or fail, and a power cut.
 
-`Tape` stands in for ``os`` inside ``runner.checkpoints.disk``; `read_tape` reads what the preloaded library of
+`Tape` stands in for ``os`` inside ``runner.common.filesystem``; `read_tape` reads what the preloaded library of
 tests/faults recorded of a whole program. `PowerCut` replays either on a model of a disk that keeps only what was
 synced, or anything between that and all of it, after LevelDB's fault_injection_test. Loaded by path.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import runner.checkpoints.disk as disk_module
+import runner.common.filesystem as disk_module
 
 
 class Killed(BaseException):

@@ -6,36 +6,36 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from runner.checkpoints.store import Store
+from runner.checkpoints.store import CheckpointStore
 
 
 def files(mark: str) -> dict[str, bytes]:
     return {"adapters.safetensors": f"weights of {mark}".encode() * 20, "train_state.json": mark.encode()}
 
 
-def first(store: Store) -> None:
+def first(store: CheckpointStore) -> None:
     store.commit(100, files("new"))
 
 
-def further(store: Store) -> None:
+def further(store: CheckpointStore) -> None:
     store.commit(200, files("new"))
 
 
-def replace(store: Store) -> None:
+def replace(store: CheckpointStore) -> None:
     store.commit(100, files("new"))
 
 
-def rotate(store: Store) -> None:
+def rotate(store: CheckpointStore) -> None:
     store.rotate({100, 300})
 
 
-def commit_and_rotate(store: Store) -> None:
+def commit_and_rotate(store: CheckpointStore) -> None:
     store.commit(400, files("new"))
     store.rotate({300, 400})
 
 
 # What is there before, what happens, what may be loaded if it is cut off, what must be loaded if it is not.
-CASES: dict[str, tuple[list[int], Callable[[Store], None], set[str | None], str]] = {
+CASES: dict[str, tuple[list[int], Callable[[CheckpointStore], None], set[str | None], str]] = {
     "the first save": ([], first, {None, "new"}, "new"),
     "a further save": ([100], further, {"old 100", "new"}, "new"),
     "a save in place of one": ([100], replace, {"old 100", "new"}, "new"),
@@ -47,16 +47,16 @@ CASES: dict[str, tuple[list[int], Callable[[Store], None], set[str | None], str]
 KEPT = {"a rotation": 100, "a save and a rotation": 300}
 
 
-def prepare(folder: Path, steps: list[int]) -> Store:
+def prepare(folder: Path, steps: list[int]) -> CheckpointStore:
     folder.mkdir(parents=True)
-    store = Store(folder / "checkpoints", "run-1")
+    store = CheckpointStore(folder / "checkpoints", "run-1")
     store.folder.mkdir()
     for step in steps:
         store.commit(step, files(f"old {step}"))
     return store
 
 
-def check(store: Store, case: str, *, completed: bool) -> None:
+def check(store: CheckpointStore, case: str, *, completed: bool) -> None:
     """The promise: after a repair the old or the new one loads, whole, and nothing is left over."""
     _, _, may, must = CASES[case]
     store.repair()

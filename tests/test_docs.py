@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner import docs
-from runner.verbs import VERBS
+from runner.cli.commands import COMMANDS
+from runner.config import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,13 +55,13 @@ def commands() -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, make_door):
     """A folder with a run, a sweep, data, old adapters and an offline hub cache."""
-    from runner.config import Model
-    from runner.models.folders import write_folder
-    from runner.models.loading import load
+    from runner.config.schema import ModelConfig
+    from runner.export.folders import write_model_folder
+    from runner.models.load import load_base_model
 
     folder = tmp_path_factory.mktemp("place")
     model = tmp_path_factory.mktemp("model") / "tiny"
-    write_folder(load(Model(path="builtin:tiny")), model)
+    write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), model)
     commit = "0" * 40
     for name in HUB:
         cache = folder / "hub" / f"models--{name.replace('/', '--')}"
@@ -81,7 +81,7 @@ def place(tmp_path_factory, make_door):
     (folder / "old").mkdir()
     (folder / "mine/experiment").mkdir(parents=True)
     (folder / "old.yaml").write_text("model: Qwen/Qwen3-0.6B\ntrain: true\ndata: my_data\niters: 100\n")
-    from runner.models.adapters import read_weights
+    from runner.models.lora import read_weights
 
     weights = read_weights(folder / RUN / "adapters")
     np.savez(folder / "old/adapters.npz", **{name: np.array(array) for name, array in weights.items()})
@@ -125,7 +125,7 @@ def test_the_command_does_what_the_page_says(place, page, command):
         return
     if words[:3] == ["python", "-m", "runner"]:
         words = words[3:]
-        is_verb = words and words[0] in VERBS
+        is_verb = words and words[0] in COMMANDS
         place(*words, *([] if is_verb else cut_short(words)))
         return
     words[0] = str(Path(sys.executable).parent / words[0]) if not words[0].startswith("python") else sys.executable
@@ -142,7 +142,7 @@ def test_the_pages_hold_commands_and_every_link_leads_somewhere():
 
 
 def test_the_settings_page_is_in_step_with_the_code():
-    assert docs.main(["--check"]) == 0
+    assert reference.main(["--check"]) == 0
 
 
 @pytest.mark.long

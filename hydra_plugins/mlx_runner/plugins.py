@@ -30,7 +30,7 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep of `arguments`."""
-        from runner.app import run_sweep
+        from runner.app.run import run_sweep
 
         return run_sweep(arguments, self._params, self._launcher, self._context, self._config)
 
@@ -46,7 +46,7 @@ class SerialLauncher(_Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
-        from runner.sweeps.serial import launch
+        from runner.sweeps.launchers.serial import launch
 
         return launch(job_overrides, context=self.context, config=self.config)
 
@@ -59,7 +59,7 @@ class ProcessLauncher(_Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
-        from runner.sweeps.processes import launch
+        from runner.sweeps.launchers.process import launch
 
         return launch(job_overrides, at_once=self._jobs, context=self.context, config=self.config)
 

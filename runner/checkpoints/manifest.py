@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner.checkpoints import strict_json
-from runner.checkpoints.strict_json import shown
+from runner.common import safe_json
+from runner.common.safe_json import quoted
 
 NAME = "manifest.json"
 MAX_BYTES = 1 << 20
@@ -43,7 +43,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class CheckpointManifest:
     """One checkpoint's manifest. A metric that was not finite is NaN here; `created` (UTC) only informs."""
 
     run_id: str
@@ -55,12 +55,12 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Raises ValueError where a field is not what a manifest may hold."""
-        _check(_is_count(self.step), f"the step {shown(self.step)} is not a whole number from 0")
+        _check(_is_count(self.step), f"the step {quoted(self.step)} is not a whole number from 0")
         _check(_is_text(self.run_id) and self.run_id != "", "the run id is not a short text")
         _check(_is_text(self.created), "'created' is not a short text")
         _check(all(_is_text(reason) for reason in self.why), "'why' is not a list of short texts")
         for name, value in self.metrics.items():
-            _check(_is_text(name) and isinstance(value, float), f"the metric {shown(name)} is not a number")
+            _check(_is_text(name) and isinstance(value, float), f"the metric {quoted(name)} is not a number")
         _check(len(self.files) > 0, "it lists no files")
         _check(len(self.files) <= _MOST_FILES, f"it lists more than {_MOST_FILES} files")
         # File systems that fold case would make one file of two.
@@ -69,14 +69,14 @@ class Manifest:
         for name, record in self.files.items():
             _check(
                 isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None and name.lower() != NAME,
-                f"the file name {shown(name)} is not allowed (letters, digits, '.', '_' and '-' are)",
+                f"the file name {quoted(name)} is not allowed (letters, digits, '.', '_' and '-' are)",
             )
             _check(_is_count(record.size), f"the size of {name} is not a whole number from 0")
             sealed = isinstance(record.sha256, str) and _DIGEST.fullmatch(record.sha256) is not None
             _check(sealed, f"the SHA-256 of {name} is not 64 hexadecimal digits")
 
 
-def write(manifest: Manifest) -> bytes:
+def write(manifest: CheckpointManifest) -> bytes:
     """The bytes of ``manifest.json``. Raises ValueError where `read` would refuse them (too long)."""
     record = {
         "schema": _SCHEMA,
@@ -98,7 +98,7 @@ def seal(record: Mapping[str, Any]) -> bytes:
     return body + hashlib.sha256(body).hexdigest().encode() + _END
 
 
-def read(data: bytes) -> Manifest:
+def read(data: bytes) -> CheckpointManifest:
     """The manifest in `data`. Raises ValueError with the reason where it is damaged or not a manifest."""
     _check(len(data) <= MAX_BYTES, f"it is larger than {MAX_BYTES:,} bytes")
     body, digest = data[: -64 - len(_END)], data[-64 - len(_END) : -len(_END)]
@@ -106,15 +106,15 @@ def read(data: bytes) -> Manifest:
         raise ValueError("it is cut short or not a manifest")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError("its own checksum does not match: it was changed or damaged")
-    record = strict_json.parse(data, most_values=_MOST_VALUES)
+    record = safe_json.parse(data, most_values=_MOST_VALUES)
     _check(isinstance(record, dict), "it is not an object")
     if record.get("schema") != _SCHEMA or isinstance(record["schema"], bool):
-        raise ValueError(f"its schema is {shown(record.get('schema'))}; this version reads {_SCHEMA}")
+        raise ValueError(f"its schema is {quoted(record.get('schema'))}; this version reads {_SCHEMA}")
     _check(record.keys() == _KEYS, f"its keys are not {', '.join(sorted(_KEYS))}")
     _check(isinstance(record["why"], list), "'why' is not a list")
     _check(isinstance(record["metrics"], dict), "'metrics' is not an object")
     _check(isinstance(record["files"], dict), "'files' is not an object")
-    return Manifest(
+    return CheckpointManifest(
         run_id=record["run_id"],
         step=record["step"],
         created=record["created"],
@@ -127,13 +127,13 @@ def read(data: bytes) -> Manifest:
 def _metric(name: str, value: object) -> float:
     if value is None:
         return math.nan
-    _check(type(value) in (int, float), f"the metric {shown(name)} is not a number")
+    _check(type(value) in (int, float), f"the metric {quoted(name)} is not a number")
     return float(value)  # type: ignore[arg-type]
 
 
 def _file(name: str, value: object) -> FileRecord:
     right = isinstance(value, dict) and value.keys() == {"size", "sha256"}
-    _check(right, f"the record of {shown(name)} is not a size and a SHA-256")
+    _check(right, f"the record of {quoted(name)} is not a size and a SHA-256")
     return FileRecord(size=value["size"], sha256=value["sha256"])  # type: ignore[index]
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RetentionPolicy:
     """The last `keep_last` scheduled saves, the `keep_best` best, the multiples of `keep_every`."""
 
     keep_last: int
@@ -29,7 +29,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedStep:
     """One checkpoint: whether a schedule asked for it, and its metric where it was evaluated at its step."""
 
     step: int
@@ -37,9 +37,9 @@ class Saved:
     metric: float | None = None
 
 
-def kept(
-    saved: Sequence[Saved],
-    policy: Policy,
+def select_retained(
+    saved: Sequence[SavedStep],
+    policy: RetentionPolicy,
     *,
     direction: Literal["minimize", "maximize"] = "minimize",
     pinned: frozenset[int] = frozenset(),
@@ -71,7 +71,7 @@ def kept(
     return {step: why for step, why in told.items() if why}
 
 
-def matter(reasons: Mapping[int, Sequence[str]], ended: Collection[int]) -> list[int]:
+def select_mirrored(reasons: Mapping[int, Sequence[str]], ended: Collection[int]) -> list[int]:
     """The steps of `kept`'s answer that a second disk is to hold: best, every M, and where the run ended or stopped.
 
     `ended` are the steps that were saved because the loop ended there. Where none of all this is there, the newest.
@@ -84,7 +84,7 @@ def matter(reasons: Mapping[int, Sequence[str]], ended: Collection[int]) -> list
     return sorted(found) or sorted(reasons)[-1:]
 
 
-def _ranked(saved: Sequence[Saved], direction: str) -> list[int]:
+def _ranked(saved: Sequence[SavedStep], direction: str) -> list[int]:
     sign = 1 if direction == "minimize" else -1
     measured = [(one.metric, one.step) for one in saved if one.metric is not None]
     return [step for _, step in sorted((sign * metric, step) for metric, step in measured if math.isfinite(metric))]

@@ -20,15 +20,15 @@ from pathlib import Path
 
 from runner.checkpoints import manifest as manifests
 from runner.checkpoints import verify
-from runner.checkpoints.disk import Content, Disk, sha256_of, size_of, size_text
-from runner.checkpoints.manifest import FileRecord, Manifest
-from runner.checkpoints.verify import STEP_NAME, Checkpoint, Loaded, kind_text
-from runner.errors import CheckpointError, StorageError
+from runner.checkpoints.manifest import CheckpointManifest, FileRecord
+from runner.checkpoints.verify import STEP_NAME, CheckpointRecord, LoadedCheckpoint, kind_text
+from runner.common.errors import CheckpointError, StorageError
+from runner.common.filesystem import Content, FileSystem, format_bytes, sha256_of, size_of
 
 _OLD = re.compile(r"\.old-(step-[0-9]{7,18})-[0-9a-f]{8}")
 _BLOCK = 4096
 
-Check = Callable[[Loaded], None]
+Check = Callable[[LoadedCheckpoint], None]
 
 
 def step_name(step: int) -> str:
@@ -36,22 +36,22 @@ def step_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
-def record_of(found: Checkpoint, files: Mapping[str, Content]) -> Manifest:
+def manifest_of(found: CheckpointRecord, files: Mapping[str, Content]) -> CheckpointManifest:
     """The manifest of `files`, some or all of those of the checkpoint `found`."""
     records = {name: FileRecord(size_of(content), sha256_of(content)) for name, content in files.items()}
-    return Manifest(found.run_id, found.step, found.created, found.why, found.metrics, records)
+    return CheckpointManifest(found.run_id, found.step, found.created, found.why, found.metrics, records)
 
 
-class Store:
+class CheckpointStore:
     """The checkpoints of the run `run_id` in `folder`, which is created at the first commit."""
 
     def __init__(
-        self, folder: Path, run_id: str, disk: Disk | None = None, *, clock: Callable[[], float] = time.time
+        self, folder: Path, run_id: str, disk: FileSystem | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
         """`clock` gives seconds since 1970; it only dates manifests."""
         self.folder = Path(folder)
         self.run_id = run_id
-        self._disk = disk or Disk()
+        self._disk = disk or FileSystem()
         self._clock = clock
 
     def commit(
@@ -61,13 +61,13 @@ class Store:
         *,
         why: Sequence[str] = (),
         metrics: Mapping[str, float] | None = None,
-    ) -> Checkpoint:
+    ) -> CheckpointRecord:
         """Save `files` as the checkpoint of `step`, replacing one that is there, and sync it.
 
         Raises StorageError where the disk fails or lacks room (what was saved before is then intact),
         ValueError for a name, a step or a metric that a manifest cannot hold.
         """
-        record = Manifest(
+        record = CheckpointManifest(
             run_id=self.run_id,
             step=step,
             created=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
@@ -77,11 +77,11 @@ class Store:
         )
         return self._commit(record, files)
 
-    def copy(self, loaded: Loaded) -> Checkpoint:
+    def copy(self, loaded: LoadedCheckpoint) -> CheckpointRecord:
         """Save a verified checkpoint of another folder here as it is, its manifest included; raises as `commit`."""
-        return self._commit(record_of(loaded.checkpoint, loaded.files), loaded.files)
+        return self._commit(manifest_of(loaded.checkpoint, loaded.files), loaded.files)
 
-    def _commit(self, record: Manifest, files: Mapping[str, Content]) -> Checkpoint:
+    def _commit(self, record: CheckpointManifest, files: Mapping[str, Content]) -> CheckpointRecord:
         contents = {**files, manifests.NAME: manifests.write(record)}  # the manifest is written last
         target = self.folder / step_name(record.step)
         try:
@@ -93,7 +93,7 @@ class Store:
             raise StorageError(
                 f"step {record.step} was not saved; the checkpoints before it are untouched. {error}"
             ) from error
-        return verify.checkpoint(target, record)
+        return verify.record_from_manifest(target, record)
 
     def _write(self, target: Path, contents: Mapping[str, Content]) -> None:
         disk, temporary = self._disk, self._aside("tmp", target.name)
@@ -197,24 +197,24 @@ class Store:
         for path in removed:
             self._disk.remove_tree(path)
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(self) -> list[CheckpointRecord]:
         """Those whose manifest is sound, of any run, by step. Their files are not verified: see `load`."""
         found = []
         for step in self._steps():
             path = self.folder / step_name(step)
             with suppress(CheckpointError):
-                found.append(verify.checkpoint(path, verify.read_manifest(path, self._disk)))
+                found.append(verify.record_from_manifest(path, verify.read_manifest(path, self._disk)))
         return found
 
-    def load(self, path: Path) -> Loaded:
+    def load(self, path: Path) -> LoadedCheckpoint:
         """The checkpoint at `path`, in this folder or anywhere, every byte of it verified.
 
         Files that the manifest does not list are ignored. Raises CheckpointError with the path and the
         reason, StorageError where the machine, not the checkpoint, is at fault.
         """
-        return verify.load(Path(path), self._disk)
+        return verify.load_checkpoint(Path(path), self._disk)
 
-    def newest_valid(self, check: Check | None = None) -> tuple[Loaded | None, list[str]]:
+    def newest_valid(self, check: Check | None = None) -> tuple[LoadedCheckpoint | None, list[str]]:
         """The newest checkpoint of this run that is sound, and what is wrong with newer ones.
 
         `check` may refuse one by raising CheckpointError. ``(None, [])`` means that there never was one,
@@ -272,7 +272,7 @@ class Store:
         free = self._disk.free_space(self.folder)
         if needed > free:
             raise StorageError(
-                f"{self.folder}: needs {size_text(needed)}, has {size_text(free)}. "
+                f"{self.folder}: needs {format_bytes(needed)}, has {format_bytes(free)}. "
                 "Make room there, then resume the run."
             )
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoints import manifest as manifests
-from runner.checkpoints import tensors
-from runner.checkpoints.disk import Disk
-from runner.checkpoints.manifest import FileRecord, Manifest
-from runner.errors import CheckpointError
+from runner.checkpoints import safetensors_file
+from runner.checkpoints.manifest import CheckpointManifest, FileRecord
+from runner.common.errors import CheckpointError
+from runner.common.filesystem import FileSystem
 
 _LARGE = 1 << 26
 STEP_NAME = re.compile(r"step-([0-9]{7,18})")
@@ -24,7 +24,7 @@ _KINDS = {"link": "a symbolic link", "file": "a file", "other": "a FIFO, a socke
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class CheckpointRecord:
     """What a manifest says of its checkpoint; `metrics` may hold NaN, `created` (UTC) only informs."""
 
     step: int
@@ -36,14 +36,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedCheckpoint:
     """A verified checkpoint with the bytes of its listed files."""
 
-    checkpoint: Checkpoint
+    checkpoint: CheckpointRecord
     files: dict[str, bytes]
 
 
-def load(path: Path, disk: Disk) -> Loaded:
+def load_checkpoint(path: Path, disk: FileSystem) -> LoadedCheckpoint:
     """The checkpoint in the folder `path`, verified. Files that its manifest does not list are ignored.
 
     Raises CheckpointError with the path and the reason, StorageError where the machine is at fault.
@@ -54,16 +54,16 @@ def load(path: Path, disk: Disk) -> Loaded:
     for name, expected in record.files.items():
         # What a hostile file claims is refused before its bytes fill the memory.
         if expected.size > _LARGE and name.endswith(".safetensors"):
-            tensors.read_header(path / name)
+            safetensors_file.read_header(path / name)
         elif expected.size > _LARGE:
             raise CheckpointError(f"{path / name}: {expected.size:,} bytes, more than the {_LARGE:,} it may have")
         data = disk.read_file(path / name, expected.size)
         _compare(path / name, expected, len(data), hashlib.sha256(data).hexdigest())
         files[name] = data
-    return Loaded(checkpoint(path, record), files)
+    return LoadedCheckpoint(record_from_manifest(path, record), files)
 
 
-def is_whole(path: Path, disk: Disk) -> bool:
+def is_whole(path: Path, disk: FileSystem) -> bool:
     """Whether `load` would accept `path`; reads in pieces, so it takes no memory. Raises StorageError."""
     try:
         record = read_manifest(path, disk)
@@ -75,7 +75,7 @@ def is_whole(path: Path, disk: Disk) -> bool:
     return True
 
 
-def read_manifest(path: Path, disk: Disk) -> Manifest:
+def read_manifest(path: Path, disk: FileSystem) -> CheckpointManifest:
     """The manifest of the checkpoint in `path`; its files are not looked at. Raises as `load` does."""
     there = disk.look(path)
     if there is None:
@@ -93,9 +93,9 @@ def read_manifest(path: Path, disk: Disk) -> Manifest:
     return record
 
 
-def checkpoint(path: Path, record: Manifest) -> Checkpoint:
+def record_from_manifest(path: Path, record: CheckpointManifest) -> CheckpointRecord:
     """`record`, of the folder `path`, as the rest of the program sees it."""
-    return Checkpoint(record.step, path, record.metrics, record.why, record.run_id, record.created)
+    return CheckpointRecord(record.step, path, record.metrics, record.why, record.run_id, record.created)
 
 
 def kind_text(kind: str) -> str:
@@ -103,7 +103,7 @@ def kind_text(kind: str) -> str:
     return _KINDS[kind]
 
 
-def _check_entries(path: Path, record: Manifest, disk: Disk) -> None:
+def _check_entries(path: Path, record: CheckpointManifest, disk: FileSystem) -> None:
     for name in disk.listdir(path):
         there = disk.look(path / name)
         if there is not None and there.kind in ("link", "other"):

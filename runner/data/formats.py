@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
-from runner.data.bad_rows import BadRow
-from runner.data.rows import Row, kind
-from runner.data.turns import Conversation, Encoder, Span, common_prompt
-from runner.errors import ConfigError, DataError, clipped, did_you_mean
+from runner.common.errors import ConfigError, DataError, did_you_mean, shorten
+from runner.data.chat_spans import Conversation, Span, TextEncoder, common_prompt
+from runner.data.jsonl import JsonlRow, json_type
+from runner.data.row_errors import RowError
 
 ROLES = (
     "system",
@@ -38,7 +38,7 @@ _MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class ColumnNames:
     """The names that the columns have in the user's files."""
 
     text: str = "text"
@@ -48,7 +48,7 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class EncodeOptions:
     """How rows are read.
 
     Raises:
@@ -63,7 +63,7 @@ class Reading:
     """In tokens."""
     on_too_long: str
     """``truncate``, ``drop`` or ``error``."""
-    keys: Keys = field(default_factory=Keys)
+    keys: ColumnNames = field(default_factory=ColumnNames)
     chat_template: bool = True
     """Render prompt and completion with the model's chat template, if it has one."""
 
@@ -80,18 +80,18 @@ class Reading:
             raise ConfigError(f"data.max_length is {self.max_length}; a row needs at least 2 tokens.")
 
 
-class Format(Protocol):
+class RowFormat(Protocol):
     """One way to write a row. `check` comes before `encode`; both raise BadRow with the reason."""
 
     needs_template: bool
 
-    def columns(self, keys: Keys) -> tuple[str, ...]:
+    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
         """The keys that a row of this format has."""
 
-    def check(self, row: dict[str, Any], keys: Keys) -> None:
+    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
         """Raises BadRow for a missing key, a wrong type or a value that cannot be trained on."""
 
-    def encode(self, row: dict[str, Any], encoder: Encoder, reading: Reading) -> tuple[list[int], list[Span]]:
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
         """The row's tokens and the half-open ranges of them that are supervised."""
 
 
@@ -100,22 +100,22 @@ class Completions:
 
     needs_template = False
 
-    def columns(self, keys: Keys) -> tuple[str, ...]:
+    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
         return (keys.prompt, keys.completion)
 
-    def check(self, row: dict[str, Any], keys: Keys) -> None:
+    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
         _require(row, self.columns(keys))
         _string(row[keys.prompt], f"'{keys.prompt}'")
         _words(row[keys.completion], f"'{keys.completion}'")
         _check_tools(row)
 
-    def encode(self, row: dict[str, Any], encoder: Encoder, reading: Reading) -> tuple[list[int], list[Span]]:
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
         prompt, completion = row[reading.keys.prompt], row[reading.keys.completion]
         if encoder.has_template and reading.chat_template:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             return _conversation(turns, row, encoder, reading)
         if row.get("tools"):
-            raise BadRow("'tools' can only be shown to a model through a chat template")
+            raise RowError("'tools' can only be shown to a model through a chat template")
         tokens = encoder.ended(encoder.encode(prompt + completion))
         start = common_prompt(encoder, prompt, tokens) if reading.mask_prompt else 0
         return tokens, [(start, len(tokens))]
@@ -126,21 +126,21 @@ class Chat:
 
     needs_template = True
 
-    def columns(self, keys: Keys) -> tuple[str, ...]:
+    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
         return (keys.messages,)
 
-    def check(self, row: dict[str, Any], keys: Keys) -> None:
+    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
         _require(row, self.columns(keys))
         messages = row[keys.messages]
         if not isinstance(messages, list):
-            raise BadRow(f"'{keys.messages}' is {kind(messages)}, not a list of messages")
+            raise RowError(f"'{keys.messages}' is {json_type(messages)}, not a list of messages")
         if not messages:
-            raise BadRow(f"'{keys.messages}' is an empty list")
+            raise RowError(f"'{keys.messages}' is an empty list")
         for number, message in enumerate(messages, start=1):
             _check_message(message, f"message {number}")
         _check_tools(row)
 
-    def encode(self, row: dict[str, Any], encoder: Encoder, reading: Reading) -> tuple[list[int], list[Span]]:
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
         return _conversation(row[reading.keys.messages], row, encoder, reading)
 
 
@@ -149,23 +149,23 @@ class Text:
 
     needs_template = False
 
-    def columns(self, keys: Keys) -> tuple[str, ...]:
+    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
         return (keys.text,)
 
-    def check(self, row: dict[str, Any], keys: Keys) -> None:
+    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
         _require(row, self.columns(keys))
         _words(row[keys.text], f"'{keys.text}'")
 
-    def encode(self, row: dict[str, Any], encoder: Encoder, reading: Reading) -> tuple[list[int], list[Span]]:
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
         tokens = encoder.ended(encoder.encode(row[reading.keys.text]))
         return tokens, [(0, len(tokens))]
 
 
 # The order is that in which `auto` tries them, and mlx-lm's.
-FORMATS: dict[str, Format] = {"completions": Completions(), "chat": Chat(), "text": Text()}
+FORMATS: dict[str, RowFormat] = {"completions": Completions(), "chat": Chat(), "text": Text()}
 
 
-def choose_format(row: Row, encoder: Encoder, reading: Reading) -> Format:
+def choose_format(row: JsonlRow, encoder: TextEncoder, reading: EncodeOptions) -> RowFormat:
     """The format of a split, by its first row where ``reading.format`` is ``auto``.
 
     Raises:
@@ -194,7 +194,7 @@ def choose_format(row: Row, encoder: Encoder, reading: Reading) -> Format:
 
 
 def _conversation(
-    messages: list[dict[str, Any]], row: dict[str, Any], encoder: Encoder, reading: Reading
+    messages: list[dict[str, Any]], row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions
 ) -> tuple[list[int], list[Span]]:
     conversation = Conversation(encoder, messages, row.get("tools"))
     if reading.mask_prompt:
@@ -206,39 +206,39 @@ def _require(row: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         if key not in row:
             near = did_you_mean(key, set(row) - set(keys)) if len(row) <= _MOST_NAMED else ""
-            raise BadRow(f"no key '{key}'; it has: {_names(row)}.{near}")
+            raise RowError(f"no key '{key}'; it has: {_names(row)}.{near}")
 
 
 def _names(row: dict[str, Any]) -> str:
-    shown = ", ".join(f"'{clipped(key, 60)}'" for key in islice(row, _MOST_NAMED))
+    shown = ", ".join(f"'{shorten(key, 60)}'" for key in islice(row, _MOST_NAMED))
     return (shown or "none") + (f" and {len(row) - _MOST_NAMED} more" if len(row) > _MOST_NAMED else "")
 
 
 def _string(value: Any, what: str) -> None:
     if not isinstance(value, str):
-        raise BadRow(f"{what} is {kind(value)}, not a string")
+        raise RowError(f"{what} is {json_type(value)}, not a string")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise BadRow(f"{what} holds half of a surrogate pair at character {error.start + 1}") from None
+            raise RowError(f"{what} holds half of a surrogate pair at character {error.start + 1}") from None
 
 
 def _words(value: Any, what: str) -> None:
     _string(value, what)
     if not value.strip():
-        raise BadRow(f"{what} is empty")
+        raise RowError(f"{what} is empty")
 
 
 def _check_message(message: Any, what: str) -> None:
     if not isinstance(message, dict):
-        raise BadRow(f"{what} is {kind(message)}, not an object with 'role' and 'content'")
+        raise RowError(f"{what} is {json_type(message)}, not an object with 'role' and 'content'")
     _require_in(message, "role", what)
     role = message["role"]
     if role not in ROLES:
         meant = OTHER_NAMES.get(role) if isinstance(role, str) else None
         hint = f" Did you mean '{meant}'?" if meant else did_you_mean(str(role), ROLES)
-        raise BadRow(f"{what} has the role {clipped(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
+        raise RowError(f"{what} has the role {shorten(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
     content = message.get("content")
     if content is None and role == "assistant" and message.get("tool_calls"):
         return
@@ -246,17 +246,17 @@ def _check_message(message: Any, what: str) -> None:
     parts = content if isinstance(content, list) else [{"text": content}]
     for part in parts:
         if not isinstance(part, dict):
-            raise BadRow(f"the content of {what} holds {kind(part)}, not only objects")
+            raise RowError(f"the content of {what} holds {json_type(part)}, not only objects")
         if "text" in part:
             _string(part["text"], f"the content of {what}")
 
 
 def _require_in(message: dict[str, Any], key: str, what: str) -> None:
     if key not in message:
-        raise BadRow(f"{what} has no '{key}'.{did_you_mean(key, message)}")
+        raise RowError(f"{what} has no '{key}'.{did_you_mean(key, message)}")
 
 
 def _check_tools(row: dict[str, Any]) -> None:
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise BadRow(f"'tools' is {kind(tools)}, not a list")
+        raise RowError(f"'tools' is {json_type(tools)}, not a list")

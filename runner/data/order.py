@@ -9,14 +9,14 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Position:
+class DataPosition:
     """A point between two batches: `batch` batches of epoch `epoch` are done. Both count from 0."""
 
     epoch: int = 0
     batch: int = 0
 
 
-class Order:
+class BatchOrder:
     """Which rows make which batch in each epoch.
 
     The rows are permuted by (seed, epoch) alone. The last ``rows % batch_size`` of the permutation make the
@@ -51,7 +51,7 @@ class Order:
         """All batches of an epoch, each an array of row indices (int64)."""
         return [self._batch(epoch, index) for index in range(self.batches_per_epoch)]
 
-    def take(self, position: Position, count: int) -> tuple[list[np.ndarray], Position]:
+    def take(self, position: DataPosition, count: int) -> tuple[list[np.ndarray], DataPosition]:
         """The next `count` batches from `position` on, over epochs' edges, and the position after them.
 
         Raises ValueError for a position outside an epoch.
@@ -65,7 +65,7 @@ class Order:
             batch += 1
             if batch == self.batches_per_epoch:
                 epoch, batch = epoch + 1, 0
-        return batches, Position(epoch, batch)
+        return batches, DataPosition(epoch, batch)
 
     def _batch(self, epoch: int, index: int) -> np.ndarray:
         if self._cached is None or self._cached[0] != epoch:

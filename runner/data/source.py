@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from runner.errors import DataError, did_you_mean
+from runner.common.errors import DataError, did_you_mean
 
 SPLITS = ("train", "valid", "test")
 NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}

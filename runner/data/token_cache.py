@@ -12,14 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.data import cache_entry
-from runner.data.bad_rows import BadRows
-from runner.data.cache_entry import MANIFEST, Damaged, Draft, NotKept
-from runner.data.cache_key import content_of, key_of, note_content, tokenizer_identity, why_not
-from runner.data.encoding import Fill, Gathered, in_memory
-from runner.data.formats import Reading
-from runner.data.later import Later, tokenizer_of
-from runner.data.token_set import Counts, TokenSet
+from runner.data import token_cache_entry
+from runner.data.encode import Fill, InMemoryColumns, encode_in_memory
+from runner.data.formats import EncodeOptions
+from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
+from runner.data.row_errors import RowErrors
+from runner.data.token_cache_entry import MANIFEST, CorruptEntry, EntryWriter, NotCached
+from runner.data.token_cache_key import (
+    cache_key,
+    content_hash,
+    note_content_hash,
+    tokenizer_identity,
+    uncacheable_reason,
+)
+from runner.data.token_set import SplitStats, TokenSet
 
 SMALLEST = 128 << 10
 """Bytes of JSONL from which a file's tokens are kept, where they do not save loading the tokenizer. Making so many
@@ -37,7 +43,7 @@ class TokenCache:
     folder: Path
     limit: int
 
-    def opened(self, tokenizer: Any | Later, reading: Reading) -> Store:
+    def opened(self, tokenizer: Any | LazyTokenizer, reading: EncodeOptions) -> Store:
         """The cache for one tokenizer and one way to read rows."""
         return Store(self, tokenizer, reading)
 
@@ -47,52 +53,52 @@ class Store:
     """The tokens of one tokenizer and one way to read rows."""
 
     cache: TokenCache
-    tokenizer: Any | Later
-    reading: Reading
+    tokenizer: Any | LazyTokenizer
+    reading: EncodeOptions
     notes: list[str] = field(default_factory=list)
     """Lines worth saying."""
     _identity: str | None = None
     _off: bool = False
 
-    def tokens_of(self, file: Path, fill: Fill, bad: BadRows) -> tuple[TokenSet, Counts]:
+    def tokens_of(self, file: Path, fill: Fill, bad: RowErrors) -> tuple[TokenSet, SplitStats]:
         """The tokens of `file`: those that are kept, or what `fill` makes, which is then kept.
 
         Raises:
             DataError: the file cannot be read, or what `fill` raises.
         """
         if self._off or not file.is_file() or file.stat().st_size < self._smallest():
-            return in_memory(fill, bad)
+            return encode_in_memory(fill, bad)
         if self._identity is None:
             self._identity = self._identify()
         if self._identity is None:
-            return in_memory(fill, bad)
-        content = content_of(file, self.cache.folder / "files")
-        key = key_of(content, self._identity, self.reading)
+            return encode_in_memory(fill, bad)
+        content = content_hash(file, self.cache.folder / "files")
+        key = cache_key(content, self._identity, self.reading)
         found = self._find(key, file)
         if found is not None:
             return found
-        own = BadRows()
+        own = RowErrors()
         try:
             made = self._make(key, content, fill, own)
-        except NotKept as reason:
+        except NotCached as reason:
             self._leave(f"tokens are not kept on disk: {reason} (data.cache_folder=… names another folder)")
-            own = BadRows()
-            made = in_memory(fill, own)
+            own = RowErrors()
+            made = encode_in_memory(fill, own)
         else:
-            note_content(file, self.cache.folder / "files")
+            note_content_hash(file, self.cache.folder / "files")
         bad.merge(own)
         return made
 
     def _smallest(self) -> int:
-        return 1 if isinstance(self.tokenizer, Later) and self.tokenizer.known_by_files else SMALLEST
+        return 1 if isinstance(self.tokenizer, LazyTokenizer) and self.tokenizer.known_by_files else SMALLEST
 
     def _identify(self) -> str | None:
         """What the tokenizer is known by; None, with a note, where its tokens cannot be kept."""
-        later = self.tokenizer if isinstance(self.tokenizer, Later) else None
+        later = self.tokenizer if isinstance(self.tokenizer, LazyTokenizer) else None
         if later and (known := later.known(self.reading)):
             return known
-        tokenizer = tokenizer_of(self.tokenizer)
-        if reason := why_not(tokenizer, self.reading):
+        tokenizer = resolve_tokenizer(self.tokenizer)
+        if reason := uncacheable_reason(tokenizer, self.reading):
             self._leave(f"tokens are not kept on disk: {reason}")
             return None
         found = tokenizer_identity(tokenizer)
@@ -104,28 +110,28 @@ class Store:
         self._off = True
         self.notes.append(f"data   {note}")
 
-    def _find(self, key: str, file: Path) -> tuple[TokenSet, Counts] | None:
+    def _find(self, key: str, file: Path) -> tuple[TokenSet, SplitStats] | None:
         folder = self.cache.folder / key
         if not folder.is_dir() or folder.is_symlink():
             return None
         try:
-            found = cache_entry.read(folder, key)
-        except (OSError, Damaged, ValueError, KeyError, TypeError) as error:
+            found = token_cache_entry.read(folder, key)
+        except (OSError, CorruptEntry, ValueError, KeyError, TypeError) as error:
             if folder.is_dir():  # else another run has just removed it to make room
                 reason = (error.strerror if isinstance(error, OSError) else None) or error
                 self.notes.append(
                     f"data   the tokens kept in {folder} are damaged ({reason}): {file} is tokenised again"
                 )
-                cache_entry.remove(folder)
+                token_cache_entry.remove(folder)
             return None
-        cache_entry.touch(folder)
+        token_cache_entry.touch(folder)
         return found
 
-    def _make(self, key: str, content: str, fill: Fill, bad: BadRows) -> tuple[TokenSet, Counts]:
-        with Draft(self.cache.folder) as draft:
+    def _make(self, key: str, content: str, fill: Fill, bad: RowErrors) -> tuple[TokenSet, SplitStats]:
+        with EntryWriter(self.cache.folder) as draft:
             read = fill(draft, bad)
             if bad.count or not draft.counts.rows:
-                return Gathered().tokens(), draft.counts  # refused by who asked; an empty file has no mapping
+                return InMemoryColumns().tokens(), draft.counts  # refused by who asked; an empty file has no mapping
             if read != content:
                 self.notes.append("data   tokens are not kept on disk: the file was changed while it was read")
                 return draft.map(), draft.counts
@@ -154,7 +160,7 @@ class Store:
                     f"data   tokens are not kept on disk: {size / 1e9:.2f} GB, over data.cache_gb="
                     f"{self.cache.limit / 1e9:g}"
                 )
-            cache_entry.remove(folder)
+            token_cache_entry.remove(folder)
             left -= size
 
 

@@ -56,7 +56,7 @@ def fingerprint_head(tokens: int, rows: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class SplitStats:
     """What became of the rows of a split."""
 
     rows: int = 0
@@ -74,7 +74,7 @@ class Counts:
     longest: int = 0
     """Tokens of the longest row before any cut."""
 
-    def __add__(self, other: Counts) -> Counts:
+    def __add__(self, other: SplitStats) -> SplitStats:
         """The counts of both parts of a split together."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
-        return Counts(**sums | {"longest": max(self.longest, other.longest)})
+        return SplitStats(**sums | {"longest": max(self.longest, other.longest)})

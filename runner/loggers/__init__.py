@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.errors import ConfigError, did_you_mean
+from runner.common.errors import ConfigError, did_you_mean
 
 BACKENDS = {"csv": "runner.loggers.csv:CsvLogger"}
 """Name in conf/loggers/ to the class that is imported when it is chosen."""

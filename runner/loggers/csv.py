@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from runner.errors import ConfigError
-from runner.rundir import explained, open_text
+from runner.common.atomic_io import open_text, storage_errors
+from runner.common.errors import ConfigError
 
 COLUMNS = (
     "step",
@@ -42,7 +42,7 @@ class CsvLogger:
                     line for line in list(csv.reader(old))[1:] if line and line[0].isdigit() and int(line[0]) <= step
                 ]
         self._out = open_text(path, append=False)
-        with explained(path, "cannot be written"):
+        with storage_errors(path, "cannot be written"):
             csv.writer(self._out).writerows([list(COLUMNS), *kept])
             self._out.flush()
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import checks, config
-from runner.errors import ConfigError
+from runner.common.errors import ConfigError
+from runner.config import schema, validation
 from runner.migrate.old import Old
 from runner.migrate.values import Cannot, word
 
@@ -161,7 +161,7 @@ class Carried:
                 place = place.setdefault(section, {})
             place[last] = value
         try:
-            checks.check(config.from_dict(data, "here"))
+            validation.validate(schema.from_dict(data, "here"))
         except ConfigError as error:
             return " ".join(str(error).split()).rstrip(".")
         return ""
@@ -170,9 +170,9 @@ class Carried:
 def _default(name: str, optimizer: str, schedule: str) -> Any:
     section, _, option = name.partition(".")
     if name == "lora.scale":
-        return checks.DEFAULT_LORA_SCALE
-    if section == "optimizer" and option in config.OPTIMIZERS[optimizer]:
-        return config.OPTIMIZERS[optimizer][option]
-    if section == "schedule" and option in config.SCHEDULES[schedule]:
-        return config.SCHEDULES[schedule][option]
-    return config.names()[name]
+        return validation.DEFAULT_LORA_SCALE
+    if section == "optimizer" and option in schema.OPTIMIZERS[optimizer]:
+        return schema.OPTIMIZERS[optimizer][option]
+    if section == "schedule" and option in schema.SCHEDULES[schedule]:
+        return schema.SCHEDULES[schedule][option]
+    return schema.default_settings()[name]

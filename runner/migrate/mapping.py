@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runner import checks
+from runner.common.errors import did_you_mean
+from runner.config import validation
+from runner.config.groups import group_choices
 from runner.data.source import HUB_ID
-from runner.errors import did_you_mean
 from runner.migrate.carry import Carried
 from runner.migrate.old import EXAMPLES, MLX_LM, Old
 from runner.migrate.rates import optimizer, schedule
 from runner.migrate.values import Cannot, number, text, texts, truth, whole
-from runner.words import choices
 
 _REMOTE_CODE = "importing does not switch it on: once you have read the model's code, add model.trust_remote_code=true"
 _KEPT = {MLX_LM.name: "every save stays", EXAMPLES.name: "one file is overwritten"}
@@ -67,7 +67,7 @@ def _model_and_data(to: Carried) -> None:
 
 def _lora(to: Carried) -> None:
     kind = to.value("fine_tune_type") or "lora"
-    known = checks.CHOICES["lora.type"]
+    known = validation.CHOICES["lora.type"]
     if to.has("fine_tune_type") and kind not in known:
         to.leave("fine_tune_type", f"not there yet ({', '.join(map(str, known))}): the command below trains lora")
     else:
@@ -228,7 +228,7 @@ def _around(to: Carried) -> None:
 def _loggers(to: Carried) -> None:
     wanted = to.old.said.get("report_to")
     to.seen.add("report_to")
-    known, names = choices("loggers"), [n.strip().lower() for n in str(wanted or "").split(",") if n.strip()]
+    known, names = group_choices("loggers"), [n.strip().lower() for n in str(wanted or "").split(",") if n.strip()]
     there = sorted({n for n in names if n in known})
     if there:
         to.accept("report_to", ",".join(there), {}, {"loggers": there})

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runner.errors import ConfigError
-from runner.rundir import read_yaml
+from runner.common.errors import ConfigError
+from runner.common.safe_yaml import load_yaml_file
 
 _TRAINING: dict[str, type] = {
     "model": str,
@@ -134,7 +134,7 @@ def read_config(path: Path) -> Old:
         ConfigError: missing or not plain YAML.
     """
     try:
-        data = read_yaml(path, missing=f"There is no file {path}.")
+        data = load_yaml_file(path, missing=f"There is no file {path}.")
     except ValueError as error:  # a date or a number that YAML takes for one and Python cannot hold
         raise ConfigError(f"{path} is not plain YAML: {error}.") from None
     return Old(MLX_LM, {str(k): v for k, v in data.items() if v is not None}, str(path))

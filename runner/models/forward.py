@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from runner.config import Train
+from runner.config.schema import TrainConfig
 
 if TYPE_CHECKING:
-    from runner.cpu.engine import Engine
+    from runner.backends.cpu.engine import Engine
 
 
 class Forward:
@@ -29,7 +29,7 @@ class Forward:
         cut: int = 0,
         *,
         everywhere: bool = False,
-        piece: int = Train.loss_piece,
+        piece: int = TrainConfig.loss_piece,
         proven: bool = False,
     ) -> None:
         """Probes the model; where its parts do not agree with the whole, `split` is False or `cut` is 0.

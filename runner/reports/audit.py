@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import changes, config
-from runner.checkpoints import backup, strict_json, verify
-from runner.checkpoints.disk import Disk
-from runner.checkpoints.tensors import unpack
-from runner.checkpoints.verify import STEP_NAME, Checkpoint
-from runner.errors import CheckpointError, RunnerError, clipped
-from runner.reports.runs import RunInfo
-from runner.reports.saved import checkpoints_folder
-from runner.rundir import ADAPTERS, METRIC, RunDirectory
+from runner.checkpoints import mirror, verify
+from runner.checkpoints.safetensors_file import unpack
+from runner.checkpoints.verify import STEP_NAME, CheckpointRecord
+from runner.common import safe_json
+from runner.common.errors import CheckpointError, RunnerError, shorten
+from runner.common.filesystem import FileSystem
+from runner.config import resume_policy, schema
+from runner.reports.checkpoint_list import checkpoints_folder
+from runner.runs.directory import RunDirectory
+from runner.runs.inspect import RunInfo
+from runner.runs.layout import ADAPTERS, BEST_METRIC
 
 _LARGEST = 1 << 40  # bytes of a file that has no manifest
 _MOST_VALUES = 5_000_000
@@ -73,11 +75,11 @@ def of_run(run: RunInfo) -> Audit:
     """Everything in a run's directory. What a process that works on it changes meanwhile is no damage."""
     directory = RunDirectory(run.path, checkpoints_folder(run).name)
     working = directory.held()
-    audit = Audit(run.path, "backup" if backup.is_backup(run.path) else "run", run.state)
+    audit = Audit(run.path, "backup" if mirror.is_backup(run.path) else "run", run.state)
     if run.problem:
         audit.damage += [f"{run.path}: {line}" for line in run.problem.split("; ")]
     run_id = run.status.get("run_id")
-    own: list[tuple[Checkpoint, dict[str, Any]]] = []
+    own: list[tuple[CheckpointRecord, dict[str, Any]]] = []
     for path in _entries(directory.checkpoints, audit):
         state: dict[str, Any] = {}
         before = len(audit.damage)
@@ -93,7 +95,7 @@ def of_run(run: RunInfo) -> Audit:
         else:
             own.append((found, state))
     audit.whole = [found.step for found, _ in own]
-    losses = [(found.metrics.get(METRIC, math.nan), found.step) for found, _ in own]
+    losses = [(found.metrics.get(BEST_METRIC, math.nan), found.step) for found, _ in own]
     measured = [pair for pair in losses if math.isfinite(pair[0])]
     audit.best = min(measured)[1] if measured else None
     newest = own[-1][1] if own else {}
@@ -109,13 +111,13 @@ def of_run(run: RunInfo) -> Audit:
         audit.damage.append(f"{directory.result}: missing, though the run is finished")
     root = run.settings.get("checkpoint.backup")
     if audit.damage and audit.kind == "run" and isinstance(root, str) and isinstance(run_id, str):
-        audit.backup = backup.find_for(Path(root).expanduser(), run_id)
+        audit.backup = mirror.find_backup(Path(root).expanduser(), run_id)
     return audit
 
 
 def _entries(folder: Path, audit: Audit) -> Iterator[Path]:
     """The checkpoints in `folder` by step; what a crash left is noted."""
-    disk = Disk()
+    disk = FileSystem()
     try:
         there = disk.look(folder)
         if there is None:
@@ -131,10 +133,10 @@ def _entries(folder: Path, audit: Audit) -> Iterator[Path]:
     yield from (folder / name for name in sorted(steps, key=lambda name: int(name.removeprefix("step-"))))
 
 
-def _checkpoint(path: Path, audit: Audit, state: dict[str, Any] | None = None) -> Checkpoint | None:
+def _checkpoint(path: Path, audit: Audit, state: dict[str, Any] | None = None) -> CheckpointRecord | None:
     """Verify `path`; what its train_state.json says goes to `state`."""
     try:
-        loaded = verify.load(path, Disk())
+        loaded = verify.load_checkpoint(path, FileSystem())
         audit.size_bytes += sum(len(data) for data in loaded.files.values())
         for name, data in loaded.files.items():
             if name.endswith(".safetensors"):
@@ -150,7 +152,7 @@ def _checkpoint(path: Path, audit: Audit, state: dict[str, Any] | None = None) -
 
 
 def _result(path: Path, audit: Audit) -> None:
-    disk = Disk()
+    disk = FileSystem()
     try:
         if disk.look(path / "manifest.json") is None:  # made by an older version, or by another program
             data = disk.read_file(path / ADAPTERS, _LARGEST)
@@ -172,7 +174,7 @@ def _require_finite(data: bytes, where: Path) -> None:
 
 def _parse(data: bytes, where: Path) -> dict[str, Any]:
     try:
-        found = strict_json.parse(data, most_values=_MOST_VALUES)
+        found = safe_json.parse(data, most_values=_MOST_VALUES)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
     if not isinstance(found, dict):
@@ -182,7 +184,7 @@ def _parse(data: bytes, where: Path) -> dict[str, Any]:
 
 def _rows(path: Path, needed: object, audit: Audit, working: bool) -> None:
     """The row file `path`: readable, and as long as the newest checkpoint counts on."""
-    disk = Disk()
+    disk = FileSystem()
     try:
         there = disk.look(path)
         size = there.size if there else 0
@@ -217,11 +219,11 @@ def _compare_settings(run: RunInfo, state: dict[str, Any], audit: Audit) -> None
     then = state.get("hyperparameters")
     if not isinstance(then, dict):
         return
-    for name in config.names():
-        if name in then and name in run.settings and not changes.is_free_on_resume(name):
+    for name in schema.default_settings():
+        if name in then and name in run.settings and not resume_policy.is_free_on_resume(name):
             old, new = then[name], run.settings[name]
             if old != new:
-                here, there = (clipped(config.shown(value)) for value in (new, old))
+                here, there = (shorten(schema.format_value(value)) for value in (new, old))
                 audit.damage.append(
                     f"{run.path / 'config.yaml'}: {name} is {here}, and the newest checkpoint was trained with {there}"
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from runner.reports.runs import RunInfo, SweepInfo
+from runner.runs.inspect import RunInfo, SweepInfo
 
 
 def age_text(seconds: float) -> str:

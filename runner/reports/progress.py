@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from runner.rundir import now, open_text
+from runner.common.atomic_io import open_text
+from runner.common.clock import utc_now
 
 
 class _Screen(Console):
@@ -62,7 +63,7 @@ class Display:
     def line(self, text: str, style: str = "") -> None:
         """One line, on the screen and in run.log."""
         text = self._veil(text)
-        self._log.write(f"{now()} {text}\n")
+        self._log.write(f"{utc_now()} {text}\n")
         self._log.flush()
         if self._label is None:
             self._console.print(Text(text, style=style))

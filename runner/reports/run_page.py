@@ -7,14 +7,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from runner.checkpoints.disk import size_text
-from runner.reports import commands, curves, saved, settings
+from runner.common.filesystem import format_bytes
+from runner.reports import checkpoint_list, curves, next_commands, settings_text
 from runner.reports.cells import age_text, run_fields, time_text
+from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.curves import Series
-from runner.reports.runs import RunInfo
-from runner.reports.saved import CheckpointInfo
-from runner.reports.summary import short
-from runner.reports.tables import STATE_STYLES, Column, Row, Screen, table
+from runner.reports.run_summary import relative_path
+from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, table
+from runner.runs.inspect import RunInfo
 
 LAST_ROWS = 5
 WIDEST_PLOT = 100
@@ -47,8 +47,8 @@ class Page:
 
 def read(run: RunInfo) -> Page:
     """Read what the page needs beside the run itself."""
-    checkpoints = saved.list_checkpoints(run)
-    return Page(run, checkpoints, saved.result_step(run, checkpoints), scores_of(run.rows))
+    checkpoints = checkpoint_list.list_checkpoints(run)
+    return Page(run, checkpoints, checkpoint_list.result_step(run, checkpoints), scores_of(run.rows))
 
 
 def scores_of(rows: list[dict[str, Any]]) -> list[Score]:
@@ -69,7 +69,7 @@ def scores_of(rows: list[dict[str, Any]]) -> list[Score]:
 def fields(page: Page) -> dict[str, Any]:
     """The page as data, for a JSON document."""
     run = page.run
-    changed = settings.changed_from_defaults(run.settings)
+    changed = settings_text.changed_from_defaults(run.settings)
     return {
         "kind": "run",
         **run_fields(run),
@@ -101,7 +101,7 @@ def fields(page: Page) -> dict[str, Any]:
 def show(page: Page, screen: Screen) -> None:
     """Print the page."""
     run = page.run
-    screen.line((short(run.path), "bold"))
+    screen.line((relative_path(run.path), "bold"))
     at = f" at step {run.step} of {'?' if run.iters is None else run.iters}" if run.step is not None else ""
     age = f"  (last update {age_text(time.time() - run.updated)} ago, {time_text(run.updated)})"
     screen.line((run.state, STATE_STYLES.get(run.state, "")), at, (age, "dim"))
@@ -127,7 +127,7 @@ def show(page: Page, screen: Screen) -> None:
     show_commands(_commands(page), screen)
 
 
-def show_commands(known: list[commands.Command], screen: Screen) -> None:
+def show_commands(known: list[next_commands.Command], screen: Screen) -> None:
     """The commands, whole, so that they can be copied."""
     if known:
         heading("how to go on", screen)
@@ -155,8 +155,8 @@ def has_adapters(run: RunInfo) -> bool:
     return (run.path / "adapters" / "adapters.safetensors").is_file()
 
 
-def _commands(page: Page) -> list[commands.Command]:
-    return commands.for_run(page.run, page.checkpoints, has_adapters(page.run))
+def _commands(page: Page) -> list[next_commands.Command]:
+    return next_commands.for_run(page.run, page.checkpoints, has_adapters(page.run))
 
 
 def _show_tests(run: RunInfo, screen: Screen) -> None:
@@ -167,14 +167,14 @@ def _show_tests(run: RunInfo, screen: Screen) -> None:
 
 
 def _show_settings(run: RunInfo, screen: Screen) -> None:
-    changed = settings.changed_from_defaults(run.settings)
+    changed = settings_text.changed_from_defaults(run.settings)
     if not changed:
         return
     heading("settings that differ from the defaults", screen)
     rows = []
     for name, (value, default) in changed.items():
-        told = "" if default in (None, "???") else settings.value_text(default)
-        rows.append(Row([f"  {name}", settings.path_text(name, value), told], {2: "dim"}))
+        told = "" if default in (None, "???") else settings_text.value_text(default)
+        rows.append(TableRow([f"  {name}", settings_text.path_text(name, value), told], {2: "dim"}))
     columns = [Column("  setting"), Column("value"), Column("default", cut=True)]
     screen.lines(table(columns, rows, screen.width))
 
@@ -195,7 +195,7 @@ def _show_rows(rows: list[dict[str, Any]], screen: Screen) -> None:
     listed = []
     for row in rows:
         cells = [_cell(row.get(_ROW_FIELDS[i]), _ROW_FORMS[i]) for i in told]
-        listed.append(Row([str(row["step"]), str(row.get("split", "")), *cells]))
+        listed.append(TableRow([str(row["step"]), str(row.get("split", "")), *cells]))
     screen.lines(table(columns, listed, screen.width))
 
 
@@ -212,8 +212,8 @@ def _show_checkpoints(page: Page, screen: Screen) -> None:
     rows = []
     for one in page.checkpoints:
         why = ", ".join(one.kept_for) if one.kept_for else "goes with the next save"
-        cells = [str(one.step), _cell(one.valid_loss, ".4f"), size_text(one.size_bytes), one.problem or why]
-        rows.append(Row(cells, {3: "red"} if one.problem else {}))
+        cells = [str(one.step), _cell(one.valid_loss, ".4f"), format_bytes(one.size_bytes), one.problem or why]
+        rows.append(TableRow(cells, {3: "red"} if one.problem else {}))
     if rows:
         screen.lines(table(columns, rows, screen.width))
     if has_adapters(page.run):

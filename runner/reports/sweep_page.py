@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from runner.reports import commands, settings
+from runner.reports import next_commands, settings_text
 from runner.reports.cells import (
     age_text,
     best_fields,
@@ -19,9 +19,9 @@ from runner.reports.cells import (
 )
 from runner.reports.curves import Series
 from runner.reports.run_page import heading, show_commands, show_plot
-from runner.reports.runs import RunInfo, SweepInfo, differing
-from runner.reports.summary import short
-from runner.reports.tables import STATE_STYLES, Column, Row, Screen, natural_widths, table
+from runner.reports.run_summary import relative_path
+from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, natural_widths, table
+from runner.runs.inspect import RunInfo, SweepInfo, differing_settings
 
 CURVES = 8
 _MARKS = "abcdefgh"
@@ -35,7 +35,7 @@ def ranked(sweep: SweepInfo) -> list[RunInfo]:
 
 def fields(sweep: SweepInfo) -> dict[str, Any]:
     """The page as data, for a JSON document."""
-    names = settings.weightiest_first(differing(sweep.runs))
+    names = settings_text.by_importance(differing_settings(sweep.runs))
     best = sweep.best
     return {
         "kind": "sweep",
@@ -55,14 +55,14 @@ def fields(sweep: SweepInfo) -> dict[str, Any]:
             }
             for run in ranked(sweep)
         ],
-        "commands": [vars(command) for command in commands.for_sweep(sweep)],
+        "commands": [vars(command) for command in next_commands.for_sweep(sweep)],
     }
 
 
 def show(sweep: SweepInfo, screen: Screen) -> None:
     """Print the page."""
     runs = ranked(sweep)
-    screen.line((short(sweep.path), "bold"))
+    screen.line((relative_path(sweep.path), "bold"))
     age = f"  (last update {age_text(time.time() - sweep.updated)} ago)" if sweep.runs else ""
     screen.line("sweep: ", (states_text(sweep), STATE_STYLES.get(state_of(sweep), "")), (age, "dim"))
     if sweep.problem:
@@ -76,12 +76,12 @@ def show(sweep: SweepInfo, screen: Screen) -> None:
         shown = [run for run in runs if id(run) in drawn]
         series = [Series(run.path.name, run.losses("valid"), mark=drawn[id(run)]) for run in shown]
         show_plot(series, screen, _HEIGHT, y_label="loss of job")
-    show_commands(commands.for_sweep(sweep), screen)
+    show_commands(next_commands.for_sweep(sweep), screen)
 
 
 def _show_jobs(runs: list[RunInfo], marks: dict[int, str], screen: Screen) -> None:
     """A column for each setting that differs where they fit, else one column for all of them."""
-    names = settings.weightiest_first(differing(runs))
+    names = settings_text.by_importance(differing_settings(runs))
     columns = [
         Column("job", right=True),
         Column("curve"),
@@ -90,7 +90,7 @@ def _show_jobs(runs: list[RunInfo], marks: dict[int, str], screen: Screen) -> No
         Column("valid_loss", right=True),
     ]
     rows = [
-        Row(
+        TableRow(
             [
                 run.path.name,
                 marks.get(id(run), ""),
@@ -104,7 +104,7 @@ def _show_jobs(runs: list[RunInfo], marks: dict[int, str], screen: Screen) -> No
         for run in runs
     ]
     wide = [*columns, *[Column(name, right=True) for name in names]]
-    values = [settings.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
+    values = [settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
     cells = [[*row.cells, *[column[i] for column in values]] for i, row in enumerate(rows)]
     if screen.width is None or sum(natural_widths(wide, cells)) + 2 * (len(wide) - 1) <= screen.width:
         columns = wide
@@ -112,6 +112,6 @@ def _show_jobs(runs: list[RunInfo], marks: dict[int, str], screen: Screen) -> No
             row.cells = own
     elif names:
         columns.append(Column("settings that differ", cut=True))
-        for row, text in zip(rows, settings.pairs([[run] for run in runs], names), strict=True):
+        for row, text in zip(rows, settings_text.pairs([[run] for run in runs], names), strict=True):
             row.cells.append(text)
     screen.lines(table(columns, rows, screen.width))

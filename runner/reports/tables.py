@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from runner.reports.summary import printable
+from runner.reports.run_summary import printable
 
 Piece = tuple[str, str]
 """Text and its style (rich's words; empty for none)."""
@@ -47,7 +47,7 @@ class Column:
 
 
 @dataclass
-class Row:
+class TableRow:
     """The cells of a row, the styles of some (column to style), and notes that belong below it."""
 
     cells: list[str]
@@ -94,7 +94,7 @@ class Screen:
         return text if self.width is None else cut(one_line(text), self.width)
 
 
-def table(columns: Sequence[Column], rows: Sequence[Row], width: int | None) -> list[Line]:
+def table(columns: Sequence[Column], rows: Sequence[TableRow], width: int | None) -> list[Line]:
     """The lines of a table, its titles first; none is longer than `width` as far as only cells are cut that may be.
 
     Where little is left for the column with `cut`, its text goes on a line below the row. Without a width nothing is

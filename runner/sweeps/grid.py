@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Override, RangeSweep
 
-from runner.errors import ConfigError
+from runner.common.errors import ConfigError
 
 MOST_JOBS = 10_000
 
 
-def jobs_of(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
+def expand_grid(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
     """The overrides of every job: the product of all swept values, the first word varying slowest.
 
     A key that is said twice counts with its last word. Lists, ranges, choices and globs are expanded by Hydra's own
@@ -50,7 +50,7 @@ def _count(found: RangeSweep) -> float:
     return abs(found.stop - found.start) / max(abs(found.step), 1e-300)
 
 
-def identity(overrides: Sequence[str]) -> str:
+def job_id(overrides: Sequence[str]) -> str:
     """Identity of a job: of the set of its overrides, whatever their order; those of one invocation do not count."""
     own = sorted(word for word in overrides if not _of_the_invocation(word))
     return hashlib.blake2b(json.dumps(own).encode(), digest_size=8).hexdigest()
@@ -68,12 +68,12 @@ _NOT_KEPT = (
 """Words that belong to one invocation, or that a sweep sets itself."""
 
 
-def kept_words(words: Sequence[str]) -> list[str]:
+def stored_overrides(words: Sequence[str]) -> list[str]:
     """The words that a sweep's manifest keeps, so that it can be finished without typing them again."""
     return [word for word in words if word not in ("-m", "--multirun") and _key(word) not in _NOT_KEPT]
 
 
-def merged(stored: Sequence[str], typed: Sequence[str]) -> list[str]:
+def merge_overrides(stored: Sequence[str], typed: Sequence[str]) -> list[str]:
     """The words of a sweep when it is resumed: a key typed again replaces the stored one, new ones are added."""
     said = {_key(word): word for word in stored}
     said.update({_key(word): word for word in typed})

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from runner import blas
-from runner.composed import checked, stored_form
-from runner.config import Config
-from runner.errors import ConfigError
-from runner.rundir import RunDirectory, is_leftover
-from runner.start import Source, Start, new_run_id
+from runner.app.resolve import resolve_config, stored_config
+from runner.backends.cpu import blas
+from runner.common.atomic_io import is_leftover
+from runner.common.errors import ConfigError
+from runner.config.schema import Config
+from runner.runs.directory import RunDirectory
+from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 if TYPE_CHECKING:
-    from runner.training.shared import Shared
+    from runner.training.shared import SharedComponents
 
 
 def run_job(
@@ -27,7 +28,7 @@ def run_job(
     number: int,
     label: str,
     experiment: str | None,
-    shared: Shared | None = None,
+    shared: SharedComponents | None = None,
 ) -> float | None:
     """Run the job of the composed `cfg` in `folder` and return its objective.
 
@@ -37,25 +38,25 @@ def run_job(
         RunnerError: the job failed or diverged; its status says why.
         SystemExit: the process was asked to stop; the job saved and can be resumed.
     """
-    report = blas.prepare()  # before MLX is imported
+    report = blas.load_blas()  # before MLX is imported
     from runner.training.run import run
 
-    config = checked(cfg)
+    config = resolve_config(cfg)
     config.experiment = experiment
     directory = RunDirectory(folder, config.checkpoint.dir)
     source = _open(directory, config)
-    start = Start(config, stored_form(cfg, config), directory, source, new_run_id())
+    start = RunSpec(config, stored_config(cfg, config), directory, source, new_run_id())
     start.label = f"job {number}  {label}"
     return run(start, report, shared)
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The job's overrides, and the words that the sweeper added for the launcher."""
     own = {key: value for key, _, value in (w.partition("=") for w in words if w.startswith("hydra."))}
     return [word for word in words if not word.startswith("hydra.")], own
 
 
-def differing_words(jobs: Sequence[Sequence[str]]) -> list[str]:
+def differing_overrides(jobs: Sequence[Sequence[str]]) -> list[str]:
     """Of each job the overrides that not all of them have, as one text."""
     shared = set(jobs[0]).intersection(*jobs) if len(jobs) > 1 else set()
     return [" ".join(word for word in words if word not in shared) for words in jobs]
@@ -66,7 +67,7 @@ def has_begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def clear_cut_off_start(folder: Path, checkpoints: str = "checkpoints") -> None:
+def remove_aborted_start(folder: Path, checkpoints: str = "checkpoints") -> None:
     """Remove what a start leaves that was killed before it wrote its config: Hydra's record and an empty claim.
 
     Raises:
@@ -88,8 +89,8 @@ def clear_cut_off_start(folder: Path, checkpoints: str = "checkpoints") -> None:
             path.unlink()
 
 
-def _open(directory: RunDirectory, config: Config) -> Source | None:
+def _open(directory: RunDirectory, config: Config) -> ResumeSource | None:
     if has_begun(directory.path):
-        return Source(run=directory.path)
+        return ResumeSource(run=directory.path)
     directory.claim()
     return None

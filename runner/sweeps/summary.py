@@ -9,12 +9,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from runner.common.atomic_io import write_atomically
 from runner.reports import svg
-from runner.reports.runs import RunInfo, objective_value, read_run
-from runner.reports.summary import short
-from runner.reports.tables import Column, Row, Screen, table
-from runner.rundir import write_atomically
-from runner.sweeps.manifest import Job, Manifest
+from runner.reports.run_summary import relative_path
+from runner.reports.tables import Column, Screen, TableRow, table
+from runner.runs.inspect import RunInfo, objective_value, read_run
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
 _SHOWN = 40
 """Rows of the table on the screen; all are in results.csv."""
@@ -23,7 +23,7 @@ _STYLES = {"finished": "green", "stopped": "yellow", "interrupted": "yellow", "f
 COLUMNS = ("job", "state", "objective", "valid_loss", "best_step", "step", "iters", "seconds", "reason", "folder")
 
 
-def summarise(folder: Path, known: Manifest, errors: dict[int, str]) -> int:
+def summarise(folder: Path, known: SweepManifest, errors: dict[int, str]) -> int:
     """Print the table, write results.csv and curves.svg; returns how many jobs failed or diverged.
 
     `errors` are what this launch's jobs raised, by number: the reason of one that ended before it had a status.
@@ -42,7 +42,7 @@ def summarise(folder: Path, known: Manifest, errors: dict[int, str]) -> int:
     }
     sign = -1.0 if direction == "maximize" else 1.0
 
-    def rank(job: Job) -> tuple[float, int]:
+    def rank(job: SweepJob) -> tuple[float, int]:
         value = values[job.number]
         return (sign * value if value is not None else math.inf, job.number)
 
@@ -57,7 +57,7 @@ def _read(folder: Path) -> RunInfo:
     return read_run(folder) if (folder / "config.yaml").exists() else RunInfo(path=folder, state="not started")
 
 
-def _varied(jobs: list[Job]) -> dict[int, dict[str, str]]:
+def _varied(jobs: list[SweepJob]) -> dict[int, dict[str, str]]:
     """Of each job the overrides that not all jobs share."""
     own = {job.number: dict(word.lstrip("+").split("=", 1) for word in job.overrides) for job in jobs}
     keys = {key for words in own.values() for key in words}
@@ -73,7 +73,7 @@ def _objective(infos: list[RunInfo]) -> tuple[str, str]:
 
 
 def _write_csv(
-    folder: Path, ranked: list[Job], infos: dict[int, RunInfo], values: dict[int, float | None], varied: dict
+    folder: Path, ranked: list[SweepJob], infos: dict[int, RunInfo], values: dict[int, float | None], varied: dict
 ) -> None:
     keys = list(dict.fromkeys(key for words in varied.values() for key in words))
     out = io.StringIO()
@@ -87,7 +87,7 @@ def _write_csv(
     write_atomically(folder / "results.csv", out.getvalue())
 
 
-def _write_curves(folder: Path, ranked: list[Job], infos: dict[int, RunInfo], varied: dict) -> None:
+def _write_curves(folder: Path, ranked: list[SweepJob], infos: dict[int, RunInfo], varied: dict) -> None:
     series = []
     for job in ranked[:_CURVES]:
         name = " ".join(f"{key.split('.')[-1]}={value}" for key, value in varied[job.number].items())
@@ -98,7 +98,7 @@ def _write_curves(folder: Path, ranked: list[Job], infos: dict[int, RunInfo], va
 
 def _print(
     folder: Path,
-    ranked: list[Job],
+    ranked: list[SweepJob],
     infos: dict[int, RunInfo],
     values: dict[int, float | None],
     varied: dict[int, dict[str, str]],
@@ -113,14 +113,14 @@ def _print(
         cells = [str(job.number), *[varied[job.number].get(key, "") for key in keys], info.state]
         cells += ["" if value is None else f"{value:.4f}", "" if info.best_step is None else str(info.best_step)]
         reason = (info.reason or "").splitlines() or [""]
-        rows.append(Row([*cells, reason[0]], {len(keys) + 1: _STYLES.get(info.state, "")}))
+        rows.append(TableRow([*cells, reason[0]], {len(keys) + 1: _STYLES.get(info.state, "")}))
     screen = Screen()
     screen.line("")
     screen.lines(table(columns, rows, screen.width))
     if len(ranked) > _SHOWN:
         screen.line(f"… and {len(ranked) - _SHOWN} more in results.csv")
     screen.line("")
-    shown = shlex.quote(short(folder))
+    shown = shlex.quote(relative_path(folder))
     screen.line(f"sweep       {shown}")
     screen.line(f"results     {shown}/results.csv, {shown}/curves.svg")
     if any(info.state not in ("finished", "diverged") for info in infos.values()):

@@ -14,24 +14,25 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from runner.composed import checked, require_adapter
-from runner.errors import ConfigError, RunnerError
-from runner.reports.summary import short
-from runner.rundir import RunDirectory
-from runner.sweeps import grid, manifest
-from runner.sweeps.composing import Composer
-from runner.sweeps.job import clear_cut_off_start, has_begun
-from runner.sweeps.manifest import Job, Manifest
+from runner.app.resolve import require_adapter, resolve_config
+from runner.common.errors import ConfigError, RunnerError
+from runner.reports.run_summary import relative_path
+from runner.runs import sweep_manifest
+from runner.runs.directory import RunDirectory
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
+from runner.sweeps import grid
+from runner.sweeps.compose import JobComposer
+from runner.sweeps.job import has_begun, remove_aborted_start
 
 DONE = ("finished", "diverged")
 """States that a resumed sweep leaves alone: a diverged job diverges again, unless its overrides change."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedJob:
     """A job that is left to do."""
 
-    job: Job
+    job: SweepJob
     goes_on: bool
     """Whether its run began and goes on from where it stands."""
     overrides: tuple[str, ...]
@@ -42,7 +43,7 @@ class SweepFailed(RunnerError):
     """Some jobs failed or diverged; the others finished."""
 
 
-def run(
+def run_sweep(
     arguments: Sequence[str],
     *,
     params: dict[str, Any] | None,
@@ -62,7 +63,7 @@ def run(
     directory = RunDirectory(folder)
     try:
         directory.lock()
-        known = manifest.read(folder)
+        known = sweep_manifest.read_manifest(folder)
         wanted = _grid(arguments, params, context)
         _check_all(wanted, known, context, config)
     except BaseException:
@@ -72,7 +73,7 @@ def run(
     try:
         if not known.jobs:
             OmegaConf.save(config, folder / "multirun.yaml")  # as Hydra's own sweeper does
-        known.add(words, [(grid.identity(overrides), overrides) for overrides in wanted])
+        known.add(words, [(grid.job_id(overrides), overrides) for overrides in wanted])
         planned = plan(known, wanted)
         _say(known, planned)
         returns: list[JobReturn] = []
@@ -96,26 +97,26 @@ def run(
         directory.unlock()
 
 
-def plan(known: Manifest, wanted: Sequence[tuple[str, ...]]) -> list[Planned]:
+def plan(known: SweepManifest, wanted: Sequence[tuple[str, ...]]) -> list[PlannedJob]:
     """What is left to do, in the order of the jobs' numbers: all jobs of the manifest that are not done.
 
     States are read from the runs themselves, so that they are true after a crash.
     """
-    fresh = {grid.identity(overrides): overrides for overrides in wanted}
+    fresh = {grid.job_id(overrides): overrides for overrides in wanted}
     left = []
     for job in known.jobs.values():
         folder = known.folder / job.folder
         begun = has_begun(folder)
         if begun and RunDirectory(folder).read_status()["state"] in DONE:
             continue
-        left.append(Planned(job, begun, fresh.get(job.identity, job.overrides)))
+        left.append(PlannedJob(job, begun, fresh.get(job.identity, job.overrides)))
     return left
 
 
 def _grid(arguments: Sequence[str], params: dict[str, Any] | None, context: HydraContext) -> list[tuple[str, ...]]:
     words = [f"{key}={_param(value)}" for key, value in (params or {}).items()]
     parser = OverridesParser.create(config_loader=context.config_loader)
-    return grid.jobs_of(parser.parse_overrides([*words, *arguments]))
+    return grid.expand_grid(parser.parse_overrides([*words, *arguments]))
 
 
 def _param(value: Any) -> str:
@@ -125,35 +126,37 @@ def _param(value: Any) -> str:
     return str(value)
 
 
-def _check_all(wanted: list[tuple[str, ...]], known: Manifest, context: HydraContext, config: DictConfig) -> None:
+def _check_all(wanted: list[tuple[str, ...]], known: SweepManifest, context: HydraContext, config: DictConfig) -> None:
     """Compose and check every new job before the first starts: one wrong value is told at once."""
-    composer = Composer(context.config_loader, config)
+    composer = JobComposer(context.config_loader, config)
     for overrides in wanted:
-        if grid.identity(overrides) not in known.jobs:
+        if grid.job_id(overrides) not in known.jobs:
             try:
-                require_adapter(checked(composer.compose(overrides)))
+                require_adapter(resolve_config(composer.compose(overrides)))
             except ConfigError as error:
                 raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
 
 
-def _words(planned: Planned) -> list[str]:
+def _words(planned: PlannedJob) -> list[str]:
     own = [f"hydra.sweep.subdir={planned.job.folder}"]
     if planned.goes_on:
         own.append("hydra.output_subdir=null")  # the first start's record stays
     return [*planned.overrides, *own]
 
 
-def _say(known: Manifest, planned: Sequence[Planned]) -> None:
+def _say(known: SweepManifest, planned: Sequence[PlannedJob]) -> None:
     on = sum(p.goes_on for p in planned)
     done = len(known.jobs) - len(planned)
     parts = [f"{len(planned) - on} to start" if len(planned) - on else "", f"{on} to go on" if on else ""]
     parts.append(f"{done} done" if done else "")
-    print(f"sweep  {short(known.folder)}: {len(known.jobs)} jobs, {', '.join(p for p in parts if p)}", flush=True)
+    print(
+        f"sweep  {relative_path(known.folder)}: {len(known.jobs)} jobs, {', '.join(p for p in parts if p)}", flush=True
+    )
     for one in planned:
-        clear_cut_off_start(known.folder / one.job.folder)
+        remove_aborted_start(known.folder / one.job.folder)
 
 
-def _summarise(folder: Path, known: Manifest, errors: dict[int, str]) -> int:
+def _summarise(folder: Path, known: SweepManifest, errors: dict[int, str]) -> int:
     from runner.sweeps.summary import summarise
 
     return summarise(folder, known, errors)

@@ -11,23 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from runner import sealed
-from runner.blas import BlasReport, blas_identity
-from runner.cache import cache_folder
-from runner.config import Config
-from runner.cpu import cross_entropy, native, threads
-from runner.cpu.making import fits, make_engine
-from runner.cpu.ops import Ops
+from runner.backends.cpu import cross_entropy, native, threads
+from runner.backends.cpu.blas import BlasReport, blas_identity
+from runner.backends.cpu.build import fits, make_engine
+from runner.backends.cpu.ops import Ops
+from runner.common import fact_cache
+from runner.common.cache_dir import cache_dir
+from runner.config.schema import Config
+from runner.data.length_buckets import LengthBuckets
 from runner.data.order import evaluation_batches
-from runner.data.tokens import TokenSet
-from runner.data.widths import Widths
-from runner.models import adapters
+from runner.data.tokenize import TokenSet
 from runner.models import forward as forward_module
+from runner.models import lora
 from runner.models.forward import Forward
-from runner.models.loading import Base, on_cpu
-from runner.models.trunk import Trunks, numbers_identity
+from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
+from runner.models.load import BaseModel, on_cpu
 from runner.training import loss
-from runner.training.feed import Feed, Fixed
+from runner.training.dataloader import BatchBuilder, FixedBatches
 
 UNSORTED, NEAR_LENGTHS = 1, 64
 """Windows of `data.window`: null."""
@@ -35,14 +35,14 @@ _PROVEN = {"agrees": True}
 _DROPOUT = "lora.dropout is above 0"
 
 
-def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport) -> Forward:
+def make_forward(base: BaseModel, num_layers: int, settings: Config, blas: BlasReport) -> Forward:
     """The forward pass of `base` with an adapter on its last `num_layers` blocks."""
     t = settings.train
     cross_entropy.configure(on=t.cpu_ops)
     threads.configure(blas.threads or 1)
     cut = len(base.model.layers) - num_layers if t.trunk.cache else 0
     file = _place_of_checks(base, cut, settings, blas) if t.keep_checks else None
-    known = sealed.read(file) == _PROVEN if file else False
+    known = fact_cache.load_fact(file) == _PROVEN if file else False
     forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_piece, proven=known)
     if t.cpu_ops and on_cpu():
         forward.why_mlx = _why_no_engine(forward, settings)
@@ -51,15 +51,15 @@ def make_forward(base: Base, num_layers: int, settings: Config, blas: BlasReport
             forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint, proven=known, ops=ops)
     # Only what was used and found right is kept: a failure may be mended by tomorrow.
     if file and not known and forward.split and forward.cut == cut and not forward.why_mlx:
-        sealed.write(file, _PROVEN)
+        fact_cache.store_fact(file, _PROVEN)
     return forward
 
 
-def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -> Path:
+def _place_of_checks(base: BaseModel, cut: int, settings: Config, blas: BlasReport) -> Path:
     """Where it is kept that the parts of the model and the engine agree with the whole: by all that decides it."""
     t = settings.train
     ops = ops_of(settings)[0] if t.cpu_ops and on_cpu() else None
-    return sealed.place(
+    return fact_cache.fact_file(
         "checks",
         {
             "base": base.contents,
@@ -70,7 +70,7 @@ def _place_of_checks(base: Base, cut: int, settings: Config, blas: BlasReport) -
             "blas": blas_identity(blas),
             "python": platform.python_version(),
             "code": _code(),
-            **numbers_identity(),
+            **numeric_platform(),
         },
     )
 
@@ -85,7 +85,7 @@ def ops_of(settings: Config) -> tuple[Ops, str]:
 def _code() -> str:
     """SHA-256 of the modules that compute, and of what they are compared with."""
     digest = hashlib.sha256()
-    ours = (Path(str(module.__file__)) for module in (forward_module, adapters, loss))
+    ours = (Path(str(module.__file__)) for module in (forward_module, lora, loss))
     for module in sorted((*Path(threads.__file__).parent.glob("*.[cp]*"), *ours)):
         digest.update(module.read_bytes())
     return digest.hexdigest()
@@ -116,9 +116,9 @@ def window_of(forward: Forward, settings: Config) -> int:
     return UNSORTED if without_padding else NEAR_LENGTHS
 
 
-def make_trunks(
-    forward: Forward, base: Base, settings: Config, blas: BlasReport, say: Callable[[str], None]
-) -> Trunks | None:
+def make_hidden_caches(
+    forward: Forward, base: BaseModel, settings: Config, blas: BlasReport, say: Callable[[str], None]
+) -> HiddenStateCaches | None:
     """The cache of what `forward` computes below its cut, or None where it has none."""
     if not forward.cut:
         return None
@@ -128,31 +128,31 @@ def make_trunks(
         "cut": forward.cut,
         "blas": blas_identity(blas),
         "engine": forward.engine and forward.engine.identity,
-        **numbers_identity(),
+        **numeric_platform(),
     }
-    return Trunks(
+    return HiddenStateCaches(
         forward,
         identity,
         memory_gb=chosen.memory_gb,
         disk_gb=chosen.disk_gb,
-        folder=Path(chosen.folder).expanduser() if chosen.folder else cache_folder() / "trunk",
+        folder=Path(chosen.folder).expanduser() if chosen.folder else cache_dir() / "trunk",
         say=say,
     )
 
 
-def feed_of(rows: TokenSet, settings: Config, trunks: Trunks | None) -> Feed:
+def batch_builder(rows: TokenSet, settings: Config, trunks: HiddenStateCaches | None) -> BatchBuilder:
     """What makes batches of `rows`."""
-    return Feed(rows, settings.data.pad_to, trunks.of(rows) if trunks and len(rows) else None)
+    return BatchBuilder(rows, settings.data.pad_to, trunks.of(rows) if trunks and len(rows) else None)
 
 
-def fixed_batches(rows: TokenSet, settings: Config, trunks: Trunks | None) -> Fixed:
+def fixed_batches(rows: TokenSet, settings: Config, trunks: HiddenStateCaches | None) -> FixedBatches:
     """The batches of an evaluation: rows chosen in batches of training's size, computed in larger ones."""
-    t, feed = settings.train, feed_of(rows, settings, trunks)
+    t, feed = settings.train, batch_builder(rows, settings, trunks)
     chosen = evaluation_batches(rows.lengths, t.batch_size, t.eval_batches)
-    return Fixed(feed, joined(chosen, rows.lengths, feed.widths, t.eval_tokens))
+    return FixedBatches(feed, joined(chosen, rows.lengths, feed.widths, t.eval_tokens))
 
 
-def joined(chosen: list[np.ndarray], lengths: np.ndarray, widths: Widths, most: int) -> list[np.ndarray]:
+def joined(chosen: list[np.ndarray], lengths: np.ndarray, widths: LengthBuckets, most: int) -> list[np.ndarray]:
     """Neighbours of `chosen` joined while their padded positions stay within `most`; rows are by rising length."""
     groups: list[list[np.ndarray]] = []
     count = 0

@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from runner.cpu import cross_entropy
-from runner.cpu.block import view
-from runner.models.adapters import Params
+from runner.backends.cpu import cross_entropy
+from runner.backends.cpu.block import view
 from runner.models.forward import Forward
-from runner.models.loading import on_cpu
+from runner.models.load import on_cpu
+from runner.models.lora import Params
 
 
 def loss_sum(

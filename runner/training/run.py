@@ -10,27 +10,28 @@ from pathlib import Path
 import mlx.core as mx
 
 from runner import loggers
-from runner.blas import BlasReport
-from runner.checkpoints.retention import Policy
-from runner.checkpoints.store import Store
-from runner.errors import Diverged, RunnerError, StorageError
+from runner.backends.cpu.blas import BlasReport
+from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.store import CheckpointStore
+from runner.common.clock import utc_now
+from runner.common.errors import Diverged, RunnerError, StorageError
 from runner.models.forward import checkpointed
-from runner.models.loading import on_cpu
+from runner.models.load import on_cpu
 from runner.reports.progress import Display
-from runner.reports.runs import objective_value, read_rows
-from runner.rundir import now
-from runner.start import Start
-from runner.training.closing import close, mirror, sample
-from runner.training.going_on import Found, find_checkpoint, is_done
-from runner.training.loop import train
-from runner.training.member import Progress
-from runner.training.record import Record, copy_rows
-from runner.training.setup import load_parts, make_job, release_trunk, require_same
-from runner.training.shared import Shared
-from runner.training.stops import Interrupted, Stops
+from runner.runs.inspect import objective_value
+from runner.runs.rows import read_rows
+from runner.runs.run_spec import RunSpec
+from runner.training.build import build_trainer, load_components, release_trunk, require_same_inputs
+from runner.training.finalize import finalize, finish_backup, generate_samples
+from runner.training.resume import ResumePoint, find_resume_point, is_done
+from runner.training.run_writer import RunWriter, copy_rows
+from runner.training.shared import SharedComponents
+from runner.training.signals import StopRequested, StopSignals
+from runner.training.train_state import Progress
+from runner.training.trainer import train
 
 
-def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float | None:
+def run(start: RunSpec, blas: BlasReport, shared: SharedComponents | None = None) -> float | None:
     """Train what `start` describes, in its directory; returns the objective, where there is one.
 
     Jobs of a sweep in one process hand in what they share.
@@ -42,18 +43,18 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
     directory = start.directory
     directory.lock()
     try:
-        with Stops() as stops:
-            found = find_checkpoint(start)
+        with StopSignals() as stops:
+            found = find_resume_point(start)
             if is_done(start, found):
                 again = shlex.quote(str(directory.path))
                 print(f"{directory.path} is finished; nothing is left to do. A new run like it: repeat={again}")
                 if backup := _make_record(start).backup:  # what its end may not have waited for
-                    print(*mirror(backup, stops), sep="\n")
+                    print(*finish_backup(backup, stops), sep="\n")
                 return _objective(start, found.restored.progress) if found else None
-            together = shared or Shared()
+            together = shared or SharedComponents()
             if found:
                 with ended_by(stops):
-                    require_same(start.config, found, together, stops)  # a resume that is refused writes nothing
+                    require_same_inputs(start.config, found, together, stops)  # a resume that is refused writes nothing
             record = open_record(start, found)
             try:
                 return _train(start, blas, found, record, stops, together, alone=shared is None)
@@ -61,13 +62,13 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
                 error.args = (start.veiled(str(error)),)
                 kind = "diverged" if isinstance(error, Diverged) else "failed"
                 with suppress(StorageError):  # a full disk refuses the status as well: what failed first is told
-                    record.status(state=kind, reason=str(error), ended=now())
+                    record.status(state=kind, reason=str(error), ended=utc_now())
                 raise
             except (Exception, SystemExit) as error:
                 if not isinstance(error, SystemExit):
                     with suppress(StorageError):
                         record.status(
-                            state="failed", reason=start.veiled(f"{type(error).__name__}: {error}"), ended=now()
+                            state="failed", reason=start.veiled(f"{type(error).__name__}: {error}"), ended=utc_now()
                         )
                 raise
             finally:
@@ -79,18 +80,18 @@ def run(start: Start, blas: BlasReport, shared: Shared | None = None) -> float |
 
 
 @contextmanager
-def ended_by(stops: Stops, record: Record | None = None) -> Iterator[None]:
+def ended_by(stops: StopSignals, record: RunWriter | None = None) -> Iterator[None]:
     """Ends the process as after any stop where one was asked for before the first update; `record` keeps why."""
     try:
         yield
-    except Interrupted:
+    except StopRequested:
         assert stops.signal is not None
         if record:
-            record.status(state="stopped", reason=stops.signal.name, ended=now())
+            record.status(state="stopped", reason=stops.signal.name, ended=utc_now())
         raise SystemExit(128 + stops.signal) from None
 
 
-def open_record(start: Start, found: Found | None) -> Record:
+def open_record(start: RunSpec, found: ResumePoint | None) -> RunWriter:
     """The files of the run: config.yaml and status.json written, row files cut to what the checkpoint saw."""
     settings, directory = start.config, start.directory
     record = _make_record(start)
@@ -108,8 +109,8 @@ def open_record(start: Start, found: Found | None) -> Record:
         state="running",
         step=restored.progress.step if restored else 0,
         iters=settings.train.iters,
-        started=before.get("started", now()),
-        resumed=[*before.get("resumed", []), now()] if start.source and not start.source.branch else None,
+        started=before.get("started", utc_now()),
+        resumed=[*before.get("resumed", []), utc_now()] if start.source and not start.source.branch else None,
         parent=str(start.source.checkpoint) if start.source and start.source.branch else before.get("parent"),
         last_checkpoint=found.loaded.checkpoint.step if found and record.source_step is not None else None,
     )
@@ -125,13 +126,13 @@ def open_record(start: Start, found: Found | None) -> Record:
     return record
 
 
-def _make_record(start: Start) -> Record:
+def _make_record(start: RunSpec) -> RunWriter:
     """What a run leaves behind; nothing is opened or written yet."""
     chosen = start.config.checkpoint
-    return Record(
+    return RunWriter(
         start.directory,
-        Store(start.directory.checkpoints, start.run_id),
-        Policy(chosen.keep_last, chosen.keep_best, chosen.keep_every),
+        CheckpointStore(start.directory.checkpoints, start.run_id),
+        RetentionPolicy(chosen.keep_last, chosen.keep_best, chosen.keep_every),
         loggers.build(start.config.loggers),
         background=chosen.background,
         backup=Path(chosen.backup).expanduser() if chosen.backup else None,
@@ -139,12 +140,12 @@ def _make_record(start: Start) -> Record:
 
 
 def _train(
-    start: Start,
+    start: RunSpec,
     blas: BlasReport,
-    found: Found | None,
-    record: Record,
-    stops: Stops,
-    shared: Shared,
+    found: ResumePoint | None,
+    record: RunWriter,
+    stops: StopSignals,
+    shared: SharedComponents,
     *,
     alone: bool,
 ) -> float | None:
@@ -166,20 +167,20 @@ def _train(
         for line in [blas.advice] if blas.advice else []:
             display.line(line, "yellow")
         with ended_by(stops, record):
-            parts = load_parts(settings, start.stored, blas, shared, display, stops)
+            parts = load_components(settings, start.stored, blas, shared, display, stops)
         try:
             if alone:
                 release_trunk(settings, parts, display)
-            job = make_job(start, found, parts, record, stops, display)
+            job = build_trainer(start, found, parts, record, stops, display)
             with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):
-                sample(job, parts, settings, before=True)
+                generate_samples(job, parts, settings, before=True)
                 job.display.begin(job.members[0].progress.step, settings.train.stop_at)
                 try:
                     ending = train(job)
                 finally:
                     job.batches.close()
             job.display.stop()
-            close(job, parts, start, ending)
+            finalize(job, parts, start, ending)
         finally:
             parts.adapted.remove()
             if former is not None:
@@ -190,6 +191,6 @@ def _train(
     return _objective(start, job.members[0].progress)
 
 
-def _objective(start: Start, progress: Progress) -> float | None:
+def _objective(start: RunSpec, progress: Progress) -> float | None:
     rows = read_rows(start.directory.metrics)
     return objective_value(rows, progress.best_loss, start.config.objective.metric)

@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
 
-from runner import config
-from runner.blas import BlasReport
-from runner.data.formats import Reading
-from runner.data.reading import cache_of, reading_of
-from runner.data.tokens import DataSet, load_splits
+from runner.backends.cpu.blas import BlasReport
+from runner.config import schema
+from runner.data.formats import EncodeOptions
+from runner.data.from_config import encode_options, token_cache_from
+from runner.data.tokenize import TokenizedDataset, load_dataset
 from runner.models.forward import Forward
-from runner.models.loading import Base, load
-from runner.models.trunk import Trunks, numbers_identity
-from runner.training.baselines import Baseline, kept
-from runner.training.feeding import make_trunks
+from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
+from runner.models.load import BaseModel, load_base_model
+from runner.training.baseline import Baseline, load_baseline
+from runner.training.feeding import make_hidden_caches
 
 
-class Shared:
+class SharedComponents:
     """Keeps the last base model and the last data set, and every baseline of theirs; a plain run has one of its own.
 
     Nothing here changes what a job computes: the base is frozen and given back without its adapter, and a baseline
@@ -27,49 +27,51 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self._base: tuple[Any, Base] | None = None
-        self._data: tuple[Any, DataSet, Reading] | None = None
+        self._base: tuple[Any, BaseModel] | None = None
+        self._data: tuple[Any, TokenizedDataset, EncodeOptions] | None = None
         self._baselines: dict[Any, Baseline] = {}
-        self._trunks: tuple[Any, Trunks | None] | None = None
+        self._trunks: tuple[Any, HiddenStateCaches | None] | None = None
 
-    def base(self, settings: config.Model) -> Base:
+    def base(self, settings: schema.ModelConfig) -> BaseModel:
         """The base model of `settings`, loaded where the last job had another."""
         key = astuple(settings)
         if self._base is None or self._base[0] != key:
             self._base = self._data = None  # two bases need not fit into memory at once
             self._baselines.clear()
             self._let_go_of_trunks()
-            self._base = (key, load(settings))
+            self._base = (key, load_base_model(settings))
         return self._base[1]
 
-    def data(self, settings: config.Data, base: Base, each: Callable[[], None]) -> tuple[DataSet, Reading]:
+    def data(
+        self, settings: schema.DataConfig, base: BaseModel, each: Callable[[], None]
+    ) -> tuple[TokenizedDataset, EncodeOptions]:
         """The data set of `settings` as tokens of `base`'s tokenizer, and how its rows are read.
 
         `each` is called while rows are tokenised, and may raise.
         """
-        reading = reading_of(settings)
+        reading = encode_options(settings)
         key = (settings.path, reading, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
             self._let_go_of_trunks()
-            data = load_splits(settings.path, base.tokens, reading, cache=cache_of(settings), each=each)
+            data = load_dataset(settings.path, base.tokens, reading, cache=token_cache_from(settings), each=each)
             self._data = (key, data, reading)
         return self._data[1], self._data[2]
 
     def trunks(
         self,
         forward: Forward,
-        base: Base,
-        settings: config.Config,
+        base: BaseModel,
+        settings: schema.Config,
         blas: BlasReport,
         say: Callable[[str], None],
-    ) -> Trunks | None:
+    ) -> HiddenStateCaches | None:
         """The trunk's cache at `forward`'s cut, the last job's where it had the same."""
         engine = forward.engine and forward.engine.identity
         key = (base.fingerprint, forward.cut, engine, astuple(settings.train.trunk))
         if self._trunks is None or self._trunks[0] != key:
             self._let_go_of_trunks()
-            self._trunks = (key, make_trunks(forward, base, settings, blas, say))
+            self._trunks = (key, make_hidden_caches(forward, base, settings, blas, say))
         elif self._trunks[1]:
             self._trunks[1].use(forward)
         return self._trunks[1]
@@ -83,7 +85,9 @@ class Shared:
             self._trunks[1].close()
         self._trunks = None
 
-    def baseline(self, settings: config.Config, base: Base, data: DataSet, environment: Mapping[str, Any]) -> Baseline:
+    def baseline(
+        self, settings: schema.Config, base: BaseModel, data: TokenizedDataset, environment: Mapping[str, Any]
+    ) -> Baseline:
         """The values before training, empty where no job has computed them yet; a warm start has its own.
 
         `environment`: what the numbers depend on, as a checkpoint records it.
@@ -93,10 +97,10 @@ class Shared:
         d, t = settings.data, settings.train
         batches = (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to)
         # The last digits are those of the way that computes them.
-        way = {**environment, **numbers_identity()}
+        way = {**environment, **numeric_platform()}
         losses = {"base": base.contents, "rows": data.valid.fingerprint, "batches": batches, "way": way}
         answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
         key = (json.dumps(losses, sort_keys=True, default=str), answers)
         if key not in self._baselines:
-            self._baselines[key] = kept(losses) if t.keep_baseline else Baseline()
+            self._baselines[key] = load_baseline(losses) if t.keep_baseline else Baseline()
         return self._baselines[key]

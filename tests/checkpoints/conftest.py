@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-import runner.checkpoints.disk as disk_module
-from runner.checkpoints.store import Store
+import runner.common.filesystem as disk_module
+from runner.checkpoints.store import CheckpointStore
 
 
 def _instruments() -> Any:
@@ -58,5 +58,5 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(folder: Path) -> Store:
-    return Store(folder / "checkpoints", "run-1")
+def store(folder: Path) -> CheckpointStore:
+    return CheckpointStore(folder / "checkpoints", "run-1")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoints import disk
-from runner.checkpoints.disk import Disk, size_text
-from runner.errors import CheckpointError, StorageError
+from runner.common import filesystem
+from runner.common.errors import CheckpointError, StorageError
+from runner.common.filesystem import FileSystem, format_bytes
 
 
 def test_a_file_is_written_whole_when_the_system_writes_a_few_bytes_at_a_time(folder: Path, tape) -> None:
     with tape(piece=3) as calls:
-        Disk().write_file(folder / "a", b"0123456789")
+        FileSystem().write_file(folder / "a", b"0123456789")
     assert (folder / "a").read_bytes() == b"0123456789"
     assert calls.calls == ["create", "write", "write", "write", "write", "fsync"]
 
@@ -27,7 +27,7 @@ def test_a_file_is_written_whole_when_the_system_writes_a_few_bytes_at_a_time(fo
 def test_an_existing_file_is_never_overwritten(folder: Path) -> None:
     (folder / "a").write_bytes(b"mine")
     with pytest.raises(StorageError, match=r"/a: cannot be written: File exists \(EEXIST\)"):
-        Disk().write_file(folder / "a", b"yours")
+        FileSystem().write_file(folder / "a", b"yours")
     assert (folder / "a").read_bytes() == b"mine"
 
 
@@ -36,7 +36,7 @@ def test_a_file_is_not_written_through_a_link(folder: Path, target: str) -> None
     (folder / "there").write_bytes(b"mine")
     (folder / "link").symlink_to(folder / target)
     with pytest.raises(StorageError, match="link"):
-        Disk().write_file(folder / "link", b"yours")
+        FileSystem().write_file(folder / "link", b"yours")
     assert (folder / "there").read_bytes() == b"mine"
     assert not (folder / "dangling").exists()
 
@@ -46,7 +46,7 @@ def test_a_file_is_not_written_through_a_link(folder: Path, target: str) -> None
 def test_each_failure_of_a_write_names_path_and_reason(folder: Path, tape, call: str, error: int) -> None:
     at = ["create", "write", "fsync", "close"].index(call)
     with tape(fail_at=at, error=error), pytest.raises(StorageError) as caught:
-        Disk().write_file(folder / "a", b"x" * 2000)
+        FileSystem().write_file(folder / "a", b"x" * 2000)
     said = str(caught.value)
     assert str(folder / "a") in said
     assert errno.errorcode[error] in said
@@ -61,10 +61,10 @@ def test_no_handle_stays_open_after_a_failure(folder: Path, tape) -> None:
     os.close(lowest)
     for at in range(4):
         with tape(fail_at=at, error=errno.EIO), pytest.raises(StorageError):
-            Disk().write_file(folder / f"{at}", b"x")
+            FileSystem().write_file(folder / f"{at}", b"x")
     for path in (folder / "sub", folder / "missing"):
         with pytest.raises(CheckpointError):
-            Disk().read_file(path, 10)
+            FileSystem().read_file(path, 10)
     again = os.dup(0)
     os.close(again)
     assert again == lowest
@@ -72,9 +72,9 @@ def test_no_handle_stays_open_after_a_failure(folder: Path, tape) -> None:
 
 def test_a_file_is_read_up_to_its_limit(folder: Path) -> None:
     (folder / "a").write_bytes(b"12345")
-    assert Disk().read_file(folder / "a", 5) == b"12345"
+    assert FileSystem().read_file(folder / "a", 5) == b"12345"
     with pytest.raises(CheckpointError, match="5 bytes, more than the 4 it may have"):
-        Disk().read_file(folder / "a", 4)
+        FileSystem().read_file(folder / "a", 4)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_file_is_read_up_to_its_limit(folder: Path) -> None:
 )
 def test_what_is_not_a_regular_file_is_not_read(folder: Path, make: Callable[[Path], None], said: str) -> None:
     make(folder / "a")
-    for read in (lambda path: Disk().read_file(path, 100), Disk().sha256):
+    for read in (lambda path: FileSystem().read_file(path, 100), FileSystem().sha256):
         with pytest.raises(CheckpointError, match=said):
             read(folder / "a")
 
@@ -106,7 +106,7 @@ def test_a_bad_sector_is_damage_and_a_lack_of_handles_is_not(folder: Path, tape,
             raise OSError(error, os.strerror(error))
 
     with Bad(), pytest.raises(kind, match=errno.errorcode[error]):
-        Disk().read_file(folder / "a", 1)
+        FileSystem().read_file(folder / "a", 1)
 
 
 def test_removing_a_tree_leaves_what_its_links_point_to(folder: Path) -> None:
@@ -119,10 +119,10 @@ def test_removing_a_tree_leaves_what_its_links_point_to(folder: Path) -> None:
     (victim / "to_folder").symlink_to(outside)
     (victim / "sub" / "to_file").symlink_to(outside / "deep" / "file")
     os.mkfifo(victim / "sub" / "fifo")
-    Disk().remove_tree(victim)
+    FileSystem().remove_tree(victim)
     assert not victim.exists()
     (folder / "link").symlink_to(outside)
-    Disk().remove_tree(folder / "link")
+    FileSystem().remove_tree(folder / "link")
     assert not (folder / "link").is_symlink()
     assert (outside / "deep" / "file").read_bytes() == b"mine"
 
@@ -132,7 +132,7 @@ def test_a_tree_too_deep_to_remove_is_at_worst_a_sentence(folder: Path) -> None:
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 120)
     try:
-        Disk().remove_tree(folder / "d")
+        FileSystem().remove_tree(folder / "d")
     except StorageError as error:  # a Python whose fwalk recurses
         assert "/d: cannot be removed: folders nested too deeply" in str(error)
     else:
@@ -147,10 +147,10 @@ def test_a_file_system_without_folder_sync_is_fine_and_a_failing_one_is_not(
 ) -> None:
     with tape(fail_at=0, error=error):
         if passes:
-            Disk().fsync_folder(folder)
+            FileSystem().fsync_folder(folder)
         else:
             with pytest.raises(StorageError, match="EIO"):
-                Disk().fsync_folder(folder)
+                FileSystem().fsync_folder(folder)
 
 
 @pytest.mark.parametrize(("error", "calls"), [(0, []), (errno.ENOTSUP, ["fsync"]), (errno.EIO, [])])
@@ -164,14 +164,14 @@ def test_a_mac_is_asked_to_empty_the_drives_own_cache(
         if error:
             raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(disk, "_FULL_SYNC", 51)
-    monkeypatch.setattr(disk.fcntl, "fcntl", full_sync)
+    monkeypatch.setattr(filesystem, "_FULL_SYNC", 51)
+    monkeypatch.setattr(filesystem.fcntl, "fcntl", full_sync)
     with tape() as used:
         if error == errno.EIO:
             with pytest.raises(StorageError, match="EIO"):
-                Disk().write_file(folder / "a", b"1")
+                FileSystem().write_file(folder / "a", b"1")
         else:
-            Disk().write_file(folder / "a", b"1")
+            FileSystem().write_file(folder / "a", b"1")
     assert asked == [51]
     assert used.calls == ["create", "write", *calls]
 
@@ -180,7 +180,7 @@ def test_look_tells_kinds_apart_without_following(folder: Path) -> None:
     (folder / "file").write_bytes(b"123")
     (folder / "link").symlink_to(folder / "file")
     os.mkfifo(folder / "fifo")
-    found = {name: Disk().look(folder / name) for name in ("file", "link", "fifo", "none", "file/below")}
+    found = {name: FileSystem().look(folder / name) for name in ("file", "link", "fifo", "none", "file/below")}
     assert {name: entry and entry.kind for name, entry in found.items()} == {
         "file": "file",
         "link": "link",
@@ -189,11 +189,11 @@ def test_look_tells_kinds_apart_without_following(folder: Path) -> None:
         "file/below": None,
     }
     assert found["file"].size == 3
-    assert Disk().look(folder).kind == "folder"
+    assert FileSystem().look(folder).kind == "folder"
 
 
 def test_sizes_read_like_sizes() -> None:
-    assert [size_text(size) for size in (0, 999, 1000, 16_300_000, 2 * 10**15)] == [
+    assert [format_bytes(size) for size in (0, 999, 1000, 16_300_000, 2 * 10**15)] == [
         "0 bytes",
         "999 bytes",
         "1.0 kB",
@@ -205,8 +205,8 @@ def test_sizes_read_like_sizes() -> None:
 def test_the_package_needs_neither_mlx_nor_hydra_nor_the_training_loop() -> None:
     program = """
 import sys
-import runner.checkpoints.disk, runner.checkpoints.manifest, runner.checkpoints.retention
-import runner.checkpoints.schedule, runner.checkpoints.store, runner.checkpoints.tensors
+import runner.common.filesystem, runner.checkpoints.manifest, runner.checkpoints.retention
+import runner.checkpoints.save_policy, runner.checkpoints.store, runner.checkpoints.safetensors_file
 heavy = {"mlx", "mlx_lm", "hydra", "omegaconf", "safetensors"} | {"runner.training", "runner.data"}
 print(sorted(heavy & set(sys.modules)))
 """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoints.store import Store
-from runner.errors import RunnerError
+from runner.checkpoints.store import CheckpointStore
+from runner.common.errors import RunnerError
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 _SAVE = """
 import sys
 from pathlib import Path
-from runner.checkpoints.disk import Disk
-from runner.checkpoints.store import Store
-from runner.errors import StorageError
+from runner.common.filesystem import FileSystem as Disk
+from runner.checkpoints.store import CheckpointStore as Store
+from runner.common.errors import StorageError
 
 class Blind(Disk):
     def free_space(self, folder):
@@ -89,6 +89,6 @@ for room in (0, 100_000, 300_000, 500_000, 700_000):
 
 def test_no_failure_is_a_bare_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    store = Store(tmp_path / "file" / "checkpoints", "run-1")
+    store = CheckpointStore(tmp_path / "file" / "checkpoints", "run-1")
     with pytest.raises(RunnerError, match="Not a directory"):
         store.commit(1, {"a": b"1"})

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from runner.checkpoints.disk import Disk
-from runner.checkpoints.store import Store
-from runner.errors import CheckpointError, StorageError
+from runner.checkpoints.store import CheckpointStore
+from runner.common.errors import CheckpointError, StorageError
+from runner.common.filesystem import FileSystem
 
 FILES = {
     "adapters.safetensors": random.Random(1).randbytes(3000),
@@ -36,7 +36,7 @@ def _mark(loaded: Any) -> str | None:
     return loaded and loaded.files["train_state.json"].decode()
 
 
-def test_what_is_committed_is_loaded_with_its_reasons_and_metrics(store: Store) -> None:
+def test_what_is_committed_is_loaded_with_its_reasons_and_metrics(store: CheckpointStore) -> None:
     made = store.commit(100, FILES, why=["every 100", "best"], metrics={"valid_loss": 1.25})
     assert made.path == store.folder / "step-0000100"
     loaded = store.load(made.path)
@@ -52,7 +52,7 @@ def test_what_is_committed_is_loaded_with_its_reasons_and_metrics(store: Store) 
     assert sorted(os.listdir(made.path)) == sorted([*FILES, "manifest.json"])
 
 
-def test_the_manifest_is_plain_json_that_names_size_and_hash_of_each_file(store: Store) -> None:
+def test_the_manifest_is_plain_json_that_names_size_and_hash_of_each_file(store: CheckpointStore) -> None:
     made = store.commit(100, FILES)
     record = json.loads((made.path / "manifest.json").read_bytes())
     assert (record["schema"], record["run_id"], record["step"]) == (1, "run-1", 100)
@@ -61,7 +61,7 @@ def test_the_manifest_is_plain_json_that_names_size_and_hash_of_each_file(store:
     }
 
 
-def test_the_manifest_is_written_last_and_everything_is_synced_in_order(store: Store, tape) -> None:
+def test_the_manifest_is_written_last_and_everything_is_synced_in_order(store: CheckpointStore, tape) -> None:
     store.commit(1, FILES)
     with tape() as calls:
         store.commit(2, {"a": b"1", "b": b"2"})
@@ -77,7 +77,7 @@ def test_the_manifest_is_written_last_and_everything_is_synced_in_order(store: S
     ]
 
 
-def test_a_metric_that_is_not_finite_stays_not_finite(store: Store) -> None:
+def test_a_metric_that_is_not_finite_stays_not_finite(store: CheckpointStore) -> None:
     store.commit(1, FILES, metrics={"nan": math.nan, "inf": math.inf, "fine": 2})
     found = store.checkpoints()[0].metrics
     assert math.isnan(found["nan"])
@@ -85,7 +85,7 @@ def test_a_metric_that_is_not_finite_stays_not_finite(store: Store) -> None:
     assert found["fine"] == 2.0
 
 
-def test_there_never_was_a_checkpoint_and_none_can_be_used_are_told_apart(store: Store) -> None:
+def test_there_never_was_a_checkpoint_and_none_can_be_used_are_told_apart(store: CheckpointStore) -> None:
     assert store.newest_valid() == (None, [])
     assert store.checkpoints() == []
     assert store.repair() == []
@@ -98,7 +98,7 @@ def test_there_never_was_a_checkpoint_and_none_can_be_used_are_told_apart(store:
     assert str(made.path) in wrong[0]
 
 
-def test_committing_a_step_again_replaces_it(store: Store) -> None:
+def test_committing_a_step_again_replaces_it(store: CheckpointStore) -> None:
     store.commit(100, _files("old"))
     store.commit(100, _files("new") | {"more.json": b"{}"})
     loaded, wrong = store.newest_valid()
@@ -108,7 +108,7 @@ def test_committing_a_step_again_replaces_it(store: Store) -> None:
 
 def test_the_newest_is_the_highest_step_whatever_the_clock_says(folder: Path) -> None:
     now = 2e9
-    store = Store(folder / "checkpoints", "run-1", clock=lambda: now)
+    store = CheckpointStore(folder / "checkpoints", "run-1", clock=lambda: now)
     for step, jump in ((100, 0), (300, -YEAR), (200, YEAR)):
         now += jump
         store.commit(step, _files(str(step)))
@@ -118,7 +118,7 @@ def test_the_newest_is_the_highest_step_whatever_the_clock_says(folder: Path) ->
     assert store.rotate(set()) == [100, 200]
 
 
-def test_steps_of_more_than_seven_digits_sort_as_numbers(store: Store) -> None:
+def test_steps_of_more_than_seven_digits_sort_as_numbers(store: CheckpointStore) -> None:
     for step in (9_999_999, 10_000_000, 123_456_789):
         store.commit(step, _files(str(step)))
     assert [found.step for found in store.checkpoints()] == [9_999_999, 10_000_000, 123_456_789]
@@ -146,7 +146,7 @@ def test_steps_of_more_than_seven_digits_sort_as_numbers(store: Store) -> None:
     ],
 )
 def test_what_a_manifest_cannot_hold_is_refused_before_anything_is_written(
-    store: Store, step: int, files: dict[str, bytes], said: str
+    store: CheckpointStore, step: int, files: dict[str, bytes], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
         store.commit(step, files)
@@ -154,18 +154,18 @@ def test_what_a_manifest_cannot_hold_is_refused_before_anything_is_written(
 
 
 def test_a_lack_of_space_is_found_before_anything_is_written(folder: Path) -> None:
-    class Small(Disk):
+    class Small(FileSystem):
         def free_space(self, folder: Path) -> int:
             return 20_000
 
-    store = Store(folder / "checkpoints", "run-1", Small())
+    store = CheckpointStore(folder / "checkpoints", "run-1", Small())
     store.commit(1, {"a": bytes(1000)})
     with pytest.raises(StorageError, match=r"step 2 was not saved.*/checkpoints: needs 24\.6 kB, has 20\.0 kB\. Make"):
         store.commit(2, {"a": bytes(10_000), "b": b"1"})
     assert os.listdir(store.folder) == ["step-0000001"]
 
 
-def test_each_bad_checkpoint_is_named_and_the_newest_good_one_is_loaded(store: Store) -> None:
+def test_each_bad_checkpoint_is_named_and_the_newest_good_one_is_loaded(store: CheckpointStore) -> None:
     for step in (100, 200, 300, 400):
         store.commit(step, _files(str(step)))
     (store.folder / "step-0000400" / "manifest.json").write_bytes(b"{}")
@@ -176,7 +176,7 @@ def test_each_bad_checkpoint_is_named_and_the_newest_good_one_is_loaded(store: S
     assert "optimizer.safetensors: missing" in wrong[1]
 
 
-def test_the_callers_check_can_refuse_a_checkpoint(store: Store) -> None:
+def test_the_callers_check_can_refuse_a_checkpoint(store: CheckpointStore) -> None:
     for step in (100, 200):
         store.commit(step, _files(str(step)))
 
@@ -189,8 +189,8 @@ def test_the_callers_check_can_refuse_a_checkpoint(store: Store) -> None:
     assert wrong == [f"{store.folder}/step-0000200: lora_a is not finite"]
 
 
-def test_checkpoints_of_another_run_are_named_not_used_and_not_removed(store: Store) -> None:
-    Store(store.folder, "run-0").commit(900, _files("stale"))
+def test_checkpoints_of_another_run_are_named_not_used_and_not_removed(store: CheckpointStore) -> None:
+    CheckpointStore(store.folder, "run-0").commit(900, _files("stale"))
     assert store.newest_valid()[0] is None
     for step in (100, 200):
         store.commit(step, _files(str(step)))
@@ -201,8 +201,8 @@ def test_checkpoints_of_another_run_are_named_not_used_and_not_removed(store: St
     assert [(found.step, found.run_id) for found in store.checkpoints()] == [(200, "run-1"), (900, "run-0")]
 
 
-def test_a_linked_checkpoint_is_not_loaded_not_listed_and_not_removed(store: Store, folder: Path) -> None:
-    outside = Store(folder / "elsewhere", "run-1").commit(900, _files("outside")).path
+def test_a_linked_checkpoint_is_not_loaded_not_listed_and_not_removed(store: CheckpointStore, folder: Path) -> None:
+    outside = CheckpointStore(folder / "elsewhere", "run-1").commit(900, _files("outside")).path
     for step in (100, 200):
         store.commit(step, _files(str(step)))
     (store.folder / "step-0000900").symlink_to(outside)
@@ -219,12 +219,12 @@ def test_a_linked_checkpoint_is_not_loaded_not_listed_and_not_removed(store: Sto
 
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_a_store_whose_folder_is_not_a_folder_is_refused(folder: Path, kind: str) -> None:
-    Store(folder / "real", "run-1").commit(100, FILES)
+    CheckpointStore(folder / "real", "run-1").commit(100, FILES)
     if kind == "link":
         (folder / "checkpoints").symlink_to(folder / "real")
     else:
         (folder / "checkpoints").write_bytes(b"")
-    store = Store(folder / "checkpoints", "run-1")
+    store = CheckpointStore(folder / "checkpoints", "run-1")
     for use in (
         lambda: store.commit(200, FILES),
         lambda: store.rotate(set()),
@@ -240,12 +240,12 @@ def test_a_store_whose_folder_is_not_a_folder_is_refused(folder: Path, kind: str
 def test_a_run_that_is_reached_through_a_link_is_fine(folder: Path) -> None:
     (folder / "real").mkdir()
     (folder / "run").symlink_to(folder / "real")
-    store = Store(folder / "run" / "checkpoints", "run-1")
+    store = CheckpointStore(folder / "run" / "checkpoints", "run-1")
     store.commit(100, FILES)
     assert store.newest_valid()[0].files == FILES
 
 
-def test_leftovers_that_are_links_are_removed_themselves(store: Store, folder: Path) -> None:
+def test_leftovers_that_are_links_are_removed_themselves(store: CheckpointStore, folder: Path) -> None:
     victim = folder / "victim"
     victim.mkdir()
     (victim / "file").write_bytes(b"mine")
@@ -259,7 +259,7 @@ def test_leftovers_that_are_links_are_removed_themselves(store: Store, folder: P
     assert sorted(os.listdir(store.folder)) == [".old-step-0000200-00000000", "step-0000100"]
 
 
-def test_names_that_only_resemble_a_checkpoints_are_left_alone(store: Store) -> None:
+def test_names_that_only_resemble_a_checkpoints_are_left_alone(store: CheckpointStore) -> None:
     store.commit(100, FILES)
     others = [
         "step-1",
@@ -278,7 +278,7 @@ def test_names_that_only_resemble_a_checkpoints_are_left_alone(store: Store) -> 
     assert store.newest_valid()[1] == []
 
 
-def test_rotation_removes_all_but_those_to_keep(store: Store) -> None:
+def test_rotation_removes_all_but_those_to_keep(store: CheckpointStore) -> None:
     for step in (100, 200, 300, 400):
         store.commit(step, _files(str(step)))
     assert store.rotate({200, 400, 999}) == [100, 300]
@@ -286,7 +286,7 @@ def test_rotation_removes_all_but_those_to_keep(store: Store) -> None:
 
 
 @pytest.mark.parametrize("damage", ["manifest.json", "adapters.safetensors"])
-def test_the_newest_valid_one_stays_whatever_the_caller_says(store: Store, damage: str) -> None:
+def test_the_newest_valid_one_stays_whatever_the_caller_says(store: CheckpointStore, damage: str) -> None:
     for step in (100, 200, 300):
         store.commit(step, _files(str(step)))
     file = store.folder / "step-0000300" / damage
@@ -299,7 +299,7 @@ def test_the_newest_valid_one_stays_whatever_the_caller_says(store: Store, damag
     assert not (store.folder / "step-0000100").exists()
 
 
-def test_where_none_is_valid_rotation_removes_nothing(store: Store) -> None:
+def test_where_none_is_valid_rotation_removes_nothing(store: CheckpointStore) -> None:
     for step in (100, 200):
         (store.commit(step, FILES).path / "adapters.safetensors").write_bytes(b"")
     assert store.rotate(set()) == []

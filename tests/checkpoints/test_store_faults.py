@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from runner.checkpoints.disk import Disk
-from runner.checkpoints.store import Store
-from runner.errors import StorageError
+from runner.checkpoints.store import CheckpointStore
+from runner.common.errors import StorageError
+from runner.common.filesystem import FileSystem
 
 
 def _cases() -> Any:
@@ -37,7 +37,7 @@ def test_after_a_kill_at_any_system_call_the_old_or_the_new_one_loads(tmp_path: 
         store = _prepare(tmp_path / f"{at}", steps)
         with tape(stop_at=at, piece=150) as calls, suppress(killed):
             act(store)
-        _check(Store(store.folder, "run-1"), case, completed=not calls.was_hit)
+        _check(CheckpointStore(store.folder, "run-1"), case, completed=not calls.was_hit)
         if not calls.was_hit:
             break
     assert at > 5
@@ -50,17 +50,17 @@ def test_after_a_kill_at_any_call_of_the_disk_the_old_or_the_new_one_loads(tmp_p
         store = _prepare(tmp_path / f"{at}", steps)
         mortal = _MortalDisk(at, killed)
         try:
-            act(Store(store.folder, "run-1", mortal))
+            act(CheckpointStore(store.folder, "run-1", mortal))
             completed = True
         except killed:
             completed = False
-        _check(Store(store.folder, "run-1"), case, completed=completed)
+        _check(CheckpointStore(store.folder, "run-1"), case, completed=completed)
         if completed:
             break
     assert at > 5
 
 
-class _MortalDisk(Disk):
+class _MortalDisk(FileSystem):
     """Lives for `calls` calls, of any operation."""
 
     def __init__(self, calls: int, end: type[BaseException]) -> None:
@@ -91,8 +91,8 @@ def test_a_repair_that_is_killed_is_repaired_by_the_next(tmp_path: Path, tape, k
             again = tmp_path / f"{first}-{second}"
             shutil.copytree(store.folder.parent, again)
             with tape(stop_at=second) as calls, suppress(killed):
-                Store(again / "checkpoints", "run-1").repair()
-            _check(Store(again / "checkpoints", "run-1"), case, completed=False)
+                CheckpointStore(again / "checkpoints", "run-1").repair()
+            _check(CheckpointStore(again / "checkpoints", "run-1"), case, completed=False)
             repairs += calls.was_hit
             if not calls.was_hit:
                 break
@@ -114,7 +114,7 @@ def test_after_a_power_cut_at_any_moment_the_old_or_the_new_one_loads(
             after = tmp_path / f"{moment}-{attempt}"
             disk.leave(after, luck if attempt else None)
             completed = moment == len(calls.events)
-            _check(Store(after / "checkpoints", "run-1"), case, completed=completed)
+            _check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=completed)
         if not completed:
             disk.apply(calls.events[moment])
 
@@ -133,12 +133,12 @@ def test_after_a_kill_and_then_a_power_cut_inside_the_repair_one_loads(tmp_path:
         for event in calls.events:
             disk.apply(event)
         with tape() as repair:
-            Store(store.folder, "run-1").repair()
+            CheckpointStore(store.folder, "run-1").repair()
         for moment in range(len(repair.events) + 1):
             for attempt in range(3):
                 after = tmp_path / f"{at}-{moment}-{attempt}"
                 disk.leave(after, luck if attempt else None)
-                _check(Store(after / "checkpoints", "run-1"), case, completed=False)
+                _check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=False)
                 cuts += 1
             if moment < len(repair.events):
                 disk.apply(repair.events[moment])
@@ -163,7 +163,7 @@ def test_a_failing_call_is_a_storage_error_and_costs_no_checkpoint(
                 completed = False
                 assert errno.errorcode[error] in str(failure)
                 assert str(store.folder) in str(failure)
-        _check(Store(store.folder, "run-1"), case, completed=completed)
+        _check(CheckpointStore(store.folder, "run-1"), case, completed=completed)
         store.commit(500, _files("later"))
         assert store.newest_valid()[0].files == _files("later")
         if not calls.was_hit:
@@ -182,7 +182,7 @@ def test_a_failed_save_leaves_its_room_free_again(tmp_path: Path, tape) -> None:
 
 
 def test_a_replacement_that_fails_at_its_rename_is_undone_at_once(tmp_path: Path) -> None:
-    class Full(Disk):
+    class Full(FileSystem):
         def rename(self, source: Path, target: Path) -> None:
             if source.name.startswith(".tmp-"):
                 raise StorageError("no room for a name")
@@ -190,7 +190,7 @@ def test_a_replacement_that_fails_at_its_rename_is_undone_at_once(tmp_path: Path
 
     store = _prepare(tmp_path / "run", [100])
     with pytest.raises(StorageError, match="no room for a name"):
-        Store(store.folder, "run-1", Full()).commit(100, _files("new"))
+        CheckpointStore(store.folder, "run-1", Full()).commit(100, _files("new"))
     loaded, wrong = store.newest_valid()
     assert (loaded.files, wrong) == (_files("old 100"), [])
     assert os.listdir(store.folder) == ["step-0000100"]

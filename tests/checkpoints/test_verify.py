@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from runner.checkpoints import manifest
-from runner.checkpoints.store import Store
-from runner.errors import CheckpointError
+from runner.checkpoints.store import CheckpointStore
+from runner.common.errors import CheckpointError
 
 FILES = {
     "adapters.safetensors": random.Random(1).randbytes(3000),
@@ -41,7 +41,7 @@ def _reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "manifest.json").write_bytes(manifest.seal(record))
 
 
-def test_any_flipped_bit_of_any_file_is_found_and_the_one_before_is_used(store: Store) -> None:
+def test_any_flipped_bit_of_any_file_is_found_and_the_one_before_is_used(store: CheckpointStore) -> None:
     store.commit(100, _files("old"))
     path = store.commit(200, _files("new"), why=["best"], metrics={"valid_loss": 1.5}).path
     luck = random.Random(0)
@@ -64,7 +64,7 @@ def test_any_flipped_bit_of_any_file_is_found_and_the_one_before_is_used(store: 
 
 def test_any_flipped_bit_of_a_manifest_is_found() -> None:
     files = {"a": manifest.FileRecord(5, "0" * 64)}
-    whole = manifest.write(manifest.Manifest("run-1", 100, "2026", ("best",), {"valid_loss": 1.5}, files))
+    whole = manifest.write(manifest.CheckpointManifest("run-1", 100, "2026", ("best",), {"valid_loss": 1.5}, files))
     assert manifest.read(whole).step == 100
     for bit in range(len(whole) * 8):
         data = bytearray(whole)
@@ -73,7 +73,7 @@ def test_any_flipped_bit_of_a_manifest_is_found() -> None:
             manifest.read(bytes(data))
 
 
-def test_any_truncation_or_growth_of_any_file_is_found(store: Store) -> None:
+def test_any_truncation_or_growth_of_any_file_is_found(store: CheckpointStore) -> None:
     store.commit(100, _files("old"))
     path = store.commit(200, _files("new")).path
     for name in [*FILES, "manifest.json"]:
@@ -97,14 +97,16 @@ def test_any_truncation_or_growth_of_any_file_is_found(store: Store) -> None:
         (path / name).write_bytes(whole)
 
 
-def test_files_that_the_manifest_does_not_list_are_ignored(store: Store) -> None:
+def test_files_that_the_manifest_does_not_list_are_ignored(store: CheckpointStore) -> None:
     path = store.commit(100, FILES).path
     (path / "notes.txt").write_text("mine")
     (path / "sub").mkdir()
     assert store.load(path).files == FILES
 
 
-def test_a_copy_under_another_name_loads_and_under_another_step_does_not(store: Store, tmp_path: Path) -> None:
+def test_a_copy_under_another_name_loads_and_under_another_step_does_not(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
     path = store.commit(100, FILES).path
     shutil.copytree(path, tmp_path / "kept")
     assert store.load(tmp_path / "kept").files == FILES
@@ -115,7 +117,7 @@ def test_a_copy_under_another_name_loads_and_under_another_step_does_not(store: 
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "sub/a", "a\0b", "", "\ud800"])
-def test_a_manifest_that_names_a_file_elsewhere_is_refused(store: Store, name: str) -> None:
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(store: CheckpointStore, name: str) -> None:
     path = store.commit(100, FILES).path
     secret = store.folder / "secret"
     secret.write_bytes(b"secret")
@@ -161,7 +163,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(store: Store, name: s
         ),
     ],
 )
-def test_a_manifest_of_another_shape_is_refused(store: Store, change: Callable, said: str) -> None:
+def test_a_manifest_of_another_shape_is_refused(store: CheckpointStore, change: Callable, said: str) -> None:
     path = store.commit(100, FILES).path
     _reseal(path, change)
     with pytest.raises(CheckpointError) as caught:
@@ -175,7 +177,7 @@ def test_a_manifest_of_another_shape_is_refused(store: Store, change: Callable, 
     [b"", b"{}", b"[" * 100_000, b"\xff" * 100, b"null", b"\0" * 5000, b" " * ((1 << 20) + 1)],
     ids=["empty", "bare", "deep", "binary", "null", "zeros", "large"],
 )
-def test_what_is_no_manifest_is_refused(store: Store, data: bytes) -> None:
+def test_what_is_no_manifest_is_refused(store: CheckpointStore, data: bytes) -> None:
     path = store.commit(100, FILES).path
     (path / "manifest.json").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -191,7 +193,9 @@ def test_a_sealed_manifest_with_a_key_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["adapters.safetensors", "manifest.json", "unlisted"])
 @pytest.mark.parametrize("kind", ["link", "fifo"])
-def test_a_link_or_a_fifo_in_a_checkpoint_is_refused(store: Store, folder: Path, name: str, kind: str) -> None:
+def test_a_link_or_a_fifo_in_a_checkpoint_is_refused(
+    store: CheckpointStore, folder: Path, name: str, kind: str
+) -> None:
     path = store.commit(100, FILES).path
     outside = folder / "outside"
     shutil.copytree(path, outside)

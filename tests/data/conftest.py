@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from runner.data import token_cache
-from runner.data import tokens as loading
-from runner.data.formats import Reading
+from runner.data import tokenize as loading
+from runner.data.formats import EncodeOptions
 from runner.data.token_cache import TokenCache
 
 CHATML = (
@@ -87,10 +87,10 @@ def tokenizer(make_tokenizer: Callable[..., TokenizerWrapper]) -> TokenizerWrapp
 
 
 @pytest.fixture
-def reading() -> Callable[..., Reading]:
-    def make(**changes: Any) -> Reading:
+def reading() -> Callable[..., EncodeOptions]:
+    def make(**changes: Any) -> EncodeOptions:
         usual = {"format": "auto", "mask_prompt": True, "max_length": 2048, "on_too_long": "truncate"}
-        return Reading(**{**usual, **changes})
+        return EncodeOptions(**{**usual, **changes})
 
     return make
 
@@ -142,13 +142,13 @@ def folder(write_rows, tmp_path, monkeypatch):
 def tokenised(monkeypatch):
     """The names of the files that were tokenised and not found, as they are."""
     names = []
-    own = loading.tokenise_file
+    own = loading.tokenize_file
 
     def tokenise_file(file, *rest):
         names.append(file.name)
         return own(file, *rest)
 
-    monkeypatch.setattr(loading, "tokenise_file", tokenise_file)
+    monkeypatch.setattr(loading, "tokenize_file", tokenise_file)
     return names
 
 
@@ -157,7 +157,7 @@ def load(tokenizer, reading, folder, tmp_path):
     """Load the data set with the cache in `cache`, of 1 GB unless told."""
 
     def do(limit=10**9, path=folder, cache=tmp_path / "cache", tokenizer=tokenizer, **changes):
-        return loading.load_splits(
+        return loading.load_dataset(
             str(path), tokenizer, reading(**{"max_length": 50} | changes), cache=TokenCache(cache, limit)
         )
 
@@ -167,7 +167,7 @@ def load(tokenizer, reading, folder, tmp_path):
 @pytest.fixture
 def fresh(tokenizer, reading, folder):
     """The data set without a cache."""
-    return lambda: loading.load_splits(str(folder), tokenizer, reading(max_length=50))
+    return lambda: loading.load_dataset(str(folder), tokenizer, reading(max_length=50))
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
-from runner.data.bad_rows import BadRow
-from runner.data.formats import FORMATS, Keys, Reading, choose_format
-from runner.data.rows import Row
-from runner.data.turns import Encoder
-from runner.errors import ConfigError, DataError
+from runner.common.errors import ConfigError, DataError
+from runner.data.chat_spans import TextEncoder
+from runner.data.formats import FORMATS, ColumnNames, EncodeOptions, choose_format
+from runner.data.jsonl import JsonlRow
+from runner.data.row_errors import RowError
 
 CONTENT = "What is two plus two? <b>äöü 漢字</b> 🦊 the quick brown fox "
 THREE_TURNS = [
@@ -29,7 +29,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 def encode(name, row, tokenizer, reading):
     format_ = FORMATS[name]
     format_.check(row, reading.keys)
-    tokens, spans = format_.encode(row, Encoder(tokenizer), reading)
+    tokens, spans = format_.encode(row, TextEncoder(tokenizer), reading)
     return tokens, spans
 
 
@@ -158,7 +158,7 @@ def test_a_template_without_special_tokens(chat_templates, make_tokenizer, readi
 
 def test_a_turn_whose_end_cannot_be_found_is_a_bad_row(chat_templates, make_tokenizer, reading):
     tokenizer = make_tokenizer(chat_templates["PLAIN_REWRITING"], eos="<|endoftext|>")
-    with pytest.raises(BadRow, match=r"message 3.*rewrites earlier turns"):
+    with pytest.raises(RowError, match=r"message 3.*rewrites earlier turns"):
         encode("chat", {"messages": THREE_TURNS}, tokenizer, reading())
 
 
@@ -173,9 +173,9 @@ def test_turns_past_the_cut_are_not_looked_for(tokenizer, reading):
 
 def test_a_conversation_of_many_turns_is_encoded_about_twice(tokenizer, reading, monkeypatch):
     encoded = []
-    original = Encoder.encode
+    original = TextEncoder.encode
     monkeypatch.setattr(
-        Encoder,
+        TextEncoder,
         "encode",
         lambda self, text, special=True: encoded.append(len(text)) or original(self, text, special),
     )
@@ -188,7 +188,7 @@ def test_a_conversation_of_many_turns_is_encoded_about_twice(tokenizer, reading,
 
 def test_what_the_template_refuses_is_a_bad_row(chat_templates, make_tokenizer, reading):
     tokenizer = make_tokenizer(chat_templates["STRICT"])
-    with pytest.raises(BadRow, match=r"chat template refuses it .*roles must alternate"):
+    with pytest.raises(RowError, match=r"chat template refuses it .*roles must alternate"):
         encode("chat", {"messages": THREE_TURNS[2:5]}, tokenizer, reading())
 
 
@@ -215,7 +215,7 @@ def test_a_token_over_the_border_of_prompt_and_completion_is_supervised(make_tok
 
 def test_tools_without_a_template_are_a_bad_row(make_tokenizer, reading):
     row = {"prompt": "a", "completion": "b", "tools": TOOLS}
-    with pytest.raises(BadRow, match="tools"):
+    with pytest.raises(RowError, match="tools"):
         encode("completions", row, make_tokenizer(None), reading())
 
 
@@ -234,33 +234,33 @@ def test_a_plain_transformers_tokenizer_gives_the_same(tokenizer, reading):
     ],
 )
 def test_auto_tries_the_formats_in_mlx_lms_order(row, name, tokenizer, reading):
-    assert choose_format(Row(Path("f"), 1, row), Encoder(tokenizer), reading()) is FORMATS[name]
+    assert choose_format(JsonlRow(Path("f"), 1, row), TextEncoder(tokenizer), reading()) is FORMATS[name]
 
 
 def test_a_named_format_is_taken_whatever_the_keys(tokenizer, reading):
-    row = Row(Path("f"), 1, {"messages": []})
-    assert choose_format(row, Encoder(tokenizer), reading(format="text")) is FORMATS["text"]
+    row = JsonlRow(Path("f"), 1, {"messages": []})
+    assert choose_format(row, TextEncoder(tokenizer), reading(format="text")) is FORMATS["text"]
 
 
 def test_the_users_own_keys(tokenizer, reading):
-    own = reading(keys=Keys(prompt="question", completion="answer"))
+    own = reading(keys=ColumnNames(prompt="question", completion="answer"))
     row = {"question": "What?", "answer": "four"}
-    assert choose_format(Row(Path("f"), 1, row), Encoder(tokenizer), own) is FORMATS["completions"]
+    assert choose_format(JsonlRow(Path("f"), 1, row), TextEncoder(tokenizer), own) is FORMATS["completions"]
     plain = {"prompt": "What?", "completion": "four"}
     assert encode("completions", row, tokenizer, own) == encode("completions", plain, tokenizer, reading())
 
 
 def test_unknown_keys_name_the_row_and_the_way_out(tokenizer, reading):
     with pytest.raises(DataError, match=r"(?s)f\.jsonl:3.*'body'.*'prompt' and 'completion'.*data\.keys"):
-        choose_format(Row(Path("f.jsonl"), 3, {"body": "a"}), Encoder(tokenizer), reading())
+        choose_format(JsonlRow(Path("f.jsonl"), 3, {"body": "a"}), TextEncoder(tokenizer), reading())
 
 
 def test_messages_without_a_template_say_so(make_tokenizer, tokenizer, reading):
-    row = Row(Path("f"), 1, {"messages": THREE_TURNS})
+    row = JsonlRow(Path("f"), 1, {"messages": THREE_TURNS})
     with pytest.raises(DataError, match="tokenizer has none"):
-        choose_format(row, Encoder(make_tokenizer(None)), reading())
+        choose_format(row, TextEncoder(make_tokenizer(None)), reading())
     with pytest.raises(DataError, match=r"data.chat_template is false"):
-        choose_format(row, Encoder(tokenizer), reading(chat_template=False))
+        choose_format(row, TextEncoder(tokenizer), reading(chat_template=False))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_messages_without_a_template_say_so(make_tokenizer, tokenizer, reading):
 def test_unusable_settings_are_refused(changes, words):
     usual = {"format": "auto", "mask_prompt": True, "max_length": 9, "on_too_long": "drop"}
     with pytest.raises(ConfigError, match=words):
-        Reading(**{**usual, **changes})
+        EncodeOptions(**{**usual, **changes})
 
 
 def test_an_opening_in_the_users_words_does_not_shift_the_mask(tokenizer, reading):
@@ -282,5 +282,5 @@ def test_an_opening_in_the_users_words_does_not_shift_the_mask(tokenizer, readin
     answer = {"role": "assistant", "content": "Paris"}
     tokens, spans = encode("chat", {"messages": [question, answer]}, tokenizer, reading())
     assert supervised_texts(tokens, spans, tokenizer) == ["Paris<|im_end|>\n"]
-    with pytest.raises(BadRow, match="the start of message 1 cannot be found"):
+    with pytest.raises(RowError, match="the start of message 1 cannot be found"):
         encode("chat", {"messages": [answer, question, answer]}, tokenizer, reading())

@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys
 from runner.data.source import find_files, resolve
-from runner.errors import DataError
+from runner.common.errors import DataError
 try:
     folder = resolve(sys.argv[1])
     for split, file in find_files(folder).items():

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.common.errors import ConfigError, DataError
 from runner.data.metrics import METRICS, metric_named
 from runner.data.metrics.execution import ExecutionAccuracy, same_result
 from runner.data.metrics.sandbox import Sandbox, StatementRefused
 from runner.data.metrics.sql_text import expansion, first_statement, is_ordered
-from runner.errors import ConfigError, DataError
 
 SINGERS = {
     "columns": [["id", "INTEGER"], ["name", "TEXT"], ["country", "TEXT"], ["age", "REAL"]],

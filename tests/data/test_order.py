@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.data.order import Order, Position, evaluation_batches
+from runner.data.order import BatchOrder, DataPosition, evaluation_batches
 
 lengths = st.lists(st.integers(2, 50), min_size=1, max_size=60).map(np.array)
-orders = st.builds(Order, lengths, st.integers(1, 9), st.integers(0, 2**70), st.integers(1, 4))
+orders = st.builds(BatchOrder, lengths, st.integers(1, 9), st.integers(0, 2**70), st.integers(1, 4))
 
 
 def as_lists(batches):
@@ -36,26 +36,26 @@ def test_all_batches_but_the_last_are_full(order, epoch):
 @given(orders, st.integers(0, 9), st.integers(0, 9))
 def test_seed_and_epoch_alone_decide(order, epoch, other):
     order.epoch(other)
-    again = Order(order.lengths.copy(), order.batch_size, order.seed, order.window_batches)
+    again = BatchOrder(order.lengths.copy(), order.batch_size, order.seed, order.window_batches)
     assert as_lists(order.epoch(epoch)) == as_lists(again.epoch(epoch))
 
 
 def test_the_global_generator_is_neither_read_nor_moved():
     np.random.seed(3)
     before = np.random.get_state()[1].copy()
-    first = as_lists(Order(np.arange(2, 60), 4, 0).epoch(0))
+    first = as_lists(BatchOrder(np.arange(2, 60), 4, 0).epoch(0))
     assert (np.random.get_state()[1] == before).all()
     np.random.seed(4)
-    assert as_lists(Order(np.arange(2, 60), 4, 0).epoch(0)) == first
+    assert as_lists(BatchOrder(np.arange(2, 60), 4, 0).epoch(0)) == first
 
 
 def test_epochs_and_seeds_differ():
-    drawn = {str(as_lists(Order(np.full(64, 9), 4, seed).epoch(epoch))) for seed in range(5) for epoch in range(5)}
+    drawn = {str(as_lists(BatchOrder(np.full(64, 9), 4, seed).epoch(epoch))) for seed in range(5) for epoch in range(5)}
     assert len(drawn) == 25
 
 
 def test_the_order_is_this_one_on_every_machine_and_numpy():
-    order = Order(np.arange(1000) % 97 + 2, 4, seed=1)
+    order = BatchOrder(np.arange(1000) % 97 + 2, 4, seed=1)
     rows = np.concatenate(order.epoch(3)).astype("<i8")
     assert rows[:8].tolist() == [809, 907, 616, 908, 239, 45, 530, 921]
     assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "c343ecbec707597b"
@@ -63,10 +63,10 @@ def test_the_order_is_this_one_on_every_machine_and_numpy():
 
 @given(orders, st.integers(0, 30), st.integers(0, 30), st.integers(0, 3))
 def test_going_on_from_any_position_gives_the_same_tail(order, done, more, first_epoch):
-    start = Position(first_epoch, 0)
+    start = DataPosition(first_epoch, 0)
     whole, end = order.take(start, done + more)
     _, middle = order.take(start, done)
-    fresh = Order(order.lengths, order.batch_size, order.seed, order.window_batches)
+    fresh = BatchOrder(order.lengths, order.batch_size, order.seed, order.window_batches)
     tail, end_again = fresh.take(middle, more)
     assert as_lists(tail) == as_lists(whole[done:])
     assert end_again == end
@@ -75,27 +75,27 @@ def test_going_on_from_any_position_gives_the_same_tail(order, done, more, first
 @given(orders)
 def test_taking_runs_over_the_edges_of_epochs(order):
     count = order.batches_per_epoch
-    batches, after = order.take(Position(0, 0), 2 * count + 1)
+    batches, after = order.take(DataPosition(0, 0), 2 * count + 1)
     assert as_lists(batches[:count]) == as_lists(order.epoch(0))
     assert as_lists(batches[count : 2 * count]) == as_lists(order.epoch(1))
-    assert after == (Position(3, 0) if count == 1 else Position(2, 1))
+    assert after == (DataPosition(3, 0) if count == 1 else DataPosition(2, 1))
 
 
 @given(orders)
 def test_taking_nothing_stays(order):
-    assert order.take(Position(4, 0), 0) == ([], Position(4, 0))
+    assert order.take(DataPosition(4, 0), 0) == ([], DataPosition(4, 0))
 
 
-@pytest.mark.parametrize("position", [Position(0, 3), Position(0, -1), Position(-1, 0)])
+@pytest.mark.parametrize("position", [DataPosition(0, 3), DataPosition(0, -1), DataPosition(-1, 0)])
 def test_a_position_outside_an_epoch_is_refused(position):
     with pytest.raises(ValueError, match="outside an epoch of 3 batches"):
-        Order(np.full(9, 5), 4, 0).take(position, 1)
+        BatchOrder(np.full(9, 5), 4, 0).take(position, 1)
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "window"), [(0, 4, 32), (4, 0, 32), (4, 4, 0)])
 def test_impossible_orders_are_refused(rows, batch_size, window):
     with pytest.raises(ValueError, match=r"must be 1 or more|at least one row"):
-        Order(np.full(rows, 5), batch_size, 0, window)
+        BatchOrder(np.full(rows, 5), batch_size, 0, window)
 
 
 def padded(batches, sizes):
@@ -104,20 +104,20 @@ def padded(batches, sizes):
 
 def test_batches_of_mixed_lengths_hold_little_padding():
     sizes = np.clip(np.random.default_rng(0).lognormal(4, 0.8, 4000), 2, 512).astype(int)
-    batches = Order(sizes, 8, seed=0).epoch(0)
+    batches = BatchOrder(sizes, 8, seed=0).epoch(0)
     assert 1 - sizes.sum() / padded(batches, sizes) < 0.12
-    unsorted = Order(sizes, 8, seed=0, window_batches=1).epoch(0)
+    unsorted = BatchOrder(sizes, 8, seed=0, window_batches=1).epoch(0)
     assert 1 - sizes.sum() / padded(unsorted, sizes) > 0.5
 
 
 def test_batches_do_not_come_by_length():
     sizes = np.arange(2, 4002)
-    means = [sizes[batch].mean() for batch in Order(sizes, 8, seed=0).epoch(0)]
+    means = [sizes[batch].mean() for batch in BatchOrder(sizes, 8, seed=0).epoch(0)]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
 
 
 def test_a_row_falls_into_other_places_over_the_epochs():
-    order = Order(np.full(1000, 9), 4, seed=0)
+    order = BatchOrder(np.full(1000, 9), 4, seed=0)
     places = [np.concatenate(order.epoch(epoch)).tolist().index(0) for epoch in range(200)]
     assert 400 < np.mean(places) < 600
     assert np.std(places) > 200

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runner.data import cache_entry, token_cache
-from runner.data import tokens as loading
-from runner.data.cache_entry import COLUMNS, MANIFEST
+from runner.common.errors import DataError
+from runner.data import token_cache, token_cache_entry
+from runner.data import tokenize as loading
+from runner.data.token_cache_entry import COLUMNS, MANIFEST
 from runner.data.token_set import TokenSet
-from runner.errors import DataError
 
 
 def assert_equal(one, other):
@@ -35,7 +35,7 @@ def test_what_is_mapped_equals_what_was_made_and_what_is_made_without(load, toke
     assert tokenised == ["train.jsonl", "valid.jsonl"]
     warm = load()
     assert tokenised == ["train.jsonl", "valid.jsonl"]
-    without = loading.load_splits(str(folder), tokenizer, reading(max_length=50))
+    without = loading.load_dataset(str(folder), tokenizer, reading(max_length=50))
     assert_equal(cold, without)
     assert_equal(warm, without)
     assert warm.counts["train"].truncated > 0
@@ -70,7 +70,7 @@ def test_small_files_are_left_alone(load, folder, tmp_path, monkeypatch):
 def test_a_file_that_changes_while_it_is_read_is_not_kept(
     load, folder, monkeypatch, entries, tokenizer, reading, rewrite
 ):
-    own = loading.tokenise_file
+    own = loading.tokenize_file
 
     def tokenise_file(file, *rest):
         if file.name == "train.jsonl":
@@ -78,11 +78,11 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
         return own(file, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "tokenise_file", tokenise_file)
+        patch.setattr(loading, "tokenize_file", tokenise_file)
         data = load()
     assert "changed while it was read" in data.notes[0]
     assert len(entries()) == 1
-    assert_equal(data, loading.load_splits(str(folder), tokenizer, reading(max_length=50)))
+    assert_equal(data, loading.load_dataset(str(folder), tokenizer, reading(max_length=50)))
 
 
 def _flip(file, at):
@@ -150,7 +150,7 @@ def test_a_damaged_entry_is_said_made_anew_and_then_good(name, damage, load, ent
 
 
 def _rows(entry):
-    return cache_entry.unseal((entry / MANIFEST).read_bytes())["counts"]["rows"]
+    return token_cache_entry.unseal((entry / MANIFEST).read_bytes())["counts"]["rows"]
 
 
 def test_the_entry_of_other_tokens_is_not_taken(load, entries, tokenised):
@@ -168,8 +168,8 @@ def test_the_entry_of_other_tokens_is_not_taken(load, entries, tokenised):
 def test_a_manifest_of_another_form_is_no_exception(change, load, entries):
     cold = load()
     for entry in entries():
-        about = cache_entry.unseal((entry / MANIFEST).read_bytes())
-        (entry / MANIFEST).write_bytes(cache_entry.seal(about | change))
+        about = token_cache_entry.unseal((entry / MANIFEST).read_bytes())
+        (entry / MANIFEST).write_bytes(token_cache_entry.seal(about | change))
     again = load()
     assert len(again.notes) == 2
     assert_equal(cold, again)
@@ -177,9 +177,9 @@ def test_a_manifest_of_another_form_is_no_exception(change, load, entries):
 
 @pytest.mark.parametrize("name", ["tokens", "supervised"])
 def test_of_large_files_some_blocks_are_checked_others_each_time(name, load, entries, monkeypatch):
-    monkeypatch.setattr(cache_entry, "CHECKED_WHOLE", 0)
-    monkeypatch.setattr(cache_entry, "BLOCK", 64)
-    monkeypatch.setattr(cache_entry, "SAMPLED", 2)
+    monkeypatch.setattr(token_cache_entry, "CHECKED_WHOLE", 0)
+    monkeypatch.setattr(token_cache_entry, "BLOCK", 64)
+    monkeypatch.setattr(token_cache_entry, "SAMPLED", 2)
     load()
     [entry] = [entry for entry in entries() if _rows(entry) == 39]
     _flip(entry / name, (entry / name).stat().st_size // 2)
@@ -193,9 +193,9 @@ def test_of_large_files_some_blocks_are_checked_others_each_time(name, load, ent
 
 @pytest.mark.parametrize("name", ["offsets", "lines"])
 def test_of_large_files_offsets_and_lines_are_checked_whole(name, load, entries, monkeypatch):
-    monkeypatch.setattr(cache_entry, "CHECKED_WHOLE", 0)
-    monkeypatch.setattr(cache_entry, "BLOCK", 8)
-    monkeypatch.setattr(cache_entry, "SAMPLED", 1)
+    monkeypatch.setattr(token_cache_entry, "CHECKED_WHOLE", 0)
+    monkeypatch.setattr(token_cache_entry, "BLOCK", 8)
+    monkeypatch.setattr(token_cache_entry, "SAMPLED", 1)
     load()
     [entry] = [entry for entry in entries() if _rows(entry) == 39]
     _flip(entry / name, 80)
@@ -203,7 +203,7 @@ def test_of_large_files_offsets_and_lines_are_checked_whole(name, load, entries,
 
 
 def test_two_that_write_the_same_at_once_both_have_it(load, entries, monkeypatch):
-    own, inner = loading.tokenise_file, []
+    own, inner = loading.tokenize_file, []
 
     def tokenise_file(*words):
         done = own(*words)
@@ -212,13 +212,13 @@ def test_two_that_write_the_same_at_once_both_have_it(load, entries, monkeypatch
             inner[0] = load()
         return done
 
-    monkeypatch.setattr(loading, "tokenise_file", tokenise_file)
+    monkeypatch.setattr(loading, "tokenize_file", tokenise_file)
     outer = load()
     assert_equal(outer, inner[0])
     assert not outer.notes + inner[0].notes
     assert len(entries()) == 2
     assert_equal(outer, load())
-    assert not list((entries()[0].parent).glob(f"{cache_entry.DRAFT}*"))
+    assert not list((entries()[0].parent).glob(f"{token_cache_entry.DRAFT}*"))
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_two_processes_at_once(door, write_rows):
         assert "damaged" not in out
     [entry] = [path for path in (door.folder / "cache").iterdir() if len(path.name) == 64]
     assert _rows(entry) == 400
-    assert not list((door.folder / "cache").glob(f"{cache_entry.DRAFT}*"))
+    assert not list((door.folder / "cache").glob(f"{token_cache_entry.DRAFT}*"))
 
 
 def _no_folder(cache, monkeypatch):
@@ -244,21 +244,21 @@ def _read_only(cache, monkeypatch):
     def mkdtemp(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(cache_entry.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(token_cache_entry.tempfile, "mkdtemp", mkdtemp)
 
 
 def _full(cache, monkeypatch):
     def created(path):
         return open("/dev/full", "w+b")
 
-    monkeypatch.setattr(cache_entry, "_created", created)
+    monkeypatch.setattr(token_cache_entry, "_created", created)
 
 
 def _full_at_the_end(cache, monkeypatch):
     def fsync(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache_entry.os, "fsync", fsync)
+    monkeypatch.setattr(token_cache_entry.os, "fsync", fsync)
 
 
 @pytest.mark.parametrize("fault", [_no_folder, _read_only, _full, _full_at_the_end])
@@ -267,7 +267,7 @@ def test_where_nothing_can_be_kept_one_line_says_so_and_tokens_are_made(
 ):
     if fault is _full and not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    without = loading.load_splits(str(folder), tokenizer, reading(max_length=50))
+    without = loading.load_dataset(str(folder), tokenizer, reading(max_length=50))
     with monkeypatch.context() as patch:
         fault(tmp_path / "cache", patch)
         data = load()
@@ -325,11 +325,11 @@ def test_what_is_larger_than_the_limit_is_not_kept(load, folder, entries, tokeni
     assert entries() == []
     assert len(data.notes) == 2
     assert "over data.cache_gb=1e-07" in data.notes[0]
-    assert_equal(data, loading.load_splits(str(folder), tokenizer, reading(max_length=50)))
+    assert_equal(data, loading.load_dataset(str(folder), tokenizer, reading(max_length=50)))
 
 
 def test_what_killed_processes_left_is_cleared_and_what_living_ones_write_is_not(load, tmp_path):
-    dead, living, new = (tmp_path / "cache" / f"{cache_entry.DRAFT}{name}" for name in ("dead", "living", "new"))
+    dead, living, new = (tmp_path / "cache" / f"{token_cache_entry.DRAFT}{name}" for name in ("dead", "living", "new"))
     for left in (dead, living, new):
         left.mkdir(parents=True)
         (left / "tokens").write_bytes(b"half")

@@ -259,7 +259,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, make_door: Any, faulty: Any
 @pytest.fixture
 def ended_equal(assert_equal_runs: Any) -> Callable[[Path, Path], None]:
     """`ended_equal(whole, run)`: the same bits, every checkpoint whole, and nothing left of what was cut off."""
-    from runner.checkpoints.store import Store
+    from runner.checkpoints.store import CheckpointStore
 
     def check(whole: Path, run: Path) -> None:
         assert_equal_runs(whole, run)
@@ -269,7 +269,7 @@ def ended_equal(assert_equal_runs: Any) -> Callable[[Path, Path], None]:
         assert not samples[0].exists() or samples[0].read_bytes() == samples[1].read_bytes()
         names = [path.name for folder in (run, run / "checkpoints") for path in folder.iterdir()]
         assert [name for name in names if name.startswith(".") and name not in (".lock", ".hydra")] == []
-        store = Store(run / "checkpoints", "")
+        store = CheckpointStore(run / "checkpoints", "")
         for name in (name for name in names if name.startswith("step-")):
             store.load(run / "checkpoints" / name)
 
@@ -279,11 +279,11 @@ def ended_equal(assert_equal_runs: Any) -> Callable[[Path, Path], None]:
 @pytest.fixture
 def newest() -> Callable[[Path], Any]:
     """`newest(run)`: the newest checkpoint of the run that verifies, as it lies there: nothing is repaired."""
-    from runner.checkpoints.store import Store
+    from runner.checkpoints.store import CheckpointStore
 
     def find(run: Path) -> Any:
         run_id = json.loads((run / "status.json").read_text())["run_id"]
-        return Store(run / "checkpoints", run_id).newest_valid()[0]
+        return CheckpointStore(run / "checkpoints", run_id).newest_valid()[0]
 
     return find
 

@@ -15,19 +15,19 @@ import sys
 from typing import Any
 
 POINTS = {
-    "micro-batch": ("runner.training.step", "dropout_key"),
-    "update": ("runner.training.loop", "learn"),
-    "evaluation": ("runner.training.evaluation", "loss_sum"),
-    "save": ("runner.training.state", "files_of"),
-    "due": ("runner.checkpoints.schedule", "Schedule.due"),
+    "micro-batch": ("runner.training.train_step", "dropout_key"),
+    "update": ("runner.training.trainer", "update"),
+    "evaluation": ("runner.training.validate", "loss_sum"),
+    "save": ("runner.training.state_files", "checkpoint_files"),
+    "due": ("runner.checkpoints.save_policy", "SavePolicy.due"),
 }
 
 
 def main() -> int:
     point, at, number, *words = sys.argv[1:]
-    from runner import blas
+    from runner.backends.cpu import blas
 
-    blas.prepare()
+    blas.load_blas()
     module_name, names = POINTS[point]
     *path, name = names.split(".")
     holder: Any = importlib.import_module(module_name)
@@ -47,7 +47,7 @@ def main() -> int:
         return own(*args, **kwargs)
 
     setattr(holder, name, counted)
-    from runner.__main__ import main as door
+    from runner.cli.main import main as door
 
     return door(words)
 

@@ -20,50 +20,51 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from runner import blas, plain_yaml
-from runner.checkpoints import tensors, verify
-from runner.checkpoints.disk import Disk
-from runner.config import Lora, Model
+from runner.backends.cpu import blas
+from runner.checkpoints import safetensors_file, verify
+from runner.common import safe_yaml
+from runner.common.filesystem import FileSystem
+from runner.config.schema import LoraConfig, ModelConfig
 
 SECONDS = 30
 
 
 def adapter() -> Callable[[Path], Any]:
     """`adapter=PATH` of a run of the tiny model."""
-    from runner.models.adapters import Adapted, read_weights, warm_start
-    from runner.models.loading import load
+    from runner.models.load import load_base_model
+    from runner.models.lora import AdaptedModel, read_weights, warm_start
 
-    params = Adapted(load(Model(path="builtin:tiny")), Lora(), seed=0).params()
+    params = AdaptedModel(load_base_model(ModelConfig(path="builtin:tiny")), LoraConfig(), seed=0).params()
     return lambda path: warm_start(params, read_weights(path, fitting=params), str(path))
 
 
 def resume() -> Callable[[Path], Any]:
     """`resume=RUN`, as far as its checkpoint."""
-    from runner.training import state
+    from runner.training import state_files
 
-    return lambda path: state.read(verify.load(path / "checkpoints/step-0000004", Disk()))
+    return lambda path: state_files.read_state(verify.load_checkpoint(path / "checkpoints/step-0000004", FileSystem()))
 
 
 def generate() -> Callable[[Path], Any]:
     """`runner generate RUN`, as far as its adapter."""
+    from runner.cli.commands import adapter_source
     from runner.models.arrays import arrays_from
-    from runner.verbs import places
 
-    return lambda path: arrays_from(places.find(path).adapters, where=str(path))
+    return lambda path: arrays_from(adapter_source.find_adapter(path).adapters, where=str(path))
 
 
 def export() -> Callable[[Path], Any]:
     """`runner export RUN`, as far as its adapter."""
-    from runner.verbs import export, places
+    from runner.cli.commands import adapter_source, export
 
-    return lambda path: export._checked_adapter(places.find(path))
+    return lambda path: export._checked_adapter(adapter_source.find_adapter(path))
 
 
 def audit() -> Callable[[Path], Any]:
     """`runner verify RUN`: damage is raised."""
-    from runner.errors import CheckpointError
+    from runner.common.errors import CheckpointError
     from runner.reports import audit
-    from runner.reports.runs import read_run
+    from runner.runs.inspect import read_run
 
     def look(path: Path) -> None:
         if damage := audit.of_run(read_run(path)).damage:
@@ -74,57 +75,57 @@ def audit() -> Callable[[Path], Any]:
 
 def model() -> Callable[[Path], Any]:
     """`model.path=PATH`."""
-    from runner.models.folders import write_folder
-    from runner.models.loading import load
+    from runner.export.folders import write_model_folder
+    from runner.models.load import load_base_model
 
     with TemporaryDirectory() as folder:  # what the first model of a process imports is the program's own
-        write_folder(load(Model(path="builtin:tiny")), Path(folder))
-        load(Model(path=folder))
-    return lambda path: load(Model(path=str(path))).tokenizer
+        write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), Path(folder))
+        load_base_model(ModelConfig(path=folder))
+    return lambda path: load_base_model(ModelConfig(path=str(path))).tokenizer
 
 
 def data() -> Callable[[Path], Any]:
     """`data.path=PATH`."""
-    from runner.data.formats import Reading
-    from runner.data.tokens import load_splits
+    from runner.data.formats import EncodeOptions
+    from runner.data.tokenize import load_dataset
     from runner.models import tiny
 
     tokenizer = tiny.tokenizer()
-    reading = Reading(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
-    return lambda path: load_splits(str(path), tokenizer, reading)
+    reading = EncodeOptions(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
+    return lambda path: load_dataset(str(path), tokenizer, reading)
 
 
 def stored() -> Callable[[Path], Any]:
     """The config.yaml in a run, as a verb reads it."""
-    from runner.verbs import settings
+    from runner.cli.commands import stored_settings
 
-    return settings.read
+    return stored_settings.read_settings
 
 
 def sweep() -> Callable[[Path], Any]:
     """The manifest of a sweep."""
-    from runner.sweeps import manifest
+    from runner.runs import sweep_manifest
 
-    return manifest.read
+    return sweep_manifest.read_manifest
 
 
 def show() -> Callable[[Path], Any]:
     """`runner show RUN`."""
     from runner.reports import run_page
-    from runner.reports.runs import read_run
     from runner.reports.tables import Screen
+    from runner.runs.inspect import read_run
 
     return lambda path: run_page.show(run_page.read(read_run(path)), Screen(io.StringIO()))
 
 
 def recipe() -> Callable[[Path], Any]:
     """A YAML below --config-dir, before Hydra reads it."""
-    return plain_yaml.require_bounded
+    return safe_yaml.require_bounded
 
 
 def header() -> Callable[[Path], Any]:
     """The header of a safetensors file."""
-    return tensors.read_header
+    return safetensors_file.read_header
 
 
 READERS = {
@@ -135,7 +136,7 @@ READERS = {
 
 def main() -> None:
     name, *paths = sys.argv[1:]
-    blas.prepare()
+    blas.load_blas()
     read = READERS[name]()
     for path in paths:
         print(json.dumps(measured(read, Path(path))), flush=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.store import Store
+from runner.checkpoints.store import CheckpointStore
 
 
 def _cases() -> Any:
@@ -31,7 +31,7 @@ def _cases() -> Any:
 cases = _cases()
 
 
-def killed(act: Callable[[Store], None], store: Store, at: int, do: str) -> bool:
+def killed(act: Callable[[CheckpointStore], None], store: CheckpointStore, at: int, do: str) -> bool:
     """Whether a child that did `act` was killed at call `at`; False: it came to its end before."""
     child = os.fork()
     if child == 0:
@@ -59,7 +59,7 @@ def at_each_call(folder: Path, case: str, do: str) -> int:
     while True:
         store = cases.prepare(folder / f"{at}", steps)
         was_killed = killed(act, store, at, do)
-        cases.check(Store(store.folder, "run-1"), case, completed=not was_killed)
+        cases.check(CheckpointStore(store.folder, "run-1"), case, completed=not was_killed)
         shutil.rmtree(folder / f"{at}")
         if not was_killed:
             return at
@@ -78,8 +78,10 @@ def repairs(folder: Path, case: str, every: int) -> int:
         while going_on:
             again = folder / f"{at}-{second}"
             shutil.copytree(store.folder.parent, again)
-            going_on = killed(lambda one: one.repair() and None, Store(again / "checkpoints", "run-1"), second, "kill")
-            cases.check(Store(again / "checkpoints", "run-1"), case, completed=False)
+            going_on = killed(
+                lambda one: one.repair() and None, CheckpointStore(again / "checkpoints", "run-1"), second, "kill"
+            )
+            cases.check(CheckpointStore(again / "checkpoints", "run-1"), case, completed=False)
             shutil.rmtree(again)
             kills, second = kills + going_on, second + 1
         at += every

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from runner.checkpoints.store import Store
+from runner.checkpoints.store import CheckpointStore
 
 pytestmark = [pytest.mark.fault(3), pytest.mark.slow]
 
@@ -33,7 +33,7 @@ def test_a_run_killed_at_any_call_of_a_rotation_keeps_what_the_policy_keeps_and_
         assert found.checkpoint.step == newest_step, calls[at]
         assert_same_state(found, every_state, but=("hyperparameters",))
         if keep_last == 2:
-            kept = Store(run / "checkpoints", found.checkpoint.run_id).load(
+            kept = CheckpointStore(run / "checkpoints", found.checkpoint.run_id).load(
                 run / f"checkpoints/step-000000{newest_step - 2}"
             )
             assert_same_state(kept, every_state, but=("hyperparameters",))

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-import runner.checkpoints.disk as disk_module
-from runner.checkpoints.store import Store, step_name
+import runner.common.filesystem as disk_module
+from runner.checkpoints.store import CheckpointStore, step_name
 
 pytestmark = pytest.mark.fault(6)
 
@@ -69,7 +69,7 @@ def live(store, held, instruments, luck):
 
 def found_after(folder):
     """What is there after the repair of the next start, by step; all of it is whole, and there is nothing else."""
-    store = Store(folder / "checkpoints", "run-1")
+    store = CheckpointStore(folder / "checkpoints", "run-1")
     store.repair()
     found = {one.step: store.load(one.path).files for one in store.checkpoints()}
     marks = {step: data["train_state.json"].decode() for step, data in found.items()}
@@ -87,7 +87,7 @@ def cut_lives(folder, instruments, luck, cuts, forget=""):
     place.mkdir()
     for number in range(1, cuts + 1):
         disk = instruments.PowerCut(place)
-        life = live(Store(place / "checkpoints", "run-1"), held, instruments, luck)
+        life = live(CheckpointStore(place / "checkpoints", "run-1"), held, instruments, luck)
         moment = luck.randint(0, len(life.tape.events))
         for event in life.tape.events[:moment]:
             if event[0] != forget:
@@ -159,7 +159,7 @@ def test_a_run_whose_power_is_cut_at_any_moment_keeps_every_checkpoint_that_was_
             door(*(["resume=run"] if (run / "config.yaml").exists() else [*words, *AND]))
             ended_equal(whole, run)
         else:
-            store = Store(run / "checkpoints", run_id)
+            store = CheckpointStore(run / "checkpoints", run_id)
             store.repair()
             found, wrong = store.newest_valid()
             assert wrong == [] and (found.checkpoint.step if found else 0) >= saved, moment

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoints.store import Store
-from runner.checkpoints.verify import Loaded
-from runner.errors import CheckpointError
-from runner.training import state
+from runner.checkpoints.store import CheckpointStore
+from runner.checkpoints.verify import LoadedCheckpoint
+from runner.common.errors import CheckpointError
+from runner.training import state_files
 
 pytestmark = [pytest.mark.fault(8), pytest.mark.slow]
 
@@ -19,9 +19,9 @@ LUCK = random.Random(8)
 NAMES = ("adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "train_state.json", "manifest.json")
 
 
-def newest(run: Path) -> tuple[Loaded | None, list[str]]:
+def newest(run: Path) -> tuple[LoadedCheckpoint | None, list[str]]:
     run_id = json.loads((run / "status.json").read_text())["run_id"]
-    return Store(run / "checkpoints", run_id).newest_valid(check=state.read)
+    return CheckpointStore(run / "checkpoints", run_id).newest_valid(check=state_files.read_state)
 
 
 def flipped(data: bytes, at: int, bit: int) -> bytes:
@@ -34,7 +34,7 @@ def assert_the_one_before_is_used(run: Path, name: str) -> None:
     loaded, wrong = newest(run)
     assert loaded is not None and loaded.checkpoint.step == 4
     assert len(wrong) == 1 and f"checkpoints/step-0000006/{name}" in wrong[0]
-    assert state.read(loaded).progress.step == 4
+    assert state_files.read_state(loaded).progress.step == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +137,7 @@ def test_a_resume_names_what_is_damaged_goes_on_from_the_one_before_and_ends_equ
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:-1] if damage == "cut" else flipped(whole, len(whole) // 2, 3))
     with pytest.raises(CheckpointError):
-        Store(stopped / "checkpoints", "").load(folder)
+        CheckpointStore(stopped / "checkpoints", "").load(folder)
     out = door("resume=run")
     assert "damaged, not used: " in out and f"step-0000006/{name}" in out
     assert "step-0000004 at step 4" in out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.rundir import RunDirectory
+from runner.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.fault(14), pytest.mark.slow]
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from runner.checkpoints.retention import Policy
-from runner.checkpoints.store import Store
-from runner.checkpoints.tensors import unpack
-from runner.reports.runs import read_rows
-from runner.rundir import RunDirectory
-from runner.training import state
-from runner.training.record import Record
+from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.safetensors_file import unpack
+from runner.checkpoints.store import CheckpointStore
+from runner.runs.directory import RunDirectory
+from runner.runs.rows import read_rows
+from runner.training import state_files
+from runner.training.run_writer import RunWriter
 
 pytestmark = [pytest.mark.fault(15), pytest.mark.slow]
 
@@ -37,8 +37,8 @@ def told(run):
 
 def saved(run):
     """The steps of the checkpoints, each of which verifies and holds finite numbers only."""
-    store = Store(run / "checkpoints", told(run)["run_id"])
-    return [state.read(store.load(found.path)).progress.step for found in store.checkpoints()]
+    store = CheckpointStore(run / "checkpoints", told(run)["run_id"])
+    return [state_files.read_state(store.load(found.path)).progress.step for found in store.checkpoints()]
 
 
 def assert_diverged(run, out, words):
@@ -99,8 +99,8 @@ def test_a_metric_that_is_nan_in_a_checkpoint_never_wins(stopped, reseal, unmeas
     for step in (2, 4, 6):
         metric = None if step == unmeasured else 9.0 - step
         reseal(stopped / f"checkpoints/step-{step:07d}", metrics={"valid_loss": metric})
-    store = Store(stopped / "checkpoints", told(stopped)["run_id"])
-    record = Record(RunDirectory(stopped), store, Policy(keep_last=0, keep_best=3))
+    store = CheckpointStore(stopped / "checkpoints", told(stopped)["run_id"])
+    record = RunWriter(RunDirectory(stopped), store, RetentionPolicy(keep_last=0, keep_best=3))
     best = 4 if unmeasured == 6 else 6
     assert record.result_step("best") == best
     ranked = {step for step, why in record.reasons().items() if "best" in why}

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import yaml
 
-from runner import config
-from runner.changes import is_free_on_resume
-from runner.config import INVOCATION
-from runner.errors import ConfigError
+from runner.common.errors import ConfigError
+from runner.config import schema
+from runner.config.resume_policy import is_free_on_resume
+from runner.config.schema import INVOCATION
 
 pytestmark = pytest.mark.fault(18)
 
@@ -134,7 +134,7 @@ def put(settings, name, value):
 
 
 def test_the_lists_here_are_of_all_settings_there_are():
-    names = set(config.names())
+    names = set(schema.default_settings())
     assert set(FROZEN) == {name for name in names if not is_free_on_resume(name)}
     assert set(FREE) | BY_FINGERPRINT | set(INVOCATION) == {name for name in names if is_free_on_resume(name)}
 
@@ -142,7 +142,7 @@ def test_the_lists_here_are_of_all_settings_there_are():
 @pytest.mark.parametrize("name", FROZEN)
 def test_a_frozen_setting_is_refused_with_the_difference_and_nothing_is_written(own, train, run, contents, name):
     along, value = FROZEN[name] if isinstance(FROZEN[name], tuple) else ({}, FROZEN[name])
-    old = config.flatten(own)[name]
+    old = schema.flatten(own)[name]
     for one, other in along.items():
         put(own, one, other)
     put(own, name, value)
@@ -160,10 +160,10 @@ def test_each_free_setting_is_applied_logged_and_stored(tiny, train, run, tmp_pa
     run = shutil.copytree(run, tmp_path / "run")
     (tmp_path / "second").mkdir()
     changes = {**FREE, "checkpoint.backup": str(tmp_path / "second")}
-    before = config.flatten(tiny(**{"train.iters": 8}))
+    before = schema.flatten(tiny(**{"train.iters": 8}))
     train(tiny(**changes), run, resume=run)
     log = (run / "run.log").read_text()
-    stored = config.flatten(config.from_dict(yaml.safe_load((run / "config.yaml").read_text()), "config.yaml"))
+    stored = schema.flatten(schema.from_dict(yaml.safe_load((run / "config.yaml").read_text()), "config.yaml"))
     for name, value in changes.items():
         assert f"changed on resume: {name} {before[name]} -> {value}\n" in log
         assert stored[name] == value != before[name], name

@@ -7,23 +7,23 @@ import json
 import mlx.core as mx
 import pytest
 
-from runner import config
-from runner.models.folders import write_folder
-from runner.models.loading import load
+from runner.config import schema
+from runner.export.folders import write_model_folder
+from runner.models.load import load_base_model
 
 pytestmark = [pytest.mark.fault(19), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def base():
-    return load(config.Model(path="builtin:tiny"))
+    return load_base_model(schema.ModelConfig(path="builtin:tiny"))
 
 
 def test_it_is_refused_by_its_fingerprint_and_the_right_one_goes_on(
     door, base, words, undisturbed, ended_equal, contents
 ):
     model, run = door.folder / "model", door.folder / "run"
-    write_folder(base, model)
+    write_model_folder(base, model)
     door(*words, "model.path=model", "train.stop_at=6", "hydra.run.dir=run")
     file = model / "model.safetensors"
     own = file.read_bytes()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoints.store import Store
-from runner.errors import CheckpointError
+from runner.checkpoints.store import CheckpointStore
+from runner.common.errors import CheckpointError
 
 pytestmark = [pytest.mark.fault(21), pytest.mark.slow]
 
@@ -133,7 +133,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused_though_it_is_sealed(s
     files = {one: {"size": about.size, "sha256": about.sha256} for one, about in record.files.items()}
     stolen = {"size": 9, "sha256": "0" * 64}
     reseal(folder, files={**files, name: stolen})
-    store = Store(stopped / "checkpoints", record.run_id)
+    store = CheckpointStore(stopped / "checkpoints", record.run_id)
     with pytest.raises(CheckpointError, match="is not allowed"):
         store.load(folder)
     loaded, wrong = store.newest_valid()

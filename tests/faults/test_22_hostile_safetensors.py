@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from runner.checkpoints import manifest
-from runner.checkpoints.tensors import unpack
+from runner.checkpoints.safetensors_file import unpack
 
 pytestmark = [pytest.mark.fault(22), pytest.mark.slow]
 
@@ -102,12 +102,12 @@ def run(tmp_path_factory, make_door) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The tiny model as a folder of the hub."""
-    from runner.config import Model
-    from runner.models.folders import write_folder
-    from runner.models.loading import load
+    from runner.config.schema import ModelConfig
+    from runner.export.folders import write_model_folder
+    from runner.models.load import load_base_model
 
     path = tmp_path_factory.mktemp("model") / "tiny"
-    write_folder(load(Model(path="builtin:tiny")), path)
+    write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), path)
     return path
 
 

@@ -28,12 +28,12 @@ class Canary:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The tiny model as a folder of the hub."""
-    from runner.config import Model
-    from runner.models.folders import write_folder
-    from runner.models.loading import load
+    from runner.config.schema import ModelConfig
+    from runner.export.folders import write_model_folder
+    from runner.models.load import load_base_model
 
     path = tmp_path_factory.mktemp("model") / "tiny"
-    write_folder(load(Model(path="builtin:tiny")), path)
+    write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), path)
     return path
 
 

@@ -202,11 +202,11 @@ def test_stored_configs_are_refused_within_a_second_and_200_mb(cases, door, run,
 def test_trust_in_a_models_code_is_never_taken_over_from_a_config(door, run, hostile):
     target = door.folder / "theirs"
     shutil.copytree(run, target)
-    from runner.config import Model
-    from runner.models.folders import write_folder
-    from runner.models.loading import load
+    from runner.config.schema import ModelConfig
+    from runner.export.folders import write_model_folder
+    from runner.models.load import load_base_model
 
-    write_folder(load(Model(path="builtin:tiny")), door.folder / "theirs/model")
+    write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), door.folder / "theirs/model")
     about = json.loads((target / "model/config.json").read_text())
     (target / "model/config.json").write_text(json.dumps({**about, "model_file": "mine.py"}))
     (target / "model/mine.py").write_text("open('ran', 'w')\nfrom mlx_lm.models.llama import Model, ModelArgs\n")

@@ -9,10 +9,10 @@ import shutil
 
 import pytest
 
-from runner.checkpoints.retention import Policy
-from runner.checkpoints.store import Store, step_name
-from runner.rundir import RunDirectory
-from runner.training.record import Record
+from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.store import CheckpointStore, step_name
+from runner.runs.directory import RunDirectory
+from runner.training.run_writer import RunWriter
 
 pytestmark = [pytest.mark.fault(24), pytest.mark.slow]
 
@@ -109,13 +109,13 @@ def test_whatever_comes_newest_best_source_and_strangers_survive_every_rotation(
     for case in range(cases.of(full=300, quick=15)):
         luck = random.Random(case)
         directory = RunDirectory(tmp_path / f"{case}")
-        stranger = Store(directory.checkpoints, "other").commit(luck.randrange(1, 60), {"a": b"other"})
-        policy = Policy(luck.randrange(3), luck.randrange(1, 3), luck.choice([None, None, 7]))
-        store = Store(directory.checkpoints, "own")
-        record, step, ever = Record(directory, store, policy), 0, {}
+        stranger = CheckpointStore(directory.checkpoints, "other").commit(luck.randrange(1, 60), {"a": b"other"})
+        policy = RetentionPolicy(luck.randrange(3), luck.randrange(1, 3), luck.choice([None, None, 7]))
+        store = CheckpointStore(directory.checkpoints, "own")
+        record, step, ever = RunWriter(directory, store, policy), 0, {}
         for _ in range(luck.randrange(3, 9)):
             if ever and luck.random() < 0.3:  # another process goes on from the newest
-                record = Record(directory, store, policy)
+                record = RunWriter(directory, store, policy)
                 record.source_step = step
             step += luck.randrange(0 if ever else 1, 8)
             if step_name(step) == stranger.path.name:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from runner.errors import StorageError
-from runner.training.saver import Saver
+from runner.common.errors import StorageError
+from runner.training.async_saver import AsyncSaver
 
 pytestmark = pytest.mark.fault(25)
 
@@ -69,7 +69,7 @@ def test_a_signal_waits_for_the_save_that_is_under_way(door, faulty, whole, asse
 
 
 def test_a_failure_is_raised_by_the_next_check_and_once_only():
-    saver = Saver()
+    saver = AsyncSaver()
 
     def fail() -> None:
         raise StorageError("the disk is gone")
@@ -84,7 +84,7 @@ def test_a_failure_is_raised_by_the_next_check_and_once_only():
 
 
 def test_training_goes_on_while_a_save_is_written_and_the_next_save_waits():
-    saver, written, order = Saver(), threading.Event(), []
+    saver, written, order = AsyncSaver(), threading.Event(), []
 
     def slow() -> None:
         written.wait(10)
@@ -101,7 +101,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_next_save_waits():
 
 
 def test_a_failure_that_nobody_asked_for_is_returned_at_the_end():
-    saver = Saver()
+    saver = AsyncSaver()
 
     def fail() -> None:
         raise StorageError("the disk is gone")
@@ -111,6 +111,6 @@ def test_a_failure_that_nobody_asked_for_is_returned_at_the_end():
 
 
 def test_without_the_background_a_save_fails_where_it_is_asked_for():
-    saver = Saver(background=False)
+    saver = AsyncSaver(background=False)
     with pytest.raises(ZeroDivisionError):
         saver.begin(lambda: 1 / 0)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import checks
+from runner.common.errors import ConfigError
+from runner.config import validation
 from runner.data.source import resolve
-from runner.errors import ConfigError
 
 pytestmark = [pytest.mark.fault(28), pytest.mark.slow]
 
@@ -146,6 +146,6 @@ def test_a_token_in_a_recipe_of_ones_own_is_refused_too(door, multirun, tmp_path
 
 @pytest.mark.parametrize("path", ["risk-assessment-dataset-of-2024", "my/task-classification-of-sentences", "disk-0"])
 def test_a_path_in_which_a_token_could_only_begin_inside_a_word_is_none(path):
-    checks.refuse_secrets({"data": {"path": path}})
+    validation.refuse_secrets({"data": {"path": path}})
     with pytest.raises(ConfigError, match=r"^data\.path looks like a secret"):
-        checks.refuse_secrets({"data": {"path": f"{path}/{KEYS['OPENAI_API_KEY']}"}})
+        validation.refuse_secrets({"data": {"path": f"{path}/{KEYS['OPENAI_API_KEY']}"}})

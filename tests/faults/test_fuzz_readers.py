@@ -16,25 +16,28 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from runner import config, plain_yaml
-from runner.checkpoints import manifest, tensors, verify
-from runner.checkpoints.disk import Disk
-from runner.checkpoints.verify import Loaded
-from runner.data.formats import Reading
-from runner.data.rows import read_rows
-from runner.data.tokens import tokenise
-from runner.errors import CheckpointError, ConfigError, DataError, ModelError, RunnerError
+from runner.checkpoints import manifest, safetensors_file, verify
+from runner.checkpoints.verify import LoadedCheckpoint
+from runner.cli.commands import adapter_source, import_
+from runner.cli.commands import stored_settings as verb_settings
+from runner.common import safe_yaml
+from runner.common.errors import CheckpointError, ConfigError, DataError, ModelError, RunnerError
+from runner.common.filesystem import FileSystem
+from runner.config import schema
+from runner.data.formats import EncodeOptions
+from runner.data.jsonl import read_jsonl
+from runner.data.tokenize import tokenize_rows
 from runner.migrate.mapping import carry
 from runner.migrate.old import read_config
-from runner.models import gguf, gguf_header, tiny
+from runner.models import tiny
 from runner.models.arrays import arrays_from
+from runner.models.gguf import header as gguf_header
+from runner.models.gguf import load as gguf
 from runner.reports import audit, run_page, sweep_page
-from runner.reports.runs import read_run, read_sweep
 from runner.reports.tables import Screen
-from runner.sweeps import manifest as sweeps
-from runner.training import state
-from runner.verbs import import_, places
-from runner.verbs import settings as verb_settings
+from runner.runs import sweep_manifest as sweeps
+from runner.runs.inspect import read_run, read_sweep
+from runner.training import state_files
 
 HERE = Path(__file__).resolve().parent
 
@@ -64,8 +67,8 @@ def real(tmp_path_factory, make_door) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(real: Path) -> Loaded:
-    return verify.load(real / "checkpoints" / "step-0000004", Disk())
+def checkpoint(real: Path) -> LoadedCheckpoint:
+    return verify.load_checkpoint(real / "checkpoints" / "step-0000004", FileSystem())
 
 
 @pytest.mark.fault(8)
@@ -87,18 +90,18 @@ def test_a_manifest_is_read_or_refused(cases, checkpoint):
 
 @pytest.mark.fault(8)
 def test_a_train_state_is_read_or_refused(cases, checkpoint):
-    whole = checkpoint.files[state.STATE]
+    whole = checkpoint.files[state_files.STATE]
     small = {**checkpoint.files}
 
     def read(data: Any) -> None:
-        small[state.STATE] = data if isinstance(data, bytes) else json.dumps(data).encode()
-        found = state.read(Loaded(checkpoint.checkpoint, small))
+        small[state_files.STATE] = data if isinstance(data, bytes) else json.dumps(data).encode()
+        found = state_files.read_state(LoadedCheckpoint(checkpoint.checkpoint, small))
         assert_usable(found)
 
     fuzz(cases, read, CheckpointError, damaged(whole), altered(json.loads(whole)), JSON)
 
 
-def assert_usable(found: state.Restored) -> None:
+def assert_usable(found: state_files.SavedState) -> None:
     """What the loop computes with, it can compute with."""
     progress, window = found.progress, found.progress.window
     counts = [progress.step, progress.tokens, progress.bad_evaluations, window.supervised, window.tokens]
@@ -116,14 +119,16 @@ def test_a_safetensors_file_is_read_or_refused(cases):
     from numpy import arange
 
     arrays = {"a": arange(12, dtype="f4").reshape(3, 4), "b": arange(3, dtype="u1"), "c": arange(0, dtype="f8")}
-    whole = tensors.pack({name: tensors.Tensor.of(array) for name, array in arrays.items()}, {"format": "mlx"})
+    whole = safetensors_file.pack(
+        {name: safetensors_file.Tensor.of(array) for name, array in arrays.items()}, {"format": "mlx"}
+    )
     header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
 
     def read(data: Any) -> None:
         if not isinstance(data, bytes):
             text = json.dumps(data).encode()
             data = len(text).to_bytes(8, "little") + text + whole[-51:]
-        found, _ = tensors.unpack(data, where="here")
+        found, _ = safetensors_file.unpack(data, where="here")
         assert sum(len(one.data) for one in found.values()) <= len(data)
         arrays_from(data, where="here")
 
@@ -194,8 +199,8 @@ ROWS = [
 
 
 def _tokenised(path: Path, tokenizer: Any) -> Any:
-    reading = Reading(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
-    return tokenise(read_rows(path), tokenizer, reading)
+    reading = EncodeOptions(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
+    return tokenize_rows(read_jsonl(path), tokenizer, reading)
 
 
 @pytest.mark.fault(16, 8)
@@ -256,7 +261,7 @@ def test_the_manifest_of_a_sweep_is_read_or_refused(cases, tmp_path):
     def read(data: Any) -> None:
         path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
         sweep_page.show(read_sweep(tmp_path), Screen(io.StringIO()))
-        for job in sweeps.read(tmp_path).jobs.values():
+        for job in sweeps.read_manifest(tmp_path).jobs.values():
             assert type(job.number) is int and all("=" in word for word in job.overrides)
 
     fuzz(cases, read, ConfigError, damaged(b"".join(lines)), altered(words), altered(jobs[0]), JSON)
@@ -270,13 +275,13 @@ def test_a_stored_config_is_read_or_refused(cases, real, tmp_path):
     def read(data: Any) -> None:
         text = data if isinstance(data, bytes) else yaml.safe_dump(data, allow_unicode=True).encode()
         (tmp_path / "config.yaml").write_bytes(text)
-        verb_settings.read(tmp_path)
+        verb_settings.read_settings(tmp_path)
 
     def parse(data: Any) -> None:
         if isinstance(data, bytes):
-            plain_yaml.parse(data.decode("utf-8", errors="replace"))
+            safe_yaml.parse(data.decode("utf-8", errors="replace"))
         else:
-            config.from_dict(data, "here")
+            schema.from_dict(data, "here")
 
     def both(data: Any) -> None:
         with contextlib.suppress(ValueError, ConfigError):
@@ -315,7 +320,7 @@ def test_an_adapter_config_is_read_or_refused(cases, checkpoint, real, tmp_path)
     whole = checkpoint.files["adapter_config.json"]
 
     def read(data: Any) -> None:
-        places._about(data if isinstance(data, bytes) else json.dumps(data).encode(), tmp_path)
+        adapter_source._about(data if isinstance(data, bytes) else json.dumps(data).encode(), tmp_path)
 
     fuzz(cases, read, RunnerError, damaged(whole), altered(json.loads(whole)), JSON)
 
@@ -328,14 +333,14 @@ def _found(name: str) -> Any:
 @_found("TRAIN_STATE")
 def test_a_train_state_that_once_broke_it_is_refused(checkpoint, case):
     path, text = case[1]
-    data = json.loads(checkpoint.files[state.STATE])
+    data = json.loads(checkpoint.files[state_files.STATE])
     holder = data
     for key in path[:-1]:
         holder = holder[key]
     holder[path[-1]] = "HERE"
     broken = json.dumps(data).encode().replace(b'"HERE"', text)
     with bounded(), pytest.raises(CheckpointError, match=r"train_state\.json"):
-        state.read(Loaded(checkpoint.checkpoint, {**checkpoint.files, state.STATE: broken}))
+        state_files.read_state(LoadedCheckpoint(checkpoint.checkpoint, {**checkpoint.files, state_files.STATE: broken}))
 
 
 @pytest.mark.fault(23)
@@ -343,7 +348,7 @@ def test_a_train_state_that_once_broke_it_is_refused(checkpoint, case):
 def test_a_config_that_once_broke_it_is_refused(tmp_path, case):
     (tmp_path / "config.yaml").write_text(case[1])
     with bounded(), pytest.raises(ConfigError) as refused:
-        verb_settings.read(tmp_path)
+        verb_settings.read_settings(tmp_path)
     assert len(str(refused.value)) < 1000
 
 
@@ -352,7 +357,7 @@ def test_a_config_that_once_broke_it_is_refused(tmp_path, case):
 def test_a_manifest_of_a_sweep_that_once_broke_it_is_refused(tmp_path, case):
     (tmp_path / sweeps.NAME).write_bytes(case[1])
     with bounded(), pytest.raises(ConfigError, match="line 1 cannot be understood"):
-        sweeps.read(tmp_path)
+        sweeps.read_manifest(tmp_path)
 
 
 @pytest.mark.fault(22)

@@ -6,22 +6,23 @@ from collections.abc import Callable
 
 import pytest
 
-from runner import config
+from runner.config import groups, schema
 from runner.migrate.carry import Carried
 
 
-def compose(carried: Carried) -> config.Config:
+def compose(carried: Carried) -> schema.Config:
     from hydra import compose, initialize_config_dir
 
-    from runner import words
-    from runner.app import checked, register
+    from runner.app.resolve import resolve_config
+    from runner.app.run import register
+    from runner.cli import overrides
 
-    said = words.read(carried.overrides)
+    said = overrides.parse_arguments(carried.overrides)
     register()
-    with initialize_config_dir(str(words.CONF), version_base="1.3"):
-        return checked(compose("config", overrides=said.words))
+    with initialize_config_dir(str(groups.CONF_DIR), version_base="1.3"):
+        return resolve_config(compose("config", overrides=said.words))
 
 
 @pytest.fixture(scope="session", name="compose")
-def _compose() -> Callable[[Carried], config.Config]:
+def _compose() -> Callable[[Carried], schema.Config]:
     return compose

@@ -11,12 +11,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import config
+from runner.config import schema
+from runner.config.groups import CONF_DIR
 from runner.migrate.carry import GROUP_DEFAULTS
 from runner.migrate.mapping import carry
 from runner.migrate.old import EXAMPLES, MLX_LM, read_command, read_config
 from runner.migrate.values import PATHS
-from runner.words import CONF
 
 WHOLE = {"model": "org/model", "data": "my_data", "train": True}
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
@@ -70,7 +70,7 @@ RICH = [
 def test_the_command_composes_to_exactly_what_was_carried(tmp_path, compose, monkeypatch, old, our_defaults):
     monkeypatch.chdir(tmp_path)
     carried = imported(tmp_path, our_defaults, **old)
-    flat = config.flatten(compose(carried))
+    flat = schema.flatten(compose(carried))
     for name, value in carried.values.items():
         assert flat[name] == expected(name, value), name
 
@@ -230,7 +230,7 @@ def test_flags_and_defaults_are_those_of_the_mlx_lm_that_is_installed():
 
 
 def test_the_choices_of_the_root_config_are_those_assumed():
-    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    defaults = yaml.safe_load((CONF_DIR / "config.yaml").read_text())["defaults"]
     chosen = {k: v for entry in defaults if isinstance(entry, dict) for k, v in entry.items()}
     assert {name: chosen[name] for name in GROUP_DEFAULTS} == GROUP_DEFAULTS
 
@@ -283,7 +283,7 @@ def test_whatever_an_old_config_says_the_command_composes_to_what_was_carried(
     path.write_text(yaml.safe_dump(old, allow_unicode=True))
     found = read_config(path)
     carried = carry(found, our_defaults)
-    flat = config.flatten(compose(carried))
+    flat = schema.flatten(compose(carried))
     for name, value in carried.values.items():
         assert flat[name] == expected(name, value), name
     told = {line.key.partition(".")[0] for line in carried.lines} | {

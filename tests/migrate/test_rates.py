@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
 from runner.migrate.rates import scheduled
-from runner.training.schedules import learning_rate
+from runner.training.lr_schedule import learning_rate
 
 
 def ours(given_: dict, updates: int) -> list[float]:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.checkpoints.tensors import pack
+from runner.checkpoints.safetensors_file import pack
 from runner.models.arrays import arrays_from, tensors_of
 
 

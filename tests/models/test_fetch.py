@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.cache import cache_folder
-from runner.errors import ModelError, StorageError
+from runner.common.cache_dir import cache_dir
+from runner.common.errors import ModelError, StorageError
 from runner.models import fetch as module
 from runner.models.fetch import BUILTIN, Builtin, fetch
 
@@ -263,11 +263,11 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RUNNER_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "mlx-runner"
+    assert cache_dir() == tmp_path / ".cache" / "mlx-runner"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "mlx-runner"
+    assert cache_dir() == tmp_path / "xdg" / "mlx-runner"
     monkeypatch.setenv("RUNNER_CACHE", "~/own")
-    assert cache_folder() == tmp_path / "own"
+    assert cache_dir() == tmp_path / "own"
 
 
 def test_the_command_prints_where_each_model_lies_or_one_line_that_says_why_not(

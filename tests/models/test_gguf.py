@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from runner.errors import ModelError
-from runner.models.gguf import GgufModel, read
+from runner.common.errors import ModelError
+from runner.models.gguf.load import GgufModel, read
 
 QUANTIZED = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd")

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.errors import ModelError
-from runner.models.gguf_header import read_header
+from runner.common.errors import ModelError
+from runner.models.gguf.header import read_header
 
 GIB = 1 << 30
 
@@ -98,8 +98,8 @@ def test_the_largest_headers_are_read_or_refused_within_200_mb(tmp_path: Path) -
     program = """
 import resource, sys
 from pathlib import Path
-from runner.errors import ModelError
-from runner.models.gguf_header import read_header
+from runner.common.errors import ModelError
+from runner.models.gguf.header import read_header
 for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
     try:
         print(path.stem, len(read_header(path).metadata))

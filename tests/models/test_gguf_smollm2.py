@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from runner.models.gguf import GgufModel, read
+from runner.models.gguf.load import GgufModel, read
 
 TOLERANCE = 2e-4
 """Of a log-probability, in nats."""

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runner.errors import ModelError
-from runner.models.gguf_tokenizer import build, ending_ids, wrap
+from runner.common.errors import ModelError
+from runner.models.gguf.tokenizer import build, ending_ids, wrap
 
 WHERE = Path("some.gguf")
 Words = Callable[..., dict[str, Any]]

@@ -13,12 +13,12 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from runner import config
-from runner.config import Config
-from runner.models.folders import write_folder
-from runner.models.loading import load
-from runner.verbs import export, generate, places, settings
-from runner.verbs.loading import load_adapted
+from runner.cli.commands import adapter_source, export, generate, stored_settings
+from runner.cli.commands.load_adapter import load_adapted
+from runner.config import schema
+from runner.config.schema import Config
+from runner.export.folders import write_model_folder
+from runner.models.load import load_base_model
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """How a run names its base, and that base as an MLX folder, as training computes with it."""
     name = "builtin:tiny" if request.param == "tiny" else str(request.getfixturevalue("smollm2"))
     folder = tmp_path_factory.mktemp("base") / request.param
-    write_folder(load(config.Model(path=name)), folder)
+    write_model_folder(load_base_model(schema.ModelConfig(path=name)), folder)
     return name, folder
 
 
@@ -53,7 +53,9 @@ def adapters(run: Path) -> list[Path]:
 
 
 def ours(path: Path, run: Path) -> mx.array:
-    return load_adapted(places.find(path), settings.read(run), say=print).base.model(IDS)
+    return load_adapted(adapter_source.find_adapter(path), stored_settings.read_settings(run), say=print).base.model(
+        IDS
+    )
 
 
 def stock(*words: str) -> str:

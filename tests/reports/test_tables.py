@@ -10,18 +10,18 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.reports.tables import Column, Row, Screen, columns_of, cut, document, table
+from runner.reports.tables import Column, Screen, TableRow, columns_of, cut, document, table
 
 COLUMNS = [Column("run"), Column("step", right=True), Column("settings", cut=True)]
 
 
-def text(columns: list[Column], rows: list[Row], width: int | None) -> list[str]:
+def text(columns: list[Column], rows: list[TableRow], width: int | None) -> list[str]:
     """The table's lines as plain text."""
     return ["".join(piece for piece, _ in line).rstrip() for line in table(columns, rows, width)]
 
 
 def test_columns_are_aligned_and_nothing_is_cut_without_a_width() -> None:
-    rows = [Row(["a", "1", "rank=8 " * 30]), Row(["bcd", "1000", "x"], notes=["failed: why"])]
+    rows = [TableRow(["a", "1", "rank=8 " * 30]), TableRow(["bcd", "1000", "x"], notes=["failed: why"])]
     assert text(COLUMNS, rows, None) == [
         "run  step  settings",
         f"a       1  {('rank=8 ' * 30).rstrip()}",
@@ -30,12 +30,12 @@ def test_columns_are_aligned_and_nothing_is_cut_without_a_width() -> None:
 
 
 def test_the_long_column_is_cut_to_the_width() -> None:
-    lines = text(COLUMNS, [Row(["a", "1", "rank=16 " * 30])], 40)
+    lines = text(COLUMNS, [TableRow(["a", "1", "rank=16 " * 30])], 40)
     assert len(lines) == 2 and len(lines[1]) == 40 and lines[1].endswith("…")
 
 
 def test_where_no_room_is_left_the_long_column_goes_below_its_row() -> None:
-    lines = text(COLUMNS, [Row(["a" * 30, "1", "rank=8 num_layers=16 dropout=0.1"], notes=["failed: why"])], 44)
+    lines = text(COLUMNS, [TableRow(["a" * 30, "1", "rank=8 num_layers=16 dropout=0.1"], notes=["failed: why"])], 44)
     assert lines == [
         f"{'run':<30}  step",
         f"{'a' * 30}     1",
@@ -46,7 +46,7 @@ def test_where_no_room_is_left_the_long_column_goes_below_its_row() -> None:
 
 def test_then_a_path_is_cut_where_it_says_least() -> None:
     columns = [Column("run", keep_end=True), Column("step", right=True), Column("settings", cut=True)]
-    lines = text(columns, [Row(["sweeps/2026-11-24/10-00-00", "1000/1000", ""])], 30)
+    lines = text(columns, [TableRow(["sweeps/2026-11-24/10-00-00", "1000/1000", ""])], 30)
     assert lines[1] == "…026-11-24/10-00-00  1000/1000"
 
 
@@ -56,7 +56,7 @@ def test_then_a_path_is_cut_where_it_says_least() -> None:
     width=st.integers(60, 160),
 )
 def test_no_line_is_wider_than_the_terminal(cells: list[tuple[str, str, str]], notes: list[str], width: int) -> None:
-    lines = table(COLUMNS, [Row(list(row), notes=notes) for row in cells], width)
+    lines = table(COLUMNS, [TableRow(list(row), notes=notes) for row in cells], width)
     for line in lines:
         whole = "".join(piece for piece, _ in line)
         assert columns_of(whole) <= width and whole.isprintable()
@@ -71,7 +71,7 @@ def test_cut_text_fits(words: str, width: int) -> None:
 
 def test_wide_letters_count_twice() -> None:
     assert columns_of("模型") == 4 and columns_of("é") == 1
-    rows = [Row(["模型", "1", ""]), Row(["abcd", "1", ""])]
+    rows = [TableRow(["模型", "1", ""]), TableRow(["abcd", "1", ""])]
     assert [columns_of(line) for line in text(COLUMNS, rows, None)][1:] == [10, 10]
 
 

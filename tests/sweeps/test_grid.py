@@ -9,12 +9,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.errors import ConfigError
+from runner.common.errors import ConfigError
 from runner.sweeps import grid
 
 
 def jobs(*words: str) -> list[tuple[str, ...]]:
-    return grid.jobs_of(OverridesParser.create().parse_overrides(list(words)))
+    return grid.expand_grid(OverridesParser.create().parse_overrides(list(words)))
 
 
 def test_the_product_with_the_first_word_varying_slowest():
@@ -44,15 +44,15 @@ def test_an_interval_is_refused():
 
 @given(st.permutations(["lora.rank=4", "seed=1", "model=tiny", "optimizer.learning_rate=0.001"]))
 def test_identity_is_of_the_set_of_overrides_whatever_their_order(words):
-    assert grid.identity(words) == grid.identity(sorted(words))
+    assert grid.job_id(words) == grid.job_id(sorted(words))
 
 
 def test_identity_ignores_what_belongs_to_one_invocation_and_nothing_else():
-    base = grid.identity(["lora.rank=4"])
+    base = grid.job_id(["lora.rank=4"])
     for word in ("train.stop_at=3", "hydra.sweep.dir=x", "hydra/launcher=process", "stored=run", "resume=x"):
-        assert grid.identity(["lora.rank=4", word]) == base
+        assert grid.job_id(["lora.rank=4", word]) == base
     for word in ("train.iters=3", "experiment=x", "seed=1", "adapter=a"):
-        assert grid.identity(["lora.rank=4", word]) != base
+        assert grid.job_id(["lora.rank=4", word]) != base
 
 
 @given(
@@ -63,7 +63,7 @@ def test_extending_a_grid_keeps_every_job_that_it_had_when_values_are_only_added
     wider = {k: sorted({*v, *more.get(k, [])}) for k, v in first.items()}
     words = [f"{k}={','.join(map(str, v))}" for k, v in first.items()]
     typed = [f"{k}={','.join(map(str, v))}" for k, v in wider.items()]
-    before = {grid.identity(job) for job in jobs(*words)}
-    after = [grid.identity(job) for job in jobs(*grid.merged(words, typed))]
+    before = {grid.job_id(job) for job in jobs(*words)}
+    after = [grid.job_id(job) for job in jobs(*grid.merge_overrides(words, typed))]
     assert before <= set(after)
     assert len(after) == len(set(after)) == len(list(itertools.product(*wider.values())))

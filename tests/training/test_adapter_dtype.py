@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from runner.config import Lora, Model
-from runner.models.adapters import Adapted
-from runner.models.loading import load
+from runner.config.schema import LoraConfig, ModelConfig
+from runner.models.load import load_base_model
+from runner.models.lora import AdaptedModel
 
 HALF = {"model.dtype": "bfloat16", "train.iters": 12, "lora.dropout": 0.1}
 
@@ -43,9 +43,9 @@ def test_a_resume_is_exact(tiny, train, tmp_path, assert_equal_runs):
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_what_is_placed_has_the_layers_own_numbers_and_a_gradient_in_float32(bits):
-    settings = Model(path="builtin:tiny", dtype="bfloat16")
+    settings = ModelConfig(path="builtin:tiny", dtype="bfloat16")
     settings.quantize.bits, settings.quantize.group_size = bits, 32
-    adapted = Adapted(load(settings), Lora(rank=2, dtype="model"), seed=0)
+    adapted = AdaptedModel(load_base_model(settings), LoraConfig(rank=2, dtype="model"), seed=0)
     params = adapted.params()
     assert {a.dtype for a in params.values()} == {mx.float32}
 

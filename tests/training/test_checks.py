@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runner.cpu import making
+from runner.backends.cpu import build
 from runner.models.forward import Forward
 from runner.training import feeding
 
@@ -26,7 +26,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(making, "_agrees", watched("engine", making._agrees))
+    monkeypatch.setattr(build, "_agrees", watched("engine", build._agrees))
     monkeypatch.setattr(Forward, "_agrees", watched("parts", Forward._agrees))
     return seen
 
@@ -79,7 +79,7 @@ def test_a_damaged_finding_is_made_again(tiny, train, tmp_path, cache, probed, h
 
 
 def test_what_did_not_agree_is_not_kept(tiny, train, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(making, "_agrees", lambda engine, forward: False)
+    monkeypatch.setattr(build, "_agrees", lambda engine, forward: False)
     run = train(tiny(**SHORT), tmp_path / "run")
     assert "engine not used: it does not give this model's own gradients" in (run / "run.log").read_text()
     assert not (cache / "checks").exists()

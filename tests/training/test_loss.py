@@ -7,11 +7,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from runner import config
-from runner.cpu import cross_entropy, threads
-from runner.models.adapters import Adapted
+from runner.backends.cpu import cross_entropy, threads
+from runner.config import schema
 from runner.models.forward import Forward
-from runner.models.loading import load
+from runner.models.load import load_base_model
+from runner.models.lora import AdaptedModel
 from runner.training.loss import loss_and_grads, loss_sum
 
 N = 192
@@ -19,7 +19,7 @@ N = 192
 
 @pytest.fixture(scope="module")
 def base():
-    return load(config.Model(path="builtin:tiny"))
+    return load_base_model(schema.ModelConfig(path="builtin:tiny"))
 
 
 @pytest.fixture(params=["numpy", "two threads", "mlx", "traced", "everywhere", "whole"])
@@ -121,7 +121,7 @@ def test_large_logits_do_not_overflow():
 
 def test_pieces_on_the_way_hold_no_more_memory_than_the_whole_at_once(base):
     """What is evaluated within a differentiation is kept until its end: before, this took 1.8 times as much."""
-    adapted = Adapted(base, config.Lora(rank=4, num_layers=2), seed=5)
+    adapted = AdaptedModel(base, schema.LoraConfig(rank=4, num_layers=2), seed=5)
     numbers = np.random.default_rng(0)
     ids = mx.array(numbers.integers(3, 300, (8, 256)).astype(np.int32))
     positions = mx.array(np.sort(numbers.choice(2048, 1024, replace=False)).astype(np.int32))

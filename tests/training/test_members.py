@@ -7,23 +7,24 @@ import json
 
 import mlx.core as mx
 
-from runner import blas, config
-from runner.checkpoints.retention import Policy
-from runner.checkpoints.store import Store
+from runner.backends.cpu import blas
+from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.store import CheckpointStore
+from runner.config import schema
 from runner.reports.progress import Display
-from runner.rundir import RunDirectory
-from runner.start import Start, new_run_id
-from runner.training import loop, optimizers, setup
-from runner.training.member import Member
-from runner.training.record import Record
-from runner.training.shared import Shared
-from runner.training.stops import Stops
+from runner.runs.directory import RunDirectory
+from runner.runs.run_spec import RunSpec, new_run_id
+from runner.training import build, optimizer, trainer
+from runner.training.run_writer import RunWriter
+from runner.training.shared import SharedComponents
+from runner.training.signals import StopSignals
+from runner.training.train_state import TrainState
 
 
-def a_record(folder) -> Record:
+def a_record(folder) -> RunWriter:
     directory = RunDirectory(folder)
     directory.claim()
-    record = Record(directory, Store(directory.checkpoints, new_run_id()), Policy(3, 1))
+    record = RunWriter(directory, CheckpointStore(directory.checkpoints, new_run_id()), RetentionPolicy(3, 1))
     record.open()
     return record
 
@@ -31,10 +32,12 @@ def a_record(folder) -> Record:
 def test_two_members_with_other_learning_rates_equal_their_solo_runs_bit_for_bit(tiny, train, tmp_path, rows):
     settings = tiny(**{"lora.dropout": 0.2, "train.grad_accumulation": 2})
     rates = (1e-3, 5e-3)
-    with Display(tmp_path / "log", settings.train.iters, lambda: 0.0) as display, Stops() as stops:
-        parts = setup.load_parts(settings, config.to_dict(settings), blas.prepare(), Shared(), display, stops)
-        start = Start(settings, config.to_dict(settings), RunDirectory(tmp_path), None, new_run_id())
-        job = setup.make_job(start, None, parts, a_record(tmp_path / "pair0"), stops, display)
+    with Display(tmp_path / "log", settings.train.iters, lambda: 0.0) as display, StopSignals() as stops:
+        parts = build.load_components(
+            settings, schema.to_dict(settings), blas.load_blas(), SharedComponents(), display, stops
+        )
+        start = RunSpec(settings, schema.to_dict(settings), RunDirectory(tmp_path), None, new_run_id())
+        job = build.build_trainer(start, None, parts, a_record(tmp_path / "pair0"), stops, display)
         first = job.members[0]
         job.members = []
         for i, rate in enumerate(rates):
@@ -42,8 +45,10 @@ def test_two_members_with_other_learning_rates_equal_their_solo_runs_bit_for_bit
             params = {name: mx.array(array) for name, array in first.params.items()}
             own = dataclasses.replace(settings.optimizer, learning_rate=rate)
             constant = (lambda r: lambda update: r)(rate)
-            job.members.append(Member(params, optimizers.build(own, params), constant, settings.seed, record))
-        assert loop.train(job) == loop.FINISHED
+            job.members.append(
+                TrainState(params, optimizer.build_optimizer(own, params), constant, settings.seed, record)
+            )
+        assert trainer.train(job) == trainer.FINISHED
         for member in job.members:
             member.record.close()
         parts.adapted.remove()

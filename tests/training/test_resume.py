@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from runner.errors import CheckpointError, ConfigError
+from runner.common.errors import CheckpointError, ConfigError
 
 HARD = {
     "lora.dropout": 0.2,

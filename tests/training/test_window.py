@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoints.disk import Disk
 from runner.checkpoints.manifest import write
-from runner.checkpoints.store import record_of
-from runner.checkpoints.verify import load
+from runner.checkpoints.store import manifest_of
+from runner.checkpoints.verify import load_checkpoint
+from runner.cli.commands.replay import replay
+from runner.common.filesystem import FileSystem
 from runner.training.feeding import NEAR_LENGTHS
-from runner.verbs.replay import replay
 
 
 def position(run: Path, step: int) -> dict[str, int]:
@@ -55,12 +55,12 @@ def test_an_older_checkpoint_whose_position_has_no_window_goes_on_by_its_setting
     whole = train(tiny(**settings), tmp_path / "whole")
     run = train(tiny(**settings, **{"train.stop_at": 5}), tmp_path / "run")
     step = run / "checkpoints/step-0000005"
-    loaded = load(step, Disk())
+    loaded = load_checkpoint(step, FileSystem())
     state = json.loads(loaded.files["train_state.json"])
     assert state["position"].pop("window") == 3
     loaded.files["train_state.json"] = json.dumps(state).encode()
     (step / "train_state.json").write_bytes(loaded.files["train_state.json"])
-    (step / "manifest.json").write_bytes(write(record_of(loaded.checkpoint, loaded.files)))
+    (step / "manifest.json").write_bytes(write(manifest_of(loaded.checkpoint, loaded.files)))
     train(tiny(**settings), run, resume=run)
     assert "resumed from" in (run / "run.log").read_text()
     assert_equal_runs(whole, run)

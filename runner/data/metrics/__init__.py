@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from runner.common.errors import ConfigError, did_you_mean
 from runner.data.metrics.exact_match import ExactMatch
 from runner.data.metrics.execution import ExecutionAccuracy
-from runner.errors import ConfigError, did_you_mean
 
 
 class Metric(Protocol):

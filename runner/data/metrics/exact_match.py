@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runner.errors import DataError
+from runner.common.errors import DataError
 
 
 class ExactMatch:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from runner.common.errors import DataError
 from runner.data.metrics.exact_match import expected_text
 from runner.data.metrics.sandbox import Result, Sandbox, StatementRefused, Value
 from runner.data.metrics.sql_text import first_statement, is_ordered
-from runner.errors import DataError
 
 TOLERANCE = 1e-6
 """Relative, of fractions; whole numbers among themselves compare exactly."""

@@ -12,8 +12,8 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
+from runner.common.errors import DataError
 from runner.data.metrics.sql_text import expansion
-from runner.errors import DataError
 
 Value = int | float | str | bytes | None
 Result = list[tuple[Value, ...]]

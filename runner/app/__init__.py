@@ -1,0 +1,1 @@
+"""Configs composed by Hydra, checked and stored. Beside sweeps/ the only importer of Hydra and OmegaConf."""

@@ -1,0 +1,1 @@
+"""What computes losses and gradients: MLX, or the engine for CPUs. One protocol."""

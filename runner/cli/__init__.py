@@ -1,0 +1,1 @@
+"""The command line: overrides, help, exit codes and the commands over output directories."""

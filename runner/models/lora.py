@@ -1,0 +1,259 @@
+"""Adapters on a base model: putting LoRA layers on it, taking them off, their config, and weights from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from runner.checkpoints.safetensors_file import read_header
+from runner.common import safe_json
+from runner.common.errors import ModelError, RunnerError, did_you_mean, shorten
+from runner.common.filesystem import FileSystem
+from runner.config import schema, validation
+from runner.models import npz
+from runner.models.arrays import arrays_from
+from runner.models.load import BaseModel
+from runner.runs.layout import ADAPTER_CONFIG
+
+_LARGEST_CONFIG = 1 << 20  # bytes of an adapter_config.json
+_MOST_VALUES = 10_000
+Params = dict[str, mx.array]
+"""Trainable arrays by their dotted path in the model."""
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of a key that the step hands in, not of MLX's global random state.
+
+    So the mask is the same when a block is recomputed in the backward pass, and a run's randomness is a function of
+    (seed, update, micro-batch): there is nothing to save and nothing that evaluation could disturb.
+    """
+
+    def __init__(self, p: float, index: int, stream: DropoutStream) -> None:
+        super().__init__()
+        self._keep = 1.0 - p
+        self._index = index
+        self._stream = stream
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Drop elements of `x` (any shape) and scale the rest by 1 / (1 - p), while training only."""
+        if not self.training or self._stream.keys is None:
+            return x
+        mask = mx.random.bernoulli(self._keep, x.shape, key=self._stream.keys[self._index])
+        return mask * x * (1.0 / self._keep)
+
+
+class DropoutStream:
+    """The keys of one micro-batch, one for each dropout layer: shape (layers, 2)."""
+
+    def __init__(self) -> None:
+        self.layers = 0
+        self.keys: mx.array | None = None
+
+    def begin(self, key: mx.array | None) -> None:
+        """Derive every layer's key from the micro-batch's `key`; None switches dropout off."""
+        self.keys = mx.random.split(key, self.layers) if key is not None and self.layers else None
+
+
+class AdaptedModel:
+    """A base model with an adapter on it. The base can be had back as it was with `remove`."""
+
+    def __init__(self, base: BaseModel, lora: schema.LoraConfig, seed: int, source: str | None = None) -> None:
+        """Put LoRA layers on the last `lora.num_layers` blocks (or all, where there are fewer).
+
+        A is drawn from `seed` alone, B is zero. `source` is how adapter_config.json names the base.
+
+        Raises:
+            ModelError: keys that name no layer in a block.
+        """
+        self.base = base
+        self.source = source or base.source
+        self.model = base.model
+        self.stream = DropoutStream()
+        depth = len(self.model.layers)
+        self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
+        keys = _checked_keys(self.model, lora.keys)
+        scale = validation.lora_scale(lora)
+        self.shape = {"rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}
+        # MLX draws the factors from its global state: seeded here, and nowhere else used.
+        mx.random.seed(seed)
+        linear_to_lora_layers(self.model, self.num_layers, {**self.shape, "keys": set(keys)})
+        for _, module in self._adapters():
+            if lora.dropout > 0:
+                module.dropout = KeyedDropout(lora.dropout, self.stream.layers, self.stream)
+                self.stream.layers += 1
+        mx.eval(self.model.trainable_parameters())
+        self._dtypes = {name: _dtype_of(module) for name, module in self._adapters()} if lora.dtype == "model" else {}
+
+    def place(self, params: Params) -> None:
+        """Put `params` into the model, in the numbers that the adapter computes in; gradients pass through the cast."""
+        if self._dtypes:
+            params = {name: array.astype(self._dtypes[name.rpartition(".")[0]]) for name, array in params.items()}
+        self.model.update(tree_unflatten(list(params.items())))
+
+    def params(self) -> Params:
+        """The trainable arrays as they are now."""
+        return dict(sorted(tree_flatten(self.model.trainable_parameters())))
+
+    def adapter_config(self) -> dict[str, Any]:
+        """What stock mlx-lm reads from adapter_config.json."""
+        return {
+            "model": self.source,
+            "fine_tune_type": "lora",
+            "num_layers": self.num_layers,
+            "lora_parameters": self.shape,
+            "base_fingerprint": self.base.fingerprint,
+        }
+
+    def remove(self) -> None:
+        """Take the adapter off: the base's own layers are back."""
+        own = [(name, m.embedding if "embedding" in m else m.linear) for name, m in self._adapters()]
+        self.model.update_modules(tree_unflatten(own))
+        self.model.freeze()
+        self.model.eval()
+
+    def _adapters(self) -> list[tuple[str, nn.Module]]:
+        return [(name, m) for name, m in self.model.named_modules() if hasattr(m, "lora_a")]
+
+
+def _dtype_of(module: nn.Module) -> mx.Dtype:
+    """The numbers that the layer below an adapter computes in."""
+    own = module.embedding if "embedding" in module else module.linear
+    return own.scales.dtype if "scales" in own else own.weight.dtype
+
+
+def trainable_share(adapted: AdaptedModel) -> tuple[int, int]:
+    """Parameters of the adapter, and of the whole model (quantized weights counted unpacked)."""
+    from mlx_lm.utils import get_total_parameters
+
+    return sum(a.size for a in adapted.params().values()), get_total_parameters(adapted.model)
+
+
+def read_weights(path: Path, fitting: Params | None = None) -> dict[str, mx.array]:
+    """Adapter weights from an mlx-examples .npz, an mlx-lm .safetensors, or a folder with adapters.safetensors.
+
+    Names and shapes are compared with those of `fitting`, where given, before any of the weights is read.
+
+    Raises:
+        ModelError: missing, of another kind, unreadable, or not fitting; a pickle inside an .npz is never loaded.
+        CheckpointError: a .safetensors that is not sound.
+    """
+    file = _weights_file(path)
+    if file.suffix == ".npz":
+        return _read_npz(file, path, fitting)
+    spans, _ = read_header(file)
+    if fitting is not None:
+        _require_fit(fitting, {name: span.shape for name, span in spans.items()}, str(path))
+    return arrays_from(file.read_bytes(), where=str(file))
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        inside = [
+            path / "adapters.safetensors",
+            path / "adapters" / "adapters.safetensors",
+            path / "adapters.npz",
+        ]
+        found = next((p for p in inside if p.is_file()), None)
+        if found is None:
+            raise ModelError(f"adapter={path}: no adapters.safetensors in this folder.")
+        return found
+    if not path.is_file():
+        raise ModelError(f"adapter={path}: there is no such file or folder.")
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ModelError(f"adapter={path}: expected .npz, .safetensors or an adapter folder, not '{path.suffix}'.")
+    return path
+
+
+def _read_npz(file: Path, path: Path, fitting: Params | None) -> dict[str, mx.array]:
+    try:
+        with npz.opened(file) as archive:
+            if fitting is not None:
+                _require_fit(fitting, dict.fromkeys(archive.names), str(path))
+                _require_fit(fitting, archive.shapes(), str(path))
+            return {name: mx.array(array) for name, array in archive.arrays()}
+    except ModelError:
+        raise
+    except Exception as error:  # zip, zlib, numpy and value errors alike: not a plain .npz
+        raise ModelError(f"adapter={path} cannot be read: {shorten(' '.join(str(error).split()))}") from error
+
+
+def warm_start(params: Params, weights: dict[str, mx.array], where: str) -> Params:
+    """`params` replaced by `weights`, which must have the same names and shapes.
+
+    Raises:
+        ModelError: names the arrays that are missing, unknown or of another shape, and what to set.
+    """
+    _require_fit(params, {name: array.shape for name, array in weights.items()}, where)
+    for name in sorted(params):
+        if not mx.all(mx.isfinite(weights[name])).item():
+            raise _unfit(where, [f"{name} holds values that are not finite"])
+    return {name: weights[name].astype(params[name].dtype) for name in params}
+
+
+def _require_fit(params: Params, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> None:
+    """Names and shapes (None: not known yet) have to be those of `params`."""
+    missing, unknown = sorted(set(params) - set(shapes)), sorted(set(shapes) - set(params))
+    problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
+    problems += [f"{len(unknown)} arrays fit nowhere, such as {shorten(unknown[0])}"] if unknown else []
+    for name in sorted(set(params) & set(shapes)):
+        if shapes[name] is not None and params[name].shape != shapes[name]:
+            problems.append(f"{name} has shape {shorten(shapes[name])}, here {params[name].shape}")
+            break
+    if problems:
+        raise _unfit(where, problems)
+
+
+def _unfit(where: str, problems: list[str]) -> ModelError:
+    return ModelError(
+        f"adapter={where} does not fit this run: {'; '.join(problems)}. "
+        f"Set lora.rank, lora.num_layers and lora.keys to what it was trained with{_trained_with(where)}."
+    )
+
+
+def _trained_with(where: str) -> str:
+    path = Path(where)
+    about = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
+    try:
+        found = safe_json.parse(FileSystem().read_file(about, _LARGEST_CONFIG), most_values=_MOST_VALUES)
+        lora = found["lora_parameters"]
+        told = f"rank {lora['rank']}, num_layers {found['num_layers']}, keys {lora.get('keys')}"
+    except (RunnerError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return f" ({shorten(told, 1000)})"
+
+
+def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:
+    """The layers that can be adapted inside a block, or those of them that `keys` names."""
+    known: set[str] = set()
+    for block in model.layers:
+        for name, module in block.named_modules():
+            if hasattr(module, "to_lora") or _adaptable(module):
+                known.add(name)
+    if keys is None:
+        return sorted(known)
+    for key in keys:
+        if key not in known:
+            raise ModelError(
+                f"lora.keys: no block has '{key}'; it has {', '.join(sorted(known))}.{did_you_mean(key, known)}"
+            )
+    return sorted(keys)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (
+        nn.Linear,
+        nn.QuantizedLinear,
+        SwitchLinear,
+        QuantizedSwitchLinear,
+        nn.Embedding,
+        nn.QuantizedEmbedding,
+    )
+    return isinstance(module, kinds)

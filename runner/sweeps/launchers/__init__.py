@@ -1,0 +1,1 @@
+"""How the jobs of a sweep are run: in this process, or each in its own."""

@@ -1,0 +1,367 @@
+"""The CPU's engine against MLX's own differentiation, and what is refused to it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import llama, qwen2
+
+from runner.backends.cpu import kernels, native, threads
+from runner.backends.cpu.blas import BlasReport
+from runner.backends.cpu.block import view
+from runner.backends.cpu.build import make_engine
+from runner.backends.cpu.engine import Engine, _groups
+from runner.backends.cpu.ops import Ops
+from runner.backends.cpu.partitions import PackedRows
+from runner.common.errors import ModelError
+from runner.config import schema
+from runner.data.tokenize import TokenSet
+from runner.models.forward import Forward
+from runner.models.load import BaseModel, load_base_model
+from runner.models.lora import AdaptedModel
+from runner.training.dataloader import BatchBuilder
+from runner.training.feeding import make_forward
+from runner.training.loss import loss_and_grads
+from runner.training.validate import validate
+
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 300,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+}
+MODELS = {
+    "tied": lambda: llama.Model(llama.ModelArgs("llama", **SMALL)),
+    "own head": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, tie_word_embeddings=False)),
+    "biases": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, attention_bias=True, mlp_bias=True)),
+    "llama3 rope": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, rope_scaling=LLAMA3)),
+    "one head each": lambda: llama.Model(llama.ModelArgs("llama", **{**SMALL, "num_key_value_heads": 6})),
+    "qwen2": lambda: qwen2.Model(qwen2.ModelArgs("qwen2", **SMALL)),
+}
+
+
+def adapted(model, **lora) -> AdaptedModel:
+    mx.random.seed(1)
+    model.update(tree_unflatten([(n, mx.random.normal(a.shape) * 0.2) for n, a in tree_flatten(model.parameters())]))
+    model.freeze()
+    made = AdaptedModel(
+        BaseModel(model, None, {}, "none", "none"), schema.LoraConfig(**{"num_layers": 2, "rank": 4, **lora}), seed=0
+    )
+    params = {n: mx.random.normal(a.shape) * 0.1 for n, a in made.params().items()}
+    made.model.update(tree_unflatten(list(params.items())))
+    mx.eval(made.model.parameters())
+    return made
+
+
+def batch(lengths, trunk=None, prompt=0):
+    """Rows of random tokens; those before place `prompt` of all are not supervised, nor every third or so."""
+    numbers = np.random.default_rng(2)
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    tokens, supervised = numbers.integers(1, 300, offsets[-1]), numbers.random(offsets[-1]) < 0.7
+    supervised &= np.arange(offsets[-1]) >= prompt
+    rows = TokenSet(tokens.astype(np.int32), supervised, offsets, np.arange(len(lengths), dtype=np.int64))
+    return BatchBuilder(rows, 16, trunk)(np.arange(len(lengths)))
+
+
+def by_mlx(made: AdaptedModel, ready):
+    """Loss and gradients by MLX's own differentiation."""
+    forward, own = Forward(made.model), made.params()
+
+    value, grads = loss_and_grads(forward, made.place, own, *ready.arrays())
+    mx.eval(value, grads)
+    made.place(own)
+    return value.item(), {name: view(grad) for name, grad in grads.items()}
+
+
+def numpy_params(made: AdaptedModel):
+    return {name: view(array) for name, array in made.params().items()}
+
+
+def assert_close(made: AdaptedModel, found, ready) -> None:
+    value, grads = by_mlx(made, ready)
+    assert found[0] == pytest.approx(value, rel=1e-5)
+    assert set(found[1]) == set(grads)
+    for name, grad in grads.items():
+        size = np.linalg.norm(grad)
+        assert size > 1e-3, name
+        assert np.linalg.norm(found[1][name] - grad) < 2e-5 * size, name
+
+
+@pytest.fixture(params=["numpy", "native"])
+def ops(request) -> Ops:
+    """What the engine computes with beside products."""
+    if request.param == "numpy":
+        return Ops()
+    found, why = native.load()
+    if found is None and "compiler" in why:
+        pytest.skip(why)
+    assert found is not None, why
+    return found
+
+
+@pytest.fixture
+def lanes():
+    """`lanes(3)` has three threads divide a batch."""
+    yield threads.configure
+    threads.configure(1)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int, lanes, ops) -> None:
+    lanes(count)
+    made = adapted(MODELS[name]())
+    ready = batch([9, 30, 2, 17])
+    engine = Engine(made.model, recompute=recompute, piece=16, ops=ops)
+    assert_close(made, engine.loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"num_layers": -1},
+        {"num_layers": 1, "rank": 3},
+        {"keys": ["self_attn.q_proj", "self_attn.v_proj"]},
+        {"keys": ["mlp.down_proj"]},
+        {"alpha": 3.0},
+    ],
+)
+def test_any_shape_of_adapter(lora: dict, ops) -> None:
+    made = adapted(MODELS["tied"](), **lora)
+    ready = batch([20, 33])
+    assert_close(made, Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+
+
+def test_rows_longer_than_a_tile_of_attention(lanes, ops) -> None:
+    lanes(2)
+    made = adapted(MODELS["tied"]())
+    ready = batch([130, 300, 129])
+    assert_close(made, Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, lanes, ops) -> None:
+    lanes(3)
+    made = adapted(MODELS["tied"](), num_layers=layers)
+    ready = batch([60, 60, 60], prompt=130)
+    engine, params = Engine(made.model, recompute=recompute, piece=16, ops=ops), numpy_params(made)
+    found = engine.loss_and_grads(params, *ready.numbers())
+    assert_close(made, found, ready)
+    assert engine.loss(params, *ready.numbers()) == found[0]
+
+
+def test_more_threads_than_words_and_a_word_that_there_is_not(lanes, ops) -> None:
+    lanes(4)
+    small = {**SMALL, "vocab_size": 3}
+    made = adapted(llama.Model(llama.ModelArgs("llama", **small, tie_word_embeddings=False)))
+    numbers = np.random.default_rng(2)
+    tokens, offsets = numbers.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
+    rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
+    ready = BatchBuilder(rows, 16)(np.arange(2))
+    engine, params = Engine(made.model, piece=16, ops=ops), numpy_params(made)
+    assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
+    inputs, lengths, positions, targets, weights = ready.numbers()
+    with pytest.raises(ModelError, match="token 3, and the model has 3"):
+        engine.loss(params, inputs, lengths, positions, np.where(np.arange(len(targets)) == 7, 3, targets), weights)
+    assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
+
+
+def test_logits_too_far_apart_for_an_exponential(lanes, ops) -> None:
+    """The first and the last words differ by hundreds: in a thread's own part of the vocabulary nothing says so."""
+    lanes(2)
+    made = adapted(MODELS["own head"]())
+    weight = np.array(made.model.lm_head.weight)
+    weight[200:] *= 300
+    made.model.lm_head.weight = mx.array(weight)
+    ready = batch([20, 33])
+    value, grads = Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers())
+    theirs, their_grads = by_mlx(made, ready)
+    assert value == pytest.approx(theirs, rel=1e-5) and theirs > 1000
+    for name, grad in their_grads.items():
+        assert np.linalg.norm(grads[name] - grad) < 1e-3 * np.linalg.norm(grad), name
+
+
+def test_memory_that_is_used_again_leaves_nothing_behind(ops) -> None:
+    made = adapted(MODELS["biases"]())
+    engine, params = Engine(made.model, ops=ops), numpy_params(made)
+    ready = batch([20, 9])
+    first = engine.loss_and_grads(params, *ready.numbers())
+    engine.loss_and_grads(params, *batch([200, 40, 3]).numbers())
+    assert engine.loss(params, *ready.numbers()) == first[0]
+    again = engine.loss_and_grads(params, *ready.numbers())
+    assert first[0] == again[0]
+    assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
+
+
+def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_those_of_one(lanes, ops) -> None:
+    made = adapted(MODELS["tied"]())
+    params, found = numpy_params(made), []
+    batches = [batch(lengths) for lengths in ([150, 40, 90], [33], [20, 20, 21, 22])]
+    for count in (1, 2, 3):
+        lanes(count)
+        engine = Engine(made.model, ops=ops)
+        found.append([engine.loss_and_grads(params, *ready.numbers()) for ready in batches])
+        for _ in range(20):  # whichever thread comes first
+            for ready, (loss, grads) in zip(batches, found[-1], strict=True):
+                again = engine.loss_and_grads(params, *ready.numbers())
+                assert again[0] == loss
+                assert all(np.array_equal(again[1][name], grad) for name, grad in grads.items())
+    for several in found[1:]:
+        for (loss, grads), (one_loss, one_grads) in zip(several, found[0], strict=True):
+            assert loss == pytest.approx(one_loss, rel=1e-6)
+            for name, grad in one_grads.items():
+                assert np.linalg.norm(grads[name] - grad) < 1e-5 * np.linalg.norm(grad)
+
+
+def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkeypatch, lanes) -> None:
+    lanes(3)
+    made = adapted(MODELS["tied"]())
+    engine, params, ready = Engine(made.model), numpy_params(made), batch([150, 40, 90])
+    before = engine.loss_and_grads(params, *ready.numbers())
+    own, calls = kernels.swiglu, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        own(*args)
+
+    monkeypatch.setattr(kernels, "swiglu", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        engine.loss_and_grads(params, *ready.numbers())
+    monkeypatch.undo()
+    after = engine.loss_and_grads(params, *ready.numbers())
+    assert before[0] == after[0] and all(np.array_equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def test_from_the_cut_on_it_is_the_same_bit_for_bit(ops) -> None:
+    made = adapted(MODELS["tied"]())
+    engine, params = Engine(made.model, ops=ops), numpy_params(made)
+    ids, lengths, *rest = batch([60, 60]).numbers()
+    states = engine.below(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
+    assert engine.first == 1
+    whole, part = (
+        engine.loss_and_grads(params, ids, lengths, *rest),
+        engine.loss_and_grads(params, states, lengths, *rest),
+    )
+    assert whole[0] == part[0]
+    assert all(np.array_equal(whole[1][name], part[1][name]) for name in whole[1])
+
+
+def test_an_evaluation_by_the_engine_is_that_of_mlx(ops) -> None:
+    made = adapted(MODELS["tied"]())
+    forward, batches = Forward(made.model), [batch([20, 40]), batch([9])]
+    theirs = validate(made.model, forward, batches)
+    forward.engine = Engine(made.model, ops=ops)
+    ours = validate(made.model, forward, batches)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    assert (ours.tokens, ours.supervised) == (theirs.tokens, theirs.supervised)
+
+
+def test_an_evaluation_of_more_rows_than_are_computed_at_once_is_that_of_mlx(ops, lanes) -> None:
+    lanes(2)
+    made = adapted(MODELS["tied"]())
+    forward, batches = Forward(made.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
+    theirs = validate(made.model, forward, batches)
+    forward.engine = Engine(made.model, ops=ops)
+    ours = validate(made.model, forward, batches)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    groups = _groups(PackedRows([150, 40, 260, 90, 500, 3, 381, 4]), 384)
+    assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
+
+
+def engine_of(made: AdaptedModel):
+    return make_engine(Forward(made.model))
+
+
+def test_a_model_that_is_written_out_gets_its_engine_and_keeps_its_adapter() -> None:
+    made = adapted(MODELS["tied"]())
+    before = {name: array + 0 for name, array in made.params().items()}
+    engine, why = engine_of(made)
+    assert engine is not None and why == ""
+    assert all(mx.array_equal(array, before[name]) for name, array in made.params().items())
+
+
+@pytest.mark.parametrize("part", ["rms_norm", "swiglu", "rotate"])
+def test_other_numbers_than_the_model_s_are_refused(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    own = getattr(kernels, part)
+
+    def wrong(x, *args, **kwargs):
+        own(x, *args, **kwargs)
+        (x if part == "rotate" else args[-1] if part == "swiglu" else args[2])[...] *= 1.01
+
+    monkeypatch.setattr(kernels, part, wrong)
+    engine, why = engine_of(adapted(MODELS["tied"]()))
+    assert engine is None and "own gradients" in why
+
+
+@pytest.mark.parametrize("part", ["rms_norm_back", "swiglu_back"])
+def test_other_gradients_than_the_model_s_are_refused(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    own = getattr(kernels, part)
+
+    def wrong(x, *args, **kwargs):
+        own(x, *args, **kwargs)
+        (x if part == "swiglu_back" else args[-1])[...] *= 1.01
+
+    monkeypatch.setattr(kernels, part, wrong)
+    assert engine_of(adapted(MODELS["tied"]()))[0] is None
+
+
+def test_parts_that_are_not_written_out_are_named() -> None:
+    from mlx_lm.models import gemma
+
+    other = gemma.Model(gemma.ModelArgs("gemma", **{k: v for k, v in SMALL.items() if k[0] != "m"}, head_dim=8))
+    assert "gemma" in engine_of(adapted(other))[1]
+    half = adapted(MODELS["tied"]())
+    half.model.set_dtype(mx.bfloat16)
+    assert engine_of(half)[0] is None
+    quantized = load_base_model(
+        schema.ModelConfig(
+            path="builtin:tiny", quantize=schema.QuantizeConfig(bits=4, group_size=32), dequantize="never"
+        )
+    )
+    assert engine_of(AdaptedModel(quantized, schema.LoraConfig(num_layers=2), seed=0))[0] is None
+
+
+def test_a_sliding_window_is_refused() -> None:
+    args = llama.ModelArgs(
+        "llama", **SMALL, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=16
+    )
+    engine, why = engine_of(adapted(llama.Model(args)))
+    assert engine is None and "sliding" in why
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("lora", "dropout", 0.1, "lora.dropout"),
+        ("train", "compile", "always", "train.compile=always"),
+        ("train", "head", "all", "train.head=all"),
+        ("train", "cpu_ops", False, ""),
+        ("train", "cpu_ops", True, None),
+    ],
+)
+def test_a_setting_that_the_engine_does_not_know_is_named(section, name, value, said) -> None:
+    settings = schema.Config()
+    settings.model.path = "builtin:tiny"
+    setattr(getattr(settings, section), name, value)
+    base = load_base_model(settings.model)
+    made = AdaptedModel(base, settings.lora, seed=0)
+    forward = make_forward(base, made.num_layers, settings, BlasReport(kind="named", threads=1))
+    assert (forward.engine is not None) == (said is None)
+    assert forward.why_mlx.startswith(said or "") and bool(said) == bool(forward.why_mlx)

@@ -1,0 +1,53 @@
+"""How work is divided among threads, and where arrays lie."""
+
+from __future__ import annotations
+
+from threading import Barrier
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.backends.cpu import gemm
+from runner.backends.cpu.ops import Ops
+from runner.backends.cpu.partitions import PackedRows, Partition
+from runner.backends.cpu.workspace import Workspace
+
+
+def lanes(lengths: list[int], count: int) -> list[Partition]:
+    rows = PackedRows(lengths)
+    return [Partition(number, count, rows, Workspace(), Workspace(), Barrier(count), Ops()) for number in range(count)]
+
+
+@given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=12), parts=st.integers(1, 9), count=st.integers(1, 8))
+def test_each_piece_of_each_row_is_done_once_and_no_lane_has_much_more_than_its_share(lengths, parts, count):
+    shares = [lane.share(parts) for lane in lanes(lengths, count)]
+    done = sorted((start, part) for share in shares for start, _, pieces in share for part in pieces)
+    starts = PackedRows(lengths).starts
+    assert done == sorted((start, part) for start in starts for part in range(parts))
+    assert all(lengths[starts.index(start)] == length for share in shares for start, length, _ in share)
+    costs = [sum(length**2 * len(pieces) for _, length, pieces in share) for share in shares]
+    assert max(costs) <= sum(length**2 for length in lengths) * parts / count + max(lengths) ** 2
+
+
+def test_at_most_one_row_is_divided_between_a_lane_and_the_next():
+    shares = [lane.share(3) for lane in lanes([50, 60, 70, 80], 2)]
+    rows = [{start for start, _, _ in share} for share in shares]
+    assert len(rows[0] & rows[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12, dtype=np.float32),
+        np.arange(12, dtype=np.float32).reshape(3, 4).T,
+        np.arange(12, dtype=np.float32).reshape(3, 4)[1:, 2:],
+        np.zeros((0, 4), np.float32),
+        np.frombuffer(b"\x00" * 16, np.float32),
+    ],
+    ids=["line", "transposed", "part", "empty", "read-only"],
+)
+def test_an_arrays_address_is_what_numpy_says(array):
+    assert gemm._fast_at(array) == gemm._slow_at(array)
+    assert gemm.address is gemm._fast_at

@@ -1,0 +1,112 @@
+"""The door's reading of the command line, without Hydra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.cli.overrides import parse_arguments
+from runner.common.errors import ConfigError
+from runner.config.groups import CONF_DIR, group_choices
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("lora.rnk=3", "Did you mean 'lora.rank'"),
+        ("learning_rate=3", "Did you mean 'optimizer.learning_rate'"),
+        ("optimizer=sdg", "Did you mean 'sgd'"),
+        ("experiment=first", "Did you mean 'first_run'"),
+        ("optimizer.name=sgd", "type optimizer=sgd"),
+        ("+lora.foo=3", "no setting 'lora.foo'"),
+        ("++lora.foo=3", "no setting 'lora.foo'"),
+        ("~lora.rank", "would remove a setting"),
+        ("~optimizer", "would remove a setting"),
+        ("train", "needs a value"),
+        ("lora.rank", "needs a value: lora.rank="),
+        ("train.early_stopping=3", "is a section"),
+        ("data=my_folder", "data.path=my_folder"),
+        ("model=org/name", "model.path=org/name"),
+    ],
+)
+def test_a_wrong_word_gets_a_sentence(word, says):
+    with pytest.raises(ConfigError) as refused:
+        parse_arguments([word])
+    assert says in str(refused.value)
+
+
+def test_known_words_pass_and_a_plus_on_a_known_setting_is_taken_off():
+    said = parse_arguments(["model=tiny", "+lora.rank=4", "++train.iters=3", "-m", "seed=1,2"])
+    assert said.words == ["-m", "model=tiny", "lora.rank=4", "train.iters=3", "seed=1,2"]
+    assert said.multirun and said.chosen == {"model": "tiny"}
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", 'say "x"', "a,b", "a=b", "(x)", "x{y}", "ü", "a:b", "back\\slash's", "end\\", "e\\\\"]
+)
+def test_raw_paths_come_through_hydras_grammar_as_they_are(name, tmp_path):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    path = str(tmp_path / name)
+    (word,) = parse_arguments([f"data.path={path}"]).words
+    assert OverridesParser.create().parse_override(word).value() == path
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of me")
+    assert parse_arguments(["adapter=~/a.npz"]).words == ["adapter='/home/of me/a.npz'"]
+    assert parse_arguments(["resume=~/run"]).resume == Path("/home/of me/run")
+
+
+def test_paths_with_commas_are_values_of_a_sweep_only_under_m(tmp_path):
+    assert parse_arguments(["-m", "data.path=a,b"]).words == ["-m", "data.path=a,b"]
+    assert parse_arguments(["data.path=a,b"]).words == ["data.path='a,b'"]
+    (tmp_path / "a,b").mkdir()
+    assert parse_arguments(["-m", f"data.path={tmp_path}/a,b"]).words[1] == f"data.path='{tmp_path}/a,b'"
+
+
+def test_own_groups_are_choices_too(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    assert parse_arguments(["--config-dir", str(tmp_path), "experiment=mine"]).chosen == {"experiment": "mine"}
+    with pytest.raises(ConfigError):
+        parse_arguments(["experiment=mine"])
+
+
+def test_every_group_has_choices():
+    assert group_choices("model") == [
+        "llama3_1_8b_4bit",
+        "llama3_2_1b",
+        "qwen3_0_6b",
+        "qwen3_4b_4bit",
+        "smollm2_135m",
+        "smollm2_135m_hub",
+        "tiny",
+    ]
+    for folder in CONF_DIR.iterdir():
+        if folder.is_dir():
+            assert group_choices(folder.name), folder
+
+
+def test_help_is_answered_without_importing_hydra_or_mlx():
+    code = (
+        "import sys; from runner.__main__ import main; rc = main(['--help']);"
+        "heavy = {'hydra', 'omegaconf', 'mlx', 'mlx_lm', 'numpy', 'transformers'} & set(sys.modules);"
+        "sys.exit(rc or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("python -m runner ") >= 7
+    assert "first_run" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["1e-5", "12", "true", "null", "nan", "3.5"])
+def test_a_path_that_looks_like_a_number_stays_text(name):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from runner.config.quoting import quote_path
+
+    assert OverridesParser.create().parse_override(f"model.path={quote_path(name)}").value() == name

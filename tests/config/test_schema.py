@@ -1,0 +1,123 @@
+"""The schema: every value is checked, every setting is documented, and rules of resume are pure functions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from runner.common.errors import ConfigError
+from runner.config import reference, resume_policy, schema, validation
+from runner.config.schema import Config
+
+
+def test_every_setting_is_documented_once():
+    documented = {name: doc for name, _, doc in reference.documented_settings()}
+    assert set(documented) == set(schema.default_settings())
+    assert all(doc.strip() for doc in documented.values())
+
+
+def test_the_choices_and_bounds_name_settings_that_exist():
+    names = set(schema.default_settings())
+    bounds = (*validation._POSITIVE, *validation._ABOVE_ZERO, *validation._NOT_NEGATIVE)
+    assert set(validation.CHOICES) <= names
+    assert set(bounds) <= names
+    known = names | schema.section_names()
+    assert set(resume_policy.FREE_ON_RESUME) <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora.rank", 0),
+        ("lora.num_layers", 0),
+        ("lora.num_layers", -2),
+        ("lora.dropout", 1.0),
+        ("optimizer.learning_rate", 0.0),
+        ("optimizer.learning_rate", math.nan),
+        ("optimizer.betas", [0.9]),
+        ("train.iters", 0),
+        ("train.stop_at", 2000),
+        ("train.grad_clip", -1.0),
+        ("train.batch_size", 0),
+        ("data.on_too_long", "cut"),
+        ("data.max_length", 1),
+        ("model.quantize.bits", 7),
+        ("model.dtype", "float64"),
+        ("checkpoint.dir", "../elsewhere"),
+        ("checkpoint.dir", "a/b"),
+        ("checkpoint.keep_last", -1),
+        ("schedule.warmup", 1000),
+        ("seed", -1),
+        ("data.metric_rows", 5),
+        ("lora.rslora", True),
+        ("optimizer.nesterov", True),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(tiny, name, value):
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+        tiny(**{name: value, "schedule.name": "constant"} | ({"train.iters": 1000} if name != "train.iters" else {}))
+
+
+def test_all_problems_are_told_at_once(tiny):
+    with pytest.raises(ConfigError) as refused:
+        tiny(**{"lora.rank": 0, "train.iters": 0})
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_exactly_one_of_scale_and_alpha(tiny):
+    with pytest.raises(ConfigError, match="exactly one"):
+        tiny(**{"lora.scale": 2.0, "lora.alpha": 16.0})
+    assert validation.lora_scale(tiny().lora) == schema.DEFAULT_LORA_SCALE == tiny().lora.scale
+    assert validation.lora_scale(tiny(**{"lora.alpha": 16.0, "lora.rank": 4}).lora) == 4.0
+    assert validation.lora_scale(tiny(**{"lora.alpha": 16.0, "lora.rank": 4, "lora.rslora": True}).lora) == 8.0
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "value"),
+    [("adamw", "momentum", 0.9), ("adam", "weight_decay", 0.1), ("sgd", "betas", [0.9, 0.99]), ("sgd", "eps", 1e-8)],
+)
+def test_an_option_that_the_optimizer_does_not_use_is_refused(tiny, group, option, value):
+    with pytest.raises(ConfigError, match=f"optimizer.{option} is not used by optimizer={group}"):
+        tiny(**{"optimizer.name": group, f"optimizer.{option}": value})
+
+
+def test_an_option_that_the_schedule_does_not_use_is_refused(tiny):
+    with pytest.raises(ConfigError, match=r"schedule.end is not used by schedule=constant"):
+        tiny(**{"schedule.end": 1e-6})
+
+
+def test_the_stored_form_reads_back_as_the_same_config(tiny):
+    settings = tiny(**{"lora.keys": ["self_attn.q_proj"], "loggers": {"csv": {"file": "m.csv"}}})
+    assert schema.from_dict(schema.to_dict(settings), "x") == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora": {"rnk": 3}}, "lora.rnk.*Did you mean 'rank'"),
+        ({"lora": {"rank": "8"}}, "lora.rank has to be int"),
+        ({"lora": 3}, "lora has to hold settings"),
+        ({"train": {"grad_checkpoint": 1}}, "train.grad_checkpoint has to be bool"),
+        ({"lora": {"rank": True}}, "lora.rank has to be int"),
+    ],
+)
+def test_a_stored_config_of_wrong_shape_is_refused_with_its_file(change, says):
+    with pytest.raises(ConfigError, match=f"stored.yaml: .*{says}"):
+        schema.from_dict(change, "stored.yaml")
+
+
+def test_secrets_are_refused_by_name_and_never_shown():
+    token = "hf_" + "a1B2" * 8
+    for data in ({"model": {"path": token}}, {"loggers": {"x": {"k": ["a", token]}}}):
+        with pytest.raises(ConfigError) as refused:
+            validation.refuse_secrets(data)
+        assert token not in str(refused.value)
+    validation.refuse_secrets(schema.to_dict(Config()))
+
+
+def test_frozen_and_free_settings_together_are_all_settings():
+    free = {n for n in schema.default_settings() if resume_policy.is_free_on_resume(n)}
+    frozen = set(schema.default_settings()) - free
+    assert {"seed", "lora.rank", "optimizer.learning_rate", "train.batch_size", "train.grad_accumulation"} <= frozen
+    assert {"train.iters", "train.eval_every", "checkpoint.every", "loggers", "model.path", "data.path"} <= free

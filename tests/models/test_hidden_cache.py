@@ -1,0 +1,393 @@
+"""The trunk computed once: the same bits whatever the cache held, and a cache that is never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from runner.common.errors import ModelError
+from runner.config import schema
+from runner.data.length_buckets import LengthBuckets
+from runner.models import hidden_cache as trunks_module
+from runner.models.forward import Forward
+from runner.models.hidden_cache import HiddenStateCaches, HiddenStates
+from runner.models.hidden_store import Budget, HiddenStateStore
+from runner.models.load import load_base_model
+from runner.models.lora import AdaptedModel
+from runner.training.dataloader import BatchBuilder, FixedBatches
+from runner.training.feeding import joined
+from runner.training.shared import SharedComponents
+
+CUT = {"lora.num_layers": 1, "train.grad_accumulation": 2}
+
+
+@pytest.fixture(params=[0.0, 0.1])
+def cut(request: pytest.FixtureRequest) -> dict[str, float]:
+    """Without dropout the engine of the CPU computes, where it can; with it MLX does."""
+    return {**CUT, "lora.dropout": request.param}
+
+
+@pytest.fixture(autouse=True)
+def _small_sets_have_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trunks_module, "WORTH_A_FILE", 0)
+
+
+def store(folder: Path | None, rows: int = 3, *, memory: int = 0, disk: int = 10**6, say=print) -> HiddenStateStore:
+    return HiddenStateStore(
+        np.arange(rows + 1, dtype=np.int64) * 40, memory=Budget(memory), disk=disk, folder=folder, say=say
+    )
+
+
+def states(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**32, (5, 2), dtype=np.uint32)
+
+
+def kept(made: HiddenStateStore, row: int) -> bool:
+    found = made.fetch(row)
+    assert found is None or bytes(found) == states(row).tobytes(), "other bytes than were kept"
+    return found is not None
+
+
+@pytest.mark.parametrize(("memory", "disk", "left"), [(120, 0, 3), (80, 0, 2), (0, 10**6, 3), (40, 80, 2), (0, 0, 0)])
+def test_rows_come_back_as_they_were_kept_up_to_the_limits(tmp_path: Path, memory: int, disk: int, left: int) -> None:
+    made = store(tmp_path / "k", memory=memory, disk=disk)
+    for row in range(3):
+        assert not kept(made, row)
+        made.keep(row, states(row))
+    assert sum(kept(made, row) for row in range(3)) == left
+    made.close()
+    again = store(tmp_path / "k", disk=disk)
+    assert sum(kept(again, row) for row in range(3)) == min(3, disk // 40)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "sums cut", "sums gone", "states gone"])
+def test_a_damaged_file_loses_rows_and_never_gives_other_bytes(tmp_path: Path, damage: str) -> None:
+    made = store(tmp_path / "k")
+    for row in range(3):
+        made.keep(row, states(row))
+    made.close()
+    data, sums = tmp_path / "k/states.bin", tmp_path / "k/sums.bin"
+    if damage == "flip":
+        whole = bytearray(data.read_bytes())
+        whole[45] ^= 1
+        data.write_bytes(whole)
+    elif damage == "cut":
+        os.truncate(data, 100)
+    elif damage == "sums cut":
+        os.truncate(sums, 13)
+    else:
+        (sums if damage.startswith("sums") else data).unlink()
+    again = store(tmp_path / "k")
+    found = [kept(again, row) for row in range(3)]
+    assert (
+        found
+        == {
+            "flip": [True, False, True],
+            "cut": [True, True, False],
+            "sums cut": [True, False, False],
+            "sums gone": [False] * 3,
+            "states gone": [False] * 3,
+        }[damage]
+    )
+    for row in range(3):
+        again.keep(row, states(row))
+    assert all(kept(again, row) for row in range(3))
+
+
+def test_two_that_write_the_same_rows_at_once_agree(tmp_path: Path) -> None:
+    both = [store(tmp_path / "k", rows=200) for _ in range(2)]
+
+    def fill(made: HiddenStateStore) -> None:
+        for row in range(200):
+            made.keep(row, states(row))
+
+    threads = [threading.Thread(target=fill, args=(made,)) for made in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(kept(store(tmp_path / "k", rows=200), row) for row in range(200))
+
+
+def test_a_folder_that_cannot_be_used_is_said_once_and_costs_the_disk_only(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    made = store(tmp_path / "file" / "k", memory=40, say=said.append)
+    made.keep(0, states(0))
+    made.keep(1, states(1))
+    assert kept(made, 0) and not kept(made, 1)
+    assert len(said) == 1 and "memory only" in said[0]
+
+
+def test_a_disk_that_fails_while_rows_are_written_is_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = store(tmp_path / "k", say=said.append)
+    assert made._files is not None
+    os.close(made._files[0])  # writing fails from here on
+    made._files = (os.open("/dev/full", os.O_RDWR), made._files[1])
+    for row in range(3):
+        made.keep(row, states(row))
+    assert len(said) == 1 and "No space left" in said[0]
+    assert not any(kept(made, row) for row in range(3))
+
+
+def test_what_was_not_used_for_longest_makes_room_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/precious").write_text("mine")
+    rows = np.arange(4, dtype=np.int64) * 8192
+    for age, name in enumerate(("new", "old")):
+        made = HiddenStateStore(rows, memory=Budget(0), disk=10**6, folder=tmp_path / name)
+        for row in range(3):
+            made.keep(row, np.full(2048, row + 1, np.uint32))
+        made.close()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    size = (tmp_path / "old/states.bin").stat().st_blocks * 512
+    HiddenStateStore(rows, memory=Budget(0), disk=2 * size, folder=tmp_path / "third")
+    assert {p.name for p in tmp_path.iterdir()} == {"new", "third", "notes"}
+    assert (tmp_path / "notes/precious").read_text() == "mine"
+
+
+def test_the_parts_of_the_model_give_the_whole_bit_for_bit() -> None:
+    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+    ids = mx.array([[1, 70, 71, 72, 3, 100, 259, 2] * 8])
+    for cut in range(1, len(base.model.layers)):
+        forward = Forward(base.model, cut)
+        assert forward.cut == cut
+        own = forward.logits(ids, mx.arange(64))
+        assert mx.array_equal(own, forward.logits(forward.below(ids), mx.arange(64)))
+
+
+def test_a_model_that_treats_its_blocks_by_position_is_not_cut() -> None:
+    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+    trunk = base.model.model
+    own = type(trunk)
+
+    class ByPosition(own):  # type: ignore[misc, valid-type]
+        def __call__(self, inputs, cache=None, input_embeddings=None):
+            h = self.embed_tokens(inputs)
+            for number, block in enumerate(self.layers):
+                h = block(h, "causal", None) * (1.0 + number)
+            return self.norm(h)
+
+    trunk.__class__ = ByPosition
+    made = Forward(base.model, 1)
+    assert made.split and made.cut == 0
+
+
+@pytest.fixture
+def rows(tiny: Callable) -> HiddenStates:
+    from runner.data.from_config import encode_options
+    from runner.data.tokenize import load_dataset
+
+    settings = tiny()
+    base = load_base_model(settings.model)
+    return load_dataset("builtin:tiny", base.tokenizer, encode_options(settings.data)).train
+
+
+def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, tmp_path: Path) -> None:
+    forward = Forward(load_base_model(schema.ModelConfig(path="builtin:tiny")).model, 1)
+    limits = {"memory_gb": 0, "disk_gb": 0, "folder": None, "say": print}
+    trunk = HiddenStateCaches(forward, {}, **limits).of(rows)
+    chosen = np.argsort(rows.lengths)[[0, 1, len(rows) // 2, -1]]
+    together = trunk.compute([int(r) for r in chosen])
+    alone = [trunk.compute([int(r)])[0] for r in reversed(chosen)][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+    fed, plain = BatchBuilder(rows, 16, trunk)(chosen), BatchBuilder(rows, 16)(chosen)
+    own = forward.logits(plain.arrays()[0], mx.array(plain.batch.positions))
+    ours = forward.logits(fed.arrays()[0], mx.array(fed.batch.positions))
+    assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
+
+
+def test_where_rows_are_computed_together_a_batch_that_is_all_in_the_cache_needs_no_model(
+    rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which is not here: only what depends on the device's name is other."""
+    monkeypatch.setattr(trunks_module, "on_cpu", lambda: False)
+    forward = Forward(load_base_model(schema.ModelConfig(path="builtin:tiny")).model, 1)
+    trunk = HiddenStateCaches(forward, {}, memory_gb=0, disk_gb=1, folder=tmp_path, say=print).of(rows)
+    feed = BatchBuilder(rows, 16, trunk)
+    first = feed(np.arange(3)).states
+    assert not trunk.complete()
+    feed(np.arange(len(rows)))
+    assert trunk.complete()
+
+    def reload():
+        raise AssertionError("the base is not needed")
+
+    assert forward.release_below(reload) > 0
+    assert np.array_equal(feed(np.arange(3)).states, first)
+
+
+def test_an_entry_of_other_tokens_or_another_base_is_another_file(rows, tmp_path: Path) -> None:
+    forward = Forward(load_base_model(schema.ModelConfig(path="builtin:tiny")).model, 1)
+    limits = {"memory_gb": 0, "disk_gb": 1, "folder": tmp_path, "say": print}
+    for identity in ({"base": "a"}, {"base": "b"}, {"base": "a"}):
+        trunk = HiddenStateCaches(forward, identity, **limits).of(rows)
+        trunk.compute([0])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.fixture
+def reference(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> Path:
+    """A run whose cache was empty at first, and held all in memory."""
+    return train(tiny(**cut, **{"train.trunk.disk_gb": 0.0}), tmp_path / "reference")
+
+
+@pytest.mark.parametrize("kind", ["disk", "nothing", "little memory", "warm"])
+def test_no_state_of_the_cache_changes_a_bit(
+    tiny: Callable, train: Callable, tmp_path: Path, reference: Path, cut: dict, assert_equal_runs: Callable, kind: str
+) -> None:
+    limits = {
+        "disk": {"train.trunk.memory_gb": 0.0},
+        "nothing": {"train.trunk.memory_gb": 0.0, "train.trunk.disk_gb": 0.0},
+        "little memory": {"train.trunk.memory_gb": 5e-5, "train.trunk.disk_gb": 0.0},
+        "warm": {"train.trunk.memory_gb": 0.0},
+    }[kind]
+    changes = {**cut, **limits, "train.trunk.folder": str(tmp_path / "cache")}
+    run = train(tiny(**changes), tmp_path / "run")
+    if kind == "warm":
+        run = train(tiny(**changes), tmp_path / "again")
+    assert_equal_runs(run, reference)
+    assert ("let go of" in (run / "run.log").read_text()) == (kind == "warm")
+    assert (tmp_path / "cache").exists() == (kind in ("disk", "warm"))
+
+
+@pytest.mark.parametrize("between", ["deleted", "filled", "elsewhere", "damaged", "filled and damaged"])
+def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
+    tiny: Callable,
+    train: Callable,
+    tmp_path: Path,
+    reference: Path,
+    cut: dict,
+    assert_equal_runs: Callable,
+    between: str,
+) -> None:
+    cache = tmp_path / "cache"
+    changes = {**cut, "train.trunk.memory_gb": 0.0, "train.trunk.folder": str(cache)}
+    run = train(tiny(**changes, **{"train.stop_at": 5}), tmp_path / "run")
+    if between == "deleted":
+        shutil.rmtree(cache)
+    elif between == "elsewhere":
+        changes["train.trunk.folder"] = str(tmp_path / "second disk")
+    if "filled" in between:
+        train(tiny(**changes), tmp_path / "other")
+    if "damaged" in between:
+        for file in cache.rglob("states.bin"):
+            file.write_bytes(bytes(file.stat().st_size))
+    assert_equal_runs(train(tiny(**changes), run, resume=run), reference)
+    log = (run / "run.log").read_text()
+    assert ("let go of" in log) == ("filled" in between)
+    assert ("the base model is loaded again" in log) == (between == "filled and damaged")
+
+
+@pytest.mark.parametrize(
+    "other", [{"train.trunk.release": False}, {"data.metric_rows": 2, "data.metric": "exact_match"}]
+)
+def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
+    tiny: Callable, train: Callable, tmp_path: Path, cut: dict, other: dict
+) -> None:
+    changes = {**cut, "train.iters": 1, "train.trunk.folder": str(tmp_path / "cache")}
+    train(tiny(**{**changes, "train.iters": 12}), tmp_path / "first")
+    run = train(tiny(**changes, **other), tmp_path / "run")
+    assert "let go of" not in (run / "run.log").read_text()
+
+
+def test_another_model_in_its_place_is_no_base_to_go_on_with(
+    tiny: Callable, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runner.export.folders import write_model_folder
+    from runner.models.load import BaseModel
+
+    changes = {**CUT, "model.path": str(tmp_path / "model"), "train.trunk.folder": str(tmp_path / "cache")}
+    changes |= {"train.trunk.memory_gb": 0.0}
+    write_model_folder(load_base_model(schema.ModelConfig(path="builtin:tiny")), tmp_path / "model")
+    train(tiny(**changes), tmp_path / "first")
+    for file in (tmp_path / "cache").rglob("states.bin"):
+        file.write_bytes(bytes(file.stat().st_size))
+    own = Forward.release_below
+
+    def changes_meanwhile(forward: Forward, reload: Callable) -> int:
+        base = load_base_model(schema.ModelConfig(path=changes["model.path"]))
+        tokenizer = base.tokenizer
+        other = base.model.layers[0].mlp.up_proj
+        other.weight = other.weight * 2
+        shutil.rmtree(tmp_path / "model")
+        write_model_folder(BaseModel(base.model, tokenizer, base.config, "", ""), tmp_path / "model")
+        return own(forward, reload)
+
+    monkeypatch.setattr(Forward, "release_below", changes_meanwhile)
+    with pytest.raises(ModelError, match="has changed since the run began"):
+        train(tiny(**changes), tmp_path / "run")
+
+
+def test_switching_it_off_on_resume_is_named(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> None:
+    run = train(tiny(**cut, **{"train.stop_at": 5}), tmp_path / "run")
+    train(tiny(**cut, **{"train.trunk.cache": False}), run, resume=run)
+    assert "trunk was 3, is 0" in (run / "run.log").read_text()
+
+
+def test_an_evaluation_s_batches_are_made_when_they_are_asked_for(rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    feed = BatchBuilder(rows, 16)
+    own = feed.prepare
+    monkeypatch.setattr(feed, "prepare", lambda indices: made.append(len(indices)) or own(indices))
+    fixed = FixedBatches(feed, [np.arange(3), np.arange(3, 5)])
+    assert (made, fixed.rows) == ([], 5)
+    for _ in range(2):  # as often as it is evaluated
+        assert [len(ready.batch.inputs) for ready in fixed] == [3, 2]
+    assert made == [3, 2, 3, 2]
+
+
+def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
+    lengths = np.array([5, 6, 9, 17, 17, 30, 200])
+    chosen = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5]), np.array([6])]
+    whole = joined(chosen, lengths, LengthBuckets(16), 10**6)
+    assert [g.tolist() for g in whole] == [[0, 1, 2, 3, 4, 5, 6]]
+    assert [g.tolist() for g in joined(chosen, lengths, LengthBuckets(16), 64)] == [[0, 1, 2, 3], [4, 5], [6]]
+    assert [g.tolist() for g in joined(chosen, lengths, LengthBuckets(16), 1)] == [c.tolist() for c in chosen]
+
+
+def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
+    from runner.backends.cpu import blas
+    from runner.training.build import numeric_environment
+    from runner.training.feeding import make_forward
+    from runner.training.shared import SharedComponents
+
+    shared, report = SharedComponents(), blas.load_blas()
+    base = shared.base(tiny().model)
+    data, _ = shared.data(tiny().data, base, lambda: None)
+
+    def baseline(**changes: object) -> object:
+        settings = tiny(**changes)
+        adapted = AdaptedModel(base, settings.lora, 0)
+        try:
+            forward = make_forward(base, adapted.num_layers, settings, report)
+            return shared.baseline(settings, base, data, numeric_environment(settings, report, forward))
+        finally:
+            adapted.remove()
+
+    own = baseline()
+    assert baseline(**{"lora.rank": 2, "seed": 1}) is own
+    # Without dropout the engine computes, with it MLX does: the last digits may differ.
+    others = [{"lora.dropout": 0.1}, {"train.head": "all"}, {"lora.num_layers": 1}, {"train.eval_tokens": 1}]
+    assert all(baseline(**other) is not own for other in others)
+
+
+def test_jobs_that_compute_otherwise_share_no_states(tiny: Callable, train: Callable, tmp_path: Path) -> None:
+    """In one process, as the jobs of a sweep: by C, then by NumPy, whose numbers are others."""
+    settings = {**CUT, "train.trunk.folder": str(tmp_path / "cache"), "train.iters": 1}
+    shared, kept = SharedComponents(), [0]
+    for native_ops in (True, False, True):
+        train(tiny(**settings, **{"train.native_ops": native_ops}), tmp_path / f"{len(kept)}", shared=shared)
+        kept.append(len(list((tmp_path / "cache").iterdir())))
+    assert kept == [0, kept[1], 2 * kept[1], 2 * kept[1]] and kept[1] > 0
+    states = [json.loads((tmp_path / f"{job}/checkpoints/step-0000001/train_state.json").read_text()) for job in (1, 2)]
+    assert [state["environment"]["engine"].split(", ")[1][:5] for state in states] == ["nativ", "numpy"]

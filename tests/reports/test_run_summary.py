@@ -1,0 +1,44 @@
+"""The lines at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.reports.run_summary import SAMPLES, before_and_after, end_of_run, pick_samples, printable
+
+SCORES = st.dictionaries(st.integers(0, 30), st.tuples(st.booleans(), st.booleans()), min_size=1)
+
+
+@given(SCORES)
+def test_each_kind_of_answer_is_shown_before_a_second_of_one_kind(scores):
+    before = {row: {"score": float(b)} for row, (b, _) in scores.items()}
+    after = {row: {"score": float(a)} for row, (_, a) in scores.items()}
+    picked = pick_samples(before, after)
+    assert len(picked) == min(SAMPLES, len(scores)) and picked == sorted(set(picked))
+    kinds = {(a, b and a) for b, a in scores.values()}
+    shown = {(scores[r][1], scores[r][0] and scores[r][1]) for r in picked}
+    assert len(shown) == min(len(kinds), SAMPLES)
+
+
+def test_what_a_model_says_cannot_steer_the_terminal():
+    hostile = "a\x1b]0;title\x07b\x9b31mc\u202ed"
+    assert not any(c in printable(hostile) for c in "\x1b\x07\x9b\u202e")
+    row = {"prompt": "p", "expected": "e", "text": hostile, "score": 0.0}
+    assert "\x1b" not in "\n".join(before_and_after("m", 1, None, 0.0, [(None, row)]))
+
+
+def test_a_stopped_run_says_how_to_go_on_and_a_finished_one_what_to_do_with_it():
+    common = dict(step=3, iters=9, seconds=61.0, tokens=1234, baseline=2.0, best={"step": 3, "valid_loss": 1.0},
+                  result_step=3, peak_memory_gb=1.5)  # fmt: skip
+    stopped = "\n".join(
+        end_of_run(Path("r"), state="stopped", reason="SIGTERM", adapters_load_elsewhere=None, **common)
+    )
+    assert "stopped (SIGTERM) at step 3 of 9 after 1m01s" in stopped and "python -m runner resume=r" in stopped
+    done = "\n".join(
+        end_of_run(Path("r"), state="finished", reason="finished", adapters_load_elsewhere="org/m", **common)
+    )
+    assert "2.0000 -> 1.0000 (step 3)" in done and "mlx_lm.generate --model org/m --adapter-path r/adapters" in done
+    assert "resume=" not in done

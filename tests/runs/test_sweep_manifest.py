@@ -1,0 +1,75 @@
+"""Numbers and folders follow from the order of arrival and never change; a torn line is no harm."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.common.errors import ConfigError, DirectoryInUse
+from runner.runs import sweep_manifest
+from runner.runs.directory import RunDirectory
+
+
+def test_numbers_follow_the_order_of_arrival_and_never_change(tmp_path):
+    known = sweep_manifest.read_manifest(tmp_path)
+    known.add(["a=1,2"], [("x", ("a=1",)), ("y", ("a=2",))])
+    again = sweep_manifest.read_manifest(tmp_path)
+    again.add(["a=0,1,2"], [("z", ("a=0",)), ("x", ("a=1",)), ("y", ("a=2",))])
+    last = sweep_manifest.read_manifest(tmp_path)
+    assert {job.identity: job.number for job in last.jobs.values()} == {"x": 0, "y": 1, "z": 2}
+    assert last.words == ["a=0,1,2"]
+
+
+def test_adding_what_is_known_writes_nothing(tmp_path):
+    known = sweep_manifest.read_manifest(tmp_path)
+    known.add(["a=1"], [("x", ("a=1",))])
+    before = (tmp_path / sweep_manifest.NAME).read_bytes()
+    sweep_manifest.read_manifest(tmp_path).add(["a=1"], [("x", ("a=1",))])
+    assert (tmp_path / sweep_manifest.NAME).read_bytes() == before
+
+
+def test_a_manifest_torn_at_any_byte_reads_as_its_whole_lines_and_goes_on(tmp_path):
+    known = sweep_manifest.read_manifest(tmp_path)
+    known.add(["a=1,2"], [("x", ("a=1",)), ("y", ("a=2",))])
+    path = tmp_path / sweep_manifest.NAME
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        torn = sweep_manifest.read_manifest(tmp_path)
+        assert [j.identity for j in torn.jobs.values()] == ["x", "y"][: len(torn.jobs)]
+        torn.add(["a=1,2"], [("x", ("a=1",)), ("y", ("a=2",))])
+        assert {j.identity: j.number for j in sweep_manifest.read_manifest(tmp_path).jobs.values()} == {"x": 0, "y": 1}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "nothing", '{"job": 5, "id": "x", "overrides": []}', '{"schema": 9, "words": []}', '{"job": "a"}', "3"],
+)
+def test_a_file_that_is_no_manifest_is_refused_with_its_line(tmp_path, line):
+    (tmp_path / sweep_manifest.NAME).write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"sweep.jsonl, line 1"):
+        sweep_manifest.read_manifest(tmp_path)
+
+
+def test_what_a_start_left_that_was_cut_off_before_its_first_job_is_nobodys(tmp_path):
+    folder = tmp_path / "sweep"
+    assert not sweep_manifest.was_cut_off(folder)
+    folder.mkdir()
+    assert sweep_manifest.was_cut_off(folder)
+    directory = RunDirectory(folder)
+    directory.lock()
+    with pytest.raises(DirectoryInUse):
+        sweep_manifest.was_cut_off(folder)
+    directory.unlock()
+    assert sweep_manifest.was_cut_off(folder)
+    (folder / "multirun.yaml").write_text("torn: [")
+    sweep_manifest.read_manifest(folder).add(["a=1"], [])
+    assert sweep_manifest.was_cut_off(folder)
+    known = sweep_manifest.read_manifest(folder)
+    known.add(["a=1"], [("x", ("a=1",))])
+    assert not sweep_manifest.was_cut_off(folder)
+    (folder / sweep_manifest.NAME).unlink()
+    (folder / "notes.txt").write_text("mine")
+    assert not sweep_manifest.was_cut_off(folder)
+    (folder / "notes.txt").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    assert not sweep_manifest.was_cut_off(tmp_path / "link")

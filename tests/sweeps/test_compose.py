@@ -1,0 +1,57 @@
+"""A job's config made by copying and setting equals the one that Hydra composes from its words."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from runner.app.run import register
+from runner.config.groups import CONF_DIR
+from runner.sweeps.compose import JobComposer
+
+JOBS = [
+    ["model=tiny", "data=tiny", "lora.rank=4"],
+    ["model=tiny", "data=tiny", "lora.rank=16", "optimizer.learning_rate=0.001"],
+    ["model=tiny", "data=tiny", "lora.keys=[self_attn.q_proj,self_attn.v_proj]"],
+    ["model=tiny", "data=tiny", "lora.keys=null", "lora.alpha=8", "train.grad_clip=1"],
+    ["optimizer=sgd", "optimizer.momentum=0.9", "schedule=cosine", "schedule.end=1e-5"],
+    ["experiment=smoke", "seed=3"],
+    ["experiment=first_run", "data.path='a b'", "train.iters=7"],
+    ["lora=query_value", "loggers=csv", "loggers.csv.file=x.csv"],
+    ["train.early_stopping={patience: 3, min_delta: 0.1}"],
+    ["++lora.rank=5"],
+]
+
+
+@pytest.fixture(scope="module")
+def composer():
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", overrides=[], run_mode=RunMode.MULTIRUN)
+        yield JobComposer(loader, master)
+
+
+@pytest.mark.parametrize("words", JOBS, ids=" ".join)
+def test_a_copied_config_equals_the_composed_one(composer, words):
+    ours = composer.compose(words)
+    theirs = compose("config", overrides=words)
+    assert OmegaConf.to_container(ours) == OmegaConf.to_container(theirs)
+    assert OmegaConf.get_type(ours) is OmegaConf.get_type(theirs)
+
+
+def test_jobs_do_not_leak_into_each_other(composer):
+    first = OmegaConf.to_container(composer.compose(JOBS[0]))
+    for words in JOBS:
+        composer.compose(words)
+    assert OmegaConf.to_container(composer.compose(JOBS[0])) == first
+
+
+@pytest.mark.parametrize("word", ["lora.rank=x", "lora.rnk=3", "train.iters=[1]"])
+def test_a_wrong_value_or_key_is_refused_as_hydra_does(composer, word):
+    with pytest.raises(OmegaConfBaseException):
+        composer.compose(["model=tiny", word])

@@ -1,0 +1,198 @@
+"""The step computes what mlx-lm computes where the batch is the same, and weights accumulation by tokens."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.trainer import default_loss
+
+from runner.common.errors import Diverged
+from runner.config import schema, validation
+from runner.data.tokenize import TokenSet
+from runner.models.forward import Forward, checkpointed
+from runner.models.load import load_base_model
+from runner.models.lora import AdaptedModel
+from runner.training import optimizer
+from runner.training.dataloader import BatchBuilder
+from runner.training.loss import loss_sum
+from runner.training.train_state import TrainState
+from runner.training.train_step import TrainStep, dropout_key
+
+GENERATOR = np.random.default_rng(3)
+
+
+def token_set(lengths: list[int], prompt: int = 4) -> TokenSet:
+    tokens = GENERATOR.integers(3, 250, sum(lengths)).astype(np.int32)
+    supervised = np.concatenate([np.arange(n) >= prompt for n in lengths])
+    return TokenSet(tokens, supervised, np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)))
+
+
+def adapted(dropout: float = 0.0, bits: int | None = None) -> AdaptedModel:
+    model = schema.ModelConfig(path="builtin:tiny")
+    model.quantize.bits = bits
+    model.quantize.group_size = 32
+    made = AdaptedModel(load_base_model(model), schema.LoraConfig(rank=4, num_layers=2, dropout=dropout), seed=5)
+    for name, array in made.params().items():  # B starts at zero, and with it the gradient of A
+        noise = mx.random.normal(array.shape, key=mx.random.key(len(name))) * 0.02
+        made.model.load_weights([(name, array + noise)], strict=False)
+    return made
+
+
+def batch_of(rows, indices, pad_to):
+    return BatchBuilder(rows, pad_to)(np.asarray(indices))
+
+
+def member(made: AdaptedModel, **options) -> TrainState:
+    settings = validation.fill_defaults(schema.Config(optimizer=schema.OptimizerConfig(name="adamw", **options)))
+    settings.schedule.name = "constant"
+    params = made.params()
+    return TrainState(params, optimizer.build_optimizer(settings.optimizer, params), lambda u: 1e-3, 0, record=None)
+
+
+@pytest.fixture(autouse=True)
+def _complete_needs_a_schedule(monkeypatch):
+    monkeypatch.setitem(schema.SCHEDULES, schema.MISSING, {})
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bits):
+    made = adapted(bits=bits)
+    rows = token_set([17, 17, 17])
+    batch = batch_of(rows, np.arange(3), 16)
+    forward = Forward(made.model)
+    assert forward.split
+    # mlx-lm trains positions `offset` to `length`: the first supervised target is token `prompt`.
+    tokens = mx.array(rows.tokens.reshape(3, 17))
+    lengths = mx.array([[4, 17]] * 3)
+    theirs, grads = nn.value_and_grad(made.model, lambda m: default_loss(m, tokens, lengths)[0])(made.model)
+    ntoks = default_loss(made.model, tokens, lengths)[1].item()
+    assert ntoks == batch.batch.supervised == 39
+    step = TrainStep(made, forward, grad_clip=None, compiled=False)
+    ours, our_grads = step._loss_and_grads(made.params(), *batch.arrays(), mx.random.key(0))
+    assert ours.item() / batch.batch.supervised == pytest.approx(theirs.item(), abs=1e-5)
+    flat = dict(tree_flatten(grads))
+    assert set(flat) == set(our_grads)
+    largest = max(mx.abs(g).max().item() for g in flat.values())
+    assert largest > 1e-3
+    for name, grad in flat.items():
+        assert mx.abs(our_grads[name] / batch.batch.supervised - grad).max().item() < 1e-5 * max(1, largest)
+
+
+def test_padding_does_not_change_the_loss():
+    made = adapted()
+    rows = token_set([9, 30, 21])
+    forward = Forward(made.model)
+    together = loss_sum(forward, *batch_of(rows, np.arange(3), 16).arrays()).item()
+    alone = sum(loss_sum(forward, *batch_of(rows, np.array([i]), 8).arrays()).item() for i in range(3))
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_model_that_cannot_be_split_gives_the_same_logits_whole():
+    made = adapted()
+    rows = token_set([20, 20])
+    batch = batch_of(rows, np.arange(2), 16)
+    forward = Forward(made.model)
+    split = loss_sum(forward, *batch.arrays()).item()
+    forward.split = False
+    assert loss_sum(forward, *batch.arrays()).item() == pytest.approx(split, abs=1e-4)
+
+
+def test_a_model_with_capped_logits_is_not_split():
+    made = adapted()
+    own = type(made.model)
+
+    class Capped(own):
+        def __call__(self, *args):
+            return 0.1 * mx.tanh(own.__call__(self, *args) / 0.1)
+
+    made.model.__class__ = Capped
+    assert not Forward(made.model).split
+
+
+def test_accumulation_weights_micro_batches_by_their_tokens():
+    made = adapted()
+    rows = token_set([40, 8, 8, 12])
+    forward = Forward(made.model)
+    step = TrainStep(made, forward, grad_clip=None, compiled=False)
+    whole, parts = member(made), member(made)
+    one = step.learn(whole, [batch_of(rows, np.arange(4), 8)], 1e-3)
+    several = step.learn(parts, [batch_of(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
+    assert several[0] == pytest.approx(one[0], rel=1e-5)
+    assert several[1] == pytest.approx(one[1], rel=1e-4)
+    for name in whole.params:
+        assert mx.allclose(whole.params[name], parts.params[name], atol=1e-5).item()
+
+
+def test_clipping_limits_the_norm_and_reports_the_one_before():
+    made = adapted()
+    rows = token_set([20, 20])
+    batch = [batch_of(rows, np.arange(2), 16)]
+    free, clipped = member(made), member(made)
+    norm = TrainStep(made, Forward(made.model), grad_clip=None, compiled=False).learn(free, batch, 1e-3)[1]
+    same = TrainStep(made, Forward(made.model), grad_clip=norm / 10, compiled=False).learn(clipped, batch, 1e-3)[1]
+    assert same == pytest.approx(norm, rel=1e-6)
+    moments = [m.optimizer.state() for m in (free, clipped)]
+    for name in moments[0]:
+        if name.endswith(".m"):
+            assert mx.allclose(moments[1][name], moments[0][name] / 10, rtol=1e-3, atol=1e-9).item()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(poison):
+    made = adapted()
+    one = member(made)
+    name = next(iter(one.params))
+    one.params[name] = mx.full(one.params[name].shape, poison)
+    before = one.optimizer.state()
+    with pytest.raises(Diverged, match="update 1 "):
+        TrainStep(made, Forward(made.model), grad_clip=1.0, compiled=False).learn(
+            one, [batch_of(token_set([20]), np.array([0]), 16)], 1e-3
+        )
+    after = one.optimizer.state()
+    assert all(mx.array_equal(before[n], after[n]).item() for n in before)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_the_same_bits_and_leaves_no_trace_on_the_class(dropout, compiled):
+    made = adapted(dropout=dropout)
+    batch = [batch_of(token_set([30, 25]), np.arange(2), 16)]
+    block, own = type(made.model.layers[0]), type(made.model.layers[0]).__call__
+    plain, recomputed = member(made), member(made)
+    results = []
+    for one, on in ((plain, False), (recomputed, True)):
+        with checkpointed(made.model.layers, on):
+            step = TrainStep(made, Forward(made.model), grad_clip=None, compiled=compiled)
+            results.append([step.learn(one, batch, 1e-3), step.learn(one, batch, 1e-3)])
+    assert results[0] == results[1]
+    assert all(mx.array_equal(plain.params[n], recomputed.params[n]).item() for n in plain.params)
+    assert type(made.model.layers[0]) is block
+    assert block.__call__ is own
+
+
+def test_dropout_depends_on_seed_update_and_micro_batch_alone():
+    assert mx.array_equal(dropout_key(1, 2, 3), dropout_key(1, 2, 3)).item()
+    keys = [dropout_key(*k).tolist() for k in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))]
+    assert len({tuple(k) for k in keys}) == 4
+    made = adapted(dropout=0.5)
+    batch = batch_of(token_set([30]), np.array([0]), 16)
+    step = TrainStep(made, Forward(made.model), grad_clip=None, compiled=False)
+    made.model.train()
+    losses = [
+        step._loss_and_grads(made.params(), *batch.arrays(), dropout_key(*k))[0].item()
+        for k in ((1, 1, 0), (1, 1, 0), (1, 2, 0))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_evaluation_draws_nothing_and_ignores_dropout():
+    made = adapted(dropout=0.5)
+    batch = batch_of(token_set([30]), np.array([0]), 16)
+    made.model.eval()
+    made.stream.begin(dropout_key(1, 1, 0))
+    first = loss_sum(Forward(made.model), *batch.arrays()).item()
+    made.stream.begin(None)
+    assert loss_sum(Forward(made.model), *batch.arrays()).item() == first

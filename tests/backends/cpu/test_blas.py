@@ -288,7 +288,7 @@ def test_the_quota_of_the_control_group_limits_the_cores(
 
 @shim
 def test_the_thread_count_holds_in_the_library_and_is_not_left_to_children(tmp_path: Path) -> None:
-    code = REPORT.replace("prepare()", "prepare(jobs=64)").replace(
+    code = REPORT.replace("load_blas()", "load_blas(jobs=64)").replace(
         '{"identity"', '{"left": dict(os.environ), "identity"'
     )
     report = said(child(code, tmp_path, RUNNER_BLAS=WHEEL_LIBRARY))

@@ -131,13 +131,13 @@ def _timed(module: Any, name: str, into: list[float]) -> None:
 
 
 def _quietly(words: list[str]) -> None:
-    from runner.__main__ import main as door
+    from runner.__main__ import main as cli
 
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
-        code = door(words)
+        code = cli(words)
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

@@ -127,7 +127,7 @@ def _rows() -> Callable[[Path], list[dict[str, Any]]]:
     return rows
 
 
-class Door:
+class CommandLine:
     """The program as a user runs it, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
@@ -177,17 +177,17 @@ class Door:
 
 
 @pytest.fixture(scope="session")
-def make_door() -> Callable[[Path], Door]:
-    """A door in a folder of your own choice."""
+def make_cli() -> Callable[[Path], CommandLine]:
+    """`make_cli(folder)`: the command line in a folder of the test's choice."""
 
-    def make(folder: Path) -> Door:
+    def make(folder: Path) -> CommandLine:
         folder.mkdir(parents=True, exist_ok=True)
-        return Door(folder)
+        return CommandLine(folder)
 
     return make
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Door:
-    """`door("model=tiny", …)` runs the program in a temporary folder."""
-    return Door(tmp_path)
+def cli(tmp_path: Path) -> CommandLine:
+    """`cli("model=tiny", …)` runs the program in a temporary folder."""
+    return CommandLine(tmp_path)

@@ -53,7 +53,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, make_door):
+def place(tmp_path_factory, make_cli):
     """A folder with a run, a sweep, data, old adapters and an offline hub cache."""
     from runner.config.schema import ModelConfig
     from runner.export.folders import write_model_folder
@@ -68,15 +68,15 @@ def place(tmp_path_factory, make_door):
         shutil.copytree(model, cache / "snapshots" / commit)
         (cache / "refs").mkdir()
         (cache / "refs/main").write_text(commit)
-    door = make_door(folder)
-    door.environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    door.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    cli = make_cli(folder)
+    cli.environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    cli.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shutil.copytree(ROOT / "runner/data/sets/tiny", folder / "my_data")
-    door("experiment=smoke", "train.iters=100", "train.stop_at=80", "checkpoint.every=20", "checkpoint.keep_every=20",
+    cli("experiment=smoke", "train.iters=100", "train.stop_at=80", "checkpoint.every=20", "checkpoint.keep_every=20",
          f"hydra.run.dir={RUN}")  # fmt: skip
-    door("-m", "experiment=smoke", "train.iters=2", "lora.rank=4,8,16", f"hydra.sweep.dir={SWEEP}")
+    cli("-m", "experiment=smoke", "train.iters=2", "lora.rank=4,8,16", f"hydra.sweep.dir={SWEEP}")
     (folder / "usb_disk").mkdir()
-    door("experiment=smoke", "train.iters=2", "checkpoint.backup=usb_disk", "hydra.run.dir=mirrored")
+    cli("experiment=smoke", "train.iters=2", "checkpoint.backup=usb_disk", "hydra.run.dir=mirrored")
     next((folder / "usb_disk").iterdir()).rename(folder / "usb_disk/2026-11-24-10-00-00-0123abcd")
     (folder / "old").mkdir()
     (folder / "mine/experiment").mkdir(parents=True)
@@ -85,7 +85,7 @@ def place(tmp_path_factory, make_door):
 
     weights = read_weights(folder / RUN / "adapters")
     np.savez(folder / "old/adapters.npz", **{name: np.array(array) for name, array in weights.items()})
-    return door
+    return cli
 
 
 def cut_short(words: list[str]) -> list[str]:
@@ -146,10 +146,10 @@ def test_the_settings_page_is_in_step_with_the_code():
 
 
 @pytest.mark.long
-def test_make_train_ends_with_a_fine_tuned_model_and_a_clear_gain(make_door, tmp_path):
-    door = make_door(tmp_path)
-    door.environment.pop("OPENBLAS_NUM_THREADS")
-    door("experiment=first_run", "hydra.run.dir=run")
+def test_make_train_ends_with_a_fine_tuned_model_and_a_clear_gain(make_cli, tmp_path):
+    cli = make_cli(tmp_path)
+    cli.environment.pop("OPENBLAS_NUM_THREADS")
+    cli("experiment=first_run", "hydra.run.dir=run")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scores = [row["score"] for row in rows if "score" in row]
     assert len(scores) == 2 and scores[1] >= scores[0] + 0.05

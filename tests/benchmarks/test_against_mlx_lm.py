@@ -107,9 +107,9 @@ def test_both_sides_are_told_the_same_work() -> None:
         assert ours[name] == str(value), name
 
 
-def test_every_row_of_ours_is_made_of_settings_that_there_are(door: Any) -> None:
+def test_every_row_of_ours_is_made_of_settings_that_there_are(cli: Any) -> None:
     settings = {name: value for row in sides.ROWS.values() for name, value in row.overrides.items()}
-    door("--cfg", "job", *(f"{name}={value}" for name, value in settings.items()))
+    cli("--cfg", "job", *(f"{name}={value}" for name, value in settings.items()))
 
 
 def test_a_lever_is_on_in_its_own_row_only() -> None:

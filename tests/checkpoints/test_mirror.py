@@ -78,29 +78,29 @@ def test_the_backup_changes_nothing_of_the_run(tiny, train, tmp_path, medium, wh
 
 
 @pytest.mark.slow
-def test_a_run_whose_directory_is_gone_goes_on_from_its_backup_equal(door, medium, assert_equal_runs, tmp_path):
+def test_a_run_whose_directory_is_gone_goes_on_from_its_backup_equal(cli, medium, assert_equal_runs, tmp_path):
     words = ["model=tiny", "data=tiny", "schedule=cosine", "lora.dropout=0.2", "train.iters=20", "train.eval_every=5"]
     words += ["checkpoint.every=3", "checkpoint.keep_every=9"]
-    door(*words, "hydra.run.dir=whole")
-    door(*words, f"checkpoint.backup={medium}", "train.stop_at=10", "hydra.run.dir=run")
+    cli(*words, "hydra.run.dir=whole")
+    cli(*words, f"checkpoint.backup={medium}", "train.stop_at=10", "hydra.run.dir=run")
     mirror = only(medium)
     assert steps(mirror)[-1] == 10
-    shutil.rmtree(door.folder / "run")
+    shutil.rmtree(cli.folder / "run")
     before = files(mirror)
-    out = door(f"resume={mirror}", "hydra.run.dir=again", "train.stop_at=10")
+    out = cli(f"resume={mirror}", "hydra.run.dir=again", "train.stop_at=10")
     assert f"restored {mirror}" in out and "at step 10" in out
     assert {k: v for k, v in files(mirror).items() if k.startswith("checkpoints/")} == {
         k: v for k, v in before.items() if k.startswith("checkpoints/")
     }
-    door("resume=again")
-    assert_equal_runs(door.folder / "whole", door.folder / "again")
+    cli("resume=again")
+    assert_equal_runs(cli.folder / "whole", cli.folder / "again")
     assert only(medium) == mirror, "the restored run is the same run and keeps its backup"
     assert steps(mirror)[-1] == 20
     # Without a named directory it gets one made of the time, and a finished run is restored whole.
-    shutil.rmtree(door.folder / "again")
-    out = door(f"resume={mirror}")
+    shutil.rmtree(cli.folder / "again")
+    out = cli(f"resume={mirror}")
     assert "is finished" in out
-    assert_equal_runs(door.folder / "whole", next((door.folder / "outputs").glob("*/*")))
+    assert_equal_runs(cli.folder / "whole", next((cli.folder / "outputs").glob("*/*")))
 
 
 def test_a_missing_medium_warns_once_stops_nothing_and_is_caught_up(tiny, train, tmp_path, whole, assert_equal_runs):
@@ -159,19 +159,19 @@ def wait_until(true, seconds: float = 10.0) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs in a namespace of its own")
-def test_a_full_medium_warns_and_stops_nothing(door, medium, assert_equal_runs):
+def test_a_full_medium_warns_and_stops_nothing(cli, medium, assert_equal_runs):
     words = ["model=tiny", "data=tiny", "train.iters=20", "train.eval_every=5", "checkpoint.every=3"]
-    door(*words, "hydra.run.dir=whole")
+    cli(*words, "hydra.run.dir=whole")
     command = [
         *("unshare", "--mount", "--map-root-user", "--user", "sh", "-c"),
         f'mount -t tmpfs -o size=300k tmpfs "{medium}" && exec "$@"',
         *("sh", sys.executable, "-m", "runner", *words, f"checkpoint.backup={medium}", "hydra.run.dir=run"),
     ]
-    done = subprocess.run(command, cwd=door.folder, env=door.environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cli.folder, env=cli.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "backup: step" in done.stdout and "needs" in done.stdout and "has" in done.stdout
     assert done.stdout.count("Training goes on") == 1
-    assert_equal_runs(door.folder / "whole", door.folder / "run")
+    assert_equal_runs(cli.folder / "whole", cli.folder / "run")
 
 
 def test_a_mirror_that_is_damaged_is_written_anew(tiny, train, tmp_path, medium):

@@ -56,30 +56,30 @@ def test_a_default_lives_in_the_schema_or_in_its_yaml_but_not_in_both():
             assert defaults[name] != value, f"{path}: {name}={value} is the schema's default already"
 
 
-def test_cfg_job_prints_the_composed_settings(door):
-    out = door("--cfg", "job", "model=tiny", "lora.rank=3")
+def test_cfg_job_prints_the_composed_settings(cli):
+    out = cli("--cfg", "job", "model=tiny", "lora.rank=3")
     assert yaml.safe_load(out)["lora"]["rank"] == 3
-    assert list(door.folder.iterdir()) == []
+    assert list(cli.folder.iterdir()) == []
 
 
-def test_shell_completion_completes_groups_and_settings(door):
-    installed = door("-sc", "install=bash")
+def test_shell_completion_completes_groups_and_settings(cli):
+    installed = cli("-sc", "install=bash")
     assert "complete" in installed
     env = {"COMP_LINE": "runner lora.ra", "COMP_POINT": "14"}
-    assert "lora.rank=" in door("-sc", "query=bash", env=env)
+    assert "lora.rank=" in cli("-sc", "query=bash", env=env)
     env = {"COMP_LINE": "runner optimizer=", "COMP_POINT": "17"}
-    assert "optimizer=sgd" in door("-sc", "query=bash", env=env)
+    assert "optimizer=sgd" in cli("-sc", "query=bash", env=env)
 
 
-def test_config_dir_brings_groups_and_experiments_of_ones_own(door):
-    mine = door.folder / "mine"
+def test_config_dir_brings_groups_and_experiments_of_ones_own(cli):
+    mine = cli.folder / "mine"
     (mine / "experiment").mkdir(parents=True)
     (mine / "lora").mkdir()
     (mine / "lora/narrow.yaml").write_text("rank: 2\n")
     (mine / "experiment/mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /lora: narrow\nseed: 5\ntrain:\n  iters: 7\n"
     )
-    out = yaml.safe_load(door("--config-dir", str(mine), "experiment=mine", "--cfg", "job"))
+    out = yaml.safe_load(cli("--config-dir", str(mine), "experiment=mine", "--cfg", "job"))
     assert (out["seed"], out["train"]["iters"], out["lora"]["rank"]) == (5, 7, 2)
 
 
@@ -93,14 +93,14 @@ def test_config_dir_brings_groups_and_experiments_of_ones_own(door):
         ("lora:\n  rank: ${nowhere.rank}\n", ("nowhere",)),
     ],
 )
-def test_a_wrong_word_in_a_yaml_gets_a_sentence_with_its_file_and_no_traceback(door, text, says):
-    (door.folder / "mine/experiment").mkdir(parents=True)
-    (door.folder / "mine/experiment/bad.yaml").write_text("# @package _global_\n" + text)
-    out = door("--config-dir", "mine", "experiment=bad", expect=2)
+def test_a_wrong_word_in_a_yaml_gets_a_sentence_with_its_file_and_no_traceback(cli, text, says):
+    (cli.folder / "mine/experiment").mkdir(parents=True)
+    (cli.folder / "mine/experiment/bad.yaml").write_text("# @package _global_\n" + text)
+    out = cli("--config-dir", "mine", "experiment=bad", expect=2)
     assert "Traceback" not in out and "HYDRA_FULL_ERROR" not in out
     for part in says:
         assert part in out
-    assert not (door.folder / "outputs").exists()
+    assert not (cli.folder / "outputs").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,66 +114,66 @@ def test_a_wrong_word_in_a_yaml_gets_a_sentence_with_its_file_and_no_traceback(d
         (["-m", "lora.rank=2,x", "model=tiny"], "lora.rank=x cannot be"),
     ],
 )
-def test_a_wrong_value_is_refused_before_anything_is_written(door, words, says):
-    out = door(*words, expect=2)
+def test_a_wrong_value_is_refused_before_anything_is_written(cli, words, says):
+    out = cli(*words, expect=2)
     assert says in out and "Traceback" not in out
-    assert not list(door.folder.rglob("checkpoints"))
+    assert not list(cli.folder.rglob("checkpoints"))
 
 
-def test_a_traceback_is_shown_where_asked_for(door):
-    out = door("lora.rank=x", expect=2, env={"RUNNER_TRACEBACK": "1"})
+def test_a_traceback_is_shown_where_asked_for(cli):
+    out = cli("lora.rank=x", expect=2, env={"RUNNER_TRACEBACK": "1"})
     assert "Traceback" in out and "it has to be a whole number" in out
 
 
-def test_secrets_never_reach_the_disk(door):
+def test_secrets_never_reach_the_disk(cli):
     token = "hf_" + "a1B2" * 8
-    door(f"model.path={token}", expect=2)
-    (door.folder / "mine/experiment").mkdir(parents=True)
-    (door.folder / "mine/experiment/s.yaml").write_text(f"# @package _global_\nmodel:\n  path: {token}\n")
-    out = door("--config-dir", "mine", "experiment=s", expect=2)
+    cli(f"model.path={token}", expect=2)
+    (cli.folder / "mine/experiment").mkdir(parents=True)
+    (cli.folder / "mine/experiment/s.yaml").write_text(f"# @package _global_\nmodel:\n  path: {token}\n")
+    out = cli("--config-dir", "mine", "experiment=s", expect=2)
     assert token not in out
-    door("--config-dir", "mine", "experiment=s", "-m", "seed=1,2", expect=2)
-    assert not (door.folder / "outputs").exists()
+    cli("--config-dir", "mine", "experiment=s", "-m", "seed=1,2", expect=2)
+    assert not (cli.folder / "outputs").exists()
 
 
-def test_environment_interpolations_stay_unresolved_in_what_is_stored(door):
+def test_environment_interpolations_stay_unresolved_in_what_is_stored(cli):
     secret = "a-value-of-the-environment"
-    os.makedirs(door.folder / secret)
+    os.makedirs(cli.folder / secret)
     for split in ("train", "valid"):
-        (door.folder / secret / f"{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+        (cli.folder / secret / f"{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     words = ["experiment=smoke", "data.path=${oc.env:WHERE}", "train.iters=2", "hydra.run.dir=run"]
-    door(*words, env={"WHERE": secret})
-    for file in Path(door.folder / "run").rglob("*"):
+    cli(*words, env={"WHERE": secret})
+    for file in Path(cli.folder / "run").rglob("*"):
         if file.is_file() and file.suffix in (".yaml", ".json", ".jsonl", ".log"):
             assert secret not in file.read_text(), file
-    assert yaml.safe_load((door.folder / "run/config.yaml").read_text())["data"]["path"] == "${oc.env:WHERE}"
-    door("resume=run", "train.iters=4", env={"WHERE": secret})
+    assert yaml.safe_load((cli.folder / "run/config.yaml").read_text())["data"]["path"] == "${oc.env:WHERE}"
+    cli("resume=run", "train.iters=4", env={"WHERE": secret})
 
 
-def test_a_used_directory_is_refused_and_same_second_starts_get_their_own(door):
-    first = door("experiment=smoke", "train.iters=2", "hydra.run.dir=run")
+def test_a_used_directory_is_refused_and_same_second_starts_get_their_own(cli):
+    first = cli("experiment=smoke", "train.iters=2", "hydra.run.dir=run")
     assert "finished at step 2" in first
-    out = door("experiment=smoke", "hydra.run.dir=run", expect=2)
+    out = cli("experiment=smoke", "hydra.run.dir=run", expect=2)
     assert "resume=" in out
-    processes = [door.start("experiment=smoke", "train.iters=1", "hydra.run.dir=outputs/x/${now:%Y}") for _ in range(3)]
+    processes = [cli.start("experiment=smoke", "train.iters=1", "hydra.run.dir=outputs/x/${now:%Y}") for _ in range(3)]
     codes = sorted(p.wait() for p in processes)
     assert codes[0] == 0 and set(codes[1:]) <= {2, 3}  # named by hand: one gets it, the others are told
 
 
-def test_a_file_in_the_place_of_the_output_directory_is_told_before_the_model_is_loaded(door):
-    (door.folder / "file").write_text("x")
-    out = door("experiment=smoke", "hydra.run.dir=file/run", expect=74)
+def test_a_file_in_the_place_of_the_output_directory_is_told_before_the_model_is_loaded(cli):
+    (cli.folder / "file").write_text("x")
+    out = cli("experiment=smoke", "hydra.run.dir=file/run", expect=74)
     assert "file/run" in out and "model  " not in out and "Traceback" not in out
 
 
 @pytest.mark.slow
-def test_a_plain_multirun_trains_each_job_in_its_directory_equal_to_the_run_alone(door, assert_equal_runs):
-    out = door("-m", "experiment=smoke", "lora.rank=2,4", "lora.dropout=0.1", "hydra.sweep.dir=sweep")
+def test_a_plain_multirun_trains_each_job_in_its_directory_equal_to_the_run_alone(cli, assert_equal_runs):
+    out = cli("-m", "experiment=smoke", "lora.rank=2,4", "lora.dropout=0.1", "hydra.sweep.dir=sweep")
     assert "job 1  lora.rank=4" in out
     for number, rank in enumerate((2, 4)):
-        door("experiment=smoke", f"lora.rank={rank}", "lora.dropout=0.1", f"hydra.run.dir=alone{rank}")
-        assert_equal_runs(door.folder / f"sweep/{number}", door.folder / f"alone{rank}")
-    out = door("-m", "experiment=smoke", "lora.rank=2,4", "hydra.sweep.dir=sweep", expect=2)
+        cli("experiment=smoke", f"lora.rank={rank}", "lora.dropout=0.1", f"hydra.run.dir=alone{rank}")
+        assert_equal_runs(cli.folder / f"sweep/{number}", cli.folder / f"alone{rank}")
+    out = cli("-m", "experiment=smoke", "lora.rank=2,4", "hydra.sweep.dir=sweep", expect=2)
     assert "exists already" in out
 
 
@@ -190,45 +190,45 @@ def test_a_plain_multirun_trains_each_job_in_its_directory_equal_to_the_run_alon
         (["-m", "lora.rank=2,4", "hydra/launcher=process", "hydra.launcher.jobs=0"], "1 or more"),
     ],
 )
-def test_what_could_only_go_wrong_later_is_refused_with_a_sentence(door, words, says):
-    assert says in door("experiment=smoke", *words, expect=2)
+def test_what_could_only_go_wrong_later_is_refused_with_a_sentence(cli, words, says):
+    assert says in cli("experiment=smoke", *words, expect=2)
 
 
-def test_a_test_split_that_is_not_there_is_told_before_training(door):
-    (door.folder / "data").mkdir()
-    (door.folder / "data/train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
-    out = door("model=tiny", "data.path=data", "train.test=true", expect=2)
+def test_a_test_split_that_is_not_there_is_told_before_training(cli):
+    (cli.folder / "data").mkdir()
+    (cli.folder / "data/train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    out = cli("model=tiny", "data.path=data", "train.test=true", expect=2)
     assert "no test.jsonl" in out and "step " not in out
 
 
-def test_the_commands_at_the_end_can_be_pasted_whatever_the_path(door):
-    out = door("experiment=smoke", "train.iters=2", "train.stop_at=1", "hydra.run.dir=a b's")
+def test_the_commands_at_the_end_can_be_pasted_whatever_the_path(cli):
+    out = cli("experiment=smoke", "train.iters=2", "train.stop_at=1", "hydra.run.dir=a b's")
     command = next(line for line in out.splitlines() if line.startswith("go on"))
     import shlex
 
-    door(*shlex.split(command.split("python -m runner ")[1]))
+    cli(*shlex.split(command.split("python -m runner ")[1]))
 
 
-def test_a_resume_leaves_the_stored_config_as_the_first_start_wrote_it(door):
-    door("experiment=smoke", "train.iters=4", "train.stop_at=2", "hydra.run.dir=run")
-    before = yaml.safe_load((door.folder / "run/config.yaml").read_text())
-    door("resume=run")
-    after = yaml.safe_load((door.folder / "run/config.yaml").read_text())
+def test_a_resume_leaves_the_stored_config_as_the_first_start_wrote_it(cli):
+    cli("experiment=smoke", "train.iters=4", "train.stop_at=2", "hydra.run.dir=run")
+    before = yaml.safe_load((cli.folder / "run/config.yaml").read_text())
+    cli("resume=run")
+    after = yaml.safe_load((cli.folder / "run/config.yaml").read_text())
     before["train"]["stop_at"] = None
     assert after == before
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(door):
+def test_a_reader_that_goes_away_does_not_end_the_run(cli):
     import subprocess
     import sys
 
     words = f"{sys.executable} -m runner experiment=smoke train.report_every=1 hydra.run.dir=run | head -n 2"
-    subprocess.run(["bash", "-c", words], cwd=door.folder, env=door.environment, capture_output=True, check=True)
-    assert "finished at step 20" in (door.folder / "run/run.log").read_text()
+    subprocess.run(["bash", "-c", words], cwd=cli.folder, env=cli.environment, capture_output=True, check=True)
+    assert "finished at step 20" in (cli.folder / "run/run.log").read_text()
 
 
-def test_saving_by_minutes_saves_between_the_scheduled_updates(door):
+def test_saving_by_minutes_saves_between_the_scheduled_updates(cli):
     words = ("experiment=smoke", "train.iters=60", "checkpoint.every=null", "checkpoint.every_minutes=0.0005")
-    door(*words, "checkpoint.keep_last=50", "checkpoint.keep_best=0", "hydra.run.dir=run")
-    steps = sorted(int(p.name[5:]) for p in (door.folder / "run/checkpoints").glob("step-*"))
+    cli(*words, "checkpoint.keep_last=50", "checkpoint.keep_best=0", "hydra.run.dir=run")
+    steps = sorted(int(p.name[5:]) for p in (cli.folder / "run/checkpoints").glob("step-*"))
     assert len(steps) >= 3 and steps[-1] == 60 and steps[0] < 60

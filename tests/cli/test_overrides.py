@@ -1,4 +1,4 @@
-"""The door's reading of the command line, without Hydra."""
+"""The command line is parsed and checked without importing Hydra."""
 
 from __future__ import annotations
 

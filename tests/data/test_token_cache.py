@@ -222,18 +222,18 @@ def test_two_that_write_the_same_at_once_both_have_it(load, entries, monkeypatch
 
 
 @pytest.mark.slow
-def test_two_processes_at_once(door, write_rows):
+def test_two_processes_at_once(cli, write_rows):
     write_rows("data/train.jsonl", *({"text": "a b c d " * 60} for _ in range(400)))
     words = ["model=tiny", "data.path=data", "train.iters=2", "data.cache_folder=cache"]
-    both = [door.start(*words, f"hydra.run.dir={name}") for name in "ab"]
+    both = [cli.start(*words, f"hydra.run.dir={name}") for name in "ab"]
     for process in both:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out
         assert "not kept" not in out
         assert "damaged" not in out
-    [entry] = [path for path in (door.folder / "cache").iterdir() if len(path.name) == 64]
+    [entry] = [path for path in (cli.folder / "cache").iterdir() if len(path.name) == 64]
     assert _rows(entry) == 400
-    assert not list((door.folder / "cache").glob(f"{token_cache_entry.DRAFT}*"))
+    assert not list((cli.folder / "cache").glob(f"{token_cache_entry.DRAFT}*"))
 
 
 def _no_folder(cache, monkeypatch):

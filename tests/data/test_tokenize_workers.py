@@ -205,11 +205,11 @@ def test_the_first_rows_are_read_without_the_others(tmp_path):
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else False, reason="one core")
 @pytest.mark.skipif(shutil.which("ps") is None, reason="no ps")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_is_left_by_a_run_that_is_stopped_while_it_tokenises(number, tmp_path, make_door):
-    door = make_door(tmp_path)
+def test_no_process_is_left_by_a_run_that_is_stopped_while_it_tokenises(number, tmp_path, make_cli):
+    cli = make_cli(tmp_path)
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 40}] * 4}
     (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * (10 * tokenize_workers.PARALLEL_FROM // 500))
-    process = door.start("model=tiny", "data.path=.", "data.cache_folder=cache", "hydra.run.dir=run", process_group=0)
+    process = cli.start("model=tiny", "data.path=.", "data.cache_folder=cache", "hydra.run.dir=run", process_group=0)
     deadline = time.monotonic() + 60
     while len(group(process.pid)) < 4:  # the run, two workers or more, and Python's own tracker of resources
         assert process.poll() is None, process.communicate()[0]

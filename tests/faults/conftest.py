@@ -152,7 +152,7 @@ def faulty(shim: Path) -> Any:
         tape: Path | None = None,
         clock: str = "",
     ) -> dict[str, str]:
-        words = {
+        environment = {
             "LD_PRELOAD": str(shim),
             "FAULT_UNDER": str(under.resolve()) if under else "",
             "FAULT_NAME": name,
@@ -164,7 +164,7 @@ def faulty(shim: Path) -> Any:
             "FAULT_TAPE": str(tape) if tape else "",
             "FAULT_CLOCK": clock,
         }
-        return {key: value for key, value in words.items() if value}
+        return {key: value for key, value in environment.items() if value}
 
     return make
 
@@ -177,16 +177,16 @@ def _hear_signals() -> None:
 
 @pytest.fixture
 def driven() -> Any:
-    """`driven(door, "micro-batch", 17, *words)`: the program, SIGKILLed by itself at the 17th micro-batch."""
+    """`driven(cli, "micro-batch", 17, *overrides)`: the program, SIGKILLed by itself at the 17th micro-batch."""
 
     def start(
-        door: Any, point: str, at: int, *words: str, number: str = "SIGKILL", env: dict[str, str] | None = None
+        cli: Any, point: str, at: int, *overrides: str, number: str = "SIGKILL", env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, str(HERE / "driver.py"), point, str(at), number, *words]
+        command = [sys.executable, str(HERE / "driver.py"), point, str(at), number, *overrides]
         return subprocess.Popen(
             command,
-            cwd=door.folder,
-            env={**door.environment, **(env or {})},
+            cwd=cli.folder,
+            env={**cli.environment, **(env or {})},
             preexec_fn=_hear_signals,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -203,7 +203,7 @@ def instruments() -> Any:
 
 
 @pytest.fixture(scope="session")
-def words() -> tuple[str, ...]:
+def overrides() -> tuple[str, ...]:
     """A short run in which nothing is missing: saves at 2, 4, 6 and 8; few arrays, since each is written by itself."""
     return (
         "model=tiny",
@@ -225,33 +225,33 @@ def words() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, make_door: Any) -> Callable[..., Path]:
-    """`undisturbed(*words)`: the directory of a run that nothing stopped, made once."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, make_cli: Any) -> Callable[..., Path]:
+    """`undisturbed(*overrides)`: the directory of a run that nothing stopped, made once."""
     made: dict[tuple[str, ...], Path] = {}
 
-    def run(*words: str) -> Path:
-        if words not in made:
-            door = make_door(tmp_path_factory.mktemp("undisturbed"))
-            door(*words, "hydra.run.dir=run")
-            made[words] = door.folder / "run"
-        return made[words]
+    def run(*overrides: str) -> Path:
+        if overrides not in made:
+            cli = make_cli(tmp_path_factory.mktemp("undisturbed"))
+            cli(*overrides, "hydra.run.dir=run")
+            made[overrides] = cli.folder / "run"
+        return made[overrides]
 
     return run
 
 
 @pytest.fixture(scope="session")
-def logged(tmp_path_factory: pytest.TempPathFactory, make_door: Any, faulty: Any) -> Callable[..., Any]:
-    """`logged(*words)`: an undisturbed run, made once, and its calls that `faulty` could hit: kind, path in the run."""
+def logged(tmp_path_factory: pytest.TempPathFactory, make_cli: Any, faulty: Any) -> Callable[..., Any]:
+    """`logged(*overrides)`: an undisturbed run, made once, and its calls that `faulty` could hit: kind, path in the run."""
     made: dict[tuple[str, ...], tuple[Path, list[tuple[str, str]]]] = {}
 
-    def run(*words: str) -> tuple[Path, list[tuple[str, str]]]:
-        if words not in made:
-            door = make_door(tmp_path_factory.mktemp("logged").resolve())
-            folder, log = door.folder / "run", door.folder / "calls"
-            door(*words, "hydra.run.dir=run", env=faulty(folder, log=log))
+    def run(*overrides: str) -> tuple[Path, list[tuple[str, str]]]:
+        if overrides not in made:
+            cli = make_cli(tmp_path_factory.mktemp("logged").resolve())
+            folder, log = cli.folder / "run", cli.folder / "calls"
+            cli(*overrides, "hydra.run.dir=run", env=faulty(folder, log=log))
             lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
-            made[words] = folder, [(call, os.path.relpath(path, folder)) for call, path in lines]
-        return made[words]
+            made[overrides] = folder, [(call, os.path.relpath(path, folder)) for call, path in lines]
+        return made[overrides]
 
     return run
 
@@ -306,16 +306,16 @@ def assert_same_state() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def _stopped(tmp_path_factory: pytest.TempPathFactory, make_door: Any, words: tuple[str, ...]) -> Path:
-    door = make_door(tmp_path_factory.mktemp("stopped"))
-    door(*words, "train.stop_at=6", "hydra.run.dir=run")
-    return door.folder / "run"
+def _stopped(tmp_path_factory: pytest.TempPathFactory, make_cli: Any, overrides: tuple[str, ...]) -> Path:
+    cli = make_cli(tmp_path_factory.mktemp("stopped"))
+    cli(*overrides, "train.stop_at=6", "hydra.run.dir=run")
+    return cli.folder / "run"
 
 
 @pytest.fixture
-def stopped(_stopped: Path, door: Any) -> Path:
-    """`run` in the door's folder: the run of `words`, stopped after step 6, with checkpoints 2, 4 and 6."""
-    return shutil.copytree(_stopped, door.folder / "run")
+def stopped(_stopped: Path, cli: Any) -> Path:
+    """`run` in the folder of `cli`: the run of `overrides`, stopped after step 6, with checkpoints 2, 4 and 6."""
+    return shutil.copytree(_stopped, cli.folder / "run")
 
 
 @pytest.fixture
@@ -355,12 +355,12 @@ def reseal() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def hostile() -> Any:
-    """`hostile.knock(door, *words)` and `hostile.measure(reader, paths, environment)`: see hostile.py."""
+    """`hostile.invoke(cli, *arguments)` and `hostile.measure(reader, paths, environment)`: see hostile.py."""
     return load(HERE / "hostile.py")
 
 
 @pytest.fixture
-def rooms(make_door: Any, tmp_path: Path) -> Callable[[], Any]:
-    """`rooms()`: a door in a new folder, whose parent is its own too: what is written beside it is seen."""
+def fresh_cli(make_cli: Any, tmp_path: Path) -> Callable[[], Any]:
+    """`fresh_cli()`: a command line in a new folder with a new parent, so that files written beside it are seen."""
     numbers = itertools.count()
-    return lambda: make_door(tmp_path / str(next(numbers)) / "here")
+    return lambda: make_cli(tmp_path / str(next(numbers)) / "here")

@@ -24,7 +24,7 @@ POINTS = {
 
 
 def main() -> int:
-    point, at, number, *words = sys.argv[1:]
+    point, at, number, *arguments = sys.argv[1:]
     from runner.backends.cpu import blas
 
     blas.load_blas()
@@ -47,9 +47,9 @@ def main() -> int:
         return own(*args, **kwargs)
 
     setattr(holder, name, counted)
-    from runner.cli.main import main as door
+    from runner.cli.main import main as cli
 
-    return door(words)
+    return cli(arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a stranger's files are brought to the program: through its doors, and past `measure.py`. Loaded by path."""
+"""How a stranger's files are brought to the program: through its commands, and past `measure.py`. Loaded by path."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SECONDS, BYTES = 1.0, 200_000_000
 _MEASURE = Path(__file__).resolve().with_name("measure.py")
 
 
-def knock(door: Any, *words: str, expect: tuple[int, ...] = (2,), env: dict[str, str] | None = None) -> str:
+def invoke(cli: Any, *arguments: str, expect: tuple[int, ...] = (2,), env: dict[str, str] | None = None) -> str:
     """What the program says; nothing ran, nothing was written where it was not typed."""
     before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    process = door.start(*words, env=env or {})
+    process = cli.start(*arguments, env=env or {})
     out, _ = process.communicate(timeout=120)
     assert process.returncode in expect, out
     assert "Traceback" not in out and all(len(line) < 3000 for line in out.splitlines()), out
-    assert not _marks(door.folder)
+    assert not _marks(cli.folder)
     assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before < 10  # its own start is a part of it
     return out
 

@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_run_killed_at_any_call_of_its_second_save_has_the_old_or_the_new_one_and_ends_equal(
-    make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
 ):
-    words = (*words, "checkpoint.keep_last=9")  # all states stay to be compared with
-    whole, calls = logged(*words)
+    overrides = (*overrides, "checkpoint.keep_last=9")  # all states stay to be compared with
+    whole, calls = logged(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     new = [i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path]
     assert len(new) > 20
@@ -31,15 +31,15 @@ def test_a_run_killed_at_any_call_of_its_second_save_has_the_old_or_the_new_one_
     faults = [(at, "kill") for at in range(new[0], last + 1)]
     faults += [(at, "half") for at in new if calls[at][0] == "write"]
     for at, do in cases.some(faults, quick=2)[chunk::2]:
-        door = make_door(tmp_path / f"{at}-{do}")
-        run = door.folder / "run"
-        door(*words, "hydra.run.dir=run", expect=-9, env=faulty(run / "checkpoints", at=at, do=do))
+        cli = make_cli(tmp_path / f"{at}-{do}")
+        run = cli.folder / "run"
+        cli(*overrides, "hydra.run.dir=run", expect=-9, env=faulty(run / "checkpoints", at=at, do=do))
         found = newest(run)
         assert found.checkpoint.step == (4 if at > committed else 2), calls[at]
         assert_same_state(found, whole)
-        door("resume=run")
+        cli("resume=run")
         ended_equal(whole, run)
-        shutil.rmtree(door.folder)
+        shutil.rmtree(cli.folder)
         cases.done()
 
 
@@ -47,9 +47,9 @@ def test_a_run_killed_at_any_call_of_its_second_save_has_the_old_or_the_new_one_
 def test_a_process_that_saves_killed_at_any_call_leaves_the_old_or_the_new_one(tmp_path, faulty, cases, do):
     """A small process for each case: first saves, further ones, replacements, rotations; and repairs of them."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "LD_PRELOAD": faulty()["LD_PRELOAD"]}
-    words = [sys.executable, str(HERE / "store_kills.py"), str(tmp_path.resolve()), do]
-    words.append("all" if cases.full else "some")
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(HERE / "store_kills.py"), str(tmp_path.resolve()), do]
+    command.append("all" if cases.full else "some")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     if do == "half":

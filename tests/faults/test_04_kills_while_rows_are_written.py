@@ -40,7 +40,7 @@ def lines_of(run, name):
 
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_run_killed_while_it_writes_goes_on_without_a_row_missing_or_doubled(
-    make_door, tmp_path, logged, faulty, ended_equal, cases, chunk
+    make_cli, tmp_path, logged, faulty, ended_equal, cases, chunk
 ):
     whole, calls = logged(*WORDS)
     faults = []
@@ -51,10 +51,10 @@ def test_a_run_killed_while_it_writes_goes_on_without_a_row_missing_or_doubled(
             number -= 2  # two saves that end between two steps are told in one writing
         faults += [(name, call, do, at) for at in range(number)]
     for name, call, do, at in cases.some(faults, quick=3)[chunk::2]:
-        door = make_door(tmp_path / f"{name}-{do}-{at}")
-        run = door.folder / "run"
+        cli = make_cli(tmp_path / f"{name}-{do}-{at}")
+        run = cli.folder / "run"
         fault = faulty(run, name=f"/run/{name}", calls=call, at=at, do=do)
-        door(*WORDS, "hydra.run.dir=run", expect=-9, env=fault)
+        cli(*WORDS, "hydra.run.dir=run", expect=-9, env=fault)
         if name.endswith(".jsonl"):
             *rows, torn = lines_of(run, name)
             assert len(rows) == at and bool(torn) == (do == "half")
@@ -62,23 +62,23 @@ def test_a_run_killed_while_it_writes_goes_on_without_a_row_missing_or_doubled(
             with pytest.raises(ValueError):
                 json.loads(torn)
         if (run / "config.yaml").exists():
-            door("resume=run")
+            cli("resume=run")
         else:
-            door(*WORDS, "hydra.run.dir=run")
+            cli(*WORDS, "hydra.run.dir=run")
         ended_equal(whole, run)
         for file in ("metrics.jsonl", "samples.jsonl"):
             *rows, rest = lines_of(run, file)
             assert rest == b"" and len(rows) == len(lines_of(whole, file)) - 1
-        shutil.rmtree(door.folder)
+        shutil.rmtree(cli.folder)
         cases.done()
 
 
 @pytest.mark.long
-def test_a_sweep_killed_while_it_writes_the_settings_of_a_job_goes_on(door, faulty, undisturbed, ended_equal):
-    words = ("model=tiny", "data=tiny", "train.iters=2", "train.eval_every=2")
-    run = door.folder / "sweep/0"
+def test_a_sweep_killed_while_it_writes_the_settings_of_a_job_goes_on(cli, faulty, undisturbed, ended_equal):
+    overrides = ("model=tiny", "data=tiny", "train.iters=2", "train.eval_every=2")
+    run = cli.folder / "sweep/0"
     fault = faulty(run, name=".config.yaml.", calls="write", at=0, do="half")
-    door(*words, "-m", "seed=0", "hydra.sweep.dir=sweep", expect=-9, env=fault)
+    cli(*overrides, "-m", "seed=0", "hydra.sweep.dir=sweep", expect=-9, env=fault)
     assert list(run.glob(".config.yaml.*")) and not (run / "config.yaml").exists()
-    door("resume=sweep")
-    ended_equal(undisturbed(*words), run)
+    cli("resume=sweep")
+    ended_equal(undisturbed(*overrides), run)

@@ -25,10 +25,10 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, make_door):
-    door = make_door(tmp_path_factory.mktemp("whole"))
-    door(*WORDS)
-    return door.folder / "run"
+def whole(tmp_path_factory, make_cli):
+    cli = make_cli(tmp_path_factory.mktemp("whole"))
+    cli(*WORDS)
+    return cli.folder / "run"
 
 
 KILLS = {
@@ -47,12 +47,12 @@ MORE = ("inside accumulation", "before the first save", "as a save begins")
     "kills",
     [pytest.param(points, id=name, marks=[pytest.mark.long] if name in MORE else []) for name, points in KILLS.items()],
 )
-def test_equal_after(door, driven, whole, assert_equal_runs, kills):
-    words = WORDS
+def test_equal_after(cli, driven, whole, assert_equal_runs, kills):
+    arguments = WORDS
     for point, at in kills:
-        process = driven(door, point, at, *words)
+        process = driven(cli, point, at, *arguments)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == -9, out
-        words = ("resume=run",)
-    door("resume=run")
-    assert_equal_runs(whole, door.folder / "run")
+        arguments = ("resume=run",)
+    cli("resume=run")
+    assert_equal_runs(whole, cli.folder / "run")

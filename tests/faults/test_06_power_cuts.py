@@ -126,17 +126,17 @@ def test_these_power_cuts_find_a_store_that_does_not_sync(tmp_path, instruments,
 
 
 @pytest.fixture(scope="module")
-def taped(tmp_path_factory, make_door, instruments, faulty, words):
+def taped(tmp_path_factory, make_cli, instruments, faulty, overrides):
     """A run of the program that nothing stopped, all that it did to the disk, and the disk before it."""
-    door = make_door(tmp_path_factory.mktemp("taped").resolve() / "here")
-    disk, tape = instruments.PowerCut(door.folder), door.folder.parent / "tape"
-    door(*words, *AND, env=faulty(door.folder, tape=tape))
-    return door.folder / "run", instruments.read_tape(tape), disk
+    cli = make_cli(tmp_path_factory.mktemp("taped").resolve() / "here")
+    disk, tape = instruments.PowerCut(cli.folder), cli.folder.parent / "tape"
+    cli(*overrides, *AND, env=faulty(cli.folder, tape=tape))
+    return cli.folder / "run", instruments.read_tape(tape), disk
 
 
 @pytest.mark.slow
 def test_a_run_whose_power_is_cut_at_any_moment_keeps_every_checkpoint_that_was_saved_and_ends_equal(
-    make_door, tmp_path, taped, words, assert_same_state, ended_equal, cases
+    make_cli, tmp_path, taped, overrides, assert_same_state, ended_equal, cases
 ):
     whole, events, disk = taped
     luck = random.Random(6)
@@ -155,8 +155,8 @@ def test_a_run_whose_power_is_cut_at_any_moment_keeps_every_checkpoint_that_was_
         disk.leave(folder, luck if number % 4 else None)
         run = folder / "run"
         if number % cases.of(full=50, quick=20) == 10:
-            door = make_door(folder)
-            door(*(["resume=run"] if (run / "config.yaml").exists() else [*words, *AND]))
+            cli = make_cli(folder)
+            cli(*(["resume=run"] if (run / "config.yaml").exists() else [*overrides, *AND]))
             ended_equal(whole, run)
         else:
             store = CheckpointStore(run / "checkpoints", run_id)

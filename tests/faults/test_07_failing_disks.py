@@ -30,11 +30,11 @@ def assert_told(out, path, *, room):
 
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_failing_call_inside_a_save_ends_the_run_with_74_and_the_resumed_one_ends_equal(
-    make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
 ):
-    every_state, _ = logged(*words, KEEP_ALL)
-    words = (*words, "checkpoint.keep_last=1")  # so that the second save lets one go
-    whole, calls = logged(*words)
+    every_state, _ = logged(*overrides, KEEP_ALL)
+    overrides = (*overrides, "checkpoint.keep_last=1")  # so that the second save lets one go
+    whole, calls = logged(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     begins = next(i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path)
     committed = next(i for i in range(begins, len(calls)) if calls[i][0] == "rename")
@@ -44,33 +44,33 @@ def test_a_failing_call_inside_a_save_ends_the_run_with_74_and_the_resumed_one_e
     faults += [(at, errno.ENOSPC) for at in saving if calls[at][0] in ("open", "mkdir", "write", "fsync")]
     assert len(faults) > 40
     for at, number in cases.some(faults, quick=3)[chunk::2]:
-        door = make_door(tmp_path / f"{at}-{number}")
-        run = door.folder / "run"
-        out = door(*words, "hydra.run.dir=run", expect=74, env=faulty(run / "checkpoints", at=at, do=number))
+        cli = make_cli(tmp_path / f"{at}-{number}")
+        run = cli.folder / "run"
+        out = cli(*overrides, "hydra.run.dir=run", expect=74, env=faulty(run / "checkpoints", at=at, do=number))
         assert_told(out, run / "checkpoints", room=number == errno.ENOSPC and calls[at][0] == "write")
         assert errno.errorcode[number] in out
         found = newest(run)
         assert found.checkpoint.step == (4 if at > committed else 2), calls[at]
         assert_same_state(found, every_state, but=("hyperparameters",))
-        door("resume=run")
+        cli("resume=run")
         ended_equal(whole, run)
-        shutil.rmtree(door.folder)
+        shutil.rmtree(cli.folder)
         cases.done()
 
 
 @pytest.mark.long
 def test_a_limit_on_file_sizes_ends_the_run_with_74_and_without_it_the_run_ends_equal(
-    make_door, tmp_path, words, logged, newest, assert_same_state, ended_equal, cases
+    make_cli, tmp_path, overrides, logged, newest, assert_same_state, ended_equal, cases
 ):
-    whole, _ = logged(*words, KEEP_ALL)
+    whole, _ = logged(*overrides, KEEP_ALL)
     for limit in cases.some([6_000, 10_000], quick=1):  # bytes: fewer than the adapters have, or than the optimizer
-        door = make_door(tmp_path / f"{limit}")
-        run = door.folder / "run"
-        door(*words, KEEP_ALL, "hydra.run.dir=run", "train.stop_at=2")
+        cli = make_cli(tmp_path / f"{limit}")
+        run = cli.folder / "run"
+        cli(*overrides, KEEP_ALL, "hydra.run.dir=run", "train.stop_at=2")
         done = subprocess.run(
             [sys.executable, "-m", "runner", "resume=run"],
-            cwd=door.folder,
-            env=door.environment,
+            cwd=cli.folder,
+            env=cli.environment,
             capture_output=True,
             text=True,
             preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
@@ -81,7 +81,7 @@ def test_a_limit_on_file_sizes_ends_the_run_with_74_and_without_it_the_run_ends_
         found = newest(run)
         assert found.checkpoint.step == 2
         assert_same_state(found, whole, but=("hyperparameters",))
-        door("resume=run")
+        cli("resume=run")
         ended_equal(whole, run)
         cases.done()
 
@@ -101,9 +101,9 @@ class SmallDisk:
         self.seen = Path(f"/proc/{self.holder.pid}/root{place}")
         """The same folder as it is reached from here."""
 
-    def start(self, door, *words, env=None):
+    def start(self, cli, *overrides, env=None):
         """The program, on this disk."""
-        command = f"cd {shlex.quote(str(door.folder))} && exec {sys.executable} -m runner {shlex.join(words)}"
+        command = f"cd {shlex.quote(str(cli.folder))} && exec {sys.executable} -m runner {shlex.join(overrides)}"
         return subprocess.Popen(
             [
                 "nsenter",
@@ -115,7 +115,7 @@ class SmallDisk:
                 "-c",
                 command,
             ],
-            env={**door.environment, **(env or {})},
+            env={**cli.environment, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -171,15 +171,15 @@ FULL = [
 )
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_disk_that_fills_up_ends_the_run_with_74_and_with_room_again_the_run_ends_equal(
-    make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
 ):
-    whole, _ = logged(*words, KEEP_ALL)
+    whole, _ = logged(*overrides, KEEP_ALL)
     for number, (name, call, at, leave) in enumerate(cases.some(FULL, quick=2)[chunk::2]):
-        door = make_door(tmp_path.resolve() / f"{number}")
-        with SmallDisk(door.folder / "disk") as disk:
+        cli = make_cli(tmp_path.resolve() / f"{number}")
+        with SmallDisk(cli.folder / "disk") as disk:
             run, seen = disk.place / "run", disk.seen / "run"
             fault = faulty(run, name=name, calls=call, at=at, do=f"+{signal.SIGSTOP:d}")
-            process = disk.start(door, *words, KEEP_ALL, f"hydra.run.dir={run}", env=fault)
+            process = disk.start(cli, *overrides, KEEP_ALL, f"hydra.run.dir={run}", env=fault)
             wait_until_it_stopped_itself(process)
             disk.fill(leave)
             os.kill(process.pid, signal.SIGCONT)
@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_74_and_with_room_again_the_run_e
             assert found.checkpoint.step in ((2,) if name == SAVE else (2, 4))
             assert_same_state(found, whole)
             disk.make_room()
-            process = disk.start(door, f"resume={run}")
+            process = disk.start(cli, f"resume={run}")
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0, out
             ended_equal(whole, seen)

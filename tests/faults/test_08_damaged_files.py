@@ -130,7 +130,7 @@ def test_a_state_that_cannot_be_is_refused_under_a_new_manifest(stopped, reseal,
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "manifest"])
 def test_a_resume_names_what_is_damaged_goes_on_from_the_one_before_and_ends_equal(
-    door, stopped, undisturbed, words, ended_equal, damage
+    cli, stopped, undisturbed, overrides, ended_equal, damage
 ):
     folder = stopped / "checkpoints/step-0000006"
     name = {"cut": "adapters.safetensors", "bit": "optimizer.safetensors", "manifest": "manifest.json"}[damage]
@@ -138,8 +138,8 @@ def test_a_resume_names_what_is_damaged_goes_on_from_the_one_before_and_ends_equ
     (folder / name).write_bytes(whole[:-1] if damage == "cut" else flipped(whole, len(whole) // 2, 3))
     with pytest.raises(CheckpointError):
         CheckpointStore(stopped / "checkpoints", "").load(folder)
-    out = door("resume=run")
+    out = cli("resume=run")
     assert "damaged, not used: " in out and f"step-0000006/{name}" in out
     assert "step-0000004 at step 4" in out
     assert "damaged, not used: " in (stopped / "run.log").read_text()
-    ended_equal(undisturbed(*words), stopped)
+    ended_equal(undisturbed(*overrides), stopped)

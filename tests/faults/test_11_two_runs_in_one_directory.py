@@ -26,10 +26,10 @@ WORDS = (
 
 
 @pytest.fixture
-def holder(door):
+def holder(cli):
     """A run that trains in `runs/run`, past its first checkpoint, and is killed at the end."""
-    process = door.start(*WORDS, "hydra.run.dir=runs/run")
-    first = door.folder / "runs/run/checkpoints/step-0000020"
+    process = cli.start(*WORDS, "hydra.run.dir=runs/run")
+    first = cli.folder / "runs/run/checkpoints/step-0000020"
     while not first.exists() and process.poll() is None:
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()[0]
@@ -41,12 +41,12 @@ def holder(door):
 class Second:
     """The program, started where another works: what it said, the seconds it took, and whether it loaded MLX."""
 
-    def __init__(self, door, *words: str) -> None:
+    def __init__(self, cli, *arguments: str) -> None:
         begun = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "runner", *words],
-            cwd=door.folder,
-            env=door.environment,
+            [sys.executable, "-X", "importtime", "-m", "runner", *arguments],
+            cwd=cli.folder,
+            env=cli.environment,
             capture_output=True,
             text=True,
             timeout=60,
@@ -58,18 +58,18 @@ class Second:
         self.imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
 
 
-def test_the_second_ends_at_once_and_names_pid_host_and_since_when_by_whatever_path_it_came(door, holder):
-    (door.folder / "link").symlink_to("runs")
-    (door.folder / "direct").symlink_to("runs/run")
+def test_the_second_ends_at_once_and_names_pid_host_and_since_when_by_whatever_path_it_came(cli, holder):
+    (cli.folder / "link").symlink_to("runs")
+    (cli.folder / "direct").symlink_to("runs/run")
     took = []
-    for words in (
+    for arguments in (
         ("resume=runs/run",),
         ("resume=link/run",),
         ("resume=direct",),
         (*WORDS, "hydra.run.dir=runs/run"),
         (*WORDS, "hydra.run.dir=link/run"),
     ):
-        second = Second(door, *words)
+        second = Second(cli, *arguments)
         assert second.code == 3, second.out
         assert f"in use by pid {holder.pid} on {socket.gethostname()} since 20" in second.out
         assert "hydra.main" in str(second.imported)  # the list is one: else the next line could not fail
@@ -79,9 +79,9 @@ def test_the_second_ends_at_once_and_names_pid_host_and_since_when_by_whatever_p
     assert holder.poll() is None
 
 
-def test_the_first_goes_on_as_if_nothing_had_been(door, holder):
-    metrics = door.folder / "runs/run/metrics.jsonl"
-    assert Second(door, "resume=runs/run", "train.report_every=1").code == 3
+def test_the_first_goes_on_as_if_nothing_had_been(cli, holder):
+    metrics = cli.folder / "runs/run/metrics.jsonl"
+    assert Second(cli, "resume=runs/run", "train.report_every=1").code == 3
     seen = metrics.stat().st_size
     end = time.monotonic() + 60
     while metrics.stat().st_size == seen and time.monotonic() < end:
@@ -90,13 +90,13 @@ def test_the_first_goes_on_as_if_nothing_had_been(door, holder):
     assert metrics.stat().st_size > seen and steps == [0, *range(10, 10 * len(steps), 10)]
 
 
-def test_a_killed_holder_lets_go_by_itself(door, holder):
+def test_a_killed_holder_lets_go_by_itself(cli, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert f"pid {holder.pid} " in (door.folder / "runs/run/.lock").read_text()  # the text stays, the lock does not
-    saved = sorted((door.folder / "runs/run/checkpoints").glob("step-*"))[-1]
+    assert f"pid {holder.pid} " in (cli.folder / "runs/run/.lock").read_text()  # the text stays, the lock does not
+    saved = sorted((cli.folder / "runs/run/checkpoints").glob("step-*"))[-1]
     stop = int(Path(saved).name[5:]) + 3
-    out = door("resume=runs/run", f"train.stop_at={stop}")
+    out = cli("resume=runs/run", f"train.stop_at={stop}")
     assert "resumed from" in out
-    status = json.loads((door.folder / "runs/run/status.json").read_text())
+    status = json.loads((cli.folder / "runs/run/status.json").read_text())
     assert (status["state"], status["step"], status["pid"] != holder.pid) == ("stopped", stop, True)

@@ -15,21 +15,21 @@ WORDS = ("model.path=nowhere/base.gguf", "data=tiny")
 
 
 @pytest.fixture
-def read_only(door):
-    """`read_only(*words)`: the program where `place` is a file system mounted read-only, with what `place` held."""
+def read_only(cli):
+    """`read_only(*arguments)`: the program where `place` is a file system mounted read-only, with what `place` held."""
 
-    def start(*words: str) -> tuple[int, str]:
+    def start(*arguments: str) -> tuple[int, str]:
         script = (
             "mkdir place.rw && mount -t tmpfs tmpfs place.rw && cp -a place/. place.rw && mount --move place.rw place "
             "&& mount -o remount,ro place && exec "
         )
-        inner = script + shlex.join([sys.executable, "-m", "runner", *words])
-        (door.folder / "place").mkdir(exist_ok=True)
+        inner = script + shlex.join([sys.executable, "-m", "runner", *arguments])
+        (cli.folder / "place").mkdir(exist_ok=True)
         probe = ["unshare", "--mount", "--map-root-user", "--user", "sh", "-c"]
         if subprocess.run([*probe, "mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode != 0:
             pytest.skip("file systems cannot be mounted here")
         done = subprocess.run(
-            [*probe, inner], cwd=door.folder, env=door.environment, capture_output=True, text=True, timeout=120
+            [*probe, inner], cwd=cli.folder, env=cli.environment, capture_output=True, text=True, timeout=120
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -42,61 +42,61 @@ def assert_told(code: int, out: str, path: str) -> None:
     assert "nowhere/base.gguf" not in out and "model  " not in out
 
 
-def test_the_same_words_reach_the_model_where_there_is_a_place(door):
-    assert "nowhere/base.gguf" in door(*WORDS, "hydra.run.dir=place/run", expect=2)
+def test_the_same_words_reach_the_model_where_there_is_a_place(cli):
+    assert "nowhere/base.gguf" in cli(*WORDS, "hydra.run.dir=place/run", expect=2)
 
 
-def test_a_read_only_file_system_is_told_for_a_new_run(door, read_only):
+def test_a_read_only_file_system_is_told_for_a_new_run(cli, read_only):
     code, out = read_only(*WORDS, "hydra.run.dir=place/run")
     assert_told(code, out, "place/run")
     assert "Read-only" in out
 
 
 @pytest.mark.slow
-def test_a_read_only_file_system_is_told_for_a_resume_and_the_run_is_as_it_was(door, read_only, stopped, contents):
-    (door.folder / "place").mkdir()
-    stopped.rename(door.folder / "place/run")
-    before = contents(door.folder / "place/run")
+def test_a_read_only_file_system_is_told_for_a_resume_and_the_run_is_as_it_was(cli, read_only, stopped, contents):
+    (cli.folder / "place").mkdir()
+    stopped.rename(cli.folder / "place/run")
+    before = contents(cli.folder / "place/run")
     code, out = read_only("resume=place/run", WORDS[0])
     assert_told(code, out, "place/run")
     assert "Read-only" in out
-    assert contents(door.folder / "place/run") == before
+    assert contents(cli.folder / "place/run") == before
 
 
-def test_a_read_only_file_system_is_told_for_a_sweep(door, read_only):
+def test_a_read_only_file_system_is_told_for_a_sweep(cli, read_only):
     code, out = read_only("-m", *WORDS, "seed=1,2", "hydra.sweep.dir=place/sweep")
     assert code in (2, 74) and "place/sweep" in out and "Traceback" not in out
     assert "nowhere/base.gguf" not in out
 
 
 @pytest.mark.parametrize("path", ["file", "file/run", "file/deep/run", "dangling"])
-def test_a_file_in_the_place_or_above_it_is_told(door, path):
-    (door.folder / "file").write_text("precious")
-    (door.folder / "dangling").symlink_to("nothing")
-    out = door(*WORDS, f"hydra.run.dir={path}", expect=74)
+def test_a_file_in_the_place_or_above_it_is_told(cli, path):
+    (cli.folder / "file").write_text("precious")
+    (cli.folder / "dangling").symlink_to("nothing")
+    out = cli(*WORDS, f"hydra.run.dir={path}", expect=74)
     assert_told(74, out, path)
-    assert (door.folder / "file").read_text() == "precious" and not (door.folder / "nothing").exists()
+    assert (cli.folder / "file").read_text() == "precious" and not (cli.folder / "nothing").exists()
 
 
-def test_a_file_where_the_checkpoints_go_is_told_for_a_new_run(door):
-    (door.folder / "run").mkdir()
-    (door.folder / "run/saved").write_text("precious")
-    out = door(*WORDS, "hydra.run.dir=run", "checkpoint.dir=saved", expect=74)
+def test_a_file_where_the_checkpoints_go_is_told_for_a_new_run(cli):
+    (cli.folder / "run").mkdir()
+    (cli.folder / "run/saved").write_text("precious")
+    out = cli(*WORDS, "hydra.run.dir=run", "checkpoint.dir=saved", expect=74)
     assert_told(74, out, "run/saved")
-    assert (door.folder / "run/saved").read_text() == "precious"
+    assert (cli.folder / "run/saved").read_text() == "precious"
 
 
 @pytest.mark.slow
-def test_a_file_where_the_checkpoints_were_is_told_for_a_resume(door, stopped, contents):
-    (stopped / "checkpoints").rename(door.folder / "moved")
+def test_a_file_where_the_checkpoints_were_is_told_for_a_resume(cli, stopped, contents):
+    (stopped / "checkpoints").rename(cli.folder / "moved")
     (stopped / "checkpoints").write_text("precious")
     before = contents(stopped, but=(".lock",))
-    out = door("resume=run", WORDS[0], expect=74)
+    out = cli("resume=run", WORDS[0], expect=74)
     assert_told(74, out, "run/checkpoints")
     assert contents(stopped, but=(".lock",)) == before
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl", "adapters", "Adapters", "run.log"])
-def test_checkpoints_cannot_take_the_name_of_something_else(door, name):
-    out = door(*WORDS, "hydra.run.dir=run", f"checkpoint.dir={name}", expect=2)
-    assert f"checkpoint.dir={name} cannot be" in out and not (door.folder / "run").exists()
+def test_checkpoints_cannot_take_the_name_of_something_else(cli, name):
+    out = cli(*WORDS, "hydra.run.dir=run", f"checkpoint.dir={name}", expect=2)
+    assert f"checkpoint.dir={name} cannot be" in out and not (cli.folder / "run").exists()

@@ -47,14 +47,14 @@ def assert_stopped(run, out, number):
 
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_signal_saves_within_one_update_and_the_resumed_run_ends_equal(
-    make_door, tmp_path, words, driven, undisturbed, ended_equal, cases, chunk
+    make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases, chunk
 ):
-    whole = undisturbed(*words, "checkpoint.keep_last=9")
+    whole = undisturbed(*overrides, "checkpoint.keep_last=9")
     faults = [(point, number) for number in CODES for point in POINTS]
     for (point, at), number in cases.some(faults, quick=2)[chunk::2]:
-        door = make_door(tmp_path / f"{point}-{number}")
-        run = door.folder / "run"
-        process = driven(door, point, at, *words, "checkpoint.keep_last=9", "hydra.run.dir=run", number=number)
+        cli = make_cli(tmp_path / f"{point}-{number}")
+        run = cli.folder / "run"
+        process = driven(cli, point, at, *overrides, "checkpoint.keep_last=9", "hydra.run.dir=run", number=number)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == CODES[number], out
         assert_stopped(run, out, number)
@@ -62,28 +62,28 @@ def test_a_signal_saves_within_one_update_and_the_resumed_run_ends_equal(
         saved = json.loads((run / f"checkpoints/step-{last_step(run):07d}/train_state.json").read_text())
         # Where the evaluation of update 5 was cut off, it is left to the resume.
         assert saved["progress"]["pending_evaluation"] == (POINTS[point, at] == 5)
-        door("resume=run")
+        cli("resume=run")
         ended_equal(whole, run)
-        shutil.rmtree(door.folder)
+        shutil.rmtree(cli.folder)
         cases.done()
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
 def test_a_signal_inside_a_save_lets_it_end_and_a_second_leaves_the_old_one_or_the_new_one(
-    make_door, tmp_path, words, logged, faulty, newest, assert_same_state, ended_equal, cases, again
+    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, again
 ):
-    words = (*words, "checkpoint.keep_last=9")
-    whole, calls = logged(*words)
+    overrides = (*overrides, "checkpoint.keep_last=9")
+    whole, calls = logged(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     saving = [i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path]
     faults = [(at, number) for at in saving for number in ("SIGTERM", "SIGINT")]
     faults = faults[::3]  # of each two calls and each signal some
     for at, number in cases.some(faults, quick=1):
-        door = make_door(tmp_path / f"{at}-{number}")
-        run = door.folder / "run"
+        cli = make_cli(tmp_path / f"{at}-{number}")
+        run = cli.folder / "run"
         # Where it comes again, it does at each later call of the same save, and of that of the stop.
         fault = faulty(run / "checkpoints", at=at, do=f"+{getattr(signal, number):d}", for_good=again)
-        out = door(*words, "hydra.run.dir=run", expect=CODES[number], env=fault)
+        out = cli(*overrides, "hydra.run.dir=run", expect=CODES[number], env=fault)
         if again:
             assert RunDirectory(run).read_status()["state"] == "interrupted"
             found = newest(run)
@@ -94,32 +94,32 @@ def test_a_signal_inside_a_save_lets_it_end_and_a_second_leaves_the_old_one_or_t
             assert_stopped(run, out, number)
             # While it was saved training went on, at most to the next save, which waits for this one; then one update.
             assert 4 <= last_step(run) <= 7
-        door("resume=run")
+        cli("resume=run")
         ended_equal(whole, run)
-        shutil.rmtree(door.folder)
+        shutil.rmtree(cli.folder)
         cases.done()
 
 
 def test_a_second_signal_ends_at_once_and_what_was_saved_before_goes_on(
-    make_door, tmp_path, words, driven, undisturbed, newest, assert_same_state, ended_equal, cases
+    make_cli, tmp_path, overrides, driven, undisturbed, newest, assert_same_state, ended_equal, cases
 ):
-    whole = undisturbed(*words, "checkpoint.keep_last=9")
+    whole = undisturbed(*overrides, "checkpoint.keep_last=9")
     # All while or after update 5: the save of step 2 has ended, which that of step 4 waited for; that may be under way.
     points = [("micro-batch", 9), ("update", 5), ("evaluation", 5), ("due", 5), ("save", 3)]
     faults = [(point, two) for two in ("SIGTERM,SIGTERM", "SIGTERM,SIGINT", "SIGINT,SIGHUP") for point in points]
     for (point, at), two in cases.some(faults, quick=1):
-        door = make_door(tmp_path / f"{point}-{two}")
-        run = door.folder / "run"
-        process = driven(door, point, at, *words, "checkpoint.keep_last=9", "hydra.run.dir=run", number=two)
+        cli = make_cli(tmp_path / f"{point}-{two}")
+        run = cli.folder / "run"
+        process = driven(cli, point, at, *overrides, "checkpoint.keep_last=9", "hydra.run.dir=run", number=two)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == CODES[two.split(",")[1]], out
         assert RunDirectory(run).read_status()["state"] == "interrupted"
         found = newest(run)
         assert found.checkpoint.step in (2, 4)
         assert_same_state(found, whole)
-        door("resume=run")
+        cli("resume=run")
         ended_equal(whole, run)
-        shutil.rmtree(door.folder)
+        shutil.rmtree(cli.folder)
         cases.done()
 
 
@@ -145,9 +145,9 @@ LONG = (
 )
 
 
-def test_a_second_signal_does_not_wait_for_a_long_update(door):
-    run = door.folder / "run"
-    process = door.start(*LONG, "train.grad_accumulation=2000", "hydra.run.dir=run")
+def test_a_second_signal_does_not_wait_for_a_long_update(cli):
+    run = cli.folder / "run"
+    process = cli.start(*LONG, "train.grad_accumulation=2000", "hydra.run.dir=run")
     wait_for_step(run, 0, process)
     rows = run / "metrics.jsonl"
     while process.poll() is None and not (rows.exists() and rows.stat().st_size):
@@ -164,22 +164,20 @@ def test_a_second_signal_does_not_wait_for_a_long_update(door):
 
 
 @pytest.mark.long
-def test_without_a_terminal_and_under_make_a_signal_saves_and_the_resumed_run_ends_equal(
-    door, undisturbed, ended_equal
-):
-    run = door.folder / "run"
-    process = door.start(*LONG, "hydra.run.dir=run", start_new_session=True, stdin=subprocess.DEVNULL)
+def test_without_a_terminal_and_under_make_a_signal_saves_and_the_resumed_run_ends_equal(cli, undisturbed, ended_equal):
+    run = cli.folder / "run"
+    process = cli.start(*LONG, "hydra.run.dir=run", start_new_session=True, stdin=subprocess.DEVNULL)
     wait_for_step(run, 5, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
     assert_stopped(run, out, "SIGTERM")
     stopped_at = last_step(run)
-    (door.folder / "Makefile").write_text("train:\n\t@python -m runner resume=run\n")
+    (cli.folder / "Makefile").write_text("train:\n\t@python -m runner resume=run\n")
     process = subprocess.Popen(
         ["make", "train"],
-        cwd=door.folder,
-        env={**door.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        cwd=cli.folder,
+        env={**cli.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -191,24 +189,24 @@ def test_without_a_terminal_and_under_make_a_signal_saves_and_the_resumed_run_en
     out, _ = process.communicate(timeout=60)  # to the end of the run, which holds the pipe: make may leave before it
     assert_stopped(run, out, "SIGINT")
     assert last_step(run) > stopped_at
-    door("resume=run")
+    cli("resume=run")
     ended_equal(undisturbed(*LONG), run)
 
 
 def test_a_sweep_that_is_asked_to_stop_saves_its_job_and_resumed_every_job_ends_equal(
-    make_door, tmp_path, words, driven, undisturbed, ended_equal, cases
+    make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases
 ):
-    sweep = [*words, "checkpoint.keep_last=9", "-m", "seed=0,1", "hydra.sweep.dir=sweep"]
+    sweep = [*overrides, "checkpoint.keep_last=9", "-m", "seed=0,1", "hydra.sweep.dir=sweep"]
     for number, update in cases.some([("SIGTERM", 3), ("SIGINT", 8 + 3)], quick=1):  # in the first job, in the second
-        door = make_door(tmp_path / number)
-        process = driven(door, "update", update, *sweep, number=number)
+        cli = make_cli(tmp_path / number)
+        process = driven(cli, "update", update, *sweep, number=number)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == CODES[number], out
-        stopped = door.folder / "sweep" / str((update - 1) // 8)
+        stopped = cli.folder / "sweep" / str((update - 1) // 8)
         assert status_of(stopped)["state"] == "stopped"
         assert status_of(stopped)["step"] == last_step(stopped) == 3
-        door("resume=sweep")
+        cli("resume=sweep")
         for seed in (0, 1):
-            whole = undisturbed(*words, "checkpoint.keep_last=9", *([f"seed={seed}"] if seed else []))
-            ended_equal(whole, door.folder / "sweep" / str(seed))
+            whole = undisturbed(*overrides, "checkpoint.keep_last=9", *([f"seed={seed}"] if seed else []))
+            ended_equal(whole, cli.folder / "sweep" / str(seed))
         cases.done()

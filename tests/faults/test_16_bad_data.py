@@ -39,64 +39,64 @@ FILES = {
 
 
 @pytest.fixture
-def rows(door):
+def rows(cli):
     """`rows(train=…, valid=…)`: the files of a data folder, as bytes."""
 
     def write(**splits: bytes) -> None:
-        (door.folder / "rows").mkdir(exist_ok=True)
+        (cli.folder / "rows").mkdir(exist_ok=True)
         for split, data in splits.items():
-            (door.folder / f"rows/{split}.jsonl").write_bytes(data)
+            (cli.folder / f"rows/{split}.jsonl").write_bytes(data)
 
     return write
 
 
-def assert_refused(door, *words: str) -> str:
-    out = door(*WORDS, *words, expect=2)
+def assert_refused(cli, *overrides: str) -> str:
+    out = cli(*WORDS, *overrides, expect=2)
     assert "Traceback" not in out and "valid loss" not in out and "train loss" not in out
-    assert json.loads((door.folder / "run/status.json").read_text())["state"] == "failed"
-    assert (door.folder / "run/metrics.jsonl").read_bytes() == b""
-    assert not list((door.folder / "run/checkpoints").iterdir())
+    assert json.loads((cli.folder / "run/status.json").read_text())["state"] == "failed"
+    assert (cli.folder / "run/metrics.jsonl").read_bytes() == b""
+    assert not list((cli.folder / "run/checkpoints").iterdir())
     return out
 
 
-def test_every_bad_line_of_every_split_is_named_at_once_with_its_reason(door, rows):
+def test_every_bad_line_of_every_split_is_named_at_once_with_its_reason(cli, rows):
     # From the third line on, every other one; blank lines count.
     for split, half in (("train", list(LINES)[::2]), ("valid", list(LINES)[1::2])):
         rows(**{split: GOOD + b"\n" + b"".join(bad + GOOD for bad in half)})
-    out = assert_refused(door)
+    out = assert_refused(cli)
     for split, half in (("train", list(LINES)[::2]), ("valid", list(LINES)[1::2])):
         for number, bad in enumerate(half):
             named = [line for line in out.splitlines() if f"rows/{split}.jsonl:{3 + 2 * number}:" in line]
             assert len(named) == 1 and LINES[bad] in named[0], out
 
 
-def test_each_bad_line_by_itself_is_named(door, rows, cases):
+def test_each_bad_line_by_itself_is_named(cli, rows, cases):
     for number, bad in enumerate(cases.some(list(LINES), quick=1)):
         rows(train=GOOD * 5 + bad + GOOD, valid=GOOD * 2)
-        out = assert_refused(door)
+        out = assert_refused(cli)
         assert "rows/train.jsonl:6: " in out and LINES[bad] in out
-        (door.folder / "run").rename(door.folder / f"told{number}")
+        (cli.folder / "run").rename(cli.folder / f"told{number}")
         cases.done()
 
 
-def test_a_file_that_holds_no_rows_is_named(door, rows, cases):
+def test_a_file_that_holds_no_rows_is_named(cli, rows, cases):
     for number, data in enumerate(cases.some(list(FILES), quick=2)):
         rows(train=data, valid=GOOD)
-        out = assert_refused(door)
+        out = assert_refused(cli)
         assert "rows/train.jsonl" in out and FILES[data] in out
-        (door.folder / "run").rename(door.folder / f"told{number}")
+        (cli.folder / "run").rename(cli.folder / f"told{number}")
         cases.done()
 
 
-def test_a_row_over_the_length_is_an_error_with_file_and_line_where_that_is_wanted(door, rows):
+def test_a_row_over_the_length_is_an_error_with_file_and_line_where_that_is_wanted(cli, rows):
     rows(train=GOOD * 3 + LONG + GOOD, valid=GOOD)
-    out = assert_refused(door, "data.max_length=64", "data.on_too_long=error")
+    out = assert_refused(cli, "data.max_length=64", "data.on_too_long=error")
     assert "rows/train.jsonl:4: " in out and "over max_length 64" in out
 
 
-def test_where_every_row_is_left_out_that_is_an_error_with_the_counts(door, rows):
+def test_where_every_row_is_left_out_that_is_an_error_with_the_counts(cli, rows):
     rows(train=LONG * 3, valid=GOOD)
-    out = assert_refused(door, "data.max_length=64", "data.on_too_long=drop")
+    out = assert_refused(cli, "data.max_length=64", "data.on_too_long=drop")
     assert "rows/train.jsonl has no row to learn from: 3 longer than max_length 64" in out
 
 
@@ -111,14 +111,14 @@ COUNTED = {
 }
 
 
-def test_what_can_be_left_out_is_counted_and_reported_and_the_run_trains(door, rows, cases):
+def test_what_can_be_left_out_is_counted_and_reported_and_the_run_trains(cli, rows, cases):
     for case in cases.some(list(COUNTED), quick=2):
         train, rule, counted = COUNTED[case]
         rows(train=train, valid=CHAT.encode() if case == "all prompt" else GOOD)
-        out = door(*WORDS, "data.max_length=64", f"data.on_too_long={rule}")
+        out = cli(*WORDS, "data.max_length=64", f"data.on_too_long={rule}")
         line = next(line for line in out.splitlines() if line.startswith("data   train: "))
         assert re.fullmatch(f"data   train: {counted}", line), line
-        run = (door.folder / "run").rename(door.folder / case)
+        run = (cli.folder / "run").rename(cli.folder / case)
         assert json.loads((run / "status.json").read_text())["state"] == "finished"
         assert line in (run / "run.log").read_text()
         cases.done()

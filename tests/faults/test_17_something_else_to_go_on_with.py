@@ -13,12 +13,12 @@ pytestmark = [pytest.mark.fault(17), pytest.mark.slow]
 
 
 @pytest.fixture
-def assert_refused(door, stopped, contents):
+def assert_refused(cli, stopped, contents):
     """`assert_refused("data.path=other")`: exit code 2, and the run is as it was (its log says what was tried)."""
 
-    def check(*words: str) -> str:
+    def check(*overrides: str) -> str:
         before = contents(stopped, but=(".lock", "run.log"))
-        out = door("resume=run", *words, expect=2)
+        out = cli("resume=run", *overrides, expect=2)
         assert "Traceback" not in out and "valid loss" not in out and "train loss" not in out
         after = contents(stopped, but=(".lock", "run.log"))
         assert {name for name in before | after if before.get(name) != after.get(name)} == set()
@@ -28,9 +28,9 @@ def assert_refused(door, stopped, contents):
 
 
 @pytest.fixture
-def data(door):
+def data(cli):
     """A copy of the data that the run was trained on."""
-    return shutil.copytree(resolve("builtin:tiny"), door.folder / "data")
+    return shutil.copytree(resolve("builtin:tiny"), cli.folder / "data")
 
 
 CHANGES = {
@@ -43,7 +43,7 @@ CHANGES = {
 
 
 def test_other_rows_are_refused_with_their_fingerprints_and_the_right_ones_go_on(
-    data, assert_refused, door, stopped, words, undisturbed, ended_equal, cases
+    data, assert_refused, cli, stopped, overrides, undisturbed, ended_equal, cases
 ):
     state = json.loads((stopped / "checkpoints/step-0000006/train_state.json").read_text())
     for case in cases.some(list(CHANGES), quick=2):
@@ -56,8 +56,8 @@ def test_other_rows_are_refused_with_their_fingerprints_and_the_right_ones_go_on
         assert f"fingerprint {state['fingerprints'][f'data_{split}'][:16]} then, " in out
         file.write_text(own)
         cases.done()
-    door("resume=run")  # with the data that the first start named: a refusal leaves nothing behind
-    ended_equal(undisturbed(*words), stopped)
+    cli("resume=run")  # with the data that the first start named: a refusal leaves nothing behind
+    ended_equal(undisturbed(*overrides), stopped)
 
 
 def test_another_adapter_shape_is_refused_on_the_line(assert_refused):

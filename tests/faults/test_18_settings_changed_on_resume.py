@@ -182,13 +182,13 @@ def test_each_free_setting_is_applied_logged_and_stored(tiny, train, run, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on", ["the line", "the stored config"])
-def test_through_the_door_a_frozen_one_is_refused_on_the_line_and_in_the_stored_config(door, stopped, contents, on):
+def test_through_the_door_a_frozen_one_is_refused_on_the_line_and_in_the_stored_config(cli, stopped, contents, on):
     text = (stopped / "config.yaml").read_text()
     if on == "the stored config":
         assert "learning_rate: 0.001\n" in text
         (stopped / "config.yaml").write_text(text.replace("learning_rate: 0.001\n", "learning_rate: 0.01\n"))
     before = contents(stopped, but=(".lock",))
-    out = door("resume=run", *(["optimizer.learning_rate=0.01"] if on == "the line" else []), expect=2)
+    out = cli("resume=run", *(["optimizer.learning_rate=0.01"] if on == "the line" else []), expect=2)
     assert "optimizer.learning_rate was 0.001 and cannot become 0.01" in out and "Traceback" not in out
     assert contents(stopped, but=(".lock",)) == before
 
@@ -196,15 +196,15 @@ def test_through_the_door_a_frozen_one_is_refused_on_the_line_and_in_the_stored_
 @pytest.mark.long
 @pytest.mark.slow
 def test_what_comes_from_the_environment_is_no_change_unless_the_environment_changed(
-    door, words, undisturbed, ended_equal, contents
+    cli, overrides, undisturbed, ended_equal, contents
 ):
-    run, environment = door.folder / "run", {"RATE": "1e-3", "RANK": "8", "FORMAT": "auto"}
+    run, environment = cli.folder / "run", {"RATE": "1e-3", "RANK": "8", "FORMAT": "auto"}
     given = ("optimizer.learning_rate=${oc.env:RATE}", "lora.rank=${oc.env:RANK}", "data.format=${oc.env:FORMAT}")
-    door(*words, *given, "train.stop_at=4", "hydra.run.dir=run", env=environment)
+    cli(*overrides, *given, "train.stop_at=4", "hydra.run.dir=run", env=environment)
     before = contents(run, but=(".lock",))
-    out = door("resume=run", expect=2, env={**environment, "RATE": "2e-3"})
+    out = cli("resume=run", expect=2, env={**environment, "RATE": "2e-3"})
     assert "optimizer.learning_rate" in out and "${oc.env:RATE}" in out
     assert contents(run, but=(".lock",)) == before
-    out = door("resume=run", env=environment)
+    out = cli("resume=run", env=environment)
     assert "changed on resume" not in out
-    ended_equal(undisturbed(*words), run)
+    ended_equal(undisturbed(*overrides), run)

@@ -20,11 +20,11 @@ def base():
 
 
 def test_it_is_refused_by_its_fingerprint_and_the_right_one_goes_on(
-    door, base, words, undisturbed, ended_equal, contents
+    cli, base, overrides, undisturbed, ended_equal, contents
 ):
-    model, run = door.folder / "model", door.folder / "run"
+    model, run = cli.folder / "model", cli.folder / "run"
     write_model_folder(base, model)
-    door(*words, "model.path=model", "train.stop_at=6", "hydra.run.dir=run")
+    cli(*overrides, "model.path=model", "train.stop_at=6", "hydra.run.dir=run")
     file = model / "model.safetensors"
     own = file.read_bytes()
     weights, metadata = mx.load(str(file), return_metadata=True)
@@ -32,17 +32,17 @@ def test_it_is_refused_by_its_fingerprint_and_the_right_one_goes_on(
     weights["model.layers.2.self_attn.q_proj.weight"] = one * 1.001
     mx.eval(weights)
     mx.save_safetensors(str(file), weights, metadata)
-    (door.folder / "elsewhere").mkdir()
-    (door.folder / "elsewhere/model").symlink_to("../model")
+    (cli.folder / "elsewhere").mkdir()
+    (cli.folder / "elsewhere/model").symlink_to("../model")
     state = json.loads((run / "checkpoints/step-0000006/train_state.json").read_text())
     for tried in ((), ("model.path=elsewhere/model",)):
         before = contents(run, but=(".lock", "run.log"))
-        out = door("resume=run", *tried, expect=2)
+        out = cli("resume=run", *tried, expect=2)
         assert "the base model has other weights" in out and "Traceback" not in out
         assert f"fingerprint {state['fingerprints']['model'][:16]} then, " in out
         assert "valid loss" not in out and "train loss" not in out
         after = contents(run, but=(".lock", "run.log"))
         assert {name for name in before | after if before.get(name) != after.get(name)} == set()
     file.write_bytes(own)
-    door("resume=run")
-    ended_equal(undisturbed(*words), run)  # the same weights from elsewhere are the same base
+    cli("resume=run")
+    ended_equal(undisturbed(*overrides), run)  # the same weights from elsewhere are the same base

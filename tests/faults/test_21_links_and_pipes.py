@@ -15,9 +15,9 @@ pytestmark = [pytest.mark.fault(21), pytest.mark.slow]
 
 
 @pytest.fixture
-def outside(door, contents):
+def outside(cli, contents):
     """A folder that nobody named, with a file, an empty folder and a checkpoint; at the end it has to be as it was."""
-    folder = door.folder / "outside"
+    folder = cli.folder / "outside"
     (folder / "empty").mkdir(parents=True)
     (folder / "file").write_text("precious\n")
     before = contents(folder)
@@ -27,11 +27,11 @@ def outside(door, contents):
 
 
 @pytest.fixture
-def at_once(door):
+def at_once(cli):
     """`at_once("ls", "run")`: exit code and output of the program, which has to end within a minute."""
 
-    def run(*words: str) -> tuple[int, str]:
-        process = door.start(*words)
+    def run(*overrides: str) -> tuple[int, str]:
+        process = cli.start(*overrides)
         try:
             out, _ = process.communicate(timeout=60)
         except BaseException:
@@ -76,12 +76,12 @@ LINKS = {
 
 @pytest.mark.long
 def test_what_a_link_in_a_run_leads_to_is_not_touched_when_the_run_goes_on(
-    door, stopped, outside, at_once, contents, cases
+    cli, stopped, outside, at_once, contents, cases
 ):
     before = contents(outside)
     for name in cases.some(list(LINKS), quick=4):
         to, goes_on = LINKS[name]
-        run = shutil.copytree(stopped, door.folder / "copy")
+        run = shutil.copytree(stopped, cli.folder / "copy")
         link(run / name, outside / to)
         code, out = at_once("resume=copy", "loggers=csv")
         assert contents(outside) == before, name
@@ -93,32 +93,32 @@ def test_what_a_link_in_a_run_leads_to_is_not_touched_when_the_run_goes_on(
 
 
 @pytest.mark.parametrize("name", [".hydra", "run.log", "checkpoints"])
-def test_a_new_run_is_not_begun_where_a_link_leads_out_of_its_directory(door, outside, name):
-    (door.folder / "run").mkdir()
-    link(door.folder / "run" / name, outside / ("file" if name == "run.log" else "empty"))
-    out = door("model=tiny", "data=tiny", "hydra.run.dir=run", expect=2)
+def test_a_new_run_is_not_begun_where_a_link_leads_out_of_its_directory(cli, outside, name):
+    (cli.folder / "run").mkdir()
+    link(cli.folder / "run" / name, outside / ("file" if name == "run.log" else "empty"))
+    out = cli("model=tiny", "data=tiny", "hydra.run.dir=run", expect=2)
     assert f"run/{name}" in out and "symbolic link" in out and "Traceback" not in out
 
 
-def test_a_run_that_is_reached_through_a_link_is_the_run(door, stopped, outside, words, undisturbed, ended_equal):
-    (door.folder / "far").mkdir()
-    stopped.rename(door.folder / "far/run")
-    (door.folder / "near").symlink_to("far")
-    (door.folder / "it").symlink_to("near/run")
-    door("resume=it")
-    assert (door.folder / "it").is_symlink()
-    ended_equal(undisturbed(*words), door.folder / "far/run")
+def test_a_run_that_is_reached_through_a_link_is_the_run(cli, stopped, outside, overrides, undisturbed, ended_equal):
+    (cli.folder / "far").mkdir()
+    stopped.rename(cli.folder / "far/run")
+    (cli.folder / "near").symlink_to("far")
+    (cli.folder / "it").symlink_to("near/run")
+    cli("resume=it")
+    assert (cli.folder / "it").is_symlink()
+    ended_equal(undisturbed(*overrides), cli.folder / "far/run")
 
 
-def test_checkpoints_cannot_be_kept_elsewhere(door, stopped, outside, contents, cases):
+def test_checkpoints_cannot_be_kept_elsewhere(cli, stopped, outside, contents, cases):
     """Neither of a new run nor of one whose stored config says so."""
     text = (stopped / "config.yaml").read_text()
     for name in cases.some(["../outside", "/tmp", "a/b", ".", "..", ".hidden"], quick=2):
-        out = door("model=tiny", "data=tiny", f"checkpoint.dir={name}", "hydra.run.dir=new", expect=2)
-        assert "checkpoint.dir=" in out and "plain folder name" in out and not (door.folder / "new").exists()
+        out = cli("model=tiny", "data=tiny", f"checkpoint.dir={name}", "hydra.run.dir=new", expect=2)
+        assert "checkpoint.dir=" in out and "plain folder name" in out and not (cli.folder / "new").exists()
         (stopped / "config.yaml").write_text(text.replace("  dir: checkpoints\n", f"  dir: {name}\n"))
         before = contents(stopped)
-        out = door("resume=run", expect=2)
+        out = cli("resume=run", expect=2)
         assert "plain folder name" in out and "Traceback" not in out
         assert contents(stopped) == before
         cases.done()
@@ -154,9 +154,9 @@ PIPES = {
 }
 
 
-def test_a_pipe_in_the_place_of_a_file_hangs_nothing(door, stopped, at_once, cases):
+def test_a_pipe_in_the_place_of_a_file_hangs_nothing(cli, stopped, at_once, cases):
     for name in cases.some(list(PIPES), quick=2):
-        run = shutil.copytree(stopped, door.folder / "copy")
+        run = shutil.copytree(stopped, cli.folder / "copy")
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
         for verb in ("ls", "show"):
@@ -168,12 +168,12 @@ def test_a_pipe_in_the_place_of_a_file_hangs_nothing(door, stopped, at_once, cas
         code, out = at_once("resume=copy", "loggers=csv")
         assert (code == 0) == PIPES[name], f"{name}: {out}"
         assert code in (0, 2, 5, 74)
-        shutil.rmtree(door.folder / "branch", ignore_errors=True)
+        shutil.rmtree(cli.folder / "branch", ignore_errors=True)
         shutil.rmtree(run)
         cases.done()
 
 
-def test_a_pipe_that_another_process_holds_open_is_no_status(door, stopped, at_once):
+def test_a_pipe_that_another_process_holds_open_is_no_status(cli, stopped, at_once):
     """Then a read neither waits nor ends: there is nothing to read yet."""
     (stopped / "status.json").unlink()
     os.mkfifo(stopped / "status.json")

@@ -1,4 +1,4 @@
-"""Hostile safetensors through every door that reads one: refused within a second and 200 MB, with a sentence."""
+"""Hostile safetensors files through every command that reads one: each is refused within a second and 200 MB."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def made(tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, make_door) -> Path:
+def run(tmp_path_factory, make_cli) -> Path:
     """A finished run of the tiny model."""
-    door = make_door(tmp_path_factory.mktemp("run"))
-    door("model=tiny", "data=tiny", "train.iters=4", "checkpoint.every=2", "hydra.run.dir=run")
-    return door.folder / "run"
+    cli = make_cli(tmp_path_factory.mktemp("run"))
+    cli("model=tiny", "data=tiny", "train.iters=4", "checkpoint.every=2", "hydra.run.dir=run")
+    return cli.folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def resealed(folder: Path, name: str, source: Path) -> None:
 
 
 def of_run(at: str, name: str) -> Callable[[Path, Path, Path, Path], Path]:
-    """A door that is given a run with the hostile file in it."""
+    """A command that is given a run with the hostile file in it."""
 
     def prepare(place: Path, source: Path, run: Path, folder: Path) -> Path:
         shutil.copytree(run, place / "run")
@@ -163,7 +163,7 @@ def _model_folder(place: Path, source: Path, run: Path, folder: Path) -> Path:
 
 STEP = "checkpoints/step-0000004"
 TINY = ("model=tiny", "data=tiny", "train.iters=1", "hydra.run.dir=new")
-DOORS: dict[str, tuple[str, Callable[..., Path], Callable[[str], tuple[str, ...]]]] = {
+ENTRY_POINTS: dict[str, tuple[str, Callable[..., Path], Callable[[str], tuple[str, ...]]]] = {
     "adapter=FILE": ("adapter", _file, lambda path: (f"adapter={path}", *TINY)),
     "adapter=FOLDER": ("adapter", _adapter_folder, lambda path: (f"adapter={path}", *TINY)),
     "resume= its adapter": ("resume", of_run(STEP, "adapters.safetensors"), lambda path: (f"resume={path}",)),
@@ -177,21 +177,21 @@ DOORS: dict[str, tuple[str, Callable[..., Path], Callable[[str], tuple[str, ...]
         lambda path: (f"model.path={path}", "data=tiny", "train.iters=1", "hydra.run.dir=new"),
     ),
 }
-"""Of each door: the reader of measure.py behind it, how the file gets there, and what is typed."""
+"""For each command: the reader of measure.py behind it, how the file gets there, and what is typed."""
 
 
-@pytest.mark.parametrize("door_name", DOORS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_every_hostile_file_is_refused_within_a_second_and_200_mb(
-    cases, door, tmp_path_factory, made, run, folder, hostile, door_name
+    cases, cli, tmp_path_factory, made, run, folder, hostile, entry_point
 ):
-    reader, prepare, _ = DOORS[door_name]
+    reader, prepare, _ = ENTRY_POINTS[entry_point]
     places = tmp_path_factory.mktemp("places")
     paths = {}
     for name in cases.some([name for name in HOSTILE if not (name == SOUND and reader in ("export", "audit"))], 6):
         place = places / made(name).stem
         place.mkdir()
         paths[name] = prepare(place, made(name), run, folder)
-    for name, found in zip(paths, hostile.measure(reader, list(paths.values()), door.environment), strict=True):
+    for name, found in zip(paths, hostile.measure(reader, list(paths.values()), cli.environment), strict=True):
         assert found["error"] in ("CheckpointError", "ModelError"), (name, found)
         assert found["told"].isprintable() or "\n" in found["told"], (name, found)
         assert len(found["told"]) < 1000, (name, found)
@@ -201,20 +201,20 @@ def test_every_hostile_file_is_refused_within_a_second_and_200_mb(
     assert not [mark for place in {places, *(made(name).parent for name in paths)} for mark in place.rglob("ran")]
 
 
-@pytest.mark.parametrize("door_name", DOORS)
-def test_the_door_says_so_and_ends_with_2_or_5(cases, door, made, run, folder, door_name):
-    _, prepare, words = DOORS[door_name]
-    mine = list(DOORS).index(door_name)
-    names = [name for name in HOSTILE if not (name == SOUND and door_name in ("export", "verify"))]
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_the_command_says_so_and_ends_with_2_or_5(cases, cli, made, run, folder, entry_point):
+    _, prepare, arguments = ENTRY_POINTS[entry_point]
+    mine = list(ENTRY_POINTS).index(entry_point)
+    names = [name for name in HOSTILE if not (name == SOUND and entry_point in ("export", "verify"))]
     for name in cases.some(names[mine:] + names[:mine], 1):
-        place = door.folder / made(name).stem
+        place = cli.folder / made(name).stem
         place.mkdir()
         path = prepare(place, made(name), run, folder)
-        process = door.start(*words(str(path)))
+        process = cli.start(*arguments(str(path)))
         out, _ = process.communicate(timeout=120)
         assert process.returncode in (2, 5), (name, out)
         assert "Traceback" not in out and path.name in out, (name, out)
-        shutil.rmtree(door.folder / "new", ignore_errors=True)
+        shutil.rmtree(cli.folder / "new", ignore_errors=True)
         cases.done()
 
 
@@ -268,16 +268,16 @@ ARCHIVES = {
 }
 
 
-def test_an_npz_to_start_from_runs_nothing_unpacks_nothing_and_is_refused_at_once(cases, door, run, tmp_path, hostile):
+def test_an_npz_to_start_from_runs_nothing_unpacks_nothing_and_is_refused_at_once(cases, cli, run, tmp_path, hostile):
     names = list(unpack((run / "adapters/adapters.safetensors").read_bytes(), where="here")[0])
     paths = []
     for number, make in enumerate(ARCHIVES.values()):
         paths.append(tmp_path / f"{number}.npz")
         make(paths[-1], names)
-    for name, found in zip(ARCHIVES, hostile.measure("adapter", paths, door.environment), strict=True):
+    for name, found in zip(ARCHIVES, hostile.measure("adapter", paths, cli.environment), strict=True):
         assert found["error"] == "ModelError", (name, found)
         assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
         cases.done()
-    out = door(f"adapter={paths[1]}", *TINY, expect=2)
+    out = cli(f"adapter={paths[1]}", *TINY, expect=2)
     assert "has shape (2097152,)" in out and "Traceback" not in out
     assert not list(tmp_path.rglob("ran*"))

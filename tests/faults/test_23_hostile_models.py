@@ -107,44 +107,44 @@ TEMPLATES = {
 }
 
 
-def test_a_model_folder_of_a_stranger_is_refused(cases, rooms, folder, hostile):
+def test_a_model_folder_of_a_stranger_is_refused(cases, fresh_cli, folder, hostile):
     for name in cases.some(list(MODELS), 4):
-        door = rooms()
-        shutil.copytree(folder, door.folder / "theirs")
-        MODELS[name](door.folder / "theirs")
-        out = hostile.knock(door, "model.path=theirs", *TINY)
+        cli = fresh_cli()
+        shutil.copytree(folder, cli.folder / "theirs")
+        MODELS[name](cli.folder / "theirs")
+        out = hostile.invoke(cli, "model.path=theirs", *TINY)
         assert "theirs" in out, name
         cases.done()
 
 
-def test_model_folders_are_refused_within_a_second_and_200_mb(cases, door, folder, tmp_path, hostile):
+def test_model_folders_are_refused_within_a_second_and_200_mb(cases, cli, folder, tmp_path, hostile):
     paths = []
     for number, change in enumerate(MODELS.values()):
         paths.append(shutil.copytree(folder, tmp_path / str(number)))
         change(paths[-1])
-    for name, found in zip(MODELS, hostile.measure("model", paths, door.environment), strict=True):
+    for name, found in zip(MODELS, hostile.measure("model", paths, cli.environment), strict=True):
         assert found["error"] == "ModelError", (name, found)
         assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
         cases.done()
     assert not list(tmp_path.rglob("ran"))
 
 
-def test_a_chat_template_of_a_stranger_is_stopped(cases, rooms, folder, hostile):
+def test_a_chat_template_of_a_stranger_is_stopped(cases, fresh_cli, folder, hostile):
     for name in cases.some(list(TEMPLATES), 3):
-        door = rooms()
-        shutil.copytree(folder, door.folder / "theirs")
-        replaced("chat_template.jinja", TEMPLATES[name])(door.folder / "theirs")
-        assert "chat template" in hostile.knock(door, "model.path=theirs", *TINY), name
+        cli = fresh_cli()
+        shutil.copytree(folder, cli.folder / "theirs")
+        replaced("chat_template.jinja", TEMPLATES[name])(cli.folder / "theirs")
+        assert "chat template" in hostile.invoke(cli, "model.path=theirs", *TINY), name
         cases.done()
 
 
-def test_code_that_is_trusted_runs_and_every_run_says_so(door, folder):
-    shutil.copytree(folder, door.folder / "theirs")
-    own_code(door.folder / "theirs")
+def test_code_that_is_trusted_runs_and_every_run_says_so(cli, folder):
+    shutil.copytree(folder, cli.folder / "theirs")
+    own_code(cli.folder / "theirs")
     for number in range(2):
-        out = door("model.path=theirs", "model.trust_remote_code=true", *TINY[:-1], f"hydra.run.dir={number}")
-        assert "code that came with" in out and (door.folder / "ran").exists()
-        (door.folder / "ran").unlink()
+        out = cli("model.path=theirs", "model.trust_remote_code=true", *TINY[:-1], f"hydra.run.dir={number}")
+        assert "code that came with" in out and (cli.folder / "ran").exists()
+        (cli.folder / "ran").unlink()
 
 
 def head(tensors: int = 0, keys: int = 1) -> bytes:
@@ -175,18 +175,18 @@ GGUF = {
 }
 
 
-def test_a_gguf_file_of_a_stranger_is_refused_within_a_second_and_200_mb(cases, rooms, tmp_path, hostile):
+def test_a_gguf_file_of_a_stranger_is_refused_within_a_second_and_200_mb(cases, fresh_cli, tmp_path, hostile):
     paths = []
     for number, data in enumerate(GGUF.values()):
         paths.append(tmp_path / f"{number}.gguf")
         paths[-1].write_bytes(data)
-    door = rooms()
-    for name, found in zip(GGUF, hostile.measure("model", paths, door.environment), strict=True):
+    cli = fresh_cli()
+    for name, found in zip(GGUF, hostile.measure("model", paths, cli.environment), strict=True):
         assert found["error"] == "ModelError" and len(found["told"]) < 1000, (name, found)
         assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
         cases.done()
     for path in cases.some(paths, 1):  # a room each: a run that failed keeps its directory
-        assert path.name in hostile.knock(rooms(), f"model.path={path}", *TINY)
+        assert path.name in hostile.invoke(fresh_cli(), f"model.path={path}", *TINY)
         cases.done()
 
 
@@ -205,14 +205,14 @@ ABOUT = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, make_door) -> Path:
+def run(tmp_path_factory, make_cli) -> Path:
     """A finished run of the tiny model."""
-    door = make_door(tmp_path_factory.mktemp("run"))
-    door("model=tiny", "data=tiny", "train.iters=2", "hydra.run.dir=run")
-    return door.folder / "run"
+    cli = make_cli(tmp_path_factory.mktemp("run"))
+    cli("model=tiny", "data=tiny", "train.iters=2", "hydra.run.dir=run")
+    return cli.folder / "run"
 
 
-def test_an_adapter_config_of_a_stranger_is_passed_over_or_refused(cases, rooms, run, tmp_path, hostile):
+def test_an_adapter_config_of_a_stranger_is_passed_over_or_refused(cases, fresh_cli, run, tmp_path, hostile):
     paths = []
     for number, data in enumerate(ABOUT.values()):
         paths.append(shutil.copytree(run, tmp_path / f"r{number}"))
@@ -223,15 +223,15 @@ def test_an_adapter_config_of_a_stranger_is_passed_over_or_refused(cases, rooms,
         if not data:
             fifo(about.name)(about.parent)
     for reader in ("generate", "export"):
-        for name, found in zip(ABOUT, hostile.measure(reader, paths, rooms().environment), strict=True):
+        for name, found in zip(ABOUT, hostile.measure(reader, paths, fresh_cli().environment), strict=True):
             assert found["error"] in ("CheckpointError", "ModelError", None), (name, found)
             assert found["error"] or reader == "generate", name
             assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
             cases.done()
     # Where the adapter does not fit, its config is quoted: for what could be read of it.
     for path in cases.some(paths, 2):
-        words = ("model=tiny", "lora.rank=3", *TINY)
-        assert "does not fit" in hostile.knock(rooms(), f"adapter={path / 'adapters'}", *words)
+        overrides = ("model=tiny", "lora.rank=3", *TINY)
+        assert "does not fit" in hostile.invoke(fresh_cli(), f"adapter={path / 'adapters'}", *overrides)
         cases.done()
 
 
@@ -271,17 +271,17 @@ DATA: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.fault(16)
-def test_data_of_a_stranger_are_refused_within_a_second_and_200_mb(cases, rooms, tmp_path, hostile):
+def test_data_of_a_stranger_are_refused_within_a_second_and_200_mb(cases, fresh_cli, tmp_path, hostile):
     paths = []
     for number, make in enumerate(DATA.values()):
         paths.append(tmp_path / f"d{number}")
         make(paths[-1])
-    for name, found in zip(DATA, hostile.measure("data", paths, rooms().environment), strict=True):
+    for name, found in zip(DATA, hostile.measure("data", paths, fresh_cli().environment), strict=True):
         assert found["error"] == "DataError" and len(found["told"]) < 5000, (name, found)
         assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
         cases.done()
     for path in cases.some(paths, 2):
-        out = hostile.knock(rooms(), f"data.path={path}", "model=tiny", "train.iters=1", "hydra.run.dir=new")
+        out = hostile.invoke(fresh_cli(), f"data.path={path}", "model=tiny", "train.iters=1", "hydra.run.dir=new")
         assert path.name in out and out.replace("\n", "").isprintable()
         cases.done()
 

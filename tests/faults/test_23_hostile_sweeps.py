@@ -1,4 +1,4 @@
-"""Sweeps from strangers: the words that resume= takes from their manifests run nothing and write nowhere else."""
+"""Sweeps from strangers: the overrides that resume= reads from their manifests run nothing and write nowhere else."""
 
 from __future__ import annotations
 
@@ -65,38 +65,38 @@ def sweep_in(folder: Path, name: str) -> Path:
         if not what:
             os.truncate(path, 2 << 30)
     else:
-        words = [*TINY, "seed=1", *(word for word in what if isinstance(word, str))]
-        lines = [{"schema": 1, "words": words}, *(job for job in what if isinstance(job, dict))]
+        overrides = [*TINY, "seed=1", *(word for word in what if isinstance(word, str))]
+        lines = [{"schema": 1, "words": overrides}, *(job for job in what if isinstance(job, dict))]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "multirun.yaml").write_text("a: &a [*a]\nb: !!python/object/apply:os.system ['touch ran']\n")
     return folder
 
 
-def test_a_sweep_of_a_stranger_is_refused(cases, rooms, hostile):
+def test_a_sweep_of_a_stranger_is_refused(cases, fresh_cli, hostile):
     for name in cases.some(list(SWEEPS), 8):
-        door = rooms()
-        (door.folder / "theirs/experiment").mkdir(parents=True)
-        (door.folder / "theirs/experiment/hostile.yaml").write_text(RECIPE)
-        sweep_in(door.folder / "s", name)
-        hostile.knock(door, "resume=s")
-        hostile.knock(door, "show", "s", expect=(0,))
-        assert {path.name for path in (door.folder / "s").iterdir()} <= {"sweep.jsonl", "multirun.yaml"}, name
+        cli = fresh_cli()
+        (cli.folder / "theirs/experiment").mkdir(parents=True)
+        (cli.folder / "theirs/experiment/hostile.yaml").write_text(RECIPE)
+        sweep_in(cli.folder / "s", name)
+        hostile.invoke(cli, "resume=s")
+        hostile.invoke(cli, "show", "s", expect=(0,))
+        assert {path.name for path in (cli.folder / "s").iterdir()} <= {"sweep.jsonl", "multirun.yaml"}, name
         cases.done()
 
 
-def test_the_same_sweep_without_anything_hostile_runs(door):
+def test_the_same_sweep_without_anything_hostile_runs(cli):
     SWEEPS["nothing hostile"] = [{**JOB}]
     try:
-        sweep_in(door.folder / "s", "nothing hostile")
+        sweep_in(cli.folder / "s", "nothing hostile")
     finally:
         del SWEEPS["nothing hostile"]
-    door("resume=s")
-    assert (door.folder / "s/0/adapters").is_dir()
+    cli("resume=s")
+    assert (cli.folder / "s/0/adapters").is_dir()
 
 
-def test_manifests_of_sweeps_are_refused_within_a_second_and_200_mb(cases, door, tmp_path, hostile):
+def test_manifests_of_sweeps_are_refused_within_a_second_and_200_mb(cases, cli, tmp_path, hostile):
     paths = [sweep_in(tmp_path / str(number), name) for number, name in enumerate(SWEEPS)]
-    for name, found in zip(SWEEPS, hostile.measure("sweep", paths, door.environment), strict=True):
+    for name, found in zip(SWEEPS, hostile.measure("sweep", paths, cli.environment), strict=True):
         assert found["error"] in ("ConfigError", None), (name, found)
         assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
         cases.done()

@@ -25,11 +25,11 @@ class Canary:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, make_door) -> Path:
+def run(tmp_path_factory, make_cli) -> Path:
     """A run of the tiny model that stopped half way."""
-    door = make_door(tmp_path_factory.mktemp("run"))
-    door("model=tiny", "data=tiny", "train.iters=4", "train.stop_at=2", "checkpoint.every=2", "hydra.run.dir=run")
-    return door.folder / "run"
+    cli = make_cli(tmp_path_factory.mktemp("run"))
+    cli("model=tiny", "data=tiny", "train.iters=4", "train.stop_at=2", "checkpoint.every=2", "hydra.run.dir=run")
+    return cli.folder / "run"
 
 
 TOUCH = {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": ["ran"]}]}
@@ -91,47 +91,47 @@ def write(path: Path, what: dict[str, Any] | str, head: str = "") -> Path:
     return path
 
 
-def test_a_recipe_of_a_stranger_is_refused(cases, rooms, hostile):
+def test_a_recipe_of_a_stranger_is_refused(cases, fresh_cli, hostile):
     for name in cases.some(list(RECIPES), 9):
-        door = rooms()
-        (door.folder / "mine").mkdir()
-        (door.folder / "mine/module.py").write_text("open('ran', 'w')\n")  # where `python -m` looks first
+        cli = fresh_cli()
+        (cli.folder / "mine").mkdir()
+        (cli.folder / "mine/module.py").write_text("open('ran', 'w')\n")  # where `python -m` looks first
         head = "# @package _global_\n" if RECIPES[name] else ""
-        write(door.folder / "theirs/experiment/hostile.yaml", RECIPES[name], head)
-        hostile.knock(
-            door, "--config-dir", "theirs", "experiment=hostile", *TINY, "hydra.run.dir=out", "hydra.sweep.dir=out"
+        write(cli.folder / "theirs/experiment/hostile.yaml", RECIPES[name], head)
+        hostile.invoke(
+            cli, "--config-dir", "theirs", "experiment=hostile", *TINY, "hydra.run.dir=out", "hydra.sweep.dir=out"
         )
-        left = {path.name for path in door.folder.iterdir()} - {"mine", "theirs", "out"}
-        assert not left and not list(door.folder.rglob("config.yaml")), name
+        left = {path.name for path in cli.folder.iterdir()} - {"mine", "theirs", "out"}
+        assert not left and not list(cli.folder.rglob("config.yaml")), name
         cases.done()
 
 
 @pytest.mark.parametrize("name", AS_A_GROUP)
-def test_a_group_that_is_packed_into_hydras_own_settings_is_refused(door, name, hostile):
-    write(door.folder / "theirs/data/hostile.yaml", AS_A_GROUP[name])
-    hostile.knock(door, "--config-dir", "theirs", "data=hostile", "model=tiny", "hydra.run.dir=out")
+def test_a_group_that_is_packed_into_hydras_own_settings_is_refused(cli, name, hostile):
+    write(cli.folder / "theirs/data/hostile.yaml", AS_A_GROUP[name])
+    hostile.invoke(cli, "--config-dir", "theirs", "data=hostile", "model=tiny", "hydra.run.dir=out")
 
 
-def test_a_launcher_of_a_stranger_under_the_name_of_ours_is_refused(door, hostile):
-    write(door.folder / "theirs/hydra/launcher/serial.yaml", {"_target_": "pathlib.Path"})
-    hostile.knock(door, "--config-dir", "theirs", "-m", *TINY, "seed=1,2", "hydra.sweep.dir=out")
+def test_a_launcher_of_a_stranger_under_the_name_of_ours_is_refused(cli, hostile):
+    write(cli.folder / "theirs/hydra/launcher/serial.yaml", {"_target_": "pathlib.Path"})
+    hostile.invoke(cli, "--config-dir", "theirs", "-m", *TINY, "seed=1,2", "hydra.sweep.dir=out")
 
 
-def test_what_is_typed_still_counts_and_a_recipe_may_set_the_values_of_a_sweep(door):
+def test_what_is_typed_still_counts_and_a_recipe_may_set_the_values_of_a_sweep(cli):
     write(
-        door.folder / "mine/experiment/own.yaml",
+        cli.folder / "mine/experiment/own.yaml",
         {
             "hydra": {"mode": "MULTIRUN", "launcher": {"jobs": 1}, "sweeper": {"params": {"seed": "1,2"}}},
             "data": {"max_length": 64, "keys": {"text": "${oc.env:NO_SUCH,text}"}},
         },
         "# @package _global_\n",
     )
-    words = ("--config-dir", "mine", "experiment=own", *TINY, "hydra.sweep.dir=out", "+hydra.job.env_set.A=b")
-    words += ("hydra/launcher=process",)
-    assert "2 to start" in door(*words)
-    assert (door.folder / "out/1/adapters").is_dir()
-    assert "[INFO]" not in door(*TINY, "hydra/job_logging=default", "hydra.run.dir=logged")
-    assert (door.folder / "logged").is_dir() and list(door.folder.rglob("*.log"))
+    arguments = ("--config-dir", "mine", "experiment=own", *TINY, "hydra.sweep.dir=out", "+hydra.job.env_set.A=b")
+    arguments += ("hydra/launcher=process",)
+    assert "2 to start" in cli(*arguments)
+    assert (cli.folder / "out/1/adapters").is_dir()
+    assert "[INFO]" not in cli(*TINY, "hydra/job_logging=default", "hydra.run.dir=logged")
+    assert (cli.folder / "logged").is_dir() and list(cli.folder.rglob("*.log"))
 
 
 def _bomb(config: dict[str, Any]) -> None:
@@ -172,26 +172,26 @@ def stored(run: Path, target: Path, name: str) -> Path:
     return target
 
 
-def test_a_stored_config_of_a_stranger_is_refused(cases, rooms, run, hostile):
+def test_a_stored_config_of_a_stranger_is_refused(cases, fresh_cli, run, hostile):
     for name in cases.some(list(STORED), 5):
-        door = rooms()
-        target = stored(run, door.folder / "theirs", name)
+        cli = fresh_cli()
+        target = stored(run, cli.folder / "theirs", name)
         files = [path for path in sorted(target.rglob("*")) if path.is_file() and path.name != ".lock"]
         before = {path: path.read_bytes() for path in files}
-        doors = [("resume=theirs",), ("repeat=theirs", "hydra.run.dir=new"), ("generate", "theirs", "hi")]
-        doors += [("test", "theirs"), ("export", "theirs", "--to", "mlx")]
-        for words in doors[: 2 if "logger" in name else cases.of(full=5, quick=2)]:
-            hostile.knock(door, *words)
+        commands = [("resume=theirs",), ("repeat=theirs", "hydra.run.dir=new"), ("generate", "theirs", "hi")]
+        commands += [("test", "theirs"), ("export", "theirs", "--to", "mlx")]
+        for arguments in commands[: 2 if "logger" in name else cases.of(full=5, quick=2)]:
+            hostile.invoke(cli, *arguments)
             cases.done()
-        hostile.knock(door, "show", "theirs", expect=(0,))
+        hostile.invoke(cli, "show", "theirs", expect=(0,))
         assert before == {path: path.read_bytes() for path in before}, name
 
 
-def test_stored_configs_are_refused_within_a_second_and_200_mb(cases, door, run, tmp_path, hostile):
+def test_stored_configs_are_refused_within_a_second_and_200_mb(cases, cli, run, tmp_path, hostile):
     runs = [stored(run, tmp_path / str(number), name) for number, name in enumerate(STORED)]
     for reader in ("stored", "recipe", "show"):
         paths = [path / "config.yaml" if reader == "recipe" else path for path in runs]
-        for name, found in zip(STORED, hostile.measure(reader, paths, door.environment), strict=True):
+        for name, found in zip(STORED, hostile.measure(reader, paths, cli.environment), strict=True):
             assert found["error"] in ("ConfigError", "ValueError", "UnicodeDecodeError", None), (name, found)
             assert found["error"] or reader != "stored" or "logger" in name, name  # which verbs do not look at
             assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (reader, name, found)
@@ -199,43 +199,43 @@ def test_stored_configs_are_refused_within_a_second_and_200_mb(cases, door, run,
 
 
 @pytest.mark.long
-def test_trust_in_a_models_code_is_never_taken_over_from_a_config(door, run, hostile):
-    target = door.folder / "theirs"
+def test_trust_in_a_models_code_is_never_taken_over_from_a_config(cli, run, hostile):
+    target = cli.folder / "theirs"
     shutil.copytree(run, target)
     from runner.config.schema import ModelConfig
     from runner.export.folders import write_model_folder
     from runner.models.load import load_base_model
 
-    write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), door.folder / "theirs/model")
+    write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), cli.folder / "theirs/model")
     about = json.loads((target / "model/config.json").read_text())
     (target / "model/config.json").write_text(json.dumps({**about, "model_file": "mine.py"}))
     (target / "model/mine.py").write_text("open('ran', 'w')\nfrom mlx_lm.models.llama import Model, ModelArgs\n")
     config = yaml.safe_load((target / "config.yaml").read_text())
     config["model"] |= {"path": str(target / "model"), "trust_remote_code": True}
     (target / "config.yaml").write_text(yaml.safe_dump(config))
-    for words in (
+    for arguments in (
         ("resume=theirs",),
         ("repeat=theirs", "hydra.run.dir=new"),
         ("test", "theirs"),
         ("export", "theirs", "--to", "fused"),
     ):
-        out = hostile.knock(door, *words)
+        out = hostile.invoke(cli, *arguments)
         assert "Type model.trust_remote_code=true" in out
-    (target / "checkpoints").rename(door.folder / "aside")
-    for words in (("repeat=theirs", "hydra.run.dir=new2"), ("repeat=theirs", "hydra.run.dir=new3")):
-        out = door(*words, "model.trust_remote_code=true")
+    (target / "checkpoints").rename(cli.folder / "aside")
+    for arguments in (("repeat=theirs", "hydra.run.dir=new2"), ("repeat=theirs", "hydra.run.dir=new3")):
+        out = cli(*arguments, "model.trust_remote_code=true")
         assert "code that came with" in out  # on every run
-        (door.folder / "ran").unlink()
+        (cli.folder / "ran").unlink()
 
 
-def test_a_variable_of_the_environment_lands_in_no_file_of_a_strangers_run(door, run, hostile):
-    target = door.folder / "theirs"
+def test_a_variable_of_the_environment_lands_in_no_file_of_a_strangers_run(cli, run, hostile):
+    target = cli.folder / "theirs"
     shutil.copytree(run, target)
     config = yaml.safe_load((target / "config.yaml").read_text())
     config["data"]["path"] = "${oc.env:MY_PASSWORD}"
     (target / "config.yaml").write_text(yaml.safe_dump(config))
     value = "correct-horse-battery-staple"
-    for words in (("resume=theirs",), ("repeat=theirs", "hydra.run.dir=new"), ("test", "theirs")):
-        hostile.knock(door, *words, env={"MY_PASSWORD": value})
-    files = [path for path in door.folder.rglob("*") if path.is_file()]
+    for arguments in (("resume=theirs",), ("repeat=theirs", "hydra.run.dir=new"), ("test", "theirs")):
+        hostile.invoke(cli, *arguments, env={"MY_PASSWORD": value})
+    files = [path for path in cli.folder.rglob("*") if path.is_file()]
     assert files and not [path for path in files if value.encode() in path.read_bytes()]

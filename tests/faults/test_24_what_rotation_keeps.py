@@ -36,42 +36,42 @@ def assert_result_is(run, step):
     assert (run / "adapters/adapters.safetensors").read_bytes() == saved
 
 
-def test_the_best_stays_outside_the_last_ones_and_becomes_the_result(door, rows):
-    run = door.folder / "run"
-    words = ("train.iters=11", "train.eval_every=1", "checkpoint.every=1", "checkpoint.keep_last=2")
+def test_the_best_stays_outside_the_last_ones_and_becomes_the_result(cli, rows):
+    run = cli.folder / "run"
+    overrides = ("train.iters=11", "train.eval_every=1", "checkpoint.every=1", "checkpoint.keep_last=2")
     for split, letter in (("train", "a"), ("valid", "b")):  # what is learned is wrong for what is validated
-        (door.folder / f"{split}.jsonl").write_text(json.dumps({"text": letter * 60}) + "\n")
-    door("model=tiny", "data=folder", "data.path=.", *words, "optimizer.learning_rate=0.01", "hydra.run.dir=run")
+        (cli.folder / f"{split}.jsonl").write_text(json.dumps({"text": letter * 60}) + "\n")
+    cli("model=tiny", "data=folder", "data.path=.", *overrides, "optimizer.learning_rate=0.01", "hydra.run.dir=run")
     best = least(rows(run))
     assert best < 10, "the run is to have its best outside the last two"
     assert kept(run) == [best, 10, 11] and status(run)["best"]["step"] == best
     assert_result_is(run, best)
-    door("resume=run", "train.iters=12")  # rotates once more, in another process
+    cli("resume=run", "train.iters=12")  # rotates once more, in another process
     best = least(rows(run))
     assert kept(run) == sorted({best, 11, 12}) and status(run)["best"]["step"] == best
     assert_result_is(run, best)
 
 
-def test_of_equal_losses_the_first_is_the_best_and_stays(door, rows):
-    run = door.folder / "run"
-    words = ("train.iters=6", "train.eval_every=1", "checkpoint.every=1", "checkpoint.keep_last=1")
-    door("model=tiny", "data=tiny", *words, "optimizer.learning_rate=1e-30", "hydra.run.dir=run")
+def test_of_equal_losses_the_first_is_the_best_and_stays(cli, rows):
+    run = cli.folder / "run"
+    overrides = ("train.iters=6", "train.eval_every=1", "checkpoint.every=1", "checkpoint.keep_last=1")
+    cli("model=tiny", "data=tiny", *overrides, "optimizer.learning_rate=1e-30", "hydra.run.dir=run")
     assert len({row["loss"] for row in rows(run) if row["split"] == "valid"}) == 1
     assert kept(run) == [1, 6]
     assert_result_is(run, 1)
 
 
-def test_the_checkpoint_that_a_process_resumed_from_stays_while_it_lives(door, stopped):
-    door("resume=run", "checkpoint.every=1", "checkpoint.keep_last=1", "train.stop_at=7")
+def test_the_checkpoint_that_a_process_resumed_from_stays_while_it_lives(cli, stopped):
+    cli("resume=run", "checkpoint.every=1", "checkpoint.keep_last=1", "train.stop_at=7")
     assert kept(stopped) == [6, 7]
-    door("resume=run")
+    cli("resume=run")
     assert kept(stopped) == [7, 8]  # and goes with the next, which came from another
 
 
 @pytest.fixture
-def strangers(door, stopped, undisturbed, words, reseal):
+def strangers(cli, stopped, undisturbed, overrides, reseal):
     """Checkpoints of another run in the folder: higher than any of its own, and better by what they say."""
-    other = undisturbed(*words)
+    other = undisturbed(*overrides)
     folders = []
     for step, name in ((8, "step-0000008"), (900, "step-0000900")):
         folders.append(shutil.copytree(other / "checkpoints/step-0000008", stopped / "checkpoints" / name))
@@ -82,25 +82,25 @@ def strangers(door, stopped, undisturbed, words, reseal):
 
 
 def test_stale_higher_steps_of_another_run_are_neither_used_nor_removed_nor_best(
-    door, stopped, strangers, contents, undisturbed, words, ended_equal
+    cli, stopped, strangers, contents, undisturbed, overrides, ended_equal
 ):
     before = contents(strangers[1])
-    out = door("resume=run", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    out = cli("resume=run", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
     assert "step-0000900: left by another run" in out and "step-0000006 at step 6" in out
     assert contents(strangers[1]) == before
     assert kept(stopped) == [6, 8, 900]  # its own step 8 took the place of the other's
     assert_result_is(stopped, 8)
     shutil.rmtree(strangers[1])
-    ended_equal(undisturbed(*words), stopped)
+    ended_equal(undisturbed(*overrides), stopped)
 
 
-def test_where_the_status_is_lost_too_nobody_guesses_whose_run_it_is(door, stopped, strangers, contents):
+def test_where_the_status_is_lost_too_nobody_guesses_whose_run_it_is(cli, stopped, strangers, contents):
     (stopped / "status.json").unlink()
     before = contents(stopped, but=(".lock",))
-    out = door("resume=run", expect=5)
+    out = cli("resume=run", expect=5)
     assert "checkpoints are of several runs" in out and "step-0000006 of " in out and "step-0000900 of " in out
     assert contents(stopped, but=(".lock",)) == before
-    out = door("resume=run/checkpoints/step-0000006", "hydra.run.dir=branch")
+    out = cli("resume=run/checkpoints/step-0000006", "hydra.run.dir=branch")
     assert "step-0000006 at step 6" in out
 
 

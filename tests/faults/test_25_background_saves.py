@@ -26,10 +26,10 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, make_door):
-    door = make_door(tmp_path_factory.mktemp("whole"))
-    door(*WORDS, "train.iters=60")
-    return door.folder / "run"
+def whole(tmp_path_factory, make_cli):
+    cli = make_cli(tmp_path_factory.mktemp("whole"))
+    cli(*WORDS, "train.iters=60")
+    return cli.folder / "run"
 
 
 @pytest.mark.slow
@@ -37,35 +37,35 @@ def whole(tmp_path_factory, make_door):
     "error", [pytest.param(errno.EIO, marks=pytest.mark.long), errno.ENOSPC], ids=errno.errorcode.get
 )
 def test_the_run_stops_at_the_next_step_and_what_was_saved_before_goes_on_equal(
-    door, faulty, whole, assert_equal_runs, error
+    cli, faulty, whole, assert_equal_runs, error
 ):
-    run = door.folder / "run"
+    run = cli.folder / "run"
     # The third save's folder: the process meets the fault in its thread, at step 60 of 400.
     env = faulty(run, name="step-0000060", calls="fsync", at=0, do=error, for_good=True)
-    out = door(*WORDS, expect=74, env=env)
+    out = cli(*WORDS, expect=74, env=env)
     assert "step 60 was not saved" in out and errno.errorcode[error] in out and "Traceback" not in out
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed" and "step 60 was not saved" in status["reason"]
     assert status["last_checkpoint"] == 40
     assert 60 <= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 100
-    door("resume=run", "train.iters=60")
+    cli("resume=run", "train.iters=60")
     assert_equal_runs(whole, run)
 
 
 @pytest.mark.slow
-def test_a_failed_last_save_is_no_success(door, faulty):
-    env = faulty(door.folder / "run", name="step-0000060", calls="write", at=2, do=errno.EIO, for_good=True)
-    out = door(*WORDS, "train.iters=60", expect=74, env=env)
+def test_a_failed_last_save_is_no_success(cli, faulty):
+    env = faulty(cli.folder / "run", name="step-0000060", calls="write", at=2, do=errno.EIO, for_good=True)
+    out = cli(*WORDS, "train.iters=60", expect=74, env=env)
     assert "step 60 was not saved" in out
-    assert not (door.folder / "run/adapters").exists()
+    assert not (cli.folder / "run/adapters").exists()
 
 
 @pytest.mark.slow
-def test_a_signal_waits_for_the_save_that_is_under_way(door, faulty, whole, assert_equal_runs):
-    env = faulty(door.folder / "run", name="step-0000040", calls="fsync", at=0, do="+15")
-    door(*WORDS, "train.iters=60", expect=143, env=env)
-    door("resume=run")
-    assert_equal_runs(whole, door.folder / "run")
+def test_a_signal_waits_for_the_save_that_is_under_way(cli, faulty, whole, assert_equal_runs):
+    env = faulty(cli.folder / "run", name="step-0000040", calls="fsync", at=0, do="+15")
+    cli(*WORDS, "train.iters=60", expect=143, env=env)
+    cli("resume=run")
+    assert_equal_runs(whole, cli.folder / "run")
 
 
 def test_a_failure_is_raised_by_the_next_check_and_once_only():

@@ -36,24 +36,24 @@ def stamp(job: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, make_door):
+def alone(tmp_path_factory, make_cli):
     """The two jobs that finish, each run by itself."""
-    door = make_door(tmp_path_factory.mktemp("alone"))
+    cli = make_cli(tmp_path_factory.mktemp("alone"))
     for number, rate in zip(FINE, ("1e-3", "2e-3"), strict=True):
-        door(*SMALL, f"lora.keys={KEYS}", f"optimizer.learning_rate={rate}", f"hydra.run.dir={number}")
-    return door.folder
+        cli(*SMALL, f"lora.keys={KEYS}", f"optimizer.learning_rate={rate}", f"hydra.run.dir={number}")
+    return cli.folder
 
 
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
-def test_whenever_it_is_killed(door, alone, launcher, cases, assert_equal_runs):
+def test_whenever_it_is_killed(cli, alone, launcher, cases, assert_equal_runs):
     moments = random.Random(f"27 {launcher}")
     for number in range(cases.of(full=12, quick=1)):
-        sweep = door.folder / f"s{number}"
-        words = ("-m", *SMALL, *GRID, f"hydra/launcher={launcher}", f"hydra.sweep.dir=s{number}")
+        sweep = cli.folder / f"s{number}"
+        overrides = ("-m", *SMALL, *GRID, f"hydra/launcher={launcher}", f"hydra.sweep.dir=s{number}")
         before: dict[int, dict[str, int]] = {}
         kills = 0
         while kills < 3:
-            process = door.start(*words, start_new_session=True)
+            process = cli.start(*overrides, start_new_session=True)
             time.sleep(moments.uniform(1.5, 4.5))
             if process.poll() is not None:
                 process.communicate()
@@ -61,16 +61,16 @@ def test_whenever_it_is_killed(door, alone, launcher, cases, assert_equal_runs):
             kill_tree(process)
             kills += 1
             if (sweep / "sweep.jsonl").exists():
-                words = (f"resume=s{number}",)
+                overrides = (f"resume=s{number}",)
             for job in FINE:
                 if state(sweep / str(job)) == "finished":
                     before.setdefault(job, stamp(sweep / str(job)))
             if state(sweep / str(DIVERGED)) == "diverged":
                 before.setdefault(DIVERGED, stamp(sweep / str(DIVERGED)))
         failed = {job: stamp(sweep / str(job)) for job in FAILED if state(sweep / str(job)) == "failed"}
-        out = door(*words, expect=1)
+        out = cli(*overrides, expect=1)
         assert "Traceback" not in out
-        rows = door.results(sweep)
+        rows = cli.results(sweep)
         assert [rows[n]["state"] for n in range(6)] == ["finished", "diverged", "finished", *["failed"] * 3]
         assert "nonsense" in rows[3]["reason"] and "not finite" in rows[1]["reason"]
         for job, then in before.items():
@@ -82,16 +82,16 @@ def test_whenever_it_is_killed(door, alone, launcher, cases, assert_equal_runs):
         cases.done()
 
 
-def test_the_same_words_start_anew_what_was_killed_before_its_first_job_was_recorded(door):
+def test_the_same_words_start_anew_what_was_killed_before_its_first_job_was_recorded(cli):
     """A kill between the lock and the first line of sweep.jsonl, as a loaded machine shows it now and then."""
-    sweep = door.folder / "s"
-    process = door.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True)
+    sweep = cli.folder / "s"
+    process = cli.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True)
     while not sweep.exists():
         assert process.poll() is None
         time.sleep(0.001)
     kill_tree(process)
     assert not (sweep / "sweep.jsonl").exists(), "the kill came too late to show anything"
-    out = door("-m", *SMALL, "train.iters=2", "lora.rank=2", "hydra.sweep.dir=s")
+    out = cli("-m", *SMALL, "train.iters=2", "lora.rank=2", "hydra.sweep.dir=s")
     assert "finished" in out and state(sweep / "0") == "finished"
 
 

@@ -42,9 +42,9 @@ def test_the_look_finds_a_secret_that_is_there(tmp_path):
     assert leaks(tmp_path, KEYS["MY_SECRET"]) == [f"HF_TOKEN is in {tmp_path}/file", "MY_SECRET was printed"]
 
 
-def test_a_run_its_resume_and_the_verbs_show_nothing_of_the_environment(door):
-    out = door(*SMALL, "train.stop_at=2", "loggers=csv", "hydra.run.dir=run", env=KEYS)
-    for words in (
+def test_a_run_its_resume_and_the_verbs_show_nothing_of_the_environment(cli):
+    out = cli(*SMALL, "train.stop_at=2", "loggers=csv", "hydra.run.dir=run", env=KEYS)
+    for overrides in (
         ("resume=run",),
         ("ls", "."),
         ("ls", ".", "--json"),
@@ -52,42 +52,42 @@ def test_a_run_its_resume_and_the_verbs_show_nothing_of_the_environment(door):
         ("verify", "run"),
         ("export", "run", "--to", "mlx", "--out", "exported"),
     ):
-        out += door(*words, env=KEYS)
+        out += cli(*overrides, env=KEYS)
     assert "finished at step 4" in out
-    assert leaks(door.folder, out) == []
+    assert leaks(cli.folder, out) == []
 
 
-def test_a_sweep_shows_nothing_of_the_environment(door):
+def test_a_sweep_shows_nothing_of_the_environment(cli):
     sweep = ("-m", *SMALL, "seed=1,2", "train.iters=2", "hydra.sweep.dir=sweep")
-    out = door(*sweep, "hydra/launcher=process", "hydra.launcher.jobs=1", env=KEYS)
-    out += door("ls", ".", env=KEYS) + door("show", "sweep", env=KEYS)
+    out = cli(*sweep, "hydra/launcher=process", "hydra.launcher.jobs=1", env=KEYS)
+    out += cli("ls", ".", env=KEYS) + cli("show", "sweep", env=KEYS)
     assert "job" in out
-    assert leaks(door.folder, out) == []
+    assert leaks(cli.folder, out) == []
 
 
 @pytest.fixture
 def secret_place(tmp_path_factory):
-    """Data in a folder whose path is a secret, out of the door's folder."""
+    """Data in a folder whose path is a secret, outside the folder of `cli`."""
     place = tmp_path_factory.mktemp("elsewhere") / KEYS["MY_SECRET"]
     return shutil.copytree(resolve("builtin:tiny"), place)
 
 
 @pytest.mark.long
-def test_a_setting_that_comes_from_the_environment_stays_there(door, secret_place):
+def test_a_setting_that_comes_from_the_environment_stays_there(cli, secret_place):
     env = {**KEYS, "WHERE": str(secret_place)}
     settings = ("model=tiny", "data=tiny", "data.path=${oc.env:WHERE}", "train.iters=4", "checkpoint.every=2")
-    out = door(*settings, "train.stop_at=2", "hydra.run.dir=run", env=env)
-    out += door("resume=run", env=env)
-    out += door("resume=run/checkpoints/step-0000002", "hydra.run.dir=branch", env=env)
-    out += door("repeat=run", "seed=7", "hydra.run.dir=again", env=env)
-    out += door("-m", *settings, "seed=1,2", "hydra.sweep.dir=sweep", env=env)
-    out += door("show", "run", env=env) + door("ls", ".", env=env) + door("test", "run", env=env)
+    out = cli(*settings, "train.stop_at=2", "hydra.run.dir=run", env=env)
+    out += cli("resume=run", env=env)
+    out += cli("resume=run/checkpoints/step-0000002", "hydra.run.dir=branch", env=env)
+    out += cli("repeat=run", "seed=7", "hydra.run.dir=again", env=env)
+    out += cli("-m", *settings, "seed=1,2", "hydra.sweep.dir=sweep", env=env)
+    out += cli("show", "run", env=env) + cli("ls", ".", env=env) + cli("test", "run", env=env)
     assert out.count("finished at step 4") >= 3
-    assert "\n  path: ${oc.env:WHERE}\n" in (door.folder / "run/config.yaml").read_text()
-    assert leaks(door.folder, out) == []
+    assert "\n  path: ${oc.env:WHERE}\n" in (cli.folder / "run/config.yaml").read_text()
+    assert leaks(cli.folder, out) == []
 
 
-def test_what_goes_wrong_with_it_is_told_by_its_name(door, secret_place, cases):
+def test_what_goes_wrong_with_it_is_told_by_its_name(cli, secret_place, cases):
     (secret_place / "train.jsonl").write_text('{"prompt": "a"\n')
     env = {**KEYS, "WHERE": str(secret_place)}
     wrong = {
@@ -96,10 +96,10 @@ def test_what_goes_wrong_with_it_is_told_by_its_name(door, secret_place, cases):
         ("model=tiny", "data.path=${oc.env:MY_SECRET}"): "no folder '${oc.env:MY_SECRET}'",
         ("-m", "model=tiny", "data.path=${oc.env:MY_SECRET}", "seed=1,2"): "no folder '${oc.env:MY_SECRET}'",
     }
-    for words in cases.some(list(wrong), quick=2):
-        out = door(*words, expect=1 if words[0] == "-m" else 2, env=env)
-        assert wrong[words] in out
-        assert leaks(door.folder, out) == []
+    for overrides in cases.some(list(wrong), quick=2):
+        out = cli(*overrides, expect=1 if overrides[0] == "-m" else 2, env=env)
+        assert wrong[overrides] in out
+        assert leaks(cli.folder, out) == []
         cases.done()
 
 
@@ -118,16 +118,16 @@ TYPED = [
 ]
 
 
-def test_a_token_that_is_typed_is_refused_before_anything_is_written_and_not_repeated(door, cases):
-    for words in cases.some(TYPED, quick=3):
-        out = door("model=tiny", "data=tiny", "train.iters=1", *words, expect=2)
-        assert "looks like a secret" in out and "Traceback" not in out, words
-        assert list(door.folder.iterdir()) == [] and leaks(door.folder, out) == []
+def test_a_token_that_is_typed_is_refused_before_anything_is_written_and_not_repeated(cli, cases):
+    for overrides in cases.some(TYPED, quick=3):
+        out = cli("model=tiny", "data=tiny", "train.iters=1", *overrides, expect=2)
+        assert "looks like a secret" in out and "Traceback" not in out, overrides
+        assert list(cli.folder.iterdir()) == [] and leaks(cli.folder, out) == []
         cases.done()
 
 
 @pytest.mark.parametrize("multirun", [False, True], ids=["a run", "a sweep"])
-def test_a_token_in_a_recipe_of_ones_own_is_refused_too(door, multirun, tmp_path_factory, cases):
+def test_a_token_in_a_recipe_of_ones_own_is_refused_too(cli, multirun, tmp_path_factory, cases):
     mine = tmp_path_factory.mktemp("mine")
     (mine / "experiment").mkdir()
     recipes = {
@@ -137,10 +137,10 @@ def test_a_token_in_a_recipe_of_ones_own_is_refused_too(door, multirun, tmp_path
     }
     for recipe in cases.some(list(recipes), quick=1):
         (mine / "experiment/mine.yaml").write_text(f"# @package _global_\n{recipe}")
-        words = ("--config-dir", str(mine), "experiment=mine", "model=tiny")
-        out = door(*words, *(("-m", "seed=1,2") if multirun else ()), expect=2)
+        overrides = ("--config-dir", str(mine), "experiment=mine", "model=tiny")
+        out = cli(*overrides, *(("-m", "seed=1,2") if multirun else ()), expect=2)
         assert recipes[recipe] in out
-        assert list(door.folder.iterdir()) == [] and leaks(door.folder, out) == []
+        assert list(cli.folder.iterdir()) == [] and leaks(cli.folder, out) == []
         cases.done()
 
 

@@ -59,11 +59,11 @@ fuzz, bounded, SECONDS = mutations.fuzz, mutations.bounded, mutations.SECONDS
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, make_door) -> Path:
+def real(tmp_path_factory, make_cli) -> Path:
     """A finished run of the tiny model."""
-    door = make_door(tmp_path_factory.mktemp("real"))
-    door("model=tiny", "data=tiny", "train.iters=4", "checkpoint.every=2", "train.eval_every=2", "hydra.run.dir=run")
-    return door.folder / "run"
+    cli = make_cli(tmp_path_factory.mktemp("real"))
+    cli("model=tiny", "data=tiny", "train.iters=4", "checkpoint.every=2", "train.eval_every=2", "hydra.run.dir=run")
+    return cli.folder / "run"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Composing an imported command the way the program does: through the door's reading of its words."""
+"""Composing an imported command the way the program does: through the parser of the command line."""
 
 from __future__ import annotations
 

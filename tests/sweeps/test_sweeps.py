@@ -13,54 +13,52 @@ import yaml
 SMALL = ("experiment=smoke", "train.iters=6", "train.eval_every=3", "checkpoint.every=2", "lora.dropout=0.1")
 
 
-def alone(door, name: str, *words: str) -> Path:
-    door(*words, f"hydra.run.dir={name}")
-    return door.folder / name
+def alone(cli, name: str, *words: str) -> Path:
+    cli(*words, f"hydra.run.dir={name}")
+    return cli.folder / name
 
 
-def test_a_sweep_prints_its_table_sorted_by_the_objective_and_writes_results_and_curves(door):
-    out = door("-m", *SMALL, "lora.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", "hydra.sweep.dir=s")
-    rows = door.results(door.folder / "s")
+def test_a_sweep_prints_its_table_sorted_by_the_objective_and_writes_results_and_curves(cli):
+    out = cli("-m", *SMALL, "lora.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", "hydra.sweep.dir=s")
+    rows = cli.results(cli.folder / "s")
     assert [r["state"] for r in rows.values()] == ["finished"] * 4
     values = [float(r["objective"]) for r in rows.values()]
     assert values == sorted(values) and next(iter(rows)) in (1, 3)
     assert [line.split()[0] for line in out.splitlines() if "finished" in line][-4:] == [str(n) for n in rows]
-    svg = (door.folder / "s/curves.svg").read_text()
+    svg = (cli.folder / "s/curves.svg").read_text()
     assert svg.count("<polyline") == 4 and "rank=2" in svg
-    assert (door.folder / "s/multirun.yaml").exists()
+    assert (cli.folder / "s/multirun.yaml").exists()
 
 
-def test_a_finished_sweep_runs_nothing_again_and_an_extended_one_only_what_is_new(door):
-    door("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
-    before = {p: p.stat().st_mtime_ns for p in (door.folder / "s").rglob("adapters.safetensors")}
-    out = door("resume=s")
+def test_a_finished_sweep_runs_nothing_again_and_an_extended_one_only_what_is_new(cli):
+    cli("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
+    before = {p: p.stat().st_mtime_ns for p in (cli.folder / "s").rglob("adapters.safetensors")}
+    out = cli("resume=s")
     assert "2 done" in out and "to start" not in out
-    out = door("resume=s", "lora.rank=2,3,4")
+    out = cli("resume=s", "lora.rank=2,3,4")
     assert "1 to start, 2 done" in out
-    rows = door.results(door.folder / "s")
+    rows = cli.results(cli.folder / "s")
     assert {n: r["lora.rank"] for n, r in sorted(rows.items())} == {0: "2", 1: "4", 2: "3"}
-    assert (
-        before.items() <= {p: p.stat().st_mtime_ns for p in (door.folder / "s").rglob("adapters.safetensors")}.items()
-    )
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in (cli.folder / "s").rglob("adapters.safetensors")}.items()
 
 
-def test_a_wrong_value_in_any_job_is_told_before_the_first_starts_and_leaves_no_folder(door):
-    out = door("-m", *SMALL, "lora.rank=2,0", "hydra.sweep.dir=s", expect=2)
+def test_a_wrong_value_in_any_job_is_told_before_the_first_starts_and_leaves_no_folder(cli):
+    out = cli("-m", *SMALL, "lora.rank=2,0", "hydra.sweep.dir=s", expect=2)
     assert "lora.rank=0" in out
-    assert not (door.folder / "s").exists()
+    assert not (cli.folder / "s").exists()
 
 
-def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alone(door, assert_equal_runs):
-    door("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", "hydra.sweep.dir=s")
-    assert {r["state"] for r in door.results(door.folder / "s").values()} == {"stopped"}
-    out = door("resume=s")
+def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alone(cli, assert_equal_runs):
+    cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", "hydra.sweep.dir=s")
+    assert {r["state"] for r in cli.results(cli.folder / "s").values()} == {"stopped"}
+    out = cli("resume=s")
     assert "2 to go on" in out
     for number, rank in enumerate((2, 4)):
-        assert_equal_runs(door.folder / f"s/{number}", alone(door, f"alone{rank}", *SMALL, f"lora.rank={rank}"))
+        assert_equal_runs(cli.folder / f"s/{number}", alone(cli, f"alone{rank}", *SMALL, f"lora.rank={rank}"))
 
 
 @pytest.mark.slow
-def test_jobs_that_share_a_process_equal_the_same_runs_alone_in_any_order(door, assert_equal_runs):
+def test_jobs_that_share_a_process_equal_the_same_runs_alone_in_any_order(cli, assert_equal_runs):
     """Gradient checkpointing, dropout, a quantized base and several ranks, each after every other kind."""
     common = {"train": {"iters": 6}, "lora": {"dropout": 0.1}, "data": {"metric": "exact_match"}}
     variants = {
@@ -70,84 +68,84 @@ def test_jobs_that_share_a_process_equal_the_same_runs_alone_in_any_order(door, 
         "narrow": {"lora": {"rank": 2, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}},
         "accumulated": {"lora": {"rank": 8}, "train": {"grad_accumulation": 2}},
     }
-    (door.folder / "mine/experiment").mkdir(parents=True)
+    (cli.folder / "mine/experiment").mkdir(parents=True)
     for name, own in variants.items():
         settings = {section: {**common.get(section, {}), **own.get(section, {})} for section in {*common, *own}}
         settings["defaults"] = [{"override /model": "tiny"}, {"override /data": "tiny"}]
         text = "# @package _global_\n" + yaml.safe_dump(settings)
-        (door.folder / f"mine/experiment/{name}.yaml").write_text(text)
-    words = ("--config-dir", str(door.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
+        (cli.folder / f"mine/experiment/{name}.yaml").write_text(text)
+    words = ("--config-dir", str(cli.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
     for name in variants:
-        alone(door, f"alone_{name}", *words, f"experiment={name}")
+        alone(cli, f"alone_{name}", *words, f"experiment={name}")
     for round_, order in enumerate((list(variants), list(variants)[::-1])):
-        door("-m", *words, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
+        cli("-m", *words, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
         for number, name in enumerate(order):
-            assert_equal_runs(door.folder / f"s{round_}/{number}", door.folder / f"alone_{name}")
+            assert_equal_runs(cli.folder / f"s{round_}/{number}", cli.folder / f"alone_{name}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["process", "joblib"])
-def test_other_launchers_give_the_same_runs(door, launcher, assert_equal_runs):
+def test_other_launchers_give_the_same_runs(cli, launcher, assert_equal_runs):
     words = (*SMALL, "lora.rank=2,4")
-    door("-m", *words, "hydra.sweep.dir=serial")
-    door("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=other")
+    cli("-m", *words, "hydra.sweep.dir=serial")
+    cli("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=other")
     for number in (0, 1):
-        assert_equal_runs(door.folder / f"serial/{number}", door.folder / f"other/{number}")
-    out = door("resume=other", "lora.rank=2,3,4")
+        assert_equal_runs(cli.folder / f"serial/{number}", cli.folder / f"other/{number}")
+    out = cli("resume=other", "lora.rank=2,3,4")
     assert "1 to start, 2 done" in out
-    assert door.results(door.folder / "other")[2]["state"] == "finished"
+    assert cli.results(cli.folder / "other")[2]["state"] == "finished"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["serial", "process"])
-def test_a_signal_to_a_sweep_saves_the_job_in_progress_and_ends(door, launcher):
+def test_a_signal_to_a_sweep_saves_the_job_in_progress_and_ends(cli, launcher):
     words = (*SMALL, "train.iters=100000", "lora.rank=2,4,6,8")
-    process = door.start("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
-    door.wait_for(door.folder / "s/0", 10, process)
+    process = cli.start("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    cli.wait_for(cli.folder / "s/0", 10, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
-    assert door.results(door.folder / "s")[0]["state"] == "stopped"
+    assert cli.results(cli.folder / "s")[0]["state"] == "stopped"
     assert "resume=s" in out
 
 
-def test_a_second_process_on_a_sweep_is_told_who_works_on_it(door):
+def test_a_second_process_on_a_sweep_is_told_who_works_on_it(cli):
     words = (*SMALL, "train.iters=100000", "lora.rank=2,4")
-    process = door.start("-m", *words, "hydra.sweep.dir=s")
-    door.wait_for(door.folder / "s/0", 10, process)
-    out = door("resume=s", expect=3)
+    process = cli.start("-m", *words, "hydra.sweep.dir=s")
+    cli.wait_for(cli.folder / "s/0", 10, process)
+    out = cli("resume=s", expect=3)
     assert f"pid {process.pid}" in out
     process.kill()
     process.communicate()
 
 
-def test_repeat_of_a_run_with_a_sweep_and_its_resume(door):
-    alone(door, "run", *SMALL, "lora.rank=2")
-    door("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
-    door("resume=s")
-    rows = door.results(door.folder / "s")
+def test_repeat_of_a_run_with_a_sweep_and_its_resume(cli):
+    alone(cli, "run", *SMALL, "lora.rank=2")
+    cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
+    cli("resume=s")
+    rows = cli.results(cli.folder / "s")
     assert {r["state"] for r in rows.values()} == {"finished"}
-    assert json.loads((door.folder / "s/0/status.json").read_text())["iters"] == 6
+    assert json.loads((cli.folder / "s/0/status.json").read_text())["iters"] == 6
 
 
-def test_a_sweep_written_into_an_experiment_file_runs_without_m(door):
-    (door.folder / "mine/experiment").mkdir(parents=True)
-    (door.folder / "mine/experiment/ranks.yaml").write_text(
+def test_a_sweep_written_into_an_experiment_file_runs_without_m(cli):
+    (cli.folder / "mine/experiment").mkdir(parents=True)
+    (cli.folder / "mine/experiment/ranks.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /data: tiny\n"
         "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      lora.rank: 2,4\n      seed: [1, 2]\n"
         "train:\n  iters: 2\n"
     )
-    out = door("--config-dir", "mine", "experiment=ranks", "hydra.sweep.dir=s")
+    out = cli("--config-dir", "mine", "experiment=ranks", "hydra.sweep.dir=s")
     assert "4 jobs" in out
-    out = door("resume=s", "lora.rank=2,4,6")
+    out = cli("resume=s", "lora.rank=2,4,6")
     assert "2 to start, 4 done" in out
 
 
-def test_experiment_choices_and_globs_are_swept(door):
-    door(
+def test_experiment_choices_and_globs_are_swept(cli):
+    cli(
         "-m", "model=tiny", "data=tiny", "train.iters=1", "schedule=glob(c*)", "optimizer=sgd,adam", "hydra.sweep.dir=s"
     )
-    rows = door.results(door.folder / "s")
+    rows = cli.results(cli.folder / "s")
     assert {(r["schedule"], r["optimizer"]) for r in rows.values()} == {
         (s, o) for s in ("constant", "cosine") for o in ("sgd", "adam")
     }
@@ -155,7 +153,7 @@ def test_experiment_choices_and_globs_are_swept(door):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_memory_does_not_grow_over_thirty_jobs(door):
+def test_memory_does_not_grow_over_thirty_jobs(cli):
     code = (
         "import sys, resource; from runner.__main__ import main; import mlx.core as mx\n"
         "sizes = []\n"
@@ -175,7 +173,7 @@ def test_memory_does_not_grow_over_thirty_jobs(door):
     import sys
 
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=door.folder, env=door.environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=cli.folder, env=cli.environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     mlx_early, mlx_late, rss_early, rss_late = map(int, done.stdout.split("SIZES")[1].split()[:4])

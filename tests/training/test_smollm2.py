@@ -28,19 +28,19 @@ SHORT = (
 
 @pytest.mark.slow
 def test_a_first_run_shows_before_and_after_and_a_killed_one_goes_on_to_the_same_end(
-    door, make_door, tmp_path, assert_equal_runs, rows
+    cli, make_cli, tmp_path, assert_equal_runs, rows
 ):
-    whole = make_door(tmp_path / "whole")
+    whole = make_cli(tmp_path / "whole")
     out = whole(*SHORT)
     assert "execution_accuracy on 2 held-out rows" in out and "before" in out and "after" in out
     losses = [r["loss"] for r in rows(whole.folder / "run") if r["split"] == "valid"]
     assert len(losses) == 3 and losses[-1] < losses[0]
-    process = door.start(*SHORT)
-    while not list((door.folder / "run/checkpoints").glob("step-*2")) and process.poll() is None:
+    process = cli.start(*SHORT)
+    while not list((cli.folder / "run/checkpoints").glob("step-*2")) and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.4)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert json.loads((door.folder / "run/status.json").read_text())["state"] in ("running", "finished")
-    door("resume=run")
-    assert_equal_runs(whole.folder / "run", door.folder / "run")
+    assert json.loads((cli.folder / "run/status.json").read_text())["state"] in ("running", "finished")
+    cli("resume=run")
+    assert_equal_runs(whole.folder / "run", cli.folder / "run")

@@ -131,8 +131,8 @@ def test_an_empty_prompt_without_a_template_is_refused(run: Path) -> None:
         generate.run([str(run), "", "data.chat_template=false"])
 
 
-def test_ctrl_c_ends_the_answer_quietly_with_130(run: Path, door: Any) -> None:
-    process = door.start("generate", str(run), "a", "--max-tokens", "1000000")
+def test_ctrl_c_ends_the_answer_quietly_with_130(run: Path, cli: Any) -> None:
+    process = cli.start("generate", str(run), "a", "--max-tokens", "1000000")
     assert process.stdout.read(5)
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)

@@ -55,7 +55,7 @@ def test_json_is_one_document_with_the_same_command(old, capsys):
     assert any(line["key"] == "mask_prompt" and not line["said"] for line in found["carried"])
 
 
-def test_a_recipe_composes_to_what_the_command_composes_to(old, door, capsys):
+def test_a_recipe_composes_to_what_the_command_composes_to(old, cli, capsys):
     run(["--json", str(old)])
     command = json.loads(capsys.readouterr().out)
     run(["--json", "--write", "mine/experiment/old.yaml", str(old)])
@@ -63,7 +63,7 @@ def test_a_recipe_composes_to_what_the_command_composes_to(old, door, capsys):
     assert recipe == "python -m runner --config-dir mine experiment=old"
     text = Path("mine/experiment/old.yaml").read_text()
     assert text.startswith("# @package _global_\n")
-    outs = [door(*words, "--cfg", "job") for words in (shlex.split(recipe)[3:], command["overrides"])]
+    outs = [cli(*words, "--cfg", "job") for words in (shlex.split(recipe)[3:], command["overrides"])]
     assert yaml.safe_load(outs[0]) == yaml.safe_load(outs[1]) | {"experiment": None}
 
 
@@ -107,11 +107,11 @@ def test_what_an_old_file_holds_cannot_steer_the_terminal_and_secrets_are_not_sh
     assert "\x1b" not in out and token not in out
 
 
-def test_through_the_door(door):
-    out = door("import", "--", "python", "lora.py", "--model", "m", "--train", "--add-eos-token", "0")
+def test_through_the_door(cli):
+    out = cli("import", "--", "python", "lora.py", "--model", "m", "--train", "--add-eos-token", "0")
     assert "lora=query_value" in out and "add_eos_token=0: here every row ends" in out
-    assert "usage: runner import" in door("import", "--help")
-    door("import", "nowhere.yaml", expect=2)
+    assert "usage: runner import" in cli("import", "--help")
+    cli("import", "nowhere.yaml", expect=2)
 
 
 STOCK = """
@@ -173,9 +173,9 @@ PAIRS = [{"prompt": f"what is {i} + {i} ?", "completion": f"it is {2 * i:02d}, "
     ],
     ids=["adam", "accumulation", "masked prompts", "schedule"],
 )
-def test_the_imported_command_trains_as_stock_mlx_lm_does_where_one_batch_is_the_data_set(door, rows, width, more):
+def test_the_imported_command_trains_as_stock_mlx_lm_does_where_one_batch_is_the_data_set(cli, rows, width, more):
     """Rows are cut to one length, so that neither padding nor the order of rows can make a difference."""
-    here = door.folder
+    here = cli.folder
     write_model(here / "model")
     (here / "data").mkdir()
     for split in ("train", "valid"):
@@ -195,13 +195,13 @@ def test_the_imported_command_trains_as_stock_mlx_lm_does_where_one_batch_is_the
     } | more
     (here / "old.yaml").write_text(yaml.safe_dump(old).replace("'1e-3'", "1e-3"))
     # Without compiling: a C++ compiler at run time is not what is compared.
-    environment = {**door.environment, "MLX_DISABLE_COMPILE": "1"}
+    environment = {**cli.environment, "MLX_DISABLE_COMPILE": "1"}
     stock = [sys.executable, "-c", STOCK, "--", "-c", "old.yaml"]
     subprocess.run(stock, cwd=here, env=environment, check=True, capture_output=True, timeout=300)
     theirs = json.loads((here / "stock.json").read_text())
-    command = json.loads(door("import", "old.yaml", "--json"))
+    command = json.loads(cli("import", "old.yaml", "--json"))
     assert command["not_carried"] == []
-    door(*command["overrides"], "hydra.run.dir=run")
+    cli(*command["overrides"], "hydra.run.dir=run")
     ours = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
 
     trained = [row for row in theirs if row[0] == "train"]

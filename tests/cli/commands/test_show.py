@@ -177,12 +177,12 @@ def test_what_is_neither_is_refused_with_what_it_is(trained: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_every_command_on_the_page_works(door: Any) -> None:
+def test_every_command_on_the_page_works(cli: Any) -> None:
     smoke = ("experiment=smoke", "train.iters=20", "hydra.run.dir=run")
-    door(*smoke, "train.stop_at=10")
+    cli(*smoke, "train.stop_at=10")
     seen = set()
     for state in ("stopped", "finished"):
-        document = json.loads(door("show", "run", "--json"))
+        document = json.loads(cli("show", "run", "--json"))
         assert document["state"] == state
         # What goes on in the same directory removes old checkpoints: last.
         told = sorted(document["commands"], key=lambda command: "resume=run" in command["words"].split())
@@ -192,6 +192,6 @@ def test_every_command_on_the_page_works(door: Any) -> None:
             new = "resume=run" not in words and "generate" not in words
             if new and command["what"] in seen:
                 continue  # worded alike in both states
-            door(*words, *([f"hydra.run.dir=other/{state}{number}"] if new else []))
+            cli(*words, *([f"hydra.run.dir=other/{state}{number}"] if new else []))
             seen.add(command["what"])
     assert seen == {"go on", "train longer", "vary it", "branch off", "build on it", "ask it"}

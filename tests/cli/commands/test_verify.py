@@ -19,11 +19,11 @@ from runner.common.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, make_door) -> Path:
-    door = make_door(tmp_path_factory.mktemp("trained"))
+def trained(tmp_path_factory, make_cli) -> Path:
+    cli = make_cli(tmp_path_factory.mktemp("trained"))
     words = ("model=tiny", "data=tiny", "lora.dropout=0.1", "train.iters=30", "train.eval_every=10")
-    door(*words, "checkpoint.every=10", "hydra.run.dir=run")
-    return door.folder / "run"
+    cli(*words, "checkpoint.every=10", "hydra.run.dir=run")
+    return cli.folder / "run"
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from runner.common import safe_yaml
-from runner.common.errors import ConfigError, shorten
+from runner.common.errors import ConfigError
+from runner.common.text import shorten
 from runner.config.groups import CONF_DIR
 from runner.runs.sweep_manifest import SweepManifest
 

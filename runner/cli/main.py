@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from runner.cli.commands import COMMANDS, run_command
-from runner.common.errors import EXIT_CONFIG, RunnerError, shorten
+from runner.common.errors import EXIT_CONFIG, RunnerError
+from runner.common.text import shorten
 
 
 def main(argv: Sequence[str] | None = None) -> int:

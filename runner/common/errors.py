@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable
 from itertools import islice
 
+from runner.common.text import shorten
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -80,10 +82,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     short = (one for one in islice(known, _MOST_KNOWN) if len(one) <= _LONGEST_WORD)
     near = difflib.get_close_matches(word, list(short), n=1, cutoff=0.5)
     return f" Did you mean '{shorten(near[0])}'?" if near else ""
-
-
-def shorten(text: object, most: int = 200) -> str:
-    """`text` for a message: cut where it is long, and what could steer a terminal shown as a middle dot."""
-    whole = str(text)
-    kept = whole if len(whole) <= most else f"{whole[: most - 20]}…{whole[-19:]}"
-    return "".join(c if c.isprintable() else "·" for c in kept)

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.common.errors import ConfigError, did_you_mean, shorten
+from runner.common.errors import ConfigError, did_you_mean
+from runner.common.text import shorten
 
 # What each optimizer and schedule takes beyond the common options, with its default. Adam's bias correction is on,
 # as in the Adam paper (mlx-lm leaves it off, which makes the first updates about three times too large).

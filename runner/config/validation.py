@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from runner.common.errors import ConfigError, did_you_mean, shorten
+from runner.common.errors import ConfigError, did_you_mean
+from runner.common.text import shorten
 from runner.config.schema import DEFAULT_LORA_SCALE, MISSING, OPTIMIZERS, SCHEDULES, Config, LoraConfig, flatten
 
 CHOICES = {

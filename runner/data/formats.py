@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
-from runner.common.errors import ConfigError, DataError, did_you_mean, shorten
+from runner.common.errors import ConfigError, DataError, did_you_mean
+from runner.common.text import shorten
 from runner.data.chat_spans import Conversation, Span, TextEncoder, common_prompt
 from runner.data.jsonl import JsonlRow, json_type
 from runner.data.row_errors import RowError

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
+from runner.common.text import printable
 from runner.config import validation
-from runner.reports.run_summary import printable
 
 # Plain YAML 1.1 reads 1e-5 as text; mlx-lm's own loader, and ours, as a number.
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")

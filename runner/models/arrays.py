@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from runner.checkpoints.safetensors_file import Tensor, unpack
-from runner.common.errors import CheckpointError, shorten
+from runner.common.errors import CheckpointError
+from runner.common.text import shorten
 
 _MOST_ARRAYS = 20_000
 _BITS = {mx.bfloat16: ("BF16", mx.uint16)}

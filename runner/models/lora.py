@@ -13,8 +13,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from runner.checkpoints.safetensors_file import read_header
 from runner.common import safe_json
-from runner.common.errors import ModelError, RunnerError, did_you_mean, shorten
+from runner.common.errors import ModelError, RunnerError, did_you_mean
 from runner.common.filesystem import FileSystem
+from runner.common.text import shorten
 from runner.config import schema, validation
 from runner.models import npz
 from runner.models.arrays import arrays_from

@@ -17,8 +17,9 @@ from runner.checkpoints import mirror, verify
 from runner.checkpoints.safetensors_file import unpack
 from runner.checkpoints.verify import STEP_NAME, CheckpointRecord
 from runner.common import safe_json
-from runner.common.errors import CheckpointError, RunnerError, shorten
+from runner.common.errors import CheckpointError, RunnerError
 from runner.common.filesystem import FileSystem
+from runner.common.text import shorten
 from runner.config import resume_policy, schema
 from runner.reports.checkpoint_list import checkpoints_folder
 from runner.runs.directory import RunDirectory

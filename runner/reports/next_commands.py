@@ -6,8 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.common.text import relative_path
 from runner.reports.checkpoint_list import CheckpointInfo
-from runner.reports.run_summary import relative_path
 from runner.runs.inspect import RunInfo, SweepInfo
 
 _PROGRAM = "python -m runner"

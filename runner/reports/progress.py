@@ -15,6 +15,7 @@ from rich.text import Text
 
 from runner.common.atomic_io import open_text
 from runner.common.clock import utc_now
+from runner.common.text import format_duration
 
 
 class _Screen(Console):
@@ -120,7 +121,7 @@ class Display:
             self._bar = None
 
     def _tail(self, step: int) -> str:
-        left = duration(self._rate.seconds_per_update * max(0, self._iters - step))
+        left = format_duration(self._rate.seconds_per_update * max(0, self._iters - step))
         return f"{self._rate.tokens_per_second:.0f} tok/s  {left} left  {self._memory_gb():.2f} GB"
 
 
@@ -143,13 +144,3 @@ class _Rate:
     @property
     def seconds_per_update(self) -> float:
         return self._seconds / self._updates if self._updates else 0.0
-
-
-def duration(seconds: float) -> str:
-    """``45s``, ``3m20s``, ``2h05m``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.common.filesystem import format_bytes
+from runner.common.text import relative_path
 from runner.reports import checkpoint_list, curves, next_commands, settings_text
 from runner.reports.cells import age_text, run_fields, time_text
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.curves import Series
-from runner.reports.run_summary import relative_path
 from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, table
 from runner.runs.inspect import RunInfo
 

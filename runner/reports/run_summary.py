@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from runner.reports.progress import duration
+from runner.common.text import format_duration, printable, relative_path
 
 SAMPLES = 3
 
@@ -35,9 +34,8 @@ def end_of_run(
     """
     shown = shlex.quote(relative_path(path))
     why = f" ({reason})" if reason != state else ""
-    lines = [
-        f"{state}{why} at step {step} of {iters} after {duration(seconds)}: {tokens:,} tokens, {peak_memory_gb:.2f} GB"
-    ]
+    duration = format_duration(seconds)
+    lines = [f"{state}{why} at step {step} of {iters} after {duration}: {tokens:,} tokens, {peak_memory_gb:.2f} GB"]
     if best is not None:
         start = f"{baseline:.4f} -> " if baseline is not None else ""
         lines.append(f"valid loss  {start}{best['valid_loss']:.4f} (step {best['step']})")
@@ -91,17 +89,6 @@ def pick_samples(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Ma
         (wrong if answer["score"] < 1 else kept if right_before else gained).append(row)
     in_turn = [row for rows in zip_longest(gained, wrong, kept) for row in rows if row is not None]
     return sorted(in_turn[:SAMPLES])
-
-
-def relative_path(path: Path) -> str:
-    """`path` as one would type it here: relative where it lies below the working directory."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
-def printable(text: str) -> str:
-    """`text` with everything that could steer a terminal shown as a middle dot: a model may generate anything."""
-    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
 
 
 def _indented(label: str, text: str, score: float | None = None, limit: int = 300) -> list[str]:

@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.common.text import relative_path
 from runner.config import schema, validation
 from runner.config.resume_policy import is_free_on_resume
 from runner.config.schema import OPTIMIZERS, SCHEDULES, Config, format_value
-from runner.reports.run_summary import relative_path
 from runner.runs.inspect import RunInfo
 
 PATHS = ("model.path", "data.path", "adapter")

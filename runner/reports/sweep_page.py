@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from runner.common.text import relative_path
 from runner.reports import next_commands, settings_text
 from runner.reports.cells import (
     age_text,
@@ -19,7 +20,6 @@ from runner.reports.cells import (
 )
 from runner.reports.curves import Series
 from runner.reports.run_page import heading, show_commands, show_plot
-from runner.reports.run_summary import relative_path
 from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, natural_widths, table
 from runner.runs.inspect import RunInfo, SweepInfo, differing_settings
 

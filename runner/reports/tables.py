@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from runner.reports.run_summary import printable
+from runner.common.text import single_line
 
 Piece = tuple[str, str]
 """Text and its style (rich's words; empty for none)."""
@@ -78,11 +78,11 @@ class Screen:
         """One line, of texts with or without a style; what could steer a terminal is taken out."""
         styled = [(piece, "") if isinstance(piece, str) else piece for piece in pieces]
         if self._console is None:
-            print("".join(one_line(text) for text, _ in styled).rstrip(), file=self._stream)
+            print("".join(single_line(text) for text, _ in styled).rstrip(), file=self._stream)
             return
         from rich.text import Text
 
-        self._console.print(Text.assemble(*[(one_line(text), style) for text, style in styled]))
+        self._console.print(Text.assemble(*[(single_line(text), style) for text, style in styled]))
 
     def lines(self, lines: Sequence[Line]) -> None:
         """Several lines."""
@@ -91,7 +91,7 @@ class Screen:
 
     def fit(self, text: str) -> str:
         """`text` cut to the terminal's width, whole elsewhere."""
-        return text if self.width is None else cut(one_line(text), self.width)
+        return text if self.width is None else cut(single_line(text), self.width)
 
 
 def table(columns: Sequence[Column], rows: Sequence[TableRow], width: int | None) -> list[Line]:
@@ -100,7 +100,7 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], width: int | None
     Where little is left for the column with `cut`, its text goes on a line below the row. Without a width nothing is
     cut and a row is one line, with its notes at the end.
     """
-    cells = [[one_line(cell) for cell in row.cells] for row in rows]
+    cells = [[single_line(cell) for cell in row.cells] for row in rows]
     widths = natural_widths(columns, cells)
     shown = list(range(len(columns)))
     moved = None
@@ -119,10 +119,10 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], width: int | None
     for row, texts in zip(rows, cells, strict=True):
         line = _line(columns, texts, widths, shown, row.styles)
         if width is None:
-            out.append([*line, *[(f"{' ' * _GAP}{one_line(note)}", "") for note in row.notes]])
+            out.append([*line, *[(f"{' ' * _GAP}{single_line(note)}", "") for note in row.notes]])
             continue
         out.append(line)
-        below = ([texts[moved]] if moved is not None and texts[moved] else []) + [one_line(n) for n in row.notes]
+        below = ([texts[moved]] if moved is not None and texts[moved] else []) + [single_line(n) for n in row.notes]
         out += [[(" " * _INDENT + cut(text, width - _INDENT), "dim")] for text in below]
     return out
 
@@ -130,11 +130,6 @@ def table(columns: Sequence[Column], rows: Sequence[TableRow], width: int | None
 def natural_widths(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> list[int]:
     """What each column needs where nothing is cut."""
     return [max(columns_of(c.title), *(columns_of(row[i]) for row in cells), 0) for i, c in enumerate(columns)]
-
-
-def one_line(text: str) -> str:
-    """`text` on one line, without anything that could steer a terminal."""
-    return printable(text.replace("\n", " "))
 
 
 def columns_of(text: str) -> int:

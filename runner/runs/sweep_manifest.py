@@ -14,7 +14,8 @@ from typing import Any
 from runner.common import safe_json
 from runner.common.atomic_io import is_leftover
 from runner.common.clock import utc_now
-from runner.common.errors import ConfigError, shorten
+from runner.common.errors import ConfigError
+from runner.common.text import shorten
 from runner.runs.directory import RunDirectory
 from runner.runs.rows import RowFile
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.atomic_io import write_atomically
+from runner.common.text import relative_path
 from runner.reports import svg
-from runner.reports.run_summary import relative_path
 from runner.reports.tables import Column, Screen, TableRow, table
 from runner.runs.inspect import RunInfo, objective_value, read_run
 from runner.runs.sweep_manifest import SweepJob, SweepManifest

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app.resolve import require_adapter, resolve_config
 from runner.common.errors import ConfigError, RunnerError
-from runner.reports.run_summary import relative_path
+from runner.common.text import relative_path
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import SweepJob, SweepManifest

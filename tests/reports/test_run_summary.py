@@ -7,7 +7,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.reports.run_summary import SAMPLES, before_and_after, end_of_run, pick_samples, printable
+from runner.common.text import printable
+from runner.reports.run_summary import SAMPLES, before_and_after, end_of_run, pick_samples
 
 SCORES = st.dictionaries(st.integers(0, 30), st.tuples(st.booleans(), st.booleans()), min_size=1)
 

@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import Any
 
 from runner.cli.commands import CommandParser
-from runner.reports.run_summary import printable
+from runner.common.text import printable
 
 OVERRIDES_HELP = (
     "settings to change, key=value: data=NAME, data.path=…, model.path=…, model.dtype=…, train.batch_size=…"

@@ -20,8 +20,8 @@ from runner.cli.commands.stored_settings import StoredSettings
 from runner.common.atomic_io import storage_errors
 from runner.common.errors import CheckpointError, ConfigError, ModelError, StorageError
 from runner.common.filesystem import FileSystem, format_bytes
+from runner.common.text import relative_path
 from runner.config.schema import Config
-from runner.reports.run_summary import relative_path
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
 if TYPE_CHECKING:

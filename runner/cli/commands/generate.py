@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from runner.backends.cpu import blas
 from runner.cli.commands import COMMANDS, adapter_source, arguments, stored_settings
 from runner.common.errors import ConfigError, DataError
+from runner.common.text import printable
 from runner.config.schema import Config
 from runner.data.row_errors import RowError
 from runner.data.source import BUILTIN, find_files, resolve
-from runner.reports.run_summary import printable
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter

@@ -13,12 +13,12 @@ from typing import Any
 from runner.cli.commands import CommandParser
 from runner.common.atomic_io import write_atomically
 from runner.common.errors import ConfigError
+from runner.common.text import printable
 from runner.config.groups import group_choices
 from runner.migrate.carry import Carried, Line
 from runner.migrate.mapping import carry
 from runner.migrate.old import is_program, read_command, read_config
 from runner.migrate.values import shown, yaml_value
-from runner.reports.run_summary import printable
 
 _COMMAND = ("python", "-m", "runner")
 _WIDTH = 100

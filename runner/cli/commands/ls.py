@@ -11,6 +11,7 @@ from typing import Any
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.common.errors import ConfigError
 from runner.common.filesystem import format_bytes
+from runner.common.text import relative_path, single_line
 from runner.reports import settings_text
 from runner.reports.cells import (
     age_text,
@@ -23,8 +24,7 @@ from runner.reports.cells import (
     step_text,
     time_text,
 )
-from runner.reports.run_summary import relative_path
-from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, document, natural_widths, one_line, table
+from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, document, natural_widths, table
 from runner.runs.inspect import RunInfo, SweepInfo, differing_settings, find_runs
 
 DEFAULT = "outputs"
@@ -104,7 +104,7 @@ def _print(screen: Screen, root: Path, shown: list[RunInfo | SweepInfo], names: 
     for i, path in paths:
         rows[i].cells[0] = relative_path(path)
     columns = list(_COLUMNS if names else _COLUMNS[:-1])
-    cells = [[one_line(cell) for cell in row.cells] for row in rows]
+    cells = [[single_line(cell) for cell in row.cells] for row in rows]
     widths = natural_widths(columns, cells)
     needed = sum(widths) + 2 * (len(widths) - 1)
     if names:

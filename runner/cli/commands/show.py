@@ -7,7 +7,7 @@ from pathlib import Path
 from runner.checkpoints.verify import STEP_NAME
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.common.errors import ConfigError, did_you_mean
-from runner.reports.run_summary import relative_path
+from runner.common.text import relative_path
 from runner.reports.tables import Screen, document
 from runner.runs.inspect import find_runs, is_sweep, looks_like_run, read_run, read_sweep
 

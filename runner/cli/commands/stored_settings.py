@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from runner.common.errors import ConfigError, did_you_mean, shorten
+from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_yaml import load_yaml_file
+from runner.common.text import shorten
 from runner.config import groups, schema, validation
 from runner.config.schema import Config, ModelConfig
 from runner.runs.directory import RunDirectory

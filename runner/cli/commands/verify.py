@@ -14,9 +14,9 @@ from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.ls import DEFAULT
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, ConfigError, did_you_mean
 from runner.common.filesystem import format_bytes
+from runner.common.text import relative_path
 from runner.reports import audit
 from runner.reports.audit import Audit
-from runner.reports.run_summary import relative_path
 from runner.reports.tables import Screen, document
 from runner.runs.inspect import RunInfo, SweepInfo, find_runs, looks_like_run, read_run
 

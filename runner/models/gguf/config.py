@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from runner.common.errors import ModelError, shorten
+from runner.common.errors import ModelError
+from runner.common.text import shorten
 from runner.models.gguf.header import Header, Value
 from runner.models.gguf.tokenizer import ending_ids
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.common.errors import ModelError, shorten
+from runner.common.errors import ModelError
+from runner.common.text import shorten
 
 HEADER_LIMIT = 24 << 20
 """Most bytes a header may take. A vocabulary of 260 000 tokens with its merges takes about 15 MB."""

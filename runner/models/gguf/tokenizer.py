@@ -15,7 +15,8 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from runner.common.errors import ModelError, did_you_mean, shorten
+from runner.common.errors import ModelError, did_you_mean
+from runner.common.text import shorten
 from runner.models.gguf.header import Value
 
 # Token types of the GGUF specification that are matched whole inside a text; only control ones are special.

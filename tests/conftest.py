@@ -75,14 +75,16 @@ def train() -> Callable[..., Path]:
     """Train in this process: `train(settings, folder)`; `resume=path` goes on from there, and jobs of a sweep share
     a `Shared`."""
 
-    def do(settings: Config, folder: Path, resume: Path | None = None, shared: Any = None) -> Path:
+    def do(
+        settings: Config, folder: Path, resume: Path | None = None, shared: Any = None, stop_at: int | None = None
+    ) -> Path:
         from runner.training.run import run
 
         source = find_resume_source(resume) if resume else None
         directory = RunDirectory(folder, settings.checkpoint.dir)
         if source is None or source.branch:
             directory.claim()
-        start = RunSpec(settings, schema.to_dict(settings), directory, source, new_run_id())
+        start = RunSpec(settings, schema.to_dict(settings), directory, source, new_run_id(), stop_at=stop_at)
         run(start, blas.load_blas(), shared=shared)
         return folder
 

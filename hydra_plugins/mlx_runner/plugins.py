@@ -12,6 +12,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from runner.config.invocation import Invocation
+
 
 class GridSweeper(Sweeper):
     """Every combination of the swept values; can be finished and extended with resume=."""
@@ -39,6 +41,7 @@ class _Launcher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra."""
         self.context, self.config = hydra_context, config
+        self.invocation = getattr(task_function, "invocation", None) or Invocation()
 
 
 class SerialLauncher(_Launcher):
@@ -48,7 +51,7 @@ class SerialLauncher(_Launcher):
         """Run the jobs."""
         from runner.sweeps.launchers.serial import launch
 
-        return launch(job_overrides, context=self.context, config=self.config)
+        return launch(job_overrides, context=self.context, config=self.config, invocation=self.invocation)
 
 
 class ProcessLauncher(_Launcher):
@@ -61,7 +64,9 @@ class ProcessLauncher(_Launcher):
         """Run the jobs."""
         from runner.sweeps.launchers.process import launch
 
-        return launch(job_overrides, at_once=self._jobs, context=self.context, config=self.config)
+        return launch(
+            job_overrides, at_once=self._jobs, context=self.context, config=self.config, invocation=self.invocation
+        )
 
 
 _HERE = "hydra_plugins.mlx_runner.plugins"

@@ -11,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner.common.errors import ConfigError, RunnerError, StorageError, did_you_mean
-from runner.config import schema
+from runner.config import retired, schema
 from runner.config.groups import config_dirs
 
 
@@ -93,6 +93,8 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if isinstance(error, InterpolationResolutionError):
         return f"{key}: {text}."
     if re.search(r"Key '[^']*' (is )?not in|is not in struct", text):
+        if explanation := retired.explain(key):
+            return explanation
         return f"There is no setting '{key}'.{did_you_mean(key, [*schema.default_settings(), *schema.section_names(), *schema.GROUPS])}"
     if "is not Optional" in text:
         return f"{key}=null cannot be: it needs a value."

@@ -28,7 +28,7 @@ from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
 from runner.config import schema, validation
 from runner.config.groups import CONF_DIR
 from runner.config.invocation import Invocation
-from runner.config.quoting import quote_path
+from runner.config.quoting import quote_path, unquote
 from runner.config.schema import Config
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
@@ -56,17 +56,17 @@ def start(said: Invocation, program: str) -> None:
     """
     global _said, _claimed
     _said, _claimed = said, None
-    words = list(said.words)
+    words = list(said.arguments)
     if said.resume is not None and (said.resume / sweep_manifest.NAME).is_file():
         words = _words_of_sweep(said)
     if said.resume or said.repeat:
         _store_config_of(said)
         words.append("stored=run")
     register()
-    guard.install_guard({*said.hydra, *said.typed})
+    guard.install_guard({*said.hydra_settings, *said.settings})
     sys.argv = [program, *words]
     try:
-        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(_job)()
+        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(Task(said))()
     except Refused as refused:
         if isinstance(refused.error, RunnerError):
             raise refused.error from refused
@@ -84,8 +84,9 @@ def run_sweep(
     from runner.sweeps import sweep
 
     try:
-        words = grid.stored_overrides(_said.words)
-        return sweep.run_sweep(arguments, params=params, launcher=launcher, context=context, config=config, words=words)
+        return sweep.run_sweep(
+            arguments, params=params, launcher=launcher, context=context, config=config, invocation=_said
+        )
     except Exception as error:
         raise Refused(error) from error
 
@@ -97,8 +98,10 @@ class Opening(Callback):
         """A plain run: the directory is new and ours, or that of the run to resume."""
         with _refusals():
             validation.refuse_secrets(OmegaConf.to_container(config.hydra, resolve=False), "hydra")
-            require_adapter(resolve_config(_without_hydra(config)))
-            named = "hydra.run.dir" in _said.hydra
+            resolved = resolve_config(_without_hydra(config))
+            validation.validate_stop_at(_said.stop_at, resolved)
+            require_adapter(resolved)
+            named = "hydra.run.dir" in _said.hydra_settings
             from_backup = _said.resume is not None and mirror.is_backup(_said.resume)
             if _said.resume is not None and not from_backup and not find_resume_source(_said.resume).branch:
                 directory = find_resume_source(_said.resume).run
@@ -120,12 +123,25 @@ class Opening(Callback):
             validation.refuse_secrets(OmegaConf.to_container(config, resolve=False))
             folder = Path(config.hydra.sweep.dir)
             if _said.sweep is None:
-                folder = _claim_sweep(folder, named="hydra.sweep.dir" in _said.hydra)
+                folder = _claim_sweep(folder, named="hydra.sweep.dir" in _said.hydra_settings)
             _set(config, "hydra.sweep.dir", str(folder.absolute()))
 
 
-def _job(cfg: DictConfig) -> float | None:
-    """What Hydra's own launchers call for a run or a job. A job raises; a plain run's error goes straight out."""
+class Task:
+    """The task function of Hydra: called with the composed config of a run, or of a sweep's job by a launcher.
+
+    Launchers find the invocation in it, also those that call it in another process.
+    """
+
+    def __init__(self, invocation: Invocation) -> None:
+        self.invocation = invocation
+
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Run it. A job raises; a plain run's error goes straight out."""
+        return _job(cfg, self.invocation)
+
+
+def _job(cfg: DictConfig, invocation: Invocation) -> float | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     experiment = hydra_config.runtime.choices.get("experiment")
@@ -133,7 +149,14 @@ def _job(cfg: DictConfig) -> float | None:
         from runner.sweeps.job import run_job
 
         overrides = [word for word in hydra_config.overrides.task if not word.startswith("stored=")]
-        return run_job(cfg, folder, number=hydra_config.job.num, label=" ".join(overrides), experiment=experiment)
+        return run_job(
+            cfg,
+            folder,
+            number=hydra_config.job.num,
+            label=" ".join(overrides),
+            experiment=experiment,
+            stop_at=invocation.stop_at,
+        )
     try:
         from runner.backends.cpu import blas
 
@@ -146,8 +169,8 @@ def _job(cfg: DictConfig) -> float | None:
         source = None if _said.resume is None else find_resume_source(_said.resume)
         stored = stored_config(cfg, config)
         if source is not None and not source.branch:
-            stored |= {"resume": None, "experiment": directory.read_config().get("experiment")}
-        return run(RunSpec(config, stored, directory, source, new_run_id()), report)
+            stored |= {"experiment": directory.read_config().get("experiment")}
+        return run(RunSpec(config, stored, directory, source, new_run_id(), stop_at=invocation.stop_at), report)
     except Exception as error:
         raise Refused(error) from error
 
@@ -162,18 +185,18 @@ def _words_of_sweep(said: Invocation) -> list[str]:
     assert said.resume is not None
     folder, said.resume = said.resume.absolute(), None
     said.sweep = folder
-    typed = [word for word in said.words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
+    if said.repeat is not None:
+        raise ConfigError(f"resume={folder} finishes a sweep with its own settings: leave out repeat=.")
+    typed = [word for word in said.arguments if word not in ("-m", "--multirun")]
     known = sweep_manifest.read_manifest(folder)
     if not known.words:
         raise ConfigError(
             f"resume={folder}: {sweep_manifest.NAME} holds no words of a sweep: there is nothing to finish."
         )
-    guard.check_sweep_manifest(known, said.typed)
-    said.words = grid.merge_overrides(known.words, typed)
-    for word in said.words:
-        if word.startswith("repeat="):
-            said.repeat = Path(word.partition("=")[2].strip("'"))
-    return ["-m", *said.words, f"hydra.sweep.dir={quote_path(str(folder))}"]
+    guard.check_sweep_manifest(known, said.settings)
+    said.arguments = grid.merge_overrides([word for word in known.words if not word.startswith("repeat=")], typed)
+    said.repeat = next((Path(unquote(word[7:])) for word in known.words if word.startswith("repeat=")), None)
+    return ["-m", *said.arguments, f"hydra.sweep.dir={quote_path(str(folder))}"]
 
 
 def _store_config_of(said: Invocation) -> None:
@@ -184,16 +207,15 @@ def _store_config_of(said: Invocation) -> None:
     assert run is not None
     config = schema.from_dict(RunDirectory(run).read_config(), str(run / "config.yaml"))
     data = schema.to_dict(config)
-    data = {section: value for section, value in data.items() if section not in said.chosen}
-    for name in schema.INVOCATION:
-        section, _, key = name.rpartition(".")
-        (data.get(section, {}) if section else data).pop(key, None)
+    data = {section: value for section, value in data.items() if section not in said.group_choices}
+    for name in schema.PROVENANCE:
+        data.pop(name, None)
     if said.resume:
         data.pop("adapter", None)  # provenance: the checkpoint holds the weights
     # scale and alpha are two names for one thing: the one typed replaces the one stored.
-    if "lora" in data and "lora.alpha" in said.typed and "lora.scale" not in said.typed:
+    if "lora" in data and "lora.alpha" in said.settings and "lora.scale" not in said.settings:
         data["lora"]["scale"] = None
-    if "lora" in data and "lora.scale" in said.typed and "lora.alpha" not in said.typed:
+    if "lora" in data and "lora.scale" in said.settings and "lora.alpha" not in said.settings:
         data["lora"]["alpha"] = None
     ConfigStore.instance().store(group="stored", name="run", package="_global_", node=data)
 

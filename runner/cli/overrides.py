@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.common.errors import ConfigError, did_you_mean
-from runner.config import schema, validation
+from runner.config import retired, schema, validation
 from runner.config.groups import CONF_DIR, config_dirs, group_choices
 from runner.config.invocation import Invocation
-from runner.config.quoting import quote_path
+from runner.config.quoting import quote_path, unquote
 
-_PATHS = ("resume", "repeat", "adapter", "data.path", "model.path", "hydra.run.dir", "hydra.sweep.dir")
+_PATHS = ("adapter", "data.path", "model.path", "hydra.run.dir", "hydra.sweep.dir")
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn"}
 _FLAGS_WITH_VALUE |= {"--config-path", "-cp", "--info", "-i"}
 _FLAGS = _FLAGS_WITH_VALUE | {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "--version"}
@@ -35,11 +35,11 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
     said = Invocation()
     words = list(argv)
     said.multirun = any(w in ("-m", "--multirun") for w in words)
-    said.shows_only = any(
+    said.prints_only = any(
         w in ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help") for w in words
     )
     if any(w in ("--shell-completion", "-sc") for w in words):
-        said.words = words  # its words are no settings: install=bash, query=bash
+        said.arguments = words  # its words are no settings: install=bash, query=bash
         return said
     folders = [CONF_DIR, *config_dirs(words)]
     flags: list[str] = []
@@ -57,13 +57,15 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
             _check_flag(word)
             flags.append(word)
         else:
-            overrides.append(_read_word(word, said, folders))
+            override = _read_word(word, said, folders)
+            overrides += [override] if override is not None else []
         i += 1
-    said.words = [*flags, *overrides]  # Hydra's parser refuses a flag between two overrides
+    said.arguments = [*flags, *overrides]  # Hydra's parser refuses a flag between two overrides
     return said
 
 
-def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
+def _read_word(word: str, said: Invocation, folders: list[Path]) -> str | None:
+    """Return the override for Hydra, or None for `resume=`, `repeat=` and `train.stop_at=`, which `said` keeps."""
     validation.refuse_secrets({word.partition("=")[0] if "=" in word else "": word})
     match = _WORD.fullmatch(word)
     if match is None:
@@ -78,24 +80,36 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str:
         )
     sign, key, package, value = match["sign"], match["key"], match["package"] or "", match["value"]
     if key.startswith(("hydra.", "hydra/")):
-        said.hydra.add(key)
+        said.hydra_settings.add(key)
         return f"{sign}{key}{package}={_path(value, said.multirun) if key in _PATHS else value}"
     if sign == "~":
         raise ConfigError(f"'{word}' would remove a setting: every setting has to be there. Set it to null instead.")
     if key in schema.GROUPS:
         _check_choices(key, value, folders, said.multirun)
-        said.chosen[key] = value
+        said.group_choices[key] = value
         return f"{key}{package}={value}"
+    if key in retired.OF_THE_INVOCATION:
+        _set_field_of_invocation(said, key, value)
+        return None
     _check_key(key, value, sign)
     if sign and key.startswith("loggers."):
         return word  # backends take options of their own
-    said.typed[key] = value
+    said.settings[key] = value
     if key in _PATHS:
         value = _path(value, said.multirun)
-        if key in ("resume", "repeat") and value != "null":
-            path = Path(_unquoted(value))
-            setattr(said, key, path if path.is_absolute() else Path.cwd() / path)
     return f"{key}={value}"
+
+
+def _set_field_of_invocation(said: Invocation, key: str, value: str) -> None:
+    """Keep `resume=`, `repeat=` or `train.stop_at=`; null means not set, as for any setting."""
+    if value == "null":
+        return
+    if key == "train.stop_at":
+        if not re.fullmatch(r"\+?[0-9]{1,18}", value) or int(value) < 1:
+            raise ConfigError(f"train.stop_at={value} is invalid: must be a whole number, 1 or more.")
+        said.stop_at = int(value)
+    else:
+        setattr(said, key, Path.cwd() / os.path.expanduser(unquote(value)))
 
 
 def _check_flag(word: str) -> None:
@@ -105,7 +119,7 @@ def _check_flag(word: str) -> None:
 
 
 def _known_words() -> list[str]:
-    return [*schema.default_settings(), *schema.GROUPS]
+    return [*schema.default_settings(), *schema.GROUPS, *retired.OF_THE_INVOCATION]
 
 
 def _check_key(key: str, value: str, sign: str) -> None:
@@ -120,6 +134,8 @@ def _check_key(key: str, value: str, sign: str) -> None:
             return
         inside = [n for n in names if n.startswith(f"{key}.")]
         raise ConfigError(f"{key} is a section: set one of {', '.join(inside)}.")
+    if renamed := retired.explain(key):
+        raise ConfigError(renamed)
     where = f" (a {sign} cannot add one)" if sign else ""
     raise ConfigError(f"There is no setting '{key}'{where}.{did_you_mean(key, _known_words())}")
 
@@ -145,9 +161,3 @@ def _path(value: str, multirun: bool) -> str:
     if multirun and "," in value and not os.path.exists(os.path.expanduser(value)):
         return ",".join(_path(part, False) for part in value.split(","))
     return quote_path(os.path.expanduser(value))
-
-
-def _unquoted(value: str) -> str:
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        return re.sub(r"\\(['\"])", r"\1", value[1:-1])
-    return value

@@ -1,4 +1,4 @@
-"""What one command line asks for, before Hydra starts."""
+"""What one command line asks for, known before Hydra starts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from pathlib import Path
 
 @dataclass
 class Invocation:
-    """What was typed: the words for Hydra, and what the door has to know before Hydra starts."""
+    """One command line: the arguments for Hydra, and what belongs to this invocation alone.
 
-    words: list[str] = field(default_factory=list)
+    `resume`, `repeat` and `stop_at` are typed like settings (`resume=DIR`, `repeat=DIR`, `train.stop_at=200`) but are
+    no part of the config: a run's config.yaml does not hold them, so that no later resume or repeat inherits them.
+    """
+
+    arguments: list[str] = field(default_factory=list)
+    """Flags and overrides for Hydra."""
     multirun: bool = False
-    shows_only: bool = False
-    """--cfg, --info, shell completion: nothing runs, nothing is written."""
-    sweep: Path | None = None
-    """The sweep that resume= finishes."""
+    """Whether -m or --multirun was typed."""
+    prints_only: bool = False
+    """Whether --cfg, --info or shell completion was typed: nothing runs and nothing is written."""
     resume: Path | None = None
+    """Run directory, checkpoint or backup to continue from, absolute."""
     repeat: Path | None = None
-    hydra: set[str] = field(default_factory=set)
-    """Hydra's own settings that were typed, such as hydra.run.dir."""
-    chosen: dict[str, str] = field(default_factory=dict)
+    """Run directory whose stored config is the base of a new run or sweep, absolute."""
+    stop_at: int | None = None
+    """Update after which every run of this invocation stops, resumable."""
+    sweep: Path | None = None
+    """Directory of the sweep to finish, where `resume` named a sweep."""
+    hydra_settings: set[str] = field(default_factory=set)
+    """Names of Hydra's own settings that were typed, such as hydra.run.dir."""
+    group_choices: dict[str, str] = field(default_factory=dict)
     """Group to choice, as typed."""
-    typed: dict[str, str] = field(default_factory=dict)
-    """Setting to value, as typed (groups aside)."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Setting to value, as typed; groups and Hydra's settings excluded."""

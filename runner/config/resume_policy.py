@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 from runner.common.errors import ConfigError
-from runner.config.schema import INVOCATION, Config, flatten, format_value
+from runner.config.schema import PROVENANCE, Config, flatten, format_value
 
 # What a resumed run may change. All else is frozen: it decides the path of the run.
 FREE_ON_RESUME = (
-    *INVOCATION,
+    *PROVENANCE,
     "adapter",
     "model.path",  # the fingerprint decides
     "model.revision",
@@ -78,7 +78,7 @@ def changes_on_resume(stored: Config, now: Config, step: int) -> dict[str, tuple
         ConfigError: a change of a frozen setting, with the difference.
     """
     before, after = flatten(stored), flatten(now)
-    changed = {n: (before[n], after[n]) for n in after if before[n] != after[n] and not _matches(n, INVOCATION)}
+    changed = {n: (before[n], after[n]) for n in after if before[n] != after[n] and not _matches(n, PROVENANCE)}
     frozen = {n: pair for n, pair in changed.items() if not is_free_on_resume(n)}
     problems = [
         f"{n} was {format_value(old)} and cannot become {format_value(new)} on resume."

@@ -204,8 +204,6 @@ class TrainConfig:
 
     iters: int = 1000
     """Optimizer updates in all."""
-    stop_at: int | None = None
-    """Stop after this update, resumable; belongs to one invocation."""
     batch_size: int = 4
     """Rows in a micro-batch."""
     grad_accumulation: int = 1
@@ -298,10 +296,6 @@ class Config:
     loggers: dict[str, Any] = field(default_factory=dict)
     """One key per backend, chosen with loggers=NAME or 'loggers=[NAME,NAME]'."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    resume: str | None = None
-    """Run directory or checkpoint to go on from; belongs to one invocation."""
-    repeat: str | None = None
-    """Run directory whose settings are taken for a new run; belongs to one invocation."""
     adapter: str | None = None
     """Warm start, weights only: .npz, .safetensors or adapter folder."""
     experiment: str | None = None
@@ -309,8 +303,8 @@ class Config:
 
 
 GROUPS = ("model", "data", "lora", "optimizer", "schedule", "train", "checkpoint", "loggers", "experiment")
-INVOCATION = ("resume", "repeat", "experiment", "train.stop_at")
-"""Settings of one invocation: a later resume or repeat does not inherit them."""
+PROVENANCE = ("experiment",)
+"""Recorded to say where the settings came from; a later resume or repeat does not inherit it."""
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

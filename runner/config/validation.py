@@ -40,7 +40,6 @@ _POSITIVE = (
     "lora.rank",
     "schedule.iters",
     "train.iters",
-    "train.stop_at",
     "train.batch_size",
     "train.grad_accumulation",
     "train.eval_tokens",
@@ -131,8 +130,6 @@ def validate(config: Config) -> None:
             problems.append(f"{name}={shorten(flat[name])} cannot be: it has to be a path or a name.")
     problems += _lora_problems(config.lora)
     problems += _unused_options(config)
-    if config.train.stop_at is not None and config.train.stop_at > config.train.iters:
-        problems.append(f"train.stop_at={config.train.stop_at} lies beyond train.iters={config.train.iters}.")
     if config.data.metric_rows and config.data.metric is None:
         problems.append("data.metric_rows is set, but data.metric is null: choose data.metric=exact_match or another.")
     if config.objective.metric == "test_loss" and not config.train.test:
@@ -144,6 +141,16 @@ def validate(config: Config) -> None:
         problems.append(f"schedule.warmup={config.schedule.warmup} leaves no update before the end at {end}.")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def validate_stop_at(stop_at: int | None, config: Config) -> None:
+    """Check the update after which an invocation stops against the length of the run.
+
+    Raises:
+        ConfigError: it lies beyond the last update.
+    """
+    if stop_at is not None and stop_at > config.train.iters:
+        raise ConfigError(f"train.stop_at={stop_at} is invalid: must be at most train.iters={config.train.iters}.")
 
 
 def fill_defaults(config: Config) -> Config:

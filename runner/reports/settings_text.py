@@ -28,9 +28,7 @@ def changed_from_defaults(settings: Mapping[str, Any]) -> dict[str, tuple[Any, A
     defaults = schema.flatten(_defaults_for(settings))
     changed = {}
     for name in [*defaults, *(name for name in settings if name not in defaults)]:
-        if name not in settings or (name in schema.INVOCATION and name != "experiment"):
-            continue
-        if name in _ALWAYS or settings[name] != defaults.get(name):
+        if name in settings and (name in _ALWAYS or settings[name] != defaults.get(name)):
             changed[name] = (settings[name], defaults.get(name))
     return changed
 

@@ -19,6 +19,7 @@ from runner.common.atomic_io import is_leftover, open_regular, storage_errors, s
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError, DirectoryInUse, StorageError
 from runner.common.safe_yaml import load_yaml_file
+from runner.config import retired
 from runner.runs.layout import STATES
 
 _LIMIT = 1_000_000  # bytes of a config.yaml or status.json; a real one has about 3,000
@@ -129,7 +130,7 @@ class RunDirectory:
             os.close(handle)
 
     def read_config(self) -> dict[str, Any]:
-        """The stored config as plain data.
+        """The stored config as plain data, with the present names of its settings.
 
         Raises:
             ConfigError: missing, too large, not plain YAML, or not a mapping.
@@ -137,7 +138,7 @@ class RunDirectory:
         found = load_yaml_file(self.config, missing=f"{self.path} is not a run directory: it has no config.yaml.")
         if isinstance(found.get("model"), dict):
             found["model"].pop("trust_remote_code", None)  # trust counts where it is typed, each time
-        return found
+        return retired.upgrade_config(found)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml atomically."""

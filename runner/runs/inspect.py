@@ -18,7 +18,7 @@ from typing import Any
 
 from runner.common import safe_yaml
 from runner.common.errors import RunnerError
-from runner.config import schema
+from runner.config import retired, schema
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
 from runner.runs.layout import BEST_METRIC, STATES
@@ -158,7 +158,7 @@ def read_run(path: Path) -> RunInfo:
     problems = []
     settings: dict[str, Any] = {}
     try:
-        settings = _flat(safe_yaml.read_mapping(path / "config.yaml"))
+        settings = _flat(retired.upgrade_config(safe_yaml.read_mapping(path / "config.yaml")))
     except FileNotFoundError:
         problems.append("config.yaml is missing")
     except OSError as error:
@@ -204,7 +204,7 @@ def differing_settings(runs: Sequence[RunInfo]) -> list[str]:
     names = []
     for name in known:
         values = [settings.get(name, defaults.get(name)) for settings in readable]
-        if name not in schema.INVOCATION and any(value != values[0] for value in values[1:]):
+        if name not in schema.PROVENANCE and any(value != values[0] for value in values[1:]):
             names.append(name)
     return names
 

@@ -41,6 +41,8 @@ class RunSpec:
     directory: RunDirectory
     source: ResumeSource | None
     run_id: str
+    stop_at: int | None = None
+    """Update after which this invocation stops the run, resumable."""
     label: str | None = None
     """Of a job of a sweep, on whose screen there are others: it is shown in one line."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import re
 import stat
@@ -16,6 +18,7 @@ from runner.common.atomic_io import is_leftover
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
 from runner.common.text import shorten
+from runner.config import retired
 from runner.runs.directory import RunDirectory
 from runner.runs.rows import RowFile
 
@@ -27,6 +30,15 @@ _LONGEST_WORD = 20_000
 _LONGEST_REFERENCE = 1000
 _MOST_NESTING = 1000
 _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w./@:-]*=.*", re.DOTALL)
+
+
+def job_id(overrides: Sequence[str]) -> str:
+    """Return the identity of a job: a hash of the set of its settings, whatever their order.
+
+    Hydra's own settings, and the group that holds the config of a repeated run, do not count.
+    """
+    settings = sorted(o for o in overrides if not o.lstrip("+").startswith(("hydra.", "hydra/", "stored=")))
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -130,9 +142,13 @@ def _take(manifest: SweepManifest, line: dict[str, Any]) -> None:
     if "words" in line:
         if line["schema"] != SCHEMA:
             raise ValueError(f"schema {line['schema']}, this version reads {SCHEMA}")
-        manifest.words = list(_texts(line["words"]))
+        manifest.words = retired.upgrade_overrides(_texts(line["words"]))
         return
-    job = SweepJob(line["job"], line["id"], _texts(line["overrides"]))
+    stored = _texts(line["overrides"])
+    overrides = tuple(o for o in retired.upgrade_overrides(stored) if not _is_of_the_invocation(o))
+    # Settings may have been renamed since: the identity is that of the present names.
+    identity = line["id"] if overrides == stored else job_id(overrides)
+    job = SweepJob(line["job"], line["id"] if identity in manifest.jobs else identity, overrides)
     if type(job.number) is not int or job.number != len(manifest.jobs):
         raise ValueError(f"job {job.number} out of order")
     if not isinstance(job.identity, str) or job.identity in manifest.jobs:
@@ -141,6 +157,10 @@ def _take(manifest: SweepManifest, line: dict[str, Any]) -> None:
         if not _OVERRIDE.fullmatch(word) or word.lstrip("+").startswith("hydra"):
             raise ValueError(f"{word} is no setting of a job")
     manifest.jobs[job.identity] = job
+
+
+def _is_of_the_invocation(override: str) -> bool:
+    return override.lstrip("+").partition("=")[0] in retired.OF_THE_INVOCATION
 
 
 def _texts(value: object) -> tuple[str, ...]:

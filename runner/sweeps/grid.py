@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Override, RangeSweep
 
 from runner.common.errors import ConfigError
+from runner.config.invocation import Invocation
+from runner.config.quoting import quote_path
 
 MOST_JOBS = 10_000
 
@@ -50,15 +50,7 @@ def _count(found: RangeSweep) -> float:
     return abs(found.stop - found.start) / max(abs(found.step), 1e-300)
 
 
-def job_id(overrides: Sequence[str]) -> str:
-    """Identity of a job: of the set of its overrides, whatever their order; those of one invocation do not count."""
-    own = sorted(word for word in overrides if not _of_the_invocation(word))
-    return hashlib.blake2b(json.dumps(own).encode(), digest_size=8).hexdigest()
-
-
 _NOT_KEPT = (
-    "resume",
-    "train.stop_at",
     "stored",
     "hydra.sweep.dir",
     "hydra.sweep.subdir",
@@ -68,9 +60,11 @@ _NOT_KEPT = (
 """Words that belong to one invocation, or that a sweep sets itself."""
 
 
-def stored_overrides(words: Sequence[str]) -> list[str]:
-    """The words that a sweep's manifest keeps, so that it can be finished without typing them again."""
-    return [word for word in words if word not in ("-m", "--multirun") and _key(word) not in _NOT_KEPT]
+def stored_overrides(invocation: Invocation) -> list[str]:
+    """Return what a sweep's manifest keeps of the command line, so that the sweep can be finished without it."""
+    repeat = [] if invocation.repeat is None else [f"repeat={quote_path(str(invocation.repeat))}"]
+    arguments = [a for a in invocation.arguments if a not in ("-m", "--multirun") and _key(a) not in _NOT_KEPT]
+    return [*repeat, *arguments]
 
 
 def merge_overrides(stored: Sequence[str], typed: Sequence[str]) -> list[str]:
@@ -78,10 +72,6 @@ def merge_overrides(stored: Sequence[str], typed: Sequence[str]) -> list[str]:
     said = {_key(word): word for word in stored}
     said.update({_key(word): word for word in typed})
     return list(said.values())
-
-
-def _of_the_invocation(word: str) -> bool:
-    return _key(word).startswith(("hydra.", "hydra/")) or _key(word) in _NOT_KEPT
 
 
 def _key(word: str) -> str:

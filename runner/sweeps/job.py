@@ -14,6 +14,7 @@ from runner.backends.cpu import blas
 from runner.common.atomic_io import is_leftover
 from runner.common.errors import ConfigError
 from runner.config.schema import Config
+from runner.config.validation import validate_stop_at
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
@@ -28,6 +29,7 @@ def run_job(
     number: int,
     label: str,
     experiment: str | None,
+    stop_at: int | None = None,
     shared: SharedComponents | None = None,
 ) -> float | None:
     """Run the job of the composed `cfg` in `folder` and return its objective.
@@ -42,10 +44,11 @@ def run_job(
     from runner.training.run import run
 
     config = resolve_config(cfg)
+    validate_stop_at(stop_at, config)
     config.experiment = experiment
     directory = RunDirectory(folder, config.checkpoint.dir)
     source = _open(directory, config)
-    start = RunSpec(config, stored_config(cfg, config), directory, source, new_run_id())
+    start = RunSpec(config, stored_config(cfg, config), directory, source, new_run_id(), stop_at=stop_at)
     start.label = f"job {number}  {label}"
     return run(start, report, shared)
 

@@ -17,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from runner.app.resolve import require_adapter, resolve_config
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import relative_path
+from runner.config.invocation import Invocation
+from runner.config.validation import validate_stop_at
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
-from runner.runs.sweep_manifest import SweepJob, SweepManifest
+from runner.runs.sweep_manifest import SweepJob, SweepManifest, job_id
 from runner.sweeps import grid
 from runner.sweeps.compose import JobComposer
 from runner.sweeps.job import has_begun, remove_aborted_start
@@ -36,7 +38,6 @@ class PlannedJob:
     goes_on: bool
     """Whether its run began and goes on from where it stands."""
     overrides: tuple[str, ...]
-    """With what this invocation adds, such as train.stop_at."""
 
 
 class SweepFailed(RunnerError):
@@ -50,7 +51,7 @@ def run_sweep(
     launcher: Launcher,
     context: HydraContext,
     config: DictConfig,
-    words: Sequence[str],
+    invocation: Invocation,
 ) -> list[JobReturn]:
     """Run the sweep of `arguments` (task overrides) in hydra.sweep.dir: all of it, or what is left of it.
 
@@ -65,7 +66,7 @@ def run_sweep(
         directory.lock()
         known = sweep_manifest.read_manifest(folder)
         wanted = _grid(arguments, params, context)
-        _check_all(wanted, known, context, config)
+        _check_all(wanted, known, context, config, invocation.stop_at)
     except BaseException:
         directory.unlock()
         _remove_if_empty(folder)
@@ -73,7 +74,7 @@ def run_sweep(
     try:
         if not known.jobs:
             OmegaConf.save(config, folder / "multirun.yaml")  # as Hydra's own sweeper does
-        known.add(words, [(grid.job_id(overrides), overrides) for overrides in wanted])
+        known.add(grid.stored_overrides(invocation), [(job_id(overrides), overrides) for overrides in wanted])
         planned = plan(known, wanted)
         _say(known, planned)
         returns: list[JobReturn] = []
@@ -102,7 +103,7 @@ def plan(known: SweepManifest, wanted: Sequence[tuple[str, ...]]) -> list[Planne
 
     States are read from the runs themselves, so that they are true after a crash.
     """
-    fresh = {grid.job_id(overrides): overrides for overrides in wanted}
+    fresh = {job_id(overrides): overrides for overrides in wanted}
     left = []
     for job in known.jobs.values():
         folder = known.folder / job.folder
@@ -126,13 +127,21 @@ def _param(value: Any) -> str:
     return str(value)
 
 
-def _check_all(wanted: list[tuple[str, ...]], known: SweepManifest, context: HydraContext, config: DictConfig) -> None:
+def _check_all(
+    wanted: list[tuple[str, ...]],
+    known: SweepManifest,
+    context: HydraContext,
+    config: DictConfig,
+    stop_at: int | None,
+) -> None:
     """Compose and check every new job before the first starts: one wrong value is told at once."""
     composer = JobComposer(context.config_loader, config)
     for overrides in wanted:
-        if grid.job_id(overrides) not in known.jobs:
+        if job_id(overrides) not in known.jobs:
             try:
-                require_adapter(resolve_config(composer.compose(overrides)))
+                resolved = resolve_config(composer.compose(overrides))
+                validate_stop_at(stop_at, resolved)
+                require_adapter(resolved)
             except ConfigError as error:
                 raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
 

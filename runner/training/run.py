@@ -175,7 +175,7 @@ def _train(
             job = build_trainer(start, found, parts, record, stops, display)
             with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):
                 generate_samples(job, parts, settings, before=True)
-                job.display.begin(job.members[0].progress.step, settings.train.stop_at)
+                job.display.begin(job.members[0].progress.step, start.stop_at)
                 try:
                     ending = train(job)
                 finally:

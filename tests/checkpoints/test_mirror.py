@@ -106,7 +106,7 @@ def test_a_run_whose_directory_is_gone_goes_on_from_its_backup_equal(cli, medium
 def test_a_missing_medium_warns_once_stops_nothing_and_is_caught_up(tiny, train, tmp_path, whole, assert_equal_runs):
     medium = tmp_path / "stick"
     settings = HARD | {"checkpoint.backup": str(medium)}
-    run = train(tiny(**settings, **{"train.stop_at": 11}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     log = (run / "run.log").read_text()
     assert log.count(f"{medium}: there is no such folder; is its disk mounted?") == 2, "at first, and at the end"
     assert not medium.exists(), "a folder must not take the place of a disk that is not mounted"
@@ -176,7 +176,7 @@ def test_a_full_medium_warns_and_stops_nothing(cli, medium, assert_equal_runs):
 
 def test_a_mirror_that_is_damaged_is_written_anew(tiny, train, tmp_path, medium):
     settings = HARD | {"checkpoint.backup": str(medium)}
-    run = train(tiny(**settings, **{"train.stop_at": 11}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     damaged = only(medium) / "checkpoints/step-0000009/optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0\1")
     train(tiny(**settings), run, resume=run)
@@ -216,7 +216,7 @@ def test_a_backup_that_a_run_is_writing_is_not_restored(tiny, train, tmp_path, m
 
 def test_where_every_checkpoint_of_the_run_is_damaged_its_backup_is_named(tiny, train, tmp_path, medium):
     settings = HARD | {"checkpoint.backup": str(medium)}
-    run = train(tiny(**settings, **{"train.stop_at": 11}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     for path in (run / "checkpoints").glob("step-*/train_state.json"):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="Its backup may go on: python -m runner resume="):

@@ -225,7 +225,6 @@ def test_a_resume_leaves_the_stored_config_as_the_first_start_wrote_it(cli):
     before = yaml.safe_load((cli.folder / "run/config.yaml").read_text())
     cli("resume=run")
     after = yaml.safe_load((cli.folder / "run/config.yaml").read_text())
-    before["train"]["stop_at"] = None
     assert after == before
 
 

@@ -11,6 +11,7 @@ import pytest
 from runner.cli.overrides import parse_arguments
 from runner.common.errors import ConfigError
 from runner.config.groups import CONF_DIR, group_choices
+from runner.config.invocation import Invocation
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,14 @@ from runner.config.groups import CONF_DIR, group_choices
         ("train.early_stopping=3", "is a section"),
         ("data=my_folder", "data.path=my_folder"),
         ("model=org/name", "model.path=org/name"),
+        ("resum=run", "Did you mean 'resume'"),
+        ("stop_at=3", "Did you mean 'train.stop_at'"),
+        ("train.stop_at=0", "train.stop_at=0 is invalid: must be a whole number, 1 or more."),
+        ("train.stop_at=-3", "must be a whole number"),
+        ("train.stop_at=2.5", "must be a whole number"),
+        ("train.stop_at=3,5", "must be a whole number"),
+        ("train.stop_at", "needs a value: train.stop_at="),
+        ("resume", "needs a value: resume="),
     ],
 )
 def test_a_wrong_word_gets_a_sentence(word, says):
@@ -40,8 +49,8 @@ def test_a_wrong_word_gets_a_sentence(word, says):
 
 def test_known_words_pass_and_a_plus_on_a_known_setting_is_taken_off():
     said = parse_arguments(["model=tiny", "+lora.rank=4", "++train.iters=3", "-m", "seed=1,2"])
-    assert said.words == ["-m", "model=tiny", "lora.rank=4", "train.iters=3", "seed=1,2"]
-    assert said.multirun and said.chosen == {"model": "tiny"}
+    assert said.arguments == ["-m", "model=tiny", "lora.rank=4", "train.iters=3", "seed=1,2"]
+    assert said.multirun and said.group_choices == {"model": "tiny"}
 
 
 @pytest.mark.parametrize(
@@ -51,27 +60,36 @@ def test_raw_paths_come_through_hydras_grammar_as_they_are(name, tmp_path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     path = str(tmp_path / name)
-    (word,) = parse_arguments([f"data.path={path}"]).words
+    (word,) = parse_arguments([f"data.path={path}"]).arguments
     assert OverridesParser.create().parse_override(word).value() == path
+
+
+def test_resume_repeat_and_stop_at_belong_to_the_invocation_and_never_reach_hydra(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invocation = parse_arguments(["resume='a b\\'s'", "lora.rank=4", "+train.stop_at=20"])
+    assert invocation.arguments == ["lora.rank=4"] and invocation.settings == {"lora.rank": "4"}
+    assert (invocation.resume, invocation.repeat, invocation.stop_at) == (tmp_path / "a b's", None, 20)
+    assert parse_arguments(["repeat=runs/old"]).repeat == tmp_path / "runs/old"
+    assert parse_arguments(["resume=null", "repeat=null", "train.stop_at=null"]) == Invocation()
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of me")
-    assert parse_arguments(["adapter=~/a.npz"]).words == ["adapter='/home/of me/a.npz'"]
+    assert parse_arguments(["adapter=~/a.npz"]).arguments == ["adapter='/home/of me/a.npz'"]
     assert parse_arguments(["resume=~/run"]).resume == Path("/home/of me/run")
 
 
 def test_paths_with_commas_are_values_of_a_sweep_only_under_m(tmp_path):
-    assert parse_arguments(["-m", "data.path=a,b"]).words == ["-m", "data.path=a,b"]
-    assert parse_arguments(["data.path=a,b"]).words == ["data.path='a,b'"]
+    assert parse_arguments(["-m", "data.path=a,b"]).arguments == ["-m", "data.path=a,b"]
+    assert parse_arguments(["data.path=a,b"]).arguments == ["data.path='a,b'"]
     (tmp_path / "a,b").mkdir()
-    assert parse_arguments(["-m", f"data.path={tmp_path}/a,b"]).words[1] == f"data.path='{tmp_path}/a,b'"
+    assert parse_arguments(["-m", f"data.path={tmp_path}/a,b"]).arguments[1] == f"data.path='{tmp_path}/a,b'"
 
 
 def test_own_groups_are_choices_too(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 3\n")
-    assert parse_arguments(["--config-dir", str(tmp_path), "experiment=mine"]).chosen == {"experiment": "mine"}
+    assert parse_arguments(["--config-dir", str(tmp_path), "experiment=mine"]).group_choices == {"experiment": "mine"}
     with pytest.raises(ConfigError):
         parse_arguments(["experiment=mine"])
 

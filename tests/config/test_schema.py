@@ -37,7 +37,6 @@ def test_the_choices_and_bounds_name_settings_that_exist():
         ("optimizer.learning_rate", math.nan),
         ("optimizer.betas", [0.9]),
         ("train.iters", 0),
-        ("train.stop_at", 2000),
         ("train.grad_clip", -1.0),
         ("train.batch_size", 0),
         ("data.on_too_long", "cut"),
@@ -57,6 +56,13 @@ def test_the_choices_and_bounds_name_settings_that_exist():
 def test_a_value_that_cannot_be_is_refused_by_name(tiny, name, value):
     with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
         tiny(**{name: value, "schedule.name": "constant"} | ({"train.iters": 1000} if name != "train.iters" else {}))
+
+
+def test_a_stop_beyond_the_last_update_is_refused(tiny):
+    validation.validate_stop_at(None, tiny())
+    validation.validate_stop_at(12, tiny(**{"train.iters": 12}))
+    with pytest.raises(ConfigError, match=r"train\.stop_at=13 is invalid: must be at most train\.iters=12"):
+        validation.validate_stop_at(13, tiny(**{"train.iters": 12}))
 
 
 def test_all_problems_are_told_at_once(tiny):

@@ -347,10 +347,10 @@ def test_a_run_whose_cache_is_deleted_goes_on_bit_for_bit(
 ):
     changes = {"data.path": str(folder), "data.cache_folder": str(tmp_path / "cache")}
     whole = train(tiny(**changes | {"data.cache": False}), tmp_path / "whole")
-    parts = train(tiny(**changes | {"train.stop_at": 5}), tmp_path / "parts")
+    parts = train(tiny(**changes), tmp_path / "parts", stop_at=5)
     assert len(tokenised) == 4
     shutil.rmtree(tmp_path / "cache")
-    train(tiny(**changes | {"train.stop_at": 8}), parts, resume=parts)
+    train(tiny(**changes), parts, resume=parts, stop_at=8)
     assert len(tokenised) == 6
     train(tiny(**changes), parts, resume=parts)
     assert len(tokenised) == 6

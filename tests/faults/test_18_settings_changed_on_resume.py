@@ -11,7 +11,7 @@ import yaml
 from runner.common.errors import ConfigError
 from runner.config import schema
 from runner.config.resume_policy import is_free_on_resume
-from runner.config.schema import INVOCATION
+from runner.config.schema import PROVENANCE
 
 pytestmark = pytest.mark.fault(18)
 
@@ -116,13 +116,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def own(tiny):
     """The settings that the run was started with."""
-    return tiny(**{"train.iters": 8, "train.stop_at": 4})
+    return tiny(**{"train.iters": 8})
 
 
 @pytest.fixture
 def run(own, train, folder):
     """A run that stopped after step 4."""
-    return folder / "run" if (folder / "run").exists() else train(own, folder / "run")
+    return folder / "run" if (folder / "run").exists() else train(own, folder / "run", stop_at=4)
 
 
 def put(settings, name, value):
@@ -136,7 +136,7 @@ def put(settings, name, value):
 def test_the_lists_here_are_of_all_settings_there_are():
     names = set(schema.default_settings())
     assert set(FROZEN) == {name for name in names if not is_free_on_resume(name)}
-    assert set(FREE) | BY_FINGERPRINT | set(INVOCATION) == {name for name in names if is_free_on_resume(name)}
+    assert set(FREE) | BY_FINGERPRINT | set(PROVENANCE) == {name for name in names if is_free_on_resume(name)}
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -20,7 +20,7 @@ def compose(carried: Carried) -> schema.Config:
     said = overrides.parse_arguments(carried.overrides)
     register()
     with initialize_config_dir(str(groups.CONF_DIR), version_base="1.3"):
-        return resolve_config(compose("config", overrides=said.words))
+        return resolve_config(compose("config", overrides=said.arguments))
 
 
 @pytest.fixture(scope="session", name="compose")

@@ -272,7 +272,7 @@ def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
 ) -> None:
     cache = tmp_path / "cache"
     changes = {**cut, "train.trunk.memory_gb": 0.0, "train.trunk.folder": str(cache)}
-    run = train(tiny(**changes, **{"train.stop_at": 5}), tmp_path / "run")
+    run = train(tiny(**changes), tmp_path / "run", stop_at=5)
     if between == "deleted":
         shutil.rmtree(cache)
     elif between == "elsewhere":
@@ -329,7 +329,7 @@ def test_another_model_in_its_place_is_no_base_to_go_on_with(
 
 
 def test_switching_it_off_on_resume_is_named(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> None:
-    run = train(tiny(**cut, **{"train.stop_at": 5}), tmp_path / "run")
+    run = train(tiny(**cut), tmp_path / "run", stop_at=5)
     train(tiny(**cut, **{"train.trunk.cache": False}), run, resume=run)
     assert "trunk was 3, is 0" in (run / "run.log").read_text()
 

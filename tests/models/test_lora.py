@@ -86,7 +86,7 @@ def test_a_warm_started_run_resumes_without_loading_its_start_again(tiny, train,
 
     settings = {"train.iters": 6, "lora.rank": 4, "adapter": str(trained / "adapters")}
     whole = train(tiny(**settings), tmp_path / "whole")
-    run = train(tiny(**settings, **{"train.stop_at": 3}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=3)
     shutil.rmtree(trained)
     train(tiny(**{"train.iters": 6, "lora.rank": 4}), run, resume=run)
     assert_equal_runs(whole, run)

@@ -172,8 +172,8 @@ def test_jobs_of_the_manifest_without_a_folder_wait(copy: Callable[..., Path], t
 
 
 def test_only_settings_that_differ_and_do_not_belong_to_one_invocation_are_named() -> None:
-    one = {"seed": 0, "lora.rank": 8, "train.stop_at": 3, "experiment": "a", "lora.dropout": 0.0, "loggers": {}}
-    other = {"seed": 0, "lora.rank": 4, "train.stop_at": 7, "experiment": "b", "loggers": {"csv": {}}}
+    one = {"seed": 0, "lora.rank": 8, "experiment": "a", "lora.dropout": 0.0, "loggers": {}}
+    other = {"seed": 0, "lora.rank": 4, "experiment": "b", "loggers": {"csv": {}}}
     assert differing_settings([_info(one), _info(other), _info({})]) == ["lora.rank", "loggers"]
     assert differing_settings([_info(one)]) == [] and differing_settings([]) == []
     assert differing_settings([_info(other), _info(other | {"lora.dropout": 0.1})]) == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from runner.common.errors import ConfigError, DirectoryInUse
@@ -38,6 +40,19 @@ def test_a_manifest_torn_at_any_byte_reads_as_its_whole_lines_and_goes_on(tmp_pa
         assert [j.identity for j in torn.jobs.values()] == ["x", "y"][: len(torn.jobs)]
         torn.add(["a=1,2"], [("x", ("a=1",)), ("y", ("a=2",))])
         assert {j.identity: j.number for j in sweep_manifest.read_manifest(tmp_path).jobs.values()} == {"x": 0, "y": 1}
+
+
+def test_overrides_of_an_earlier_version_are_read_with_present_names_and_without_those_of_one_invocation(tmp_path):
+    old = {"job": 0, "id": "of-old-names", "overrides": ["repeat=run", "lora.rank=4", "train.stop_at=3", "stored=run"]}
+    same = {"job": 1, "id": "kept", "overrides": ["lora.rank=8", "stored=run"]}
+    lines = [{"schema": 1, "words": ["repeat=run", "lora.rank=4,8"], "time": "then"}, old, same]
+    (tmp_path / sweep_manifest.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = sweep_manifest.read_manifest(tmp_path)
+    assert manifest.words == ["repeat=run", "lora.rank=4,8"]
+    first, second = manifest.jobs.values()
+    assert first.overrides == ("lora.rank=4", "stored=run")
+    assert first.identity == sweep_manifest.job_id(first.overrides)
+    assert second.overrides == ("lora.rank=8", "stored=run") and second.identity == "kept"
 
 
 @pytest.mark.parametrize(

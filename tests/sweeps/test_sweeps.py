@@ -48,8 +48,12 @@ def test_a_wrong_value_in_any_job_is_told_before_the_first_starts_and_leaves_no_
     assert not (cli.folder / "s").exists()
 
 
-def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alone(cli, assert_equal_runs):
-    cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", "hydra.sweep.dir=s")
+@pytest.mark.parametrize("launcher", ["serial", "process", "joblib"])
+def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alone(cli, assert_equal_runs, launcher):
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    assert "stop_at" not in (cli.folder / "s/sweep.jsonl").read_text() + (cli.folder / "s/0/config.yaml").read_text()
     assert {r["state"] for r in cli.results(cli.folder / "s").values()} == {"stopped"}
     out = cli("resume=s")
     assert "2 to go on" in out
@@ -119,13 +123,38 @@ def test_a_second_process_on_a_sweep_is_told_who_works_on_it(cli):
     process.communicate()
 
 
-def test_repeat_of_a_run_with_a_sweep_and_its_resume(cli):
+@pytest.mark.parametrize("launcher", ["serial", "process"])
+def test_repeat_of_a_run_with_a_sweep_and_its_resume(cli, launcher):
     alone(cli, "run", *SMALL, "lora.rank=2")
-    cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
+    cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
     cli("resume=s")
     rows = cli.results(cli.folder / "s")
     assert {r["state"] for r in rows.values()} == {"finished"}
     assert json.loads((cli.folder / "s/0/status.json").read_text())["iters"] == 6
+
+
+def test_a_sweep_started_by_an_earlier_version_resumes(cli):
+    """There, resume=, repeat= and train.stop_at= were settings, recorded in manifests and configs."""
+    alone(cli, "run", *SMALL, "lora.rank=2")
+    cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
+    manifest = cli.folder / "s/sweep.jsonl"
+    words, *jobs = map(json.loads, manifest.read_text().splitlines())
+    for job in jobs:
+        job["overrides"] = ["repeat=run", *job["overrides"], "train.stop_at=2"]
+        job["id"] = f"old{job['job']}"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in (words, *jobs)))
+    stored = cli.folder / "s/0/config.yaml"
+    config = yaml.safe_load(stored.read_text()) | {"resume": None, "repeat": "run"}
+    config["train"]["stop_at"] = 2
+    stored.write_text(yaml.safe_dump(config))
+    assert "2 to go on" in cli("resume=s")
+    assert {r["state"] for r in cli.results(cli.folder / "s").values()} == {"finished"}
+    assert "1 to start, 2 done" in cli("resume=s", "lora.rank=3,4,5")
+
+
+def test_resume_of_a_sweep_excludes_repeat(cli):
+    cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=1", "hydra.sweep.dir=s")
+    assert "leave out repeat=" in cli("resume=s", "repeat=s/0", expect=2)
 
 
 def test_a_sweep_written_into_an_experiment_file_runs_without_m(cli):

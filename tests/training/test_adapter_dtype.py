@@ -36,7 +36,7 @@ def test_the_same_is_learned_within_the_noise_of_bfloat16(tiny, train, tmp_path)
 def test_a_resume_is_exact(tiny, train, tmp_path, assert_equal_runs):
     settings = {**HALF, "lora.dtype": "model"}
     whole = train(tiny(**settings), tmp_path / "whole")
-    run = train(tiny(**settings, **{"train.stop_at": 5}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=5)
     train(tiny(**settings), run, resume=run)
     assert_equal_runs(whole, run)
 

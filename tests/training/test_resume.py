@@ -41,10 +41,10 @@ def whole(kept_for_module, tiny, train):
 def test_a_run_stopped_by_stop_at_ends_equal_to_the_uninterrupted_one(
     whole, tiny, train, tmp_path, stops, assert_equal_runs
 ):
-    run = train(tiny(**HARD, **{"train.stop_at": stops[0]}), tmp_path / "run")
+    run = train(tiny(**HARD), tmp_path / "run", stop_at=stops[0])
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     for stop in stops[1:]:
-        train(tiny(**HARD, **{"train.stop_at": stop}), run, resume=run)
+        train(tiny(**HARD), run, resume=run, stop_at=stop)
     train(tiny(**HARD), run, resume=run)
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert_equal_runs(whole, run)
@@ -71,7 +71,7 @@ def test_evaluating_more_often_changes_nothing_but_the_rows(tiny, train, tmp_pat
 
 def test_gradient_checkpointing_and_compilation_can_be_switched_on_a_resume(tiny, train, tmp_path, assert_equal_runs):
     whole = train(tiny(), tmp_path / "whole")
-    run = train(tiny(**{"train.stop_at": 5}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=5)
     train(tiny(**{"train.grad_checkpoint": True}), run, resume=run)
     assert_equal_runs(whole, run)
 
@@ -79,14 +79,14 @@ def test_gradient_checkpointing_and_compilation_can_be_switched_on_a_resume(tiny
 def test_a_compiled_run_resumes_exactly_too(tiny, train, tmp_path, assert_equal_runs):
     settings = {"train.compile": "always", "lora.dropout": 0.2, "train.iters": 6, "data.pad_to": 128}
     whole = train(tiny(**settings), tmp_path / "whole")
-    run = train(tiny(**settings, **{"train.stop_at": 3}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=3)
     train(tiny(**settings), run, resume=run)
     assert_equal_runs(whole, run)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny, train, tmp_path, assert_equal_runs):
     whole = train(tiny(), tmp_path / "whole")
-    run = train(tiny(**{"train.stop_at": 9}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=9)
     target = run / "checkpoints/step-0000009/optimizer.safetensors"
     data = bytearray(target.read_bytes())
     data[len(data) // 2] ^= 1
@@ -99,7 +99,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny, t
 
 
 def test_all_checkpoints_damaged_refuses_and_never_starts_over(tiny, train, tmp_path):
-    run = train(tiny(**{"train.stop_at": 9}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=9)
     for file in (run / "checkpoints").rglob("adapters.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     metrics = (run / "metrics.jsonl").read_bytes()
@@ -112,7 +112,7 @@ def test_all_checkpoints_damaged_refuses_and_never_starts_over(tiny, train, tmp_
 
 
 def test_a_named_checkpoint_that_is_damaged_is_an_error_without_fallback(tiny, train, tmp_path):
-    run = train(tiny(**{"train.stop_at": 9}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=9)
     (run / "checkpoints/step-0000009/adapters.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="step-0000009"):
         train(tiny(), tmp_path / "branch", resume=run / "checkpoints/step-0000009")
@@ -138,7 +138,7 @@ FROZEN = {
 
 
 def test_every_frozen_setting_refuses_a_change_with_the_difference(tiny, train, tmp_path):
-    run = train(tiny(**{"train.stop_at": 3}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=3)
     for name, value in FROZEN.items():
         with pytest.raises(ConfigError, match=f"{name} was .* and cannot become {value}"):
             train(tiny(**{name: value}), run, resume=run)
@@ -159,7 +159,7 @@ FREE = {
 
 
 def test_intervals_retention_and_loggers_apply_on_resume_and_are_logged(tiny, train, tmp_path):
-    run = train(tiny(**{"train.stop_at": 3}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=3)
     train(tiny(**FREE), run, resume=run)
     log = (run / "run.log").read_text()
     for name in FREE:
@@ -187,7 +187,7 @@ def test_iters_grow_where_the_schedule_does_not_depend_on_them(tiny, train, tmp_
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_iters_cannot_grow_where_the_schedule_ends_with_them(tiny, train, tmp_path, name):
-    run = train(tiny(**{"schedule.name": name, "train.stop_at": 3}), tmp_path / "run")
+    run = train(tiny(**{"schedule.name": name}), tmp_path / "run", stop_at=3)
     with pytest.raises(ConfigError, match="other learning rates"):
         train(tiny(**{"schedule.name": name, "train.iters": 20}), run, resume=run)
 
@@ -199,9 +199,9 @@ def test_paths_may_change_where_the_fingerprints_agree_and_other_data_are_refuse
 
     whole = train(tiny(), tmp_path / "whole")
     data = shutil.copytree(resolve("builtin:tiny"), tmp_path / "data")
-    run = train(tiny(**{"train.stop_at": 4, "data.path": str(data)}), tmp_path / "run")
+    run = train(tiny(**{"data.path": str(data)}), tmp_path / "run", stop_at=4)
     moved = data.rename(tmp_path / "moved")
-    train(tiny(**{"train.stop_at": 8, "data.path": str(moved)}), run, resume=run)
+    train(tiny(**{"data.path": str(moved)}), run, resume=run, stop_at=8)
     lines = (moved / "train.jsonl").read_text().splitlines()
     (moved / "train.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(ConfigError, match="training data are others"):
@@ -216,7 +216,7 @@ def test_another_base_of_identical_shapes_is_refused_by_its_fingerprint(tiny, tr
 
     from runner.models import tiny as tiny_model
 
-    run = train(tiny(**{"train.stop_at": 4}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=4)
     own = tiny_model.model
 
     def other():
@@ -234,7 +234,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(
     tiny, train, tmp_path, assert_equal_runs
 ):
     whole = train(tiny(), tmp_path / "whole")
-    run = train(tiny(**{"train.stop_at": 3}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=3)
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     status = json.loads((run / "status.json").read_text())
@@ -257,6 +257,6 @@ def test_early_stopping_ends_the_run_as_finished_and_counts_over_a_resume(tiny, 
     whole = train(tiny(**settings), tmp_path / "whole")
     status = json.loads((whole / "status.json").read_text())
     assert (status["state"], status["reason"], status["step"]) == ("finished", "early stopping", 8)
-    run = train(tiny(**settings, **{"train.stop_at": 5}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=5)
     train(tiny(**settings), run, resume=run)
     assert rows(run) == rows(whole)

@@ -38,7 +38,7 @@ def test_near_lengths_are_sought_where_padding_is_computed(tiny, train, tmp_path
 
 def test_a_run_that_goes_on_without_the_engine_keeps_its_order(tiny, train, tmp_path, rows):
     whole = train(tiny(), tmp_path / "whole")
-    run = train(tiny(**{"train.stop_at": 5}), tmp_path / "run")
+    run = train(tiny(), tmp_path / "run", stop_at=5)
     train(tiny(**{"train.cpu_ops": False}), run, resume=run)
     assert position(run, 12) == position(whole, 12)
     counts = [[(row["step"], row["tokens"]) for row in rows(each) if row["split"] == "train"] for each in (whole, run)]
@@ -53,7 +53,7 @@ def test_an_older_checkpoint_whose_position_has_no_window_goes_on_by_its_setting
 ):
     settings = {"data.window": 3}
     whole = train(tiny(**settings), tmp_path / "whole")
-    run = train(tiny(**settings, **{"train.stop_at": 5}), tmp_path / "run")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=5)
     step = run / "checkpoints/step-0000005"
     loaded = load_checkpoint(step, FileSystem())
     state = json.loads(loaded.files["train_state.json"])

@@ -122,7 +122,7 @@ def _train(
     report = blas.load_blas()
     from runner.training.run import run as train
 
-    chosen = _settings(run, last)
+    chosen = _settings(run)
     if not first:  # what data.window=null chose then, not what it would choose here
         chosen.data.window = window or chosen.data.window
     stored = RunDirectory(run).read_config()
@@ -131,17 +131,16 @@ def _train(
     source = ResumeSource(run=run.absolute(), checkpoint=(folder / step_name(first)).absolute()) if first else None
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         try:
-            train(RunSpec(chosen, stored, directory, source, new_run_id(), label="replay"), report)
+            train(RunSpec(chosen, stored, directory, source, new_run_id(), stop_at=last, label="replay"), report)
         except SystemExit as stopped:  # a signal: nothing to compare
             raise KeyboardInterrupt from stopped
     made = verify.load_checkpoint(directory.checkpoints / step_name(last), FileSystem())
     return made, json.loads(made.files[_STATE])
 
 
-def _settings(run: Path, last: int) -> Config:
+def _settings(run: Path) -> Config:
     """The run's own settings, without what only costs time or writes elsewhere."""
     chosen = validation.fill_defaults(stored_settings.read_settings(run).config)
-    chosen.train.stop_at = last
     chosen.loggers = {}
     chosen.checkpoint.backup = None
     chosen.data.metric_rows = 0

@@ -24,6 +24,7 @@ from runner.app.resolve import resolve_config
 from runner.backends.cpu.blas import thread_count
 from runner.common.cores import usable_cores
 from runner.common.errors import ConfigError, RunnerError
+from runner.config.invocation import Invocation
 from runner.config.quoting import quote_path
 from runner.runs.directory import RunDirectory
 from runner.sweeps.compose import JobComposer
@@ -61,7 +62,12 @@ class Queue:
 
 
 def launch(
-    jobs: Sequence[Sequence[str]], *, at_once: int | None, context: HydraContext, config: DictConfig
+    jobs: Sequence[Sequence[str]],
+    *,
+    at_once: int | None,
+    context: HydraContext,
+    config: DictConfig,
+    invocation: Invocation,
 ) -> list[JobReturn]:
     """Run `jobs`, `at_once` at a time (None: as many as fit memory and cores), sharing the cores' BLAS threads out.
 
@@ -95,7 +101,7 @@ def launch(
             while queue.waiting and len(queue.running) < number_at_once and stops.signal is None:
                 index = queue.waiting.pop(0)
                 overrides, own = split[index]
-                queue.running.append(_begin(index, overrides, own, labels[index], sweep, logs, threads))
+                queue.running.append(_begin(index, overrides, own, labels[index], sweep, logs, threads, invocation))
             if stops.signal is not None:
                 queue.waiting.clear()
                 _ask(queue.running, stops.signal)
@@ -113,16 +119,28 @@ def launch(
 
 
 def _begin(
-    index: int, overrides: list[str], own: dict[str, str], label: str, sweep: Path, logs: Path, threads: int
+    index: int,
+    overrides: list[str],
+    own: dict[str, str],
+    label: str,
+    sweep: Path,
+    logs: Path,
+    threads: int,
+    invocation: Invocation,
 ) -> Running:
     number = int(own["hydra.sweep.subdir"])
     folder = sweep / str(number)
     if own.get("hydra.output_subdir") == "null":  # its run began: it goes on
         words = [f"resume={quote_path(str(folder))}"]
-        words += [word for word in overrides if word.startswith(("train.stop_at=", "model.trust_remote_code="))]
+        words += [word for word in overrides if word.startswith("model.trust_remote_code=")]
     else:
         # A recipe that is a sweep says so in each of its jobs too.
-        words = [*overrides, "hydra.mode=RUN", f"hydra.run.dir={quote_path(str(folder))}"]
+        words = [word for word in overrides if not word.startswith("stored=")]
+        words += ["hydra.mode=RUN", f"hydra.run.dir={quote_path(str(folder))}"]
+        if invocation.repeat is not None:
+            words.append(f"repeat={quote_path(str(invocation.repeat))}")
+    if invocation.stop_at is not None:
+        words.append(f"train.stop_at={invocation.stop_at}")
     flags = [word for word in sys.argv if word.startswith("--config-dir=")]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads), "RUNNER_IN_SWEEP": "1"}
     log = (logs / f"{number}.log").open("ab")

@@ -11,13 +11,16 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from runner.config.invocation import Invocation
 from runner.sweeps.compose import JobComposer
 from runner.sweeps.job import differing_overrides, run_job, split_overrides
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-def launch(jobs: Sequence[Sequence[str]], *, context: HydraContext, config: DictConfig) -> list[JobReturn]:
+def launch(
+    jobs: Sequence[Sequence[str]], *, context: HydraContext, config: DictConfig, invocation: Invocation
+) -> list[JobReturn]:
     """Run `jobs`, each a list of overrides with its hydra.sweep.subdir; a failed one does not stop the others.
 
     Jobs of the same base and data run next to each other, whatever their numbers, so that each is loaded once.
@@ -55,6 +58,7 @@ def launch(jobs: Sequence[Sequence[str]], *, context: HydraContext, config: Dict
                 number=number,
                 label=own_words[i],
                 experiment=node.runtime.choices.get("experiment"),
+                stop_at=invocation.stop_at,
                 shared=shared,
             )
             done.status = JobStatus.COMPLETED

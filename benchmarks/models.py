@@ -22,7 +22,7 @@ def folders() -> dict[str, str]:
 
     blas.load_blas()
     from runner.config import schema
-    from runner.export.folders import write_model_folder
+    from runner.export.mlx import write_model_folder
     from runner.models import fetch
     from runner.models.load import load_base_model
 
@@ -30,7 +30,7 @@ def folders() -> dict[str, str]:
         HUB: schema.ModelConfig(path="builtin:smollm2_135m", dtype="bfloat16", dequantize="always"),
         FLOAT32: schema.ModelConfig(path="builtin:smollm2_135m", dtype="float32", dequantize="always"),
     }
-    source = fetch.BUILTIN["smollm2_135m"].sha256.encode()
+    source = fetch.BUILTIN_MODELS["smollm2_135m"].sha256.encode()
     version = hashlib.sha256(source + Path(__file__).read_bytes()).hexdigest()[:12]
     found = {}
     for name, chosen in settings.items():

@@ -56,7 +56,7 @@ def commands() -> list[tuple[str, str]]:
 def place(tmp_path_factory, make_cli):
     """A folder with a run, a sweep, data, old adapters and an offline hub cache."""
     from runner.config.schema import ModelConfig
-    from runner.export.folders import write_model_folder
+    from runner.export.mlx import write_model_folder
     from runner.models.load import load_base_model
 
     folder = tmp_path_factory.mktemp("place")

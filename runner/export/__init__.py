@@ -1,1 +1,1 @@
-"""Runs as folders that other programs load."""
+"""Write a run's adapter and its base model in formats that other programs load."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.common.errors import ConfigError, did_you_mean, shorten
+from runner.common.errors import ConfigError, did_you_mean
 
 BACKENDS = {"csv": "runner.loggers.csv:CsvLogger"}
 """Name in conf/loggers/ to the class that is imported when it is chosen."""
@@ -28,46 +27,18 @@ class Logger(Protocol):
 
 
 def build(settings: Mapping[str, Any]) -> list[Logger]:
-    """Build the loggers that the config names. Nothing is opened, so that this also checks the config.
+    """The loggers that the config names.
 
     Raises:
         ConfigError: an unknown backend or option.
     """
-    loggers: list[Logger] = []
+    made: list[Logger] = []
     for name, options in settings.items():
-        backend = _load(name)
-        if not isinstance(options, Mapping | None):
-            raise ConfigError(f"loggers.{name}={shorten(options)} is invalid: must be a section of options.")
-        options = dict(options or {})
+        if name not in BACKENDS:
+            raise ConfigError(f"loggers.{name} is not a backend: {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
+        module, _, cls = BACKENDS[name].partition(":")
         try:
-            inspect.signature(backend).bind(**options)
+            made.append(getattr(importlib.import_module(module), cls)(**(options or {})))
         except TypeError as error:
-            for option in options:
-                require_option(name, option)
-            raise ConfigError(f"loggers.{name}: {error}.") from None
-        loggers.append(backend(**options))
-    return loggers
-
-
-def require_option(name: str, option: str) -> None:
-    """Refuse an option that the backend `name` does not have.
-
-    Raises:
-        ConfigError: an unknown backend or option.
-    """
-    known = [f"loggers.{name}.{parameter}" for parameter in inspect.signature(_load(name)).parameters]
-    typed = f"loggers.{name}.{option}"
-    if typed not in known:
-        raise ConfigError(
-            f"{shorten(typed)} is not an option of the logger {name}: {', '.join(known)}.{did_you_mean(typed, known)}"
-        )
-
-
-def _load(name: str) -> Callable[..., Logger]:
-    if name not in BACKENDS:
-        raise ConfigError(
-            f"loggers.{shorten(name)} is not a logger: {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}"
-        )
-    module, _, cls = BACKENDS[name].partition(":")
-    backend: Callable[..., Logger] = getattr(importlib.import_module(module), cls)
-    return backend
+            raise ConfigError(f"loggers.{name}: {error}.") from error
+    return made

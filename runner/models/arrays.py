@@ -15,7 +15,7 @@ _MOST_ARRAYS = 20_000
 _BITS = {mx.bfloat16: ("BF16", mx.uint16)}
 
 
-def tensors_of(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
+def to_tensors(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
     """MLX arrays as views of their own memory, through numpy; bfloat16, which numpy lacks, through its bits.
 
     The views keep the memory alive and as it is: MLX computes into new arrays, and reuses the memory of an old one
@@ -28,7 +28,7 @@ def tensors_of(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
     return {name: Tensor.of(np.asarray(array), bits[name][0]) for name, array in own.items()}
 
 
-def arrays_from(data: bytes, where: str) -> dict[str, mx.array]:
+def parse_arrays(data: bytes, where: str) -> dict[str, mx.array]:
     """MLX arrays from the bytes of a safetensors file, strictly checked, every value finite.
 
     Raises:

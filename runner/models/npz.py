@@ -15,7 +15,7 @@ _LONGEST_HEADER = 10_000
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-class Archive:
+class NpzArchive:
     """An open .npz. Its methods raise ValueError, or what zipfile and zlib raise, for one that is not sound."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -53,7 +53,7 @@ class Archive:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Archive]:
+def open_npz(path: Path) -> Iterator[NpzArchive]:
     """The archive at `path`. Raises ValueError or zipfile.BadZipFile where it is none."""
     with path.open("rb") as file:
         # zipfile would make an object of each entry before anyone can count them.
@@ -63,4 +63,4 @@ def opened(path: Path) -> Iterator[Archive]:
         if end[zipfile._ECD_SIZE] > _LARGEST_DIRECTORY:  # type: ignore[attr-defined]
             raise ValueError("it lists too many entries for an adapter")
         with zipfile.ZipFile(file) as archive:
-            yield Archive(archive)
+            yield NpzArchive(archive)

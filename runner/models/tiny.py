@@ -31,7 +31,7 @@ CONFIG = {
 }
 
 
-def tokenizer() -> TokenizerWrapper:
+def build_tokenizer() -> TokenizerWrapper:
     """One token a byte, three special tokens, a ChatML template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
@@ -50,7 +50,7 @@ def tokenizer() -> TokenizerWrapper:
     return TokenizerWrapper(fast, BPEStreamingDetokenizer)
 
 
-def model() -> llama.Model:
+def build_model() -> llama.Model:
     """The same weights every time, on every machine: drawn from keys of their own, by name.
 
     The embedding is drawn small, so that the untrained model's loss is near log(vocabulary).

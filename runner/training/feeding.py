@@ -23,9 +23,10 @@ from runner.data.order import evaluation_batches
 from runner.data.tokenize import TokenSet
 from runner.models import forward as forward_module
 from runner.models import lora
+from runner.models.device import on_cpu
 from runner.models.forward import Forward
 from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
-from runner.models.load import BaseModel, on_cpu
+from runner.models.load import BaseModel
 from runner.training import loss
 from runner.training.dataloader import BatchBuilder, FixedBatches
 
@@ -62,7 +63,7 @@ def _place_of_checks(base: BaseModel, cut: int, settings: Config, blas: BlasRepo
     return fact_cache.fact_file(
         "checks",
         {
-            "base": base.contents,
+            "base": base.content_hash,
             "cut": cut,
             "lora": asdict(settings.lora),
             "train": (t.cpu_ops, t.head, t.loss_piece, t.grad_checkpoint, t.compile),
@@ -124,7 +125,7 @@ def make_hidden_caches(
         return None
     chosen = settings.train.trunk
     identity = {
-        "base": base.contents,
+        "base": base.content_hash,
         "cut": forward.cut,
         "blas": blas_identity(blas),
         "engine": forward.engine and forward.engine.identity,

@@ -12,14 +12,12 @@ import numpy as np
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.store import step_name
 from runner.common.clock import utc_now
-from runner.config import schema
 from runner.config.schema import Config
 from runner.data.metrics import metric_named
-from runner.reports import next_commands, run_summary
-from runner.runs.inspect import RunInfo
+from runner.reports import run_summary
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
-from runner.training.components import Components
+from runner.training.build import Components
 from runner.training.feeding import fixed_batches
 from runner.training.generate import generate
 from runner.training.run_writer import rows_of_step
@@ -46,7 +44,7 @@ def generate_samples(job: Trainer, parts: Components, settings: Config, *, befor
             parts.adapted.model,
             parts.base.tokenizer,
             rows,
-            parts.options,
+            parts.reading,
             metric_named(settings.data.metric),
             max_tokens=settings.data.max_new_tokens,
             each=job.stops.check,
@@ -97,14 +95,15 @@ def finalize(job: Trainer, parts: Components, start: RunSpec, ending: str) -> No
             job.display.line(line, "yellow")
     for line in lines:
         job.display.line(line)
+    source = parts.adapted.source
+    elsewhere = None if source.startswith("builtin:") or source.endswith(".gguf") else source
     state_now = "finished" if finished else "stopped"
     loss = "" if progress.best_loss is None else f"valid loss {progress.best_loss:.4f}"
     job.display.one_line(f"{state_now:<9} {progress.step:>6}/{settings.train.iters}  {loss}")
     job.display.line("")
-    run = RunInfo(path=start.directory.path, state=state_now, settings=schema.flatten_dict(start.stored))
     for line in run_summary.end_of_run(
         start.directory.path,
-        state=state_now,
+        state="finished" if finished else "stopped",
         reason=ending if named or not finished else "finished",
         step=progress.step,
         iters=settings.train.iters,
@@ -114,7 +113,7 @@ def finalize(job: Trainer, parts: Components, start: RunSpec, ending: str) -> No
         best=best_of(member),
         result_step=result,
         peak_memory_gb=mx.get_peak_memory() / 1e9,
-        commands=next_commands.after_run(run, has_result=result is not None),
+        adapters_load_elsewhere=elsewhere,
     ):
         job.display.line(line)
 
@@ -147,7 +146,7 @@ def _final_rows(job: Trainer, parts: Components, settings: Config, result: int |
     step = member.progress.step
     if settings.train.test:
         job.step.place(member.params)
-        batches = fixed_batches(parts.data.test, settings, parts.caches)
+        batches = fixed_batches(parts.data.test, settings, parts.trunks)
         tested = validate(parts.adapted.model, job.forward, batches)
         member.record.row(
             step=step,

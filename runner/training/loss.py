@@ -14,8 +14,8 @@ import numpy as np
 
 from runner.backends.cpu import cross_entropy
 from runner.backends.cpu.block import view
+from runner.models.device import on_cpu
 from runner.models.forward import Forward
-from runner.models.load import on_cpu
 from runner.models.lora import Params
 
 

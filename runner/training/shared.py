@@ -54,11 +54,13 @@ class SharedComponents:
         if self._data is None or self._data[0] != key:
             self._data = None
             self._let_go_of_trunks()
-            data = load_dataset(settings.path, base.tokens, reading, cache=token_cache_from(settings), each=each)
+            data = load_dataset(
+                settings.path, base.lazy_tokenizer, reading, cache=token_cache_from(settings), each=each
+            )
             self._data = (key, data, reading)
         return self._data[1], self._data[2]
 
-    def hidden_caches(
+    def trunks(
         self,
         forward: Forward,
         base: BaseModel,
@@ -98,7 +100,7 @@ class SharedComponents:
         batches = (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to)
         # The last digits are those of the way that computes them.
         way = {**environment, **numeric_platform()}
-        losses = {"base": base.contents, "rows": data.valid.fingerprint, "batches": batches, "way": way}
+        losses = {"base": base.content_hash, "rows": data.valid.fingerprint, "batches": batches, "way": way}
         answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
         key = (json.dumps(losses, sort_keys=True, default=str), answers)
         if key not in self._baselines:

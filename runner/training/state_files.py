@@ -18,10 +18,10 @@ from runner.common.errors import CheckpointError, Diverged
 from runner.common.filesystem import Content
 from runner.common.safe_json import quoted
 from runner.data.order import DataPosition
-from runner.models.arrays import arrays_from
+from runner.models.arrays import parse_arrays
 from runner.models.lora import Params
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
-from runner.training.optimizer import NonFiniteArray, require_same_arrays
+from runner.training.optimizer import NotFinite
 from runner.training.train_state import Progress, TrainState
 from runner.training.train_step import dropout_seed
 
@@ -75,7 +75,7 @@ def checkpoint_files(
     progress = member.progress
     try:
         arrays, optimizer = member.optimizer.tensors(member.params)
-    except NonFiniteArray as error:
+    except NotFinite as error:
         raise Diverged(f"{error} is not finite after update {progress.step}; that state was not saved.") from None
     seed = dropout_seed(member.seed, progress.step + 1, 0)
     state = {
@@ -112,8 +112,8 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
     """
     where = str(loaded.checkpoint.path)
     try:
-        params = arrays_from(loaded.files[ADAPTERS], where=f"{where}/{ADAPTERS}")
-        optimizer = arrays_from(loaded.files[OPTIMIZER], where=f"{where}/{OPTIMIZER}")
+        params = parse_arrays(loaded.files[ADAPTERS], where=f"{where}/{ADAPTERS}")
+        optimizer = parse_arrays(loaded.files[OPTIMIZER], where=f"{where}/{OPTIMIZER}")
         data = safe_json.parse(loaded.files[STATE], most_values=_MOST_VALUES)
         if data["schema"] != SCHEMA:
             raise CheckpointError(f"{where}/{STATE} has schema {quoted(data['schema'])}; this version reads {SCHEMA}.")
@@ -175,7 +175,13 @@ def restore(member: TrainState, restored: SavedState, where: str) -> None:
     Raises:
         CheckpointError: arrays of other names, shapes or dtypes than the member has.
     """
-    require_same_arrays(restored.params, member.params, "the adapter", where)
+    if set(restored.params) != set(member.params):
+        odd = sorted(set(restored.params) ^ set(member.params))
+        raise CheckpointError(f"{where}: the adapter has other arrays than this run, such as {odd[0]}.")
+    for name, array in member.params.items():
+        saved = restored.params[name]
+        if saved.shape != array.shape or saved.dtype != array.dtype:
+            raise CheckpointError(f"{where}: {name} is {saved.dtype} {saved.shape}, here {array.dtype} {array.shape}.")
     member.params = {name: restored.params[name] for name in member.params}
     member.optimizer.restore(restored.optimizer, where)
     member.progress = restored.progress

@@ -16,7 +16,7 @@ from runner.config import schema
 from runner.data.lazy_tokenizer import LazyTokenizer
 from runner.data.token_cache import TokenCache
 from runner.data.tokenize import load_dataset
-from runner.export.folders import write_model_folder
+from runner.export.mlx import write_model_folder
 from runner.models.load import load_base_model
 
 
@@ -47,7 +47,9 @@ def tokens(model: Path, tmp_path: Path, write_rows: Callable, reading: Callable)
     def make() -> np.ndarray:
         base = load_base_model(schema.ModelConfig(path=str(model)))
         kept = TokenCache(tmp_path / "tokens", 10**9)
-        return load_dataset(str(file.parent), base.tokens, reading(format="text"), ("train",), kept).train.tokens
+        return load_dataset(
+            str(file.parent), base.lazy_tokenizer, reading(format="text"), ("train",), kept
+        ).train.tokens
 
     return make
 
@@ -105,5 +107,5 @@ def test_a_tokenizer_with_a_say_of_its_own_is_always_loaded(reading: Callable) -
 def test_a_folder_that_is_gone_when_the_tokenizer_is_needed_is_named(model: Path) -> None:
     base = load_base_model(schema.ModelConfig(path=str(model)))
     shutil.rmtree(model)
-    with pytest.raises(ModelError, match="is gone since the model was loaded"):
+    with pytest.raises(ModelError, match="was removed after the model was loaded"):
         _ = base.tokenizer

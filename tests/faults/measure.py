@@ -48,16 +48,21 @@ def resume() -> Callable[[Path], Any]:
 def generate() -> Callable[[Path], Any]:
     """`runner generate RUN`, as far as its adapter."""
     from runner.cli.commands import adapter_source
-    from runner.models.arrays import arrays_from
+    from runner.models.arrays import parse_arrays
 
-    return lambda path: arrays_from(adapter_source.find_adapter(path).adapters, where=str(path))
+    return lambda path: parse_arrays(adapter_source.find_adapter(path).adapters, where=str(path))
 
 
 def export() -> Callable[[Path], Any]:
     """`runner export RUN`, as far as its adapter."""
-    from runner.cli.commands import adapter_source, export
+    from runner.cli.commands import adapter_source
+    from runner.export.mlx import check_adapter
 
-    return lambda path: export._checked_adapter(adapter_source.find_adapter(path))
+    def check(path: Path) -> None:
+        source = adapter_source.find_adapter(path)
+        check_adapter(source.folder, source.adapters, source.about)
+
+    return check
 
 
 def audit() -> Callable[[Path], Any]:
@@ -75,7 +80,7 @@ def audit() -> Callable[[Path], Any]:
 
 def model() -> Callable[[Path], Any]:
     """`model.path=PATH`."""
-    from runner.export.folders import write_model_folder
+    from runner.export.mlx import write_model_folder
     from runner.models.load import load_base_model
 
     with TemporaryDirectory() as folder:  # what the first model of a process imports is the program's own
@@ -90,7 +95,7 @@ def data() -> Callable[[Path], Any]:
     from runner.data.tokenize import load_dataset
     from runner.models import tiny
 
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.build_tokenizer()
     reading = EncodeOptions(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
     return lambda path: load_dataset(str(path), tokenizer, reading)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from runner.config import schema
-from runner.export.folders import write_model_folder
+from runner.export.mlx import write_model_folder
 from runner.models.load import load_base_model
 
 pytestmark = [pytest.mark.fault(19), pytest.mark.slow]

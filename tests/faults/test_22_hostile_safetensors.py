@@ -103,7 +103,7 @@ def run(tmp_path_factory, make_cli) -> Path:
 def folder(tmp_path_factory) -> Path:
     """The tiny model as a folder of the hub."""
     from runner.config.schema import ModelConfig
-    from runner.export.folders import write_model_folder
+    from runner.export.mlx import write_model_folder
     from runner.models.load import load_base_model
 
     path = tmp_path_factory.mktemp("model") / "tiny"

@@ -203,7 +203,7 @@ def test_trust_in_a_models_code_is_never_taken_over_from_a_config(cli, run, host
     target = cli.folder / "theirs"
     shutil.copytree(run, target)
     from runner.config.schema import ModelConfig
-    from runner.export.folders import write_model_folder
+    from runner.export.mlx import write_model_folder
     from runner.models.load import load_base_model
 
     write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), cli.folder / "theirs/model")

@@ -30,7 +30,7 @@ from runner.data.tokenize import tokenize_rows
 from runner.migrate.mapping import carry
 from runner.migrate.old import read_config
 from runner.models import tiny
-from runner.models.arrays import arrays_from
+from runner.models.arrays import parse_arrays
 from runner.models.gguf import header as gguf_header
 from runner.models.gguf import load as gguf
 from runner.reports import audit, run_page, sweep_page
@@ -52,7 +52,7 @@ def _module(path: Path) -> ModuleType:
 
 
 mutations = _module(HERE / "mutations.py")
-models = _module(HERE.parent / "models" / "conftest.py")
+gguf_files = _module(HERE.parent / "gguf_files.py")
 found = _module(HERE / "found" / "cases.py")
 damaged, altered, JSON = mutations.damaged, mutations.altered, mutations.JSON
 fuzz, bounded, SECONDS = mutations.fuzz, mutations.bounded, mutations.SECONDS
@@ -130,14 +130,17 @@ def test_a_safetensors_file_is_read_or_refused(cases):
             data = len(text).to_bytes(8, "little") + text + whole[-51:]
         found, _ = safetensors_file.unpack(data, where="here")
         assert sum(len(one.data) for one in found.values()) <= len(data)
-        arrays_from(data, where="here")
+        parse_arrays(data, where="here")
 
     fuzz(cases, read, CheckpointError, damaged(whole), altered(header), JSON)
 
 
 @pytest.fixture(scope="module")
-def gguf_files() -> list[bytes]:
-    made = [models.tiny_llama(), models.tiny_llama({"attn_q": "Q8_0", "ffn_up": "Q4_0"}, biases=True, tied=False)]
+def llama_files() -> list[bytes]:
+    made = [
+        gguf_files.tiny_llama(),
+        gguf_files.tiny_llama({"attn_q": "Q8_0", "ffn_up": "Q4_0"}, biases=True, tied=False),
+    ]
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +148,7 @@ def gguf_files() -> list[bytes]:
 
 
 @pytest.mark.fault(8)
-def test_a_gguf_header_is_read_or_refused(cases, gguf_files, tmp_path):
+def test_a_gguf_header_is_read_or_refused(cases, llama_files, tmp_path):
     path = tmp_path / "a.gguf"
 
     def read(data: bytes) -> None:
@@ -153,13 +156,15 @@ def test_a_gguf_header_is_read_or_refused(cases, gguf_files, tmp_path):
         found = gguf_header.read_header(path)
         assert all(info.start + info.nbytes <= len(data) for info in found.tensors.values())
 
-    head = gguf_files[0][:4096]
-    fuzz(cases, read, ModelError, damaged(*gguf_files), damaged(head, most=8), st.binary().map(b"GGUF\3\0\0\0".__add__))
+    head = llama_files[0][:4096]
+    fuzz(
+        cases, read, ModelError, damaged(*llama_files), damaged(head, most=8), st.binary().map(b"GGUF\3\0\0\0".__add__)
+    )
 
 
 @pytest.mark.fault(8)
-def test_a_gguf_model_is_read_or_refused(cases, gguf_files, tmp_path):
-    path, whole = tmp_path / "a.gguf", models.tiny_llama()
+def test_a_gguf_model_is_read_or_refused(cases, llama_files, tmp_path):
+    path, whole = tmp_path / "a.gguf", gguf_files.tiny_llama()
     keys = [*whole.file.metadata, "llama.attention.key_length", "tokenizer.ggml.add_eos_token", "general.alignment"]
     values = (
         st.integers(0, 2**32 - 1)
@@ -176,10 +181,10 @@ def test_a_gguf_model_is_read_or_refused(cases, gguf_files, tmp_path):
             path.write_bytes(changes)
         else:
             type(whole.file)({**whole.file.metadata, **changes}, whole.file.tensors).write(path)
-        gguf.read(path, keep_quantized=False, dtype=None)
+        gguf.load_gguf(path, keep_quantized=False, dtype=None)
 
     changes = st.dictionaries(st.sampled_from(keys), values, min_size=1, max_size=3)
-    fuzz(cases, read, ModelError, changes, damaged(*gguf_files))
+    fuzz(cases, read, ModelError, changes, damaged(*llama_files))
 
 
 ROWS = [
@@ -205,7 +210,7 @@ def _tokenised(path: Path, tokenizer: Any) -> Any:
 
 @pytest.mark.fault(16, 8)
 def test_rows_of_data_are_read_or_refused(cases, tmp_path):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.build_tokenizer()
     path = tmp_path / "train.jsonl"
     lines = [json.dumps(row).encode() for row in ROWS]
     whole = [b"\n".join([line] * 3) + b"\n" for line in lines]
@@ -365,7 +370,7 @@ def test_a_manifest_of_a_sweep_that_once_broke_it_is_refused(tmp_path, case):
 def test_a_safetensors_file_that_once_broke_it_is_refused(case):
     header = json.dumps(case[1]).encode()
     with bounded(), pytest.raises(CheckpointError, match="here: "):
-        arrays_from(len(header).to_bytes(8, "little") + header, where="here")
+        parse_arrays(len(header).to_bytes(8, "little") + header, where="here")
 
 
 @pytest.mark.fault(16)
@@ -374,7 +379,7 @@ def test_rows_that_once_broke_it_are_refused(tmp_path, case):
     (tmp_path / "train.jsonl").write_bytes(case[1])
     begun = time.process_time()
     with bounded(), pytest.raises(DataError) as refused:
-        _tokenised(tmp_path / "train.jsonl", tiny.tokenizer())
+        _tokenised(tmp_path / "train.jsonl", tiny.build_tokenizer())
     assert len(str(refused.value)) < 5000 and time.process_time() - begun < SECONDS
 
 
@@ -383,5 +388,5 @@ def test_rows_that_once_broke_it_are_refused(tmp_path, case):
 def test_a_gguf_file_that_once_broke_it_is_refused(tmp_path, case):
     (tmp_path / "a.gguf").write_bytes(case[1])
     with bounded(), pytest.raises(ModelError) as refused:
-        gguf.read(tmp_path / "a.gguf", keep_quantized=False, dtype=None)
+        gguf.load_gguf(tmp_path / "a.gguf", keep_quantized=False, dtype=None)
     assert len(str(refused.value)) < 1000

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runner.checkpoints.safetensors_file import pack
-from runner.models.arrays import arrays_from, tensors_of
+from runner.models.arrays import parse_arrays, to_tensors
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.int32], ids=str)
@@ -21,7 +21,7 @@ def test_every_dtype_comes_back_as_it_was(dtype):
         "transposed": (mx.random.normal((5, 7)) * 9).astype(dtype).T,
         "sliced": (mx.random.normal((8, 8)) * 9).astype(dtype)[::2, 1:5],
     }
-    back = arrays_from(pack(tensors_of(arrays)), where="here")
+    back = parse_arrays(pack(to_tensors(arrays)), where="here")
     for name, array in arrays.items():
         assert back[name].dtype == dtype and back[name].shape == array.shape, name
         assert mx.array_equal(back[name], array), name
@@ -33,7 +33,7 @@ def test_a_snapshot_is_not_a_copy_and_stays_what_it_was_while_training_goes_on()
     before = {name: np.array(array.astype(mx.float32)) for name, array in params.items()}
     mx.reset_peak_memory()
     held = mx.get_active_memory()
-    snapshot = tensors_of(params)
+    snapshot = to_tensors(params)
     assert mx.get_peak_memory() - held < 1000
     params["a"] += 1.0  # in place
     params["b"] = params["b"] * 2
@@ -42,11 +42,11 @@ def test_a_snapshot_is_not_a_copy_and_stays_what_it_was_while_training_goes_on()
     gc.collect()
     for _ in range(20):  # freed memory is used again at once
         mx.eval(mx.ones((256, 256)) * 3, mx.ones((256, 256), dtype=mx.bfloat16) * 3)
-    back = arrays_from(pack(snapshot), where="here")
+    back = parse_arrays(pack(snapshot), where="here")
     for name, array in before.items():
         assert np.array_equal(np.array(back[name].astype(mx.float32)), array), name
 
 
 def test_an_array_that_was_not_computed_yet_is_computed_here():
     lazy = mx.ones((4, 4)) + mx.ones((4, 4))
-    assert tensors_of({"x": lazy})["x"].array().tolist() == [[2.0] * 4] * 4
+    assert to_tensors({"x": lazy})["x"].array().tolist() == [[2.0] * 4] * 4

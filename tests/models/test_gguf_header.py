@@ -5,9 +5,8 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -117,8 +116,8 @@ except OSError:
     assert int(peak.removeprefix("MB ")) < 200
 
 
-def test_every_truncation_of_a_file_is_refused(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    path = tiny_llama().write(tmp_path / "whole.gguf")
+def test_every_truncation_of_a_file_is_refused(gguf_files: ModuleType, tmp_path: Path) -> None:
+    path = gguf_files.tiny_llama().write(tmp_path / "whole.gguf")
     whole = path.read_bytes()
     read_header(path)
     cut = tmp_path / "cut.gguf"
@@ -131,11 +130,11 @@ def test_every_truncation_of_a_file_is_refused(tiny_llama: Callable[..., Any], t
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 700), byte=st.integers(0, 255))
 def test_a_changed_byte_is_read_or_refused_but_never_raises_anything_else(
-    tiny_llama: Callable[..., Any], tmp_path: Path, position: int, byte: int
+    gguf_files: ModuleType, tmp_path: Path, position: int, byte: int
 ) -> None:
     whole = tmp_path / "whole.gguf"
     if not whole.exists():
-        tiny_llama().write(whole)
+        gguf_files.tiny_llama().write(whole)
     raw = bytearray(whole.read_bytes())
     raw[position] = byte
     path = tmp_path / "changed.gguf"
@@ -146,10 +145,10 @@ def test_a_changed_byte_is_read_or_refused_but_never_raises_anything_else(
         assert "changed.gguf" in str(error)
 
 
-def test_metadata_and_tensors_are_read_as_written(gguf_file: Callable[..., Any], tmp_path: Path) -> None:
+def test_metadata_and_tensors_are_read_as_written(gguf_files: ModuleType, tmp_path: Path) -> None:
     raw = np.arange(6, dtype="<f4").tobytes()
     metadata = {"yes": True, "n": 7, "x": 0.5, "s": "é", "texts": ["a", ""], "numbers": [3, -4]}
-    file = gguf_file(metadata, {"m": ("F32", (2, 3), raw), "h": ("F16", (6,), bytes(12))}, version=2)
+    file = gguf_files.GgufFile(metadata, {"m": ("F32", (2, 3), raw), "h": ("F16", (6,), bytes(12))}, version=2)
     header = read_header(file.write(tmp_path / "a.gguf"))
     numbers = header.metadata.pop("numbers")
     assert isinstance(numbers, np.ndarray) and numbers.tolist() == [3, -4]

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from runner.models.gguf.load import GgufModel, read
+from runner.models.gguf.load import GgufModel, load_gguf
 
 TOLERANCE = 2e-4
 """Of a log-probability, in nats."""
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def plain(smollm2: Path) -> GgufModel:
-    return read(smollm2, keep_quantized=False, dtype=mx.float32)
+    return load_gguf(smollm2, keep_quantized=False, dtype=mx.float32)
 
 
 @pytest.fixture(scope="module")
 def kept(smollm2: Path) -> GgufModel:
-    return read(smollm2, keep_quantized=True, dtype=mx.float32)
+    return load_gguf(smollm2, keep_quantized=True, dtype=mx.float32)
 
 
 def log_probabilities(model: GgufModel, ids: list[int]) -> np.ndarray:
@@ -50,15 +50,15 @@ def log_probabilities(model: GgufModel, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["prose", "code", "sql", "mixed"])
-def test_log_probabilities_equal_those_of_transformers(plain: GgufModel, recorded: dict[str, Any], name: str) -> None:
-    text = recorded["texts"][name]
+def test_log_probabilities_equal_those_of_transformers(plain: GgufModel, reference: dict[str, Any], name: str) -> None:
+    text = reference["texts"][name]
     assert plain.tokenizer.encode(text["text"]) == text["ids"]
     np.testing.assert_allclose(log_probabilities(plain, text["ids"]), text["log_probabilities"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_greedy_answers_equal_those_of_transformers(plain: GgufModel, recorded: dict[str, Any], number: int) -> None:
-    row = recorded["greedy"][number]
+def test_greedy_answers_equal_those_of_transformers(plain: GgufModel, reference: dict[str, Any], number: int) -> None:
+    row = reference["greedy"][number]
     messages = [{"role": "user", "content": row["prompt"]}]
     prompt = plain.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == row["prompt_ids"]
@@ -67,19 +67,19 @@ def test_greedy_answers_equal_those_of_transformers(plain: GgufModel, recorded: 
     assert "".join(step.text for step in steps) == row["text"]
 
 
-def test_token_ids_of_awkward_texts_equal_the_recorded_ones(plain: GgufModel, recorded: dict[str, Any]) -> None:
-    found = {row["text"]: plain.tokenizer.encode(row["text"]) for row in recorded["token_ids"]}
-    assert found == {row["text"]: row["ids"] for row in recorded["token_ids"]}
+def test_token_ids_of_awkward_texts_equal_the_recorded_ones(plain: GgufModel, reference: dict[str, Any]) -> None:
+    found = {row["text"]: plain.tokenizer.encode(row["text"]) for row in reference["token_ids"]}
+    assert found == {row["text"]: row["ids"] for row in reference["token_ids"]}
     assert len(found) > 50
 
 
-def test_token_ids_decode_to_the_text_they_came_from(plain: GgufModel, recorded: dict[str, Any]) -> None:
-    for row in recorded["token_ids"]:
+def test_token_ids_decode_to_the_text_they_came_from(plain: GgufModel, reference: dict[str, Any]) -> None:
+    for row in reference["token_ids"]:
         assert plain.tokenizer.decode(row["ids"]) == row["text"]
 
 
 def test_kept_quantization_holds_the_very_weights_of_the_dequantized_form(plain: GgufModel, smollm2: Path) -> None:
-    kept = read(smollm2, keep_quantized=True, dtype=mx.float32)  # one of its own: it is expanded in place
+    kept = load_gguf(smollm2, keep_quantized=True, dtype=mx.float32)  # one of its own: it is expanded in place
     assert kept.config["quantization"]["bits"] == 4
     assert kept.config["quantization"]["model.embed_tokens"]["bits"] == 8
     whole = dict(tree_flatten(mlx_lm.utils.dequantize_model(kept.model).parameters()))
@@ -87,8 +87,8 @@ def test_kept_quantization_holds_the_very_weights_of_the_dequantized_form(plain:
         assert mx.array_equal(array, whole[name]), name
 
 
-def test_kept_quantization_gives_the_same_log_probabilities(kept: GgufModel, recorded: dict[str, Any]) -> None:
-    text = recorded["texts"]["code"]
+def test_kept_quantization_gives_the_same_log_probabilities(kept: GgufModel, reference: dict[str, Any]) -> None:
+    text = reference["texts"]["code"]
     found = log_probabilities(kept, text["ids"][:16])
     np.testing.assert_allclose(found, text["log_probabilities"][:15], rtol=0, atol=TOLERANCE)
 
@@ -109,15 +109,15 @@ def test_packed_weights_equal_mlx_s_own_reading_of_the_file(kept: GgufModel, smo
 
 
 def test_a_saved_folder_loads_in_stock_mlx_lm_with_equal_logits_and_ids(
-    kept: GgufModel, recorded: dict[str, Any], tmp_path: Path
+    kept: GgufModel, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     mlx_lm.utils.save_model(tmp_path, kept.model)
     mlx_lm.utils.save_config(dict(kept.config), tmp_path / "config.json")
     kept.tokenizer.save_pretrained(tmp_path)
     stock, tokenizer = mlx_lm.load(str(tmp_path))
-    ids = mx.array([recorded["texts"]["prose"]["ids"][:8]])
+    ids = mx.array([reference["texts"]["prose"]["ids"][:8]])
     assert mx.array_equal(stock(ids), kept.model(ids))
-    for row in recorded["token_ids"]:
+    for row in reference["token_ids"]:
         assert tokenizer.encode(row["text"]) == row["ids"]
     messages = [{"role": "user", "content": "Hi"}]
     assert tokenizer.apply_chat_template(messages) == kept.tokenizer.apply_chat_template(messages)
@@ -125,7 +125,7 @@ def test_a_saved_folder_loads_in_stock_mlx_lm_with_equal_logits_and_ids(
 
 @pytest.mark.reference
 def test_the_record_is_what_the_other_readers_say_today(
-    recorded: dict[str, Any], smollm2: Path, tmp_path: Path
+    reference: dict[str, Any], smollm2: Path, tmp_path: Path
 ) -> None:
     python = os.environ.get("RUNNER_REFERENCE_PYTHON") or sys.executable
     out = tmp_path / "again.json"
@@ -134,12 +134,12 @@ def test_the_record_is_what_the_other_readers_say_today(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     again = json.loads(out.read_text(encoding="utf-8"))
-    assert again["file"]["sha256"] == recorded["file"]["sha256"]
-    assert again["token_ids"] == recorded["token_ids"]
-    for name, text in recorded["texts"].items():
+    assert again["file"]["sha256"] == reference["file"]["sha256"]
+    assert again["token_ids"] == reference["token_ids"]
+    for name, text in reference["texts"].items():
         assert again["texts"][name]["ids"] == text["ids"]
         np.testing.assert_allclose(
             again["texts"][name]["log_probabilities"], text["log_probabilities"], rtol=0, atol=TOLERANCE
         )
-    for new, old in zip(again["greedy"], recorded["greedy"], strict=True):
+    for new, old in zip(again["greedy"], reference["greedy"], strict=True):
         assert (new["prompt_ids"], new["new_ids"], new["text"]) == (old["prompt_ids"], old["new_ids"], old["text"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from runner.common.errors import ModelError
 from runner.models.gguf.tokenizer import build, ending_ids, wrap
 
 WHERE = Path("some.gguf")
-Words = Callable[..., dict[str, Any]]
 
 
 def made(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -60,33 +59,35 @@ CUTS = {
 
 
 @pytest.mark.parametrize(("pre", "text"), [(pre, text) for pre, texts in CUTS.items() for text in texts])
-def test_texts_are_cut_as_the_pre_tokenizer_of_that_name_cuts_them(vocabulary: Words, pre: str, text: str) -> None:
-    assert pieces(made(vocabulary(pre=pre)), text) == CUTS[pre][text]
+def test_texts_are_cut_as_the_pre_tokenizer_of_that_name_cuts_them(gguf_files: ModuleType, pre: str, text: str) -> None:
+    assert pieces(made(gguf_files.vocabulary(pre=pre)), text) == CUTS[pre][text]
 
 
-def test_merges_apply_inside_the_pieces_only(vocabulary: Words) -> None:
-    smollm, gpt2 = made(vocabulary(pre="smollm")), made(vocabulary(pre="gpt-2"))
+def test_merges_apply_inside_the_pieces_only(gguf_files: ModuleType) -> None:
+    smollm, gpt2 = made(gguf_files.vocabulary(pre="smollm")), made(gguf_files.vocabulary(pre="gpt-2"))
     assert smollm.tokenize("hello hello") == ["hello", "Ġhello"]
     assert smollm.tokenize("123") == ["1", "2", "3"]
     assert gpt2.tokenize("123") == ["123"]
 
 
-def test_llama_bpe_takes_whole_pieces_from_the_vocabulary_before_it_merges(vocabulary: Words) -> None:
-    words = vocabulary()["tokenizer.ggml.tokens"]
+def test_llama_bpe_takes_whole_pieces_from_the_vocabulary_before_it_merges(gguf_files: ModuleType) -> None:
+    words = gguf_files.vocabulary()["tokenizer.ggml.tokens"]
     tokens = [*words, "xyz"]  # no merge leads to it
     changes = {"tokens": tokens, "token_type": [1] * len(tokens)}
-    assert made(vocabulary(pre="llama-bpe", **changes)).tokenize("xyz") == ["xyz"]
-    assert made(vocabulary(pre="gpt-2", **changes)).tokenize("xyz") == ["x", "y", "z"]
+    assert made(gguf_files.vocabulary(pre="llama-bpe", **changes)).tokenize("xyz") == ["xyz"]
+    assert made(gguf_files.vocabulary(pre="gpt-2", **changes)).tokenize("xyz") == ["x", "y", "z"]
 
 
-def test_qwen2_composes_characters_first(vocabulary: Words) -> None:
+def test_qwen2_composes_characters_first(gguf_files: ModuleType) -> None:
     decomposed, composed = "e\u0301", "\u00e9"
-    assert made(vocabulary(pre="qwen2")).encode(decomposed) == made(vocabulary(pre="qwen2")).encode(composed)
-    assert made(vocabulary()).encode(decomposed) != made(vocabulary()).encode(composed)
+    assert made(gguf_files.vocabulary(pre="qwen2")).encode(decomposed) == made(
+        gguf_files.vocabulary(pre="qwen2")
+    ).encode(composed)
+    assert made(gguf_files.vocabulary()).encode(decomposed) != made(gguf_files.vocabulary()).encode(composed)
 
 
-def test_control_tokens_are_special_and_user_defined_ones_are_plain(vocabulary: Words) -> None:
-    tokenizer = made(vocabulary())
+def test_control_tokens_are_special_and_user_defined_ones_are_plain(gguf_files: ModuleType) -> None:
+    tokenizer = made(gguf_files.vocabulary())
     ids = tokenizer.encode("a<|start|>b<tool>c")
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<|start|>", "b", "<tool>", "c"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<tool>c"
@@ -104,9 +105,9 @@ def test_control_tokens_are_special_and_user_defined_ones_are_plain(vocabulary: 
     ],
 )
 def test_texts_are_framed_as_the_file_says_also_after_saving(
-    vocabulary: Words, tmp_path: Path, changes: dict[str, Any], first: int | None, last: int | None
+    gguf_files: ModuleType, tmp_path: Path, changes: dict[str, Any], first: int | None, last: int | None
 ) -> None:
-    tokenizer = made(vocabulary(**changes))
+    tokenizer = made(gguf_files.vocabulary(**changes))
     bare = tokenizer.encode("hello", add_special_tokens=False)
     expected = ([] if first is None else [first]) + bare + ([] if last is None else [last])
     assert tokenizer.encode("hello") == expected
@@ -115,8 +116,8 @@ def test_texts_are_framed_as_the_file_says_also_after_saving(
 
 
 @pytest.mark.parametrize("pre", CUTS)
-def test_a_saved_folder_gives_the_same_tokenizer(vocabulary: Words, tmp_path: Path, pre: str) -> None:
-    tokenizer = made(vocabulary(pre=pre))
+def test_a_saved_folder_gives_the_same_tokenizer(gguf_files: ModuleType, tmp_path: Path, pre: str) -> None:
+    tokenizer = made(gguf_files.vocabulary(pre=pre))
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -129,8 +130,8 @@ def test_a_saved_folder_gives_the_same_tokenizer(vocabulary: Words, tmp_path: Pa
     assert again.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
 
 
-def test_every_token_that_ends_an_answer_is_known_to_the_wrapper(vocabulary: Words) -> None:
-    metadata = vocabulary(eot_token_id=0)
+def test_every_token_that_ends_an_answer_is_known_to_the_wrapper(gguf_files: ModuleType) -> None:
+    metadata = gguf_files.vocabulary(eot_token_id=0)
     assert ending_ids(metadata) == [2, 0]
     assert wrap(made(metadata), metadata).eos_token_ids == {0, 2}
 
@@ -154,7 +155,7 @@ def test_every_token_that_ends_an_answer_is_known_to_the_wrapper(vocabulary: Wor
     ids=str,
 )
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(
-    vocabulary: Words, changes: dict[str, Any], said: str
+    gguf_files: ModuleType, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ModelError, match=rf"some\.gguf: .*{said}"):
-        made(vocabulary(**changes))
+        made(gguf_files.vocabulary(**changes))

@@ -303,7 +303,7 @@ def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
 def test_another_model_in_its_place_is_no_base_to_go_on_with(
     tiny: Callable, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runner.export.folders import write_model_folder
+    from runner.export.mlx import write_model_folder
     from runner.models.load import BaseModel
 
     changes = {**CUT, "model.path": str(tmp_path / "model"), "train.trunk.folder": str(tmp_path / "cache")}
@@ -357,7 +357,7 @@ def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
 
 def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
     from runner.backends.cpu import blas
-    from runner.training.components import numeric_environment
+    from runner.training.build import numeric_environment
     from runner.training.feeding import make_forward
     from runner.training.shared import SharedComponents
 

@@ -14,8 +14,9 @@ import pytest
 
 from runner.common.errors import ModelError
 from runner.config.schema import ModelConfig
-from runner.export.folders import write_model_folder
-from runner.models.load import contents_hash, fingerprint, load_base_model
+from runner.export.mlx import write_model_folder
+from runner.models.identity import content_hash, weights_fingerprint
+from runner.models.load import load_base_model
 
 
 @pytest.fixture(scope="module")
@@ -74,29 +75,31 @@ def test_the_contents_notice_one_weight_and_one_word_of_the_config(bits):
     settings.quantize.bits, settings.quantize.group_size = bits, 32
     base = load_base_model(settings)
     assert (
-        contents_hash(base.model, base.config, base.fingerprint) == base.contents == load_base_model(settings).contents
+        content_hash(base.model, base.config, base.fingerprint)
+        == base.content_hash
+        == load_base_model(settings).content_hash
     )
-    assert contents_hash(base.model, {**base.config, "rope_theta": 5e5}, base.fingerprint) != base.contents
+    assert content_hash(base.model, {**base.config, "rope_theta": 5e5}, base.fingerprint) != base.content_hash
     layer = base.model.layers[1].mlp.up_proj
     weight = mx.array(layer.weight)
     weight[3, 5] = weight[3, 5] + (1 if bits else 1e-3)
     layer.weight = weight
-    assert contents_hash(base.model, base.config, base.fingerprint) != base.contents
+    assert content_hash(base.model, base.config, base.fingerprint) != base.content_hash
     layer.weight = base.model.layers[2].mlp.up_proj.weight
-    before = contents_hash(base.model, base.config, base.fingerprint)
+    before = content_hash(base.model, base.config, base.fingerprint)
     layer.weight = layer.weight * 2
-    assert contents_hash(base.model, base.config, base.fingerprint) != before
-    before, rows = contents_hash(base.model, base.config, base.fingerprint), mx.arange(layer.weight.shape[0])
+    assert content_hash(base.model, base.config, base.fingerprint) != before
+    before, rows = content_hash(base.model, base.config, base.fingerprint), mx.arange(layer.weight.shape[0])
     rows[2], rows[40] = 40, 2
     layer.weight = layer.weight[rows]
-    assert contents_hash(base.model, base.config, base.fingerprint) != before, "lines that changed places"
+    assert content_hash(base.model, base.config, base.fingerprint) != before, "lines that changed places"
     if not bits:
         layer.weight = weight
-        assert fingerprint(base.model) == base.fingerprint, "a sample does not see it"
+        assert weights_fingerprint(base.model) == base.fingerprint, "a sample does not see it"
         base.model.set_dtype(mx.bfloat16)
-        half = contents_hash(base.model, base.config, base.fingerprint)
+        half = content_hash(base.model, base.config, base.fingerprint)
         layer.weight[3, 5] = layer.weight[3, 5] * 2
-        assert contents_hash(base.model, base.config, base.fingerprint) != half
+        assert content_hash(base.model, base.config, base.fingerprint) != half
 
 
 def test_a_quantized_folder_is_expanded_on_the_cpu_and_kept_where_asked(tmp_path):
@@ -110,7 +113,7 @@ def test_a_quantized_folder_is_expanded_on_the_cpu_and_kept_where_asked(tmp_path
     )
     assert not [m for _, m in expanded.model.named_modules() if isinstance(m, nn.QuantizedLinear)]
     assert [m for _, m in kept.model.named_modules() if isinstance(m, nn.QuantizedLinear)]
-    assert any("expanded" in note for note in expanded.notes)
+    assert any("is dequantized" in note for note in expanded.notes)
     tokens = mx.array([[5, 6, 7, 8]])
     assert mx.abs(expanded.model(tokens) - kept.model(tokens)).max().item() < 1e-3
 
@@ -119,7 +122,7 @@ def test_a_quantized_folder_is_expanded_on_the_cpu_and_kept_where_asked(tmp_path
 def test_dtype_casts_the_base(dtype, wanted):
     made = load_base_model(ModelConfig(path="builtin:tiny", dtype=dtype))
     assert made.model.model.layers[0].self_attn.q_proj.weight.dtype == wanted
-    assert fingerprint(made.model) == made.fingerprint
+    assert weights_fingerprint(made.model) == made.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -167,4 +170,4 @@ def test_code_that_comes_with_a_model_does_not_run_unless_it_is_trusted_and_then
         file.write("# another\n")
     again = load_base_model(ModelConfig(path=str(own), trust_remote_code=True))
     assert again.fingerprint == trusted.fingerprint
-    assert again.contents != trusted.contents, "what caches know the model by does not see its code"
+    assert again.content_hash != trusted.content_hash, "what caches know the model by does not see its code"

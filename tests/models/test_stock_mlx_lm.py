@@ -17,7 +17,7 @@ from runner.cli.commands import adapter_source, export, generate, stored_setting
 from runner.cli.commands.load_adapter import load_adapted
 from runner.config import schema
 from runner.config.schema import Config
-from runner.export.folders import write_model_folder
+from runner.export.mlx import write_model_folder
 from runner.models.load import load_base_model
 
 pytestmark = pytest.mark.slow

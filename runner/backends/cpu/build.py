@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from runner.backends.cpu.block import view
 from runner.backends.cpu.engine import Engine
 from runner.backends.cpu.ops import Ops
+from runner.models.device import on_cpu
 from runner.models.forward import Forward
-from runner.models.load import on_cpu
 from runner.models.lora import Params
 from runner.training.loss import loss_and_grads
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from runner.backends.cpu import kernels, threads
-from runner.models.load import on_cpu
+from runner.models.device import on_cpu
 
 _on = True
 

@@ -11,8 +11,9 @@ from runner.cli.commands.adapter_source import AdapterSource
 from runner.cli.commands.stored_settings import NUMERICS, StoredSettings
 from runner.common.errors import ModelError
 from runner.config import schema
-from runner.models.arrays import arrays_from
-from runner.models.load import BaseModel, load_base_model, on_cpu
+from runner.models.arrays import parse_arrays
+from runner.models.device import on_cpu
+from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, Params
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
@@ -68,7 +69,7 @@ def load_adapted(
         ModelError: no such model, other weights than the adapter was trained on, or an adapter that does not fit.
         CheckpointError: the adapter's file is damaged.
     """
-    weights = arrays_from(place.adapters, where=str(place.folder / ADAPTERS))
+    weights = parse_arrays(place.adapters, where=str(place.folder / ADAPTERS))
     base = load_base(place, settings, any_base=any_base, say=say)
     loaded = LoadedAdapter(base, settings.config.lora, settings.config.seed, weights)
     adapted = loaded.put_on()

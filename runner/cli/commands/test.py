@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
 
     loaded = load_adapted(place, chosen, any_base=words.any_base, say=arguments.print_note)
     reading, cache = encode_options(config.data), token_cache_from(config.data)
-    data = load_dataset(config.data.path, loaded.base.tokens, reading, (words.split,), cache)
+    data = load_dataset(config.data.path, loaded.base.lazy_tokenizer, reading, (words.split,), cache)
     for note in data.notes:
         arguments.print_note(note)
     rows = getattr(data, words.split)

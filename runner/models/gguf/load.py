@@ -55,7 +55,7 @@ class GgufModel:
     tokenizer: TokenizerWrapper
 
 
-def read(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> GgufModel:
+def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> GgufModel:
     """The model in the GGUF file `path`.
 
     With `keep_quantized`, matrices of Q4_0, Q4_1 and Q8_0 blocks stay quantized (4 or 8 bits, groups of 32) and

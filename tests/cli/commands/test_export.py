@@ -18,7 +18,7 @@ from runner.cli.commands import adapter_source, export, stored_settings
 from runner.cli.commands.load_adapter import load_adapted
 from runner.common.errors import CheckpointError, ConfigError, ModelError, StorageError
 from runner.config import schema
-from runner.export import folders
+from runner.export import mlx as export_mlx
 from runner.models import load as models
 
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2]])
@@ -49,7 +49,7 @@ def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
 def quantized_run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
     """A run on a quantized base that lies in a folder; on the CPU it is expanded to train."""
     model = schema.ModelConfig(path="builtin:tiny", quantize=schema.QuantizeConfig(bits=4, group_size=32))
-    folders.write_model_folder(models.load_base_model(model), tmp_path / "base")
+    export_mlx.write_model_folder(models.load_base_model(model), tmp_path / "base")
     changes = {"model.path": str(tmp_path / "base"), "optimizer.learning_rate": 1e-2}
     return train(tiny(**changes), tmp_path / "run")
 
@@ -148,7 +148,7 @@ def test_an_export_that_fails_leaves_nothing(
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(folders, "write_model_folder", fail)
+    monkeypatch.setattr(export_mlx, "write_model_folder", fail)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StorageError
     for words in (["--to", "fused"], ["--to", "mlx", "--with-base"]):
         with pytest.raises(expected):
@@ -159,15 +159,15 @@ def test_an_export_that_fails_leaves_nothing(
 def test_a_full_disk_is_seen_before_a_byte_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.cli.commands.export.FileSystem.free_space", lambda self, folder: 1000)
+    monkeypatch.setattr("runner.export.mlx.FileSystem.free_space", lambda self, folder: 1000)
     with pytest.raises(StorageError, match=r"needs .*, has"):
         export.run([str(run), "--to", "fused"])
 
 
 def test_what_cannot_be_exported_is_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match="--with-base belongs to --to mlx"):
+    with pytest.raises(ConfigError, match="--with-base needs --to mlx"):
         export.run([str(run), "--to", "fused", "--with-base"])
-    with pytest.raises(ConfigError, match="--dequantize is about a base"):
+    with pytest.raises(ConfigError, match="--dequantize changes a base"):
         export.run([str(run), "--to", "mlx", "--dequantize"])
     with pytest.raises(ConfigError, match="--to"):
         export.run([str(run)])

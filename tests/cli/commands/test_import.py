@@ -142,9 +142,9 @@ def write_model(folder: Path) -> None:
     from runner.models import tiny
 
     folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(tiny.model().parameters())))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(tiny.build_model().parameters())))
     (folder / "config.json").write_text(json.dumps(tiny.CONFIG))
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.build_tokenizer().save_pretrained(folder)
 
 
 TEXT = [{"text": f"{i} bottles of water stand on the wall, and one of them falls"} for i in range(4)]

@@ -14,9 +14,9 @@ from runner.cli.commands import adapter_source, stored_settings
 from runner.cli.commands.load_adapter import LoadedAdapter, load_adapted
 from runner.common.errors import CheckpointError, ModelError
 from runner.config import schema
-from runner.export.folders import write_model_folder
+from runner.export.mlx import write_model_folder
 from runner.models import load as models
-from runner.models.arrays import arrays_from, tensors_of
+from runner.models.arrays import parse_arrays, to_tensors
 from runner.models.lora import AdaptedModel
 
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2]])
@@ -51,7 +51,7 @@ def other_base(tmp_path: Path) -> Path:
 
 def test_the_adapter_on_its_base_is_the_model_that_was_trained(run: Path) -> None:
     loaded = load(run)
-    saved = arrays_from((run / "adapters" / "adapters.safetensors").read_bytes(), where="")
+    saved = parse_arrays((run / "adapters" / "adapters.safetensors").read_bytes(), where="")
     assert loaded.adapted is not None
     params = loaded.adapted.params()
     assert set(params) == set(saved)
@@ -132,7 +132,7 @@ def test_weights_that_do_not_fit_are_named_and_leave_the_base_bare(
     run: Path, monkeypatch: pytest.MonkeyPatch, change: str, error: type[Exception], said: str
 ) -> None:
     path = by_hand(run, "adapters.safetensors")
-    arrays = arrays_from(path.read_bytes(), where="")
+    arrays = parse_arrays(path.read_bytes(), where="")
     name = next(n for n in sorted(arrays) if n.endswith("q_proj.lora_a"))
     if change == "missing":
         del arrays[name]
@@ -142,7 +142,7 @@ def test_weights_that_do_not_fit_are_named_and_leave_the_base_bare(
         arrays[name] = arrays[name][:, :4]
     elif change == "nan":
         arrays[name] = arrays[name] * float("nan")
-    data = pack(tensors_of(arrays), {"format": "mlx"})
+    data = pack(to_tensors(arrays), {"format": "mlx"})
     path.write_bytes(data[:-8] if change == "cut" else data)
     removed: list[AdaptedModel] = []
     own = AdaptedModel.remove

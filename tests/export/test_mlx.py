@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 
 from runner.config import schema
-from runner.export.folders import fuse_adapter, write_model_folder
+from runner.export.fused import fuse_adapter
+from runner.export.mlx import write_model_folder
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel
 
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2]])
-MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd")
-MIXED = dict(zip(MATRICES, ("Q4_0", "Q8_0", "F16", "Q4_1", "F32", "BF16", "Q4_1", "Q8_0"), strict=True))
 
 
 def adapted(base: BaseModel) -> AdaptedModel:
@@ -30,8 +28,8 @@ def adapted(base: BaseModel) -> AdaptedModel:
 
 
 @pytest.fixture
-def gguf(tiny_llama: Callable[..., Any], tmp_path: Path) -> Path:
-    return tiny_llama(MIXED, biases=True, tied=False).write(tmp_path / "tiny.gguf")
+def gguf(gguf_files: ModuleType, tmp_path: Path) -> Path:
+    return gguf_files.tiny_llama(gguf_files.MIXED_TYPES, biases=True, tied=False).write(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.parametrize("dequantize", ["always", "never"])

@@ -1,0 +1,99 @@
+"""Folders that stock mlx-lm loads: an adapter folder, and a model folder with weights, config and tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from runner.checkpoints.safetensors_file import unpack
+from runner.common.atomic_folder import create_folder_atomically
+from runner.common.atomic_io import storage_errors
+from runner.common.errors import CheckpointError, ModelError, StorageError
+from runner.common.filesystem import FileSystem, format_bytes
+from runner.models.load import BaseModel
+from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
+
+_COPIED_FILES = ("*.py", "generation_config.json")
+"""Files of a model folder that loading it needs and that neither mlx-lm nor the tokenizer writes."""
+
+
+def check_adapter(folder: Path, weights: bytes, config: Mapping[str, Any]) -> None:
+    """Check that stock mlx-lm would load the adapter in `folder`, given its weights file and its parsed config.
+
+    Raises:
+        CheckpointError: the weights are damaged or not finite.
+        ModelError: the config does not give the number of adapted blocks.
+    """
+    for name, tensor in unpack(weights, where=str(folder / ADAPTERS))[0].items():
+        if not tensor.is_finite():
+            raise CheckpointError(f"{folder / ADAPTERS}: {name} contains NaN or Inf.")
+    num_layers = config.get("num_layers")
+    if type(num_layers) is not int or num_layers < 1:  # mlx-lm reads -1 as "no block"
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: num_layers is {num_layers}; mlx-lm needs the number of blocks.")
+
+
+def export_adapter(files: Mapping[str, bytes], target: Path, base: tuple[BaseModel, Path] | None = None) -> None:
+    """Create the adapter folder `target` from the contents of its files, with the base model's folder if given.
+
+    Raises:
+        ConfigError, StorageError: a target exists, or the disk fails. Then nothing is left behind.
+    """
+    with create_folder_atomically(target) as folder:
+        for name, content in files.items():
+            FileSystem().write_file(folder / name, content)
+        if base is not None:
+            export_model(*base)
+
+
+def export_model(base: BaseModel, target: Path) -> None:
+    """Create the model folder `target` (see `write_model_folder`), complete or not at all.
+
+    Raises:
+        ConfigError, StorageError: `target` exists, there is too little space, or the disk fails.
+    """
+    with create_folder_atomically(target) as folder:
+        needed = sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
+        free = FileSystem().free_space(folder)
+        if needed > free:
+            raise StorageError(f"{target.parent}: needs {format_bytes(needed)}, has {format_bytes(free)}.")
+        try:
+            with storage_errors(target, "cannot be written"):
+                write_model_folder(base, folder)
+        except RuntimeError as error:  # MLX reports a failed write as a RuntimeError
+            raise StorageError(f"{target} cannot be written: {' '.join(str(error).split())[:200]}") from error
+
+
+def write_model_folder(base: BaseModel, folder: Path) -> None:
+    """Write weights, config.json and tokenizer of `base`, which carries no adapter, into `folder`.
+
+    Stock `mlx_lm.load` returns the same model: quantized layers stay quantized and each array keeps its dtype.
+    """
+    from mlx_lm.utils import save_config, save_model
+
+    mx.eval(base.model.parameters())
+    save_model(folder, base.model)
+    config = copy.deepcopy(base.config)
+    dtype = str(_prevailing_dtype(base)).removeprefix("mlx.core.")
+    config.update({key: dtype for key in ("torch_dtype", "dtype") if key in config})
+    has_vision = "vision_tower" in getattr(base.model, "model", {})
+    save_config(config, folder / "config.json", keep_vision_config=has_vision)
+    base.tokenizer.save_pretrained(folder)
+    if base.folder is not None:
+        for pattern in _COPIED_FILES:
+            for file in base.folder.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+
+
+def _prevailing_dtype(base: BaseModel) -> mx.Dtype:
+    """Return the dtype that most floating-point elements have."""
+    counts: dict[mx.Dtype, int] = {}
+    for _, array in tree_flatten(base.model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            counts[array.dtype] = counts.get(array.dtype, 0) + array.size
+    return max(counts, key=lambda dtype: counts[dtype])

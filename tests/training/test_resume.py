@@ -217,7 +217,7 @@ def test_another_base_of_identical_shapes_is_refused_by_its_fingerprint(tiny, tr
     from runner.models import tiny as tiny_model
 
     run = train(tiny(), tmp_path / "run", stop_at=4)
-    own = tiny_model.model
+    own = tiny_model.build_model
 
     def other():
         made = own()
@@ -225,7 +225,7 @@ def test_another_base_of_identical_shapes_is_refused_by_its_fingerprint(tiny, tr
         mx.eval(made.parameters())
         return made
 
-    monkeypatch.setattr(tiny_model, "model", other)
+    monkeypatch.setattr(tiny_model, "build_model", other)
     with pytest.raises(ConfigError, match="base model has other weights"):
         train(tiny(), run, resume=run)
 

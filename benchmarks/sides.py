@@ -46,37 +46,37 @@ LEVERS: dict[str, Lever] = {
     "widths": Lever("padded to the widths that pad least", {"data.pad_to": "32"}, {"data.pad_to": "null"}),
     "head": Lever(
         "head and loss where a token is supervised, in pieces",
-        {"train.head": "all", "train.loss_piece": "65536"},
-        {"train.head": "supervised", "train.loss_piece": "256"},
+        {"train.head": "all", "train.loss_chunk": "65536"},
+        {"train.head": "supervised", "train.loss_chunk": "256"},
     ),
-    "trunk": Lever("the frozen trunk computed once", {"train.trunk.cache": "false"}, {"train.trunk.cache": "true"}),
+    "trunk": Lever("the frozen trunk computed once", {"train.hidden_cache.enabled": "false"}, {"train.hidden_cache.enabled": "true"}),
     "engine": Lever(
         "the engine of the CPU (with the head: it computes no other)",
-        {"train.cpu_ops": "false", "train.head": "all", "train.loss_piece": "65536"},
-        {"train.cpu_ops": "true", "train.head": "supervised", "train.loss_piece": "256"},
+        {"train.cpu_engine": "false", "train.head": "all", "train.loss_chunk": "65536"},
+        {"train.cpu_engine": "true", "train.head": "supervised", "train.loss_chunk": "256"},
     ),
     "native": Lever(
         "the engine, its parts between products in C",
         {
-            "train.cpu_ops": "false",
+            "train.cpu_engine": "false",
             "train.head": "all",
-            "train.loss_piece": "65536",
-            "train.native_ops": "false",
+            "train.loss_chunk": "65536",
+            "train.cpu_native": "false",
         },
         {
-            "train.cpu_ops": "true",
+            "train.cpu_engine": "true",
             "train.head": "supervised",
-            "train.loss_piece": "256",
-            "train.native_ops": "true",
+            "train.loss_chunk": "256",
+            "train.cpu_native": "true",
         },
     ),
     "evaluation": Lever(
         "evaluation in larger batches, the one before training kept",
-        {"train.eval_tokens": "1", "train.keep_baseline": "false"},
-        {"train.eval_tokens": "2048", "train.keep_baseline": "true"},
+        {"train.eval_tokens": "1", "train.cache_baseline": "false"},
+        {"train.eval_tokens": "2048", "train.cache_baseline": "true"},
     ),
     "checks": Lever(
-        "what was found to agree kept, not probed again", {"train.keep_checks": "false"}, {"train.keep_checks": "true"}
+        "what was found to agree kept, not probed again", {"train.cache_probes": "false"}, {"train.cache_probes": "true"}
     ),
     "prefetch": Lever("the next batch prepared meanwhile", {"train.prefetch": "false"}, {"train.prefetch": "true"}),
     "saving": Lever("saving in the background", {"checkpoint.background": "false"}, {"checkpoint.background": "true"}),

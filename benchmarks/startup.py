@@ -72,7 +72,7 @@ def main(words: list[str] | None = None) -> int:
                     if name != "load":
                         command = sides.command(row, WORK, model=model, data=data, seed=0, folder=folder)
                         # The value is to be computed, not taken from an earlier run.
-                        command = [*command, "train.keep_baseline=false"] if name == "runner" else command
+                        command = [*command, "train.cache_baseline=false"] if name == "runner" else command
                         ours = folder / "run" / "metrics.jsonl", '"valid"'
                         done = holds(*(ours if name == "runner" else (folder / "log", " val ")))
                     seconds = until(command, folder, done)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "train.trunk.cache": "train.hidden_cache.enabled",
+    "train.trunk.memory_gb": "train.hidden_cache.memory_gb",
+    "train.trunk.disk_gb": "train.hidden_cache.disk_gb",
+    "train.trunk.folder": "train.hidden_cache.folder",
+    "train.trunk.release": "train.hidden_cache.free_frozen_weights",
+    "train.keep_baseline": "train.cache_baseline",
+    "train.keep_checks": "train.cache_probes",
+    "train.loss_piece": "train.loss_chunk",
+    "train.cpu_ops": "train.cpu_engine",
+    "train.native_ops": "train.cpu_native",
+}
 """Old name to present name."""
 OF_THE_INVOCATION = ("resume", "repeat", "train.stop_at")
 """Part of the stored config once; now fields of `Invocation`, typed only and stored nowhere."""

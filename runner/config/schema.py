@@ -186,7 +186,7 @@ class EarlyStoppingConfig:
 class HiddenCacheConfig:
     """The frozen blocks below the first adapted one, computed once a row and cached."""
 
-    cache: bool = True
+    enabled: bool = True
     """Compute them apart and cache their output (nothing to cache with lora.num_layers=-1)."""
     memory_gb: float = 0.25
     """Memory for it, in GB."""
@@ -194,7 +194,7 @@ class HiddenCacheConfig:
     """Disk for it, in GB, shared by all runs: what was not used for longest makes room. 0 uses no disk."""
     folder: str | None = None
     """Folder of its files; null means trunk/ in the cache folder."""
-    release: bool = True
+    free_frozen_weights: bool = True
     """Let go of the blocks' weights where a run finds every row on disk; a row that is lost loads them again."""
 
 
@@ -222,21 +222,21 @@ class TrainConfig:
     """Batches of an evaluation, the same each time; -1 means all."""
     eval_tokens: int = 2048
     """Positions that an evaluation computes at once: its batches of near lengths are joined up to this many."""
-    keep_baseline: bool = True
+    cache_baseline: bool = True
     """Keep the loss before training in the cache folder: runs on the same base and data compute it once."""
-    keep_checks: bool = True
+    cache_probes: bool = True
     """Keep in the cache folder that a model's parts and the engine were found to compute what the model computes: the
     same base, settings, machine and code are not probed again."""
     head: str = "supervised"
     """Positions that the head and the loss compute: supervised (those that count), or all."""
-    loss_piece: int = 256
+    loss_chunk: int = 256
     """Supervised positions whose logits exist at once."""
-    trunk: HiddenCacheConfig = field(default_factory=HiddenCacheConfig)
+    hidden_cache: HiddenCacheConfig = field(default_factory=HiddenCacheConfig)
     prefetch: bool = True
     """Prepare the next batch while the step runs."""
-    cpu_ops: bool = True
+    cpu_engine: bool = True
     """On the CPU, compute exponentials and the like in NumPy, which is faster there than MLX's own loops."""
-    native_ops: bool = True
+    cpu_native: bool = True
     """In the engine of the CPU, compute what lies between products by code that this machine's C compiler makes once;
     NumPy where it has none."""
     test: bool = False

@@ -43,7 +43,7 @@ _POSITIVE = (
     "train.batch_size",
     "train.grad_accumulation",
     "train.eval_tokens",
-    "train.loss_piece",
+    "train.loss_chunk",
     "train.report_every",
     "train.eval_every",
     "train.early_stopping.patience",
@@ -61,7 +61,7 @@ _ABOVE_ZERO = (
 )
 # Beyond any use, and enough to end the process where MLX allocates what it cannot have.
 _AT_MOST = {"lora.rank": 16_384, "data.pad_to": 65_536, "train.batch_size": 1_000_000, "train.iters": 10**12}
-_PATHS = ("model.path", "data.path", "data.cache_folder", "adapter", "checkpoint.backup", "train.trunk.folder")
+_PATHS = ("model.path", "data.path", "data.cache_folder", "adapter", "checkpoint.backup", "train.hidden_cache.folder")
 _NOT_NEGATIVE = (
     "seed",
     "schedule.warmup",
@@ -69,8 +69,8 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "checkpoint.keep_last",
     "checkpoint.keep_best",
-    "train.trunk.memory_gb",
-    "train.trunk.disk_gb",
+    "train.hidden_cache.memory_gb",
+    "train.hidden_cache.disk_gb",
     "train.early_stopping.min_delta",
 )
 _SECRET = re.compile(

@@ -29,7 +29,7 @@ class Forward:
         cut: int = 0,
         *,
         everywhere: bool = False,
-        piece: int = TrainConfig.loss_piece,
+        piece: int = TrainConfig.loss_chunk,
         proven: bool = False,
     ) -> None:
         """Probes the model; where its parts do not agree with the whole, `split` is False or `cut` is 0.

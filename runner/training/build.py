@@ -111,7 +111,7 @@ def _tell_trunk(
         kept = trunks.place(data.train)
         where = f", up to {kept[1] / 1e9:.1f} GB kept in {kept[0]}" if kept else ""
         display.line(f"trunk  the first {forward.cut} blocks are computed once a row{where}")
-    elif frozen and settings.train.trunk.cache:
+    elif frozen and settings.train.hidden_cache.enabled:
         display.line(f"trunk  the first {frozen} blocks of this model cannot be computed apart: they run in each step")
 
 
@@ -119,7 +119,7 @@ def release_trunk(settings: Config, parts: Components, display: Display) -> None
     """Let go of the weights below the cut where the run will not compute with them: every row is on disk, and nothing
     is generated. Not for a base that other jobs share."""
     trunks, data = parts.trunks, parts.data
-    if trunks is None or not settings.train.trunk.release or settings.data.metric_rows:
+    if trunks is None or not settings.train.hidden_cache.free_frozen_weights or settings.data.metric_rows:
         return
     used = [data.train, data.valid, *([data.test] if settings.train.test else [])]
     if not all(trunks.of(rows).complete() for rows in used if len(rows)):
@@ -204,7 +204,7 @@ def numeric_environment(settings: Config, blas: BlasReport, forward: Forward) ->
         "device": str(mx.default_device()),
         "blas": blas_identity(blas),
         "compiled": is_compiled(settings),
-        "loss_piece": settings.train.loss_piece,
+        "loss_piece": settings.train.loss_chunk,
         "trunk": forward.cut,
         "head": settings.train.head,
         "cpu_ops": cross_entropy.usable() and f"numpy {version('numpy')}",

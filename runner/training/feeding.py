@@ -39,13 +39,13 @@ _DROPOUT = "lora.dropout is above 0"
 def make_forward(base: BaseModel, num_layers: int, settings: Config, blas: BlasReport) -> Forward:
     """The forward pass of `base` with an adapter on its last `num_layers` blocks."""
     t = settings.train
-    cross_entropy.configure(on=t.cpu_ops)
+    cross_entropy.configure(on=t.cpu_engine)
     threads.configure(blas.threads or 1)
-    cut = len(base.model.layers) - num_layers if t.trunk.cache else 0
-    file = _place_of_checks(base, cut, settings, blas) if t.keep_checks else None
+    cut = len(base.model.layers) - num_layers if t.hidden_cache.enabled else 0
+    file = _place_of_checks(base, cut, settings, blas) if t.cache_probes else None
     known = fact_cache.load_fact(file) == _PROVEN if file else False
-    forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_piece, proven=known)
-    if t.cpu_ops and on_cpu():
+    forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_chunk, proven=known)
+    if t.cpu_engine and on_cpu():
         forward.why_mlx = _why_no_engine(forward, settings)
         if not forward.why_mlx:
             ops, forward.why_numpy = ops_of(settings)
@@ -59,14 +59,14 @@ def make_forward(base: BaseModel, num_layers: int, settings: Config, blas: BlasR
 def _place_of_checks(base: BaseModel, cut: int, settings: Config, blas: BlasReport) -> Path:
     """Where it is kept that the parts of the model and the engine agree with the whole: by all that decides it."""
     t = settings.train
-    ops = ops_of(settings)[0] if t.cpu_ops and on_cpu() else None
+    ops = ops_of(settings)[0] if t.cpu_engine and on_cpu() else None
     return fact_cache.fact_file(
         "checks",
         {
             "base": base.content_hash,
             "cut": cut,
             "lora": asdict(settings.lora),
-            "train": (t.cpu_ops, t.head, t.loss_piece, t.grad_checkpoint, t.compile),
+            "train": (t.cpu_engine, t.head, t.loss_chunk, t.grad_checkpoint, t.compile),
             "ops": ops and (ops.name, ops.build),
             "blas": blas_identity(blas),
             "python": platform.python_version(),
@@ -78,7 +78,7 @@ def _place_of_checks(base: BaseModel, cut: int, settings: Config, blas: BlasRepo
 
 def ops_of(settings: Config) -> tuple[Ops, str]:
     """What the engine computes with beside products; and where that is NumPy though C is wanted, why."""
-    found, why = native.load() if settings.train.native_ops else (None, "")
+    found, why = native.load() if settings.train.cpu_native else (None, "")
     return found or Ops(), why
 
 
@@ -112,7 +112,7 @@ def window_of(forward: Forward, settings: Config) -> int:
     if settings.data.window is not None:
         return settings.data.window
     without_padding = forward.engine is not None or (
-        settings.train.cpu_ops and on_cpu() and forward.why_mlx == _DROPOUT and fits(forward)
+        settings.train.cpu_engine and on_cpu() and forward.why_mlx == _DROPOUT and fits(forward)
     )
     return UNSORTED if without_padding else NEAR_LENGTHS
 
@@ -123,7 +123,7 @@ def make_hidden_caches(
     """The cache of what `forward` computes below its cut, or None where it has none."""
     if not forward.cut:
         return None
-    chosen = settings.train.trunk
+    chosen = settings.train.hidden_cache
     identity = {
         "base": base.content_hash,
         "cut": forward.cut,

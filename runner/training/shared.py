@@ -70,7 +70,7 @@ class SharedComponents:
     ) -> HiddenStateCaches | None:
         """The trunk's cache at `forward`'s cut, the last job's where it had the same."""
         engine = forward.engine and forward.engine.identity
-        key = (base.fingerprint, forward.cut, engine, astuple(settings.train.trunk))
+        key = (base.fingerprint, forward.cut, engine, astuple(settings.train.hidden_cache))
         if self._trunks is None or self._trunks[0] != key:
             self._let_go_of_trunks()
             self._trunks = (key, make_hidden_caches(forward, base, settings, blas, say))
@@ -104,5 +104,5 @@ class SharedComponents:
         answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
         key = (json.dumps(losses, sort_keys=True, default=str), answers)
         if key not in self._baselines:
-            self._baselines[key] = load_baseline(losses) if t.keep_baseline else Baseline()
+            self._baselines[key] = load_baseline(losses) if t.cache_baseline else Baseline()
         return self._baselines[key]

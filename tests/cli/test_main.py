@@ -91,6 +91,10 @@ def test_config_dir_brings_groups_and_experiments_of_ones_own(cli):
         ("defaults:\n  - override /optimizer: adamm\n", ("bad.yaml", "optimizer=adamm", "Did you mean 'adam'")),
         ("seed: [1\n", ("bad.yaml", "line 3")),
         ("lora:\n  rank: ${nowhere.rank}\n", ("nowhere",)),
+        ("train:\n  stop_at: 5\n", ("train.stop_at belongs to one invocation", "on the command line")),
+        ("resume: x\n", ("resume belongs to one invocation",)),
+        ("train:\n  trunk:\n    cache: false\n", ("train.trunk is now train.hidden_cache.",)),
+        ("train:\n  loss_piece: 64\n", ("train.loss_piece is now train.loss_chunk.",)),
     ],
 )
 def test_a_wrong_word_in_a_yaml_gets_a_sentence_with_its_file_and_no_traceback(cli, text, says):

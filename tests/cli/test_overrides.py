@@ -31,6 +31,8 @@ from runner.config.invocation import Invocation
         ("train.early_stopping=3", "is a section"),
         ("data=my_folder", "data.path=my_folder"),
         ("model=org/name", "model.path=org/name"),
+        ("train.trunk.cache=false", "train.trunk.cache is now train.hidden_cache.enabled."),
+        ("train.loss_piece=3", "train.loss_piece is now train.loss_chunk."),
         ("resum=run", "Did you mean 'resume'"),
         ("stop_at=3", "Did you mean 'train.stop_at'"),
         ("train.stop_at=0", "train.stop_at=0 is invalid: must be a whole number, 1 or more."),

@@ -20,6 +20,23 @@ def test_a_stored_config_with_settings_of_the_invocation_is_read_without_them():
     assert retired.upgrade_config({"train": 3, "lora": {"rank": 4}}) == {"train": 3, "lora": {"rank": 4}}
 
 
+def test_renamed_settings_are_moved_with_their_values_and_empty_sections_go():
+    old = {"train": {"iters": 5, "loss_piece": 64, "trunk": {"cache": False, "memory_gb": 1.0, "folder": "x"}}}
+    hidden_cache = {"enabled": False, "memory_gb": 1.0, "folder": "x"}
+    assert retired.upgrade_config(old) == {"train": {"iters": 5, "loss_chunk": 64, "hidden_cache": hidden_cache}}
+    assert retired.upgrade_overrides(["lora.rank=4", "++train.trunk.cache=false", "train.cpu_ops"]) == [
+        "lora.rank=4",
+        "++train.hidden_cache.enabled=false",
+        "train.cpu_engine",
+    ]
+
+
+def test_a_renamed_setting_or_section_is_explained_with_its_present_name():
+    assert retired.explain("train.trunk.cache") == "train.trunk.cache is now train.hidden_cache.enabled."
+    assert retired.explain("train.trunk") == "train.trunk is now train.hidden_cache."
+    assert retired.explain("train.keep_checks") == "train.keep_checks is now train.cache_probes."
+
+
 @pytest.mark.parametrize("name", retired.OF_THE_INVOCATION)
 def test_a_setting_of_the_invocation_in_a_config_is_explained(name):
     assert retired.explain(name) == (

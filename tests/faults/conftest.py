@@ -218,7 +218,7 @@ def overrides() -> tuple[str, ...]:
         "train.report_every=3",
         "train.eval_every=5",
         "train.eval_tokens=1",  # several batches in an evaluation
-        "train.keep_baseline=false",  # and one before the first update in each run
+        "train.cache_baseline=false",  # and one before the first update in each run
         "checkpoint.every=2",
         "checkpoint.keep_best=0",
     )

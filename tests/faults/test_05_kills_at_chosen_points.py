@@ -18,7 +18,7 @@ WORDS = (
     "train.report_every=4",
     "train.eval_every=5",
     "train.eval_tokens=1",  # several batches in an evaluation
-    "train.keep_baseline=false",  # and one before the first update in each run
+    "train.cache_baseline=false",  # and one before the first update in each run
     "checkpoint.every=4",
     "hydra.run.dir=run",
 )

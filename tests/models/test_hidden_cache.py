@@ -238,7 +238,7 @@ def test_an_entry_of_other_tokens_or_another_base_is_another_file(rows, tmp_path
 @pytest.fixture
 def reference(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> Path:
     """A run whose cache was empty at first, and held all in memory."""
-    return train(tiny(**cut, **{"train.trunk.disk_gb": 0.0}), tmp_path / "reference")
+    return train(tiny(**cut, **{"train.hidden_cache.disk_gb": 0.0}), tmp_path / "reference")
 
 
 @pytest.mark.parametrize("kind", ["disk", "nothing", "little memory", "warm"])
@@ -246,12 +246,12 @@ def test_no_state_of_the_cache_changes_a_bit(
     tiny: Callable, train: Callable, tmp_path: Path, reference: Path, cut: dict, assert_equal_runs: Callable, kind: str
 ) -> None:
     limits = {
-        "disk": {"train.trunk.memory_gb": 0.0},
-        "nothing": {"train.trunk.memory_gb": 0.0, "train.trunk.disk_gb": 0.0},
-        "little memory": {"train.trunk.memory_gb": 5e-5, "train.trunk.disk_gb": 0.0},
-        "warm": {"train.trunk.memory_gb": 0.0},
+        "disk": {"train.hidden_cache.memory_gb": 0.0},
+        "nothing": {"train.hidden_cache.memory_gb": 0.0, "train.hidden_cache.disk_gb": 0.0},
+        "little memory": {"train.hidden_cache.memory_gb": 5e-5, "train.hidden_cache.disk_gb": 0.0},
+        "warm": {"train.hidden_cache.memory_gb": 0.0},
     }[kind]
-    changes = {**cut, **limits, "train.trunk.folder": str(tmp_path / "cache")}
+    changes = {**cut, **limits, "train.hidden_cache.folder": str(tmp_path / "cache")}
     run = train(tiny(**changes), tmp_path / "run")
     if kind == "warm":
         run = train(tiny(**changes), tmp_path / "again")
@@ -271,12 +271,12 @@ def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
     between: str,
 ) -> None:
     cache = tmp_path / "cache"
-    changes = {**cut, "train.trunk.memory_gb": 0.0, "train.trunk.folder": str(cache)}
+    changes = {**cut, "train.hidden_cache.memory_gb": 0.0, "train.hidden_cache.folder": str(cache)}
     run = train(tiny(**changes), tmp_path / "run", stop_at=5)
     if between == "deleted":
         shutil.rmtree(cache)
     elif between == "elsewhere":
-        changes["train.trunk.folder"] = str(tmp_path / "second disk")
+        changes["train.hidden_cache.folder"] = str(tmp_path / "second disk")
     if "filled" in between:
         train(tiny(**changes), tmp_path / "other")
     if "damaged" in between:
@@ -289,12 +289,12 @@ def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
 
 
 @pytest.mark.parametrize(
-    "other", [{"train.trunk.release": False}, {"data.metric_rows": 2, "data.metric": "exact_match"}]
+    "other", [{"train.hidden_cache.free_frozen_weights": False}, {"data.metric_rows": 2, "data.metric": "exact_match"}]
 )
 def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
     tiny: Callable, train: Callable, tmp_path: Path, cut: dict, other: dict
 ) -> None:
-    changes = {**cut, "train.iters": 1, "train.trunk.folder": str(tmp_path / "cache")}
+    changes = {**cut, "train.iters": 1, "train.hidden_cache.folder": str(tmp_path / "cache")}
     train(tiny(**{**changes, "train.iters": 12}), tmp_path / "first")
     run = train(tiny(**changes, **other), tmp_path / "run")
     assert "let go of" not in (run / "run.log").read_text()
@@ -306,8 +306,8 @@ def test_another_model_in_its_place_is_no_base_to_go_on_with(
     from runner.export.mlx import write_model_folder
     from runner.models.load import BaseModel
 
-    changes = {**CUT, "model.path": str(tmp_path / "model"), "train.trunk.folder": str(tmp_path / "cache")}
-    changes |= {"train.trunk.memory_gb": 0.0}
+    changes = {**CUT, "model.path": str(tmp_path / "model"), "train.hidden_cache.folder": str(tmp_path / "cache")}
+    changes |= {"train.hidden_cache.memory_gb": 0.0}
     write_model_folder(load_base_model(schema.ModelConfig(path="builtin:tiny")), tmp_path / "model")
     train(tiny(**changes), tmp_path / "first")
     for file in (tmp_path / "cache").rglob("states.bin"):
@@ -330,7 +330,7 @@ def test_another_model_in_its_place_is_no_base_to_go_on_with(
 
 def test_switching_it_off_on_resume_is_named(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> None:
     run = train(tiny(**cut), tmp_path / "run", stop_at=5)
-    train(tiny(**cut, **{"train.trunk.cache": False}), run, resume=run)
+    train(tiny(**cut, **{"train.hidden_cache.enabled": False}), run, resume=run)
     assert "trunk was 3, is 0" in (run / "run.log").read_text()
 
 
@@ -383,10 +383,10 @@ def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
 
 def test_jobs_that_compute_otherwise_share_no_states(tiny: Callable, train: Callable, tmp_path: Path) -> None:
     """In one process, as the jobs of a sweep: by C, then by NumPy, whose numbers are others."""
-    settings = {**CUT, "train.trunk.folder": str(tmp_path / "cache"), "train.iters": 1}
+    settings = {**CUT, "train.hidden_cache.folder": str(tmp_path / "cache"), "train.iters": 1}
     shared, kept = SharedComponents(), [0]
-    for native_ops in (True, False, True):
-        train(tiny(**settings, **{"train.native_ops": native_ops}), tmp_path / f"{len(kept)}", shared=shared)
+    for cpu_native in (True, False, True):
+        train(tiny(**settings, **{"train.cpu_native": cpu_native}), tmp_path / f"{len(kept)}", shared=shared)
         kept.append(len(list((tmp_path / "cache").iterdir())))
     assert kept == [0, kept[1], 2 * kept[1], 2 * kept[1]] and kept[1] > 0
     states = [json.loads((tmp_path / f"{job}/checkpoints/step-0000001/train_state.json").read_text()) for job in (1, 2)]

@@ -43,7 +43,7 @@ def test_a_later_run_takes_what_an_earlier_one_has_computed(
     assert before(train(tiny(**SHORT, **{"lora.rank": 4, "seed": 7}), tmp_path / "b")) == 1.25
     for number, other in enumerate(({"train.eval_tokens": 1}, {"lora.dropout": 0.1}, {"data.max_length": 40})):
         assert before(train(tiny(**{**SHORT, **other}), tmp_path / f"c{number}")) != 1.25
-    assert before(train(tiny(**SHORT, **{"train.keep_baseline": False}), tmp_path / "d")) == first
+    assert before(train(tiny(**SHORT, **{"train.cache_baseline": False}), tmp_path / "d")) == first
 
 
 @pytest.mark.parametrize("harm", ["cut", "a digit", "not finite", "empty", "a folder", "no text", "brackets", "a pipe"])
@@ -77,7 +77,7 @@ def test_a_cache_folder_that_cannot_be_used_is_no_matter(
     tiny: Callable, train: Callable, tmp_path: Path, cache: Path
 ) -> None:
     cache.write_text("a file where the folder would be")
-    settings = tiny(**SHORT, **{"train.trunk.disk_gb": 0.0})
+    settings = tiny(**SHORT, **{"train.hidden_cache.disk_gb": 0.0})
     assert before(train(settings, tmp_path / "a")) == before(train(settings, tmp_path / "b"))
 
 
@@ -91,9 +91,9 @@ def test_very_many_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_long_evaluation_before_training_says_that_it_is_at_work(tiny, train, tmp_path, monkeypatch):
-    quick = train(tiny(**{"train.iters": 1, "train.keep_baseline": False}), tmp_path / "quick")
+    quick = train(tiny(**{"train.iters": 1, "train.cache_baseline": False}), tmp_path / "quick")
     assert "evaluating" not in (quick / "run.log").read_text()
     monkeypatch.setattr("runner.training.trainer.PATIENCE", 0.0)
-    slow = train(tiny(**{"train.iters": 6, "train.keep_baseline": False}), tmp_path / "slow")
+    slow = train(tiny(**{"train.iters": 6, "train.cache_baseline": False}), tmp_path / "slow")
     assert (slow / "run.log").read_text().count("evaluating 10 rows before training") == 1
     assert (slow / "run.log").read_text().count("evaluating") == 1

@@ -47,8 +47,8 @@ def test_the_same_is_probed_once(tiny, train, tmp_path, cache, probed):
         {"lora.num_layers": 2},
         {"lora.keys": ["self_attn.q_proj"]},
         {"train.grad_checkpoint": True},
-        {"train.loss_piece": 8},
-        {"train.keep_checks": False},
+        {"train.loss_chunk": 8},
+        {"train.cache_probes": False},
     ],
     ids=str,
 )
@@ -85,6 +85,6 @@ def test_what_did_not_agree_is_not_kept(tiny, train, tmp_path, cache, monkeypatc
     assert not (cache / "checks").exists()
 
 
-def test_with_keep_checks_off_nothing_is_kept(tiny, train, tmp_path, cache):
-    train(tiny(**SHORT, **{"train.keep_checks": False}), tmp_path / "run")
+def test_with_cache_probes_off_nothing_is_kept(tiny, train, tmp_path, cache):
+    train(tiny(**SHORT, **{"train.cache_probes": False}), tmp_path / "run")
     assert not (cache / "checks").exists()

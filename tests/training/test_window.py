@@ -24,8 +24,8 @@ def position(run: Path, step: int) -> dict[str, int]:
     [
         ({}, 1),
         ({"lora.dropout": 0.1}, 1),
-        ({"train.cpu_ops": False}, NEAR_LENGTHS),
-        ({"train.cpu_ops": False, "lora.dropout": 0.1}, NEAR_LENGTHS),
+        ({"train.cpu_engine": False}, NEAR_LENGTHS),
+        ({"train.cpu_engine": False, "lora.dropout": 0.1}, NEAR_LENGTHS),
         ({"train.head": "all"}, NEAR_LENGTHS),
         ({"data.window": 5}, 5),
     ],
@@ -39,7 +39,7 @@ def test_near_lengths_are_sought_where_padding_is_computed(tiny, train, tmp_path
 def test_a_run_that_goes_on_without_the_engine_keeps_its_order(tiny, train, tmp_path, rows):
     whole = train(tiny(), tmp_path / "whole")
     run = train(tiny(), tmp_path / "run", stop_at=5)
-    train(tiny(**{"train.cpu_ops": False}), run, resume=run)
+    train(tiny(**{"train.cpu_engine": False}), run, resume=run)
     assert position(run, 12) == position(whole, 12)
     counts = [[(row["step"], row["tokens"]) for row in rows(each) if row["split"] == "train"] for each in (whole, run)]
     assert counts[0] == counts[1]

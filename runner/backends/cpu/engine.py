@@ -37,7 +37,7 @@ class Engine:
     """A model whose last blocks carry an adapter."""
 
     def __init__(
-        self, model: nn.Module, *, recompute: bool = False, piece: int = TrainConfig.loss_piece, ops: Ops | None = None
+        self, model: nn.Module, *, recompute: bool = False, piece: int = TrainConfig.loss_chunk, ops: Ops | None = None
     ) -> None:
         """`recompute` keeps a block's input alone and computes the block again on the way back; `ops` computes what
         lies between products, NumPy by default.

@@ -352,8 +352,8 @@ def test_a_sliding_window_is_refused() -> None:
         ("lora", "dropout", 0.1, "lora.dropout"),
         ("train", "compile", "always", "train.compile=always"),
         ("train", "head", "all", "train.head=all"),
-        ("train", "cpu_ops", False, ""),
-        ("train", "cpu_ops", True, None),
+        ("train", "cpu_engine", False, ""),
+        ("train", "cpu_engine", True, None),
     ],
 )
 def test_a_setting_that_the_engine_does_not_know_is_named(section, name, value, said) -> None:

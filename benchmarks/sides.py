@@ -49,7 +49,11 @@ LEVERS: dict[str, Lever] = {
         {"train.head": "all", "train.loss_chunk": "65536"},
         {"train.head": "supervised", "train.loss_chunk": "256"},
     ),
-    "trunk": Lever("the frozen trunk computed once", {"train.hidden_cache.enabled": "false"}, {"train.hidden_cache.enabled": "true"}),
+    "trunk": Lever(
+        "the frozen trunk computed once",
+        {"train.hidden_cache.enabled": "false"},
+        {"train.hidden_cache.enabled": "true"},
+    ),
     "engine": Lever(
         "the engine of the CPU (with the head: it computes no other)",
         {"train.cpu_engine": "false", "train.head": "all", "train.loss_chunk": "65536"},
@@ -76,7 +80,9 @@ LEVERS: dict[str, Lever] = {
         {"train.eval_tokens": "2048", "train.cache_baseline": "true"},
     ),
     "checks": Lever(
-        "what was found to agree kept, not probed again", {"train.cache_probes": "false"}, {"train.cache_probes": "true"}
+        "what was found to agree kept, not probed again",
+        {"train.cache_probes": "false"},
+        {"train.cache_probes": "true"},
     ),
     "prefetch": Lever("the next batch prepared meanwhile", {"train.prefetch": "false"}, {"train.prefetch": "true"}),
     "saving": Lever("saving in the background", {"checkpoint.background": "false"}, {"checkpoint.background": "true"}),

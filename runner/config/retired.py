@@ -49,8 +49,8 @@ def explain(name: str) -> str | None:
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}."
     sections = {new.rpartition(".")[0] for old, new in RENAMED.items() if old.startswith(f"{name}.")}
-    if sections:
-        return f"{name} is now {' and '.join(sorted(sections))}."
+    if len(sections) == 1:
+        return f"{name} is now {sections.pop()}."
     if name in OF_THE_INVOCATION:
         return f"{name} belongs to one invocation and cannot be stored in a config: type {name}=… on the command line."
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from runner import loggers
 from runner.common.errors import ConfigError
 from runner.config import schema, validation
 from runner.config.schema import Config
@@ -27,6 +28,7 @@ def resolve_config(cfg: DictConfig) -> Config:
     assert isinstance(config, Config)
     validation.validate(config)
     config = validation.fill_defaults(config)
+    loggers.build(config.loggers)  # opens nothing: refuses an unknown logger or option
     for section in (config.model, config.data):
         section.path = _absolute(section.path)
     if config.adapter:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.common.errors import ConfigError, did_you_mean
+from runner.common.errors import ConfigError, did_you_mean, shorten
 
 BACKENDS = {"csv": "runner.loggers.csv:CsvLogger"}
 """Name in conf/loggers/ to the class that is imported when it is chosen."""
@@ -27,18 +28,46 @@ class Logger(Protocol):
 
 
 def build(settings: Mapping[str, Any]) -> list[Logger]:
-    """The loggers that the config names.
+    """Build the loggers that the config names. Nothing is opened, so that this also checks the config.
 
     Raises:
         ConfigError: an unknown backend or option.
     """
-    made: list[Logger] = []
+    loggers: list[Logger] = []
     for name, options in settings.items():
-        if name not in BACKENDS:
-            raise ConfigError(f"loggers.{name} is not a backend: {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
-        module, _, cls = BACKENDS[name].partition(":")
+        backend = _load(name)
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(f"loggers.{name}={shorten(options)} is invalid: must be a section of options.")
+        options = dict(options or {})
         try:
-            made.append(getattr(importlib.import_module(module), cls)(**(options or {})))
+            inspect.signature(backend).bind(**options)
         except TypeError as error:
-            raise ConfigError(f"loggers.{name}: {error}.") from error
-    return made
+            for option in options:
+                require_option(name, option)
+            raise ConfigError(f"loggers.{name}: {error}.") from None
+        loggers.append(backend(**options))
+    return loggers
+
+
+def require_option(name: str, option: str) -> None:
+    """Refuse an option that the backend `name` does not have.
+
+    Raises:
+        ConfigError: an unknown backend or option.
+    """
+    known = [f"loggers.{name}.{parameter}" for parameter in inspect.signature(_load(name)).parameters]
+    typed = f"loggers.{name}.{option}"
+    if typed not in known:
+        raise ConfigError(
+            f"{shorten(typed)} is not an option of the logger {name}: {', '.join(known)}.{did_you_mean(typed, known)}"
+        )
+
+
+def _load(name: str) -> Callable[..., Logger]:
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"loggers.{shorten(name)} is not a logger: {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}"
+        )
+    module, _, cls = BACKENDS[name].partition(":")
+    backend: Callable[..., Logger] = getattr(importlib.import_module(module), cls)
+    return backend

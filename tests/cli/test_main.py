@@ -198,6 +198,17 @@ def test_what_could_only_go_wrong_later_is_refused_with_a_sentence(cli, words, s
     assert says in cli("experiment=smoke", *words, expect=2)
 
 
+def test_a_refused_logger_option_leaves_no_directory(cli):
+    cli("experiment=smoke", "loggers=csv", "loggers.csv.file=config.yaml", "hydra.run.dir=run", expect=2)
+    (cli.folder / "mine/experiment").mkdir(parents=True)
+    (cli.folder / "mine/experiment/l.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /loggers: [csv]\nloggers: {csv: {fil: x.csv}}\n"
+    )
+    out = cli("--config-dir", "mine", "experiment=l", "model=tiny", "data=tiny", "hydra.run.dir=run", expect=2)
+    assert "Did you mean 'loggers.csv.file'" in out
+    assert {path.name for path in cli.folder.iterdir()} == {"mine"}
+
+
 def test_a_test_split_that_is_not_there_is_told_before_training(cli):
     (cli.folder / "data").mkdir()
     (cli.folder / "data/train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)

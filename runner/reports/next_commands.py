@@ -1,101 +1,147 @@
-"""How to go on with a run: the commands to copy, by the state that it is in."""
+"""The commands to type next for a run or a sweep: at the end of a run, in `show`, in `verify` and after a sweep."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.common.text import relative_path
+from runner.common.text import shell_path
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.runs.inspect import RunInfo, SweepInfo
+from runner.runs.sweep_manifest import NAME as SWEEP_MANIFEST
 
 _PROGRAM = "python -m runner"
-_MOST_NAMED = 5
+_MOST_RUNS = 5
+"""Unfinished runs of a sweep without a manifest that are listed one by one."""
+_UNFINISHED = ("stopped", "interrupted", "failed")
 
 
 @dataclass(frozen=True)
 class Command:
-    """What it does, and the words to type."""
+    """A shell command and what it does."""
 
-    what: str
-    words: str
+    purpose: str
+    line: str
 
 
-def for_run(run: RunInfo, checkpoints: list[CheckpointInfo], has_result: bool) -> list[Command]:
-    """The commands that make sense for a run as it stands; none that its directory could not answer."""
-    path = quoted(run.path)
-    sound = [one for one in checkpoints if one.problem is None]
-    said: list[Command] = []
+def after_run(run: RunInfo, *, has_result: bool) -> list[Command]:
+    """Return the few commands printed where a run ends; `for_run` has all of them."""
+    commands = [_resume(run.path)] if run.state == "stopped" else [_vary(run)]
+    if has_result:
+        commands += [_warm_start(run)] if run.state != "stopped" else []
+        commands += _use_with_mlx_lm(run)
+    return commands
+
+
+def for_run(run: RunInfo, checkpoints: Sequence[CheckpointInfo], *, has_result: bool) -> list[Command]:
+    """Return the commands that make sense in the run's state and that its directory allows."""
+    commands = []
+    valid = [checkpoint for checkpoint in checkpoints if checkpoint.problem is None]
     if run.state == "running":
         pid = run.status.get("pid")
         if type(pid) is int and pid > 1:
-            said.append(Command(f"stop it (it saves first), on {run.status.get('host', 'its host')}", f"kill {pid}"))
-    elif run.settings and run.state in ("stopped", "interrupted", "failed"):
-        said.append(Command("go on", f"{_PROGRAM} resume={path}"))
-    elif run.settings and run.state == "finished" and _may_extend(run) and run.iters and sound:
-        said.append(Command("train longer", f"{_PROGRAM} resume={path} train.iters={2 * run.iters}"))
+            host = run.status.get("host", "its host")
+            commands.append(Command(f"stop (it saves first), on {host}", f"kill {pid}"))
+    elif run.settings and run.state in _UNFINISHED:
+        commands.append(_resume(run.path))
+    elif run.settings and run.state == "finished" and _may_grow(run) and run.iters and valid:
+        commands.append(Command("train longer", f"{_resume(run.path).line} train.iters={2 * run.iters}"))
     if run.settings:
-        said += _gentler(run, sound) if run.state == "diverged" else [_variation(run)]
-        # A branch from the end of a finished run would have nothing to do.
-        points = sound[:-1] if run.state == "finished" else sound
-        if points and run.state not in ("running", "diverged"):
-            said.append(Command("branch off", f"{_PROGRAM} resume={quoted(points[-1].path)}"))
+        commands += _slower(run, valid) if run.state == "diverged" else [_vary(run)]
+        # A branch from the last step of a finished run has nothing left to train.
+        branch_points = valid[:-1] if run.state == "finished" else valid
+        if branch_points and run.state not in ("running", "diverged"):
+            commands.append(Command("branch", _resume(branch_points[-1].path).line))
     if has_result:
-        adapters = quoted(run.path / "adapters")
-        if run.settings:  # repeat= brings the base that the adapter fits
-            said.append(Command("build on it", f"{_PROGRAM} repeat={path} adapter={adapters}"))
-        said.append(Command("ask it", f"{_PROGRAM} generate {path} '…'"))
-        model = run.settings.get("model.path")
-        if isinstance(model, str) and not model.startswith("builtin:") and not model.endswith(".gguf"):
-            words = f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {adapters} --prompt '…'"
-            said.append(Command("elsewhere", words))
-    return said
+        if run.settings:  # repeat= selects the base model that the adapter fits
+            commands.append(_warm_start(run))
+        commands.append(Command("generate", f"{_PROGRAM} generate {shell_path(run.path)} '…'"))
+        commands += _use_with_mlx_lm(run)
+    return commands
 
 
 def for_sweep(sweep: SweepInfo) -> list[Command]:
-    """The commands that make sense for a sweep: finish what is unfinished, look at the best, vary it."""
-    said: list[Command] = []
-    unfinished = [run for run in sweep.runs if run.state in ("stopped", "interrupted", "failed") and run.settings]
-    if (unfinished or sweep.waiting) and (sweep.path / "sweep.jsonl").is_file():
-        said.append(Command("finish it", f"{_PROGRAM} resume={quoted(sweep.path)}"))
+    """Return the commands that finish a sweep, show its best run and vary it."""
+    commands = []
+    unfinished = [run for run in sweep.runs if run.state in _UNFINISHED and run.settings]
+    if (unfinished or sweep.waiting) and (sweep.path / SWEEP_MANIFEST).is_file():
+        commands.append(_resume(sweep.path, "finish the sweep"))
     else:
-        said += [
-            Command(f"go on with {run.path.name}", f"{_PROGRAM} resume={quoted(run.path)}")
-            for run in unfinished[:_MOST_NAMED]
-        ]
+        commands += [_resume(run.path, f"resume job {run.path.name}") for run in unfinished[:_MOST_RUNS]]
     best = sweep.best
     if best is not None and best.settings:
-        said.append(Command("see the best", f"{_PROGRAM} show {quoted(best.path)}"))
-        said.append(Command("vary the best", f"{_PROGRAM} repeat={quoted(best.path)} seed=1"))
+        commands.append(Command("show the best", f"{_PROGRAM} show {shell_path(best.path)}"))
+        commands.append(Command("vary the best", f"{_repeat(best.path)} seed=1"))
         if (best.path / "adapters").is_dir():
-            adapters = quoted(best.path / "adapters")
-            said.append(Command("build on it", f"{_PROGRAM} repeat={quoted(best.path)} adapter={adapters}"))
-    return said
+            commands.append(_warm_start(best))
+    return commands
 
 
-def _gentler(run: RunInfo, sound: list[CheckpointInfo]) -> list[Command]:
-    """A run that diverged, again with half its learning rate: from the beginning, and from its last sound weights."""
+def after_sweep(folder: Path, *, finished: bool, varied: Sequence[str]) -> list[Command]:
+    """Return the command printed where a sweep ends: finish it, or extend it by values of the first `varied` key."""
+    if not finished:
+        return [_resume(folder, "finish the sweep")]
+    return [Command("extend the sweep", f"{_resume(folder).line} {varied[0]}=…")] if varied else []
+
+
+def for_damaged_run(run: Path, *, resumable: bool, backup: Path | None, is_backup: bool) -> list[Command]:
+    """Return the ways to recover a run: its newest valid checkpoint, its backup, or else its settings alone."""
+    commands = []
+    if resumable:
+        commands.append(_resume(run, "resume from the newest valid checkpoint"))
+    if backup is not None:
+        commands.append(Command("verify its backup", f"{_PROGRAM} verify {shell_path(backup)}"))
+    if not commands and not is_backup:
+        commands.append(Command("train again with its settings", _repeat(run)))
+    return commands
+
+
+def _resume(path: Path, purpose: str = "resume") -> Command:
+    return Command(purpose, f"{_PROGRAM} resume={shell_path(path)}")
+
+
+def _repeat(run: Path) -> str:
+    return f"{_PROGRAM} repeat={shell_path(run)}"
+
+
+def _vary(run: RunInfo) -> Command:
+    rank = run.settings.get("lora.rank")
+    return Command("vary", f"{_repeat(run.path)} lora.rank={2 * rank if type(rank) is int else 16}")
+
+
+def _warm_start(run: RunInfo) -> Command:
+    return Command("warm start", f"{_repeat(run.path)} adapter={shell_path(run.path / 'adapters')}")
+
+
+def _use_with_mlx_lm(run: RunInfo) -> list[Command]:
+    """Return the command that loads the run's adapter into stock mlx-lm, where mlx-lm can load the base model."""
+    model = run.settings.get("model.path")
+    if not isinstance(model, str) or model.startswith("builtin:") or model.endswith(".gguf") or "${" in model:
+        return []
+    adapter = shell_path(run.path / "adapters")
+    return [
+        Command(
+            "use with mlx-lm",
+            f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {adapter} --prompt '…'",
+        )
+    ]
+
+
+def _slower(run: RunInfo, valid: Sequence[CheckpointInfo]) -> list[Command]:
+    """Return the commands that repeat a diverged run at half its learning rate, from its start and its last weights."""
     rate = run.settings.get("optimizer.learning_rate")
     if not isinstance(rate, (int, float)) or isinstance(rate, bool):
         return []
-    words = f"{_PROGRAM} repeat={quoted(run.path)} optimizer.learning_rate={rate / 2:g}"
-    said = [Command("again, gentler", words)]
-    if sound:
-        said.append(Command("from its weights", f"{words} adapter={quoted(sound[-1].path)}"))
-    return said
+    line = f"{_repeat(run.path)} optimizer.learning_rate={rate / 2:g}"
+    commands = [Command("lower the learning rate", line)]
+    if valid:
+        adapter = shell_path(valid[-1].path)
+        commands.append(Command("the same from its last weights", f"{line} adapter={adapter}"))
+    return commands
 
 
-def _variation(run: RunInfo) -> Command:
-    rank = run.settings.get("lora.rank")
-    rank = 2 * rank if type(rank) is int else 16
-    return Command("vary it", f"{_PROGRAM} repeat={quoted(run.path)} lora.rank={rank}")
-
-
-def quoted(path: Path) -> str:
-    """A path as one types it here, quoted for the shell where it has to be."""
-    return shlex.quote(relative_path(path))
-
-
-def _may_extend(run: RunInfo) -> bool:
+def _may_grow(run: RunInfo) -> bool:
+    """Whether train.iters may grow: past learning rates must not depend on it."""
     return run.settings.get("schedule.name") == "constant" or run.settings.get("schedule.iters") is not None

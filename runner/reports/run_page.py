@@ -94,7 +94,7 @@ def fields(page: Page) -> dict[str, Any]:
         "adapters_step": page.result,
         "has_adapters": has_adapters(run),
         "scores": [vars(score) for score in page.scores],
-        "commands": [vars(command) for command in _commands(page)],
+        "commands": command_fields(_commands(page)),
     }
 
 
@@ -128,12 +128,17 @@ def show(page: Page, screen: Screen) -> None:
 
 
 def show_commands(known: list[next_commands.Command], screen: Screen) -> None:
-    """The commands, whole, so that they can be copied."""
+    """Print the commands uncut, so that they can be copied."""
     if known:
-        heading("how to go on", screen)
-        wide = max(len(command.what) for command in known)
+        heading("next commands", screen)
+        width = max(len(command.purpose) for command in known)
         for command in known:
-            screen.line("  ", (f"{command.what:<{wide}}", "dim"), f"  {command.words}")
+            screen.line("  ", (f"{command.purpose:<{width}}", "dim"), f"  {command.line}")
+
+
+def command_fields(commands: list[next_commands.Command]) -> list[dict[str, str]]:
+    """Return the commands for a JSON document."""
+    return [{"what": command.purpose, "words": command.line} for command in commands]
 
 
 def show_plot(series: list[Series], screen: Screen, height: int, y_label: str = "loss") -> None:
@@ -156,7 +161,7 @@ def has_adapters(run: RunInfo) -> bool:
 
 
 def _commands(page: Page) -> list[next_commands.Command]:
-    return next_commands.for_run(page.run, page.checkpoints, has_adapters(page.run))
+    return next_commands.for_run(page.run, page.checkpoints, has_result=has_adapters(page.run))
 
 
 def _show_tests(run: RunInfo, screen: Screen) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from runner.common.text import format_duration, printable, relative_path
+from runner.common.text import format_duration, printable, shell_path
+from runner.reports.next_commands import Command
 
 SAMPLES = 3
 
@@ -26,33 +26,25 @@ def end_of_run(
     best: Mapping[str, Any] | None,
     result_step: int | None,
     peak_memory_gb: float,
-    adapters_load_elsewhere: str | None,
+    commands: Sequence[Command],
 ) -> list[str]:
-    """The summary of a run that ended or stopped.
-
-    `adapters_load_elsewhere` is the model that stock mlx-lm can load the adapter onto, where there is one.
-    """
-    shown = shlex.quote(relative_path(path))
-    why = f" ({reason})" if reason != state else ""
+    """Return the summary of a run that finished or stopped: outcome, losses, paths, and the commands to type next."""
+    cause = f" ({reason})" if reason != state else ""
     duration = format_duration(seconds)
-    lines = [f"{state}{why} at step {step} of {iters} after {duration}: {tokens:,} tokens, {peak_memory_gb:.2f} GB"]
+    lines = [f"{state}{cause} at step {step} of {iters} after {duration}: {tokens:,} tokens, {peak_memory_gb:.2f} GB"]
     if best is not None:
-        start = f"{baseline:.4f} -> " if baseline is not None else ""
-        lines.append(f"valid loss  {start}{best['valid_loss']:.4f} (step {best['step']})")
-    lines.append(f"run         {shown}")
+        first = f"{baseline:.4f} -> " if baseline is not None else ""
+        lines.append(f"valid loss  {first}{best['valid_loss']:.4f} (step {best['step']})")
+    lines.append(f"run         {shell_path(path)}")
     if result_step is not None:
-        lines.append(f"adapter     {shown}/adapters (step {result_step})")
-    if state == "stopped":
-        lines.append(f"go on       python -m runner resume={shown}")
-    else:
-        lines.append(f"vary it     python -m runner repeat={shown} lora.rank=16")
-        if result_step is not None:
-            lines.append(f"build on it python -m runner repeat={shown} adapter={shown}/adapters")
-    if adapters_load_elsewhere and result_step is not None:
-        lines.append(
-            f"try it      mlx_lm.generate --model {adapters_load_elsewhere} --adapter-path {shown}/adapters --prompt …"
-        )
-    return lines
+        lines.append(f"adapter     {shell_path(path / 'adapters')} (step {result_step})")
+    return [*lines, *command_lines(commands)]
+
+
+def command_lines(commands: Sequence[Command]) -> list[str]:
+    """Return a line for each command, its purpose in front."""
+    width = max([11, *(len(command.purpose) for command in commands)])
+    return [f"{command.purpose:<{width}} {command.line}" for command in commands]
 
 
 def before_and_after(

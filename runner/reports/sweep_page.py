@@ -19,7 +19,7 @@ from runner.reports.cells import (
     time_text,
 )
 from runner.reports.curves import Series
-from runner.reports.run_page import heading, show_commands, show_plot
+from runner.reports.run_page import command_fields, heading, show_commands, show_plot
 from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, natural_widths, table
 from runner.runs.inspect import RunInfo, SweepInfo, differing_settings
 
@@ -55,7 +55,7 @@ def fields(sweep: SweepInfo) -> dict[str, Any]:
             }
             for run in ranked(sweep)
         ],
-        "commands": [vars(command) for command in next_commands.for_sweep(sweep)],
+        "commands": command_fields(next_commands.for_sweep(sweep)),
     }
 
 

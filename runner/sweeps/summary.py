@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
 from runner.common.atomic_io import write_atomically
-from runner.common.text import relative_path
-from runner.reports import svg
+from runner.common.text import shell_path
+from runner.reports import next_commands, svg
+from runner.reports.run_summary import command_lines
 from runner.reports.tables import Column, Screen, TableRow, table
 from runner.runs.inspect import RunInfo, objective_value, read_run
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
@@ -120,10 +120,8 @@ def _print(
     if len(ranked) > _SHOWN:
         screen.line(f"… and {len(ranked) - _SHOWN} more in results.csv")
     screen.line("")
-    shown = shlex.quote(relative_path(folder))
-    screen.line(f"sweep       {shown}")
-    screen.line(f"results     {shown}/results.csv, {shown}/curves.svg")
-    if any(info.state not in ("finished", "diverged") for info in infos.values()):
-        screen.line(f"finish it   python -m runner resume={shown}")
-    elif keys:
-        screen.line(f"extend it   python -m runner resume={shown} {keys[0]}=…")
+    screen.line(f"sweep       {shell_path(folder)}")
+    screen.line(f"results     {shell_path(folder / 'results.csv')}, {shell_path(folder / 'curves.svg')}")
+    finished = all(info.state in ("finished", "diverged") for info in infos.values())
+    for line in command_lines(next_commands.after_sweep(folder, finished=finished, varied=keys)):
+        screen.line(line)

@@ -12,9 +12,11 @@ import numpy as np
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.store import step_name
 from runner.common.clock import utc_now
+from runner.config import schema
 from runner.config.schema import Config
 from runner.data.metrics import metric_named
-from runner.reports import run_summary
+from runner.reports import next_commands, run_summary
+from runner.runs.inspect import RunInfo
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
 from runner.training.build import Components
@@ -95,15 +97,14 @@ def finalize(job: Trainer, parts: Components, start: RunSpec, ending: str) -> No
             job.display.line(line, "yellow")
     for line in lines:
         job.display.line(line)
-    source = parts.adapted.source
-    elsewhere = None if source.startswith("builtin:") or source.endswith(".gguf") else source
     state_now = "finished" if finished else "stopped"
     loss = "" if progress.best_loss is None else f"valid loss {progress.best_loss:.4f}"
     job.display.one_line(f"{state_now:<9} {progress.step:>6}/{settings.train.iters}  {loss}")
     job.display.line("")
+    run = RunInfo(path=start.directory.path, state=state_now, settings=schema.flatten_dict(start.stored))
     for line in run_summary.end_of_run(
         start.directory.path,
-        state="finished" if finished else "stopped",
+        state=state_now,
         reason=ending if named or not finished else "finished",
         step=progress.step,
         iters=settings.train.iters,
@@ -113,7 +114,7 @@ def finalize(job: Trainer, parts: Components, start: RunSpec, ending: str) -> No
         best=best_of(member),
         result_step=result,
         peak_memory_gb=mx.get_peak_memory() / 1e9,
-        adapters_load_elsewhere=elsewhere,
+        commands=next_commands.after_run(run, has_result=result is not None),
     ):
         job.display.line(line)
 

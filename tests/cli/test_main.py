@@ -218,7 +218,7 @@ def test_a_test_split_that_is_not_there_is_told_before_training(cli):
 
 def test_the_commands_at_the_end_can_be_pasted_whatever_the_path(cli):
     out = cli("experiment=smoke", "train.iters=2", "train.stop_at=1", "hydra.run.dir=a b's")
-    command = next(line for line in out.splitlines() if line.startswith("go on"))
+    command = next(line for line in out.splitlines() if line.startswith("resume "))
     import shlex
 
     cli(*shlex.split(command.split("python -m runner ")[1]))

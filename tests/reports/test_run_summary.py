@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.common.text import printable
+from runner.reports.next_commands import Command
 from runner.reports.run_summary import SAMPLES, before_and_after, end_of_run, pick_samples
 
 SCORES = st.dictionaries(st.integers(0, 30), st.tuples(st.booleans(), st.booleans()), min_size=1)
@@ -31,15 +32,25 @@ def test_what_a_model_says_cannot_steer_the_terminal():
     assert "\x1b" not in "\n".join(before_and_after("m", 1, None, 0.0, [(None, row)]))
 
 
-def test_a_stopped_run_says_how_to_go_on_and_a_finished_one_what_to_do_with_it():
-    common = dict(step=3, iters=9, seconds=61.0, tokens=1234, baseline=2.0, best={"step": 3, "valid_loss": 1.0},
-                  result_step=3, peak_memory_gb=1.5)  # fmt: skip
-    stopped = "\n".join(
-        end_of_run(Path("r"), state="stopped", reason="SIGTERM", adapters_load_elsewhere=None, **common)
+def test_the_summary_names_outcome_losses_paths_and_commands():
+    lines = end_of_run(
+        Path("r"),
+        state="stopped",
+        reason="SIGTERM",
+        step=3,
+        iters=9,
+        seconds=61.0,
+        tokens=1234,
+        baseline=2.0,
+        best={"step": 3, "valid_loss": 1.0},
+        result_step=3,
+        peak_memory_gb=1.5,
+        commands=[Command("resume", "python -m runner resume=r")],
     )
-    assert "stopped (SIGTERM) at step 3 of 9 after 1m01s" in stopped and "python -m runner resume=r" in stopped
-    done = "\n".join(
-        end_of_run(Path("r"), state="finished", reason="finished", adapters_load_elsewhere="org/m", **common)
-    )
-    assert "2.0000 -> 1.0000 (step 3)" in done and "mlx_lm.generate --model org/m --adapter-path r/adapters" in done
-    assert "resume=" not in done
+    assert lines == [
+        "stopped (SIGTERM) at step 3 of 9 after 1m01s: 1,234 tokens, 1.50 GB",
+        "valid loss  2.0000 -> 1.0000 (step 3)",
+        "run         r",
+        "adapter     r/adapters (step 3)",
+        "resume      python -m runner resume=r",
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from runner.common.filesystem import format_bytes
 from runner.common.text import relative_path
 from runner.reports import audit
 from runner.reports.audit import Audit
+from runner.reports.next_commands import for_damaged_run
 from runner.reports.tables import Screen, document
 from runner.runs.inspect import RunInfo, SweepInfo, find_runs, looks_like_run, read_run
 
@@ -107,24 +107,21 @@ def _show(screen: Screen, one: Audit) -> None:
         screen.line((f"  {line}", "red"))
     for line in one.notes:
         screen.line((f"  {line}", "dim"))
-    for line in _ways_back(one):
+    for line in _recovery(one):
         screen.line((f"  {line}", ""))
 
 
-def _ways_back(one: Audit) -> list[str]:
-    """What one could go back to, where something is damaged."""
+def _recovery(one: Audit) -> list[str]:
+    """Return what is left of a damaged run, and the commands that recover it."""
     if not one.damage or one.kind not in ("run", "backup"):
         return []
-    ways = []
+    lines = []
     if one.whole:
-        kept = f"whole: step {', '.join(str(step) for step in one.whole)}"
-        ways.append(kept + (f"; best of them {one.best}" if one.best is not None else ""))
-        ways.append(f"go on from the newest: python -m runner resume={shlex.quote(relative_path(one.path))}")
-    if one.backup:
-        ways.append(f"its backup: python -m runner verify {shlex.quote(relative_path(one.backup))}")
-    if not one.whole and not one.backup and one.kind == "run":
-        ways.append(f"train anew with its settings: python -m runner repeat={shlex.quote(relative_path(one.path))}")
-    return ways
+        best = f"; best of them {one.best}" if one.best is not None else ""
+        lines.append(f"whole: step {', '.join(str(step) for step in one.whole)}{best}")
+    is_backup = one.kind == "backup"
+    commands = for_damaged_run(one.path, resumable=bool(one.whole), backup=one.backup, is_backup=is_backup)
+    return [*lines, *(f"{command.purpose}: {command.line}" for command in commands)]
 
 
 def _sum_up(screen: Screen, audits: list[Audit], damaged: int, seconds: float) -> None:

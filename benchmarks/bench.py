@@ -342,7 +342,7 @@ def _ours(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) 
 
 def _machine() -> dict[str, Any]:
     from runner import __version__
-    from runner.backends.cpu.blas import usable_cores
+    from runner.common.cores import usable_cores
 
     try:
         found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
@@ -16,6 +15,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+from runner.common.cores import usable_cores
 from runner.common.errors import DataError, RunnerError
 from runner.data.chat_spans import TextEncoder
 from runner.data.encode import Chunk, EncodedChunk, encode_chunk, encode_rows
@@ -49,7 +49,7 @@ class Task:
 
 def workers_for(size: int) -> int:
     """How many processes a file of `size` bytes is worth; 0 where this one does it best alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     # A process that was itself started as a daemon (by a launcher of sweeps, say) may not have children.
     alone = size < PARALLEL_FROM or cores < 2 or multiprocessing.current_process().daemon
     return 0 if alone else min(cores, MOST)

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.common.cores import usable_cores
 from runner.common.errors import DataError, RunnerError
 from runner.data import encode, tokenize_workers
 from runner.data import tokenize as loading
@@ -163,10 +164,10 @@ def test_processes_that_do_not_understand_their_task_are_done_without(
 
 
 def test_small_files_and_daemons_stay_alone(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
+    monkeypatch.setattr(tokenize_workers, "usable_cores", lambda: 32)
     assert tokenize_workers.workers_for(tokenize_workers.PARALLEL_FROM - 1) == 0
     assert tokenize_workers.workers_for(tokenize_workers.PARALLEL_FROM) == tokenize_workers.MOST
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(tokenize_workers, "usable_cores", lambda: 1)
     assert tokenize_workers.workers_for(1 << 40) == 0
 
 
@@ -202,7 +203,7 @@ def test_the_first_rows_are_read_without_the_others(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else False, reason="one core")
+@pytest.mark.skipif(usable_cores() < 2, reason="one core")
 @pytest.mark.skipif(shutil.which("ps") is None, reason="no ps")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left_by_a_run_that_is_stopped_while_it_tokenises(number, tmp_path, make_cli):

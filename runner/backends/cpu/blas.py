@@ -19,6 +19,7 @@ from pathlib import Path
 
 from runner.backends.cpu import blas_library
 from runner.backends.cpu.blas_library import BlasError, LoadedBlas
+from runner.common.cores import usable_cores
 
 SLOW = "MLX runs on its reference BLAS here, 15 times slower or more"
 # BLIS comes after the wheel's OpenBLAS, which is faster where both were measured.
@@ -87,40 +88,6 @@ def thread_count(jobs: int, cores: int) -> int:
         if value.isdecimal() and int(value) > 0:
             return int(value)
     return max(1, cores // max(1, jobs))
-
-
-def usable_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: its CPU affinity, cut by its control groups' quotas (v1 and v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *(int(quota) for quota in _quotas(root))]))
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    mount = root / "sys/fs/cgroup"
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        groups = []
-    for number, controllers, group in (line.split(":", 2) for line in groups if line.count(":") >= 2):
-        if number != "0" and "cpu" not in controllers.split(","):
-            continue
-        # In a container the path names a group that is mounted as the root itself: all parents are asked.
-        inside = Path(group.lstrip("/"))
-        for folder in [inside, *inside.parents]:
-            if number == "0":
-                yield from _quota((mount / folder / "cpu.max",))
-            else:
-                here = mount / "cpu" / folder
-                yield from _quota((here / "cpu.cfs_quota_us", here / "cpu.cfs_period_us"))
-
-
-def _quota(files: tuple[Path, ...]) -> Iterator[float]:
-    try:
-        quota, period = (float(word) for file in files for word in file.read_text().split())
-    except (OSError, ValueError):
-        return
-    if quota > 0 and period > 0:
-        yield quota / period
 
 
 def _prepare(jobs: int) -> BlasReport:

@@ -19,7 +19,7 @@ from runner.reports import next_commands, run_summary
 from runner.runs.inspect import RunInfo
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
-from runner.training.build import Components
+from runner.training.components import Components
 from runner.training.feeding import fixed_batches
 from runner.training.generate import generate
 from runner.training.run_writer import rows_of_step
@@ -46,7 +46,7 @@ def generate_samples(job: Trainer, parts: Components, settings: Config, *, befor
             parts.adapted.model,
             parts.base.tokenizer,
             rows,
-            parts.reading,
+            parts.options,
             metric_named(settings.data.metric),
             max_tokens=settings.data.max_new_tokens,
             each=job.stops.check,
@@ -147,7 +147,7 @@ def _final_rows(job: Trainer, parts: Components, settings: Config, result: int |
     step = member.progress.step
     if settings.train.test:
         job.step.place(member.params)
-        batches = fixed_batches(parts.data.test, settings, parts.trunks)
+        batches = fixed_batches(parts.data.test, settings, parts.caches)
         tested = validate(parts.adapted.model, job.forward, batches)
         member.record.row(
             step=step,

@@ -21,7 +21,8 @@ from runner.reports.progress import Display
 from runner.runs.inspect import objective_value
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
-from runner.training.build import build_trainer, load_components, release_trunk, require_same_inputs
+from runner.training.build import build_trainer, require_same_inputs
+from runner.training.components import load_components, release_frozen_blocks
 from runner.training.finalize import finalize, finish_backup, generate_samples
 from runner.training.resume import ResumePoint, find_resume_point, is_done
 from runner.training.run_writer import RunWriter, copy_rows
@@ -170,7 +171,7 @@ def _train(
             parts = load_components(settings, start.stored, blas, shared, display, stops)
         try:
             if alone:
-                release_trunk(settings, parts, display)
+                release_frozen_blocks(settings, parts, display)
             job = build_trainer(start, found, parts, record, stops, display)
             with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):
                 generate_samples(job, parts, settings, before=True)

@@ -60,7 +60,7 @@ class SharedComponents:
             self._data = (key, data, reading)
         return self._data[1], self._data[2]
 
-    def trunks(
+    def hidden_caches(
         self,
         forward: Forward,
         base: BaseModel,

@@ -21,7 +21,7 @@ from runner.data.order import DataPosition
 from runner.models.arrays import parse_arrays
 from runner.models.lora import Params
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
-from runner.training.optimizer import NotFinite
+from runner.training.optimizer import NonFiniteArray, require_same_arrays
 from runner.training.train_state import Progress, TrainState
 from runner.training.train_step import dropout_seed
 
@@ -75,7 +75,7 @@ def checkpoint_files(
     progress = member.progress
     try:
         arrays, optimizer = member.optimizer.tensors(member.params)
-    except NotFinite as error:
+    except NonFiniteArray as error:
         raise Diverged(f"{error} is not finite after update {progress.step}; that state was not saved.") from None
     seed = dropout_seed(member.seed, progress.step + 1, 0)
     state = {
@@ -175,13 +175,7 @@ def restore(member: TrainState, restored: SavedState, where: str) -> None:
     Raises:
         CheckpointError: arrays of other names, shapes or dtypes than the member has.
     """
-    if set(restored.params) != set(member.params):
-        odd = sorted(set(restored.params) ^ set(member.params))
-        raise CheckpointError(f"{where}: the adapter has other arrays than this run, such as {odd[0]}.")
-    for name, array in member.params.items():
-        saved = restored.params[name]
-        if saved.shape != array.shape or saved.dtype != array.dtype:
-            raise CheckpointError(f"{where}: {name} is {saved.dtype} {saved.shape}, here {array.dtype} {array.shape}.")
+    require_same_arrays(restored.params, member.params, "the adapter", where)
     member.params = {name: restored.params[name] for name in member.params}
     member.optimizer.restore(restored.optimizer, where)
     member.progress = restored.progress

@@ -56,7 +56,7 @@ class TrainStep:
         loss_sum, total = 0.0, FlatArrays()
         for micro, ready in enumerate(batches):
             key = dropout_key(member.seed, update, micro)
-            part, grads = self._of_batch(member.params, ready, key, member.optimizer.packing)
+            part, grads = self._of_batch(member.params, ready, key, member.optimizer.layout)
             total = {dtype: total[dtype] + g for dtype, g in grads.items()} if total else grads
             mx.eval(part, total)
             loss_sum += float(part)
@@ -76,15 +76,15 @@ class TrainStep:
         return loss_sum, norm
 
     def _of_batch(
-        self, params: Params, ready: DeviceBatch, key: mx.array, packing: FlatLayout
+        self, params: Params, ready: DeviceBatch, key: mx.array, layout: FlatLayout
     ) -> tuple[mx.array, FlatArrays]:
         """Summed loss and gradients of one micro-batch."""
         engine = self._forward.engine
         if engine is None:
             loss, grads = self._loss_and_grads(params, *ready.arrays(), key)
-            return loss, packing.pack(grads)
+            return loss, layout.pack(grads)
         value, made = engine.loss_and_grads({name: view(array) for name, array in params.items()}, *ready.numbers())
-        return mx.array(value), packing.pack_numbers(made)
+        return mx.array(value), layout.pack_numpy(made)
 
     def _differentiated(
         self,

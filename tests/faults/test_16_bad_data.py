@@ -105,8 +105,8 @@ UNANSWERED = json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n"
 COUNTED = {
     "over the length, cut": (GOOD * 8 + LONG, "truncate", r"9 rows, .* longest 122; 1 cut at 64"),
     "over the length, dropped": (GOOD * 8 + LONG, "drop", r"8 rows, .* longest 122; 1 dropped as too long"),
-    "all prompt after the cut": (GOOD * 8 + ALL_PROMPT * 2, "truncate", r"8 rows, .*; 2 without a token to learn"),
-    "all prompt": ((CHAT * 8 + UNANSWERED * 3).encode(), "error", r"8 rows, .*; 3 without a token to learn"),
+    "all prompt after the cut": (GOOD * 8 + ALL_PROMPT * 2, "truncate", r"8 rows, .*; 2 without a supervised token"),
+    "all prompt": ((CHAT * 8 + UNANSWERED * 3).encode(), "error", r"8 rows, .*; 3 without a supervised token"),
     "byte order mark": (codecs.BOM_UTF8 + GOOD * 8, "error", r"8 rows, 184 tokens, 24 supervised, longest 23"),
 }
 

@@ -357,7 +357,7 @@ def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
 
 def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
     from runner.backends.cpu import blas
-    from runner.training.build import numeric_environment
+    from runner.training.components import numeric_environment
     from runner.training.feeding import make_forward
     from runner.training.shared import SharedComponents
 

@@ -14,7 +14,7 @@ from runner.config import schema
 from runner.reports.progress import Display
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec, new_run_id
-from runner.training import build, optimizer, trainer
+from runner.training import build, components, optimizer, trainer
 from runner.training.run_writer import RunWriter
 from runner.training.shared import SharedComponents
 from runner.training.signals import StopSignals
@@ -33,7 +33,7 @@ def test_two_members_with_other_learning_rates_equal_their_solo_runs_bit_for_bit
     settings = tiny(**{"lora.dropout": 0.2, "train.grad_accumulation": 2})
     rates = (1e-3, 5e-3)
     with Display(tmp_path / "log", settings.train.iters, lambda: 0.0) as display, StopSignals() as stops:
-        parts = build.load_components(
+        parts = components.load_components(
             settings, schema.to_dict(settings), blas.load_blas(), SharedComponents(), display, stops
         )
         start = RunSpec(settings, schema.to_dict(settings), RunDirectory(tmp_path), None, new_run_id())

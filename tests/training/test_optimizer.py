@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from runner.common.errors import CheckpointError
 from runner.models.arrays import to_tensors
 from runner.training import optimizer as optimizers
-from runner.training.optimizer import FlatLayout, NotFinite, Optimizer, clip_grads
+from runner.training.optimizer import FlatLayout, NonFiniteArray, Optimizer, clip_grads
 
 MADE = {
     "adam": lambda: optim.Adam(1e-3, bias_correction=True),
@@ -39,7 +39,7 @@ def test_updates_and_state_are_those_of_array_by_array(name: str, dtype: mx.Dtyp
         grads, rate = arrays(update, dtype), 1e-2 / update
         apart.learning_rate = rate
         theirs = apart.apply_gradients(grads, theirs)
-        ours = packed.update(ours, packed.packing.pack(grads), rate)
+        ours = packed.update(ours, packed.layout.pack(grads), rate)
         assert list(ours) == list(params)
         assert all(mx.array_equal(ours[n], theirs[n]).item() and ours[n].dtype == theirs[n].dtype for n in params)
     state = dict(tree_flatten(apart.state))
@@ -51,14 +51,14 @@ def test_updates_and_state_are_those_of_array_by_array(name: str, dtype: mx.Dtyp
 def test_several_vectors_are_the_same_as_one_and_take_its_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads = arrays(0), [arrays(update) for update in (1, 2)]
     one = Optimizer(MADE[name](), params)
-    middle = one.update(params, one.packing.pack(grads[0]), 1e-3)
+    middle = one.update(params, one.layout.pack(grads[0]), 1e-3)
     state = {key: mx.array(np.array(array)) for key, array in one.state().items()}
-    expected = one.update(middle, one.packing.pack(grads[1]), 1e-3)
-    monkeypatch.setattr(optimizers, "_VECTOR", 40)
+    expected = one.update(middle, one.layout.pack(grads[1]), 1e-3)
+    monkeypatch.setattr(optimizers, "_VECTOR_SIZE", 40)
     several = Optimizer(MADE[name](), params)
-    assert list(several.packing.names) == ["float32", "float32.53"] and list(one.packing.names) == ["float32"]
+    assert list(several.layout.names) == ["float32", "float32.53"] and list(one.layout.names) == ["float32"]
     several.restore(state, "there")
-    found = several.update(middle, several.packing.pack(grads[1]), 1e-3)
+    found = several.update(middle, several.layout.pack(grads[1]), 1e-3)
     assert list(found) == list(expected)
     assert all(mx.array_equal(found[n], expected[n]).item() for n in expected)
     for ours, theirs in zip(several.tensors(found), one.tensors(expected), strict=True):
@@ -68,14 +68,14 @@ def test_several_vectors_are_the_same_as_one_and_take_its_state(name: str, monke
 def test_a_restored_state_goes_on_as_if_never_stopped_and_another_s_is_refused() -> None:
     params = arrays(0)
     first, second = (Optimizer(MADE["adam"](), params) for _ in range(2))
-    grads = [first.packing.pack(arrays(update)) for update in (1, 2)]
+    grads = [first.layout.pack(arrays(update)) for update in (1, 2)]
     stopped = first.update(params, grads[0], 1e-3)
     state = {name: mx.array(np.array(array)) for name, array in first.state().items()}
     straight = first.update(stopped, grads[1], 1e-3)
     second.restore(state, "there")
     resumed = second.update(stopped, grads[1], 1e-3)
     assert all(mx.array_equal(resumed[n], straight[n]).item() for n in params)
-    with pytest.raises(CheckpointError, match="there: .*other arrays"):
+    with pytest.raises(CheckpointError, match="there: .*different arrays"):
         second.restore({n: a for n, a in state.items() if n != "a.m"}, "there")
     with pytest.raises(CheckpointError, match=r"there: a\.m is"):
         second.restore({**state, "a.m": state["a.m"].T}, "there")
@@ -96,9 +96,9 @@ def test_the_norm_keeps_its_digits_over_millions_and_clips_as_mlx_does() -> None
 
 def test_arrays_of_a_vector_share_its_memory() -> None:
     params = arrays(3)
-    packing = FlatLayout(params)
-    vectors = packing.pack(params)
-    parts = packing.unpack(vectors)
+    layout = FlatLayout(params)
+    vectors = layout.pack(params)
+    parts = layout.unpack(vectors)
     mx.eval(vectors, parts)
     whole = np.array(vectors["float32"], copy=False)
     assert all(np.shares_memory(np.array(part, copy=False), whole) for part in parts.values())
@@ -111,7 +111,7 @@ def test_what_a_checkpoint_gets_are_the_arrays_and_the_state_and_a_number_that_i
 ) -> None:
     params = arrays(0, dtype)
     optimizer = Optimizer(MADE["adam"](), params)
-    now = optimizer.update(params, optimizer.packing.pack(arrays(1, dtype)), 1e-3)
+    now = optimizer.update(params, optimizer.layout.pack(arrays(1, dtype)), 1e-3)
     for given in (now, dict(now), params):  # those of the last update, and any others
         found, state = optimizer.tensors(given)
         expected = to_tensors(given), to_tensors(optimizer.state())
@@ -120,8 +120,8 @@ def test_what_a_checkpoint_gets_are_the_arrays_and_the_state_and_a_number_that_i
             for name, tensor in theirs.items():
                 assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
                 assert bytes(ours[name].data) == bytes(tensor.data)
-    with pytest.raises(NotFinite, match=r"^model\.c$"):
+    with pytest.raises(NonFiniteArray, match=r"^model\.c$"):
         optimizer.tensors({**now, "model.c": mx.full((64, 33), float("nan"))})
-    optimizer.update(now, optimizer.packing.pack(arrays(2, dtype)), float("inf"))
-    with pytest.raises(NotFinite):
+    optimizer.update(now, optimizer.layout.pack(arrays(2, dtype)), float("inf"))
+    with pytest.raises(NonFiniteArray):
         optimizer.tensors(now)

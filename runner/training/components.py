@@ -1,0 +1,197 @@
+"""The loaded parts of a run: base model, data, adapter, forward pass, hidden-state caches and baseline."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from runner import __version__
+from runner.backends.cpu import cross_entropy
+from runner.backends.cpu.blas import BlasReport, blas_identity
+from runner.common.errors import ConfigError, ModelError
+from runner.config import resume_policy, schema
+from runner.config.schema import Config
+from runner.data.formats import EncodeOptions
+from runner.data.tokenize import TokenizedDataset
+from runner.models.forward import Forward
+from runner.models.hidden_cache import HiddenStateCaches
+from runner.models.load import BaseModel, load_base_model, on_cpu
+from runner.models.lora import AdaptedModel, trainable_share
+from runner.reports.progress import Display
+from runner.training.baseline import Baseline
+from runner.training.feeding import make_forward
+from runner.training.shared import SharedComponents
+from runner.training.signals import StopSignals
+from runner.training.state_files import RunIdentity
+
+
+@dataclass
+class Components:
+    """What a run has loaded before training."""
+
+    base: BaseModel
+    data: TokenizedDataset
+    options: EncodeOptions
+    adapted: AdaptedModel
+    forward: Forward
+    caches: HiddenStateCaches | None
+    """Hidden states of the frozen blocks; None where nothing is cached."""
+    identity: RunIdentity
+    baseline: Baseline
+
+
+def load_components(
+    config: Config,
+    stored: dict[str, Any],
+    blas: BlasReport,
+    shared: SharedComponents,
+    display: Display,
+    stops: StopSignals,
+) -> Components:
+    """Load the model and the data, or reuse the shared ones, and add the adapter.
+
+    Raises:
+        ModelError, DataError: what is wrong and where.
+        StopRequested: a signal arrived while the data was tokenized.
+    """
+    base = shared.base(config.model)
+    for note in base.notes:
+        display.line(note)
+    data, options = shared.data(config.data, base, stops.check)
+    for note in data.notes:
+        display.line(note, "yellow")
+    _require_splits(config, data)
+    if config.data.metric_rows:
+        _ = base.tokenizer  # loaded now: a tokenizer that is missing must not fail the run after training
+    # The source is the path as written in the config: a path from the environment is not stored.
+    adapted = AdaptedModel(base, config.lora, config.seed, source=stored["model"]["path"])
+    try:
+        _describe(config, data, adapted, blas, display)
+        forward = make_forward(base, adapted.num_layers, config, blas)
+        if forward.why_mlx:
+            display.line(f"engine not used: {forward.why_mlx}; MLX computes")
+        elif forward.why_numpy:
+            display.line(f"engine without its code in C: {forward.why_numpy}; NumPy computes")
+        caches = shared.hidden_caches(forward, base, config, blas, display.line)
+        _describe_trunk(config, data, adapted, forward, caches, display)
+    except BaseException:
+        adapted.remove()
+        raise
+    identity = RunIdentity(
+        run_id="",
+        fingerprints={
+            "model": base.fingerprint,
+            "data_train": data.train.fingerprint,
+            "data_valid": data.valid.fingerprint,
+            "config": resume_policy.frozen_fingerprint(config),
+        },
+        environment=numeric_environment(config, blas, forward),
+        hyperparameters=schema.flatten_dict(stored),
+    )
+    baseline = shared.baseline(config, base, data, identity.environment)
+    return Components(base, data, options, adapted, forward, caches, identity, baseline)
+
+
+def release_frozen_blocks(config: Config, components: Components, display: Display) -> None:
+    """Free the weights of the frozen blocks if no row needs them: every hidden state is on disk and nothing generates.
+
+    Not for a base model that other jobs share.
+    """
+    caches, data = components.caches, components.data
+    if caches is None or not config.train.hidden_cache.free_frozen_weights or config.data.metric_rows:
+        return
+    splits = [data.train, data.valid, *([data.test] if config.train.test else [])]
+    if not all(caches.of(rows).complete() for rows in splits if len(rows)):
+        return
+
+    def reload() -> nn.Module:
+        display.line("trunk  a row is not in the cache: the base model is loaded again", "yellow")
+        fresh = load_base_model(config.model)
+        if fresh.contents != components.base.contents:
+            raise ModelError(f"model.path={config.model.path} has changed since the run began.")
+        return fresh.model
+
+    freed_bytes = components.forward.release_below(reload)
+    mx.clear_cache()
+    display.line(f"trunk  every row is on disk: the weights of these blocks are freed, {freed_bytes / 1e9:.2f} GB")
+
+
+def numeric_environment(config: Config, blas: BlasReport, forward: Forward) -> dict[str, Any]:
+    """Return what the last digits of a run depend on besides its config; checkpoints record it."""
+    return {
+        "runner": __version__,
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(mx.default_device()),
+        "blas": blas_identity(blas),
+        "compiled": is_compiled(config),
+        "loss_piece": config.train.loss_chunk,
+        "trunk": forward.cut,
+        "head": config.train.head,
+        "cpu_ops": cross_entropy.usable() and f"numpy {version('numpy')}",
+        "engine": forward.engine and forward.engine.identity,
+    }
+
+
+def is_compiled(config: Config) -> bool:
+    """Whether the training step is compiled: as configured, and with auto on a GPU only."""
+    return config.train.compile == "always" or (config.train.compile == "auto" and not on_cpu())
+
+
+def _require_splits(config: Config, data: TokenizedDataset) -> None:
+    """Refuse before training what would otherwise fail after it."""
+    if config.train.test and not len(data.test):
+        raise ConfigError("train.test=true: the data has no test.jsonl.")
+    split = config.data.metric_split
+    if config.data.metric_rows and not len(data.test if split == "test" else data.valid):
+        raise ConfigError(f"data.metric_rows={config.data.metric_rows}: the data has no {split} rows to answer.")
+
+
+def _describe(
+    config: Config, data: TokenizedDataset, adapted: AdaptedModel, blas: BlasReport, display: Display
+) -> None:
+    trainable, total = trainable_share(adapted)
+    blocks = f"the last {adapted.num_layers} of {len(adapted.model.layers)} blocks"
+    display.line(f"model  {adapted.source}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.3f}M trained in {blocks}")
+    product = f", {blas.kind} BLAS, {blas.threads} threads" if blas.threads and on_cpu() else ""
+    display.line(f"device {'CPU' if on_cpu() else 'GPU'}{product}")
+    for split, counts in data.counts.items():
+        exceptions = [
+            f"{number} {outcome}"
+            for number, outcome in (
+                (counts.truncated, f"cut at {config.data.max_length}"),
+                (counts.dropped, "dropped as too long"),
+                (counts.nothing_to_learn, "without a supervised token"),
+            )
+            if number
+        ]
+        display.line(
+            f"data   {split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
+            f"longest {counts.longest}" + (f"; {', '.join(exceptions)}" if exceptions else "")
+        )
+    if not len(data.valid):
+        display.line("data   no valid.jsonl: no validation, the last checkpoint is the result", "yellow")
+
+
+def _describe_trunk(
+    config: Config,
+    data: TokenizedDataset,
+    adapted: AdaptedModel,
+    forward: Forward,
+    caches: HiddenStateCaches | None,
+    display: Display,
+) -> None:
+    frozen = len(adapted.model.layers) - adapted.num_layers
+    if caches:
+        on_disk = caches.place(data.train)
+        location = f", up to {on_disk[1] / 1e9:.1f} GB cached in {on_disk[0]}" if on_disk else ""
+        display.line(f"trunk  the first {forward.cut} blocks are computed once per row{location}")
+    elif frozen and config.train.hidden_cache.enabled:
+        display.line(f"trunk  the first {frozen} blocks of this model cannot be computed apart: they run in each step")

@@ -67,7 +67,7 @@ def build_trainer(
             report_every=t.report_every,
             eval_every=t.eval_every,
             evaluates=len(data.valid) > 0,
-            stop_at=t.stop_at,
+            stop_at=start.stop_at,
             patience=t.early_stopping.patience,
             min_delta=t.early_stopping.min_delta,
         ),

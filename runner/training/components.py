@@ -20,7 +20,8 @@ from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset
 from runner.models.forward import Forward
 from runner.models.hidden_cache import HiddenStateCaches
-from runner.models.load import BaseModel, load_base_model, on_cpu
+from runner.models.device import on_cpu
+from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, trainable_share
 from runner.reports.progress import Display
 from runner.training.baseline import Baseline
@@ -112,7 +113,7 @@ def release_frozen_blocks(config: Config, components: Components, display: Displ
     def reload() -> nn.Module:
         display.line("trunk  a row is not in the cache: the base model is loaded again", "yellow")
         fresh = load_base_model(config.model)
-        if fresh.contents != components.base.contents:
+        if fresh.content_hash != components.base.content_hash:
             raise ModelError(f"model.path={config.model.path} has changed since the run began.")
         return fresh.model
 

@@ -18,9 +18,9 @@ from runner.config import resume_policy, schema
 from runner.config.schema import Config
 from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset
+from runner.models.device import on_cpu
 from runner.models.forward import Forward
 from runner.models.hidden_cache import HiddenStateCaches
-from runner.models.device import on_cpu
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, trainable_share
 from runner.reports.progress import Display

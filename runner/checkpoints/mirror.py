@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-from runner.checkpoints import replace_folder, verify
+from runner.checkpoints import verify
 from runner.checkpoints.store import CheckpointStore, step_name
-from runner.common.atomic_io import storage_errors, write_atomically
+from runner.common.atomic_io import repair_replaced_folder, replace_folder, write_atomically
 from runner.common.errors import CheckpointError, ConfigError, RunnerError, StorageError
 from runner.common.filesystem import FileSystem
 from runner.runs.directory import RunDirectory
@@ -122,7 +122,7 @@ class BackupMirror:
         return None
 
     def _open(self) -> RunDirectory:
-        if self._place is not None and self._disk.look(self._place.path / NAME):
+        if self._place is not None and self._disk.lstat(self._place.path / NAME):
             return self._place
         # Only below a folder that is there: a disk that is not mounted must not be replaced by a folder of its name.
         if not self.root.is_dir():
@@ -130,7 +130,7 @@ class BackupMirror:
         folder = _find(self.root, self._store.run_id) or self.root / _name(self._directory.path, self._store.run_id)
         if folder.resolve() == self._directory.path.resolve():
             raise StorageError(f"{folder}: the run's own directory cannot be its backup.")
-        if self._disk.look(folder) is None:
+        if self._disk.lstat(folder) is None:
             self._disk.mkdir(folder)
             self._disk.fsync_folder(self.root)
         place = RunDirectory(folder, self._store.folder.name)
@@ -181,7 +181,7 @@ class BackupMirror:
             with suppress(CheckpointError):
                 if verify.load_checkpoint(place.result, self._disk).files == loaded.files:
                     return
-            replace_folder.replace(place.result, _contents(self._directory.result, loaded, self._disk), self._disk)
+            replace_folder(place.result, _contents(self._directory.result, loaded, self._disk), self._disk)
 
     def _tell(self, problem: str | None) -> None:
         if problem is not None and self._problem is None:
@@ -221,7 +221,7 @@ def restore(backup: Path, directory: RunDirectory) -> list[str]:
     try:
         store = CheckpointStore(source.checkpoints, about["run_id"], disk)
         store.repair()
-        replace_folder.repair(source.result, disk)
+        repair_replaced_folder(source.result, disk)
         own = [found for found in store.checkpoints() if found.run_id == store.run_id]
         wrong = [f"{path}: damaged, left out" for path in _unlisted(source.checkpoints, {c.path for c in own})]
         target = CheckpointStore(directory.checkpoints, store.run_id, disk)
@@ -236,7 +236,7 @@ def restore(backup: Path, directory: RunDirectory) -> list[str]:
             raise CheckpointError("\n".join([*wrong, f"{backup}: it holds no checkpoint to go on from."]))
         with suppress(CheckpointError):
             loaded = verify.load_checkpoint(source.result, disk)
-            replace_folder.replace(directory.result, _contents(source.result, loaded, disk), disk)
+            replace_folder(directory.result, _contents(source.result, loaded, disk), disk)
         for name in ("metrics", "samples", "status", "config"):  # with its config.yaml it is a run
             if (kept := getattr(source, name)).is_file():
                 write_atomically(getattr(directory, name), disk.read_file(kept, _LARGEST))
@@ -267,9 +267,9 @@ def _about(backup: Path) -> dict[str, str]:
 
 def _find(root: Path, run_id: str) -> Path | None:
     """The folder of this run below `root`; its name may be that of a directory where the run was before."""
-    with storage_errors(root, "cannot be listed"):
-        names = sorted(name for name in os.listdir(root) if name.endswith(f"-{run_id[:8]}"))
-    for name in names:
+    for name in FileSystem().listdir(root):
+        if not name.endswith(f"-{run_id[:8]}"):
+            continue
         with suppress(RunnerError):
             if is_backup(root / name) and _about(root / name)["run_id"] == run_id:
                 return root / name

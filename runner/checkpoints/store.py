@@ -23,7 +23,8 @@ from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest, FileRecord
 from runner.checkpoints.verify import STEP_NAME, CheckpointRecord, LoadedCheckpoint, kind_text
 from runner.common.errors import CheckpointError, StorageError
-from runner.common.filesystem import Content, FileSystem, format_bytes, sha256_of, size_of
+from runner.common.filesystem import Content, FileSystem, sha256_of, size_of
+from runner.common.text import format_bytes
 
 _OLD = re.compile(r"\.old-(step-[0-9]{7,18})-[0-9a-f]{8}")
 _BLOCK = 4096
@@ -152,7 +153,7 @@ class CheckpointStore:
     def _settle(self, old: Path, target: Path) -> str:
         """End a replacement that was cut off: the new one stays if it is whole, else the old one returns."""
         disk = self._disk
-        there = disk.look(target) is not None
+        there = disk.lstat(target) is not None
         if there and (verify.is_whole(target, disk) or not verify.is_whole(old, disk)):
             disk.fsync_folder(self.folder)  # the new one's name must last before the old one goes
             disk.remove_tree(old)
@@ -248,11 +249,11 @@ class CheckpointStore:
         return [f"{self.folder / name}: put aside by a replacement that was cut off" for name in lost]
 
     def _kind(self, name: str) -> str | None:
-        there = self._disk.look(self.folder / name)
+        there = self._disk.lstat(self.folder / name)
         return there.kind if there else None
 
     def _has_folder(self) -> bool:
-        there = self._disk.look(self.folder)
+        there = self._disk.lstat(self.folder)
         if there is not None and there.kind != "folder":
             raise StorageError(f"{self.folder}: {kind_text(there.kind)}, where checkpoints need a folder")
         return there is not None
@@ -261,7 +262,7 @@ class CheckpointStore:
         if self._has_folder():
             return
         missing = [self.folder]
-        while self._disk.look(missing[-1].parent) is None:
+        while self._disk.lstat(missing[-1].parent) is None:
             missing.append(missing[-1].parent)
         for folder in reversed(missing):
             self._disk.mkdir(folder)

@@ -77,7 +77,7 @@ def is_whole(path: Path, disk: FileSystem) -> bool:
 
 def read_manifest(path: Path, disk: FileSystem) -> CheckpointManifest:
     """The manifest of the checkpoint in `path`; its files are not looked at. Raises as `load` does."""
-    there = disk.look(path)
+    there = disk.lstat(path)
     if there is None:
         raise CheckpointError(f"{path}: there is no checkpoint")
     if there.kind != "folder":
@@ -105,11 +105,11 @@ def kind_text(kind: str) -> str:
 
 def _check_entries(path: Path, record: CheckpointManifest, disk: FileSystem) -> None:
     for name in disk.listdir(path):
-        there = disk.look(path / name)
+        there = disk.lstat(path / name)
         if there is not None and there.kind in ("link", "other"):
             raise CheckpointError(f"{path / name}: {kind_text(there.kind)}, not a regular file")
     for name, expected in record.files.items():
-        there = disk.look(path / name)
+        there = disk.lstat(path / name)
         if there is None:
             raise CheckpointError(f"{path / name}: missing")
         if there.kind != "file":

@@ -1,99 +1,135 @@
-"""Writing a file so that a reader, or a crash, sees the old content or the new, never a part."""
+"""Files and folders that are replaced as a whole: a reader, or a crash, sees the old content or the new, never a part.
+
+A file is written beside its target as ``.NAME.0123abcd.tmp`` and renamed. A folder is written as ``.NAME.new``; the
+old one is moved to ``.NAME.old`` before the new one takes its name, and `repair_replaced_folder` puts it back where a
+crash came between the two renames.
+"""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
-import stat
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from runner.common.errors import StorageError
+from runner.common.errors import ConfigError, StorageError
+from runner.common.filesystem import Content, FileSystem, open_regular
+from runner.common.storage_errors import storage_errors
 
-_LEFTOVER = re.compile(r"\.[a-z]+\.(yaml|json|jsonl|csv|svg)\.[0-9a-f]{8}\.tmp")
+_DRAFT = re.compile(r"\.[A-Za-z0-9][\w.-]*\.(yaml|json|jsonl|csv|svg|html)\.[0-9a-f]{8}\.tmp")
 
 
-def open_text(path: Path, *, append: bool) -> TextIO:
-    """The run's own text file `path`, to be written from its end or anew; a link is not followed.
+def write_atomically(
+    path: Path, content: str | Content | Iterable[bytes], *, durable: bool = True, filesystem: FileSystem | None = None
+) -> None:
+    """Replace the file `path` by `content`.
+
+    Args:
+        content: a generator may raise to abandon the write: `path` then stays as it was.
+        durable: whether the new content survives a power cut once this returns; without it, what is at `path` after
+            a power cut is the old content or the new.
+
+    Raises:
+        StorageError: the disk fails or is full; the old content is still there.
+    """
+    filesystem = filesystem or FileSystem()
+    draft = _draft_path(path)
+    try:
+        filesystem.write_file(draft, content.encode() if isinstance(content, str) else content, durable=durable)
+        filesystem.rename(draft, path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    if durable:
+        filesystem.fsync_folder(path.parent)
+
+
+def is_draft(name: str) -> bool:
+    """Return whether `name` is that of a file that a killed process was writing with `write_atomically`."""
+    return _DRAFT.fullmatch(name) is not None
+
+
+def open_text(path: Path) -> TextIO:
+    """Open the text file `path` for appending; a link is not followed.
 
     Raises:
         StorageError: it cannot be written, or is not a regular file.
     """
-    with storage_errors(path, "cannot be written"):
-        handle = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_APPEND if append else 0))
-        if not append:
-            os.ftruncate(handle, 0)
-        return open(handle, "w", encoding="utf-8", newline="")
+    with storage_errors(path, "written"):
+        handle = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_APPEND)
+    return open(handle, "w", encoding="utf-8", newline="")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: a reader, or a crash, sees the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    with storage_errors(path, "cannot be written", needed=len(data)):
-        try:
-            with temporary.open("xb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+@contextmanager
+def create_folder_atomically(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; when the block ends, sync all of it to the disk and rename it to `target`.
 
+    If the block raises, the new folder is removed and `target` is not created.
 
-def is_leftover(name: str) -> bool:
-    """Whether a file of this name was on its way to replace another: see `write_atomically`."""
-    return _LEFTOVER.fullmatch(name) is not None
-
-
-def sync_folder(folder: Path) -> None:
-    """Return once the names in `folder` are on the disk, where its file system can tell."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    Raises:
+        ConfigError: `target` exists by then; nothing is replaced.
+        StorageError: the disk fails or is full.
+    """
+    filesystem, draft = FileSystem(), _draft_path(target)
+    with storage_errors(target, "created"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    filesystem.mkdir(draft)
     try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
+        yield draft
+        filesystem.fsync_tree(draft)
+        if filesystem.lstat(target):
+            raise ConfigError(f"{target} was created by another process meanwhile; nothing is replaced.")
+        filesystem.rename(draft, target)
+        filesystem.fsync_folder(target.parent)
+    except BaseException:
+        with suppress(StorageError):
+            if filesystem.lstat(draft):
+                filesystem.remove_tree(draft)
+        raise
 
 
-class storage_errors:
-    """Turn an OSError in the block into a StorageError that names the path."""
+def replace_folder(target: Path, contents: Mapping[str, Content], filesystem: FileSystem) -> None:
+    """Make the folder `target` hold exactly `contents`.
 
-    def __init__(self, path: Path, what: str, needed: int | None = None) -> None:
-        """`needed`: the bytes that are to be written, told where there is no room for them."""
-        self.path, self.what, self.needed = path, what, needed
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            if error.errno == errno.ELOOP:
-                reason = "it is a symbolic link, which is not followed"
-            raise StorageError(f"{self.path} {self.what}: {reason}{self._room(error)}.") from error
-
-    def _room(self, error: OSError) -> str:
-        if self.needed is None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return ""
-        there = "an unknown amount"
-        with suppress(OSError):
-            found = os.statvfs(self.path.parent)
-            there = f"{found.f_bavail * found.f_frsize:,} bytes"
-        return f"; needs {self.needed:,} bytes, has {there}. Make room there, then resume the run"
+    Raises:
+        StorageError: the disk fails or is full; the old folder is then whole, if need be after a repair.
+    """
+    new, old = _beside(target, "new"), _beside(target, "old")
+    if filesystem.lstat(new):
+        filesystem.remove_tree(new)
+    filesystem.mkdir(new)
+    for name, content in contents.items():
+        filesystem.write_file(new / name, content)
+    filesystem.fsync_folder(new)
+    repair_replaced_folder(target, filesystem)
+    exists = filesystem.lstat(target) is not None
+    if exists:
+        filesystem.rename(target, old)
+    filesystem.rename(new, target)
+    filesystem.fsync_folder(target.parent)
+    if exists:
+        filesystem.remove_tree(old)
 
 
-def open_regular(path: Path, flags: int) -> int:
-    """A handle of `path`. Raises OSError, also where it is a FIFO, a socket or a device."""
-    # O_NONBLOCK: opening a FIFO must not wait for its other end.
-    handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
-    os.close(handle)
-    raise OSError("it is not a regular file")
+def repair_replaced_folder(target: Path, filesystem: FileSystem) -> None:
+    """Put `target` back where a crash came between the two renames of `replace_folder`."""
+    old = _beside(target, "old")
+    entry = filesystem.lstat(old)
+    if entry is None or entry.kind != "folder":
+        return
+    if filesystem.lstat(target):
+        filesystem.remove_tree(old)
+    else:
+        filesystem.rename(old, target)
+
+
+def _draft_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")

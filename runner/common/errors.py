@@ -1,6 +1,6 @@
-"""What can go wrong, as sentences for a person, each with its documented exit code.
+"""The failures that a person can act on, each with its documented exit code, and "did you mean" for their messages.
 
-Every error says what is wrong, where (file, line or key) and what to do next. The door prints it without a
+A message says what is wrong, where (file, line or key) and what to do next. The command line prints it without a
 traceback; ``RUNNER_TRACEBACK=1`` shows one.
 """
 
@@ -20,65 +20,65 @@ EXIT_DIVERGED = 4
 EXIT_DAMAGED = 5
 EXIT_STORAGE = 74
 
-_LONGEST_WORD = 200
-_MOST_KNOWN = 1000
+_MAX_NAME_LENGTH = 200
+_MAX_CANDIDATES = 1000
 
 
 class RunnerError(Exception):
-    """A failure that a person can act on; ``exit_code`` is what the process ends with."""
+    """A failure that a person can act on; the process exits with ``exit_code``."""
 
     exit_code = EXIT_FAILED
 
 
 class ConfigError(RunnerError):
-    """A wrong word on the command line, in a YAML file, or a setting that cannot be used."""
+    """Raised for an invalid argument on the command line or an invalid setting in a YAML file."""
 
     exit_code = EXIT_CONFIG
 
 
 class DataError(RunnerError):
-    """A data set that cannot be trained on: names file, line and reason."""
+    """Raised for a data set that cannot be trained on; names file, line and reason."""
 
     exit_code = EXIT_CONFIG
 
 
 class ModelError(RunnerError):
-    """A base model or an adapter that cannot be loaded: names what is not supported or does not fit."""
+    """Raised for a base model or an adapter that cannot be loaded; names what is unsupported or does not fit."""
 
     exit_code = EXIT_CONFIG
 
 
 class DirectoryInUse(RunnerError):
-    """Another process holds the run directory's lock."""
+    """Raised when another process holds the lock of the run directory."""
 
     exit_code = EXIT_IN_USE
 
 
 class Diverged(RunnerError):
-    """The loss or the gradient is no longer finite."""
+    """Raised when the loss or the gradient is no longer finite."""
 
     exit_code = EXIT_DIVERGED
 
 
 class CheckpointError(RunnerError):
-    """A checkpoint is damaged, and there is none to go back to."""
+    """Raised when a checkpoint is damaged and there is no earlier one to resume from."""
 
     exit_code = EXIT_DAMAGED
 
 
 class StorageError(RunnerError):
-    """The disk is full, read-only or failing; what was saved before is intact."""
+    """Raised when the disk is full, read-only or failing; what was saved before is intact."""
 
     exit_code = EXIT_STORAGE
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the closest of `known`, or the empty string where none is near.
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of `known`, or the empty string where none is close.
 
-    Only among the first thousand, and only short words: the time grows with the square of a length.
+    Only the first thousand candidates and short names are compared: the time grows with the square of the length.
     """
-    if len(word) > _LONGEST_WORD:
+    if len(name) > _MAX_NAME_LENGTH:
         return ""
-    short = (one for one in islice(known, _MOST_KNOWN) if len(one) <= _LONGEST_WORD)
-    near = difflib.get_close_matches(word, list(short), n=1, cutoff=0.5)
-    return f" Did you mean '{shorten(near[0])}'?" if near else ""
+    candidates = [candidate for candidate in islice(known, _MAX_CANDIDATES) if len(candidate) <= _MAX_NAME_LENGTH]
+    closest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f" Did you mean '{shorten(closest[0])}'?" if closest else ""

@@ -1,7 +1,6 @@
 """The file system as checkpoints need it: synced, exclusive, and never through a symbolic link.
 
-Every write of the package goes through a `Disk`, so a test can pass one that fails, records or stops at a
-chosen call. An ``OSError`` becomes a sentence: the path, what was needed and there, and what to do next.
+All durable writes go through a `FileSystem`, so a test can pass one that fails, records or stops at a chosen call.
 """
 
 from __future__ import annotations
@@ -12,131 +11,116 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from runner.common.errors import CheckpointError, StorageError
+from runner.common.storage_errors import read_error, storage_error, storage_errors
 
 Content = bytes | Sequence[bytes | memoryview]
-"""What a file is to hold, in one or in pieces."""
+"""The content of a file, in one piece or in several."""
 
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: opening a FIFO must not wait for a writer; on a regular file it changes nothing.
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_PIECE = 1 << 20
-# On macOS fsync leaves the data in the drive's own cache. Network volumes do not know F_FULLFSYNC.
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_CHUNK = 1 << 20
+# On macOS fsync leaves the data in the drive's own cache. Network volumes do not support F_FULLFSYNC.
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
-
-_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_ADVICE = {
-    errno.ENOSPC: "The disk is full: make room there, then resume the run",
-    errno.EDQUOT: "The disk quota is used up: make room there, then resume the run",
-    errno.EFBIG: "This process (ulimit -f) or the file system allows no file of that size",
-    errno.EIO: "The disk is failing: check it before resuming the run",
-    errno.EROFS: "The file system is read-only: mount it writable, or choose another folder",
-}
-_DAMAGE = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EISDIR, errno.EIO, errno.EBADMSG}
-    | {getattr(errno, "EUCLEAN", errno.EIO)}  # how Linux file systems report their own damage
-)
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
 _NO_FULL_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOTTY})
 
 
 class Entry(NamedTuple):
-    """What a name stands for: `kind` is file, folder, link or other (a FIFO, a socket, a device)."""
+    """What a path names: `kind` is "other" for a FIFO, a socket or a device; `size` is in bytes."""
 
-    kind: str
+    kind: Literal["file", "folder", "link", "other"]
     size: int
 
 
 class FileSystem:
-    """The operations of a POSIX file system that a checkpoint needs.
+    """The operations of a POSIX file system that checkpoints need.
 
     Each raises StorageError; those that only read raise CheckpointError where what is at the path is itself
     wrong (missing, not of the right kind, unreadable sectors), since another checkpoint may then be fine.
     """
 
-    def look(self, path: Path) -> Entry | None:
-        """What is at `path` itself (a link is not followed), or None where nothing is."""
+    def lstat(self, path: Path) -> Entry | None:
+        """Return what is at `path` itself (a link is not followed), or None where there is nothing."""
         try:
-            found = os.lstat(path)
+            status = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _unreadable("looked at", path, error) from error
-        if stat.S_ISLNK(found.st_mode):
+            raise read_error(path, "examined", error) from error
+        if stat.S_ISLNK(status.st_mode):
             return Entry("link", 0)
-        if stat.S_ISDIR(found.st_mode):
+        if stat.S_ISDIR(status.st_mode):
             return Entry("folder", 0)
-        return Entry("file" if stat.S_ISREG(found.st_mode) else "other", found.st_size)
+        return Entry("file" if stat.S_ISREG(status.st_mode) else "other", status.st_size)
 
     def listdir(self, folder: Path) -> list[str]:
-        """The names in `folder`, sorted."""
+        """Return the names in `folder`, sorted."""
         try:
             return sorted(os.listdir(folder))
         except OSError as error:
-            raise _unreadable("listed", folder, error) from error
+            raise read_error(folder, "listed", error) from error
 
     def free_space(self, folder: Path) -> int:
-        """Bytes that may still be written below `folder`; `sys.maxsize` where the system does not say."""
-        try:
-            found = os.statvfs(folder)
-        except OSError as error:
-            raise _failure("asked for its free space", folder, error) from error
-        return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
+        """Return the bytes that may still be written below `folder`; `sys.maxsize` where the system does not say."""
+        with storage_errors(folder, "queried for its free space"):
+            status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize
 
     def read_file(self, path: Path, limit: int) -> bytes:
-        """The bytes of the regular file `path`; CheckpointError where it is longer than `limit` bytes."""
-        with _reading(path) as (file, size):
+        """Return the bytes of the regular file `path`; CheckpointError where it is longer than `limit` bytes."""
+        with _open_for_reading(path) as (file, size):
             if size > limit:
-                raise CheckpointError(f"{path}: {size:,} bytes, more than the {limit:,} it may have")
+                raise CheckpointError(f"{path}: {size:,} bytes, more than the limit of {limit:,}")
             return file.read(size)
 
     def sha256(self, path: Path) -> tuple[int, str]:
-        """Size in bytes and SHA-256 of the regular file `path`, read in pieces."""
+        """Return size in bytes and SHA-256 of the regular file `path`, read in chunks."""
         digest, size = hashlib.sha256(), 0
-        with _reading(path) as (file, _):
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-                size += len(piece)
+        with _open_for_reading(path) as (file, _):
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
         return size, digest.hexdigest()
 
-    def write_file(self, path: Path, content: Content) -> None:
-        """Create `path`, which must not exist, with `content`, and return once it is on the disk."""
+    def write_file(self, path: Path, content: Content | Iterable[bytes], *, durable: bool = True) -> None:
+        """Create `path`, which must not exist, with `content`, and return once it is on the disk.
+
+        Without `durable` the data may still be in the drive's own cache on macOS, where emptying that takes long.
+        """
+        pieces = [content] if isinstance(content, bytes) else content
         try:
-            handle = os.open(path, _CREATE, 0o666)
+            handle = os.open(path, _CREATE | os.O_CLOEXEC, 0o666)
             try:
-                for piece in pieces_of(content):
+                for piece in pieces:
                     _write(handle, piece)
-                _sync(handle)
+                _sync(handle, full=durable)
             except BaseException:
                 with suppress(OSError):
                     os.close(handle)
                 raise
             os.close(handle)  # network file systems report a failed write here
         except OSError as error:
-            raise _failure("written", path, error, needed=size_of(content)) from error
+            needed = size_of(pieces) if isinstance(pieces, Sequence) else None
+            raise storage_error(path, "written", error, needed=needed) from error
 
     def mkdir(self, folder: Path) -> None:
         """Create `folder`, which must not exist; its parent must."""
-        try:
+        with storage_errors(folder, "created"):
             os.mkdir(folder)
-        except OSError as error:
-            raise _failure("created", folder, error) from error
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give `source` the name `target` on the same file system, in one step."""
-        try:
+        """Rename `source` to `target` on the same file system, atomically; a file at `target` is replaced."""
+        with storage_errors(source, f"renamed to {target.name}"):
             os.rename(source, target)
-        except OSError as error:
-            raise _failure(f"renamed to {target.name}", source, error) from error
 
     def fsync_folder(self, folder: Path) -> None:
-        """Return once the names in `folder` are on the disk."""
-        try:
+        """Return once the names in `folder` are on the disk, where its file system supports that."""
+        with storage_errors(folder, "synced"):
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 _sync(handle)
@@ -145,11 +129,21 @@ class FileSystem:
                     raise
             finally:
                 os.close(handle)
-        except OSError as error:
-            raise _failure("synced", folder, error) from error
+
+    def fsync_tree(self, root: Path) -> None:
+        """Return once all files and names below `root`, which another library may have written, are on the disk."""
+        with storage_errors(root, "synced"):
+            for folder, _, files in os.walk(root, onerror=_raise):
+                for name in files:
+                    handle = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CLOEXEC)
+                    try:
+                        _sync(handle)
+                    finally:
+                        os.close(handle)
+                self.fsync_folder(Path(folder))
 
     def remove_tree(self, path: Path) -> None:
-        """Remove `path`, which must exist, and what is below it; a link itself, never what it points to."""
+        """Remove `path`, which must exist, and everything below it; a link itself, never what it points to."""
         try:
             if not stat.S_ISDIR(os.lstat(path).st_mode):
                 os.unlink(path)
@@ -167,68 +161,67 @@ class FileSystem:
         except RecursionError:
             raise StorageError(f"{path}: cannot be removed: folders nested too deeply; remove it by hand.") from None
         except OSError as error:
-            raise _failure("removed", path, error) from error
+            raise storage_error(path, "removed", error) from error
 
 
-def pieces_of(content: Content) -> Sequence[bytes | memoryview]:
-    """`content` as pieces."""
-    return [content] if isinstance(content, bytes) else content
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Return a file descriptor of `path`; does not wait for the other end of a FIFO.
+
+    Raises:
+        OSError: it cannot be opened, or it is a FIFO, a socket or a device.
+    """
+    handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError("not a regular file")
 
 
 def size_of(content: Content) -> int:
-    """Bytes in `content`."""
-    return sum(memoryview(piece).nbytes for piece in pieces_of(content))
+    """Return the number of bytes in `content`."""
+    return sum(memoryview(piece).nbytes for piece in _pieces(content))
 
 
 def sha256_of(content: Content) -> str:
-    """SHA-256 of `content`, in hexadecimal."""
+    """Return the SHA-256 of `content`, in hexadecimal."""
     digest = hashlib.sha256()
-    for piece in pieces_of(content):
+    for piece in _pieces(content):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def format_bytes(size: int) -> str:
-    """`size` in bytes for a person: ``16.3 MB`` (powers of 1000, as disks are sold)."""
-    value = float(size)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{size} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+def _pieces(content: Content) -> Sequence[bytes | memoryview]:
+    return [content] if isinstance(content, bytes) else content
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def _open_for_reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     try:
-        handle = os.open(path, _READ)
+        handle = open_regular(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(f"{path}: not a regular file")
             with open(handle, "rb", closefd=False) as file:
-                yield file, found.st_size
+                yield file, os.fstat(handle).st_size
         finally:
             os.close(handle)
     except MemoryError:
-        raise StorageError(f"{path}: it does not fit into this machine's memory") from None
+        raise StorageError(f"{path}: does not fit into the memory of this machine") from None
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise CheckpointError(f"{path}: a symbolic link, which is not followed") from None
-        raise _unreadable("read", path, error) from error
+        if error.errno is None:
+            raise CheckpointError(f"{path}: {error}") from None
+        raise read_error(path, "read", error) from error
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data).cast("B")
-    while rest:
-        written = os.write(handle, rest)
+    remaining = memoryview(data).cast("B")
+    while remaining:
+        written = os.write(handle, remaining)
         if written == 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        rest = rest[written:]
+        remaining = remaining[written:]
 
 
-def _sync(handle: int) -> None:
-    if _FULL_SYNC is not None:
+def _sync(handle: int, *, full: bool = True) -> None:
+    if full and _FULL_SYNC is not None:
         try:
             fcntl.fcntl(handle, _FULL_SYNC)
             return
@@ -240,21 +233,3 @@ def _sync(handle: int) -> None:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _unreadable(done: str, path: Path, error: OSError) -> CheckpointError | StorageError:
-    failure = _failure(done, path, error)
-    return CheckpointError(str(failure)) if error.errno in _DAMAGE else failure
-
-
-def _failure(done: str, path: Path, error: OSError, *, needed: int | None = None) -> StorageError:
-    number = error.errno or 0
-    sentence = f"{path}: cannot be {done}: {error.strerror or error} ({errno.errorcode.get(number, number)})"
-    if number in _ROOM and needed is not None:
-        there = "an unknown amount"
-        with suppress(OSError):
-            found = os.statvfs(path.parent)
-            there = format_bytes(found.f_bavail * found.f_frsize)
-        sentence += f"; needs {format_bytes(needed)}, has {there}"
-    advice = _ADVICE.get(number)
-    return StorageError(f"{sentence}. {advice}." if advice else f"{sentence}.")

@@ -12,10 +12,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from runner.checkpoints.safetensors_file import unpack
-from runner.common.atomic_folder import create_folder_atomically
-from runner.common.atomic_io import storage_errors
+from runner.common.atomic_io import create_folder_atomically
 from runner.common.errors import CheckpointError, ModelError, StorageError
-from runner.common.filesystem import FileSystem, format_bytes
+from runner.common.filesystem import FileSystem
+from runner.common.storage_errors import insufficient_space, storage_errors
 from runner.models.load import BaseModel
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
@@ -61,9 +61,9 @@ def export_model(base: BaseModel, target: Path) -> None:
         needed = sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
         free = FileSystem().free_space(folder)
         if needed > free:
-            raise StorageError(f"{target.parent}: needs {format_bytes(needed)}, has {format_bytes(free)}.")
+            raise insufficient_space(target.parent, needed=needed, free=free)
         try:
-            with storage_errors(target, "cannot be written"):
+            with storage_errors(target, "written"):
                 write_model_folder(base, folder)
         except RuntimeError as error:  # MLX reports a failed write as a RuntimeError
             raise StorageError(f"{target} cannot be written: {' '.join(str(error).split())[:200]}") from error

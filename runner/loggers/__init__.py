@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,16 +15,21 @@ BACKENDS = {"csv": "runner.loggers.csv:CsvLogger"}
 
 
 class Logger(Protocol):
-    """A backend. Its constructor takes the options of its key in the config as keyword arguments."""
+    """A backend. Its constructor takes the options of its section in the config as keyword arguments."""
 
-    def open(self, run: Path, step: int) -> None:
-        """Begin, or go on after `step`: what was logged beyond it is taken back."""
+    def open(self, run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Open the logger for the run in the directory `run`.
+
+        Args:
+            rows: those that metrics.jsonl holds: none for a new run; after a resume those up to the checkpoint; in a
+                branch those of the run that it left. What was logged beyond them has to be taken back.
+        """
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics.jsonl."""
+        """Log a row that was appended to metrics.jsonl."""
 
     def close(self) -> None:
-        """The run ends or stops."""
+        """Close the logger at the end of the process, whether the run finished or not."""
 
 
 def build(settings: Mapping[str, Any]) -> list[Logger]:

@@ -1,14 +1,16 @@
-"""metrics.csv in the run directory: one line a row, the columns that every row of a split may have."""
+"""metrics.csv in the run directory: one line a row, with the columns of `COLUMNS`."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from runner.common.atomic_io import open_text, storage_errors
+from runner.common.atomic_io import open_text, write_atomically
 from runner.common.errors import ConfigError
+from runner.common.storage_errors import storage_errors
 
 COLUMNS = (
     "step",
@@ -24,35 +26,40 @@ COLUMNS = (
 
 
 class CsvLogger:
-    """Writes the columns of `COLUMNS`; on resume the lines beyond the checkpoint are taken out."""
+    """Writes a CSV file that holds the rows of metrics.jsonl, also after a resume and in a branch."""
 
     def __init__(self, file: str) -> None:
-        if Path(file).name != file or not file.endswith(".csv"):
-            raise ConfigError(f"loggers.csv.file={file} has to be a plain file name that ends in .csv.")
-        self._file = file
-        self._out: TextIO | None = None
+        """`file` is the name of the file in the run directory.
 
-    def open(self, run: Path, step: int) -> None:
-        """Open the file for appending after `step`."""
-        path = run / self._file
-        kept: list[list[str]] = []
-        if step and path.is_file():
-            with path.open(newline="") as old:
-                kept = [
-                    line for line in list(csv.reader(old))[1:] if line and line[0].isdigit() and int(line[0]) <= step
-                ]
-        self._out = open_text(path, append=False)
-        with storage_errors(path, "cannot be written"):
-            csv.writer(self._out).writerows([list(COLUMNS), *kept])
-            self._out.flush()
+        Raises:
+            ConfigError: it is not a plain name that ends in .csv.
+        """
+        if Path(file).name != file or not file.endswith(".csv"):
+            raise ConfigError(f"loggers.csv.file={file} is invalid: must be a plain file name that ends in .csv.")
+        self._name = file
+        self._path = Path(file)
+        self._file: TextIO | None = None
+
+    def open(self, run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the file by the header and `rows`, and open it for appending."""
+        self._path = run / self._name
+        write_atomically(self._path, _format([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]), durable=False)
+        self._file = open_text(self._path)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
-        assert self._out is not None
-        csv.writer(self._out).writerow([row.get(column, "") for column in COLUMNS])
-        self._out.flush()
+        assert self._file is not None
+        with storage_errors(self._path, "written"):
+            self._file.write(_format([row]))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        if self._out is not None:
-            self._out.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _format(rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows([row.get(column, "") for column in COLUMNS] for row in rows)
+    return text.getvalue()

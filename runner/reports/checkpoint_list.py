@@ -73,7 +73,7 @@ def result_step(run: RunInfo, checkpoints: list[CheckpointInfo]) -> int | None:
     adapter = run.path / "adapters" / ADAPTERS
     disk = FileSystem()
     try:
-        there = disk.look(adapter)
+        there = disk.lstat(adapter)
         if there is None or there.kind != "file":
             return None
         told = run.status.get("result_step")
@@ -99,7 +99,7 @@ def checkpoints_folder(run: RunInfo) -> Path:
 
 def _folders(folder: Path, disk: FileSystem) -> list[Path]:
     try:
-        there = disk.look(folder)
+        there = disk.lstat(folder)
         if there is None or there.kind != "folder":
             return []
         names = [name for name in disk.listdir(folder) if STEP_NAME.fullmatch(name)]

@@ -46,7 +46,7 @@ class Display:
         self._label = label
         self._veil = veil
         self._console = _Screen(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        self._log = open_text(log, append=True)
+        self._log = open_text(log)
         self._iters = iters
         self._memory_gb = memory_gb
         self._loss: float | None = None

@@ -7,8 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from runner.common.filesystem import format_bytes
-from runner.common.text import relative_path
+from runner.common.text import format_bytes, relative_path
 from runner.reports import checkpoint_list, curves, next_commands, settings_text
 from runner.reports.cells import age_text, run_fields, time_text
 from runner.reports.checkpoint_list import CheckpointInfo

@@ -1,4 +1,4 @@
-"""A run's directory: claiming it, its lock, its status and its metrics file. Knows files only, no MLX and no Hydra."""
+"""A run's directory: claim, lock, config and status. Reads and writes files only; imports neither MLX nor Hydra."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from runner.common.atomic_io import is_leftover, open_regular, storage_errors, sync_folder, write_atomically
+from runner.common.atomic_io import is_draft, write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError, DirectoryInUse, StorageError
+from runner.common.filesystem import FileSystem, open_regular
 from runner.common.safe_yaml import load_yaml_file
+from runner.common.storage_errors import storage_error, storage_errors
 from runner.config import retired
 from runner.runs.layout import STATES
 
-_LIMIT = 1_000_000  # bytes of a config.yaml or status.json; a real one has about 3,000
+_MAX_STATUS_BYTES = 1_000_000  # a real status.json has about 500
+_CONFIG_HEADER = "# The resolved settings of this run. Again with changes: runner repeat=THIS_FOLDER key=value\n"
+_CHOOSE_ANOTHER = "choose another hydra.run.dir"
+_DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
 class RunDirectory:
-    """The layout of one run's directory; see docs/run-directory.md."""
+    """The files of one run; see docs/run-directory.md."""
 
     def __init__(self, path: Path, checkpoints: str = "checkpoints") -> None:
+        """`checkpoints` is the name of the folder of its checkpoints (checkpoint.dir)."""
         self.path = path
         self.config = path / "config.yaml"
         self.status = path / "status.json"
@@ -40,41 +46,38 @@ class RunDirectory:
         self._lock: int | None = None
 
     def claim(self) -> None:
-        """Take the directory for a new run, and hold it: the lock is what only one process can have.
+        """Create the directory for a new run and lock it: only one process can hold the lock.
 
-        A start that was cut off before it wrote its config leaves nothing worth keeping: its directory is taken over.
+        A directory left by a start that was killed before it wrote its config is taken over.
 
         Raises:
-            ConfigError: the directory already belongs to a run, holds other things, or cannot be made.
-            DirectoryInUse: another process has just taken it.
+            ConfigError: the directory belongs to a run, holds other files, or cannot be created.
+            DirectoryInUse: another process has just claimed it.
         """
-        with storage_errors(self.path, "cannot be made"):
+        with storage_errors(self.path, "created"):
             self.path.mkdir(parents=True, exist_ok=True)
             for path in (self.path / ".hydra", self.log, self.checkpoints):
                 if path.is_symlink():
-                    raise ConfigError(
-                        f"{path} is a symbolic link, where a run needs its own: choose another hydra.run.dir."
-                    )
-            others = {p.name for p in self.path.iterdir() if not is_leftover(p.name)}
-            if others - {".lock", ".hydra", "run.log", self.checkpoints.name} and not self.config.exists():
-                raise ConfigError(f"{self.path} is not empty and not a run: choose another hydra.run.dir.")
+                    raise ConfigError(f"{path} is a symbolic link, which a run does not follow: {_CHOOSE_ANOTHER}.")
+            expected = {".lock", ".hydra", "run.log", self.checkpoints.name}
+            if not self.config.exists() and unexpected_names(self.path, expected):
+                raise ConfigError(f"{self.path} is not empty and not a run: {_CHOOSE_ANOTHER}.")
             self.lock()
-            kept = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
-            if self.config.exists() or kept:
+            if self.config.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
                 self.unlock()
                 raise ConfigError(
-                    f"{self.path} already belongs to a run. To go on with it: resume={shlex.quote(str(self.path))}. "
-                    "For a new run choose another hydra.run.dir."
+                    f"{self.path} already belongs to a run. To resume it: resume={shlex.quote(str(self.path))}. "
+                    f"For a new run {_CHOOSE_ANOTHER}."
                 )
-            with storage_errors(self.checkpoints, "cannot be made"):
+            with storage_errors(self.checkpoints, "created"):
                 self.checkpoints.mkdir(exist_ok=True)
-            # A power cut must not take the run away: which folders above it are new is not known, so all are synced.
-            for folder in (self.path, *self.path.parents):
-                with suppress(OSError):
-                    sync_folder(folder)
+        # The directory must survive a power cut. Which of its parents are new is not known, so all are synced.
+        for folder in (self.path, *self.path.parents):
+            with suppress(StorageError):
+                FileSystem().fsync_folder(folder)
 
     def abandon(self) -> None:
-        """Give back a directory that was claimed and in which nothing was kept; what else is in it stays."""
+        """Unlock a claimed directory and remove it, unless something was stored in it."""
         self.unlock()
         with suppress(OSError):
             (self.path / ".lock").unlink()
@@ -82,14 +85,14 @@ class RunDirectory:
             self.path.rmdir()
 
     def lock(self) -> None:
-        """Hold the directory until this process ends, however it ends (an OS lock); nothing to do where it is held.
+        """Lock the directory until this process ends, however it ends; does nothing where it is locked already.
 
         Raises:
-            DirectoryInUse: another process holds it; names its pid, host and since when.
+            DirectoryInUse: another process holds the lock; names its pid and host, and since when.
         """
         if self._lock is not None:
             return
-        with storage_errors(self.path, "cannot be locked"):
+        with storage_errors(self.path, "locked"):
             handle = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,26 +100,26 @@ class RunDirectory:
             holder = os.read(handle, 1000).decode(errors="replace").strip()
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StorageError(f"{self.path} cannot be locked: {os.strerror(error.errno or 0)}.") from error
+                raise storage_error(self.path, "locked", error) from error
             raise DirectoryInUse(
                 f"{self.path} is in use by {holder or 'another process'}. Wait for it, or stop it."
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()} since {utc_now()}".encode(), 0)
         self._lock = handle
-        with suppress(OSError):  # a killed writer leaves what it had begun; nobody else writes here now
+        with suppress(OSError):  # only the holder of the lock writes here, so these are of killed processes
             for path in self.path.iterdir():
-                if is_leftover(path.name):
+                if is_draft(path.name):
                     path.unlink()
 
     def unlock(self) -> None:
-        """Let go of the directory; harmless where it is not held."""
+        """Release the lock; does nothing where it is not held."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def held(self) -> bool:
-        """Whether a process holds the directory now."""
+    def is_locked(self) -> bool:
+        """Return whether a process holds the lock."""
         try:
             handle = open_regular(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
@@ -130,45 +133,52 @@ class RunDirectory:
             os.close(handle)
 
     def read_config(self) -> dict[str, Any]:
-        """The stored config as plain data, with the present names of its settings.
+        """Return the stored config as plain data, with the present names of its settings.
 
         Raises:
-            ConfigError: missing, too large, not plain YAML, or not a mapping.
+            ConfigError: it is missing, too large, not plain YAML, or not a mapping.
         """
-        found = load_yaml_file(self.config, missing=f"{self.path} is not a run directory: it has no config.yaml.")
-        if isinstance(found.get("model"), dict):
-            found["model"].pop("trust_remote_code", None)  # trust counts where it is typed, each time
-        return retired.upgrade_config(found)
+        config = load_yaml_file(self.config, missing=f"{self.path} is not a run directory: it has no config.yaml.")
+        if isinstance(config.get("model"), dict):
+            config["model"].pop("trust_remote_code", None)  # has to be given anew for each invocation
+        return retired.upgrade_config(config)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml atomically."""
-        text = "# The resolved settings of this run. Again with changes: runner repeat=THIS_FOLDER key=value\n"
-        write_atomically(
-            self.config, text + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
-        )
-        with storage_errors(self.path, "cannot be synced"):
-            sync_folder(self.path)  # what comes after it in time must not be there without it
+        """Write config.yaml atomically and durably: no later file of the run survives a power cut without it."""
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
+        write_atomically(self.config, _CONFIG_HEADER + text)
 
     def read_status(self) -> dict[str, Any]:
-        """The status as it is now: `running` without a process that holds the lock reads as `interrupted`."""
+        """Return the status; the state `running` of a run that no process holds reads as `interrupted`."""
         try:
             status = json.loads(_read_text(self.status))
         except (OSError, ValueError, RecursionError):
             return {"state": "interrupted" if self.config.exists() else "unknown"}
         if not isinstance(status, dict) or status.get("state") not in STATES:
             return {"state": "unknown"}
-        if status["state"] == "running" and not self.held():
+        if status["state"] == "running" and not self.is_locked():
             status["state"] = "interrupted"
         return status
 
     def write_status(self, status: Mapping[str, Any]) -> None:
         """Write status.json atomically."""
-        write_atomically(self.status, json.dumps(status, indent=1) + "\n")
+        write_atomically(self.status, json.dumps(status, indent=1) + "\n", durable=False)
+
+
+def unexpected_names(folder: Path, expected: Collection[str]) -> list[str]:
+    """Return the names in `folder` that are not `expected`, sorted. Drafts of killed processes do not count, nor what a
+    file manager of a desktop leaves in every folder that it shows."""
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name not in expected and not is_draft(name) and not _is_desktop_file(name)]
+
+
+def _is_desktop_file(name: str) -> bool:
+    return name in _DESKTOP_FILES or name.startswith("._")  # "._NAME": what macOS stores beside NAME on foreign disks
 
 
 def _read_text(path: Path) -> str:
-    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as source:
-        data = source.read(_LIMIT + 1)
-    if len(data) > _LIMIT:
-        raise ValueError(f"it is larger than {_LIMIT} bytes")
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(_MAX_STATUS_BYTES + 1)
+    if len(data) > _MAX_STATUS_BYTES:
+        raise ValueError(f"larger than {_MAX_STATUS_BYTES:,} bytes")
     return data.decode("utf-8")

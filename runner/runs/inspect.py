@@ -22,7 +22,7 @@ from runner.config import retired, schema
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
 from runner.runs.layout import BEST_METRIC, STATES
-from runner.runs.rows import _count, read_rows
+from runner.runs.rows import count_or_none, read_rows
 
 SWEEP_FILES = ("multirun.yaml", "sweep.jsonl")
 """Either of them makes a folder a sweep; its runs are its numbered subfolders."""
@@ -179,10 +179,10 @@ def read_run(path: Path) -> RunInfo:
         state=status["state"],
         reason=_text(status.get("reason")),
         problem="; ".join(problems) or None,
-        step=_count(status.get("step")),
-        iters=_count(status.get("iters", settings.get("train.iters"))),
+        step=count_or_none(status.get("step")),
+        iters=count_or_none(status.get("iters", settings.get("train.iters"))),
         best_loss=best[BEST_METRIC] if _finite(best, BEST_METRIC) else None,
-        best_step=_count(best.get("step")),
+        best_step=count_or_none(best.get("step")),
         settings=settings,
         size_bytes=folder_size(path),
         status=status,

@@ -1,81 +1,117 @@
-"""JSONL row files: appended to line by line, cut back to a checkpoint, and read past damage."""
+"""Files of JSON rows, one object a line: appended to, cut back to a checkpoint, and read past damage."""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from runner.common.atomic_io import open_regular, storage_errors, sync_folder
 from runner.common.errors import StorageError
+from runner.common.filesystem import FileSystem, open_regular
+from runner.common.storage_errors import storage_errors
 
-_LONGEST_LINE = 1 << 20  # bytes
-_LARGEST_STEP = 10**15
+_MAX_LINE_BYTES = 10_000_000
+_MAX_COUNT = 10**15
 
 
 class RowFile:
-    """A JSONL file that grows line by line and can be cut back to where a checkpoint saw it."""
+    """A file of rows that grows line by line and can be cut back to its length at a checkpoint."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
-        """Open `path` for appending, cut to `offset` bytes: what lies beyond was written after the checkpoint."""
-        with storage_errors(path, "cannot be written"):
+        """Open `path` for appending, cut to `offset` bytes: what lies beyond was written after the checkpoint.
+
+        Raises:
+            StorageError: the file is shorter than `offset`, or cannot be opened.
+        """
+        with storage_errors(path, "written"):
             self._file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
             size = os.fstat(self._file).st_size
             if size < offset:
                 os.close(self._file)
                 raise StorageError(
-                    f"{path} has {size} bytes, but the checkpoint saw {offset}: it was cut or "
-                    "replaced. An earlier checkpoint may still fit: resume=RUN/checkpoints/step-…"
+                    f"{path} has {size} bytes, fewer than the {offset} at the checkpoint: it was cut or replaced. "
+                    "An earlier checkpoint may still fit: resume=RUN/checkpoints/step-…"
                 )
             os.ftruncate(self._file, offset)
         self.path = path
         self.offset = offset
-        self._is_named = False
+        self._name_synced = False
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row as one line, in one call."""
+        """Write `row` as one line."""
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        with storage_errors(self.path, "cannot be written", needed=len(line)):
-            done = 0
-            while done < len(line):
-                done += os.pwrite(self._file, line[done:], self.offset + done)
+        with storage_errors(self.path, "written", needed=len(line)):
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._file, line[written:], self.offset + written)
         self.offset += len(line)
 
     def sync(self) -> None:
-        """Bring what was written to the disk itself."""
-        with storage_errors(self.path, "cannot be written"):
+        """Return once all rows are on the disk."""
+        with storage_errors(self.path, "written"):
             os.fsync(self._file)
-            if not self._is_named:
-                sync_folder(self.path.parent)
-                self._is_named = True
+        if not self._name_synced:
+            FileSystem().fsync_folder(self.path.parent)
+            self._name_synced = True
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that have a step; a torn or damaged line is left out, a missing file has none."""
+class RowLine(NamedTuple):
+    """One line of a file of rows, counted from 1; `row` is None where the line is not a JSON object."""
+
+    number: int
+    row: dict[str, Any] | None
+    torn: bool
+    """Whether it is a last line without its end: its writer was killed, or is still writing."""
+
+
+def scan_rows(path: Path, size: int | None = None) -> Iterator[RowLine]:
+    """Yield every line of the file `path`, or of its first `size` bytes.
+
+    Raises:
+        OSError: it is missing, a link or not a regular file, or cannot be read.
+    """
+    with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        number = 0
+        while (size is None or file.tell() < size) and (line := file.readline(_MAX_LINE_BYTES)):
+            number += 1
+            if line.endswith(b"\n"):
+                yield RowLine(number, _parse(line), torn=False)
+                continue
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_MAX_LINE_BYTES)
+            yield RowLine(number, None, torn=not line)
+
+
+def read_rows(path: Path, size: int | None = None) -> list[dict[str, Any]]:
+    """Return the rows that have a step; damaged and torn lines are left out, and a file that cannot be read has none.
+
+    Args:
+        size: bytes of the file that are read; None reads all of it.
+    """
     rows = []
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-        with os.fdopen(handle, "rb") as lines:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                return []
-            while line := lines.readline(_LONGEST_LINE):
-                try:
-                    row = json.loads(line) if line.endswith(b"\n") else None
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict) and _count(row.get("step")) is not None:
-                    rows.append(row)
+        for line in scan_rows(path, size):
+            if line.row is not None and count_or_none(line.row.get("step")) is not None:
+                rows.append(line.row)
     except OSError:
         pass
     return rows
 
 
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < _LARGEST_STEP else None
+def count_or_none(value: Any) -> int | None:
+    """Return `value` where it is a whole number from 0 of a sensible size, else None."""
+    return value if type(value) is int and 0 <= value < _MAX_COUNT else None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None

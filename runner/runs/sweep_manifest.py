@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common import safe_json
-from runner.common.atomic_io import is_leftover
+from runner.common.atomic_io import is_draft
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
 from runner.common.text import shorten
@@ -98,7 +98,7 @@ def was_cut_off(folder: Path) -> bool:
     """
     if folder.is_symlink() or not folder.is_dir():
         return False
-    names = {p.name for p in folder.iterdir() if not is_leftover(p.name)}
+    names = {p.name for p in folder.iterdir() if not is_draft(p.name)}
     if names - {".lock", "multirun.yaml", NAME} or read_manifest(folder).jobs:
         return False
     directory = RunDirectory(folder)

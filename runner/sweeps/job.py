@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from runner.app.resolve import resolve_config, stored_config
 from runner.backends.cpu import blas
-from runner.common.atomic_io import is_leftover
+from runner.common.atomic_io import is_draft
 from runner.common.errors import ConfigError
 from runner.config.schema import Config
 from runner.config.validation import validate_stop_at
@@ -82,7 +82,7 @@ def remove_aborted_start(folder: Path, checkpoints: str = "checkpoints") -> None
         raise ConfigError(f"{folder} is a link: a job's folder is never one.")
     known = {".hydra", ".lock", "run.log", checkpoints}
     for path in list(folder.iterdir()):
-        if path.is_symlink() or not (path.name in known or is_leftover(path.name)):
+        if path.is_symlink() or not (path.name in known or is_draft(path.name)):
             raise ConfigError(f"{folder} is not a run and holds {path.name}: move it away, then resume the sweep.")
         if path.name == ".hydra":
             shutil.rmtree(path)

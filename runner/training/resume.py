@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints import mirror, replace_folder, verify
+from runner.checkpoints import mirror, verify
 from runner.checkpoints.store import CheckpointStore
 from runner.checkpoints.verify import LoadedCheckpoint
+from runner.common.atomic_io import repair_replaced_folder
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
 from runner.config import resume_policy, schema, validation
@@ -76,7 +77,7 @@ def _newest(start: RunSpec) -> tuple[str, LoadedCheckpoint | None, list[str]]:
             )
         run_id = kept[-1].run_id if kept else start.run_id
     store = CheckpointStore(directory.checkpoints, run_id)
-    replace_folder.repair(directory.result, FileSystem())
+    repair_replaced_folder(directory.result, FileSystem())
     said = store.repair()
     loaded, wrong = store.newest_valid(check=state_files.read_state)  # type: ignore[arg-type]
     if loaded is None and (wrong or status.get("last_checkpoint")):

@@ -115,13 +115,7 @@ def open_record(start: RunSpec, found: ResumePoint | None) -> RunWriter:
         parent=str(start.source.checkpoint) if start.source and start.source.branch else before.get("parent"),
         last_checkpoint=found.loaded.checkpoint.step if found and record.source_step is not None else None,
     )
-    record.open(
-        *(
-            (restored.metrics_offset, restored.samples_offset, restored.seconds, restored.progress.step)
-            if restored
-            else ()
-        )
-    )
+    record.open(*((restored.metrics_offset, restored.samples_offset, restored.seconds) if restored else ()))
     if record.backup:
         record.backup.wake()  # catches up, and tells at once where it cannot
     return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -12,18 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints import manifest, replace_folder
+from runner.checkpoints import manifest
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.retention import RetentionPolicy, SavedStep, select_mirrored, select_retained
 from runner.checkpoints.save_policy import is_end, is_scheduled
 from runner.checkpoints.store import CheckpointStore, manifest_of, step_name
+from runner.common.atomic_io import replace_folder
 from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import Content, FileSystem
 from runner.loggers import Logger
 from runner.runs.directory import RunDirectory
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
-from runner.runs.rows import RowFile
+from runner.runs.rows import RowFile, read_rows
 from runner.training.async_saver import AsyncSaver
 
 _LAST_MIRROR = 10.0  # seconds that a run that failed waits for its backup
@@ -57,14 +57,15 @@ class RunWriter:
         self._seconds_before = 0.0
         self._begun = time.monotonic()
 
-    def open(self, metrics_offset: int = 0, samples_offset: int = 0, seconds: float = 0.0, step: int = 0) -> None:
-        """Open the row files, cut to what the checkpoint saw, and the loggers from `step` on."""
+    def open(self, metrics_offset: int = 0, samples_offset: int = 0, seconds: float = 0.0) -> None:
+        """Open the row files, cut to their length at the checkpoint, and the loggers with the rows that stay."""
         self.metrics = RowFile(self.directory.metrics, metrics_offset)
         self.samples = RowFile(self.directory.samples, samples_offset)
         self._seconds_before = seconds
         self._begun = time.monotonic()
+        rows = read_rows(self.directory.metrics)
         for logger in self.loggers:
-            logger.open(self.directory.path, step)
+            logger.open(self.directory.path, rows)
 
     def seconds(self) -> float:
         """Wall time of the run so far, over all its resumes."""
@@ -151,7 +152,7 @@ class RunWriter:
         loaded = self.store.load(self.store.folder / step_name(step))
         files = {name: loaded.files[name] for name in (ADAPTERS, ADAPTER_CONFIG)}
         sealed = {**files, manifest.NAME: manifest.write(manifest_of(loaded.checkpoint, files))}
-        replace_folder.replace(self.directory.result, sealed, FileSystem())
+        replace_folder(self.directory.result, sealed, FileSystem())
 
     def end_rows(self) -> None:
         """Bring the rows to the disk, and leave no empty file of samples: before a status tells the end."""
@@ -194,10 +195,4 @@ def copy_rows(source: Path, target: Path, size: int) -> None:
 
 def rows_of_step(path: Path, step: int) -> dict[int, dict[str, Any]]:
     """The samples written at `step`, by row."""
-    found = {}
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            row = json.loads(line)
-            if row.get("step") == step:
-                found[row["row"]] = row
-    return found
+    return {row["row"]: row for row in read_rows(path) if row["step"] == step and "row" in row}

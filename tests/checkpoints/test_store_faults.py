@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+from store_cases import CASES, check, files, prepare
 
 from runner.checkpoints.store import CheckpointStore
 from runner.common.errors import StorageError
 from runner.common.filesystem import FileSystem
 
 
-def _cases() -> Any:
-    spec = importlib.util.spec_from_file_location("store_cases", Path(__file__).parents[1] / "store_cases.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _cases()
-CASES, _files, _prepare, _check = cases.CASES, cases.files, cases.prepare, cases.check
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_after_a_kill_at_any_system_call_the_old_or_the_new_one_loads(tmp_path: Path, tape, killed, case: str) -> None:
     steps, act, _, _ = CASES[case]
     for at in range(1000):
-        store = _prepare(tmp_path / f"{at}", steps)
+        store = prepare(tmp_path / f"{at}", steps)
         with tape(stop_at=at, piece=150) as calls, suppress(killed):
             act(store)
-        _check(CheckpointStore(store.folder, "run-1"), case, completed=not calls.was_hit)
+        check(CheckpointStore(store.folder, "run-1"), case, completed=not calls.was_hit)
         if not calls.was_hit:
             break
     assert at > 5
@@ -47,14 +34,14 @@ def test_after_a_kill_at_any_system_call_the_old_or_the_new_one_loads(tmp_path: 
 def test_after_a_kill_at_any_call_of_the_disk_the_old_or_the_new_one_loads(tmp_path: Path, killed, case: str) -> None:
     steps, act, _, _ = CASES[case]
     for at in range(1000):
-        store = _prepare(tmp_path / f"{at}", steps)
+        store = prepare(tmp_path / f"{at}", steps)
         mortal = _MortalDisk(at, killed)
         try:
             act(CheckpointStore(store.folder, "run-1", mortal))
             completed = True
         except killed:
             completed = False
-        _check(CheckpointStore(store.folder, "run-1"), case, completed=completed)
+        check(CheckpointStore(store.folder, "run-1"), case, completed=completed)
         if completed:
             break
     assert at > 5
@@ -79,12 +66,12 @@ class _MortalDisk(FileSystem):
 @pytest.mark.parametrize("case", ["a save in place of one", "a save and a rotation"])
 def test_a_repair_that_is_killed_is_repaired_by_the_next(tmp_path: Path, tape, killed, case: str) -> None:
     steps, act, _, _ = CASES[case]
-    store = _prepare(tmp_path / "whole", steps)
+    store = prepare(tmp_path / "whole", steps)
     with tape() as calls:
         act(store)
     repairs = 0
     for first in range(len(calls.calls)):
-        store = _prepare(tmp_path / f"{first}", steps)
+        store = prepare(tmp_path / f"{first}", steps)
         with tape(stop_at=first), pytest.raises(killed):
             act(store)
         for second in range(100):
@@ -92,7 +79,7 @@ def test_a_repair_that_is_killed_is_repaired_by_the_next(tmp_path: Path, tape, k
             shutil.copytree(store.folder.parent, again)
             with tape(stop_at=second) as calls, suppress(killed):
                 CheckpointStore(again / "checkpoints", "run-1").repair()
-            _check(CheckpointStore(again / "checkpoints", "run-1"), case, completed=False)
+            check(CheckpointStore(again / "checkpoints", "run-1"), case, completed=False)
             repairs += calls.was_hit
             if not calls.was_hit:
                 break
@@ -104,7 +91,7 @@ def test_after_a_power_cut_at_any_moment_the_old_or_the_new_one_loads(
     tmp_path: Path, tape, power_cut, case: str
 ) -> None:
     steps, act, _, _ = CASES[case]
-    store = _prepare(tmp_path / "before", steps)
+    store = prepare(tmp_path / "before", steps)
     disk = power_cut(store.folder.parent)
     with tape(piece=150) as calls:
         act(store)
@@ -114,7 +101,7 @@ def test_after_a_power_cut_at_any_moment_the_old_or_the_new_one_loads(
             after = tmp_path / f"{moment}-{attempt}"
             disk.leave(after, luck if attempt else None)
             completed = moment == len(calls.events)
-            _check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=completed)
+            check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=completed)
         if not completed:
             disk.apply(calls.events[moment])
 
@@ -124,7 +111,7 @@ def test_after_a_kill_and_then_a_power_cut_inside_the_repair_one_loads(tmp_path:
     case, luck, cuts = "a save in place of one", random.Random(0), 0
     steps, act, _, _ = CASES[case]
     for at in range(1000):
-        store = _prepare(tmp_path / f"{at}", steps)
+        store = prepare(tmp_path / f"{at}", steps)
         disk = power_cut(store.folder.parent)
         with tape(stop_at=at) as calls, suppress(killed):
             act(store)
@@ -138,7 +125,7 @@ def test_after_a_kill_and_then_a_power_cut_inside_the_repair_one_loads(tmp_path:
             for attempt in range(3):
                 after = tmp_path / f"{at}-{moment}-{attempt}"
                 disk.leave(after, luck if attempt else None)
-                _check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=False)
+                check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=False)
                 cuts += 1
             if moment < len(repair.events):
                 disk.apply(repair.events[moment])
@@ -154,7 +141,7 @@ def test_a_failing_call_is_a_storage_error_and_costs_no_checkpoint(
 ) -> None:
     steps, act, _, _ = CASES[case]
     for at in range(1000):
-        store = _prepare(tmp_path / f"{at}", steps)
+        store = prepare(tmp_path / f"{at}", steps)
         completed = True
         with tape(fail_at=at, error=error, for_good=for_good) as calls:
             try:
@@ -163,21 +150,21 @@ def test_a_failing_call_is_a_storage_error_and_costs_no_checkpoint(
                 completed = False
                 assert errno.errorcode[error] in str(failure)
                 assert str(store.folder) in str(failure)
-        _check(CheckpointStore(store.folder, "run-1"), case, completed=completed)
-        store.commit(500, _files("later"))
-        assert store.newest_valid()[0].files == _files("later")
+        check(CheckpointStore(store.folder, "run-1"), case, completed=completed)
+        store.commit(500, files("later"))
+        assert store.newest_valid()[0].files == files("later")
         if not calls.was_hit:
             break
     assert at > 5
 
 
 def test_a_failed_save_leaves_its_room_free_again(tmp_path: Path, tape) -> None:
-    store = _prepare(tmp_path / "run", [100])
+    store = prepare(tmp_path / "run", [100])
     with (
         tape(fail_at=4, error=errno.ENOSPC),
         pytest.raises(StorageError, match=r"step 200 was not saved.*ENOSPC"),
     ):
-        store.commit(200, _files("new"))
+        store.commit(200, files("new"))
     assert os.listdir(store.folder) == ["step-0000100"]
 
 
@@ -188,25 +175,25 @@ def test_a_replacement_that_fails_at_its_rename_is_undone_at_once(tmp_path: Path
                 raise StorageError("no room for a name")
             super().rename(source, target)
 
-    store = _prepare(tmp_path / "run", [100])
+    store = prepare(tmp_path / "run", [100])
     with pytest.raises(StorageError, match="no room for a name"):
-        CheckpointStore(store.folder, "run-1", Full()).commit(100, _files("new"))
+        CheckpointStore(store.folder, "run-1", Full()).commit(100, files("new"))
     loaded, wrong = store.newest_valid()
-    assert (loaded.files, wrong) == (_files("old 100"), [])
+    assert (loaded.files, wrong) == (files("old 100"), [])
     assert os.listdir(store.folder) == ["step-0000100"]
 
 
 def test_what_a_failing_disk_left_is_cleared_by_the_next_save(tmp_path: Path, tape) -> None:
-    store = _prepare(tmp_path / "run", [100])
+    store = prepare(tmp_path / "run", [100])
     with tape(fail_at=4, error=errno.EIO, for_good=True), pytest.raises(StorageError):
-        store.commit(200, _files("new"))
+        store.commit(200, files("new"))
     assert len(os.listdir(store.folder)) == 2
-    store.commit(300, _files("new"))
+    store.commit(300, files("new"))
     assert sorted(os.listdir(store.folder)) == ["step-0000100", "step-0000300"]
 
 
 def test_what_repair_did_is_told_and_a_second_time_there_is_nothing_to_do(tmp_path: Path) -> None:
-    store = _prepare(tmp_path / "run", [100, 200])
+    store = prepare(tmp_path / "run", [100, 200])
     (store.folder / "step-0000200").rename(store.folder / ".old-step-0000200-0123abcd")
     (store.folder / ".tmp-step-0000300-0123abcd").mkdir()
     (store.folder / ".del-step-0000050-0123abcd").mkdir()
@@ -221,9 +208,9 @@ def test_what_repair_did_is_told_and_a_second_time_there_is_nothing_to_do(tmp_pa
 
 
 def test_a_replacement_that_was_damaged_gives_way_to_what_it_replaced(tmp_path: Path) -> None:
-    store = _prepare(tmp_path / "run", [100])
+    store = prepare(tmp_path / "run", [100])
     shutil.copytree(store.folder / "step-0000100", store.folder / ".old-step-0000100-0123abcd")
     (store.folder / "step-0000100" / "train_state.json").write_bytes(b"old 1OO")
     assert len(store.repair()) == 1
-    assert store.newest_valid()[0].files == _files("old 100")
+    assert store.newest_valid()[0].files == files("old 100")
     assert os.listdir(store.folder) == ["step-0000100"]

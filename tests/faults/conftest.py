@@ -199,7 +199,9 @@ def driven() -> Any:
 @pytest.fixture(scope="session")
 def instruments() -> Any:
     """The tape of system calls and the power cut: tests/instruments.py."""
-    return load(HERE.parent / "instruments.py")
+    import instruments
+
+    return instruments
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from runner.common.atomic_io import write_atomically
-from runner.common.errors import ConfigError, DirectoryInUse, StorageError
+from runner.common.errors import ConfigError, DirectoryInUse
 from runner.common.safe_yaml import load_yaml_file
 from runner.runs.directory import RunDirectory
-from runner.runs.rows import RowFile, read_rows
 
 
 def test_a_directory_is_claimed_once(tmp_path):
@@ -32,6 +28,13 @@ def test_a_directory_with_other_things_is_never_claimed(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         RunDirectory(tmp_path).claim()
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_files_of_a_desktop_do_not_make_an_empty_directory_a_foreign_one(tmp_path):
+    for name in (".DS_Store", "._run.log", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"\0")
+    RunDirectory(tmp_path).claim()
+    assert (tmp_path / "checkpoints").is_dir()
 
 
 def test_fifty_processes_claim_one_directory_and_one_gets_it(tmp_path):
@@ -62,10 +65,10 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     directory = RunDirectory(tmp_path)
     with pytest.raises(DirectoryInUse, match=rf"pid {holder.pid} on .* since "):
         directory.lock()
-    assert directory.held()
+    assert directory.is_locked()
     holder.kill()
     holder.wait()
-    assert not directory.held()
+    assert not directory.is_locked()
     directory.lock()
     directory.unlock()
 
@@ -84,51 +87,6 @@ def test_a_status_that_cannot_be_read_is_unknown_and_no_crash(tmp_path, text):
     directory = RunDirectory(tmp_path)
     directory.status.write_text(text)
     assert directory.read_status()["state"] in ("unknown", "interrupted")
-
-
-def test_rows_are_cut_back_to_where_a_checkpoint_saw_them_and_a_torn_line_is_left_out(tmp_path):
-    rows = RowFile(tmp_path / "m.jsonl")
-    rows.append({"step": 1})
-    seen = rows.offset
-    rows.append({"step": 2})
-    rows.close()
-    with (tmp_path / "m.jsonl").open("ab") as out:
-        out.write(b'{"step": 3, "lo')
-    assert [r["step"] for r in read_rows(tmp_path / "m.jsonl")] == [1, 2]
-    again = RowFile(tmp_path / "m.jsonl", seen)
-    again.append({"step": 2, "again": True})
-    again.close()
-    assert [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [
-        {"step": 1},
-        {"step": 2, "again": True},
-    ]
-
-
-def test_rows_shorter_than_the_checkpoint_saw_are_refused(tmp_path):
-    with pytest.raises(StorageError, match="cut or replaced"):
-        RowFile(tmp_path / "m.jsonl", 10)
-
-
-def test_a_link_in_the_place_of_a_row_file_is_not_followed(tmp_path):
-    (tmp_path / "victim").write_text("precious")
-    (tmp_path / "m.jsonl").symlink_to(tmp_path / "victim")
-    with pytest.raises(StorageError):
-        RowFile(tmp_path / "m.jsonl")
-    assert (tmp_path / "victim").read_text() == "precious"
-
-
-def test_an_atomic_write_leaves_the_old_text_where_it_fails(tmp_path, monkeypatch):
-    target = tmp_path / "f"
-    write_atomically(target, "old")
-
-    def refuse(*_):
-        raise OSError(28, "no space")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(StorageError, match="No space"):
-        write_atomically(target, "new")
-    assert target.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def _of_result(run: Path, folder: Path) -> AdapterSource:
         )
         raise ConfigError(f"{run} has no result (adapters/): it is {RunDirectory(run).read_status()['state']}. {have}")
     disk = FileSystem()
-    if disk.look(folder / manifest.NAME):
+    if disk.lstat(folder / manifest.NAME):
         return replace(_of_checkpoint(run, folder), is_result=True)
     # Made by an older version, or edited by another program: nothing vouches for it.
     read_header(folder / ADAPTERS)  # refused before its bytes fill the memory

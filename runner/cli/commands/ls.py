@@ -10,8 +10,7 @@ from typing import Any
 
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.common.errors import ConfigError
-from runner.common.filesystem import format_bytes
-from runner.common.text import relative_path, single_line
+from runner.common.text import format_bytes, relative_path, single_line
 from runner.reports import settings_text
 from runner.reports.cells import (
     age_text,

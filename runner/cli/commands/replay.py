@@ -30,6 +30,7 @@ from runner.config import validation
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
 from runner.runs.layout import ADAPTERS
+from runner.runs.rows import read_rows
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 NOISE_FACTOR = 4.0
@@ -175,13 +176,9 @@ def _compare(
 
 def _rows(then: Path, now: Path, size: int) -> list[str]:
     """Training and validation rows that both wrote for the same step have to agree; intervals may differ."""
-    ours = {}
-    for line in now.read_bytes().splitlines():
-        row = json.loads(line)
-        ours[row["step"], row["split"]] = row
-    for line in then.read_bytes()[:size].splitlines():
-        row = json.loads(line)
-        mine = ours.get((row["step"], row["split"]))
+    ours = {(row["step"], row.get("split")): row for row in read_rows(now)}
+    for row in read_rows(then, size):
+        mine = ours.get((row["step"], row.get("split")))
         if mine is None or "loss" not in row or "loss" not in mine:
             continue
         if row["split"] == "train" and row.get("supervised_tokens") != mine.get("supervised_tokens"):

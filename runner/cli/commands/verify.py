@@ -12,8 +12,7 @@ from runner.checkpoints.verify import STEP_NAME
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.ls import DEFAULT
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, ConfigError, did_you_mean
-from runner.common.filesystem import format_bytes
-from runner.common.text import relative_path
+from runner.common.text import format_bytes, relative_path
 from runner.reports import audit
 from runner.reports.audit import Audit
 from runner.reports.next_commands import for_damaged_run

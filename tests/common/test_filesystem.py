@@ -14,7 +14,8 @@ import pytest
 
 from runner.common import filesystem
 from runner.common.errors import CheckpointError, StorageError
-from runner.common.filesystem import FileSystem, format_bytes
+from runner.common.filesystem import FileSystem
+from runner.common.text import format_bytes
 
 
 def test_a_file_is_written_whole_when_the_system_writes_a_few_bytes_at_a_time(folder: Path, tape) -> None:
@@ -73,7 +74,7 @@ def test_no_handle_stays_open_after_a_failure(folder: Path, tape) -> None:
 def test_a_file_is_read_up_to_its_limit(folder: Path) -> None:
     (folder / "a").write_bytes(b"12345")
     assert FileSystem().read_file(folder / "a", 5) == b"12345"
-    with pytest.raises(CheckpointError, match="5 bytes, more than the 4 it may have"):
+    with pytest.raises(CheckpointError, match="5 bytes, more than the limit of 4"):
         FileSystem().read_file(folder / "a", 4)
 
 
@@ -180,7 +181,7 @@ def test_look_tells_kinds_apart_without_following(folder: Path) -> None:
     (folder / "file").write_bytes(b"123")
     (folder / "link").symlink_to(folder / "file")
     os.mkfifo(folder / "fifo")
-    found = {name: FileSystem().look(folder / name) for name in ("file", "link", "fifo", "none", "file/below")}
+    found = {name: FileSystem().lstat(folder / name) for name in ("file", "link", "fifo", "none", "file/below")}
     assert {name: entry and entry.kind for name, entry in found.items()} == {
         "file": "file",
         "link": "link",
@@ -189,7 +190,7 @@ def test_look_tells_kinds_apart_without_following(folder: Path) -> None:
         "file/below": None,
     }
     assert found["file"].size == 3
-    assert FileSystem().look(folder).kind == "folder"
+    assert FileSystem().lstat(folder).kind == "folder"
 
 
 def test_sizes_read_like_sizes() -> None:

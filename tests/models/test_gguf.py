@@ -1,4 +1,4 @@
-"""A llama in a GGUF file becomes the same model in MLX, whatever it is stored as, or is refused by name."""
+"""A llama model in a GGUF file of any supported type loads as the same model in MLX; others are refused by name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from mlx.utils import tree_flatten
 from runner.common.errors import ModelError
 from runner.models.gguf.load import GgufModel, load_gguf
 
-QUANTIZED = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd")
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 266, 2]])
 
 
@@ -26,69 +25,69 @@ def parameters(model: GgufModel) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.model.parameters())}
 
 
-def dense(model: GgufModel) -> dict[str, np.ndarray]:
-    whole = mlx_lm.utils.dequantize_model(model.model)
-    return {name: np.array(array) for name, array in tree_flatten(whole.parameters())}
+def dequantized_parameters(model: GgufModel) -> dict[str, np.ndarray]:
+    dequantized = mlx_lm.utils.dequantize_model(model.model)
+    return {name: np.array(array) for name, array in tree_flatten(dequantized.parameters())}
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "dequantized"])
-def test_every_supported_type_is_read_to_the_values_it_stands_for(
-    gguf_files: ModuleType, tmp_path: Path, kind: str, keep: bool
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("keep", [True, False], ids=["quantized", "dequantized"])
+def test_every_supported_tensor_type_decodes_to_its_values(
+    gguf_files: ModuleType, tmp_path: Path, type_name: str, keep: bool
 ) -> None:
-    tiny = gguf_files.tiny_llama(dict.fromkeys(MATRICES, kind))
+    tiny = gguf_files.tiny_llama(dict.fromkeys(gguf_files.MATRICES, type_name))
     model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=keep, dtype=None)
-    if keep and kind in QUANTIZED:
-        expected = {"group_size": 32, "bits": QUANTIZED[kind], "mode": "affine"}
+    if keep and type_name in BITS:
+        expected = {"group_size": 32, "bits": BITS[type_name], "mode": "affine"}
         assert model.config["quantization"] == expected
         assert model.model.layers[1].self_attn.k_proj.weight.dtype == mx.uint32
     else:
         assert "quantization" not in model.config
-    found = dense(model)
-    assert found.keys() == tiny.expected.keys()
+    actual = dequantized_parameters(model)
+    assert actual.keys() == tiny.expected.keys()
     for name, values in tiny.expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(actual[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def test_a_file_of_mixed_types_keeps_each_layers_own_bits(gguf_files: ModuleType, tmp_path: Path) -> None:
+def test_a_file_of_mixed_types_keeps_the_bits_of_each_layer(gguf_files: ModuleType, tmp_path: Path) -> None:
     path = gguf_files.tiny_llama(gguf_files.MIXED_TYPES).write(tmp_path / "tiny.gguf")
-    kept = load_gguf(path, keep_quantized=True, dtype=None)
-    quantization = kept.config["quantization"]
+    quantized = load_gguf(path, keep_quantized=True, dtype=None)
+    quantization = quantized.config["quantization"]
     bits = {name: quantization.get(name, quantization)["bits"] for name in ("model.layers.1.self_attn.q_proj",
             "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")}  # fmt: skip
     assert list(bits.values()) == [4, 8, 4, 8]
-    assert kept.model.layers[0].self_attn.v_proj.weight.dtype == mx.float32
-    plain = load_gguf(path, keep_quantized=False, dtype=None)
-    np.testing.assert_allclose(np.array(kept.model(IDS)), np.array(plain.model(IDS)), atol=1e-4)
+    assert quantized.model.layers[0].self_attn.v_proj.weight.dtype == mx.float32
+    dequantized = load_gguf(path, keep_quantized=False, dtype=None)
+    np.testing.assert_allclose(np.array(quantized.model(IDS)), np.array(dequantized.model(IDS)), atol=1e-4)
 
 
-def test_biases_are_unpermuted_with_their_weights_and_absent_ones_are_zero(
+def test_biases_are_unpermuted_with_their_weights_and_missing_ones_are_zero(
     gguf_files: ModuleType, tmp_path: Path
 ) -> None:
     tiny = gguf_files.tiny_llama(biases=True)
     model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
-    found = parameters(model)
+    actual = parameters(model)
     for name, values in tiny.expected.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
-    assert not found["model.layers.0.self_attn.o_proj.bias"].any()
+        np.testing.assert_array_equal(actual[name], values, err_msg=name)
+    assert not actual["model.layers.0.self_attn.o_proj.bias"].any()
     assert model.config["attention_bias"] and not model.config["mlp_bias"]
 
 
-def test_an_output_matrix_of_its_own_unties_the_embeddings(gguf_files: ModuleType, tmp_path: Path) -> None:
+def test_a_separate_output_matrix_unties_the_embeddings(gguf_files: ModuleType, tmp_path: Path) -> None:
     tiny = gguf_files.tiny_llama(tied=False)
     model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
     assert model.config["tie_word_embeddings"] is False
     np.testing.assert_array_equal(parameters(model)["lm_head.weight"], tiny.expected["lm_head.weight"])
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "dequantized"])
+@pytest.mark.parametrize("keep", [True, False], ids=["quantized", "dequantized"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_a_saved_folder_loads_in_stock_mlx_lm_with_equal_logits_and_ids(
     gguf_files: ModuleType, tmp_path: Path, keep: bool, dtype: mx.Dtype
 ) -> None:
     path = gguf_files.tiny_llama(gguf_files.MIXED_TYPES, biases=True, tied=False).write(tmp_path / "tiny.gguf")
     ours = load_gguf(path, keep_quantized=keep, dtype=dtype)
-    save(ours, tmp_path / "folder")
+    save_model_folder(ours, tmp_path / "folder")
     stock, tokenizer = mlx_lm.load(str(tmp_path / "folder"))
     assert mx.array_equal(stock(IDS), ours.model(IDS))
     assert stock(IDS).dtype == dtype
@@ -98,13 +97,13 @@ def test_a_saved_folder_loads_in_stock_mlx_lm_with_equal_logits_and_ids(
     assert type(tokenizer.detokenizer) is type(ours.tokenizer.detokenizer)
 
 
-def save(model: GgufModel, folder: Path) -> None:
+def save_model_folder(model: GgufModel, folder: Path) -> None:
     mlx_lm.utils.save_model(folder, model.model)
     mlx_lm.utils.save_config(dict(model.config), folder / "config.json")
     model.tokenizer.save_pretrained(folder)
 
 
-def test_config_says_what_the_file_says(gguf_files: ModuleType, tmp_path: Path) -> None:
+def test_metadata_is_converted_to_the_hubs_config(gguf_files: ModuleType, tmp_path: Path) -> None:
     tiny = gguf_files.tiny_llama(
         llama__rope__freq_base=500000.0,
         llama__context_length=4096,
@@ -119,7 +118,7 @@ def test_config_says_what_the_file_says(gguf_files: ModuleType, tmp_path: Path) 
 
 
 def llama3_factors(factor: float, original: int, base: float = 10000.0, width: int = 16) -> np.ndarray:
-    """By cases of the wavelength, as Llama 3.1's release states them."""
+    """The RoPE factors by cases of the wavelength, as in Llama 3.1's release."""
     factors = []
     for i in range(0, width, 2):
         wavelength = 2 * np.pi * base ** (i / width)
@@ -133,7 +132,7 @@ def llama3_factors(factor: float, original: int, base: float = 10000.0, width: i
     return np.array(factors, dtype="<f4")
 
 
-def test_llama_3_rope_factors_become_its_rope_scaling(gguf_files: ModuleType, tmp_path: Path) -> None:
+def test_llama_3_rope_factors_are_converted_to_its_rope_scaling(gguf_files: ModuleType, tmp_path: Path) -> None:
     tiny = gguf_files.tiny_llama(llama__rope__scaling__original_context_length=1024)
     factors = llama3_factors(8.0, 1024)
     tiny.file.tensors["rope_freqs.weight"] = ("F32", (8,), factors.tobytes())
@@ -157,13 +156,13 @@ def test_linear_rope_scaling_divides_positions(gguf_files: ModuleType, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "said"),
+    ("metadata", "reason"),
     [
         ({"general__architecture": "qwen3"}, "'qwen3'.*supported: llama"),
         ({"general__architecture": None}, "None.*supported: llama"),
         ({"llama__expert_count": 8}, "expert_count' is 8"),
         ({"llama__rope__scaling__type": "yarn"}, "'yarn' is not supported.*linear"),
-        ({"llama__rope__dimension_count": 8}, "dimension_count' is 8, but a head is 16 wide"),
+        ({"llama__rope__dimension_count": 8}, "dimension_count' is 8, but a head has 16"),
         ({"llama__attention__head_count_kv": [2, 2]}, "head_count_kv' is a list"),
         ({"llama__attention__head_count": 8, "llama__rope__dimension_count": 8}, "do not fit|should be"),
         ({"llama__attention__layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon' is missing"),
@@ -182,38 +181,38 @@ def test_linear_rope_scaling_divides_positions(gguf_files: ModuleType, tmp_path:
     ],
     ids=lambda item: next(iter(item)) if isinstance(item, dict) else "",
 )
-def test_what_is_not_supported_is_refused_by_name(
-    gguf_files: ModuleType, tmp_path: Path, metadata: dict[str, Any], said: str
+def test_unsupported_settings_are_refused_by_name(
+    gguf_files: ModuleType, tmp_path: Path, metadata: dict[str, Any], reason: str
 ) -> None:
     path = gguf_files.tiny_llama(**metadata).write(tmp_path / "tiny.gguf")
-    with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{said}"):
+    with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{reason}"):
         load_gguf(path, keep_quantized=False, dtype=None)
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "said"),
+    ("name", "tensor", "reason"),
     [
         ("blk.1.attn_k.weight", ("Q4_K", (32, 64), bytes(9999)), "'blk.1.attn_k.weight' is of ggml type Q4_K"),
         ("blk.1.attn_k.weight", None, "'blk.1.attn_k.weight' is missing"),
         ("blk.1.attn_k.weight", ("F32", (64, 64), bytes(4 * 64 * 64)), r"shape \(64, 64\), not \(32, 64\)"),
         ("blk.0.ffn_gate_inp.weight", ("F32", (64,), bytes(256)), "'blk.0.ffn_gate_inp.weight' is not part of"),
         ("blk.0.attn_norm.bias", ("F32", (64,), bytes(256)), "'blk.0.attn_norm.bias' is not part of"),
-        ("blk.0.attn_norm.weight", ("Q8_0", (64,), bytes(68)), "Q8_0 but no matrix"),
-        ("output_norm.weight", ("F32", (64,), b"\0\0\xc0\x7f" * 64), "not finite"),
+        ("blk.0.attn_norm.weight", ("Q8_0", (64,), bytes(68)), "Q8_0 but not a matrix"),
+        ("output_norm.weight", ("F32", (64,), b"\0\0\xc0\x7f" * 64), "NaN or Inf"),
         ("rope_freqs.weight", ("F32", (8,), np.arange(1, 9, dtype="<f4").tobytes()), "rope_freqs.weight are not"),
         ("rope_freqs.weight", ("F32", (4,), bytes(16)), "rope_freqs.weight has 4 values, a head needs 8"),
     ],
     ids=lambda item: item if isinstance(item, str) and item.isidentifier() else "",
 )
-def test_a_tensor_that_does_not_fit_is_named(
-    gguf_files: ModuleType, tmp_path: Path, name: str, tensor: Any, said: str
+def test_an_invalid_tensor_is_refused_by_name(
+    gguf_files: ModuleType, tmp_path: Path, name: str, tensor: Any, reason: str
 ) -> None:
     tiny = gguf_files.tiny_llama()
     if tensor is None:
         del tiny.file.tensors[name]
     else:
         tiny.file.tensors[name] = tensor
-    with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{said}"):
+    with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{reason}"):
         load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=None)
 
 
@@ -241,7 +240,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_any_value_under_any_key_is_read_or_refused_and_raises_nothing_else(
+def test_any_value_under_any_metadata_key_loads_or_raises_a_model_error(
     gguf_files: ModuleType, tmp_path: Path, wrong: str
 ) -> None:
     tiny = gguf_files.tiny_llama(split__count=1, llama__rope__scaling__type="linear", llama__rope__scaling__factor=2.0)

@@ -1,8 +1,8 @@
-"""The small model, read from its GGUF file, says what other readers of that file say.
+"""The small model, loaded from its GGUF file, agrees with independent readers of that file.
 
-The record is reference/smollm2_135m.json: transformers and torch for the weights, a plain BPE for the ids.
+The reference is reference/smollm2_135m.json: transformers and torch for the weights, a plain BPE for the token ids.
 Measured over its 325 tokens on an x86-64 CPU with OpenBLAS, the largest difference of a log-probability was 4.5e-5
-(mean 4e-6); with the quantization kept, up to 5e-5 from the dequantized form.
+(mean 4e-6); the quantized model differs from the dequantized one by up to 5e-5.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def plain(smollm2: Path) -> GgufModel:
+def dequantized(smollm2: Path) -> GgufModel:
     return load_gguf(smollm2, keep_quantized=False, dtype=mx.float32)
 
 
 @pytest.fixture(scope="module")
-def kept(smollm2: Path) -> GgufModel:
+def quantized(smollm2: Path) -> GgufModel:
     return load_gguf(smollm2, keep_quantized=True, dtype=mx.float32)
 
 
 def log_probabilities(model: GgufModel, ids: list[int]) -> np.ndarray:
-    """Of each token but the first, given those before it: float64 (length - 1,)."""
+    """The log-probability of each token but the first, given those before it: float64 (length - 1,)."""
     logits = np.array(model.model(mx.array([ids]))[0, :-1]).astype(np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
     chosen = logits[np.arange(len(ids) - 1), ids[1:]]
@@ -50,54 +50,60 @@ def log_probabilities(model: GgufModel, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["prose", "code", "sql", "mixed"])
-def test_log_probabilities_equal_those_of_transformers(plain: GgufModel, reference: dict[str, Any], name: str) -> None:
+def test_log_probabilities_equal_those_of_transformers(
+    dequantized: GgufModel, reference: dict[str, Any], name: str
+) -> None:
     text = reference["texts"][name]
-    assert plain.tokenizer.encode(text["text"]) == text["ids"]
-    np.testing.assert_allclose(log_probabilities(plain, text["ids"]), text["log_probabilities"], rtol=0, atol=TOLERANCE)
+    assert dequantized.tokenizer.encode(text["text"]) == text["ids"]
+    np.testing.assert_allclose(
+        log_probabilities(dequantized, text["ids"]), text["log_probabilities"], rtol=0, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_greedy_answers_equal_those_of_transformers(plain: GgufModel, reference: dict[str, Any], number: int) -> None:
+def test_greedy_answers_equal_those_of_transformers(
+    dequantized: GgufModel, reference: dict[str, Any], number: int
+) -> None:
     row = reference["greedy"][number]
     messages = [{"role": "user", "content": row["prompt"]}]
-    prompt = plain.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    prompt = dequantized.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == row["prompt_ids"]
-    steps = list(mlx_lm.stream_generate(plain.model, plain.tokenizer, prompt, max_tokens=24))
+    steps = list(mlx_lm.stream_generate(dequantized.model, dequantized.tokenizer, prompt, max_tokens=24))
     assert [step.token for step in steps] == row["new_ids"]
     assert "".join(step.text for step in steps) == row["text"]
 
 
-def test_token_ids_of_awkward_texts_equal_the_recorded_ones(plain: GgufModel, reference: dict[str, Any]) -> None:
-    found = {row["text"]: plain.tokenizer.encode(row["text"]) for row in reference["token_ids"]}
-    assert found == {row["text"]: row["ids"] for row in reference["token_ids"]}
-    assert len(found) > 50
+def test_token_ids_of_unusual_texts_equal_the_reference(dequantized: GgufModel, reference: dict[str, Any]) -> None:
+    actual = {row["text"]: dequantized.tokenizer.encode(row["text"]) for row in reference["token_ids"]}
+    assert actual == {row["text"]: row["ids"] for row in reference["token_ids"]}
+    assert len(actual) > 50
 
 
-def test_token_ids_decode_to_the_text_they_came_from(plain: GgufModel, reference: dict[str, Any]) -> None:
+def test_token_ids_decode_to_their_text(dequantized: GgufModel, reference: dict[str, Any]) -> None:
     for row in reference["token_ids"]:
-        assert plain.tokenizer.decode(row["ids"]) == row["text"]
+        assert dequantized.tokenizer.decode(row["ids"]) == row["text"]
 
 
-def test_kept_quantization_holds_the_very_weights_of_the_dequantized_form(plain: GgufModel, smollm2: Path) -> None:
-    kept = load_gguf(smollm2, keep_quantized=True, dtype=mx.float32)  # one of its own: it is expanded in place
-    assert kept.config["quantization"]["bits"] == 4
-    assert kept.config["quantization"]["model.embed_tokens"]["bits"] == 8
-    whole = dict(tree_flatten(mlx_lm.utils.dequantize_model(kept.model).parameters()))
-    for name, array in tree_flatten(plain.model.parameters()):
-        assert mx.array_equal(array, whole[name]), name
+def test_the_quantized_model_dequantizes_to_exactly_the_same_weights(dequantized: GgufModel, smollm2: Path) -> None:
+    quantized = load_gguf(smollm2, keep_quantized=True, dtype=mx.float32)  # not the fixture: dequantized in place
+    assert quantized.config["quantization"]["bits"] == 4
+    assert quantized.config["quantization"]["model.embed_tokens"]["bits"] == 8
+    weights = dict(tree_flatten(mlx_lm.utils.dequantize_model(quantized.model).parameters()))
+    for name, array in tree_flatten(dequantized.model.parameters()):
+        assert mx.array_equal(array, weights[name]), name
 
 
-def test_kept_quantization_gives_the_same_log_probabilities(kept: GgufModel, reference: dict[str, Any]) -> None:
+def test_the_quantized_model_gives_the_same_log_probabilities(quantized: GgufModel, reference: dict[str, Any]) -> None:
     text = reference["texts"]["code"]
-    found = log_probabilities(kept, text["ids"][:16])
-    np.testing.assert_allclose(found, text["log_probabilities"][:15], rtol=0, atol=TOLERANCE)
+    actual = log_probabilities(quantized, text["ids"][:16])
+    np.testing.assert_allclose(actual, text["log_probabilities"][:15], rtol=0, atol=TOLERANCE)
 
 
-def test_packed_weights_equal_mlx_s_own_reading_of_the_file(kept: GgufModel, smollm2: Path, tmp_path: Path) -> None:
+def test_packed_weights_equal_those_that_mlx_loads(quantized: GgufModel, smollm2: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.gguf"  # mx.load opens a file for writing
     copy.write_bytes(smollm2.read_bytes())
     theirs = mx.load(str(copy))
-    ours = dict(tree_flatten(kept.model.parameters()))
+    ours = dict(tree_flatten(quantized.model.parameters()))
     for source, target in {
         "token_embd": "model.embed_tokens",
         "blk.7.attn_v": "model.layers.7.self_attn.v_proj",
@@ -109,24 +115,22 @@ def test_packed_weights_equal_mlx_s_own_reading_of_the_file(kept: GgufModel, smo
 
 
 def test_a_saved_folder_loads_in_stock_mlx_lm_with_equal_logits_and_ids(
-    kept: GgufModel, reference: dict[str, Any], tmp_path: Path
+    quantized: GgufModel, reference: dict[str, Any], tmp_path: Path
 ) -> None:
-    mlx_lm.utils.save_model(tmp_path, kept.model)
-    mlx_lm.utils.save_config(dict(kept.config), tmp_path / "config.json")
-    kept.tokenizer.save_pretrained(tmp_path)
+    mlx_lm.utils.save_model(tmp_path, quantized.model)
+    mlx_lm.utils.save_config(dict(quantized.config), tmp_path / "config.json")
+    quantized.tokenizer.save_pretrained(tmp_path)
     stock, tokenizer = mlx_lm.load(str(tmp_path))
     ids = mx.array([reference["texts"]["prose"]["ids"][:8]])
-    assert mx.array_equal(stock(ids), kept.model(ids))
+    assert mx.array_equal(stock(ids), quantized.model(ids))
     for row in reference["token_ids"]:
         assert tokenizer.encode(row["text"]) == row["ids"]
     messages = [{"role": "user", "content": "Hi"}]
-    assert tokenizer.apply_chat_template(messages) == kept.tokenizer.apply_chat_template(messages)
+    assert tokenizer.apply_chat_template(messages) == quantized.tokenizer.apply_chat_template(messages)
 
 
 @pytest.mark.reference
-def test_the_record_is_what_the_other_readers_say_today(
-    reference: dict[str, Any], smollm2: Path, tmp_path: Path
-) -> None:
+def test_the_reference_can_be_reproduced(reference: dict[str, Any], smollm2: Path, tmp_path: Path) -> None:
     python = os.environ.get("RUNNER_REFERENCE_PYTHON") or sys.executable
     out = tmp_path / "again.json"
     command = [python, str(SCRIPT), "--gguf", str(smollm2), "--out", str(out)]

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file cuts, merges and frames texts as the model's own does."""
+"""The tokenizer of a GGUF file splits, merges and frames text like the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runner.common.errors import ModelError
-from runner.models.gguf.tokenizer import build, ending_ids, wrap
+from runner.models.gguf.tokenizer import build_tokenizer, stop_token_ids, wrap_tokenizer
 
-WHERE = Path("some.gguf")
+PATH = Path("some.gguf")
 
 
-def made(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
+def tokenizer_of(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     types = metadata.get("tokenizer.ggml.token_type")
     if isinstance(types, list):
         metadata = metadata | {"tokenizer.ggml.token_type": np.array(types, dtype=np.int32)}
-    return build(metadata, WHERE)
+    return build_tokenizer(metadata, PATH)
 
 
 def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
-    """How `text` is cut before any merge, as written in it."""
-    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    return [text[begin:end] for _, (begin, end) in cut]
+    """The pieces that `text` is split into before any merge, as substrings of it."""
+    spans = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [text[begin:end] for _, (begin, end) in spans]
 
 
-CUTS = {
+PIECES = {
     "smollm": {
         "I'm 123  45": ["I", "'m", " ", "1", "2", "3", "  ", "4", "5"],
         "a²³ b": ["a", "²", "³", " b"],
@@ -58,36 +58,38 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize(("pre", "text"), [(pre, text) for pre, texts in CUTS.items() for text in texts])
-def test_texts_are_cut_as_the_pre_tokenizer_of_that_name_cuts_them(gguf_files: ModuleType, pre: str, text: str) -> None:
-    assert pieces(made(gguf_files.vocabulary(pre=pre)), text) == CUTS[pre][text]
+@pytest.mark.parametrize(("pre", "text"), [(pre, text) for pre, texts in PIECES.items() for text in texts])
+def test_each_pre_tokenizer_splits_text_as_documented(gguf_files: ModuleType, pre: str, text: str) -> None:
+    assert pieces(tokenizer_of(gguf_files.vocabulary(pre=pre)), text) == PIECES[pre][text]
 
 
-def test_merges_apply_inside_the_pieces_only(gguf_files: ModuleType) -> None:
-    smollm, gpt2 = made(gguf_files.vocabulary(pre="smollm")), made(gguf_files.vocabulary(pre="gpt-2"))
+def test_merges_do_not_cross_pieces(gguf_files: ModuleType) -> None:
+    smollm, gpt2 = tokenizer_of(gguf_files.vocabulary(pre="smollm")), tokenizer_of(gguf_files.vocabulary(pre="gpt-2"))
     assert smollm.tokenize("hello hello") == ["hello", "Ġhello"]
     assert smollm.tokenize("123") == ["1", "2", "3"]
     assert gpt2.tokenize("123") == ["123"]
 
 
-def test_llama_bpe_takes_whole_pieces_from_the_vocabulary_before_it_merges(gguf_files: ModuleType) -> None:
-    words = gguf_files.vocabulary()["tokenizer.ggml.tokens"]
-    tokens = [*words, "xyz"]  # no merge leads to it
+def test_llama_bpe_looks_up_whole_pieces_before_it_applies_merges(gguf_files: ModuleType) -> None:
+    vocabulary = gguf_files.vocabulary()["tokenizer.ggml.tokens"]
+    tokens = [*vocabulary, "xyz"]  # not reachable by merges
     changes = {"tokens": tokens, "token_type": [1] * len(tokens)}
-    assert made(gguf_files.vocabulary(pre="llama-bpe", **changes)).tokenize("xyz") == ["xyz"]
-    assert made(gguf_files.vocabulary(pre="gpt-2", **changes)).tokenize("xyz") == ["x", "y", "z"]
+    assert tokenizer_of(gguf_files.vocabulary(pre="llama-bpe", **changes)).tokenize("xyz") == ["xyz"]
+    assert tokenizer_of(gguf_files.vocabulary(pre="gpt-2", **changes)).tokenize("xyz") == ["x", "y", "z"]
 
 
-def test_qwen2_composes_characters_first(gguf_files: ModuleType) -> None:
+def test_qwen2_normalizes_text_to_nfc(gguf_files: ModuleType) -> None:
     decomposed, composed = "e\u0301", "\u00e9"
-    assert made(gguf_files.vocabulary(pre="qwen2")).encode(decomposed) == made(
+    assert tokenizer_of(gguf_files.vocabulary(pre="qwen2")).encode(decomposed) == tokenizer_of(
         gguf_files.vocabulary(pre="qwen2")
     ).encode(composed)
-    assert made(gguf_files.vocabulary()).encode(decomposed) != made(gguf_files.vocabulary()).encode(composed)
+    assert tokenizer_of(gguf_files.vocabulary()).encode(decomposed) != tokenizer_of(gguf_files.vocabulary()).encode(
+        composed
+    )
 
 
 def test_control_tokens_are_special_and_user_defined_ones_are_plain(gguf_files: ModuleType) -> None:
-    tokenizer = made(gguf_files.vocabulary())
+    tokenizer = tokenizer_of(gguf_files.vocabulary())
     ids = tokenizer.encode("a<|start|>b<tool>c")
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<|start|>", "b", "<tool>", "c"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<tool>c"
@@ -104,10 +106,10 @@ def test_control_tokens_are_special_and_user_defined_ones_are_plain(gguf_files: 
         ({"add_bos_token": None, "pre": "llama-bpe"}, 1, None),
     ],
 )
-def test_texts_are_framed_as_the_file_says_also_after_saving(
+def test_start_and_end_tokens_are_added_as_configured_also_after_saving(
     gguf_files: ModuleType, tmp_path: Path, changes: dict[str, Any], first: int | None, last: int | None
 ) -> None:
-    tokenizer = made(gguf_files.vocabulary(**changes))
+    tokenizer = tokenizer_of(gguf_files.vocabulary(**changes))
     bare = tokenizer.encode("hello", add_special_tokens=False)
     expected = ([] if first is None else [first]) + bare + ([] if last is None else [last])
     assert tokenizer.encode("hello") == expected
@@ -115,9 +117,9 @@ def test_texts_are_framed_as_the_file_says_also_after_saving(
     assert AutoTokenizer.from_pretrained(tmp_path).encode("hello") == expected
 
 
-@pytest.mark.parametrize("pre", CUTS)
-def test_a_saved_folder_gives_the_same_tokenizer(gguf_files: ModuleType, tmp_path: Path, pre: str) -> None:
-    tokenizer = made(gguf_files.vocabulary(pre=pre))
+@pytest.mark.parametrize("pre", PIECES)
+def test_a_saved_tokenizer_loads_as_the_same_tokenizer(gguf_files: ModuleType, tmp_path: Path, pre: str) -> None:
+    tokenizer = tokenizer_of(gguf_files.vocabulary(pre=pre))
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -130,14 +132,14 @@ def test_a_saved_folder_gives_the_same_tokenizer(gguf_files: ModuleType, tmp_pat
     assert again.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
 
 
-def test_every_token_that_ends_an_answer_is_known_to_the_wrapper(gguf_files: ModuleType) -> None:
+def test_the_wrapper_knows_every_stop_token(gguf_files: ModuleType) -> None:
     metadata = gguf_files.vocabulary(eot_token_id=0)
-    assert ending_ids(metadata) == [2, 0]
-    assert wrap(made(metadata), metadata).eos_token_ids == {0, 2}
+    assert stop_token_ids(metadata) == [2, 0]
+    assert wrap_tokenizer(tokenizer_of(metadata), metadata).eos_token_ids == {0, 2}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "reason"),
     [
         ({"pre": "smolm"}, "'smolm'.*supported: smollm.*Did you mean 'smollm'"),
         ({"pre": None}, "pre-tokenizer .* is None.*supported: smollm"),
@@ -154,8 +156,8 @@ def test_every_token_that_ends_an_answer_is_known_to_the_wrapper(gguf_files: Mod
     ],
     ids=str,
 )
-def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(
-    gguf_files: ModuleType, changes: dict[str, Any], said: str
+def test_an_unsupported_or_inconsistent_tokenizer_is_refused_by_name(
+    gguf_files: ModuleType, changes: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(ModelError, match=rf"some\.gguf: .*{said}"):
-        made(gguf_files.vocabulary(**changes))
+    with pytest.raises(ModelError, match=rf"some\.gguf: .*{reason}"):
+        tokenizer_of(gguf_files.vocabulary(**changes))

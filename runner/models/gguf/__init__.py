@@ -1,1 +1,1 @@
-"""GGUF files of the llama family as models, configs and tokenizers of mlx-lm."""
+"""Read llama-family GGUF files as mlx-lm models, configs and tokenizers."""

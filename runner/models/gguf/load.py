@@ -1,14 +1,15 @@
-"""GGUF as a model source: a llama-family file as mlx-lm's own model, config and tokenizer.
+"""Load a llama-family GGUF file as mlx-lm's own model, config and tokenizer.
 
-`read` is the way in. The file is only ever opened for reading, and its tensors are decoded here:
-`mlx.core.load` opens a GGUF file for writing, so it refuses one that is read-only, and it converts the types it
-cannot keep without saying so.
+The file is only opened for reading and its tensors are decoded in this package: `mlx.core.load` opens GGUF files for
+writing, so it fails on read-only ones, and it silently converts tensor types that it cannot keep.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,17 +19,18 @@ from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from runner.common.errors import ModelError
+from runner.models.device import on_cpu
 from runner.models.gguf import tokenizer as gguf_tokenizer
-from runner.models.gguf.blocks import GROUP_SIZE, Quantized, read_tensor
+from runner.models.gguf.blocks import GROUP_SIZE, QuantizedMatrix, read_tensor
 from runner.models.gguf.config import llama_config
 from runner.models.gguf.header import Header, read_header
 
-_OUTSIDE = {
+_TOP_LEVEL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_IN_BLOCK = {
+_BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -46,30 +48,33 @@ _ROPE_FACTORS = "rope_freqs.weight"
 class GgufModel:
     """A model read from a GGUF file.
 
-    `config` is in the style of the hub's config.json: with it, `mlx_lm.utils.save_model`, `save_config` and
-    `tokenizer.save_pretrained` make a folder that mlx-lm loads.
+    `config` has the format of the hub's config.json: with it, `mlx_lm.utils.save_model`, `save_config` and
+    `tokenizer.save_pretrained` write a folder that mlx-lm loads.
     """
 
     model: Model
-    config: dict
+    config: dict[str, Any]
     tokenizer: TokenizerWrapper
 
 
 def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> GgufModel:
-    """The model in the GGUF file `path`.
+    """Load the model in the GGUF file `path`.
 
-    With `keep_quantized`, matrices of Q4_0, Q4_1 and Q8_0 blocks stay quantized (4 or 8 bits, groups of 32) and
-    `dtype` is that of their scales and of everything else; without, all is `dtype`. None stands for float32 on
-    the CPU, the only type that is fast there, and elsewhere for the type that most of the file is stored in.
+    Args:
+        path: The file.
+        keep_quantized: Keep Q4_0, Q4_1 and Q8_0 matrices quantized (4 or 8 bits, groups of 32) instead of
+            dequantizing them.
+        dtype: The dtype of all other parameters and of the scales. None selects float32 on the CPU, the only dtype
+            that is fast there, and elsewhere the dtype in which most of the file is stored.
 
-    Raises ModelError, naming the file and what is supported, for a damaged or hostile file, another architecture
-    than llama, an unsupported tensor type, tokenizer or rope scaling, and missing, unknown or misshapen tensors.
+    Raises:
+        ModelError: the file is damaged or hostile, its architecture, tensor types, tokenizer or RoPE scaling are not
+            supported, or tensors are missing, unknown or misshapen.
     """
     header = read_header(path)
-    factors = _rope_factors(path, header)
-    config = llama_config(path, header, factors)
-    names = _names(path, header, config)
-    tokenizer = gguf_tokenizer.build(header.metadata, path)
+    config = llama_config(path, header, _read_rope_factors(path, header))
+    names = _parameter_names(path, header, config)
+    tokenizer = gguf_tokenizer.build_tokenizer(header.metadata, path)
     if len(tokenizer) > config["vocab_size"]:
         raise ModelError(f"{path}: {len(tokenizer)} tokens, but embeddings for {config['vocab_size']}.")
     tokenizer.model_max_length = config["max_position_embeddings"]
@@ -84,90 +89,93 @@ def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> Gg
         info = header.tensors[source]
         if shapes[target] != info.shape:
             raise ModelError(f"{path}: tensor {source!r} has the shape {info.shape}, not {shapes[target]}.")
-        tensor = _unpermuted(read_tensor(path, info), target, config)
-        if keep_quantized and isinstance(tensor, Quantized):
+        tensor = read_tensor(path, info)
+        if (order := _row_order(target, config)) is not None:
+            tensor = tensor[order]
+        if keep_quantized and isinstance(tensor, QuantizedMatrix):
             layer = target.removesuffix(".weight")
             bits[layer] = tensor.bits
-            parts = {
-                target: mx.array(tensor.packed()),
+            parameters = {
+                target: mx.array(tensor.pack()),
                 f"{layer}.scales": mx.array(tensor.scales).astype(dtype),
                 f"{layer}.biases": mx.array(tensor.biases).astype(dtype),
             }
         else:
-            dense = tensor.dense() if isinstance(tensor, Quantized) else np.ascontiguousarray(tensor)
-            parts = {target: mx.array(dense).astype(dtype)}
-        mx.eval(parts)  # one tensor at a time: the peak is the model and one tensor's source
-        weights |= parts
-    for missing in shapes.keys() - weights.keys():  # biases only: _names has checked the rest
-        weights[missing] = mx.zeros(shapes[missing], dtype)
+            values = tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else np.ascontiguousarray(tensor)
+            parameters = {target: mx.array(values).astype(dtype)}
+        mx.eval(parameters)  # one tensor at a time, so that the peak is the model and one tensor of the file
+        weights |= parameters
+    for name in shapes.keys() - weights.keys():  # biases only: _parameter_names requires every weight
+        weights[name] = mx.zeros(shapes[name], dtype)
     if bits:
-        config["quantization"] = _quantization(bits)
-        nn.quantize(model, class_predicate=lambda layer, _: _settings(bits[layer]) if layer in bits else False)
+        config["quantization"] = _quantization_config(bits)
+        nn.quantize(model, class_predicate=lambda name, _: _layer_config(bits[name]) if name in bits else False)
     model.eval()
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
-    return GgufModel(model, config, gguf_tokenizer.wrap(tokenizer, header.metadata))
+    return GgufModel(model, config, gguf_tokenizer.wrap_tokenizer(tokenizer, header.metadata))
 
 
-def _names(path: Path, header: Header, config: dict) -> dict[str, str]:
-    """GGUF tensor name to mlx-lm parameter name; every weight of the model is there, and nothing else."""
+def _parameter_names(path: Path, header: Header, config: dict[str, Any]) -> dict[str, str]:
+    """Return mlx-lm's parameter name for each tensor, checked to be all weights of the model and nothing unknown."""
     layers = range(config["num_hidden_layers"])
-    stems = {f"blk.{i}.{stem}": f"model.layers.{i}.{name}" for i in layers for stem, name in _IN_BLOCK.items()}
-    stems |= _OUTSIDE
+    modules = {f"blk.{i}.{stem}": f"model.layers.{i}.{name}" for i in layers for stem, name in _BLOCK_NAMES.items()}
+    modules |= _TOP_LEVEL_NAMES
     if config["tie_word_embeddings"]:
-        del stems["output"]
+        del modules["output"]
     names = {}
     for source in header.tensors.keys() - {_ROPE_FACTORS}:
         stem, _, part = source.rpartition(".")
-        biased = part == "bias" and stems.get(stem, "").endswith("_proj")
-        if stem not in stems or not (part == "weight" or biased):
+        is_bias = part == "bias" and modules.get(stem, "").endswith("_proj")
+        if stem not in modules or not (part == "weight" or is_bias):
             raise ModelError(f"{path}: tensor {source[:80]!r} is not part of a llama model as supported here.")
-        names[source] = f"{stems[stem]}.{part}"
-    for stem in stems:
+        names[source] = f"{modules[stem]}.{part}"
+    for stem in modules:
         if f"{stem}.weight" not in names:
-            raise ModelError(f"{path}: tensor '{stem}.weight' is missing; the file is not a whole llama model.")
+            raise ModelError(f"{path}: tensor '{stem}.weight' is missing; the file is not a complete llama model.")
     return dict(sorted(names.items()))
 
 
-def _unpermuted(tensor: np.ndarray | Quantized, target: str, config: dict) -> np.ndarray | Quantized:
-    """Undo llama.cpp's order of the rows of q and k, which pairs neighbours for its rotary embedding.
+def _row_order(parameter: str, config: dict[str, Any]) -> np.ndarray | None:
+    """Return the row indices that undo llama.cpp's permutation of q and k, or None for other parameters.
 
-    Within each head the file holds (d/2, 2) where the hub's layout is (2, d/2).
+    llama.cpp interleaves the halves that the rotary embedding pairs: within each head the file holds
+    (head_dim / 2, 2) rows where the hub's layout has (2, head_dim / 2).
     """
-    for part, count in ((".q_proj.", "num_attention_heads"), (".k_proj.", "num_key_value_heads")):
-        if part in target:
-            heads, width = config[count], config["head_dim"]
-            order = np.arange(heads * width).reshape(heads, width // 2, 2).swapaxes(1, 2).reshape(-1)
-            return tensor.rows(order) if isinstance(tensor, Quantized) else tensor[order]
-    return tensor
+    for module, heads_key in ((".q_proj.", "num_attention_heads"), (".k_proj.", "num_key_value_heads")):
+        if module in parameter:
+            heads, head_dim = config[heads_key], config["head_dim"]
+            return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+    return None
 
 
-def _rope_factors(path: Path, header: Header) -> np.ndarray | None:
-    """What each rotary frequency is divided by, float32 (head_dim / 2,); None where nothing is scaled."""
+def _read_rope_factors(path: Path, header: Header) -> np.ndarray | None:
+    """Return the divisors of the rotary frequencies, float32 (head_dim / 2,), or None if the file has none."""
     info = header.tensors.get(_ROPE_FACTORS)
     if info is None:
         return None
-    if info.kind != "F32" or len(info.shape) != 1:
-        raise ModelError(f"{path}: {_ROPE_FACTORS} is {info.kind} of shape {info.shape}, not a list of F32.")
+    if info.type_name != "F32" or len(info.shape) != 1:
+        raise ModelError(f"{path}: {_ROPE_FACTORS} is {info.type_name} of shape {info.shape}, not a list of F32.")
     return np.asarray(read_tensor(path, info))
 
 
 def _default_dtype(header: Header) -> mx.Dtype:
-    if mx.default_device() == mx.cpu:
+    if on_cpu():
         return mx.float32
-    stored: dict[str, int] = {}
+    stored_bytes: Counter[str] = Counter()
     for info in header.tensors.values():
-        stored[info.kind] = stored.get(info.kind, 0) + info.nbytes
-    most = max(stored, key=stored.__getitem__)
-    return {"F32": mx.float32, "BF16": mx.bfloat16}.get(most, mx.float16)
+        stored_bytes[info.type_name] += info.nbytes
+    prevailing = max(stored_bytes, key=stored_bytes.__getitem__)
+    return {"F32": mx.float32, "BF16": mx.bfloat16}.get(prevailing, mx.float16)
 
 
-def _settings(bits: int) -> dict:
+def _layer_config(bits: int) -> dict[str, Any]:
     return {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
 
 
-def _quantization(bits: dict[str, int]) -> dict:
-    """mlx-lm's "quantization": what most layers use, then each layer that differs."""
+def _quantization_config(bits: dict[str, int]) -> dict[str, Any]:
+    """Return mlx-lm's "quantization" entry: the settings of most layers, then each layer that differs."""
     counts = list(bits.values())
-    usual = max(sorted(set(counts)), key=counts.count)
-    return _settings(usual) | {layer: _settings(n) for layer, n in sorted(bits.items()) if n != usual}
+    prevailing = max(sorted(set(counts)), key=counts.count)
+    exceptions = {layer: _layer_config(n) for layer, n in sorted(bits.items()) if n != prevailing}
+    return _layer_config(prevailing) | exceptions

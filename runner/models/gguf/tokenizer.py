@@ -1,14 +1,14 @@
-"""A Hugging Face tokenizer rebuilt from the `tokenizer.ggml.*` metadata of a GGUF file.
+"""Build a Hugging Face tokenizer from the `tokenizer.ggml.*` metadata of a GGUF file.
 
-Byte-level BPE only (GPT-2's scheme, `tokenizer.ggml.model` of "gpt2"). How a text is cut before the merges is
-not in the file, only its name; the patterns are those which the models of that name were trained with, as their
-own tokenizer.json files and llama.cpp's vocabulary code document them.
+Only byte-level BPE is supported (GPT-2's scheme, `tokenizer.ggml.model` of "gpt2"). The file names its pre-tokenizer
+but does not contain its patterns; those below are documented by the models' own tokenizer.json files and by
+llama.cpp's vocabulary code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
@@ -19,7 +19,9 @@ from runner.common.errors import ModelError, did_you_mean
 from runner.common.text import shorten
 from runner.models.gguf.header import Value
 
-# Token types of the GGUF specification that are matched whole inside a text; only control ones are special.
+T = TypeVar("T")
+
+# Token types of the GGUF specification that are never split; user-defined ones are not special.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -29,135 +31,149 @@ _LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-SPLITS: dict[str, tuple[str, ...]] = {
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", _GPT2),
     "gpt-2": (_GPT2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
 }
-"""`tokenizer.ggml.pre` to the patterns that cut a text, each within the pieces the one before it left."""
+"""The patterns of each pre-tokenizer (`tokenizer.ggml.pre`); each one splits the pieces that the previous one left."""
 
-_DEFAULT_BOS = {"llama-bpe"}  # llama.cpp puts a start token there where the file does not say
-_WHOLE_WORDS_FIRST = {"llama-bpe"}  # Llama 3 looks a whole piece up before it merges
-_COMPOSED = {"qwen2"}  # Qwen2's own tokenizer brings a text into NFC first
+_ADDS_BOS_BY_DEFAULT = {"llama-bpe"}  # as llama.cpp does where the file does not say
+_IGNORES_MERGES = {"llama-bpe"}  # Llama 3 looks up a whole piece before it applies merges
+_NORMALIZES_NFC = {"qwen2"}  # as in Qwen2's own tokenizer.json
 
 
-def build(metadata: dict[str, Value], path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that `metadata` of the file `path` describes; `save_pretrained` makes a folder of it.
+def build_tokenizer(metadata: dict[str, Value], path: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that `metadata` of the file `path` describes.
 
-    Raises ModelError, naming the file and what is supported, for another tokenizer model or pre-tokenizer, and
-    for a vocabulary that is missing or contradicts itself.
+    Raises:
+        ModelError: the tokenizer model or pre-tokenizer is not supported, or the vocabulary is missing or
+            inconsistent.
     """
-    read = _reader(metadata, path)
-    model = read("model", str)
-    if model != "gpt2":
-        kind = "SentencePiece" if model == "llama" else "of another kind"
-        raise ModelError(
-            f"{path}: its tokenizer model is {shorten(repr(model))} ({kind}), which is not supported (supported:"
-            " 'gpt2', byte-level BPE). Use the model's Hugging Face folder or hub id instead."
-        )
-    pre = read("pre", str)
-    if pre not in SPLITS:
-        raise ModelError(
-            f"{path}: its pre-tokenizer (tokenizer.ggml.pre) is {shorten(repr(pre))}, which is not supported"
-            f" (supported: {', '.join(SPLITS)}).{did_you_mean(pre or '', SPLITS)} Use the model's Hugging Face"
-            " folder or hub id instead."
-        )
-    tokens = read("tokens", list)
-    types = read("token_type", np.ndarray, np.ones(len(tokens or ()), dtype=np.int32))
+    values = _TokenizerMetadata(metadata, path)
+    pre_tokenizer = _require_supported_tokenizer(values)
+    tokens = values.get("tokens", list) or []
+    types = values.get("token_type", np.ndarray)
+    types = np.ones(len(tokens), dtype=np.int32) if types is None else types
     if not tokens or types.shape != (len(tokens),):
-        raise ModelError(f"{path}: it lists {len(tokens or ())} tokens and {types.size} token types.")
-    tokenizer = _byte_level(tokens, read("merges", list) or [], pre, path)
-    _add_whole_tokens(tokenizer, tokens, types)
-
-    def token(key: str) -> str | None:
-        number = read(key, int)
-        if number is not None and not 0 <= number < len(tokens):
-            raise ModelError(f"{path}: tokenizer.ggml.{key} is {number}, but there are {len(tokens)} tokens.")
-        return None if number is None else tokens[number]
-
-    bos, eos = token("bos_token_id"), token("eos_token_id")
-    starts = read("add_bos_token", bool, pre in _DEFAULT_BOS)
-    tokenizer.post_processor = _frame(
-        bos if starts else None, eos if read("add_eos_token", bool, False) else None, tokenizer
-    )
-    if starts and bos is None:
-        raise ModelError(f"{path}: it asks for a start token (add_bos_token) but names none (bos_token_id).")
+        raise ModelError(f"{path}: it lists {len(tokens)} tokens and {types.size} token types.")
+    tokenizer = _byte_level_bpe(tokens, values.get("merges", list) or [], pre_tokenizer, path)
+    _add_unsplit_tokens(tokenizer, tokens, types)
+    bos, eos = values.token("bos_token_id", tokens), values.token("eos_token_id", tokens)
+    adds_bos = values.get("add_bos_token", bool, pre_tokenizer in _ADDS_BOS_BY_DEFAULT)
+    if adds_bos and bos is None:
+        raise ModelError(f"{path}: it asks for a start token (add_bos_token) but does not name it (bos_token_id).")
+    adds_eos = values.get("add_eos_token", bool, False)
+    tokenizer.post_processor = _post_processor(bos if adds_bos else None, eos if adds_eos else None, tokenizer)
     template = metadata.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos,
         eos_token=eos,
-        unk_token=token("unknown_token_id"),
-        pad_token=token("padding_token_id"),
+        unk_token=values.token("unknown_token_id", tokens),
+        pad_token=values.token("padding_token_id", tokens),
         chat_template=template if isinstance(template, str) else None,
         clean_up_tokenization_spaces=False,
     )
 
 
-def wrap(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, Value]) -> TokenizerWrapper:
-    """mlx-lm's wrapper, with every token that ends an answer (end of text, of turn, of message)."""
-    return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=ending_ids(metadata))
+def wrap_tokenizer(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, Value]) -> TokenizerWrapper:
+    """Return mlx-lm's wrapper, which stops generation at any of `stop_token_ids`."""
+    return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=stop_token_ids(metadata))
 
 
-def ending_ids(metadata: dict[str, Value]) -> list[int]:
-    """The ids of the tokens that end an answer, the end of text first, each once."""
-    named = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return list(dict.fromkeys(number for number in named if type(number) is int))
+def stop_token_ids(metadata: dict[str, Value]) -> list[int]:
+    """Return the ids of the end of text, of turn and of message, in this order and without duplicates."""
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(token_id for token_id in ids if type(token_id) is int))
 
 
-def _reader(metadata: dict[str, Value], path: Path) -> Callable:
-    def read(key: str, kind: type, default: Value | None = None) -> Value | None:
-        value = metadata.get(f"tokenizer.ggml.{key}", default)
-        if value is not None and type(value) is not kind:
-            raise ModelError(f"{path}: tokenizer.ggml.{key} is a {type(value).__name__}, not a {kind.__name__}.")
+class _TokenizerMetadata:
+    """Typed access to the `tokenizer.ggml.*` metadata."""
+
+    def __init__(self, metadata: dict[str, Value], path: Path) -> None:
+        self.metadata, self.path = metadata, path
+
+    def get(self, key: str, expected: type[T], default: T | None = None) -> T | None:
+        value: object = self.metadata.get(f"tokenizer.ggml.{key}", default)
+        if value is None:
+            return None
+        if not isinstance(value, expected) or type(value) is not expected:  # refuses a bool where an int is expected
+            actual = type(value).__name__
+            raise ModelError(f"{self.path}: tokenizer.ggml.{key} is a {actual}, not a {expected.__name__}.")
         return value
 
-    return read
+    def token(self, key: str, tokens: list[str]) -> str | None:
+        """Return the token whose id is at `key`, or None if there is no such key."""
+        token_id = self.get(key, int)
+        if token_id is not None and not 0 <= token_id < len(tokens):
+            raise ModelError(f"{self.path}: tokenizer.ggml.{key} is {token_id}, but there are {len(tokens)} tokens.")
+        return None if token_id is None else tokens[token_id]
 
 
-def _byte_level(tokens: list[str], merges: list[str], pre: str, path: Path) -> Tokenizer:
-    ids = {token: number for number, token in enumerate(tokens)}
+def _require_supported_tokenizer(values: _TokenizerMetadata) -> str:
+    """Return the name of the pre-tokenizer, checked to be supported like the tokenizer model."""
+    model = values.get("model", str)
+    if model != "gpt2":
+        kind = "SentencePiece" if model == "llama" else "another kind"
+        raise ModelError(
+            f"{values.path}: its tokenizer model is {shorten(repr(model))} ({kind}), which is not supported (supported:"
+            " 'gpt2', byte-level BPE). Use the model's Hugging Face folder or hub id instead."
+        )
+    name = values.get("pre", str)
+    if name not in PRE_TOKENIZERS:
+        raise ModelError(
+            f"{values.path}: its pre-tokenizer (tokenizer.ggml.pre) is {shorten(repr(name))}, which is not supported"
+            f" (supported: {', '.join(PRE_TOKENIZERS)}).{did_you_mean(name or '', PRE_TOKENIZERS)} Use the model's"
+            " Hugging Face folder or hub id instead."
+        )
+    return name
+
+
+def _byte_level_bpe(tokens: list[str], merges: list[str], pre_tokenizer: str, path: Path) -> Tokenizer:
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
     if len(ids) != len(tokens):
-        twice = next(token for number, token in enumerate(tokens) if ids[token] != number)
-        raise ModelError(f"{path}: the token {twice[:80]!r} is in its vocabulary twice.")
+        duplicate = next(token for token_id, token in enumerate(tokens) if ids[token] != token_id)
+        raise ModelError(f"{path}: the token {duplicate[:80]!r} is in its vocabulary twice.")
     pairs = []
     for merge in merges:
-        left, blank, right = merge.partition(" ")
-        if not (blank and left in ids and right in ids and left + right in ids):
+        left, separator, right = merge.partition(" ")
+        if not (separator and left in ids and right in ids and left + right in ids):
             raise ModelError(f"{path}: the merge {merge[:80]!r} does not fit its vocabulary.")
         pairs.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=pre in _WHOLE_WORDS_FIRST))
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[pre]]
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=pre_tokenizer in _IGNORES_MERGES))
+    patterns = PRE_TOKENIZERS[pre_tokenizer]
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    if pre in _COMPOSED:
+    if pre_tokenizer in _NORMALIZES_NFC:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
-def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: np.ndarray) -> None:
-    def of(*kinds: int) -> list[str]:
-        return [tokens[number] for number in np.flatnonzero(np.isin(types, kinds)) if tokens[number]]
+def _add_unsplit_tokens(tokenizer: Tokenizer, tokens: list[str], types: np.ndarray) -> None:
+    def of_type(*numbers: int) -> list[str]:
+        return [tokens[token_id] for token_id in np.flatnonzero(np.isin(types, numbers)) if tokens[token_id]]
 
-    special = [AddedToken(token, special=True, normalized=False) for token in of(_UNKNOWN, _CONTROL)]
-    plain = [AddedToken(token, special=False, normalized=False) for token in of(_USER_DEFINED)]
+    special = [AddedToken(token, special=True, normalized=False) for token in of_type(_UNKNOWN, _CONTROL)]
+    plain = [AddedToken(token, special=False, normalized=False) for token in of_type(_USER_DEFINED)]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
 
 
-def _frame(bos: str | None, eos: str | None, tokenizer: Tokenizer) -> processors.PostProcessor:
-    """Puts `bos` before and `eos` behind each text, where they are given."""
-    untouched = processors.ByteLevel(trim_offsets=False)
+def _post_processor(bos: str | None, eos: str | None, tokenizer: Tokenizer) -> processors.PostProcessor:
+    """Return the step that adds `bos` before and `eos` after each text, if given."""
+    byte_level = processors.ByteLevel(trim_offsets=False)
     if bos is None and eos is None:
-        return untouched
-    before, behind = ([bos] if bos else []), ([eos] if eos else [])
-    second = [f"{token}:1" for token in (*before, "$B", *behind)]
+        return byte_level
+    prefix, suffix = ([bos] if bos else []), ([eos] if eos else [])
+    second = [f"{token}:1" for token in (*prefix, "$B", *suffix)]
     template = processors.TemplateProcessing(
-        single=[*before, "$A", *behind],
-        pair=[*before, "$A", *behind, *second],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *behind}],
+        single=[*prefix, "$A", *suffix],
+        pair=[*prefix, "$A", *suffix, *second],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*prefix, *suffix}],
     )
-    return processors.Sequence([untouched, template])
+    return processors.Sequence([byte_level, template])

@@ -1,4 +1,4 @@
-"""What tables and documents say of a run, cell by cell."""
+"""What tables and JSON documents show of a run or a sweep, cell by cell."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 
 from runner.runs.inspect import RunInfo, SweepInfo
 
+STATE_STYLES = {
+    "running": "cyan",
+    "finished": "green",
+    "stopped": "yellow",
+    "interrupted": "yellow",
+    "failed": "red",
+    "diverged": "red",
+    "unknown": "red",
+}
 
-def age_text(seconds: float) -> str:
-    """How long ago: ``45s``, ``12m``, ``3h``, ``5d``."""
+
+def format_age(seconds: float) -> str:
+    """Format an age as ``45s``, ``12m``, ``3h`` or ``5d``."""
     whole = max(0, int(seconds))
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if whole >= size:
@@ -17,41 +27,49 @@ def age_text(seconds: float) -> str:
     return f"{whole}s"
 
 
-def loss_text(loss: float | None, step: int | None) -> str:
-    """The best loss and where it was: ``0.6876 @40``."""
-    if loss is None:
+def format_best(run: RunInfo) -> str:
+    """Format the lowest validation loss and its step: ``0.6876 @40``."""
+    if run.best_loss is None:
         return "-"
-    return f"{loss:.4f}" if step is None else f"{loss:.4f} @{step}"
+    return f"{run.best_loss:.4f}" + ("" if run.best_step is None else f" @{run.best_step}")
 
 
-def step_text(run: RunInfo) -> str:
-    """``40/1000``."""
+def format_progress(run: RunInfo) -> str:
+    """Format the updates made and wanted: ``40/1000``."""
     return f"{'-' if run.step is None else run.step}/{'?' if run.iters is None else run.iters}"
 
 
-def notes_of(run: RunInfo) -> list[str]:
-    """What a line about a run cannot say in its columns: why it failed, what is damaged."""
-    told = []
-    if run.reason and run.state in ("failed", "diverged"):
-        told.append(f"{run.state}: {run.reason}")
-    if run.problem:
-        told.append(f"damaged: {run.problem}")
-    return told
-
-
-def states_text(sweep: SweepInfo) -> str:
-    """``3 finished, 1 failed``."""
+def format_states(sweep: SweepInfo) -> str:
+    """Format the states of a sweep's runs: ``3 finished, 1 failed``."""
     return ", ".join(f"{count} {state}" for state, count in sweep.states.items()) or "no runs"
 
 
-def state_of(sweep: SweepInfo) -> str:
-    """The state that asks most for a look, of a sweep's runs."""
-    there = sweep.states
-    return next((state for state in ("failed", "diverged", "unknown", "running", "interrupted") if state in there), "")
+def format_time(seconds: float) -> str | None:
+    """Format seconds since 1970 as UTC, as status.json does; None where they are no valid date."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def run_notes(run: RunInfo) -> list[str]:
+    """Return what does not fit into columns: why the run failed, and what of its directory is damaged."""
+    notes = []
+    if run.reason and run.state in ("failed", "diverged"):
+        notes.append(f"{run.state}: {run.reason}")
+    if run.problem:
+        notes.append(f"damaged: {run.problem}")
+    return notes
+
+
+def sweep_style(sweep: SweepInfo) -> str:
+    """Return the style of a sweep: that of the state of its runs that most needs attention."""
+    order = ("failed", "diverged", "unknown", "running", "interrupted")
+    return next((STATE_STYLES[state] for state in order if state in sweep.states), "")
 
 
 def run_fields(run: RunInfo) -> dict[str, Any]:
-    """What a JSON document says of a run beside its settings."""
+    """Return the fields of a run in a JSON document, its settings excluded."""
     return {
         "path": run.path,
         "state": run.state,
@@ -59,20 +77,25 @@ def run_fields(run: RunInfo) -> dict[str, Any]:
         "problem": run.problem,
         "step": run.step,
         "iters": run.iters,
-        "best": best_fields(run) if run.best_loss is not None else None,
-        "updated": time_text(run.updated),
+        "best": None if run.best_loss is None else best_fields(run),
+        "updated": format_time(run.updated),
         "size_bytes": run.size_bytes,
     }
 
 
 def best_fields(run: RunInfo) -> dict[str, Any]:
-    """The best evaluation, as status.json has it."""
+    """Return the best evaluation, in the form of status.json."""
     return {"valid_loss": run.best_loss, "step": run.best_step}
 
 
-def time_text(seconds: float) -> str | None:
-    """Seconds since 1970 as UTC text, as the status has it; None where that is no date."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return None
+def sweep_fields(sweep: SweepInfo) -> dict[str, Any]:
+    """Return the fields of a sweep in a JSON document, its runs excluded."""
+    best = sweep.best
+    return {
+        "path": sweep.path,
+        "problem": sweep.problem,
+        "states": sweep.states,
+        "best": None if best is None else {"run": best.path.name, **best_fields(best)},
+        "updated": format_time(sweep.updated),
+        "size_bytes": sweep.size_bytes,
+    }

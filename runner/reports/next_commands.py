@@ -98,6 +98,17 @@ def for_damaged_run(run: Path, *, resumable: bool, backup: Path | None, is_backu
     return commands
 
 
+def command_lines(commands: Sequence[Command]) -> list[str]:
+    """Return a line for each command, its purpose in front, aligned with the lines of a summary."""
+    width = max([11, *(len(command.purpose) for command in commands)])
+    return [f"{command.purpose:<{width}} {command.line}" for command in commands]
+
+
+def command_fields(commands: Sequence[Command]) -> list[dict[str, str]]:
+    """Return the commands for a JSON document."""
+    return [{"what": command.purpose, "words": command.line} for command in commands]
+
+
 def _resume(path: Path, purpose: str = "resume") -> Command:
     return Command(purpose, f"{_PROGRAM} resume={shell_path(path)}")
 

@@ -1,4 +1,4 @@
-"""Progress of a run: a live line on a terminal, plain lines elsewhere; what matters also goes to run.log."""
+"""Display of a run: a live progress line on a terminal, plain lines elsewhere, and the log lines in run.log."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from runner.common.clock import utc_now
 from runner.common.text import format_duration
 
 
-class _Screen(Console):
-    """A console that falls silent where its reader went away (| head): the run goes on, and run.log has it all."""
+class _QuietConsole(Console):
+    """A console that falls silent when its reader is gone (`| head`), so that the run continues."""
 
     def on_broken_pipe(self) -> None:
-        """Called by rich, which would end the process."""
+        """Override of rich, which would end the process."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Display:
-    """Shows a run on `stream` and keeps its lines in `log`. A context manager."""
+    """Shows a run on `stream` and appends its lines to the file `log`; a context manager."""
 
     def __init__(
         self,
@@ -37,15 +37,16 @@ class Display:
         memory_gb: Callable[[], float],
         stream: TextIO | None = None,
         label: str | None = None,
-        veil: Callable[[str], str] = str,
+        redact: Callable[[str], str] = str,
     ) -> None:
-        """`memory_gb` gives the peak memory so far, in GB (1e9 bytes); `veil` takes out of a line what is secret.
+        """`memory_gb` returns the peak memory so far, in GB (1e9 bytes); `redact` removes secrets from a line.
 
-        With a `label`, the run is one of many: its lines go to run.log only, the screen shows `label` and its end.
+        With a `label` the run shares the terminal with other jobs of a sweep: its lines go to run.log only, and the
+        terminal shows the label with the progress and the outcome.
         """
         self._label = label
-        self._veil = veil
-        self._console = _Screen(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._redact = redact
+        self._console = _QuietConsole(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._log = open_text(log)
         self._iters = iters
         self._memory_gb = memory_gb
@@ -62,20 +63,20 @@ class Display:
         self._log.close()
 
     def line(self, text: str, style: str = "") -> None:
-        """One line, on the screen and in run.log."""
-        text = self._veil(text)
+        """Write one line to run.log, and to the terminal where the run has it to itself."""
+        text = self._redact(text)
         self._log.write(f"{utc_now()} {text}\n")
         self._log.flush()
         if self._label is None:
             self._console.print(Text(text, style=style))
 
-    def one_line(self, text: str, style: str = "") -> None:
-        """What a run that is one of many says at its end."""
+    def job_line(self, text: str, style: str = "") -> None:
+        """Print the outcome of a job that shares the terminal with others; does nothing for a run alone."""
         if self._label is not None:
             self._console.print(Text(f"{text}  {self._label}", style=style))
 
     def begin(self, step: int, stop_at: int | None = None) -> None:
-        """Training begins, or goes on, after `step`."""
+        """Start the live line: training continues after update `step`, to `stop_at` or the end."""
         self._iters = stop_at or self._iters
         if self._console.is_terminal:
             columns = (
@@ -88,54 +89,54 @@ class Display:
             self._bar.start()
 
     def step(self, step: int, loss: float, tokens: int, seconds: float) -> None:
-        """An update was made on `tokens` real tokens in `seconds`."""
+        """Show an update on `tokens` tokens, padding excluded, that took `seconds`."""
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
         self._rate.add(tokens, seconds)
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task,
                 completed=step,
-                info=f"{step}/{self._iters}  loss {self._loss:.3f}  {self._tail(step)}",
+                info=f"{step}/{self._iters}  loss {self._loss:.3f}  {self._speed(step)}",
             )
 
-    def report(self, step: int, loss: float, learning_rate: float) -> None:
-        """The training loss of a report window."""
-        self.line(f"step {step:>5}/{self._iters}  train loss {loss:.4f}  lr {learning_rate:.2e}  {self._tail(step)}")
+    def train_loss(self, step: int, loss: float, learning_rate: float) -> None:
+        """Log the mean training loss since the last report."""
+        self.line(f"step {step:>5}/{self._iters}  train loss {loss:.4f}  lr {learning_rate:.2e}  {self._speed(step)}")
 
-    def evaluated(self, step: int, loss: float, best: bool) -> None:
-        """A validation loss."""
+    def valid_loss(self, step: int, loss: float, best: bool) -> None:
+        """Log a validation loss; `best` if it is the lowest so far."""
         self.line(
             f"step {step:>5}/{self._iters}  valid loss {loss:.4f}{'  best' if best else ''}",
             "bold" if best else "",
         )
 
-    def busy(self, what: str) -> None:
-        """Something between updates takes a while: shown on a terminal only."""
+    def busy(self, activity: str) -> None:
+        """Show what takes a while between two updates, on a terminal only."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, info=what)
+            self._bar.update(self._task, info=activity)
 
     def stop(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
-    def _tail(self, step: int) -> str:
-        left = format_duration(self._rate.seconds_per_update * max(0, self._iters - step))
-        return f"{self._rate.tokens_per_second:.0f} tok/s  {left} left  {self._memory_gb():.2f} GB"
+    def _speed(self, step: int) -> str:
+        remaining = format_duration(self._rate.seconds_per_update * max(0, self._iters - step))
+        return f"{self._rate.tokens_per_second:.0f} tok/s  {remaining} left  {self._memory_gb():.2f} GB"
 
 
 class _Rate:
-    """Tokens per second and seconds per update, over about the last 30 updates."""
+    """Tokens per second and seconds per update, averaged over about the last 30 updates."""
 
     def __init__(self) -> None:
         self._tokens = self._seconds = self._updates = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        keep = 29 / 30 if self._updates >= 29 else 1.0
-        self._tokens = self._tokens * keep + tokens
-        self._seconds = self._seconds * keep + seconds
-        self._updates = self._updates * keep + 1
+        decay = 29 / 30 if self._updates >= 29 else 1.0
+        self._tokens = self._tokens * decay + tokens
+        self._seconds = self._seconds * decay + seconds
+        self._updates = self._updates * decay + 1
 
     @property
     def tokens_per_second(self) -> float:

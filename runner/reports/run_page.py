@@ -1,26 +1,37 @@
-"""The page about one run: from its directory to lines on a screen, or to a document."""
+"""The page of one run, printed by `runner show`: state, settings, curves, checkpoints, next commands."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from runner.common.text import format_bytes, relative_path
-from runner.reports import checkpoint_list, curves, next_commands, settings_text
-from runner.reports.cells import age_text, run_fields, time_text
+from runner.reports import checkpoint_list, curves, settings_text
+from runner.reports.cells import STATE_STYLES, format_age, format_time, run_fields
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.curves import Series
-from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, table
+from runner.reports.next_commands import Command, command_fields, for_run
+from runner.reports.screen import Screen
+from runner.reports.tables import Column, TableRow, table
 from runner.runs.inspect import RunInfo
 
-LAST_ROWS = 5
-WIDEST_PLOT = 100
-CURVE_STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "bright_yellow")
-_ROW_FIELDS = ("loss", "score", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gb")
-_ROW_TITLES = ("loss", "score", "lr", "norm", "tokens", "tok/s", "GB")
-_ROW_FORMS = (".4f", ".4f", ".3g", ".3g", ",.0f", ",.0f", ".2f")
+_MAX_REASON_LINES = 20
+_LAST_ROWS = 5
+_MAX_PLOT_WIDTH = 100
+_CURVE_STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "bright_yellow")
+_METRIC_COLUMNS = (
+    # field of a row, title, format
+    ("loss", "loss", ".4f"),
+    ("score", "score", ".4f"),
+    ("learning_rate", "lr", ".3g"),
+    ("grad_norm", "norm", ".3g"),
+    ("tokens", "tokens", ",.0f"),
+    ("tokens_per_second", "tok/s", ",.0f"),
+    ("peak_memory_gb", "GB", ".2f"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,38 +46,48 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Page:
-    """A run with what lies in its directory."""
+class RunPage:
+    """A run with its checkpoints, its result and its scores."""
 
     run: RunInfo
     checkpoints: list[CheckpointInfo]
-    result: int | None
+    result_step: int | None
     scores: list[Score]
 
+    @property
+    def commands(self) -> list[Command]:
+        """What to type next."""
+        return for_run(self.run, self.checkpoints, has_result=has_result(self.run))
 
-def read(run: RunInfo) -> Page:
-    """Read what the page needs beside the run itself."""
+
+def read_run_page(run: RunInfo) -> RunPage:
+    """Read what the page shows besides the run itself."""
     checkpoints = checkpoint_list.list_checkpoints(run)
-    return Page(run, checkpoints, checkpoint_list.result_step(run, checkpoints), scores_of(run.rows))
+    return RunPage(run, checkpoints, checkpoint_list.result_step(run, checkpoints), find_scores(run.rows))
 
 
-def scores_of(rows: list[dict[str, Any]]) -> list[Score]:
-    """The scores of generated answers in a run's rows, a metric and split each: at step 0, and at the last step."""
-    found: dict[tuple[str, str], dict[bool, dict[str, Any]]] = {}
+def find_scores(rows: Sequence[Mapping[str, Any]]) -> list[Score]:
+    """Return the score at step 0 and the last later one, for each metric and split in a run's rows."""
+    found: dict[tuple[str, str], dict[bool, Mapping[str, Any]]] = {}
     for row in rows:
         metric, split = row.get("metric"), row.get("split")
         if isinstance(metric, str) and isinstance(split, str) and _number(row.get("score")) is not None:
             found.setdefault((metric, split), {})[row["step"] > 0] = row
     scores = []
     for (metric, split), sides in found.items():
-        rows_counted = (sides.get(True) or sides[False]).get("rows")
+        count = (sides.get(True) or sides[False]).get("rows")
         before, after = (_number(sides[late].get("score")) if late in sides else None for late in (False, True))
-        scores.append(Score(metric, split, rows_counted if type(rows_counted) is int else None, before, after))
+        scores.append(Score(metric, split, count if type(count) is int else None, before, after))
     return scores
 
 
-def fields(page: Page) -> dict[str, Any]:
-    """The page as data, for a JSON document."""
+def has_result(run: RunInfo) -> bool:
+    """Return whether the run has written adapters/."""
+    return (run.path / "adapters" / "adapters.safetensors").is_file()
+
+
+def run_page_fields(page: RunPage) -> dict[str, Any]:
+    """Return the page as data for a JSON document."""
     run = page.run
     changed = settings_text.changed_from_defaults(run.settings)
     return {
@@ -78,151 +99,131 @@ def fields(page: Page) -> dict[str, Any]:
         "settings": run.settings,
         "train": run.losses("train"),
         "valid": run.losses("valid"),
-        "last_rows": run.rows[-LAST_ROWS:],
+        "last_rows": run.rows[-_LAST_ROWS:],
         "checkpoints": [
             {
-                "step": one.step,
-                "path": one.path,
-                "valid_loss": one.valid_loss,
-                "size_bytes": one.size_bytes,
-                "kept_for": one.kept_for,
-                "problem": one.problem,
+                "step": checkpoint.step,
+                "path": checkpoint.path,
+                "valid_loss": checkpoint.valid_loss,
+                "size_bytes": checkpoint.size_bytes,
+                "kept_for": checkpoint.kept_for,
+                "problem": checkpoint.problem,
             }
-            for one in page.checkpoints
+            for checkpoint in page.checkpoints
         ],
-        "adapters_step": page.result,
-        "has_adapters": has_adapters(run),
+        "adapters_step": page.result_step,
+        "has_adapters": has_result(run),
         "scores": [vars(score) for score in page.scores],
-        "commands": command_fields(_commands(page)),
+        "commands": command_fields(page.commands),
     }
 
 
-def show(page: Page, screen: Screen) -> None:
+def print_run_page(page: RunPage, screen: Screen) -> None:
     """Print the page."""
     run = page.run
     screen.line((relative_path(run.path), "bold"))
-    at = f" at step {run.step} of {'?' if run.iters is None else run.iters}" if run.step is not None else ""
-    age = f"  (last update {age_text(time.time() - run.updated)} ago, {time_text(run.updated)})"
-    screen.line((run.state, STATE_STYLES.get(run.state, "")), at, (age, "dim"))
+    progress = f" at step {run.step} of {'?' if run.iters is None else run.iters}" if run.step is not None else ""
+    age = f"  (last update {format_age(time.time() - run.updated)} ago, {format_time(run.updated)})"
+    screen.line((run.state, STATE_STYLES.get(run.state, "")), progress, (age, "dim"))
     for label, text in (("reason", run.reason), ("damaged", run.problem), ("parent", run.status.get("parent"))):
         if isinstance(text, str):
-            for i, line in enumerate(text.splitlines()[:20]):
+            for i, line in enumerate(text.splitlines()[:_MAX_REASON_LINES]):
                 screen.line(f"{label if i == 0 else '':<9}{line}")
-    if run.best_loss is not None:
-        baseline = next((loss for step, loss in run.losses("valid") if step == 0), None)
-        start = f"{baseline:.4f} -> " if baseline is not None else ""
-        at = f" (step {run.best_step})" if run.best_step is not None else ""
-        screen.line(f"valid loss {start}{run.best_loss:.4f}{at}")
-    _show_tests(run, screen)
+    _print_losses(run, screen)
     for score in page.scores:
         sides = [f"{side:.1%}" for side in (score.before, score.after) if side is not None]
         rows = f" on {score.rows} {score.split} rows" if score.rows is not None else ""
-        which = "" if score.after is not None else " (before training)"
-        screen.line(f"{score.metric} {' -> '.join(sides)}{rows}{which}")
-    _show_settings(run, screen)
-    _show_curves(run, screen)
-    _show_rows(run.rows[-LAST_ROWS:], screen)
-    _show_checkpoints(page, screen)
-    show_commands(_commands(page), screen)
+        note = "" if score.after is not None else " (before training)"
+        screen.line(f"{score.metric} {' -> '.join(sides)}{rows}{note}")
+    _print_settings(run, screen)
+    series = [Series("valid", run.losses("valid"), mark="o"), Series("train", run.losses("train"))]
+    if any(curve.points for curve in series):
+        screen.heading("loss")
+        print_plot(series, screen, height=12)
+    _print_rows(run.rows[-_LAST_ROWS:], screen)
+    _print_checkpoints(page, screen)
+    print_commands(page.commands, screen)
 
 
-def show_commands(known: list[next_commands.Command], screen: Screen) -> None:
+def print_commands(commands: Sequence[Command], screen: Screen) -> None:
     """Print the commands uncut, so that they can be copied."""
-    if known:
-        heading("next commands", screen)
-        width = max(len(command.purpose) for command in known)
-        for command in known:
+    if commands:
+        screen.heading("next commands")
+        width = max(len(command.purpose) for command in commands)
+        for command in commands:
             screen.line("  ", (f"{command.purpose:<{width}}", "dim"), f"  {command.line}")
 
 
-def command_fields(commands: list[next_commands.Command]) -> list[dict[str, str]]:
-    """Return the commands for a JSON document."""
-    return [{"what": command.purpose, "words": command.line} for command in commands]
-
-
-def show_plot(series: list[Series], screen: Screen, height: int, y_label: str = "loss") -> None:
-    """The curves, as wide as the screen up to WIDEST_PLOT columns."""
-    width = min(screen.width or 80, WIDEST_PLOT)
+def print_plot(series: Sequence[Series], screen: Screen, height: int, y_label: str = "loss") -> None:
+    """Print the curves as wide as the screen, up to 100 columns."""
+    width = min(screen.width or 80, _MAX_PLOT_WIDTH)
     ascii_only = not screen.draws_braille
-    for line in curves.draw(series, width=width, height=height, y_label=y_label, ascii_only=ascii_only):
-        screen.line(*[(text, "" if index is None else CURVE_STYLES[index % 8]) for text, index in line])
+    for line in curves.plot(series, width=width, height=height, y_label=y_label, ascii_only=ascii_only):
+        screen.line(*[(text, "" if index is None else _CURVE_STYLES[index % 8]) for text, index in line])
 
 
-def heading(text: str, screen: Screen) -> None:
-    """The title of a part of the page."""
-    screen.line("")
-    screen.line((text, "bold"))
-
-
-def has_adapters(run: RunInfo) -> bool:
-    """Whether the run has a result."""
-    return (run.path / "adapters" / "adapters.safetensors").is_file()
-
-
-def _commands(page: Page) -> list[next_commands.Command]:
-    return next_commands.for_run(page.run, page.checkpoints, has_result=has_adapters(page.run))
-
-
-def _show_tests(run: RunInfo, screen: Screen) -> None:
-    tested = run.losses("test")
-    if tested:
-        loss = tested[-1][1]
+def _print_losses(run: RunInfo, screen: Screen) -> None:
+    if run.best_loss is not None:
+        baseline = next((loss for step, loss in run.losses("valid") if step == 0), None)
+        first = f"{baseline:.4f} -> " if baseline is not None else ""
+        step = f" (step {run.best_step})" if run.best_step is not None else ""
+        screen.line(f"valid loss {first}{run.best_loss:.4f}{step}")
+    if tested := run.losses("test"):
+        _, loss = tested[-1]
         screen.line(f"test loss  {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}")
 
 
-def _show_settings(run: RunInfo, screen: Screen) -> None:
+def _print_settings(run: RunInfo, screen: Screen) -> None:
     changed = settings_text.changed_from_defaults(run.settings)
     if not changed:
         return
-    heading("settings that differ from the defaults", screen)
+    screen.heading("settings that differ from the defaults")
     rows = []
     for name, (value, default) in changed.items():
-        told = "" if default in (None, "???") else settings_text.value_text(default)
-        rows.append(TableRow([f"  {name}", settings_text.path_text(name, value), told], {2: "dim"}))
+        default_text = "" if default in (None, "???") else settings_text.value_text(default)
+        rows.append(TableRow([f"  {name}", settings_text.path_text(name, value), default_text], {2: "dim"}))
     columns = [Column("  setting"), Column("value"), Column("default", cut=True)]
     screen.lines(table(columns, rows, screen.width))
 
 
-def _show_curves(run: RunInfo, screen: Screen) -> None:
-    series = [Series("valid", run.losses("valid"), mark="o"), Series("train", run.losses("train"))]
-    if any(one.points for one in series):
-        heading("loss", screen)
-        show_plot(series, screen, height=12)
-
-
-def _show_rows(rows: list[dict[str, Any]], screen: Screen) -> None:
+def _print_rows(rows: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     if not rows:
         return
-    heading("last rows of metrics.jsonl", screen)
-    told = [i for i, name in enumerate(_ROW_FIELDS) if any(_number(row.get(name)) is not None for row in rows)]
-    columns = [Column("  step", right=True), Column("split"), *[Column(_ROW_TITLES[i], right=True) for i in told]]
-    listed = []
+    screen.heading("last rows of metrics.jsonl")
+    shown = [column for column in _METRIC_COLUMNS if any(_number(row.get(column[0])) is not None for row in rows)]
+    columns = [Column("  step", right=True), Column("split"), *[Column(title, right=True) for _, title, _ in shown]]
+    lines = []
     for row in rows:
-        cells = [_cell(row.get(_ROW_FIELDS[i]), _ROW_FORMS[i]) for i in told]
-        listed.append(TableRow([str(row["step"]), str(row.get("split", "")), *cells]))
-    screen.lines(table(columns, listed, screen.width))
+        cells = [_cell(row.get(field), form) for field, _, form in shown]
+        lines.append(TableRow([str(row["step"]), str(row.get("split", "")), *cells]))
+    screen.lines(table(columns, lines, screen.width))
 
 
-def _show_checkpoints(page: Page, screen: Screen) -> None:
-    if not page.checkpoints and not has_adapters(page.run):
+def _print_checkpoints(page: RunPage, screen: Screen) -> None:
+    if not page.checkpoints and not has_result(page.run):
         return
-    heading("checkpoints (not verified here)", screen)
+    screen.heading("checkpoints (not verified)")
     columns = [
         Column("  step", right=True),
         Column("valid_loss", right=True),
         Column("size", right=True),
-        Column("kept because", cut=True),
+        Column("retained as", cut=True),
     ]
     rows = []
-    for one in page.checkpoints:
-        why = ", ".join(one.kept_for) if one.kept_for else "goes with the next save"
-        cells = [str(one.step), _cell(one.valid_loss, ".4f"), format_bytes(one.size_bytes), one.problem or why]
-        rows.append(TableRow(cells, {3: "red"} if one.problem else {}))
+    for checkpoint in page.checkpoints:
+        retained = ", ".join(checkpoint.kept_for) or "removed at the next save"
+        cells = [
+            str(checkpoint.step),
+            _cell(checkpoint.valid_loss, ".4f"),
+            format_bytes(checkpoint.size_bytes),
+            checkpoint.problem or retained,
+        ]
+        rows.append(TableRow(cells, {3: "red"} if checkpoint.problem else {}))
     if rows:
         screen.lines(table(columns, rows, screen.width))
-    if has_adapters(page.run):
-        of = "of a step that is not known" if page.result is None else f"of step {page.result}"
-        screen.line(f"  adapters/ is {of}")
+    if has_result(page.run):
+        step = "an unknown step" if page.result_step is None else f"step {page.result_step}"
+        screen.line(f"  adapters/ holds {step}")
 
 
 def _cell(value: Any, form: str) -> str:

@@ -1,4 +1,4 @@
-"""The lines at the end of a run: what became of it, what it learned, what to type next."""
+"""The lines printed when a run ends: outcome, losses, paths, next commands, and generated answers side by side."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.text import format_duration, printable, shell_path
-from runner.reports.next_commands import Command
+from runner.reports.next_commands import Command, command_lines
 
 SAMPLES = 3
+"""Generated answers that are shown."""
 
 
-def end_of_run(
+def summary_lines(
     path: Path,
     *,
     state: str,
@@ -41,55 +42,49 @@ def end_of_run(
     return [*lines, *command_lines(commands)]
 
 
-def command_lines(commands: Sequence[Command]) -> list[str]:
-    """Return a line for each command, its purpose in front."""
-    width = max([11, *(len(command.purpose) for command in commands)])
-    return [f"{command.purpose:<{width}} {command.line}" for command in commands]
-
-
-def before_and_after(
+def score_lines(
     metric: str,
     rows: int,
     before: float | None,
     after: float,
     samples: Sequence[tuple[Mapping[str, Any] | None, Mapping[str, Any]]],
 ) -> list[str]:
-    """The data set's metric before and after training, and a few answers side by side.
+    """Return the lines that show the metric of generated answers before and after training, and sample answers.
 
-    `samples` are (answer before, answer after) with the keys prompt, expected, text and score.
+    `samples` are pairs (answer before, answer after) with the keys prompt, expected, text and score.
     """
-    start = f"{before:.1%} -> " if before is not None else ""
-    lines = [f"{metric} on {rows} held-out rows: {start}{after:.1%}"]
-    for first, last in samples:
-        lines += ["", *_indented("prompt  ", last["prompt"]), *_indented("expected", last["expected"])]
-        if first is not None:
-            lines += _indented("before  ", first["text"], first["score"])
-        lines += _indented("after   ", last["text"], last["score"])
+    first = f"{before:.1%} -> " if before is not None else ""
+    lines = [f"{metric} on {rows} held-out rows: {first}{after:.1%}"]
+    for answer_before, answer in samples:
+        lines += ["", *_indented("prompt  ", answer["prompt"]), *_indented("expected", answer["expected"])]
+        if answer_before is not None:
+            lines += _indented("before  ", answer_before["text"], answer_before["score"])
+        lines += _indented("after   ", answer["text"], answer["score"])
     return lines
 
 
-def pick_samples(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Rows to show: one that was gained, one that is still wrong, one that was right before, then more of these.
+def select_samples(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """Return the rows to show: in turn one that became right, one that is wrong, one that was right before.
 
-    Chosen to show each kind, never only successes.
+    Every kind is shown, so that the samples are not successes alone.
     """
     gained: list[int] = []
     wrong: list[int] = []
-    kept: list[int] = []
+    right_before: list[int] = []
     for row, answer in sorted(after.items()):
-        right_before = row in before and before[row]["score"] >= 1
-        (wrong if answer["score"] < 1 else kept if right_before else gained).append(row)
-    in_turn = [row for rows in zip_longest(gained, wrong, kept) for row in rows if row is not None]
+        was_right = row in before and before[row]["score"] >= 1
+        (wrong if answer["score"] < 1 else right_before if was_right else gained).append(row)
+    in_turn = [row for rows in zip_longest(gained, wrong, right_before) for row in rows if row is not None]
     return sorted(in_turn[:SAMPLES])
 
 
 def _indented(label: str, text: str, score: float | None = None, limit: int = 300) -> list[str]:
-    mark = "" if score is None else ("  [right]" if score >= 1 else "  [wrong]")
+    verdict = "" if score is None else ("  [right]" if score >= 1 else "  [wrong]")
     shown = printable(text.strip())
     shown = shown if len(shown) <= limit else f"{shown[:limit]} …"
     first, *rest = shown.splitlines() or [""]
     return [
-        f"  {label}  {first}{mark if not rest else ''}",
+        f"  {label}  {first}{verdict if not rest else ''}",
         *[f"            {line}" for line in rest[:-1]],
-        *[f"            {line}{mark}" for line in rest[-1:]],
+        *[f"            {line}{verdict}" for line in rest[-1:]],
     ]

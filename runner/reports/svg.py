@@ -1,4 +1,4 @@
-"""Curves as an SVG picture, drawn here so that no plotting library is needed. Pure: from points to text."""
+"""Curves as an SVG image, written by hand so that no plotting library is needed. Pure: from points to text."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections.abc import Sequence
 from html import escape
 
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
-_PLOT, _HEIGHT, _LEFT, _TOP, _BOTTOM = 546, 420, 64, 40, 44
-_LETTER = 7.0
-"""Pixels of a letter of the legend, on the wide side."""
+_PLOT_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 546, 420, 64, 40, 44
+_LETTER_WIDTH = 7.0
+"""Upper estimate in pixels of a letter of the legend."""
 
 Curve = tuple[str, Sequence[tuple[float, float]]]
 """Name and points (x, y), finite, x rising."""
 
 
-def curves(title: str, series: Sequence[Curve], x_label: str = "step", y_label: str = "valid loss") -> str:
-    """An SVG of the curves with axes and a legend; series without points are left out."""
+def plot(title: str, series: Sequence[Curve], x_label: str = "step", y_label: str = "valid loss") -> str:
+    """Return an SVG image of the curves with axes and a legend; series without points are left out."""
     drawn = [(name, points) for name, points in series if points]
-    width = _LEFT + _PLOT + 60 + int(_LETTER * max([len(name) for name, _ in drawn], default=0))
+    width = _LEFT + _PLOT_WIDTH + 60 + int(_LETTER_WIDTH * max([len(name) for name, _ in drawn], default=0))
     xs = [x for _, points in drawn for x, _ in points] or [0.0, 1.0]
     ys = [y for _, points in drawn for _, y in points] or [0.0, 1.0]
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
-    margin = 0.04 * (y1 - y0)
-    y0, y1 = y0 - margin, y1 + margin
+    x_min, x_max, y_min, y_max = min(xs), max(xs), min(ys), max(ys)
+    x_max, y_max = (x_max if x_max > x_min else x_min + 1), (y_max if y_max > y_min else y_min + 1)
+    margin = 0.04 * (y_max - y_min)
+    y_min, y_max = y_min - margin, y_max + margin
+    right, bottom = _LEFT + _PLOT_WIDTH, _HEIGHT - _BOTTOM
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        inner = _HEIGHT - _TOP - _BOTTOM
-        return _LEFT + (x - x0) / (x1 - x0) * _PLOT, _TOP + (y1 - y) / (y1 - y0) * inner
+    def pixel(x: float, y: float) -> tuple[float, float]:
+        across = _LEFT + (x - x_min) / (x_max - x_min) * _PLOT_WIDTH
+        return across, _TOP + (y_max - y) / (y_max - y_min) * (bottom - _TOP)
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" font-family="sans-serif" '
@@ -36,13 +37,12 @@ def curves(title: str, series: Sequence[Curve], x_label: str = "step", y_label: 
         f'<rect width="{width}" height="{_HEIGHT}" fill="white"/>',
         f'<text x="{_LEFT}" y="24" font-size="15" fill="#111">{escape(title)}</text>',
     ]
-    right, bottom = _LEFT + _PLOT, _HEIGHT - _BOTTOM
-    for tick in ticks(y0, y1):
-        _, y = at(x0, tick)
+    for tick in ticks(y_min, y_max):
+        _, y = pixel(x_min, tick)
         out.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e7eb"/>')
         out.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{tick:g}</text>')
-    for tick in ticks(x0, x1):
-        x, _ = at(tick, y0)
+    for tick in ticks(x_min, x_max):
+        x, _ = pixel(tick, y_min)
         out.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{tick:g}</text>')
     out.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle" fill="#111">{x_label}</text>')
     middle = (_TOP + bottom) / 2
@@ -52,9 +52,9 @@ def curves(title: str, series: Sequence[Curve], x_label: str = "step", y_label: 
     )
     for i, (name, points) in enumerate(drawn):
         colour, dash = _COLOURS[i % len(_COLOURS)], ' stroke-dasharray="5 3"' if i >= len(_COLOURS) else ""
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in points))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (pixel(*point) for point in points))
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        x, y = at(*points[-1])
+        x, y = pixel(*points[-1])
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
         row = _TOP + 8 + 20 * i
         if row < bottom:
@@ -66,9 +66,9 @@ def curves(title: str, series: Sequence[Curve], x_label: str = "step", y_label: 
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
-def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
-    """About `wanted` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / wanted
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Return about `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)

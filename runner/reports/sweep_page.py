@@ -1,50 +1,47 @@
-"""The page about one sweep: its jobs by what they reached, their curves in one plot, how to go on."""
+"""The page of one sweep, printed by `runner show`: its jobs with the best first, their curves, next commands."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.common.text import relative_path
-from runner.reports import next_commands, settings_text
+from runner.reports import settings_text
 from runner.reports.cells import (
-    age_text,
-    best_fields,
-    loss_text,
-    notes_of,
+    STATE_STYLES,
+    format_age,
+    format_best,
+    format_progress,
+    format_states,
     run_fields,
-    state_of,
-    states_text,
-    step_text,
-    time_text,
+    run_notes,
+    sweep_fields,
+    sweep_style,
 )
 from runner.reports.curves import Series
-from runner.reports.run_page import command_fields, heading, show_commands, show_plot
-from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, natural_widths, table
+from runner.reports.next_commands import command_fields, for_sweep
+from runner.reports.run_page import print_commands, print_plot
+from runner.reports.screen import Screen
+from runner.reports.tables import Column, TableRow, table, table_width
 from runner.runs.inspect import RunInfo, SweepInfo, differing_settings
 
-CURVES = 8
 _MARKS = "abcdefgh"
-_HEIGHT = 16
+"""Marks of the curves; as many curves are drawn."""
+_PLOT_HEIGHT = 16
 
 
 def ranked(sweep: SweepInfo) -> list[RunInfo]:
-    """The runs by their best validation loss, those without one last, in the order of their numbers."""
+    """Return the runs by their best validation loss, those without one last, in the order of their numbers."""
     return sorted(sweep.runs, key=lambda run: (run.best_loss is None, run.best_loss or 0.0))
 
 
-def fields(sweep: SweepInfo) -> dict[str, Any]:
-    """The page as data, for a JSON document."""
+def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
+    """Return the page as data for a JSON document."""
     names = settings_text.by_importance(differing_settings(sweep.runs))
-    best = sweep.best
     return {
         "kind": "sweep",
-        "path": sweep.path,
-        "problem": sweep.problem,
-        "states": sweep.states,
-        "best": None if best is None else {"run": best.path.name, **best_fields(best)},
-        "updated": time_text(sweep.updated),
-        "size_bytes": sweep.size_bytes,
+        **sweep_fields(sweep),
         "differing": names,
         "runs": [
             {
@@ -55,32 +52,32 @@ def fields(sweep: SweepInfo) -> dict[str, Any]:
             }
             for run in ranked(sweep)
         ],
-        "commands": command_fields(next_commands.for_sweep(sweep)),
+        "commands": command_fields(for_sweep(sweep)),
     }
 
 
-def show(sweep: SweepInfo, screen: Screen) -> None:
+def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
     """Print the page."""
     runs = ranked(sweep)
     screen.line((relative_path(sweep.path), "bold"))
-    age = f"  (last update {age_text(time.time() - sweep.updated)} ago)" if sweep.runs else ""
-    screen.line("sweep: ", (states_text(sweep), STATE_STYLES.get(state_of(sweep), "")), (age, "dim"))
+    age = f"  (last update {format_age(time.time() - sweep.updated)} ago)" if sweep.runs else ""
+    screen.line("sweep: ", (format_states(sweep), sweep_style(sweep)), (age, "dim"))
     if sweep.problem:
         screen.line(f"damaged  {sweep.problem}")
-    drawn = {id(run): mark for run, mark in zip([run for run in runs if run.losses("valid")], _MARKS, strict=False)}
+    plotted = [run for run in runs if run.losses("valid")][: len(_MARKS)]
+    marks = {run.path.name: mark for run, mark in zip(plotted, _MARKS, strict=False)}
     if runs:
-        heading("jobs, best first", screen)
-        _show_jobs(runs, drawn, screen)
-    if drawn:
-        heading("valid loss", screen)
-        shown = [run for run in runs if id(run) in drawn]
-        series = [Series(run.path.name, run.losses("valid"), mark=drawn[id(run)]) for run in shown]
-        show_plot(series, screen, _HEIGHT, y_label="loss of job")
-    show_commands(next_commands.for_sweep(sweep), screen)
+        screen.heading("jobs, best first")
+        _print_jobs(runs, marks, screen)
+    if plotted:
+        screen.heading("valid loss")
+        series = [Series(run.path.name, run.losses("valid"), mark=marks[run.path.name]) for run in plotted]
+        print_plot(series, screen, _PLOT_HEIGHT, y_label="loss of job")
+    print_commands(for_sweep(sweep), screen)
 
 
-def _show_jobs(runs: list[RunInfo], marks: dict[int, str], screen: Screen) -> None:
-    """A column for each setting that differs where they fit, else one column for all of them."""
+def _print_jobs(runs: Sequence[RunInfo], marks: Mapping[str, str], screen: Screen) -> None:
+    """Print a line for each job, with a column for each setting that differs, or one for all where these do not fit."""
     names = settings_text.by_importance(differing_settings(runs))
     columns = [
         Column("job", right=True),
@@ -91,25 +88,19 @@ def _show_jobs(runs: list[RunInfo], marks: dict[int, str], screen: Screen) -> No
     ]
     rows = [
         TableRow(
-            [
-                run.path.name,
-                marks.get(id(run), ""),
-                run.state,
-                step_text(run),
-                loss_text(run.best_loss, run.best_step),
-            ],
+            [run.path.name, marks.get(run.path.name, ""), run.state, format_progress(run), format_best(run)],
             {2: STATE_STYLES.get(run.state, "")},
-            notes_of(run),
+            run_notes(run),
         )
         for run in runs
     ]
+    settings_columns = [settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
     wide = [*columns, *[Column(name, right=True) for name in names]]
-    values = [settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
-    cells = [[*row.cells, *[column[i] for column in values]] for i, row in enumerate(rows)]
-    if screen.width is None or sum(natural_widths(wide, cells)) + 2 * (len(wide) - 1) <= screen.width:
+    wide_cells = [[*row.cells, *[column[i] for column in settings_columns]] for i, row in enumerate(rows)]
+    if screen.width is None or table_width(wide, wide_cells) <= screen.width:
         columns = wide
-        for row, own in zip(rows, cells, strict=True):
-            row.cells = own
+        for row, cells in zip(rows, wide_cells, strict=True):
+            row.cells = cells
     elif names:
         columns.append(Column("settings that differ", cut=True))
         for row, text in zip(rows, settings_text.pairs([[run] for run in runs], names), strict=True):

@@ -1,211 +1,144 @@
-"""Tables and lines for a person: styled and cut to the width on a terminal, plain aligned text anywhere else.
+"""Tables as lines of text: aligned, and cut to the width of a terminal.
 
-The layout is a pure function of the cells and the width; rich only colours what a terminal gets.
+The layout is a pure function of the cells and the width; `screen` prints the lines.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TextIO
 
 from runner.common.text import single_line
 
-Piece = tuple[str, str]
-"""Text and its style (rich's words; empty for none)."""
-Line = list[Piece]
+Segment = tuple[str, str]
+"""Text and its style, as rich names styles; an empty style is none."""
+Line = list[Segment]
 
-STATE_STYLES = {
-    "running": "cyan",
-    "finished": "green",
-    "stopped": "yellow",
-    "interrupted": "yellow",
-    "failed": "red",
-    "diverged": "red",
-    "unknown": "red",
-}
 _GAP = 2
-_LEAST = 16
-"""Columns below which a cell that may be cut says too little: it then gets a line of its own."""
+"""Spaces between two columns."""
+_MIN_WIDTH = 16
+"""A cell that would be cut below this width gets a line of its own."""
 _INDENT = 4
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: `right` aligns numbers; where the table does not fit, the one with `cut` is shortened first, then the
-    one with `keep_end`, of which the end says most."""
+    """A column of a table. Where the table is too wide, the `cut` column is shortened first, then the `keep_end` one."""
 
     title: str
     right: bool = False
+    """Whether the cells are aligned to the right, as numbers are."""
     cut: bool = False
     keep_end: bool = False
+    """Whether the end of a cell says more than its start, as with paths."""
 
 
 @dataclass
 class TableRow:
-    """The cells of a row, the styles of some (column to style), and notes that belong below it."""
+    """The cells of a row, the styles of some columns by index, and notes printed below the row."""
 
     cells: list[str]
     styles: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-class Screen:
-    """Where a verb prints: a terminal with a width, or a file or pipe without."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        """`stream` is the standard output where it is not given."""
-        self._stream = stream or sys.stdout
-        self._console: Any = None
-        self.width: int | None = None
-        """Columns of the terminal; None where there is no terminal, and so nothing to fit into."""
-        if self._stream.isatty():
-            from rich.console import Console
-
-            self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
-            self.width = max(20, self._console.width)
-        encoding = getattr(self._stream, "encoding", None) or "ascii"
-        self.draws_braille = _can_encode("⠿", encoding)
-        if not self.draws_braille and hasattr(self._stream, "reconfigure"):
-            self._stream.reconfigure(errors="replace")
-
-    def line(self, *pieces: Piece | str) -> None:
-        """One line, of texts with or without a style; what could steer a terminal is taken out."""
-        styled = [(piece, "") if isinstance(piece, str) else piece for piece in pieces]
-        if self._console is None:
-            print("".join(single_line(text) for text, _ in styled).rstrip(), file=self._stream)
-            return
-        from rich.text import Text
-
-        self._console.print(Text.assemble(*[(single_line(text), style) for text, style in styled]))
-
-    def lines(self, lines: Sequence[Line]) -> None:
-        """Several lines."""
-        for line in lines:
-            self.line(*line)
-
-    def fit(self, text: str) -> str:
-        """`text` cut to the terminal's width, whole elsewhere."""
-        return text if self.width is None else cut(single_line(text), self.width)
-
-
 def table(columns: Sequence[Column], rows: Sequence[TableRow], width: int | None) -> list[Line]:
-    """The lines of a table, its titles first; none is longer than `width` as far as only cells are cut that may be.
+    """Return the lines of a table, the titles first. Only cells of `cut` and `keep_end` columns are shortened to `width`.
 
-    Where little is left for the column with `cut`, its text goes on a line below the row. Without a width nothing is
-    cut and a row is one line, with its notes at the end.
+    Where little is left for the `cut` column, its text goes on a line below the row. Without a width nothing is cut,
+    and a row with its notes is one line.
     """
     cells = [[single_line(cell) for cell in row.cells] for row in rows]
-    widths = natural_widths(columns, cells)
-    shown = list(range(len(columns)))
+    widths = column_widths(columns, cells)
+    visible = list(range(len(columns)))
     moved = None
     flexible = next((i for i, column in enumerate(columns) if column.cut), None)
-    if width is not None and flexible is not None and _total(widths, shown) > width:
-        left = width - (_total(widths, shown) - widths[flexible])
-        if left >= min(_LEAST, widths[flexible]):
+    if width is not None and flexible is not None and _total(widths, visible) > width:
+        left = width - (_total(widths, visible) - widths[flexible])
+        if left >= min(_MIN_WIDTH, widths[flexible]):
             widths[flexible] = left
         else:
             moved = flexible
-            shown.remove(flexible)
+            visible.remove(flexible)
     path = next((i for i, column in enumerate(columns) if column.keep_end), None)
     if width is not None and path is not None:
-        widths[path] = max(min(widths[path], _LEAST), widths[path] - max(0, _total(widths, shown) - width))
-    out = [_line(columns, [column.title for column in columns], widths, shown, dict.fromkeys(shown, "bold"))]
+        excess = max(0, _total(widths, visible) - width)
+        widths[path] = max(min(widths[path], _MIN_WIDTH), widths[path] - excess)
+    titles = [column.title for column in columns]
+    lines = [_line(columns, titles, widths, visible, dict.fromkeys(visible, "bold"))]
     for row, texts in zip(rows, cells, strict=True):
-        line = _line(columns, texts, widths, shown, row.styles)
+        line = _line(columns, texts, widths, visible, row.styles)
+        notes = [single_line(note) for note in row.notes]
         if width is None:
-            out.append([*line, *[(f"{' ' * _GAP}{single_line(note)}", "") for note in row.notes]])
+            lines.append([*line, *[(f"{' ' * _GAP}{note}", "") for note in notes]])
             continue
-        out.append(line)
-        below = ([texts[moved]] if moved is not None and texts[moved] else []) + [single_line(n) for n in row.notes]
-        out += [[(" " * _INDENT + cut(text, width - _INDENT), "dim")] for text in below]
-    return out
+        lines.append(line)
+        below = ([texts[moved]] if moved is not None and texts[moved] else []) + notes
+        lines += [[(" " * _INDENT + cut(text, width - _INDENT), "dim")] for text in below]
+    return lines
 
 
-def natural_widths(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> list[int]:
-    """What each column needs where nothing is cut."""
-    return [max(columns_of(c.title), *(columns_of(row[i]) for row in cells), 0) for i, c in enumerate(columns)]
+def column_widths(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> list[int]:
+    """Return the width that each column needs to show every cell whole."""
+    return [
+        max(display_width(column.title), *(display_width(row[i]) for row in cells), 0)
+        for i, column in enumerate(columns)
+    ]
 
 
-def columns_of(text: str) -> int:
-    """Columns that `text` takes on a terminal."""
-    if text.isascii():
-        return len(text)
-    return sum(_columns_of_character(character) for character in text)
+def table_width(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> int:
+    """Return the width of a table in which every cell is whole."""
+    return _total(column_widths(columns, cells), range(len(columns)))
+
+
+def display_width(text: str) -> int:
+    """Return how many columns of a terminal `text` takes."""
+    return len(text) if text.isascii() else sum(map(_character_width, text))
 
 
 def cut(text: str, width: int) -> str:
-    """`text` in at most `width` columns, with … where something was cut."""
-    if columns_of(text) <= width:
+    """Return `text` in at most `width` columns, its end replaced by … where it is longer."""
+    if display_width(text) <= width:
         return text
-    kept, used = [], 1
+    characters, used = [], 1
     for character in text:
-        used += _columns_of_character(character)
+        used += _character_width(character)
         if used > width:
             break
-        kept.append(character)
-    return "".join(kept).rstrip() + "…" if width > 0 else ""
+        characters.append(character)
+    return "".join(characters).rstrip() + "…" if width > 0 else ""
 
 
 def cut_start(text: str, width: int) -> str:
-    """The end of `text` in at most `width` columns, after … where something was cut."""
+    """Return `text` in at most `width` columns, its start replaced by … where it is longer."""
     return cut(text[::-1], width)[::-1]
-
-
-def document(data: Any) -> str:
-    """`data` as one JSON document; what JSON has no number for is null, what it has no type for is text."""
-    return json.dumps(_plain(data), indent=1, allow_nan=False)
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if data is None or isinstance(data, (str, int)):
-        return data
-    return os.fspath(data) if isinstance(data, os.PathLike) else str(data)
 
 
 def _line(
     columns: Sequence[Column],
     texts: Sequence[str],
     widths: Sequence[int],
-    shown: Sequence[int],
+    visible: Sequence[int],
     styles: Mapping[int, str],
 ) -> Line:
     line: Line = []
-    for i in shown:
+    for i in visible:
         text = (cut_start if columns[i].keep_end else cut)(texts[i], widths[i])
-        space = " " * (widths[i] - columns_of(text))
-        last = i == shown[-1]
-        text = space + text if columns[i].right else text + ("" if last else space)
+        padding = " " * (widths[i] - display_width(text))
+        last = i == visible[-1]
+        text = padding + text if columns[i].right else text + ("" if last else padding)
         line.append((text, styles.get(i, "")))
         if not last:
             line.append((" " * _GAP, ""))
     return line
 
 
-def _total(widths: Sequence[int], shown: Sequence[int]) -> int:
-    return sum(widths[i] for i in shown) + _GAP * (len(shown) - 1)
+def _total(widths: Sequence[int], visible: Sequence[int]) -> int:
+    return sum(widths[i] for i in visible) + _GAP * (len(visible) - 1)
 
 
-def _columns_of_character(character: str) -> int:
+def _character_width(character: str) -> int:
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _can_encode(text: str, encoding: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -46,7 +46,7 @@ class RunSpec:
     label: str | None = None
     """Of a job of a sweep, on whose screen there are others: it is shown in one line."""
 
-    def veiled(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
         """`text` with ${oc.env:NAME} in place of a value that a setting took from the environment."""
         for value, written in sorted(_from_environment(to_dict(self.config), self.stored), key=lambda p: -len(p[0])):
             text = text.replace(value, written)

@@ -19,6 +19,8 @@ from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import relative_path
 from runner.config.invocation import Invocation
 from runner.config.validation import validate_stop_at
+from runner.reports.screen import Screen
+from runner.reports.sweep_results import print_sweep_results, read_sweep_results, write_sweep_results
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import SweepJob, SweepManifest, job_id
@@ -87,10 +89,12 @@ def run_sweep(
                 for one, done in zip(planned, returns, strict=False)
                 if done.status == JobStatus.FAILED
             }
-            failed = _summarise(folder, known, errors)
-        if failed:
+            results = read_sweep_results(known, errors)
+            write_sweep_results(results)
+            print_sweep_results(results, Screen())
+        if results.failed:
             raise SweepFailed(
-                f"{failed} of {len(known.jobs)} jobs failed or diverged; the table and results.csv say why. "
+                f"{results.failed} of {len(known.jobs)} jobs failed or diverged; the table and results.csv say why. "
                 "resume= tries failed ones again; diverged ones need other settings."
             )
         return returns
@@ -163,12 +167,6 @@ def _say(known: SweepManifest, planned: Sequence[PlannedJob]) -> None:
     )
     for one in planned:
         remove_aborted_start(known.folder / one.job.folder)
-
-
-def _summarise(folder: Path, known: SweepManifest, errors: dict[int, str]) -> int:
-    from runner.sweeps.summary import summarise
-
-    return summarise(folder, known, errors)
 
 
 def _remove_if_empty(folder: Path) -> None:

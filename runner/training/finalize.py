@@ -99,10 +99,10 @@ def finalize(job: Trainer, parts: Components, start: RunSpec, ending: str) -> No
         job.display.line(line)
     state_now = "finished" if finished else "stopped"
     loss = "" if progress.best_loss is None else f"valid loss {progress.best_loss:.4f}"
-    job.display.one_line(f"{state_now:<9} {progress.step:>6}/{settings.train.iters}  {loss}")
+    job.display.job_line(f"{state_now:<9} {progress.step:>6}/{settings.train.iters}  {loss}")
     job.display.line("")
     run = RunInfo(path=start.directory.path, state=state_now, settings=schema.flatten_dict(start.stored))
-    for line in run_summary.end_of_run(
+    for line in run_summary.summary_lines(
         start.directory.path,
         state=state_now,
         reason=ending if named or not finished else "finished",
@@ -162,8 +162,8 @@ def _final_rows(job: Trainer, parts: Components, settings: Config, result: int |
         before = rows_of_step(member.record.directory.samples, 0)
         after = rows_of_step(member.record.directory.samples, step)
         if after:
-            picked = run_summary.pick_samples(before, after)
-            lines += run_summary.before_and_after(
+            picked = run_summary.select_samples(before, after)
+            lines += run_summary.score_lines(
                 settings.data.metric,
                 len(after),
                 float(np.mean([row["score"] for row in before.values()])) if before else None,

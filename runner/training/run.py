@@ -60,7 +60,7 @@ def run(start: RunSpec, blas: BlasReport, shared: SharedComponents | None = None
             try:
                 return _train(start, blas, found, record, stops, together, alone=shared is None)
             except RunnerError as error:
-                error.args = (start.veiled(str(error)),)
+                error.args = (start.redacted(str(error)),)
                 kind = "diverged" if isinstance(error, Diverged) else "failed"
                 with suppress(StorageError):  # a full disk refuses the status as well: what failed first is told
                     record.status(state=kind, reason=str(error), ended=utc_now())
@@ -69,7 +69,7 @@ def run(start: RunSpec, blas: BlasReport, shared: SharedComponents | None = None
                 if not isinstance(error, SystemExit):
                     with suppress(StorageError):
                         record.status(
-                            state="failed", reason=start.veiled(f"{type(error).__name__}: {error}"), ended=utc_now()
+                            state="failed", reason=start.redacted(f"{type(error).__name__}: {error}"), ended=utc_now()
                         )
                 raise
             finally:
@@ -157,7 +157,7 @@ def _train(
         settings.train.iters,
         lambda: mx.get_peak_memory() / 1e9,
         label=start.label,
-        veil=start.veiled,
+        redact=start.redacted,
     ) as display:
         for line in [blas.advice] if blas.advice else []:
             display.line(line, "yellow")

@@ -148,7 +148,7 @@ def report(job: Trainer, member: TrainState) -> None:
         peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
     )
     member.record.status(state="running", step=progress.step, train_loss=progress.train_loss)
-    job.display.report(progress.step, progress.train_loss, member.learning_rate(progress.step))
+    job.display.train_loss(progress.step, progress.train_loss, member.learning_rate(progress.step))
     progress.window = ReportWindow()
     member.train_seconds = 0.0
 
@@ -189,7 +189,7 @@ def evaluate(job: Trainer, member: TrainState) -> bool:
         if best:
             progress.best_loss, progress.best_step = result.loss, progress.step
     member.record.status(state="running", step=progress.step, valid_loss=result.loss, best=best_of(member))
-    job.display.evaluated(progress.step, result.loss, best)
+    job.display.valid_loss(progress.step, result.loss, best)
     return best
 
 

@@ -116,11 +116,11 @@ def sweep() -> Callable[[Path], Any]:
 
 def show() -> Callable[[Path], Any]:
     """`runner show RUN`."""
-    from runner.reports import run_page
-    from runner.reports.tables import Screen
+    from runner.reports.run_page import print_run_page, read_run_page
+    from runner.reports.screen import Screen
     from runner.runs.inspect import read_run
 
-    return lambda path: run_page.show(run_page.read(read_run(path)), Screen(io.StringIO()))
+    return lambda path: print_run_page(read_run_page(read_run(path)), Screen(io.StringIO()))
 
 
 def recipe() -> Callable[[Path], Any]:

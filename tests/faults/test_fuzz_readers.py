@@ -33,8 +33,10 @@ from runner.models import tiny
 from runner.models.arrays import parse_arrays
 from runner.models.gguf import header as gguf_header
 from runner.models.gguf import load as gguf
-from runner.reports import audit, run_page, sweep_page
-from runner.reports.tables import Screen
+from runner.reports import audit
+from runner.reports.run_page import print_run_page, read_run_page, run_page_fields
+from runner.reports.screen import Screen
+from runner.reports.sweep_page import print_sweep_page
 from runner.runs import sweep_manifest as sweeps
 from runner.runs.inspect import read_run, read_sweep
 from runner.training import state_files
@@ -238,9 +240,9 @@ def test_a_run_with_any_metrics_and_status_is_shown(cases, real, tmp_path):
             (run / other).write_bytes(whole[other])
         (run / name).write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
         audit.of_run(read_run(run))
-        page = run_page.read(read_run(run))
-        run_page.show(page, Screen(io.StringIO()))
-        json.dumps(run_page.fields(page), default=str)
+        page = read_run_page(read_run(run))
+        print_run_page(page, Screen(io.StringIO()))
+        json.dumps(run_page_fields(page), default=str)
 
     fuzz(
         cases,
@@ -265,7 +267,7 @@ def test_the_manifest_of_a_sweep_is_read_or_refused(cases, tmp_path):
 
     def read(data: Any) -> None:
         path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
-        sweep_page.show(read_sweep(tmp_path), Screen(io.StringIO()))
+        print_sweep_page(read_sweep(tmp_path), Screen(io.StringIO()))
         for job in sweeps.read_manifest(tmp_path).jobs.values():
             assert type(job.number) is int and all("=" in word for word in job.overrides)
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.reports.curves import Series, plot
+from runner.reports import curves
+from runner.reports.curves import Series
 
 POINTS = st.lists(st.tuples(st.integers(0, 10**9), st.floats(-1e300, 1e300)), max_size=30)
 BODY = slice(1, -2)
 """The lines of the plot itself: without the legend and the x axis."""
+
+
+def plot(series: list[Series], **options: Any) -> list[str]:
+    """The curves as lines of plain text."""
+    return ["".join(text for text, _ in line).rstrip() for line in curves.plot(series, **options)]
 
 
 def area(lines: list[str]) -> list[str]:

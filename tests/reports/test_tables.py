@@ -10,7 +10,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.reports.tables import Column, Screen, TableRow, columns_of, cut, document, table
+from runner.reports.screen import Screen, json_document
+from runner.reports.tables import Column, TableRow, cut, display_width, table
 
 COLUMNS = [Column("run"), Column("step", right=True), Column("settings", cut=True)]
 
@@ -59,20 +60,20 @@ def test_no_line_is_wider_than_the_terminal(cells: list[tuple[str, str, str]], n
     lines = table(COLUMNS, [TableRow(list(row), notes=notes) for row in cells], width)
     for line in lines:
         whole = "".join(piece for piece, _ in line)
-        assert columns_of(whole) <= width and whole.isprintable()
+        assert display_width(whole) <= width and whole.isprintable()
 
 
 @given(words=st.text(max_size=50), width=st.integers(0, 60))
 def test_cut_text_fits(words: str, width: int) -> None:
-    assert columns_of(cut(words, width)) <= width
-    if columns_of(words) <= width:
+    assert display_width(cut(words, width)) <= width
+    if display_width(words) <= width:
         assert cut(words, width) == words
 
 
 def test_wide_letters_count_twice() -> None:
-    assert columns_of("模型") == 4 and columns_of("é") == 1
+    assert display_width("模型") == 4 and display_width("é") == 1
     rows = [TableRow(["模型", "1", ""]), TableRow(["abcd", "1", ""])]
-    assert [columns_of(line) for line in text(COLUMNS, rows, None)][1:] == [10, 10]
+    assert [display_width(line) for line in text(COLUMNS, rows, None)][1:] == [10, 10]
 
 
 def test_what_is_printed_cannot_steer_the_terminal() -> None:
@@ -83,6 +84,6 @@ def test_what_is_printed_cannot_steer_the_terminal() -> None:
 
 def test_a_document_is_json_whatever_it_holds() -> None:
     data = {"a": math.nan, "b": [math.inf, 1.5, True, None], "c": Path("x/y"), 3: {"d": {1, 2}.__class__}}
-    read = json.loads(document(data))
+    read = json.loads(json_document(data))
     assert read["a"] is None and read["b"] == [None, 1.5, True, None] and read["c"] == "x/y" and "3" in read
-    assert "\x1b" not in document({"a": "\x1b[31m"})
+    assert "\x1b" not in json_document({"a": "\x1b[31m"})

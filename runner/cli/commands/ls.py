@@ -13,17 +13,18 @@ from runner.common.errors import ConfigError
 from runner.common.text import format_bytes, relative_path, single_line
 from runner.reports import settings_text
 from runner.reports.cells import (
-    age_text,
-    best_fields,
-    loss_text,
-    notes_of,
+    STATE_STYLES,
+    format_age,
+    format_best,
+    format_progress,
+    format_states,
     run_fields,
-    state_of,
-    states_text,
-    step_text,
-    time_text,
+    run_notes,
+    sweep_fields,
+    sweep_style,
 )
-from runner.reports.tables import STATE_STYLES, Column, Screen, TableRow, document, natural_widths, table
+from runner.reports.screen import Screen, json_document
+from runner.reports.tables import Column, TableRow, column_widths, table
 from runner.runs.inspect import RunInfo, SweepInfo, differing_settings, find_runs
 
 DEFAULT = "outputs"
@@ -74,7 +75,7 @@ def run(argv: list[str]) -> int:
     names = settings_text.by_importance(differing_settings([run for one in shown for run in _group(one)]))
     if words.json:
         entries = [_entry(one, names, words.runs) for one in shown]
-        print(document({"root": root, "differing": names, "entries": entries}))
+        print(json_document({"root": root, "differing": names, "entries": entries}))
         return 0
     screen = Screen()
     if not shown:
@@ -104,7 +105,7 @@ def _print(screen: Screen, root: Path, shown: list[RunInfo | SweepInfo], names: 
         rows[i].cells[0] = relative_path(path)
     columns = list(_COLUMNS if names else _COLUMNS[:-1])
     cells = [[single_line(cell) for cell in row.cells] for row in rows]
-    widths = natural_widths(columns, cells)
+    widths = column_widths(columns, cells)
     needed = sum(widths) + 2 * (len(widths) - 1)
     if names:
         needed += min(0, _LEAST_SETTINGS - widths[-1])
@@ -122,13 +123,13 @@ def _run_row(run: RunInfo, differ: str, now: float) -> TableRow:
     cells = [
         "",
         run.state,
-        step_text(run),
-        loss_text(run.best_loss, run.best_step),
-        age_text(now - run.updated),
+        format_progress(run),
+        format_best(run),
+        format_age(now - run.updated),
         format_bytes(run.size_bytes),
         differ,
     ]
-    return TableRow(cells, {1: STATE_STYLES.get(run.state, "")}, notes_of(run))
+    return TableRow(cells, {1: STATE_STYLES.get(run.state, "")}, run_notes(run))
 
 
 def _sweep_row(sweep: SweepInfo, differ: str, now: float) -> TableRow:
@@ -137,15 +138,15 @@ def _sweep_row(sweep: SweepInfo, differ: str, now: float) -> TableRow:
     alike = len(sweep.states) < 2
     cells = [
         "",
-        states_text(sweep) if alike else f"{sum(sweep.states.values())} jobs",
+        format_states(sweep) if alike else f"{sum(sweep.states.values())} jobs",
         "",
         loss,
-        age_text(now - sweep.updated),
+        format_age(now - sweep.updated),
         format_bytes(sweep.size_bytes),
         differ,
     ]
-    styles = {0: "bold", 1: STATE_STYLES.get(state_of(sweep), "")}
-    notes = [] if alike else [states_text(sweep)]
+    styles = {0: "bold", 1: sweep_style(sweep)}
+    notes = [] if alike else [format_states(sweep)]
     return TableRow(cells, styles, notes + ([f"damaged: {sweep.problem}"] if sweep.problem else []))
 
 
@@ -165,16 +166,7 @@ def _entry(one: RunInfo | SweepInfo, names: list[str], members: bool) -> dict[st
             **run_fields(one),
             "settings": {name: one.settings[name] for name in names if name in one.settings},
         }
-    best = one.best
-    entry: dict[str, Any] = {
-        "kind": "sweep",
-        "path": one.path,
-        "states": one.states,
-        "best": None if best is None else {"run": best.path.name, **best_fields(best)},
-        "updated": time_text(one.updated),
-        "size_bytes": one.size_bytes,
-        "problem": one.problem,
-    }
+    entry = {"kind": "sweep", **sweep_fields(one)}
     if members:
         entry["runs"] = [_entry(run, names, False) for run in one.runs]
     return entry

@@ -8,7 +8,7 @@ from runner.checkpoints.verify import STEP_NAME
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import relative_path
-from runner.reports.tables import Screen, document
+from runner.reports.screen import Screen, json_document
 from runner.runs.inspect import find_runs, is_sweep, looks_like_run, read_run, read_sweep
 
 
@@ -25,21 +25,21 @@ def run(argv: list[str]) -> int:
     path = Path(words.path).expanduser()
     sweep = _is_sweep_not_run(path)
     if sweep:
-        from runner.reports import sweep_page
+        from runner.reports.sweep_page import print_sweep_page, sweep_page_fields
 
         found = read_sweep(path)
         if words.json:
-            print(document(sweep_page.fields(found)))
+            print(json_document(sweep_page_fields(found)))
         else:
-            sweep_page.show(found, Screen())
+            print_sweep_page(found, Screen())
         return 0
-    from runner.reports import run_page
+    from runner.reports.run_page import print_run_page, read_run_page, run_page_fields
 
-    one = run_page.read(read_run(path))
+    page = read_run_page(read_run(path))
     if words.json:
-        print(document(run_page.fields(one)))
+        print(json_document(run_page_fields(page)))
     else:
-        run_page.show(one, Screen())
+        print_run_page(page, Screen())
     return 0
 
 

@@ -122,6 +122,6 @@ def _show(made: GenerationResult, config: Config) -> None:
     from runner.reports import run_summary
 
     after = {answer.row: vars(answer) for answer in made.answers}
-    samples = [(None, after[row]) for row in run_summary.pick_samples({}, after)]
-    for line in run_summary.before_and_after(str(config.data.metric), len(after), None, made.score, samples):
+    samples = [(None, after[row]) for row in run_summary.select_samples({}, after)]
+    for line in run_summary.score_lines(str(config.data.metric), len(after), None, made.score, samples):
         print(line)

@@ -16,7 +16,7 @@ from runner.common.text import format_bytes, relative_path
 from runner.reports import audit
 from runner.reports.audit import Audit
 from runner.reports.next_commands import for_damaged_run
-from runner.reports.tables import Screen, document
+from runner.reports.screen import Screen, json_document
 from runner.runs.inspect import RunInfo, SweepInfo, find_runs, looks_like_run, read_run
 
 
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
         replays = _replay(audits, words.start, screen if not words.json else None)
     damaged = sum(bool(one.damage) for one in audits)
     if words.json:
-        print(document({"audits": [vars(one) for one in audits], "damaged": damaged, "replays": replays}))
+        print(json_document({"audits": [vars(one) for one in audits], "damaged": damaged, "replays": replays}))
     else:
         _sum_up(screen, audits, damaged, time.monotonic() - begun)
     same = all(one["reproduced"] for one in replays)

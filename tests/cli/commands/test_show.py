@@ -49,7 +49,7 @@ def test_the_page_of_a_finished_run(trained: Path, capsys: pytest.CaptureFixture
     assert {"model.path", "data.path", "lora.rank", "optimizer.learning_rate", "train.iters"} <= set(named)
     assert not {"lora.scale", "optimizer.betas", "lora.dropout", "seed"} & set(named)
     assert "o valid" in text and "⠤⠤ train" in text and "step" in text
-    assert "newest, last, best" in text and "adapters/ is of step 12" in text
+    assert "newest, last, best" in text and "adapters/ holds step 12" in text
     assert "python -m runner repeat=run lora.rank=8" in text
 
 

@@ -1,0 +1,78 @@
+"""Output of a command: styled on a terminal, plain text in a file or pipe, or one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from runner.common.text import single_line
+from runner.reports.tables import Line, Segment
+
+
+class Screen:
+    """Where a command prints: a terminal with a width, or a file or pipe without one."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """`stream` defaults to the standard output."""
+        self._stream = stream or sys.stdout
+        self._console: Any = None
+        self.width: int | None = None
+        """Columns of the terminal; None where the stream is no terminal."""
+        if self._stream.isatty():
+            from rich.console import Console
+
+            self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
+            self.width = max(20, self._console.width)
+        encoding = getattr(self._stream, "encoding", None) or "ascii"
+        self.draws_braille = _can_encode("⠿", encoding)
+        if not self.draws_braille and hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="replace")
+
+    def line(self, *parts: Segment | str) -> None:
+        """Print one line of texts with or without a style; control characters are replaced."""
+        segments = [(part, "") if isinstance(part, str) else part for part in parts]
+        if self._console is None:
+            print("".join(single_line(text) for text, _ in segments).rstrip(), file=self._stream)
+            return
+        from rich.text import Text
+
+        self._console.print(Text.assemble(*[(single_line(text), style) for text, style in segments]))
+
+    def heading(self, text: str) -> None:
+        """Print the title of a section, with a blank line above it."""
+        self.line("")
+        self.line((text, "bold"))
+
+    def lines(self, lines: Sequence[Line]) -> None:
+        """Print several lines."""
+        for line in lines:
+            self.line(*line)
+
+
+def json_document(data: Any) -> str:
+    """Return `data` as one JSON document. NaN and infinities become null; other types, such as paths, become text."""
+    return json.dumps(_plain(data), indent=1, allow_nan=False)
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if data is None or isinstance(data, (str, int)):
+        return data
+    return os.fspath(data) if isinstance(data, os.PathLike) else str(data)
+
+
+def _can_encode(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

@@ -1,0 +1,160 @@
+"""The results of a sweep: a table ranked by the objective, results.csv and curves.svg, all from the runs' directories."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.common.atomic_io import write_atomically
+from runner.common.text import shell_path
+from runner.reports import svg
+from runner.reports.cells import STATE_STYLES
+from runner.reports.next_commands import after_sweep, command_lines
+from runner.reports.screen import Screen
+from runner.reports.tables import Column, TableRow, table
+from runner.runs.inspect import RunInfo, objective_value, read_run
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
+
+_MAX_TABLE_ROWS = 40
+_MAX_CURVES = 16
+_MAX_CURVE_NAME = 60
+CSV_COLUMNS = ("job", "state", "objective", "valid_loss", "best_step", "step", "iters", "seconds", "reason", "folder")
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job of a sweep reached."""
+
+    job: SweepJob
+    run: RunInfo
+    objective: float | None
+    varied: dict[str, str]
+    """Its overrides that not all jobs of the sweep share."""
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """The results of all jobs of a sweep, the best objective first."""
+
+    folder: Path
+    metric: str
+    jobs: list[JobResult]
+
+    @property
+    def varied_names(self) -> list[str]:
+        """The settings that differ between jobs."""
+        return list(dict.fromkeys(name for result in self.jobs for name in result.varied))
+
+    @property
+    def failed(self) -> int:
+        """How many jobs failed or diverged."""
+        return sum(result.run.state in ("failed", "diverged") for result in self.jobs)
+
+
+def read_sweep_results(manifest: SweepManifest, errors: Mapping[int, str]) -> SweepResults:
+    """Read the runs of the sweep's jobs.
+
+    `errors` are what the jobs of this launch raised, by number: the reason of a job that failed before it had a status.
+    """
+    jobs = list(manifest.jobs.values())
+    runs = {job.number: _read_job(manifest.folder / job.folder) for job in jobs}
+    for number, error in errors.items():
+        run = runs[number]
+        if run.state not in ("failed", "diverged"):
+            run.state, run.reason = "failed", error
+        run.reason = run.reason or error
+    metric, direction = _objective(list(runs.values()))
+    varied = _varied_overrides(jobs)
+    results = []
+    for job in jobs:
+        run = runs[job.number]
+        value = None if run.state == "diverged" else objective_value(run.rows, run.best_loss, metric)
+        results.append(JobResult(job, run, value, varied[job.number]))
+    sign = -1.0 if direction == "maximize" else 1.0
+    results.sort(key=lambda r: (math.inf if r.objective is None else sign * r.objective, r.job.number))
+    return SweepResults(manifest.folder, metric, results)
+
+
+def write_sweep_results(results: SweepResults) -> None:
+    """Write results.csv and curves.svg into the sweep's folder."""
+    write_atomically(results.folder / "results.csv", results_csv(results))
+    write_atomically(results.folder / "curves.svg", results_svg(results))
+
+
+def results_csv(results: SweepResults) -> str:
+    """Return the results as CSV: `CSV_COLUMNS`, then the settings that differ between jobs."""
+    names = results.varied_names
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow([*CSV_COLUMNS, *names])
+    for result in results.jobs:
+        run = result.run
+        cells: list[Any] = [result.job.number, run.state, result.objective, run.best_loss, run.best_step, run.step]
+        cells += [run.iters, run.status.get("seconds"), run.reason, result.job.folder]
+        writer.writerow(["" if c is None else c for c in cells] + [result.varied.get(name, "") for name in names])
+    return out.getvalue()
+
+
+def results_svg(results: SweepResults) -> str:
+    """Return the validation curves of the best jobs as an SVG image."""
+    curves = []
+    for result in results.jobs[:_MAX_CURVES]:
+        settings = " ".join(f"{name.split('.')[-1]}={value}" for name, value in result.varied.items())
+        curves.append((f"{result.job.number}: {settings}"[:_MAX_CURVE_NAME], result.run.losses("valid")))
+    suffix = f", the best {_MAX_CURVES}" if len(results.jobs) > _MAX_CURVES else ""
+    return svg.plot(f"{results.folder.name}: validation loss{suffix}", curves)
+
+
+def print_sweep_results(results: SweepResults, screen: Screen) -> None:
+    """Print the table, the paths and the command to type next."""
+    names = results.varied_names
+    columns = [Column("job", right=True), *[Column(name) for name in names], Column("state")]
+    columns += [Column(results.metric, right=True), Column("at step", right=True), Column("reason", cut=True)]
+    screen.line("")
+    screen.lines(table(columns, [_table_row(result, names) for result in results.jobs[:_MAX_TABLE_ROWS]], screen.width))
+    if len(results.jobs) > _MAX_TABLE_ROWS:
+        screen.line(f"… and {len(results.jobs) - _MAX_TABLE_ROWS} more in results.csv")
+    screen.line("")
+    screen.line(f"sweep       {shell_path(results.folder)}")
+    paths = [shell_path(results.folder / name) for name in ("results.csv", "curves.svg")]
+    screen.line(f"results     {', '.join(paths)}")
+    finished = all(result.run.state in ("finished", "diverged") for result in results.jobs)
+    for line in command_lines(after_sweep(results.folder, finished=finished, varied=names)):
+        screen.line(line)
+
+
+def _table_row(result: JobResult, names: Sequence[str]) -> TableRow:
+    run = result.run
+    cells = [str(result.job.number), *[result.varied.get(name, "") for name in names], run.state]
+    cells.append("" if result.objective is None else f"{result.objective:.4f}")
+    cells.append("" if run.best_step is None else str(run.best_step))
+    cells.append(((run.reason or "").splitlines() or [""])[0])
+    return TableRow(cells, {len(names) + 1: STATE_STYLES.get(run.state, "")})
+
+
+def _read_job(folder: Path) -> RunInfo:
+    return read_run(folder) if (folder / "config.yaml").exists() else RunInfo(path=folder, state="not started")
+
+
+def _varied_overrides(jobs: Sequence[SweepJob]) -> dict[int, dict[str, str]]:
+    """Return the overrides of each job that not all jobs share, by the job's number."""
+    overrides = {job.number: dict(o.lstrip("+").split("=", 1) for o in job.overrides) for job in jobs}
+    names = {name for settings in overrides.values() for name in settings}
+    varied = {name for name in names if len({settings.get(name) for settings in overrides.values()}) > 1}
+    return {
+        number: {name: value for name, value in settings.items() if name in varied}
+        for number, settings in overrides.items()
+    }
+
+
+def _objective(runs: Sequence[RunInfo]) -> tuple[str, str]:
+    """Return metric and direction of the first run that stored them; the defaults where none did."""
+    for run in runs:
+        if "objective.metric" in run.settings:
+            return str(run.settings["objective.metric"]), str(run.settings["objective.direction"])
+    return "valid_loss", "minimize"

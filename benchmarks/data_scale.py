@@ -89,10 +89,10 @@ def _one(begun: float, folder: str, updates: int) -> None:
     from runner.backends.cpu import blas
 
     blas.load_blas()
-    from runner.training import trainer
+    from runner.training.trainer import Trainer
 
     ends: list[float] = []
-    own = trainer.update
+    own = Trainer.train_step
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -100,7 +100,7 @@ def _one(begun: float, folder: str, updates: int) -> None:
         finally:
             ends.append(time.time())
 
-    trainer.update = timed
+    Trainer.train_step = timed  # type: ignore[method-assign]
     words = ["model=tiny", f"data.path={folder}/data", f"data.cache_folder={folder}/cache"]
     words += [f"data.max_length={MAX_LENGTH}", f"train.iters={updates}", f"hydra.run.dir={folder}/run-{begun}"]
     _quietly(words)

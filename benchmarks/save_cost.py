@@ -68,14 +68,14 @@ def _one(size: int, background: bool, updates: int, every: int) -> None:
 
     blas.load_blas()
     from runner.checkpoints.store import CheckpointStore
-    from runner.training import trainer
+    from runner.training.trainer import Trainer
 
     waits: list[float] = []
     saves: list[float] = []
     steps: list[float] = []
     bytes_of: dict[str, int] = {}
-    _timed(trainer, "save_if_due", waits)
-    _timed(trainer, "learn", steps)
+    _timed(Trainer, "save_if_due", waits)
+    _timed(Trainer, "train_step", steps)
     commit, rotate = CheckpointStore.commit, CheckpointStore.rotate
 
     def timed_commit(self: CheckpointStore, step: int, files: Any, **rest: Any) -> Any:
@@ -117,8 +117,8 @@ def _one(size: int, background: bool, updates: int, every: int) -> None:
     print(json.dumps(out))
 
 
-def _timed(module: Any, name: str, into: list[float]) -> None:
-    own = getattr(module, name)
+def _timed(owner: Any, name: str, into: list[float]) -> None:
+    own = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         begun = time.perf_counter()
@@ -127,7 +127,7 @@ def _timed(module: Any, name: str, into: list[float]) -> None:
         finally:
             into.append(time.perf_counter() - begun)
 
-    setattr(module, name, timed)
+    setattr(owner, name, timed)
 
 
 def _quietly(words: list[str]) -> None:

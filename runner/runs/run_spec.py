@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ class ResumeSource:
     """The run directory."""
     checkpoint: Path | None = None
     """One checkpoint of it; None means the newest valid one."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The stored config of the run, read once.
+
+        Raises:
+            ConfigError: config.yaml is missing or cannot be read.
+        """
+        return RunDirectory(self.run).read_config()
 
     @property
     def branch(self) -> bool:

@@ -1,6 +1,6 @@
-"""Saving while training goes on: one save at a time, in a thread of its own.
+"""Saving on a thread while training continues: one save at a time.
 
-A save that fails ends the run at its next step, not at its end: `check` raises on the training thread.
+A failed save ends the run at its next update, not at its end: `check` raises on the training thread.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class AsyncSaver:
-    """Runs saves in the background, or at once where `background` is off."""
+    """Runs saves on a thread, or in the caller if `background` is false."""
 
     def __init__(self, background: bool = True) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save") if background else None
         self._pending: Future[None] | None = None
 
-    def begin(self, save: Callable[[], None]) -> None:
-        """Start `save`; waits for the one before it, so that a slow disk holds at most one snapshot in memory.
+    def start(self, save: Callable[[], None]) -> None:
+        """Start `save` after waiting for the previous save, so that memory holds at most one snapshot.
 
-        Raises what the one before it raised.
+        Raises what the previous save raised, and without a background thread what `save` raises.
         """
         self.wait()
         if self._pool is None:
@@ -28,23 +28,23 @@ class AsyncSaver:
             self._pending = self._pool.submit(save)
 
     def check(self) -> None:
-        """Raise what a save raised that has ended; does not wait."""
+        """Raise what a completed save raised; do not wait for one in progress."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return once nothing is being saved; raises what that save raised."""
+        """Wait for the save in progress and raise what it raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> Exception | None:
-        """End the thread, after the save that it is at; returns what that save raised, if anything."""
-        failed: Exception | None = None
+        """Wait for the save in progress, end the thread, and return what that save raised."""
+        error: Exception | None = None
         try:
             self.wait()
-        except Exception as error:
-            failed = error
+        except Exception as raised:
+            error = raised
         if self._pool is not None:
             self._pool.shutdown()
-        return failed
+        return error

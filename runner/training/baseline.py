@@ -1,7 +1,7 @@
-"""Values before the first update: an adapter whose B is zero leaves the base as it is, at any rank.
+"""What is known before the first update: an adapter with B = 0 leaves the base model unchanged, at any rank.
 
-The loss is kept in the cache folder as well, so that runs on the same base and data compute it once. Nothing that
-happens to the folder harms a run: what is not found whole is computed again.
+The validation loss is also cached on disk, so that runs on the same base model and data compute it once. A missing or
+corrupt entry is computed again.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from runner.training.validate import ValidationResult
 
 @dataclass
 class Baseline:
-    """What is known of a base on some data, empty until a job has computed it."""
+    """Results of a base model on a data set, None until a run has computed them."""
 
-    evaluation: ValidationResult | None = None
+    validation: ValidationResult | None = None
     generation: GenerationResult | None = None
     file: Path | None = None
-    """Where the evaluation is kept for other runs; None: nowhere."""
+    """Cache entry of the validation result; None if it is not cached on disk."""
 
-    def evaluated(self, evaluation: ValidationResult) -> None:
-        """Take over what was computed, and keep it."""
-        self.evaluation = evaluation
+    def store_validation(self, result: ValidationResult) -> None:
+        """Set the validation result and write it to the cache; writing again marks the entry as recently used."""
+        self.validation = result
         if self.file is not None:
-            fact_cache.store_fact(self.file, asdict(evaluation))
+            fact_cache.store_fact(self.file, asdict(result))
 
 
 def load_baseline(key: Mapping[str, Any]) -> Baseline:
-    """What an earlier run has kept under `key`, which names all that the last digit depends on."""
+    """Return the baseline cached under `key`, which has to contain everything that the loss depends on."""
     file = fact_cache.fact_file("baselines", key)
-    return Baseline(_evaluation(fact_cache.load_fact(file) or {}), file=file)
+    return Baseline(_validation_result(fact_cache.load_fact(file) or {}), file=file)
 
 
-def _evaluation(values: Mapping[str, Any]) -> ValidationResult | None:
+def _validation_result(values: Mapping[str, Any]) -> ValidationResult | None:
     try:
-        found = ValidationResult(
+        result = ValidationResult(
             loss=float(values["loss"]),
             supervised=int(values["supervised"]),
             tokens=int(values["tokens"]),
@@ -49,4 +49,4 @@ def _evaluation(values: Mapping[str, Any]) -> ValidationResult | None:
         )
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
-    return found if math.isfinite(found.loss) else None
+    return result if math.isfinite(result.loss) else None

@@ -1,135 +1,152 @@
-"""From settings to a job for the loop: model, data, adapter, member, and a checkpoint's state put back."""
+"""Building a run from its spec: the writer of its files and the trainer, fresh or restored from a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from runner import loggers
+from runner.checkpoints.retention import RetentionPolicy
 from runner.checkpoints.save_policy import SavePolicy
-from runner.common.errors import CheckpointError, ConfigError
+from runner.checkpoints.store import CheckpointStore
+from runner.common.clock import utc_now
+from runner.common.errors import CheckpointError
 from runner.config.schema import Config
-from runner.data.order import BatchOrder, DataPosition
+from runner.data.order import BatchOrder
 from runner.models.lora import read_weights, warm_start
 from runner.reports.progress import Display
 from runner.runs.run_spec import RunSpec
-from runner.training import optimizer, plan, state_files
+from runner.training import optimizer, state_files
 from runner.training.components import Components, is_compiled
 from runner.training.dataloader import PrefetchingLoader
 from runner.training.feeding import batch_builder, fixed_batches, window_of
 from runner.training.lr_schedule import learning_rate
-from runner.training.resume import ResumePoint
-from runner.training.run_writer import RunWriter
-from runner.training.shared import SharedComponents
+from runner.training.plan import TrainingPlan
+from runner.training.resume import ResumePoint, environment_differences
+from runner.training.run_writer import RunWriter, copy_rows
 from runner.training.signals import StopSignals
-from runner.training.state_files import RunIdentity
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 from runner.training.trainer import Trainer
 
 
+def build_writer(spec: RunSpec) -> RunWriter:
+    """Build the writer of the run's files; nothing is opened or written yet."""
+    checkpoint = spec.config.checkpoint
+    return RunWriter(
+        spec.directory,
+        CheckpointStore(spec.directory.checkpoints, spec.run_id),
+        RetentionPolicy(checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every),
+        loggers.build(spec.config.loggers),
+        background=checkpoint.background,
+        backup=Path(checkpoint.backup).expanduser() if checkpoint.backup else None,
+    )
+
+
+def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
+    """Write config.yaml and status.json, and open the other files, cut to their length at the checkpoint."""
+    writer, directory, source = build_writer(spec), spec.directory, spec.source
+    in_place = source is not None and not source.branch
+    directory.write_config(spec.stored)
+    if point is not None and source is not None and source.branch:
+        copy_rows(source.run / "metrics.jsonl", directory.metrics, point.saved.written.metrics_offset)
+        copy_rows(source.run / "samples.jsonl", directory.samples, point.saved.written.samples_offset)
+    if point is not None and in_place:
+        writer.source_step = point.checkpoint.step
+    previous = directory.read_status() if directory.status.exists() else {}
+    writer.update_status(
+        run_id=spec.run_id,
+        state="running",
+        step=point.saved.progress.step if point else 0,
+        iters=spec.config.train.iters,
+        started=previous.get("started", utc_now()),
+        resumed=[*previous.get("resumed", []), utc_now()] if in_place else None,
+        parent=str(source.checkpoint) if source and source.branch else previous.get("parent"),
+        last_checkpoint=writer.source_step,
+    )
+    writer.open(point.saved.written if point else None)
+    if writer.backup:
+        writer.backup.wake()  # catches up, and reports at once if it cannot
+    return writer
+
+
 def build_trainer(
-    start: RunSpec,
-    found: ResumePoint | None,
-    parts: Components,
-    record: RunWriter,
+    spec: RunSpec,
+    point: ResumePoint | None,
+    components: Components,
+    writer: RunWriter,
     stops: StopSignals,
     display: Display,
 ) -> Trainer:
-    """The loop's job: fresh, or with the state of the checkpoint that was found."""
-    settings, data = start.config, parts.data
-    member = _member(settings, parts, record)
-    position = DataPosition()
-    for line in found.said if found else []:
-        display.line(line, "yellow")
-    if found is not None:
-        tell_differences(found, parts.identity, display)
-        state_files.restore(member, found.restored, str(found.loaded.checkpoint.path))
-        position = found.restored.position
-        display.line(f"resumed from {found.loaded.checkpoint.path} at step {member.progress.step}")
-    elif start.source is not None:
+    """Build the trainer in its initial state, or restore it from the checkpoint of `point`.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit this run.
+        ModelError: the weights of a warm start do not fit.
+    """
+    config, data = spec.config, components.data
+    params = components.adapted.params()
+    state = TrainState(params, optimizer.build_optimizer(config.optimizer, params), config.seed)
+    if point is not None:
+        _restore(state, point, components, display)
+    elif config.adapter:
+        weights = read_weights(Path(config.adapter), fitting=state.params)
+        state.params = warm_start(state.params, weights, config.adapter)
+        display.line(f"warm start from {config.adapter}")
+    if point is None and spec.source is not None:
         display.line("resumed before the first checkpoint: from the beginning")
-    if settings.adapter and found is None:
-        member.params = warm_start(
-            member.params, read_weights(Path(settings.adapter), fitting=member.params), settings.adapter
-        )
-        display.line(f"warm start from {settings.adapter}")
-    forward, trunks = parts.forward, parts.caches
-    t = settings.train
-    window = found.restored.window if found is not None else None
-    order = BatchOrder(data.train.lengths, t.batch_size, settings.seed, window or window_of(forward, settings))
-    if found is not None and position.batch >= order.batches_per_epoch:
+    train = config.train
+    window = (point.saved.window if point else None) or window_of(components.forward, config)
+    order = BatchOrder(data.train.lengths, train.batch_size, config.seed, window)
+    if point is not None and state.position.batch >= order.batches_per_epoch:
         raise CheckpointError(
-            f"{found.loaded.checkpoint.path} stands at batch {position.batch}, and an epoch has "
-            f"{order.batches_per_epoch}: its position is damaged."
+            f"{point.checkpoint.path} is damaged: its position is batch {state.position.batch} of an epoch of "
+            f"{order.batches_per_epoch}."
         )
+    builder = batch_builder(data.train, config, components.caches)
     return Trainer(
-        plan=plan.TrainingPlan(
-            iters=t.iters,
-            report_every=t.report_every,
-            eval_every=t.eval_every,
-            evaluates=len(data.valid) > 0,
-            stop_at=start.stop_at,
-            patience=t.early_stopping.patience,
-            min_delta=t.early_stopping.min_delta,
-        ),
-        saves=SavePolicy(settings.checkpoint.every, settings.checkpoint.every_minutes),
-        members=[member],
-        position=position,
+        plan=_plan(spec, has_validation=len(data.valid) > 0),
+        save_policy=SavePolicy(config.checkpoint.every, config.checkpoint.every_minutes),
+        learning_rate=lambda update: _learning_rate(config, update),
+        components=components,
+        state=state,
         order=order,
-        batches=PrefetchingLoader(batch_builder(data.train, settings, trunks), order, t.grad_accumulation, t.prefetch),
-        valid_batches=fixed_batches(data.valid, settings, trunks),
-        adapted=parts.adapted,
-        forward=forward,
-        step=TrainStep(parts.adapted, forward, grad_clip=t.grad_clip, compiled=is_compiled(settings)),
-        identity=parts.identity,
-        baseline=parts.baseline,
+        batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch),
+        valid_batches=fixed_batches(data.valid, config, components.caches),
+        step=TrainStep(components.adapted, components.forward, grad_clip=train.grad_clip, compiled=is_compiled(config)),
+        writer=writer,
         stops=stops,
         display=display,
     )
 
 
-def _member(settings: Config, parts: Components, record: RunWriter) -> TrainState:
-    params = parts.adapted.params()
-    o, s = settings.optimizer, settings.schedule
-    iters = s.iters or settings.train.iters
-
-    def rate(update: int) -> float:
-        return learning_rate(update, name=s.name, peak=o.learning_rate, iters=iters, warmup=s.warmup, end=s.end or 0.0)
-
-    return TrainState(params, optimizer.build_optimizer(o, params), rate, settings.seed, record)
+def _restore(state: TrainState, point: ResumePoint, components: Components, display: Display) -> None:
+    path = point.checkpoint.path
+    for line in [*point.messages, *environment_differences(point.saved.identity, components.identity)]:
+        display.line(line, "yellow")
+    state_files.restore(state, point.saved, str(path))
+    display.line(f"resumed from {path} at step {state.progress.step}")
 
 
-def require_same_inputs(settings: Config, found: ResumePoint, shared: SharedComponents, stops: StopSignals) -> None:
-    """Load the model and the data, or take them from what is shared, and refuse others than the checkpoint's.
-
-    Raises:
-        ConfigError: with the fingerprints. ModelError, DataError: they cannot be loaded.
-        Interrupted: a stop was asked for meanwhile.
-    """
-    base = shared.base(settings.model)
-    data, _ = shared.data(settings.data, base, stops.check)
-    then = found.restored.identity.fingerprints
-    now = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
-    words = {
-        "model": "the base model has other weights",
-        "data_train": "the training data are others",
-        "data_valid": "the validation data are others",
-    }
-    problems = [
-        f"{text}: fingerprint {then.get(name, 'none')[:16]} then, {now[name][:16]} now."
-        for name, text in words.items()
-        if then.get(name) != now[name]
-    ]
-    if problems:
-        problems.append("To train on them from here: adapter=RUN/adapters starts a new run from these weights.")
-        raise ConfigError(f"{found.loaded.checkpoint.path} cannot go on here:\n" + "\n".join(problems))
+def _plan(spec: RunSpec, *, has_validation: bool) -> TrainingPlan:
+    train = spec.config.train
+    return TrainingPlan(
+        iters=train.iters,
+        report_every=train.report_every,
+        eval_every=train.eval_every,
+        evaluates=has_validation,
+        stop_at=spec.stop_at,
+        patience=train.early_stopping.patience,
+        min_delta=train.early_stopping.min_delta,
+    )
 
 
-def tell_differences(found: ResumePoint, now_: RunIdentity, display: Display) -> None:
-    """Name what may change bits."""
-    then = found.restored.identity
-    for name, value in now_.environment.items():
-        if then.environment.get(name) != value:
-            display.line(
-                f"bits may differ from an uninterrupted run: {name} was {then.environment.get(name)}, is {value}",
-                "yellow",
-            )
+def _learning_rate(config: Config, update: int) -> float:
+    schedule = config.schedule
+    return learning_rate(
+        update,
+        name=schedule.name,
+        peak=config.optimizer.learning_rate,
+        iters=schedule.iters or config.train.iters,
+        warmup=schedule.warmup,
+        end=schedule.end or 0.0,
+    )

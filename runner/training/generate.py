@@ -1,4 +1,4 @@
-"""Answers generated for held-out rows, greedily and in batches, and scored by the data set's own metric."""
+"""Answers to held-out rows, generated greedily in batches and scored by the data set's metric."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runner.data.formats import EncodeOptions
 from runner.data.metrics import Metric
 
 BATCH_SIZE = 32
-"""Rows decoded at once: what a step costs hardly grows up to here on the CPU."""
+"""Rows decoded at once. On the CPU, the cost of a decoding step hardly grows up to this size."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GenerationResult:
     score: float
     """Mean score."""
     tokens: int
+    """Generated tokens."""
     seconds: float
 
 
@@ -47,34 +48,37 @@ def generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     rows: Sequence[Mapping[str, Any]],
-    reading: EncodeOptions,
+    options: EncodeOptions,
     metric: Metric,
     *,
     max_tokens: int,
-    each: Callable[[], None] = lambda: None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> GenerationResult:
-    """Greedy answers to `rows` and their mean score; `each` is called before every decoding step and may raise."""
-    begun = time.perf_counter()
+    """Generate greedy answers to `rows` and score them.
+
+    `before_step` is called before every decoding step and may raise to stop.
+    """
+    start = time.perf_counter()
     model.eval()
     encoder = TextEncoder(tokenizer)
-    asked = [question(row, reading) for row in rows]
-    prompts = [_prompt_tokens(turns, row, encoder, reading) for (turns, _), row in zip(asked, rows, strict=True)]
-    tokens = _decode(model, tokenizer, prompts, max_tokens, each)
+    questions = [split_row(row, options) for row in rows]
+    prompts = [_encode_prompt(turns, row, encoder, options) for (turns, _), row in zip(questions, rows, strict=True)]
+    token_ids = _decode(model, tokenizer, prompts, max_tokens, before_step)
     answers = []
-    for i, (row, (turns, expected), made) in enumerate(zip(rows, asked, tokens, strict=True)):
-        text = tokenizer.decode(made)
-        answers.append(Answer(i, turns[-1]["content"], expected, text, metric.score(row, text)))
-    score = sum(a.score for a in answers) / max(1, len(answers))
-    return GenerationResult(answers, score, sum(len(t) for t in tokens), time.perf_counter() - begun)
+    for index, (row, (turns, expected), ids) in enumerate(zip(rows, questions, token_ids, strict=True)):
+        text = tokenizer.decode(ids)
+        answers.append(Answer(index, turns[-1]["content"], expected, text, metric.score(row, text)))
+    score = sum(answer.score for answer in answers) / max(1, len(answers))
+    return GenerationResult(answers, score, sum(map(len, token_ids)), time.perf_counter() - start)
 
 
-def question(row: Mapping[str, Any], reading: EncodeOptions) -> tuple[list[dict[str, Any]], str]:
-    """The turns that ask, and the expected answer: of a chat, all before the last assistant turn.
+def split_row(row: Mapping[str, Any], options: EncodeOptions) -> tuple[list[dict[str, Any]], str]:
+    """Split a row into the turns of the question and the expected answer, in a chat the last assistant turn.
 
     Raises:
-        DataError: the row has no question and answer (plain text).
+        DataError: the row has no question and answer, such as plain text.
     """
-    keys = reading.keys
+    keys = options.keys
     if keys.prompt in row and keys.completion in row:
         return [{"role": "user", "content": row[keys.prompt]}], row[keys.completion]
     messages = row.get(keys.messages) or []
@@ -87,10 +91,10 @@ def question(row: Mapping[str, Any], reading: EncodeOptions) -> tuple[list[dict[
     )
 
 
-def _prompt_tokens(
-    turns: list[dict[str, Any]], row: Mapping[str, Any], encoder: TextEncoder, reading: EncodeOptions
+def _encode_prompt(
+    turns: list[dict[str, Any]], row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptions
 ) -> list[int]:
-    if encoder.has_template and reading.chat_template:
+    if encoder.has_template and options.chat_template:
         return encoder.chat(turns, row.get("tools"), prompt=True)
     return encoder.encode(turns[-1]["content"])
 
@@ -100,11 +104,11 @@ def _decode(
     tokenizer: TokenizerWrapper,
     prompts: list[list[int]],
     max_tokens: int,
-    each: Callable[[], None],
+    before_step: Callable[[], None],
 ) -> list[list[int]]:
-    # Rows of near lengths are decoded together; the order of the answers is that of the prompts.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    made: list[list[int]] = [[] for _ in prompts]
+    """Generate a continuation of each prompt; prompts of similar length are decoded together."""
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    generated: list[list[int]] = [[] for _ in prompts]
     generator = BatchGenerator(
         model,
         stop_tokens=[[token] for token in sorted(tokenizer.eos_token_ids)],
@@ -112,14 +116,14 @@ def _decode(
         prefill_batch_size=BATCH_SIZE,
     )
     try:
-        ids = generator.insert([prompts[i] for i in order], [max_tokens] * len(prompts))
-        place = dict(zip(ids, order, strict=True))
-        each()
+        ids = generator.insert([prompts[i] for i in by_length], [max_tokens] * len(prompts))
+        prompt_of = dict(zip(ids, by_length, strict=True))
+        before_step()
         while responses := generator.next_generated():
-            each()
+            before_step()
             for response in responses:
                 if response.finish_reason != "stop":
-                    made[place[response.uid]].append(response.token)
+                    generated[prompt_of[response.uid]].append(response.token)
     finally:
         generator.close()
-    return made
+    return generated

@@ -1,13 +1,31 @@
-"""What is due after an update: a pure function of the step and the plan."""
+"""When a run reports, evaluates and stops: pure functions of its progress and its plan."""
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
+from enum import Enum
+
+
+class StopReason(Enum):
+    """Why training ended. The values are what status.json and the manifests of checkpoints hold."""
+
+    FINISHED = "finished"
+    EARLY_STOPPING = "early stopping"
+    STOP_AT = "stop_at"
+    SIGTERM = "SIGTERM"
+    SIGINT = "SIGINT"
+    SIGHUP = "SIGHUP"
+
+    @property
+    def is_completion(self) -> bool:
+        """Whether the run is complete; after any other reason it can be resumed."""
+        return self in (StopReason.FINISHED, StopReason.EARLY_STOPPING)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """When things happen, in updates."""
+    """How long a run trains and when it reports and evaluates, in updates."""
 
     iters: int
     report_every: int
@@ -16,24 +34,31 @@ class TrainingPlan:
     """Whether there is a validation set."""
     stop_at: int | None = None
     patience: int | None = None
+    """Consecutive bad evaluations that stop the run early."""
     min_delta: float = 0.0
+    """An evaluation is bad unless the loss falls by more than this."""
 
 
 def is_report_due(step: int, plan: TrainingPlan) -> bool:
-    """Whether the training loss is reported after `step`."""
+    """Return whether the training loss is reported after `step`: every `report_every` updates and at the end."""
     return step % plan.report_every == 0 or step == plan.iters
 
 
 def is_evaluation_due(step: int, plan: TrainingPlan) -> bool:
-    """Whether an evaluation follows `step`: every `eval_every` updates and at the end."""
+    """Return whether the run evaluates after `step`: every `eval_every` updates and at the end."""
     return plan.evaluates and (step % plan.eval_every == 0 or step == plan.iters)
 
 
-def is_better(loss: float, best: float | None, min_delta: float = 0.0) -> bool:
-    """Whether `loss` beats `best` by more than `min_delta`; the first one does."""
-    return best is None or loss < best - min_delta
-
-
-def is_out_of_patience(bad_evaluations: int, plan: TrainingPlan) -> bool:
-    """Whether the patience is used up."""
-    return plan.patience is not None and bad_evaluations >= plan.patience
+def stop_reason(
+    step: int, bad_evaluations: int, plan: TrainingPlan, received: signal.Signals | None = None
+) -> StopReason | None:
+    """Return why the run ends after `step`, or None if it continues; a signal takes precedence."""
+    if received is not None:
+        return StopReason(received.name)
+    if step >= plan.iters:
+        return StopReason.FINISHED
+    if plan.patience is not None and bad_evaluations >= plan.patience:
+        return StopReason.EARLY_STOPPING
+    if plan.stop_at is not None and step >= plan.stop_at:
+        return StopReason.STOP_AT
+    return None

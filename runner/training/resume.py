@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may: verified, of this run, with settings that still fit."""
+"""Which checkpoint a run resumes from, and whether it may: it verifies, is of this run, and its inputs are the same."""
 
 from __future__ import annotations
 
@@ -10,136 +10,204 @@ from typing import Any
 
 from runner.checkpoints import mirror, verify
 from runner.checkpoints.store import CheckpointStore
-from runner.checkpoints.verify import LoadedCheckpoint
+from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint
 from runner.common.atomic_io import repair_replaced_folder
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
 from runner.config import resume_policy, schema, validation
-from runner.runs.directory import RunDirectory
+from runner.config.schema import Config
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
-from runner.training.state_files import SavedState
+from runner.training.shared import SharedComponents
+from runner.training.signals import StopSignals
+from runner.training.state_files import RunIdentity, SavedState
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
-    loaded: LoadedCheckpoint
-    restored: SavedState
-    said: list[str]
-    changed: bool
-    """Whether settings differ from the stored ones."""
-
-
-def is_done(start: RunSpec, found: ResumePoint | None) -> bool:
-    """Whether a finished run was resumed as it is: there is nothing to load a model for."""
-    if found is None or found.changed or start.source is None or start.source.branch:
-        return False
-    return bool(start.directory.read_status().get("ended") and start.directory.read_status()["state"] == "finished")
+    checkpoint: CheckpointRecord
+    saved: SavedState
+    messages: list[str]
+    """What was repaired, skipped as damaged, or changed in the config."""
+    config_changed: bool
 
 
-def find_resume_point(start: RunSpec) -> ResumePoint | None:
-    """The verified checkpoint to go on from, None for a fresh start; changed settings are judged here.
+def find_resume_point(spec: RunSpec) -> ResumePoint | None:
+    """Return the verified checkpoint to resume from; None if the run starts from the beginning.
+
+    A run that resumes in its own directory keeps its run id: `spec.run_id` is set.
 
     Raises:
-        CheckpointError: there were checkpoints and none is valid, or the one that was named is damaged.
-        ConfigError: a frozen setting was changed, on the line or in config.yaml.
+        CheckpointError: there are checkpoints and none is valid, or the one that was named is damaged.
+        ConfigError: a frozen setting changed, in the overrides or in config.yaml.
     """
-    if start.source is None:
+    if spec.source is None:
         return None
-    _judge_changes(start, 0)  # first, since where the checkpoints lie is a setting too
-    said: list[str] = []
-    if start.source.checkpoint is not None:
-        loaded = verify.load_checkpoint(start.source.checkpoint, FileSystem())
-        restored = state_files.read_state(loaded)
+    previous = _previous_config(spec)
+    _changed_settings(spec, previous, step=0)  # before the checkpoints are read: their folder is a setting too
+    messages: list[str] = []
+    if spec.source.checkpoint is not None:
+        loaded = verify.load_checkpoint(spec.source.checkpoint, FileSystem())
+        saved = state_files.read_state(loaded)
     else:
-        start.run_id, loaded_, said = _newest(start)
-        if loaded_ is None:
+        spec.run_id = _stored_run_id(spec)
+        newest, messages = _newest_valid(spec)
+        if newest is None:
             return None
-        loaded, restored = loaded_, state_files.read_state(loaded_)
-    changes = _judge_changes(start, restored.progress.step)
-    _judge_edits(start, restored)
-    return ResumePoint(loaded, restored, [*said, *changes], changed=bool(changes))
+        loaded, saved = newest
+    changes = _changed_settings(spec, previous, saved.progress.step)
+    _refuse_edited_config(spec, saved)
+    return ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
 
 
-def _newest(start: RunSpec) -> tuple[str, LoadedCheckpoint | None, list[str]]:
-    directory = start.directory
-    status = directory.read_status()
-    run_id = status.get("run_id")
-    if not isinstance(run_id, str):  # status.json is lost: the checkpoints know whose they are
-        kept = CheckpointStore(directory.checkpoints, "").checkpoints()
-        if len({c.run_id for c in kept}) > 1:
-            raise CheckpointError(
-                f"{directory.status} is lost, and the checkpoints are of several runs: "
-                + ", ".join(f"{c.path.name} of {c.run_id}" for c in kept)
-                + f". Name the one to go on from: resume={shlex.quote(str(kept[-1].path))}"
-            )
-        run_id = kept[-1].run_id if kept else start.run_id
-    store = CheckpointStore(directory.checkpoints, run_id)
+def is_already_finished(spec: RunSpec, point: ResumePoint) -> bool:
+    """Return whether a finished run is resumed without changes, so that nothing is left to train."""
+    if point.config_changed or spec.source is None or spec.source.branch:
+        return False
+    status = spec.directory.read_status()
+    return bool(status.get("ended")) and status["state"] == "finished"
+
+
+def require_same_inputs(config: Config, point: ResumePoint, shared: SharedComponents, stops: StopSignals) -> None:
+    """Load the model and the data, or reuse the shared ones, and refuse them if the checkpoint was trained on others.
+
+    Raises:
+        ConfigError: a fingerprint differs.
+        ModelError, DataError: they cannot be loaded.
+        StopRequested: a stop signal arrived meanwhile.
+    """
+    base = shared.base(config.model)
+    data, _ = shared.data(config.data, base, stops.check)
+    saved = point.saved.identity.fingerprints
+    current = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
+    problems = {
+        "model": "the base model has other weights",
+        "data_train": "the training data changed",
+        "data_valid": "the validation data changed",
+    }
+    lines = [
+        f"{problem}: the fingerprint was {saved.get(name, 'none')[:16]} and is {current[name][:16]}."
+        for name, problem in problems.items()
+        if saved.get(name) != current[name]
+    ]
+    if lines:
+        lines.append("To start a new run on them from these weights: adapter=RUN/adapters.")
+        raise ConfigError(f"{point.checkpoint.path} cannot be resumed:\n" + "\n".join(lines))
+
+
+def environment_differences(saved: RunIdentity, current: RunIdentity) -> list[str]:
+    """Return a line for each difference that may change the last digits of results."""
+    return [
+        f"results may differ in the last digits from an uninterrupted run: "
+        f"{name} was {saved.environment.get(name)}, is {value}"
+        for name, value in current.environment.items()
+        if saved.environment.get(name) != value
+    ]
+
+
+def _stored_run_id(spec: RunSpec) -> str:
+    """Return the id of the run in `spec.directory`; if status.json is lost, the checkpoints know it."""
+    run_id = spec.directory.read_status().get("run_id")
+    if isinstance(run_id, str):
+        return run_id
+    checkpoints = CheckpointStore(spec.directory.checkpoints, "").checkpoints()
+    if len({checkpoint.run_id for checkpoint in checkpoints}) > 1:
+        names = ", ".join(f"{checkpoint.path.name} of {checkpoint.run_id}" for checkpoint in checkpoints)
+        raise CheckpointError(
+            f"{spec.directory.status} is lost, and the checkpoints are of several runs: {names}. "
+            f"Name the one to resume from: resume={shlex.quote(str(checkpoints[-1].path))}"
+        )
+    return checkpoints[-1].run_id if checkpoints else spec.run_id
+
+
+def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | None, list[str]]:
+    """Return the run's newest valid checkpoint with its decoded state, and messages about repairs and damage."""
+    directory = spec.directory
+    store = CheckpointStore(directory.checkpoints, spec.run_id)
     repair_replaced_folder(directory.result, FileSystem())
-    said = store.repair()
-    loaded, wrong = store.newest_valid(check=state_files.read_state)  # type: ignore[arg-type]
-    if loaded is None and (wrong or status.get("last_checkpoint")):
-        wrong = wrong or [f"{directory.checkpoints}: step {status['last_checkpoint']} was saved and is gone"]
+    messages = store.repair()
+    decoded: list[SavedState] = []
+    loaded, damage = store.newest_valid(check=lambda loaded: decoded.append(state_files.read_state(loaded)))
+    if loaded is not None:
+        return (loaded, decoded[-1]), [*messages, *(f"damaged, not used: {line}" for line in damage)]
+    last_step = directory.read_status().get("last_checkpoint")
+    if not damage and last_step:
+        damage = [f"{directory.checkpoints}: step {last_step} was saved and is gone"]
+    if damage:
         raise CheckpointError(
             "\n".join(
                 [
-                    *wrong,
-                    f"No checkpoint of {directory.path} is valid, and a run never starts over in silence.",
+                    *damage,
+                    f"No checkpoint of {directory.path} is valid, and a run never starts over silently.",
+                    *_backup_commands(spec),
+                    "To train again with the same settings: "
+                    f"python -m runner repeat={shlex.quote(str(directory.path))}",
                 ]
             )
-            + _backup_of(start, run_id)
-            + f"\nTo train anew with its settings: python -m runner repeat={shlex.quote(str(directory.path))}"
         )
-    if loaded is not None:
-        said += [f"damaged, not used: {line}" for line in wrong]
-    return run_id, loaded, said
+    return None, messages
 
 
-def _backup_of(start: RunSpec, run_id: str) -> str:
-    root = start.config.checkpoint.backup
-    found = mirror.find_backup(Path(root).expanduser(), run_id) if root else None
-    return f"\nIts backup may go on: python -m runner resume={shlex.quote(str(found))}" if found else ""
+def _backup_commands(spec: RunSpec) -> list[str]:
+    root = spec.config.checkpoint.backup
+    backup = mirror.find_backup(Path(root).expanduser(), spec.run_id) if root else None
+    return [f"To resume from its backup: python -m runner resume={shlex.quote(str(backup))}"] if backup else []
 
 
-def _judge_changes(start: RunSpec, step: int) -> list[str]:
-    assert start.source is not None
-    where = start.source.run / "config.yaml"
-    raw = RunDirectory(start.source.run).read_config()
-    stored = schema.from_dict(_resolved(raw, start.stored, schema.to_dict(start.config)), str(where))
-    changed = resume_policy.changes_on_resume(validation.fill_defaults(stored), start.config, step)
-    now = _named(start.stored)  # what comes from the environment is named, not shown
-    return [f"changed on resume: {name} {old} -> {now[name]}" for name, (old, _) in sorted(changed.items())]
+def _previous_config(spec: RunSpec) -> Config:
+    """Return the config that the source run has stored, with values of the environment resolved as in this run."""
+    assert spec.source is not None
+    resolved = _resolve_environment(spec.source.config, spec.stored, schema.to_dict(spec.config))
+    return validation.fill_defaults(schema.from_dict(resolved, str(spec.source.run / "config.yaml")))
 
 
-def _resolved(raw: Mapping[str, Any], now: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw`, stored settings, with the value that it has now in place of each ${oc.env:…} that stands in both."""
-    found: dict[str, Any] = {}
-    for key, value in raw.items():
-        same = isinstance(value, str) and "${oc.env:" in value and now.get(key) == value
-        inside = isinstance(value, Mapping) and isinstance(now.get(key), Mapping)
-        found[key] = _resolved(value, now[key], values[key]) if inside else values[key] if same else value
-    return found
+def _resolve_environment(
+    previous: Mapping[str, Any], stored: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Replace each ${oc.env:…} in `previous` that this run's config has too by the value that it has now."""
+    resolved: dict[str, Any] = {}
+    for key, value in previous.items():
+        if isinstance(value, Mapping) and isinstance(stored.get(key), Mapping):
+            resolved[key] = _resolve_environment(value, stored[key], values[key])
+        elif isinstance(value, str) and "${oc.env:" in value and stored.get(key) == value:
+            resolved[key] = values[key]
+        else:
+            resolved[key] = value
+    return resolved
 
 
-def _judge_edits(start: RunSpec, restored: SavedState) -> None:
-    """Refuse a config.yaml that was edited or an environment that changed: the checkpoint knows its settings too."""
-    then, now = restored.identity.hyperparameters, _named(start.stored)
+def _changed_settings(spec: RunSpec, previous: Config, step: int) -> list[str]:
+    """Return a line for each changed setting. Raises ConfigError for a change that a resume at `step` does not allow."""
+    changes = resume_policy.changes_on_resume(previous, spec.config, step)
+    written = _flatten_stored(spec.stored)  # values from the environment are shown as they are written
+    return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changes.items())]
+
+
+def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
+    """Refuse a config.yaml that was edited and an environment that changed; the checkpoint has its config too.
+
+    Raises:
+        ConfigError: a frozen setting differs from the checkpoint's.
+    """
+    then, now = saved.identity.hyperparameters, _flatten_stored(spec.stored)
     frozen = [name for name in now if not resume_policy.is_free_on_resume(name)]
     known = [name for name in frozen if name in then]  # another version may have other settings
     problems = [f"{name} was {then[name]} and cannot become {now[name]}." for name in known if then[name] != now[name]]
     if problems:
-        problems.append(f"So it was when step {restored.progress.step} was saved; config.yaml was changed since.")
-    taken = [f"{name}={now[name]}" for name in known if "${oc.env:" in str(now[name])]
-    same = resume_policy.frozen_fingerprint(start.config) == restored.identity.fingerprints.get("config")
-    if taken and known == frozen and not problems and not same:
-        problems.append(f"The environment is another than when the run was started: {', '.join(taken)} cannot change.")
+        problems.append(f"Step {saved.progress.step} was saved with the former value; config.yaml was edited since.")
+    from_environment = [f"{name}={now[name]}" for name in known if "${oc.env:" in str(now[name])]
+    same = resume_policy.frozen_fingerprint(spec.config) == saved.identity.fingerprints.get("config")
+    if from_environment and known == frozen and not problems and not same:
+        problems.append(
+            f"The environment changed since the run was started: {', '.join(from_environment)} cannot change."
+        )
     if problems:
         raise ConfigError("\n".join([*problems, "A new run with changed settings: repeat=RUN."]))
 
 
-def _named(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted name to value as config.yaml holds it; the options of the loggers are one value."""
+def _flatten_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted name to value as in config.yaml; the options of the loggers are one value."""
     flat = schema.flatten_dict({key: value for key, value in stored.items() if key != "loggers"})
     return flat | {"loggers": stored.get("loggers", {})}

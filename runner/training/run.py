@@ -1,18 +1,14 @@
-"""One run from its start to its end: load, put the state back, train, write the result, say what came of it."""
+"""One run from start to end: prepare, load, train, finalize, close."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import closing, contextmanager, suppress
 
 import mlx.core as mx
 
-from runner import loggers
 from runner.backends.cpu.blas import BlasReport
-from runner.checkpoints.retention import RetentionPolicy
-from runner.checkpoints.store import CheckpointStore
 from runner.common.clock import utc_now
 from runner.common.errors import Diverged, RunnerError, StorageError
 from runner.models.device import on_cpu
@@ -21,171 +17,155 @@ from runner.reports.progress import Display
 from runner.runs.inspect import objective_value
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
-from runner.training.build import build_trainer, require_same_inputs
+from runner.training.answers import record_answers_before_training
+from runner.training.build import build_trainer, build_writer, open_writer
 from runner.training.components import load_components, release_frozen_blocks
-from runner.training.finalize import finalize, finish_backup, generate_samples
-from runner.training.resume import ResumePoint, find_resume_point, is_done
-from runner.training.run_writer import RunWriter, copy_rows
+from runner.training.finalize import finalize, finish_backup
+from runner.training.resume import ResumePoint, find_resume_point, is_already_finished, require_same_inputs
+from runner.training.run_writer import RunWriter
 from runner.training.shared import SharedComponents
 from runner.training.signals import StopRequested, StopSignals
-from runner.training.train_state import Progress
-from runner.training.trainer import train
 
 
-def run(start: RunSpec, blas: BlasReport, shared: SharedComponents | None = None) -> float | None:
-    """Train what `start` describes, in its directory; returns the objective, where there is one.
+def run(spec: RunSpec, blas: BlasReport, shared: SharedComponents | None = None) -> float | None:
+    """Train the run that `spec` describes, in its directory, and return its objective if it has one.
 
-    Jobs of a sweep in one process hand in what they share.
+    Jobs of a sweep in one process pass the components that they share.
 
     Raises:
-        RunnerError: with the documented exit code; the run's status says why it ended.
-        SystemExit: 128 + the signal's number, after a stop by a signal.
+        RunnerError: with the documented exit code; status.json has the reason.
+        SystemExit: 128 + the signal's number, after a stop signal.
     """
-    directory = start.directory
-    directory.lock()
+    spec.directory.lock()
     try:
         with StopSignals() as stops:
-            found = find_resume_point(start)
-            if is_done(start, found):
-                again = shlex.quote(str(directory.path))
-                print(f"{directory.path} is finished; nothing is left to do. A new run like it: repeat={again}")
-                if backup := _make_record(start).backup:  # what its end may not have waited for
-                    print(*finish_backup(backup, stops), sep="\n")
-                return _objective(start, found.restored.progress) if found else None
-            together = shared or SharedComponents()
-            if found:
-                with ended_by(stops):
-                    require_same_inputs(start.config, found, together, stops)  # a resume that is refused writes nothing
-            record = open_record(start, found)
-            try:
-                return _train(start, blas, found, record, stops, together, alone=shared is None)
-            except RunnerError as error:
-                error.args = (start.redacted(str(error)),)
-                kind = "diverged" if isinstance(error, Diverged) else "failed"
-                with suppress(StorageError):  # a full disk refuses the status as well: what failed first is told
-                    record.status(state=kind, reason=str(error), ended=utc_now())
-                raise
-            except (Exception, SystemExit) as error:
-                if not isinstance(error, SystemExit):
-                    with suppress(StorageError):
-                        record.status(
-                            state="failed", reason=start.redacted(f"{type(error).__name__}: {error}"), ended=utc_now()
-                        )
-                raise
-            finally:
-                record.close()
-                if shared is None:
-                    together.close()
+            point = find_resume_point(spec)
+            if point is not None and is_already_finished(spec, point):
+                _print_finished(spec, stops)
+                return _objective(spec, point.saved.progress.best_loss)
+            if shared is not None:
+                return _run(spec, blas, point, stops, shared, is_job=True)
+            with closing(SharedComponents()) as own_components:
+                return _run(spec, blas, point, stops, own_components, is_job=False)
     finally:
-        directory.unlock()
+        spec.directory.unlock()
+
+
+def _run(
+    spec: RunSpec,
+    blas: BlasReport,
+    point: ResumePoint | None,
+    stops: StopSignals,
+    shared: SharedComponents,
+    *,
+    is_job: bool,
+) -> float | None:
+    if point is not None:
+        with _exit_on_stop(stops):
+            require_same_inputs(spec.config, point, shared, stops)  # a refused resume writes nothing
+    with closing(open_writer(spec, point)) as writer, _failure_recorded(spec, writer):
+        best_loss = _train(spec, blas, point, stops, shared, writer, is_job=is_job)
+        if stops.signal is not None:
+            raise SystemExit(128 + stops.signal)
+        return _objective(spec, best_loss)
+
+
+def _train(
+    spec: RunSpec,
+    blas: BlasReport,
+    point: ResumePoint | None,
+    stops: StopSignals,
+    shared: SharedComponents,
+    writer: RunWriter,
+    *,
+    is_job: bool,
+) -> float | None:
+    """Load, train and finalize; return the best validation loss."""
+    config = spec.config
+    with _mlx_memory(config.train.cache_limit_gb), _open_display(spec) as display:
+        if blas.advice:
+            display.line(blas.advice, "yellow")
+        with _exit_on_stop(stops, writer):
+            components = load_components(config, spec.stored, blas, shared, display, stops)
+        try:
+            if not is_job:
+                release_frozen_blocks(config, components, display)
+            trainer = build_trainer(spec, point, components, writer, stops, display)
+            with (
+                closing(trainer.batches),
+                checkpointed(components.adapted.model.layers, config.train.grad_checkpoint),
+            ):
+                record_answers_before_training(trainer, config.data)
+                display.begin(trainer.state.progress.step, spec.stop_at)
+                stop = trainer.train()
+            display.stop()
+            finalize(trainer, spec, stop)
+            return trainer.state.progress.best_loss
+        finally:
+            components.adapted.remove()
+
+
+def _print_finished(spec: RunSpec, stops: StopSignals) -> None:
+    """Say that a finished run has nothing left to do; only its backup may be behind."""
+    path = spec.directory.path
+    print(f"{path} is finished; nothing is left to do. A new run like it: repeat={shlex.quote(str(path))}")
+    if backup := build_writer(spec).backup:
+        print(*finish_backup(backup, stops), sep="\n")
+
+
+def _objective(spec: RunSpec, best_loss: float | None) -> float | None:
+    return objective_value(read_rows(spec.directory.metrics), best_loss, spec.config.objective.metric)
+
+
+def _open_display(spec: RunSpec) -> Display:
+    return Display(
+        spec.directory.log,
+        spec.config.train.iters,
+        lambda: mx.get_peak_memory() / 1e9,
+        label=spec.label,
+        redact=spec.redacted,
+    )
 
 
 @contextmanager
-def ended_by(stops: StopSignals, record: RunWriter | None = None) -> Iterator[None]:
-    """Ends the process as after any stop where one was asked for before the first update; `record` keeps why."""
+def _exit_on_stop(stops: StopSignals, writer: RunWriter | None = None) -> Iterator[None]:
+    """Exit as after any stop if a signal arrives before training; a writer records it in the status."""
     try:
         yield
     except StopRequested:
         assert stops.signal is not None
-        if record:
-            record.status(state="stopped", reason=stops.signal.name, ended=utc_now())
+        if writer is not None:
+            writer.update_status(state="stopped", reason=stops.signal.name, ended=utc_now())
         raise SystemExit(128 + stops.signal) from None
 
 
-def open_record(start: RunSpec, found: ResumePoint | None) -> RunWriter:
-    """The files of the run: config.yaml and status.json written, row files cut to what the checkpoint saw."""
-    settings, directory = start.config, start.directory
-    record = _make_record(start)
-    directory.write_config(start.stored)
-    restored = found.restored if found else None
-    if found and start.source and start.source.branch:
-        assert restored is not None
-        copy_rows(start.source.run / "metrics.jsonl", directory.metrics, restored.metrics_offset)
-        copy_rows(start.source.run / "samples.jsonl", directory.samples, restored.samples_offset)
-    if found and start.source and not start.source.branch:
-        record.source_step = found.loaded.checkpoint.step
-    before = directory.read_status() if directory.status.exists() else {}
-    record.status(
-        run_id=start.run_id,
-        state="running",
-        step=restored.progress.step if restored else 0,
-        iters=settings.train.iters,
-        started=before.get("started", utc_now()),
-        resumed=[*before.get("resumed", []), utc_now()] if start.source and not start.source.branch else None,
-        parent=str(start.source.checkpoint) if start.source and start.source.branch else before.get("parent"),
-        last_checkpoint=found.loaded.checkpoint.step if found and record.source_step is not None else None,
-    )
-    record.open(*((restored.metrics_offset, restored.samples_offset, restored.seconds) if restored else ()))
-    if record.backup:
-        record.backup.wake()  # catches up, and tells at once where it cannot
-    return record
+@contextmanager
+def _failure_recorded(spec: RunSpec, writer: RunWriter) -> Iterator[None]:
+    """Record an error in status.json, with values from the environment redacted, and raise it again."""
+    try:
+        yield
+    except Exception as error:
+        state, reason = "failed", spec.redacted(f"{type(error).__name__}: {error}")
+        if isinstance(error, RunnerError):
+            state, reason = "diverged" if isinstance(error, Diverged) else "failed", spec.redacted(str(error))
+            error.args = (reason,)
+        with suppress(StorageError):  # a full disk refuses the status as well: the first error is reported
+            writer.update_status(state=state, reason=reason, ended=utc_now())
+        raise
 
 
-def _make_record(start: RunSpec) -> RunWriter:
-    """What a run leaves behind; nothing is opened or written yet."""
-    chosen = start.config.checkpoint
-    return RunWriter(
-        start.directory,
-        CheckpointStore(start.directory.checkpoints, start.run_id),
-        RetentionPolicy(chosen.keep_last, chosen.keep_best, chosen.keep_every),
-        loggers.build(start.config.loggers),
-        background=chosen.background,
-        backup=Path(chosen.backup).expanduser() if chosen.backup else None,
-    )
-
-
-def _train(
-    start: RunSpec,
-    blas: BlasReport,
-    found: ResumePoint | None,
-    record: RunWriter,
-    stops: StopSignals,
-    shared: SharedComponents,
-    *,
-    alone: bool,
-) -> float | None:
-    settings = start.config
+@contextmanager
+def _mlx_memory(cache_limit_gb: float | None) -> Iterator[None]:
+    """Count the peak memory of this run alone, limit MLX's cache of freed buffers, and empty it at the end."""
     mx.reset_peak_memory()
-    limit = settings.train.cache_limit_gb
-    former = mx.set_cache_limit(int(limit * 1e9)) if limit is not None else None
+    previous = mx.set_cache_limit(int(cache_limit_gb * 1e9)) if cache_limit_gb is not None else None
     if not on_cpu():
         from mlx_lm.utils import maybe_set_recommended_wired_limit
 
         maybe_set_recommended_wired_limit()
-    with Display(
-        start.directory.log,
-        settings.train.iters,
-        lambda: mx.get_peak_memory() / 1e9,
-        label=start.label,
-        redact=start.redacted,
-    ) as display:
-        for line in [blas.advice] if blas.advice else []:
-            display.line(line, "yellow")
-        with ended_by(stops, record):
-            parts = load_components(settings, start.stored, blas, shared, display, stops)
-        try:
-            if alone:
-                release_frozen_blocks(settings, parts, display)
-            job = build_trainer(start, found, parts, record, stops, display)
-            with checkpointed(parts.adapted.model.layers, settings.train.grad_checkpoint):
-                generate_samples(job, parts, settings, before=True)
-                job.display.begin(job.members[0].progress.step, start.stop_at)
-                try:
-                    ending = train(job)
-                finally:
-                    job.batches.close()
-            job.display.stop()
-            finalize(job, parts, start, ending)
-        finally:
-            parts.adapted.remove()
-            if former is not None:
-                mx.set_cache_limit(former)
-            mx.clear_cache()  # the next job in this process starts with as much memory as this one did
-    if stops.signal is not None:
-        raise SystemExit(128 + stops.signal)
-    return _objective(start, job.members[0].progress)
-
-
-def _objective(start: RunSpec, progress: Progress) -> float | None:
-    rows = read_rows(start.directory.metrics)
-    return objective_value(rows, progress.best_loss, start.config.objective.metric)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            mx.set_cache_limit(previous)
+        mx.clear_cache()  # the next job in this process starts with as much memory as this one

@@ -1,4 +1,4 @@
-"""The files that one member writes: metrics, samples, checkpoints, status and result."""
+"""The files that a run writes: metrics, samples, status, checkpoints, result and the loggers' files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.retention import RetentionPolicy, SavedStep, select_mirrored, select_retained
 from runner.checkpoints.save_policy import is_end, is_scheduled
 from runner.checkpoints.store import CheckpointStore, manifest_of, step_name
+from runner.checkpoints.verify import CheckpointRecord
 from runner.common.atomic_io import replace_folder
 from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError, StorageError
@@ -26,11 +28,24 @@ from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
 from runner.runs.rows import RowFile, read_rows
 from runner.training.async_saver import AsyncSaver
 
-_LAST_MIRROR = 10.0  # seconds that a run that failed waits for its backup
+_BACKUP_SECONDS = 10.0
+"""How long a failed run waits for its backup."""
+
+
+@dataclass(frozen=True)
+class WriterState:
+    """How far the files of a run were written; stored in a checkpoint so that a resume can cut them back."""
+
+    metrics_offset: int = 0
+    """Bytes of metrics.jsonl."""
+    samples_offset: int = 0
+    """Bytes of samples.jsonl."""
+    seconds: float = 0.0
+    """Wall time of the run so far, over all its resumes."""
 
 
 class RunWriter:
-    """What a run leaves behind. One writer: the process that holds the directory's lock."""
+    """Writes a run's directory. Only the process that holds the directory's lock may have one."""
 
     def __init__(
         self,
@@ -42,157 +57,176 @@ class RunWriter:
         background: bool = True,
         backup: Path | None = None,
     ) -> None:
+        """Prepare the writer; nothing is opened or written yet.
+
+        Args:
+            background: write checkpoints on a thread.
+            backup: the folder that checkpoints are mirrored to.
+        """
         self.directory = directory
         self.store = store
         self.policy = policy
         self.loggers = list(loggers)
-        self.metrics: RowFile
-        self.samples: RowFile
         self.source_step: int | None = None
-        """The checkpoint that this process resumed from: it stays while the process lives."""
-        self.backup = BackupMirror(backup, directory, store, self._matter) if backup else None
+        """The checkpoint that this process resumed from; it is retained while the process lives."""
+        self.backup = BackupMirror(backup, directory, store, self._mirrored_steps) if backup else None
+        self._metrics: RowFile
+        self._samples: RowFile
         self._saver = AsyncSaver(background)
-        self._saved: int | None = None
+        self._saved_step: int | None = None
         self._status: dict[str, Any] = {}
         self._seconds_before = 0.0
-        self._begun = time.monotonic()
+        self._start = time.monotonic()
 
-    def open(self, metrics_offset: int = 0, samples_offset: int = 0, seconds: float = 0.0) -> None:
-        """Open the row files, cut to their length at the checkpoint, and the loggers with the rows that stay."""
-        self.metrics = RowFile(self.directory.metrics, metrics_offset)
-        self.samples = RowFile(self.directory.samples, samples_offset)
-        self._seconds_before = seconds
-        self._begun = time.monotonic()
+    def open(self, saved: WriterState | None = None) -> None:
+        """Open the row files, cut to their length at the checkpoint, and the loggers with the rows that remain."""
+        saved = saved or WriterState()
+        self._metrics = RowFile(self.directory.metrics, saved.metrics_offset)
+        self._samples = RowFile(self.directory.samples, saved.samples_offset)
+        self._seconds_before = saved.seconds
+        self._start = time.monotonic()
         rows = read_rows(self.directory.metrics)
         for logger in self.loggers:
             logger.open(self.directory.path, rows)
 
-    def seconds(self) -> float:
-        """Wall time of the run so far, over all its resumes."""
-        return self._seconds_before + time.monotonic() - self._begun
+    def state(self) -> WriterState:
+        """Return how far the files are written, for a checkpoint."""
+        return WriterState(self._metrics.offset, self._samples.offset, self.seconds())
 
-    def row(self, **fields: Any) -> None:
-        """One row of metrics.jsonl, and of every logger."""
+    def seconds(self) -> float:
+        """Return the wall time of the run so far, over all its resumes."""
+        return self._seconds_before + time.monotonic() - self._start
+
+    def log_metrics(self, **fields: Any) -> None:
+        """Append a row to metrics.jsonl and pass it to every logger."""
         row = {**fields, "time": utc_now()}
-        self.metrics.append(row)
+        self._metrics.append(row)
         for logger in self.loggers:
             logger.log(row)
 
-    def status(self, **fields: Any) -> None:
-        """Update status.json by `fields`; None takes a field away."""
+    def log_sample(self, **fields: Any) -> None:
+        """Append a row to samples.jsonl."""
+        self._samples.append(fields)
+
+    def update_status(self, **fields: Any) -> None:
+        """Set fields of status.json; None removes a field."""
         self._status.update(pid=os.getpid(), host=socket.gethostname(), updated=utc_now(), **fields)
         self._status = {key: value for key, value in self._status.items() if value is not None}
         self.directory.write_status(self._status)
 
-    def save(
+    def save_checkpoint(
         self,
         step: int,
         files: Mapping[str, Content | Callable[[], Content]],
-        why: Sequence[str],
+        reasons: Sequence[str],
         valid_loss: float | None,
     ) -> None:
-        """Begin to commit a checkpoint of `step` and to remove those that the policy lets go; see `check`, `settle`.
+        """Start to commit a checkpoint and to remove those that the retention policy does not keep.
 
-        What makes a file is called where the file is written.
-
-        The rows that the checkpoint counts on are on the disk before it is.
+        Rows are synced before the checkpoint that counts on them. Callables in `files` run on the saver thread.
 
         Raises:
-            StorageError: this save or the one before it failed.
+            StorageError: the previous save failed, or without a background thread this one.
         """
 
-        def work() -> None:
-            self.metrics.sync()
-            self.samples.sync()
-            contents = {name: made() if callable(made) else made for name, made in files.items()}
+        def save() -> None:
+            self._metrics.sync()
+            self._samples.sync()
+            contents = {name: content() if callable(content) else content for name, content in files.items()}
             metrics = {} if valid_loss is None else {BEST_METRIC: valid_loss}
-            self.store.commit(step, contents, why=list(why), metrics=metrics)
-            self._saved = step
-            self.store.rotate(set(self.reasons()))
+            self.store.commit(step, contents, why=list(reasons), metrics=metrics)
+            self._saved_step = step
+            self.store.rotate(set(self.retained_steps()))
             if self.backup:
                 self.backup.wake()
 
-        self._saver.begin(work)
+        self._saver.start(save)
 
-    def check(self) -> None:
-        """Note a save that has ended. Raises StorageError if it failed."""
+    def check_save(self) -> None:
+        """Record a completed save in status.json; do not wait for one in progress.
+
+        Raises:
+            StorageError: the save failed.
+        """
         self._saver.check()
-        saved, self._saved = self._saved, None
-        if saved is not None:
-            self.status(last_checkpoint=saved)
+        step, self._saved_step = self._saved_step, None
+        if step is not None:
+            self.update_status(last_checkpoint=step)
 
-    def settle(self) -> None:
-        """Return once nothing is being saved. Raises StorageError if that save failed."""
+    def finish_save(self) -> None:
+        """Wait for the save in progress and record it. Raises as `check_save`."""
         self._saver.wait()
-        self.check()
+        self.check_save()
 
-    def reasons(self) -> dict[int, list[str]]:
-        """The checkpoints that stay, each with why."""
-        own = [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
-        saved = [SavedStep(c.step, is_scheduled(c.why), c.metrics.get(BEST_METRIC)) for c in own]
+    def retained_steps(self) -> dict[int, list[str]]:
+        """Return the steps whose checkpoints are retained, each with the reasons."""
+        saved = [SavedStep(c.step, is_scheduled(c.why), c.metrics.get(BEST_METRIC)) for c in self._checkpoints()]
         return select_retained(saved, self.policy, source=self.source_step)
 
-    def _matter(self) -> list[int]:
-        """The checkpoints that are mirrored to the backup."""
-        ended = {c.step for c in self.store.checkpoints() if is_end(c.why)}
-        return select_mirrored(self.reasons(), ended)
-
     def result_step(self, which: str) -> int | None:
-        """The step whose adapter is the run's result: the best one on disk (`which` is best), else the last."""
-        own = [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
-        if not own:
+        """Return the step of the checkpoint that becomes the result: the best (`which` is best), else the last."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
             return None
-        measured = [c for c in own if math.isfinite(c.metrics.get(BEST_METRIC, math.nan))]
+        measured = [c for c in checkpoints if math.isfinite(c.metrics.get(BEST_METRIC, math.nan))]
         if which == "best" and measured:
             return min(measured, key=lambda c: (c.metrics[BEST_METRIC], c.step)).step
-        return max(c.step for c in own)
+        return max(c.step for c in checkpoints)
 
     def write_result(self, step: int) -> None:
-        """Make adapters/ the adapter of checkpoint `step`: the new one is complete before the old one goes."""
+        """Replace adapters/ by the adapter of the checkpoint of `step`; the old one stays until the new one is complete."""
         loaded = self.store.load(self.store.folder / step_name(step))
         files = {name: loaded.files[name] for name in (ADAPTERS, ADAPTER_CONFIG)}
-        sealed = {**files, manifest.NAME: manifest.write(manifest_of(loaded.checkpoint, files))}
-        replace_folder(self.directory.result, sealed, FileSystem())
+        with_manifest = {**files, manifest.NAME: manifest.write(manifest_of(loaded.checkpoint, files))}
+        replace_folder(self.directory.result, with_manifest, FileSystem())
 
-    def end_rows(self) -> None:
-        """Bring the rows to the disk, and leave no empty file of samples: before a status tells the end."""
-        self.metrics.sync()
-        self.samples.sync()
-        self._drop_empty()
-
-    def _drop_empty(self) -> None:
-        if self.samples.offset == 0:
-            self.directory.samples.unlink(missing_ok=True)
+    def finish_rows(self) -> None:
+        """Sync the row files before the final status, and remove samples.jsonl if it is empty."""
+        self._metrics.sync()
+        self._samples.sync()
+        self._remove_empty_samples()
 
     def close(self) -> None:
-        """End a save that is under way, close the row files and the loggers."""
-        failed = self._saver.close()
+        """Wait for the save in progress, close the row files and the loggers."""
+        error = self._saver.close()
         with suppress(StorageError):
-            if failed is not None:  # another failure ended the run: tell both
-                self.status(reason="; ".join(str(r) for r in (self._status.get("reason"), failed) if r))
-            self.check()
+            if error is not None:  # the run failed for another reason: record both
+                self.update_status(reason="; ".join(str(r) for r in (self._status.get("reason"), error) if r))
+            self.check_save()
         if self.backup:
-            patience = time.monotonic() + _LAST_MIRROR
-            self.backup.finish(lambda: time.monotonic() < patience)  # nothing to do where the run ended well
-        self.metrics.close()
-        self.samples.close()
-        self._drop_empty()
+            deadline = time.monotonic() + _BACKUP_SECONDS
+            self.backup.finish(lambda: time.monotonic() < deadline)  # does nothing if the run completed
+        self._metrics.close()
+        self._samples.close()
+        self._remove_empty_samples()
         for logger in self.loggers:
             logger.close()
 
+    def _checkpoints(self) -> list[CheckpointRecord]:
+        """Return this run's checkpoints; the folder may hold those of another run too."""
+        return [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
+
+    def _mirrored_steps(self) -> list[int]:
+        final = {c.step for c in self.store.checkpoints() if is_end(c.why)}
+        return select_mirrored(self.retained_steps(), final)
+
+    def _remove_empty_samples(self) -> None:
+        if self._samples.offset == 0:
+            self.directory.samples.unlink(missing_ok=True)
+
 
 def copy_rows(source: Path, target: Path, size: int) -> None:
-    """Begin a branch's row file with the first `size` bytes of the run that it leaves.
+    """Start a branch's row file with the first `size` bytes of the run that it branches from.
 
     Raises:
-        CheckpointError: the source has fewer bytes than the checkpoint saw.
+        CheckpointError: the source has fewer bytes than when the checkpoint was saved.
     """
     data = FileSystem().read_file(source, 1 << 40)[:size] if source.exists() else b""
     if len(data) < size:
-        raise CheckpointError(f"{source} has {len(data)} bytes, the checkpoint saw {size}: it was cut or replaced.")
+        raise CheckpointError(f"{source} has {len(data)} bytes, but the checkpoint counts on {size}: it was cut.")
     target.write_bytes(data)
 
 
-def rows_of_step(path: Path, step: int) -> dict[int, dict[str, Any]]:
-    """The samples written at `step`, by row."""
+def samples_of_step(path: Path, step: int) -> dict[int, dict[str, Any]]:
+    """Return the rows of samples.jsonl that were written at `step`, by row index."""
     return {row["row"]: row for row in read_rows(path) if row["step"] == step and "row" in row}

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep in one process share: base model, tokenised data, and the values before training."""
+"""Components that the jobs of a sweep in one process share: base model, tokenized data, baselines, hidden-state caches."""
 
 from __future__ import annotations
 
@@ -20,89 +20,92 @@ from runner.training.feeding import make_hidden_caches
 
 
 class SharedComponents:
-    """Keeps the last base model and the last data set, and every baseline of theirs; a plain run has one of its own.
+    """Holds the last base model, the last data set and their baselines; a single run has an instance of its own.
 
-    Nothing here changes what a job computes: the base is frozen and given back without its adapter, and a baseline
-    is the very value that the job would compute.
+    Sharing does not change what a job computes: the base model is frozen and returned without its adapter, and a
+    baseline equals what the job would compute.
     """
 
     def __init__(self) -> None:
+        # Each with the key that it was loaded for.
         self._base: tuple[Any, BaseModel] | None = None
         self._data: tuple[Any, TokenizedDataset, EncodeOptions] | None = None
+        self._caches: tuple[Any, HiddenStateCaches | None] | None = None
         self._baselines: dict[Any, Baseline] = {}
-        self._trunks: tuple[Any, HiddenStateCaches | None] | None = None
 
-    def base(self, settings: schema.ModelConfig) -> BaseModel:
-        """The base model of `settings`, loaded where the last job had another."""
-        key = astuple(settings)
+    def base(self, config: schema.ModelConfig) -> BaseModel:
+        """Return the configured base model; load it unless it is the last job's."""
+        key = astuple(config)
         if self._base is None or self._base[0] != key:
-            self._base = self._data = None  # two bases need not fit into memory at once
+            self._base = self._data = None  # two base models may not fit into memory
             self._baselines.clear()
-            self._let_go_of_trunks()
-            self._base = (key, load_base_model(settings))
+            self._close_caches()
+            self._base = (key, load_base_model(config))
         return self._base[1]
 
     def data(
-        self, settings: schema.DataConfig, base: BaseModel, each: Callable[[], None]
+        self, config: schema.DataConfig, base: BaseModel, before_row: Callable[[], None]
     ) -> tuple[TokenizedDataset, EncodeOptions]:
-        """The data set of `settings` as tokens of `base`'s tokenizer, and how its rows are read.
+        """Return the configured data, tokenized for `base`, and the options it was encoded with.
 
-        `each` is called while rows are tokenised, and may raise.
+        `before_row` is called while rows are tokenized and may raise to stop.
         """
-        reading = encode_options(settings)
-        key = (settings.path, reading, base.fingerprint)
+        options = encode_options(config)
+        key = (config.path, options, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
-            self._let_go_of_trunks()
+            self._close_caches()
             data = load_dataset(
-                settings.path, base.lazy_tokenizer, reading, cache=token_cache_from(settings), each=each
+                config.path, base.lazy_tokenizer, options, cache=token_cache_from(config), each=before_row
             )
-            self._data = (key, data, reading)
+            self._data = (key, data, options)
         return self._data[1], self._data[2]
 
     def hidden_caches(
         self,
         forward: Forward,
         base: BaseModel,
-        settings: schema.Config,
+        config: schema.Config,
         blas: BlasReport,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
     ) -> HiddenStateCaches | None:
-        """The trunk's cache at `forward`'s cut, the last job's where it had the same."""
+        """Return the hidden-state caches for `forward`'s frozen blocks; the last job's if it had the same."""
         engine = forward.engine and forward.engine.identity
-        key = (base.fingerprint, forward.cut, engine, astuple(settings.train.hidden_cache))
-        if self._trunks is None or self._trunks[0] != key:
-            self._let_go_of_trunks()
-            self._trunks = (key, make_hidden_caches(forward, base, settings, blas, say))
-        elif self._trunks[1]:
-            self._trunks[1].use(forward)
-        return self._trunks[1]
-
-    def close(self) -> None:
-        """Let go of files; what is shared is not used again."""
-        self._let_go_of_trunks()
-
-    def _let_go_of_trunks(self) -> None:
-        if self._trunks and self._trunks[1]:
-            self._trunks[1].close()
-        self._trunks = None
+        key = (base.fingerprint, forward.cut, engine, astuple(config.train.hidden_cache))
+        if self._caches is None or self._caches[0] != key:
+            self._close_caches()
+            self._caches = (key, make_hidden_caches(forward, base, config, blas, print_line))
+        elif self._caches[1]:
+            self._caches[1].use(forward)
+        return self._caches[1]
 
     def baseline(
-        self, settings: schema.Config, base: BaseModel, data: TokenizedDataset, environment: Mapping[str, Any]
+        self, config: schema.Config, base: BaseModel, data: TokenizedDataset, environment: Mapping[str, Any]
     ) -> Baseline:
-        """The values before training, empty where no job has computed them yet; a warm start has its own.
+        """Return the baseline of `base` on `data`; a run with a warm start does not share its own.
 
-        `environment`: what the numbers depend on, as a checkpoint records it.
+        `environment`: what the last digits depend on, as a checkpoint records it.
         """
-        if settings.adapter:
+        if config.adapter:
             return Baseline()
-        d, t = settings.data, settings.train
-        batches = (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to)
-        # The last digits are those of the way that computes them.
-        way = {**environment, **numeric_platform()}
-        losses = {"base": base.content_hash, "rows": data.valid.fingerprint, "batches": batches, "way": way}
-        answers = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
-        key = (json.dumps(losses, sort_keys=True, default=str), answers)
+        d, t = config.data, config.train
+        validation_key = {
+            "base": base.content_hash,
+            "rows": data.valid.fingerprint,
+            "batches": (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to),
+            "environment": {**environment, **numeric_platform()},
+        }
+        generation_key = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
+        key = (json.dumps(validation_key, sort_keys=True, default=str), generation_key)
         if key not in self._baselines:
-            self._baselines[key] = load_baseline(losses) if t.cache_baseline else Baseline()
+            self._baselines[key] = load_baseline(validation_key) if t.cache_baseline else Baseline()
         return self._baselines[key]
+
+    def close(self) -> None:
+        """Close the files of the hidden-state caches."""
+        self._close_caches()
+
+    def _close_caches(self) -> None:
+        if self._caches and self._caches[1]:
+            self._caches[1].close()
+        self._caches = None

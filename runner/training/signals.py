@@ -1,4 +1,7 @@
-"""Stopping on request: the first SIGTERM, Ctrl-C or hang-up asks, the second ends at once: commits are atomic."""
+"""Stop signals: the first SIGTERM, SIGINT or SIGHUP asks the run to stop, a second one ends the process at once.
+
+Ending at once is safe because checkpoints are committed atomically.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,40 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-_ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequested(Exception):
-    """Raised inside an evaluation or a generation when a stop was asked for; nothing of it is kept."""
+    """Raised where work can be abandoned because a stop signal arrived; its partial results are discarded."""
 
 
 class StopSignals:
-    """Whether a signal asked the run to stop. A context manager: the former handlers come back."""
+    """A context manager that records a stop signal; the previous handlers return at its end."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        """The first stop signal received."""
+        self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python lets only the main thread set handlers; elsewhere (a launcher's worker thread) signals go unasked.
+        # Python sets handlers on the main thread only; in a launcher's worker thread signals are not recorded.
         if threading.current_thread() is threading.main_thread():
-            for number in _ASKS:
+            for number in _SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup
-                self._before[number] = signal.signal(number, self._ask)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
+        """Raise StopRequested if a stop signal was received."""
         if self.signal is not None:
             raise StopRequested
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = signal.Signals(number)

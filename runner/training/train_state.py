@@ -1,97 +1,125 @@
-"""A member: one trainable adapter and all that belongs to it. A plain run has one; all members share the batches."""
+"""The state of training: everything that, with the config and the data, decides the rest of a run."""
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from runner.checkpoints.save_policy import SaveTimer
+from runner.data.order import DataPosition
 from runner.models.lora import Params
 from runner.training.optimizer import Optimizer
 
-if TYPE_CHECKING:
-    from runner.training.run_writer import RunWriter
-
 T = TypeVar("T")
-_LARGEST = 1 << 62
+_MAX_COUNT = 1 << 62
 
 
 @dataclass
 class ReportWindow:
-    """Sums since the last report."""
+    """Sums over the updates since the last report of the training loss."""
 
     loss_sum: float = 0.0
     supervised: int = 0
     tokens: int = 0
     updates: int = 0
     grad_norm: float | None = None
-    """Of the last update, before clipping."""
+    """Gradient norm of the last update, before clipping."""
+
+    def add(self, loss_sum: float, supervised: int, tokens: int, grad_norm: float) -> None:
+        """Add one update."""
+        self.loss_sum += loss_sum
+        self.supervised += supervised
+        self.tokens += tokens
+        self.updates += 1
+        self.grad_norm = grad_norm
 
 
 @dataclass
 class Progress:
-    """Where a member stands: with its arrays, all that the next update depends on. Stored in train_state.json."""
+    """The counters and losses of a run; stored in train_state.json."""
 
     step: int = 0
-    """Updates made."""
+    """Optimizer updates made."""
     tokens: int = 0
-    """Real tokens (no padding) trained on."""
+    """Real tokens (without padding) trained on."""
     window: ReportWindow = field(default_factory=ReportWindow)
     best_step: int | None = None
     best_loss: float | None = None
-    """Lowest validation loss of a step above 0, and that step."""
+    """Lowest validation loss after the first update, and the step it was measured at."""
     baseline_loss: float | None = None
     """Validation loss before the first update."""
     valid_loss: float | None = None
     """Last validation loss."""
     valid_step: int | None = None
-    """Update of the last evaluation."""
+    """Step of the last validation."""
     bad_evaluations: int = 0
-    """Evaluations in a row that did not beat the best."""
+    """Consecutive evaluations that did not improve on the best loss."""
     train_loss: float | None = None
     """Last reported training loss."""
     pending_evaluation: bool = False
-    """An evaluation was due at this step and a stop came first: it is the first thing after the resume."""
+    """A stop prevented the evaluation that was due at this step; the resumed run starts with it."""
+
+    def add_validation(self, loss: float, min_delta: float) -> bool:
+        """Record the validation loss of the current step; return whether it is the best so far.
+
+        Any lower loss is the best. Early stopping counts an evaluation as bad unless the loss falls by more than
+        `min_delta`. The loss before the first update is the baseline and never the best.
+        """
+        self.valid_loss, self.valid_step = loss, self.step
+        if self.step == 0:
+            self.baseline_loss = loss
+            return False
+        improved = self.best_loss is None or loss < self.best_loss - min_delta
+        self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
+        is_best = self.best_loss is None or loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step = loss, self.step
+        return is_best
+
+    @property
+    def current_valid_loss(self) -> float | None:
+        """The validation loss of the current step; None if this step was not evaluated."""
+        return self.valid_loss if self.valid_step == self.step else None
+
+    @property
+    def best(self) -> dict[str, float | int] | None:
+        """The best evaluation as status.json has it."""
+        if self.best_step is None or self.best_loss is None:
+            return None
+        return {"step": self.best_step, "valid_loss": self.best_loss}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for train_state.json."""
+        """Return plain data for train_state.json."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Progress:
-        """The reverse of `to_dict`.
+        """Return the progress that `to_dict` wrote.
 
         Raises:
-            TypeError: an unknown field, or a value of another type than it has.
+            TypeError: an unknown field, or a value of a wrong type.
         """
         return _checked(cls(**{**data, "window": _checked(ReportWindow(**data["window"]))}))
 
 
-def _checked(read: T) -> T:
-    """`read`, every value of which is of its type; whole numbers are counts, so from 0."""
-    hints = typing.get_type_hints(type(read))
-    for name, hint in hints.items():
-        value, kinds = getattr(read, name), typing.get_args(hint) or (hint,)
-        right = type(value) in kinds or (type(value) is int and float in kinds)
-        if not right or (type(value) is int and not 0 <= value < _LARGEST):
-            raise TypeError(f"{name} is not what it has to be ({getattr(hint, '__name__', hint)})")
-    return read
-
-
 @dataclass
 class TrainState:
-    """One adapter in training."""
+    """Weights, optimizer state, progress and data position of a run, and its seed."""
 
     params: Params
     optimizer: Optimizer
-    learning_rate: Callable[[int], float]
-    """Of the update, counted from 1."""
     seed: int
-    record: RunWriter
-    """The files it writes."""
     progress: Progress = field(default_factory=Progress)
-    train_seconds: float = 0.0
-    """Of the report window; evaluation and saving not counted."""
-    since_save: SaveTimer = field(default_factory=SaveTimer)
+    position: DataPosition = field(default_factory=DataPosition)
+    """Where in the training data the next update begins."""
+
+
+def _checked(instance: T) -> T:
+    """Return `instance` if each field has its declared type; integers must be counts, from 0."""
+    hints = typing.get_type_hints(type(instance))
+    for name, hint in hints.items():
+        value, types = getattr(instance, name), typing.get_args(hint) or (hint,)
+        valid = type(value) in types or (type(value) is int and float in types)
+        if not valid or (type(value) is int and not 0 <= value < _MAX_COUNT):
+            raise TypeError(f"{name} is invalid: must be {getattr(hint, '__name__', hint)}")
+    return instance

@@ -1,237 +1,217 @@
-"""The loop: every kind of run passes through it. Members share the batches; a plain run has one."""
+"""The training loop. Every kind of run passes through it: new, resumed, branched, or a job of a sweep."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from runner.checkpoints.save_policy import SavePolicy
+from runner.checkpoints.save_policy import SavePolicy, SaveTimer
 from runner.common.errors import Diverged
-from runner.data.order import BatchOrder, DataPosition
-from runner.models.forward import Forward
-from runner.models.lora import AdaptedModel
+from runner.data.order import BatchOrder
 from runner.reports.progress import Display
-from runner.training import plan as events
-from runner.training import state_files
-from runner.training.baseline import Baseline
+from runner.training import plan, state_files
+from runner.training.components import Components
 from runner.training.dataloader import DeviceBatch, FixedBatches, PrefetchingLoader
-from runner.training.plan import TrainingPlan
+from runner.training.plan import StopReason, TrainingPlan
+from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.train_state import ReportWindow, TrainState
 from runner.training.train_step import TrainStep
-from runner.training.validate import validate
+from runner.training.validate import ValidationResult, validate
 
-PATIENCE = 3.0
-"""Seconds of silence before an evaluation says that it is at work."""
-FINISHED, STOPPED_EARLY, STOP_AT = "finished", "early stopping", "stop_at"
+NOTICE_SECONDS = 3.0
+"""How long the evaluation before training may take without a line that says so."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
-    """All that the loop works on."""
+    """Trains one adapter: the loop, and what it reads and writes."""
 
     plan: TrainingPlan
-    saves: SavePolicy
-    members: list[TrainState]
-    position: DataPosition
+    save_policy: SavePolicy
+    learning_rate: Callable[[int], float]
+    """Learning rate of an update, counted from 1."""
+    components: Components
+    state: TrainState
     order: BatchOrder
     batches: PrefetchingLoader
     valid_batches: FixedBatches
-    adapted: AdaptedModel
-    forward: Forward
     step: TrainStep
-    identity: state_files.RunIdentity
-    baseline: Baseline
+    writer: RunWriter
     stops: StopSignals
     display: Display
+    since_save: SaveTimer = field(default_factory=SaveTimer)
+    train_seconds: float = 0.0
+    """Time spent in updates since the last report, without evaluating and saving."""
+
+    def train(self) -> StopReason:
+        """Train from the current step until the run ends, and return why it ended.
+
+        Raises:
+            Diverged: a loss or a gradient is not finite.
+            StorageError: a save failed; earlier checkpoints are intact.
+        """
+        self.evaluate_pending()
+        stop = self.stop_reason()
+        while stop is None:
+            self.writer.check_save()
+            self.log_backup_messages()
+            self.train_step()
+            if plan.is_report_due(self.state.progress.step, self.plan):
+                self.report()
+            is_best = plan.is_evaluation_due(self.state.progress.step, self.plan) and self.evaluate()
+            stop = self.stop_reason()  # once per update: the save records the same reason that ends the loop
+            self.save_if_due(is_best, stop)
+        self.writer.finish_save()
+        return stop
+
+    def stop_reason(self) -> StopReason | None:
+        """Return why the run ends at the current step, or None if it continues."""
+        progress = self.state.progress
+        return plan.stop_reason(progress.step, progress.bad_evaluations, self.plan, self.stops.signal)
+
+    def train_step(self) -> None:
+        """Make one optimizer update and add it to the report window."""
+        start = time.perf_counter()
+        state, progress = self.state, self.state.progress
+        batches, next_position = self.batches.take(state.position)
+        loss_sum, grad_norm = self.step.learn(state, batches, self.learning_rate(progress.step + 1))
+        supervised = sum(device_batch.batch.supervised for device_batch in batches)
+        tokens = sum(device_batch.batch.real_tokens for device_batch in batches)
+        state.position = next_position
+        progress.step += 1
+        progress.tokens += tokens
+        progress.window.add(loss_sum, supervised, tokens, grad_norm)
+        seconds = time.perf_counter() - start
+        self.train_seconds += seconds
+        self.display.step(progress.step, loss_sum / supervised, tokens, seconds)
+
+    def report(self) -> None:
+        """Log the training loss since the last report: the mean over supervised tokens."""
+        progress, window = self.state.progress, self.state.progress.window
+        learning_rate = self.learning_rate(progress.step)
+        progress.train_loss = window.loss_sum / window.supervised
+        self.writer.log_metrics(
+            step=progress.step,
+            split="train",
+            loss=progress.train_loss,
+            learning_rate=learning_rate,
+            grad_norm=window.grad_norm,
+            epoch=self.epoch(),
+            tokens=progress.tokens,
+            supervised_tokens=window.supervised,
+            tokens_per_second=round(window.tokens / max(self.train_seconds, 1e-9), 1),
+            peak_memory_gb=peak_memory_gb(),
+        )
+        self.writer.update_status(state="running", step=progress.step, train_loss=progress.train_loss)
+        self.display.train_loss(progress.step, progress.train_loss, learning_rate)
+        progress.window = ReportWindow()
+        self.train_seconds = 0.0
+
+    def evaluate(self) -> bool:
+        """Evaluate at the current step and log the result; return whether the loss is the best so far.
+
+        A stop signal abandons the evaluation; the resumed run makes up for it.
+
+        Raises:
+            Diverged: the validation loss is not finite.
+        """
+        progress = self.state.progress
+        try:
+            result = self.validation_result()
+        except StopRequested:
+            progress.pending_evaluation = progress.step > 0
+            return False
+        is_best = progress.add_validation(result.loss, self.plan.min_delta)
+        self.writer.log_metrics(
+            step=progress.step,
+            split="valid",
+            loss=result.loss,
+            epoch=self.epoch(),
+            tokens=progress.tokens,
+            supervised_tokens=result.supervised,
+            tokens_per_second=round(result.tokens / max(result.seconds, 1e-9), 1),
+            peak_memory_gb=peak_memory_gb(),
+        )
+        self.writer.update_status(state="running", step=progress.step, valid_loss=result.loss, best=progress.best)
+        self.display.valid_loss(progress.step, result.loss, is_best)
+        return is_best
+
+    def validation_result(self) -> ValidationResult:
+        """Compute the validation loss; before the first update, reuse what an earlier run on this base computed."""
+        step, components, baseline = self.state.progress.step, self.components, self.components.baseline
+        self.step.place(self.state.params)
+        result = baseline.validation if step == 0 else None
+        if result is None:
+            batches = self.show_evaluation(step)
+            result = validate(components.adapted.model, components.forward, batches, self.stops.check)
+        if not math.isfinite(result.loss):
+            raise Diverged(f"The validation loss at step {step} is not finite.")
+        if step == 0:
+            baseline.store_validation(result)
+        return result
+
+    def show_evaluation(self, step: int) -> Iterator[DeviceBatch]:
+        """Yield the validation batches and show how many rows are done; log a line if the first evaluation is slow."""
+        start, done, total = time.monotonic(), 0, self.valid_batches.rows
+        notice_due = step == 0
+        for device_batch in self.valid_batches:
+            self.display.busy(f"{step}/{self.plan.iters}  evaluating, {done}/{total} rows")
+            if notice_due and time.monotonic() - start > NOTICE_SECONDS:
+                self.display.line(f"evaluating {total:,} rows before training")
+                notice_due = False
+            yield device_batch
+            done += len(device_batch.batch.lengths)
+
+    def evaluate_pending(self) -> None:
+        """Evaluate before the next update: at step 0, or where a stop prevented the evaluation that was due."""
+        progress = self.state.progress
+        if self.stops.signal is not None:
+            return
+        if progress.pending_evaluation:
+            progress.pending_evaluation = False
+            is_best = self.evaluate()
+            self.save_if_due(is_best, self.stop_reason())
+        elif progress.step == 0 and self.plan.evaluates and progress.baseline_loss is None:
+            self.evaluate()
+
+    def save_if_due(self, is_best: bool, stop: StopReason | None) -> None:
+        """Save once at this step if the schedule, a new best loss or the end of the loop asks for it."""
+        progress, components = self.state.progress, self.components
+        reasons = self.save_policy.due(
+            progress.step,
+            minutes_since_save=self.since_save.minutes(),
+            best=is_best and self.writer.policy.keep_best > 0,
+            stopping=stop.value if stop else None,
+        )
+        if not reasons:
+            return
+        files = state_files.checkpoint_files(
+            self.state,
+            learning_rate=self.learning_rate(progress.step),
+            window=self.order.window_batches,
+            written=self.writer.state(),
+            identity=components.identity,
+            adapter_config=components.adapted.adapter_config(),
+        )
+        self.writer.save_checkpoint(progress.step, files, reasons, progress.current_valid_loss)
+        self.since_save.restart()
+
+    def log_backup_messages(self) -> None:
+        """Print what the backup reports, such as a missing disk; each message comes once."""
+        for line in self.writer.backup.news() if self.writer.backup else []:
+            self.display.line(line, "yellow")
+
+    def epoch(self) -> float:
+        """Return the passes over the training data so far, as a decimal."""
+        position = self.state.position
+        return round(position.epoch + position.batch / self.order.batches_per_epoch, 4)
 
 
-def train(job: Trainer) -> str:
-    """Train every member from where it stands to the end, a stop or the end of patience; returns which it was.
-
-    Raises:
-        Diverged: a loss or gradient is not finite. StorageError: a save failed. What was saved before stays.
-    """
-    for member in job.members:
-        evaluate_pending(job, member)
-    ending = stop_reason(job)
-    while ending is None:
-        batches, job.position = job.batches.take(job.position)
-        best = []
-        for member in job.members:
-            member.record.check()
-            log_backup_news(job, member)
-            update(job, member, batches)
-            step = member.progress.step
-            if events.is_report_due(step, job.plan):
-                report(job, member)
-            best.append(events.is_evaluation_due(step, job.plan) and evaluate(job, member))
-        ending = stop_reason(job)  # asked once: what ends the loop is what the saves are told
-        for member, is_best in zip(job.members, best, strict=True):
-            save_if_due(job, member, is_best, ending)
-    for member in job.members:
-        member.record.settle()
-    return ending
-
-
-def log_backup_news(job: Trainer, member: TrainState) -> None:
-    """Say what the backup has to say."""
-    for line in member.record.backup.news() if member.record.backup else []:
-        job.display.line(line, "yellow")
-
-
-def stop_reason(job: Trainer) -> str | None:
-    """Why the loop is over, or None: all members stand at the same step."""
-    progress = job.members[0].progress
-    if job.stops.signal is not None:
-        return job.stops.signal.name
-    if progress.step >= job.plan.iters:
-        return FINISHED
-    if all(events.is_out_of_patience(m.progress.bad_evaluations, job.plan) for m in job.members):
-        return STOPPED_EARLY
-    if job.plan.stop_at is not None and progress.step >= job.plan.stop_at:
-        return STOP_AT
-    return None
-
-
-def evaluate_pending(job: Trainer, member: TrainState) -> None:
-    """What comes before the next update: the evaluation of step 0, or one that a stop cut off."""
-    progress = member.progress
-    if job.stops.signal is not None:
-        return
-    if progress.pending_evaluation:
-        progress.pending_evaluation = False
-        best = evaluate(job, member)
-        save_if_due(job, member, best, stop_reason(job))
-    elif progress.step == 0 and job.plan.evaluates and progress.baseline_loss is None:
-        evaluate(job, member)
-
-
-def update(job: Trainer, member: TrainState, batches: Sequence[DeviceBatch]) -> None:
-    """One update of `member`, counted in its progress."""
-    begun = time.perf_counter()
-    progress = member.progress
-    rate = member.learning_rate(progress.step + 1)
-    loss_sum, norm = job.step.learn(member, batches, rate)
-    tokens = sum(ready.batch.real_tokens for ready in batches)
-    supervised = sum(ready.batch.supervised for ready in batches)
-    progress.step += 1
-    progress.tokens += tokens
-    window = progress.window
-    window.loss_sum += loss_sum
-    window.supervised += supervised
-    window.tokens += tokens
-    window.updates += 1
-    window.grad_norm = norm
-    member.train_seconds += time.perf_counter() - begun
-    job.display.step(progress.step, loss_sum / supervised, tokens, time.perf_counter() - begun)
-
-
-def report(job: Trainer, member: TrainState) -> None:
-    """Write the training loss of the window: the mean over its supervised tokens."""
-    progress, window = member.progress, member.progress.window
-    progress.train_loss = window.loss_sum / window.supervised
-    member.record.row(
-        step=progress.step,
-        split="train",
-        loss=progress.train_loss,
-        learning_rate=member.learning_rate(progress.step),
-        grad_norm=window.grad_norm,
-        epoch=epoch(job),
-        tokens=progress.tokens,
-        supervised_tokens=window.supervised,
-        tokens_per_second=round(window.tokens / max(member.train_seconds, 1e-9), 1),
-        peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
-    )
-    member.record.status(state="running", step=progress.step, train_loss=progress.train_loss)
-    job.display.train_loss(progress.step, progress.train_loss, member.learning_rate(progress.step))
-    progress.window = ReportWindow()
-    member.train_seconds = 0.0
-
-
-def evaluate(job: Trainer, member: TrainState) -> bool:
-    """Evaluate `member` where it stands; returns whether it is the best so far. A stop leaves it to the resume."""
-    progress = member.progress
-    job.step.place(member.params)
-    try:
-        known = job.baseline.evaluation if progress.step == 0 else None
-        result = known or validate(job.adapted.model, job.forward, watched(job, progress.step), job.stops.check)
-    except StopRequested:
-        progress.pending_evaluation = progress.step > 0
-        return False
-    if not math.isfinite(result.loss):
-        raise Diverged(f"The validation loss at step {progress.step} is not finite.")
-    progress.valid_loss, progress.valid_step = result.loss, progress.step
-    member.record.row(
-        step=progress.step,
-        split="valid",
-        loss=result.loss,
-        epoch=epoch(job),
-        tokens=progress.tokens,
-        supervised_tokens=result.supervised,
-        tokens_per_second=round(result.tokens / max(result.seconds, 1e-9), 1),
-        peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
-    )
-    best = False
-    if progress.step == 0:
-        job.baseline.evaluated(result)
-        progress.baseline_loss = result.loss
-    else:
-        if events.is_better(result.loss, progress.best_loss, job.plan.min_delta):
-            progress.bad_evaluations = 0
-        else:
-            progress.bad_evaluations += 1
-        best = events.is_better(result.loss, progress.best_loss)
-        if best:
-            progress.best_loss, progress.best_step = result.loss, progress.step
-    member.record.status(state="running", step=progress.step, valid_loss=result.loss, best=best_of(member))
-    job.display.valid_loss(progress.step, result.loss, best)
-    return best
-
-
-def watched(job: Trainer, step: int) -> Iterator[DeviceBatch]:
-    """The batches of an evaluation; how far it is is shown, and said once where the one before training takes long."""
-    begun, done, said, rows = time.monotonic(), 0, step > 0, job.valid_batches.rows
-    for ready in job.valid_batches:
-        job.display.busy(f"{step}/{job.plan.iters}  evaluating, {done}/{rows} rows")
-        if not said and time.monotonic() - begun > PATIENCE:
-            job.display.line(f"evaluating {rows:,} rows before training")
-            said = True
-        yield ready
-        done += len(ready.batch.lengths)
-
-
-def save_if_due(job: Trainer, member: TrainState, best: bool, ending: str | None) -> None:
-    """Save after the evaluation of this step, once, if the schedule, a new best or the loop's `ending` asks for it."""
-    progress = member.progress
-    why = job.saves.due(
-        progress.step,
-        minutes_since_save=member.since_save.minutes(),
-        best=best and member.record.policy.keep_best > 0,
-        stopping=ending,
-    )
-    if not why:
-        return
-    evaluated = progress.valid_loss if progress.valid_step == progress.step else None
-    files = state_files.checkpoint_files(
-        member, job.position, job.order.window_batches, job.identity, job.adapted.adapter_config()
-    )
-    member.record.save(progress.step, files, why, evaluated)
-    member.since_save.restart()
-
-
-def epoch(job: Trainer) -> float:
-    """Passes over the training rows so far, as a decimal."""
-    return round(job.position.epoch + job.position.batch / job.order.batches_per_epoch, 4)
-
-
-def best_of(member: TrainState) -> dict[str, float | int] | None:
-    """The best evaluation so far, for status.json."""
-    progress = member.progress
-    if progress.best_step is None or progress.best_loss is None:
-        return None
-    return {"step": progress.best_step, "valid_loss": progress.best_loss}
+def peak_memory_gb() -> float:
+    """Return the peak memory of this run so far, in GB (1e9 bytes)."""
+    return round(mx.get_peak_memory() / 1e9, 3)

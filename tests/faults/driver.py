@@ -16,7 +16,7 @@ from typing import Any
 
 POINTS = {
     "micro-batch": ("runner.training.train_step", "dropout_key"),
-    "update": ("runner.training.trainer", "update"),
+    "update": ("runner.training.trainer", "Trainer.train_step"),
     "evaluation": ("runner.training.validate", "loss_sum"),
     "save": ("runner.training.state_files", "checkpoint_files"),
     "due": ("runner.checkpoints.save_policy", "SavePolicy.due"),

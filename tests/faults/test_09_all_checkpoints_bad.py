@@ -13,7 +13,7 @@ def assert_refused(cli, stopped, contents):
     """Exit code 5, nothing trained, no file of the run changed (its lock says who holds it, nothing else)."""
     before = contents(stopped, but=(".lock",))
     out = cli("resume=run", expect=5)
-    assert "never starts over in silence" in out and "repeat=" in out and "Traceback" not in out
+    assert "never starts over silently" in out and "repeat=" in out and "Traceback" not in out
     assert "valid loss" not in out and "train loss" not in out
     assert contents(stopped, but=(".lock",)) == before
     assert [path.name for path in cli.folder.iterdir()] == ["run"]

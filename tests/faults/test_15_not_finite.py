@@ -103,7 +103,7 @@ def test_a_metric_that_is_nan_in_a_checkpoint_never_wins(stopped, reseal, unmeas
     record = RunWriter(RunDirectory(stopped), store, RetentionPolicy(keep_last=0, keep_best=3))
     best = 4 if unmeasured == 6 else 6
     assert record.result_step("best") == best
-    ranked = {step for step, why in record.reasons().items() if "best" in why}
+    ranked = {step for step, why in record.retained_steps().items() if "best" in why}
     assert ranked == {2, 4, 6} - {unmeasured}
 
 

@@ -52,7 +52,7 @@ def test_other_rows_are_refused_with_their_fingerprints_and_the_right_ones_go_on
         own = file.read_text()
         file.write_text("\n".join(change(own.splitlines())) + "\n")
         out = assert_refused("data.path=data")
-        assert f"the {'training' if split == 'train' else 'validation'} data are others" in out
+        assert f"the {'training' if split == 'train' else 'validation'} data changed" in out
         assert f"fingerprint {state['fingerprints'][f'data_{split}'][:16]} then, " in out
         file.write_text(own)
         cases.done()

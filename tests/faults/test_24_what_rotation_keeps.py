@@ -124,7 +124,7 @@ def test_whatever_comes_newest_best_source_and_strangers_survive_every_rotation(
             loss = ever.setdefault(step, luck.choice([None, math.nan, math.inf, 1.0, 1.0, 2.0, 0.5]))
             why = luck.choice([("every 1",), ("best",), ("SIGTERM",)])
             store.commit(step, {"a": bytes([step])}, why=why, metrics={} if loss is None else {"valid_loss": loss})
-            store.rotate(set(record.reasons()))
+            store.rotate(set(record.retained_steps()))
             there = {found.step: found for found in store.checkpoints() if found.run_id == "own"}
             assert step in there
             assert record.source_step in (None, *there)

@@ -74,7 +74,7 @@ def test_a_failure_is_raised_by_the_next_check_and_once_only():
     def fail() -> None:
         raise StorageError("the disk is gone")
 
-    saver.begin(fail)
+    saver.start(fail)
     with pytest.raises(StorageError, match="the disk is gone"):
         for _ in range(1000):
             saver.check()
@@ -90,11 +90,11 @@ def test_training_goes_on_while_a_save_is_written_and_the_next_save_waits():
         written.wait(10)
         order.append("first")
 
-    saver.begin(slow)
+    saver.start(slow)
     saver.check()  # does not wait
     assert order == []
     threading.Timer(0.05, written.set).start()
-    saver.begin(lambda: order.append("second"))
+    saver.start(lambda: order.append("second"))
     saver.wait()
     assert order == ["first", "second"]
     saver.close()
@@ -106,11 +106,11 @@ def test_a_failure_that_nobody_asked_for_is_returned_at_the_end():
     def fail() -> None:
         raise StorageError("the disk is gone")
 
-    saver.begin(fail)
+    saver.start(fail)
     assert str(saver.close()) == "the disk is gone"
 
 
 def test_without_the_background_a_save_fails_where_it_is_asked_for():
     saver = AsyncSaver(background=False)
     with pytest.raises(ZeroDivisionError):
-        saver.begin(lambda: 1 / 0)
+        saver.start(lambda: 1 / 0)

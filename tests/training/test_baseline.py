@@ -84,16 +84,16 @@ def test_a_cache_folder_that_cannot_be_used_is_no_matter(
 def test_very_many_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fact_cache, "_MOST_FILES", 10)
     for number in range(11):
-        baseline.load_baseline({"number": number}).evaluated(ValidationResult(1.0, 2, 3, 4.0))
+        baseline.load_baseline({"number": number}).store_validation(ValidationResult(1.0, 2, 3, 4.0))
     assert len(list((cache / "baselines").iterdir())) == 5
-    assert baseline.load_baseline({"number": 10}).evaluation == ValidationResult(1.0, 2, 3, 4.0)
-    assert baseline.load_baseline({"number": 0}).evaluation is None
+    assert baseline.load_baseline({"number": 10}).validation == ValidationResult(1.0, 2, 3, 4.0)
+    assert baseline.load_baseline({"number": 0}).validation is None
 
 
 def test_a_long_evaluation_before_training_says_that_it_is_at_work(tiny, train, tmp_path, monkeypatch):
     quick = train(tiny(**{"train.iters": 1, "train.cache_baseline": False}), tmp_path / "quick")
     assert "evaluating" not in (quick / "run.log").read_text()
-    monkeypatch.setattr("runner.training.trainer.PATIENCE", 0.0)
+    monkeypatch.setattr("runner.training.trainer.NOTICE_SECONDS", 0.0)
     slow = train(tiny(**{"train.iters": 6, "train.cache_baseline": False}), tmp_path / "slow")
     assert (slow / "run.log").read_text().count("evaluating 10 rows before training") == 1
     assert (slow / "run.log").read_text().count("evaluating") == 1

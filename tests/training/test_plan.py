@@ -1,36 +1,48 @@
-"""What is due after an update is a pure function of the step and the plan."""
+"""When a run reports, evaluates and stops is a pure function of its progress and its plan."""
 
 from __future__ import annotations
+
+import dataclasses
+import signal
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.training import plan as events
-from runner.training.plan import TrainingPlan
+from runner.training.plan import StopReason, TrainingPlan, is_evaluation_due, is_report_due, stop_reason
+
+PLAN = TrainingPlan(iters=100, report_every=10, eval_every=20, evaluates=True)
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50))
-def test_the_last_step_is_always_reported_and_evaluated(iters, report, every):
-    plan = TrainingPlan(iters, report, every, evaluates=True)
-    assert events.is_report_due(iters, plan) and events.is_evaluation_due(iters, plan)
-    assert [s for s in range(1, iters + 1) if events.is_evaluation_due(s, plan)] == sorted(
-        {*range(every, iters + 1, every), iters}
-    )
-    assert not any(
-        events.is_evaluation_due(s, TrainingPlan(iters, report, every, evaluates=False)) for s in range(1, iters + 1)
-    )
+def test_the_last_step_is_always_reported_and_evaluated(iters: int, report_every: int, eval_every: int) -> None:
+    plan = TrainingPlan(iters, report_every, eval_every, evaluates=True)
+    assert is_report_due(iters, plan) and is_evaluation_due(iters, plan)
+    evaluated = [step for step in range(1, iters + 1) if is_evaluation_due(step, plan)]
+    assert evaluated == sorted({*range(eval_every, iters + 1, eval_every), iters})
+    without_data = dataclasses.replace(plan, evaluates=False)
+    assert not any(is_evaluation_due(step, without_data) for step in range(1, iters + 1))
 
 
-def test_where_a_run_stops_decides_nothing_of_what_is_due():
-    plans = [TrainingPlan(100, 10, 20, evaluates=True, stop_at=stop) for stop in (None, 15, 50)]
+def test_stop_at_does_not_change_what_is_due() -> None:
+    plans = [dataclasses.replace(PLAN, stop_at=stop_at) for stop_at in (None, 15, 50)]
     for step in range(1, 101):
-        assert len({(events.is_report_due(step, p), events.is_evaluation_due(step, p)) for p in plans}) == 1
+        assert len({(is_report_due(step, plan), is_evaluation_due(step, plan)) for plan in plans}) == 1
 
 
-def test_better_needs_more_than_min_delta_and_patience_counts():
-    assert events.is_better(1.0, None, 0.5)
-    assert not events.is_better(0.6, 1.0, 0.5)
-    assert events.is_better(0.4, 1.0, 0.5)
-    plan = TrainingPlan(100, 10, 20, evaluates=True, patience=2)
-    assert [events.is_out_of_patience(n, plan) for n in range(4)] == [False, False, True, True]
-    assert not events.is_out_of_patience(99, TrainingPlan(100, 10, 20, evaluates=True))
+def test_a_run_stops_at_its_end_at_stop_at_and_when_its_patience_is_used_up() -> None:
+    plan = dataclasses.replace(PLAN, stop_at=50, patience=2)
+    assert stop_reason(49, 1, plan) is None
+    assert stop_reason(50, 1, plan) is StopReason.STOP_AT
+    assert stop_reason(49, 2, plan) is stop_reason(50, 2, plan) is StopReason.EARLY_STOPPING
+    assert stop_reason(100, 2, plan) is StopReason.FINISHED
+    assert stop_reason(99, 99, PLAN) is None
+
+
+def test_a_signal_takes_precedence_and_leaves_the_run_to_be_resumed() -> None:
+    for received in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        stop = stop_reason(100, 0, PLAN, received)
+        assert stop is not None and stop.value == received.name and not stop.is_completion
+    assert [reason for reason in StopReason if reason.is_completion] == [
+        StopReason.FINISHED,
+        StopReason.EARLY_STOPPING,
+    ]

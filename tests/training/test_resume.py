@@ -204,7 +204,7 @@ def test_paths_may_change_where_the_fingerprints_agree_and_other_data_are_refuse
     train(tiny(**{"data.path": str(moved)}), run, resume=run, stop_at=8)
     lines = (moved / "train.jsonl").read_text().splitlines()
     (moved / "train.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
-    with pytest.raises(ConfigError, match="training data are others"):
+    with pytest.raises(ConfigError, match="training data changed"):
         train(tiny(**{"data.path": str(moved)}), run, resume=run)
     train(tiny(), run, resume=run)
     assert_equal_runs(whole, run)

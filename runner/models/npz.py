@@ -1,4 +1,7 @@
-"""An .npz of plain arrays, as mlx-examples saves adapters: no pickles, nothing unpacked before its size is known."""
+"""Read an .npz of plain numeric arrays, as mlx-examples saves adapters, safely.
+
+No pickle is loaded, and shapes can be inspected before any array is unpacked.
+"""
 
 from __future__ import annotations
 
@@ -10,57 +13,57 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-_LARGEST_DIRECTORY = 4 << 20
-_LONGEST_HEADER = 10_000
-_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_MAX_DIRECTORY_BYTES = 4 << 20
+_MAX_HEADER_BYTES = 10_000
+_HEADER_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 class NpzArchive:
-    """An open .npz. Its methods raise ValueError, or what zipfile and zlib raise, for one that is not sound."""
+    """An open .npz file. All methods raise ValueError, zipfile.BadZipFile or zlib.error for a malformed one."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
         self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         if len(self._members) != len(archive.infolist()):
-            raise ValueError("a name is in it twice")
+            raise ValueError("it contains a name twice")
 
     @property
     def names(self) -> list[str]:
-        """The names of its arrays."""
+        """The names of the arrays."""
         return list(self._members)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array, from its header alone."""
-        return {name: self._shape(info) for name, info in self._members.items()}
+        """Return the shape of each array, read from its header alone."""
+        return {name: self._read_shape(info) for name, info in self._members.items()}
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each array. It takes the memory that its shape says: look at `shapes` first."""
+        """Yield each name and array. An array takes the memory that its shape claims: check `shapes` first."""
         for name, info in self._members.items():
-            self._shape(info)  # of numbers, and nothing else
+            self._read_shape(info)  # refuses anything but numbers
             with self._archive.open(info) as member:
-                array = npy.read_array(member, allow_pickle=False, max_header_size=_LONGEST_HEADER)
+                array = npy.read_array(member, allow_pickle=False, max_header_size=_MAX_HEADER_BYTES)
             yield name, array.astype(array.dtype.newbyteorder("="), copy=False)
 
-    def _shape(self, info: zipfile.ZipInfo) -> tuple[int, ...]:
+    def _read_shape(self, info: zipfile.ZipInfo) -> tuple[int, ...]:
         with self._archive.open(info) as member:
             version = npy.read_magic(member)
-            if version not in _HEADERS:
-                raise ValueError(f"{info.filename} is of the .npy version {version}")
-            shape, _, dtype = _HEADERS[version](member, max_header_size=_LONGEST_HEADER)
+            if version not in _HEADER_READERS:
+                raise ValueError(f"{info.filename} has the unsupported .npy version {version}")
+            shape, _, dtype = _HEADER_READERS[version](member, max_header_size=_MAX_HEADER_BYTES)
         if dtype.kind not in "fiu":
-            raise ValueError(f"{info.filename} holds {dtype}, not numbers")
+            raise ValueError(f"{info.filename} contains {dtype}, not numbers")
         return shape
 
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[NpzArchive]:
-    """The archive at `path`. Raises ValueError or zipfile.BadZipFile where it is none."""
+    """Open the archive at `path`. Raises ValueError or zipfile.BadZipFile if it is not an acceptable .npz."""
     with path.open("rb") as file:
-        # zipfile would make an object of each entry before anyone can count them.
-        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
-        if end is None:
+        # Private, because ZipFile itself creates an object for every entry before their number can be checked.
+        end_record = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+        if end_record is None:
             raise ValueError("it is not a zip file")
-        if end[zipfile._ECD_SIZE] > _LARGEST_DIRECTORY:  # type: ignore[attr-defined]
-            raise ValueError("it lists too many entries for an adapter")
+        if end_record[zipfile._ECD_SIZE] > _MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
+            raise ValueError("it has too many entries for an adapter")
         with zipfile.ZipFile(file) as archive:
             yield NpzArchive(archive)

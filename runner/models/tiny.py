@@ -1,4 +1,4 @@
-"""`builtin:tiny`: a llama of random weights with a byte-level tokenizer, made on the spot for tests and smoke runs."""
+"""`builtin:tiny`: a llama model of fixed random weights with a byte-level tokenizer, for tests and smoke runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -32,38 +32,39 @@ CONFIG = {
 
 
 def build_tokenizer() -> TokenizerWrapper:
-    """One token a byte, three special tokens, a ChatML template."""
+    """Return a tokenizer with one token per byte, three special tokens and a ChatML template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=core,
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    fast_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         bos_token="<|im_start|>",
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-    return TokenizerWrapper(fast, BPEStreamingDetokenizer)
+    return TokenizerWrapper(fast_tokenizer, BPEStreamingDetokenizer)
 
 
 def build_model() -> llama.Model:
-    """The same weights every time, on every machine: drawn from keys of their own, by name.
+    """Return the model, with the same weights every time and on every machine.
 
-    The embedding is drawn small, so that the untrained model's loss is near log(vocabulary).
+    Each array is drawn from a key of its own. The embedding's values are small, so that the untrained model's loss is
+    near log(vocabulary size).
     """
-    made = llama.Model(llama.ModelArgs.from_dict(CONFIG))
+    model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
     weights = []
-    for i, (name, array) in enumerate(sorted(tree_flatten(made.parameters()))):
+    for i, (name, array) in enumerate(sorted(tree_flatten(model.parameters()))):
         if array.ndim == 1:
             weights.append((name, mx.ones(array.shape)))
             continue
         bound = 0.05 if "embed" in name else array.shape[-1] ** -0.5
         weights.append((name, mx.random.uniform(-bound, bound, array.shape, key=mx.random.key(1000 + i))))
-    made.update(tree_unflatten(weights))
-    mx.eval(made.parameters())
-    made.eval()
-    return made
+    model.update(tree_unflatten(weights))
+    mx.eval(model.parameters())
+    model.eval()
+    return model

@@ -118,7 +118,7 @@ def read_params(loaded: LoadedCheckpoint) -> Params:
     Raises:
         CheckpointError: names the file and the reason.
     """
-    return parse_arrays(loaded.files[ADAPTERS], where=f"{loaded.checkpoint.path}/{ADAPTERS}")
+    return parse_arrays(loaded.files[ADAPTERS], source=f"{loaded.checkpoint.path}/{ADAPTERS}")
 
 
 def read_state(loaded: LoadedCheckpoint) -> SavedState:
@@ -130,7 +130,7 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
     path = str(loaded.checkpoint.path)
     try:
         params = read_params(loaded)
-        optimizer = parse_arrays(loaded.files[OPTIMIZER], where=f"{path}/{OPTIMIZER}")
+        optimizer = parse_arrays(loaded.files[OPTIMIZER], source=f"{path}/{OPTIMIZER}")
         data = safe_json.parse(loaded.files[STATE], most_values=_MAX_VALUES)
         if data["schema"] != SCHEMA:
             raise CheckpointError(f"{path}/{STATE} has schema {quoted(data['schema'])}; this version reads {SCHEMA}.")

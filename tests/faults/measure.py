@@ -50,7 +50,7 @@ def generate() -> Callable[[Path], Any]:
     from runner.cli.commands import adapter_source
     from runner.models.arrays import parse_arrays
 
-    return lambda path: parse_arrays(adapter_source.find_adapter(path).adapters, where=str(path))
+    return lambda path: parse_arrays(adapter_source.find_adapter(path).adapters, source=str(path))
 
 
 def export() -> Callable[[Path], Any]:

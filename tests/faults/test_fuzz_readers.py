@@ -132,7 +132,7 @@ def test_a_safetensors_file_is_read_or_refused(cases):
             data = len(text).to_bytes(8, "little") + text + whole[-51:]
         found, _ = safetensors_file.unpack(data, where="here")
         assert sum(len(one.data) for one in found.values()) <= len(data)
-        parse_arrays(data, where="here")
+        parse_arrays(data, source="here")
 
     fuzz(cases, read, CheckpointError, damaged(whole), altered(header), JSON)
 
@@ -372,7 +372,7 @@ def test_a_manifest_of_a_sweep_that_once_broke_it_is_refused(tmp_path, case):
 def test_a_safetensors_file_that_once_broke_it_is_refused(case):
     header = json.dumps(case[1]).encode()
     with bounded(), pytest.raises(CheckpointError, match="here: "):
-        parse_arrays(len(header).to_bytes(8, "little") + header, where="here")
+        parse_arrays(len(header).to_bytes(8, "little") + header, source="here")
 
 
 @pytest.mark.fault(16)

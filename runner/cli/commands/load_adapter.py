@@ -69,7 +69,7 @@ def load_adapted(
         ModelError: no such model, other weights than the adapter was trained on, or an adapter that does not fit.
         CheckpointError: the adapter's file is damaged.
     """
-    weights = parse_arrays(place.adapters, where=str(place.folder / ADAPTERS))
+    weights = parse_arrays(place.adapters, source=str(place.folder / ADAPTERS))
     base = load_base(place, settings, any_base=any_base, say=say)
     loaded = LoadedAdapter(base, settings.config.lora, settings.config.seed, weights)
     adapted = loaded.put_on()

@@ -51,7 +51,7 @@ def other_base(tmp_path: Path) -> Path:
 
 def test_the_adapter_on_its_base_is_the_model_that_was_trained(run: Path) -> None:
     loaded = load(run)
-    saved = parse_arrays((run / "adapters" / "adapters.safetensors").read_bytes(), where="")
+    saved = parse_arrays((run / "adapters" / "adapters.safetensors").read_bytes(), source="")
     assert loaded.adapted is not None
     params = loaded.adapted.params()
     assert set(params) == set(saved)
@@ -132,7 +132,7 @@ def test_weights_that_do_not_fit_are_named_and_leave_the_base_bare(
     run: Path, monkeypatch: pytest.MonkeyPatch, change: str, error: type[Exception], said: str
 ) -> None:
     path = by_hand(run, "adapters.safetensors")
-    arrays = parse_arrays(path.read_bytes(), where="")
+    arrays = parse_arrays(path.read_bytes(), source="")
     name = next(n for n in sorted(arrays) if n.endswith("q_proj.lora_a"))
     if change == "missing":
         del arrays[name]

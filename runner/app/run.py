@@ -208,7 +208,7 @@ def _store_config_of(said: Invocation) -> None:
     config = schema.from_dict(RunDirectory(run).read_config(), str(run / "config.yaml"))
     data = schema.to_dict(config)
     data = {section: value for section, value in data.items() if section not in said.group_choices}
-    for name in schema.PROVENANCE:
+    for name in schema.provenance_settings():
         data.pop(name, None)
     if said.resume:
         data.pop("adapter", None)  # provenance: the checkpoint holds the weights

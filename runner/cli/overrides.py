@@ -17,7 +17,7 @@ from runner.config.groups import CONF_DIR, config_dirs, group_choices
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_path, unquote
 
-_PATHS = ("adapter", "data.path", "model.path", "hydra.run.dir", "hydra.sweep.dir")
+_HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir")
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn"}
 _FLAGS_WITH_VALUE |= {"--config-path", "-cp", "--info", "-i"}
 _FLAGS = _FLAGS_WITH_VALUE | {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "--version"}
@@ -81,7 +81,7 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str | None:
     sign, key, package, value = match["sign"], match["key"], match["package"] or "", match["value"]
     if key.startswith(("hydra.", "hydra/")):
         said.hydra_settings.add(key)
-        return f"{sign}{key}{package}={_path(value, said.multirun) if key in _PATHS else value}"
+        return f"{sign}{key}{package}={_path(value, said.multirun) if key in _HYDRA_PATHS else value}"
     if sign == "~":
         raise ConfigError(f"'{word}' would remove a setting: every setting has to be there. Set it to null instead.")
     if key in schema.GROUPS:
@@ -95,7 +95,7 @@ def _read_word(word: str, said: Invocation, folders: list[Path]) -> str | None:
     if sign and key.startswith("loggers."):
         return word  # backends take options of their own
     said.settings[key] = value
-    if key in _PATHS:
+    if key in schema.path_settings():
         value = _path(value, said.multirun)
     return f"{key}={value}"
 

@@ -88,14 +88,9 @@ def _about(group: str, choice: str) -> str:
 def _shown(name: str, default: object) -> str:
     if default == schema.MISSING:
         return "by its group"
-    options = {
-        option: value
-        for table in (schema.OPTIMIZERS, schema.SCHEDULES)
-        for choice in table.values()
-        for option, value in choice.items()
-    }
-    if default is None and name.split(".")[0] in ("optimizer", "schedule") and name.split(".")[-1] in options:
-        return f"`{_plain(options[name.split('.')[-1]])}` where used"
+    by_choice = schema.metadata()[name].defaults_by
+    if by_choice:
+        return ", ".join(f"`{_plain(value)}` ({choice})" for choice, value in by_choice.items())
     return f"`{_plain(default)}`"
 
 

@@ -1,7 +1,8 @@
-"""The schema: every setting of a run with its type, its default and its meaning.
+"""The schema: every setting of a run with its type, its default, its metadata and its meaning.
 
-The dataclasses are the one place where a default lives (a group's YAML holds only what the choice changes); the
-line under a field is its documentation, from which docs/config.md is made. Plain Python: no Hydra, no MLX.
+The dataclasses are the one place where a default lives; the string under a field is its documentation. The default
+files in conf/ and docs/config.md are generated from them (`python -m runner.config.reference`). Plain Python: no
+Hydra, no MLX.
 """
 
 from __future__ import annotations
@@ -11,300 +12,337 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
+from runner.config.setting import MISSING, OnResume, PathKind, Setting, metadata_of, section, setting
 
-# What each optimizer and schedule takes beyond the common options, with its default. Adam's bias correction is on,
-# as in the Adam paper (mlx-lm leaves it off, which makes the first updates about three times too large).
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw": {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "bias_correction": True},
-    "adam": {"betas": [0.9, 0.999], "eps": 1e-8, "bias_correction": True},
-    "sgd": {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False},
-}
-SCHEDULES: dict[str, dict[str, Any]] = {"constant": {}, "linear": {"end": 0.0}, "cosine": {"end": 0.0}}
-DEFAULT_LORA_SCALE = 20.0  # as mlx-lm
-_LARGEST = 10**300
-MISSING = "???"  # has to come from a group (OmegaConf's own mark for it)
+FREE, PROVENANCE = OnResume.FREE, OnResume.PROVENANCE
+DEFAULT_LORA_SCALE = 20.0
+"""lora.scale where neither it nor lora.alpha is set, as in mlx-lm."""
+_LARGEST_FLOAT = 10**300
 
 
 @dataclass(kw_only=True)
 class QuantizeConfig:
-    """Quantize the base while loading it (QLoRA)."""
+    """Quantization of the base model while it is loaded (QLoRA)."""
 
-    bits: int | None = None
-    """Bits a weight (2, 3, 4, 5, 6 or 8); null leaves the base as it is."""
-    group_size: int = 64
-    """Weights that share one scale: 32, 64 or 128."""
+    bits: int | None = setting(None, choices=(2, 3, 4, 5, 6, 8))
+    """Bits per weight; null keeps the base model as it is."""
+    group_size: int = setting(64, choices=(32, 64, 128))
+    """Number of weights that share one scale."""
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """The frozen base model."""
 
-    path: str = MISSING
-    """Hub id, folder, .gguf file, or builtin:NAME."""
-    revision: str | None = None
-    """Hub revision: branch, tag or commit."""
-    dtype: str = "auto"
-    """auto (float32 on the CPU, the model's own elsewhere), float32, bfloat16 or float16."""
-    dequantize: str = "auto"
-    """Expand a quantized base: auto (on the CPU only, where quantized products are slow), always, never."""
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    trust_remote_code: bool = False
-    """Let a model's own Python code run; counts where it is typed only, never from a file."""
+    path: str = setting(MISSING, path=PathKind.INPUT, on_resume=FREE, decides_result=True, always_shown=True)
+    """Hub id, folder, .gguf file or builtin:NAME; a resume requires the same weights."""
+    revision: str | None = setting(None, on_resume=FREE)
+    """Branch, tag or commit of the hub repository; null means its main branch."""
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
+    """Data type of the base model; auto is float32 on the CPU and the model's own type elsewhere."""
+    dequantize: str = setting("auto", choices=("auto", "always", "never"))
+    """Expand a quantized base model; auto does so on the CPU only, where quantized products are slow."""
+    quantize: QuantizeConfig = section(QuantizeConfig)
+    trust_remote_code: bool = setting(False, on_resume=FREE)
+    """Run Python code that comes with the model; only honoured when typed, never from a file."""
 
 
 @dataclass(kw_only=True)
 class KeysConfig:
-    """What the fields of a row are called in your files."""
+    """Names of the fields of a row in the data files."""
 
-    text: str = "text"
-    """Field of plain text rows."""
-    prompt: str = "prompt"
+    text: str = setting("text")
+    """Field of a plain text row."""
+    prompt: str = setting("prompt")
     """Field of the prompt."""
-    completion: str = "completion"
+    completion: str = setting("completion")
     """Field of the completion."""
-    messages: str = "messages"
+    messages: str = setting("messages")
     """Field of the conversation."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What is learned."""
+    """The training, validation and test rows, and how they become tokens and batches."""
 
-    path: str = MISSING
+    path: str = setting(MISSING, path=PathKind.INPUT, on_resume=FREE, decides_result=True, always_shown=True)
     """Folder with train.jsonl, valid.jsonl and test.jsonl, a hub id of such files, or builtin:NAME."""
-    format: str = "auto"
-    """auto (by the first row's fields), text, completions or chat."""
-    keys: KeysConfig = field(default_factory=KeysConfig)
-    chat_template: bool = True
-    """Render prompts with the tokenizer's chat template, where it has one."""
-    mask_prompt: bool = True
-    """Learn the answers only, not the prompts (mlx-lm learns both unless told)."""
-    max_length: int = 2048
-    """Longest row, in tokens."""
-    on_too_long: str = "truncate"
-    """What happens to a longer row: truncate, drop, or error (names file and line)."""
-    pad_to: int | None = None
-    """Batches are padded to a multiple of this many tokens; null chooses, for the lengths there are, the 32 widths that
-    pad least. Few widths mean few compilations."""
-    window: int | None = None
-    """Batches whose rows are sorted by length together: larger means less padding and less shuffling. null means 1
-    (none sorted) where the engine of the CPU computes the model, which computes no padding, and 64 elsewhere."""
-    metric: str | None = None
-    """The data set's own metric on generated answers: execution_accuracy, exact_match, or null."""
-    metric_split: str = "test"
-    """Split whose rows are generated for the metric: test or valid."""
-    metric_rows: int = 0
-    """Rows to generate before and after training; 0 generates none, -1 all."""
-    max_new_tokens: int = 96
-    """Longest generated answer, in tokens."""
-    cache: bool = True
-    """Keep tokenised data on disk, so that the next start maps it."""
-    cache_gb: float = 10.0
-    """Most that is kept, in GB; what was not used for longest gives way."""
-    cache_folder: str | None = None
-    """Where it is kept; null means tokens/ in the cache folder (RUNNER_CACHE, else ~/.cache/mlx-runner)."""
+    format: str = setting("auto", choices=("auto", "text", "completions", "chat"))
+    """Format of the rows; auto decides by the fields of the first row."""
+    keys: KeysConfig = section(KeysConfig)
+    chat_template: bool = setting(True)
+    """Render prompts with the tokenizer's chat template, if it has one."""
+    mask_prompt: bool = setting(True)
+    """Compute the loss on completions only, not on prompts (mlx-lm's default is both)."""
+    max_length: int = setting(2048, at_least=2)
+    """Maximum length of a row, in tokens."""
+    on_too_long: str = setting("truncate", choices=("truncate", "drop", "error"))
+    """What happens to a longer row; error names its file and line."""
+    pad_to: int | None = setting(None, at_least=1, at_most=65_536)
+    """Pad batches to a multiple of this many tokens; null chooses the 32 widths that pad the data least."""
+    window: int | None = setting(None, at_least=1)
+    """Number of batches whose rows are sorted by length together: more means less padding and less shuffling; null
+    means 1 (no sorting) where the CPU engine computes the model, and 64 elsewhere."""
+    metric: str | None = setting(None, choices=("execution_accuracy", "exact_match"), on_resume=FREE)
+    """Metric for generated answers; null has none."""
+    metric_split: str = setting("test", choices=("test", "valid"), on_resume=FREE)
+    """Split whose prompts are answered for the metric."""
+    metric_rows: int = setting(0, at_least=0, minus_one_is_all=True, on_resume=FREE)
+    """Number of answers to generate and score before and after training; 0 generates none."""
+    max_new_tokens: int = setting(96, at_least=1, on_resume=FREE)
+    """Maximum length of a generated answer, in tokens."""
+    cache: bool = setting(True, on_resume=FREE)
+    """Cache tokenized data on disk, so that the next start maps it into memory."""
+    cache_gb: float = setting(10.0, above=0, on_resume=FREE)
+    """Size limit of that cache, in GB; the least recently used entries are removed."""
+    cache_folder: str | None = setting(None, path=PathKind.OUTPUT, on_resume=FREE)
+    """Folder of that cache; null means tokens/ in the cache folder (RUNNER_CACHE, else ~/.cache/mlx-runner)."""
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
     """The shape of the adapter."""
 
-    type: str = "lora"
-    """Kind of fine-tuning: lora."""
-    rank: int = 8
-    """Rank of the update."""
-    scale: float | None = None
-    """Factor of the update, as in mlx-lm (20 where neither scale nor alpha is given)."""
-    alpha: float | None = None
-    """As in PEFT, instead of scale: scale = alpha / rank."""
-    rslora: bool = False
-    """With alpha: scale = alpha / sqrt(rank) (rank-stabilised LoRA, arXiv:2312.03732)."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input, 0 to below 1."""
-    num_layers: int = 16
-    """Blocks to adapt, counted from the last; -1 means all."""
-    keys: list[str] | None = None
-    """Names of the layers inside a block (self_attn.q_proj); null means every linear layer."""
-    dtype: str = "float32"
-    """Numbers that the adapter computes in: float32, or model (the base's own, such as bfloat16: smaller products on a
-    GPU). What is learned, saved and averaged is float32 in both."""
+    type: str = setting("lora", choices=("lora",))
+    """Method of fine-tuning."""
+    rank: int = setting(8, at_least=1, at_most=16_384)
+    """Rank of the update matrices."""
+    scale: float | None = setting(None)
+    """Factor of the update, as in mlx-lm; null means 20 unless alpha is set."""
+    alpha: float | None = setting(None, above=0)
+    """Numerator of the factor, as in PEFT, instead of scale: scale = alpha / rank."""
+    rslora: bool = setting(False)
+    """With alpha: scale = alpha / sqrt(rank) (rank-stabilized LoRA, arXiv:2312.03732)."""
+    dropout: float = setting(0.0, at_least=0, below=1)
+    """Dropout probability on the adapter's input."""
+    num_layers: int = setting(16, at_least=1, minus_one_is_all=True)
+    """Number of transformer blocks to adapt, counted from the last."""
+    keys: list[str] | None = setting(None)
+    """Linear layers to adapt inside a block, such as self_attn.q_proj; null means every linear layer."""
+    dtype: str = setting("float32", choices=("float32", "model"))
+    """Data type that the adapter computes in: float32, or model, the base model's own (smaller products on a GPU);
+    weights and optimizer state are float32 in both cases."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """How the adapter is updated."""
+    """The optimizer of the adapter's weights."""
 
-    name: str = MISSING
-    """Set by the group (optimizer=adamw)."""
-    learning_rate: float = 1e-4
-    """Peak learning rate (mlx-lm's 1e-5 hardly moves an adapter of rank 8)."""
-    betas: list[float] | None = None
-    """adam, adamw: decay of the two moments."""
-    eps: float | None = None
-    """adam, adamw: term added to the denominator."""
-    weight_decay: float | None = None
-    """adamw, sgd: weight decay."""
-    bias_correction: bool | None = None
-    """adam, adamw: correct the moments' start at zero."""
-    momentum: float | None = None
-    """sgd: momentum."""
-    nesterov: bool | None = None
-    """sgd: Nesterov's form of momentum."""
+    name: str = setting(MISSING, choices=("adamw", "adam", "sgd"))
+    """Optimizer; set by the group."""
+    learning_rate: float = setting(1e-4, above=0)
+    """Peak learning rate (mlx-lm's default of 1e-5 hardly moves an adapter of rank 8)."""
+    betas: list[float] | None = setting(
+        None, length=2, at_least=0, below=1, defaults_by={"adamw": [0.9, 0.999], "adam": [0.9, 0.999]}
+    )
+    """Decay rates of the first and the second moment."""
+    eps: float | None = setting(None, above=0, defaults_by={"adamw": 1e-8, "adam": 1e-8})
+    """Term added to the denominator for numerical stability."""
+    bias_correction: bool | None = setting(None, defaults_by={"adamw": True, "adam": True})
+    """Correct the moments for their start at zero, as in the Adam paper (mlx-lm's default is not to, which makes the
+    first updates about three times too large)."""
+    weight_decay: float | None = setting(None, at_least=0, defaults_by={"adamw": 0.01, "sgd": 0.0})
+    """Weight decay; decoupled from the gradient with adamw."""
+    momentum: float | None = setting(None, defaults_by={"sgd": 0.0})
+    """Momentum factor."""
+    nesterov: bool | None = setting(None, defaults_by={"sgd": False})
+    """Nesterov momentum; needs momentum above 0."""
 
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
     """The learning rate over the updates."""
 
-    name: str = MISSING
-    """Set by the group (schedule=cosine)."""
-    warmup: int = 0
-    """Updates over which the learning rate rises linearly to its peak."""
-    iters: int | None = None
-    """Update at which the end is reached; null means train.iters."""
-    end: float | None = None
-    """linear, cosine: learning rate of the last update."""
+    name: str = setting(MISSING, choices=("constant", "linear", "cosine", "exponential"))
+    """Shape of the schedule; set by the group."""
+    warmup: int = setting(0, at_least=0)
+    """Number of updates over which the learning rate rises linearly to its peak."""
+    iters: int | None = setting(None, at_least=1)
+    """Update at which the schedule ends; null means train.iters."""
+    end: float | None = setting(None, at_least=0, defaults_by={"linear": 0.0, "cosine": 0.0, "exponential": 1e-6})
+    """Learning rate of the last update; exponential needs one above 0."""
 
 
 @dataclass(kw_only=True)
 class EarlyStoppingConfig:
-    """Stop when the validation loss no longer falls."""
+    """Stopping when the validation loss no longer improves."""
 
-    patience: int | None = None
-    """Evaluations in a row without a better loss before stopping; null never stops."""
-    min_delta: float = 0.0
-    """What counts as better: lower by more than this."""
+    patience: int | None = setting(None, at_least=1, on_resume=FREE)
+    """Number of evaluations in a row without improvement before training stops; null never stops."""
+    min_delta: float = setting(0.0, at_least=0, on_resume=FREE)
+    """Smallest decrease of the loss that counts as an improvement."""
 
 
 @dataclass(kw_only=True)
 class HiddenCacheConfig:
-    """The frozen blocks below the first adapted one, computed once a row and cached."""
+    """Cache of the hidden states that the frozen blocks below the first adapted block compute for each row."""
 
-    enabled: bool = True
-    """Compute them apart and cache their output (nothing to cache with lora.num_layers=-1)."""
-    memory_gb: float = 0.25
-    """Memory for it, in GB."""
-    disk_gb: float = 8.0
-    """Disk for it, in GB, shared by all runs: what was not used for longest makes room. 0 uses no disk."""
-    folder: str | None = None
-    """Folder of its files; null means trunk/ in the cache folder."""
-    free_frozen_weights: bool = True
-    """Let go of the blocks' weights where a run finds every row on disk; a row that is lost loads them again."""
+    enabled: bool = setting(True, on_resume=FREE)
+    """Compute the frozen blocks once per row and cache their output (without effect with lora.num_layers=-1)."""
+    memory_gb: float = setting(0.25, at_least=0, on_resume=FREE)
+    """Size limit in memory, in GB."""
+    disk_gb: float = setting(8.0, at_least=0, on_resume=FREE)
+    """Size limit on disk, in GB, shared by all runs; the least recently used entries are removed. 0 uses no disk."""
+    folder: str | None = setting(None, path=PathKind.OUTPUT, on_resume=FREE)
+    """Folder on disk; null means trunk/ in the cache folder (RUNNER_CACHE, else ~/.cache/mlx-runner)."""
+    free_frozen_weights: bool = setting(True, on_resume=FREE)
+    """Free the weights of the frozen blocks when every row is on disk; they are reloaded if an entry is lost."""
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """How long, in what portions, and what is reported."""
+    """The training loop: its length, its batches, what is computed how and what is reported."""
 
-    iters: int = 1000
-    """Optimizer updates in all."""
-    batch_size: int = 4
-    """Rows in a micro-batch."""
-    grad_accumulation: int = 1
-    """Micro-batches an update, weighted by their tokens."""
-    grad_clip: float | None = None
-    """Largest gradient norm; null does not clip."""
-    grad_checkpoint: bool = False
-    """Recompute activations instead of keeping them: less memory, about 1.4 times the time."""
-    compile: str = "auto"
-    """Compile the step with mx.compile: auto (not on the CPU, where each new shape costs seconds), always, never."""
-    report_every: int = 10
+    iters: int = setting(1000, at_least=1, at_most=10**12, on_resume=FREE, decides_result=True)
+    """Number of optimizer updates."""
+    batch_size: int = setting(4, at_least=1, at_most=1_000_000)
+    """Number of rows in a micro-batch."""
+    grad_accumulation: int = setting(1, at_least=1)
+    """Number of micro-batches per update, weighted by their supervised tokens."""
+    grad_clip: float | None = setting(None, above=0)
+    """Maximum norm of the gradient; null does not clip."""
+    grad_checkpoint: bool = setting(False, on_resume=FREE)
+    """Recompute activations in the backward pass: less memory, about 1.4 times the time."""
+    compile: str = setting("auto", choices=("auto", "always", "never"), on_resume=FREE)
+    """Compile the step with mx.compile; auto does so except on the CPU, where each new shape costs seconds."""
+    report_every: int = setting(10, at_least=1, on_resume=FREE)
     """Updates between reports of the training loss."""
-    eval_every: int = 200
-    """Updates between evaluations; always also before the first update and at the end."""
-    eval_batches: int = -1
-    """Batches of an evaluation, the same each time; -1 means all."""
-    eval_tokens: int = 2048
-    """Positions that an evaluation computes at once: its batches of near lengths are joined up to this many."""
-    cache_baseline: bool = True
-    """Keep the loss before training in the cache folder: runs on the same base and data compute it once."""
-    cache_probes: bool = True
-    """Keep in the cache folder that a model's parts and the engine were found to compute what the model computes: the
-    same base, settings, machine and code are not probed again."""
-    head: str = "supervised"
-    """Positions that the head and the loss compute: supervised (those that count), or all."""
-    loss_chunk: int = 256
-    """Supervised positions whose logits exist at once."""
-    hidden_cache: HiddenCacheConfig = field(default_factory=HiddenCacheConfig)
-    prefetch: bool = True
-    """Prepare the next batch while the step runs."""
-    cpu_engine: bool = True
-    """On the CPU, compute exponentials and the like in NumPy, which is faster there than MLX's own loops."""
-    cpu_native: bool = True
-    """In the engine of the CPU, compute what lies between products by code that this machine's C compiler makes once;
-    NumPy where it has none."""
-    test: bool = False
+    eval_every: int = setting(200, at_least=1, on_resume=FREE)
+    """Updates between evaluations, beside those before the first update and at the end."""
+    eval_batches: int = setting(-1, at_least=1, minus_one_is_all=True, on_resume=FREE)
+    """Number of validation batches of an evaluation."""
+    eval_tokens: int = setting(2048, at_least=1, on_resume=FREE)
+    """Maximum size of a joined validation batch, in tokens: batches of similar length are evaluated together."""
+    cache_baseline: bool = setting(True, on_resume=FREE)
+    """Cache the validation loss before training: runs on the same base model and data compute it once."""
+    cache_probes: bool = setting(True, on_resume=FREE)
+    """Cache the result of the checks that fast paths compute what the model computes, for the same base model,
+    settings, machine and code."""
+    head: str = setting("supervised", choices=("supervised", "all"), on_resume=FREE)
+    """Positions for which logits and loss are computed: the supervised ones, or all."""
+    loss_chunk: int = setting(256, at_least=1, on_resume=FREE)
+    """Number of supervised positions whose logits are in memory at a time."""
+    hidden_cache: HiddenCacheConfig = section(HiddenCacheConfig)
+    prefetch: bool = setting(True, on_resume=FREE)
+    """Prepare the next batch while the current step runs."""
+    cpu_engine: bool = setting(True, on_resume=FREE)
+    """On the CPU, compute supported models with the engine of NumPy and BLAS, which is faster there than MLX."""
+    cpu_native: bool = setting(True, on_resume=FREE)
+    """In that engine, use C code compiled once by this machine's compiler; NumPy if there is no compiler."""
+    test: bool = setting(False, on_resume=FREE)
     """Evaluate the result on the test split at the end."""
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
-    cache_limit_gb: float | None = None
-    """Limit of MLX's cache of freed buffers, in GB; null leaves MLX's own."""
+    early_stopping: EarlyStoppingConfig = section(EarlyStoppingConfig)
+    cache_limit_gb: float | None = setting(None, above=0, on_resume=FREE)
+    """Limit of MLX's cache of freed buffers, in GB; null keeps MLX's own."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When the run is saved and which checkpoints stay."""
+    """When checkpoints are saved, and which are retained."""
 
-    every: int | None = 100
-    """Updates between saves."""
-    every_minutes: float | None = None
-    """Also save when this many minutes have passed since the last save."""
-    keep_last: int = 3
-    """Newest scheduled checkpoints that stay."""
-    keep_best: int = 1
-    """Best checkpoints by validation loss that stay."""
-    keep_every: int | None = None
-    """Checkpoints at multiples of this many updates stay for good."""
-    result: str = "best"
-    """What becomes adapters/: best (by validation loss, where there is one) or last."""
-    dir: str = "checkpoints"
-    """Folder inside the run directory."""
-    background: bool = True
-    """Write checkpoints while training goes on; false makes each step wait for its save."""
-    backup: str | None = None
-    """Folder on a second disk: the best, every keep_every-th and the final checkpoint are mirrored there."""
+    every: int | None = setting(100, at_least=1, on_resume=FREE)
+    """Updates between checkpoints; null saves none on schedule."""
+    every_minutes: float | None = setting(None, above=0, on_resume=FREE)
+    """Also save when this many minutes have passed since the last checkpoint."""
+    keep_last: int = setting(3, at_least=0, on_resume=FREE)
+    """Number of the most recent scheduled checkpoints to retain."""
+    keep_best: int = setting(1, at_least=0, on_resume=FREE)
+    """Number of the best checkpoints, by validation loss, to retain."""
+    keep_every: int | None = setting(None, at_least=1, on_resume=FREE)
+    """Retain every checkpoint at a multiple of this many updates."""
+    result: str = setting("best", choices=("best", "last"), on_resume=FREE)
+    """Checkpoint that becomes adapters/: the best by validation loss, or the last (also without validation rows)."""
+    dir: str = setting("checkpoints", path=PathKind.RUN_SUBFOLDER)
+    """Folder of the checkpoints inside the run directory."""
+    background: bool = setting(True, on_resume=FREE)
+    """Write checkpoints while training continues; false makes the step wait for its save."""
+    backup: str | None = setting(None, path=PathKind.OUTPUT, on_resume=FREE)
+    """Folder on a second disk that the best, every keep_every-th and the final checkpoint are copied to."""
 
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What the jobs of a sweep are compared by."""
+    """The value by which the jobs of a sweep are compared."""
 
-    metric: str = "valid_loss"
-    """valid_loss (the best), test_loss (needs train.test) or score (needs data.metric_rows)."""
-    direction: str = "minimize"
-    """minimize or maximize."""
+    metric: str = setting("valid_loss", choices=("valid_loss", "test_loss", "score"), on_resume=FREE)
+    """valid_loss is the best one; test_loss needs train.test=true, score needs data.metric_rows."""
+    direction: str = setting("minimize", choices=("minimize", "maximize"), on_resume=FREE)
+    """Whether a lower or a higher value is better."""
 
 
 @dataclass(kw_only=True)
 class Config:
     """A whole run."""
 
-    seed: int = 0
-    """Decides the data order, the adapter's start and dropout."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    loggers: dict[str, Any] = field(default_factory=dict)
-    """One key per backend, chosen with loggers=NAME or 'loggers=[NAME,NAME]'."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    adapter: str | None = None
-    """Warm start, weights only: .npz, .safetensors or adapter folder."""
-    experiment: str | None = None
-    """Whole recipe from conf/experiment/."""
+    seed: int = setting(0, at_least=0, at_most=2**63 - 1, importance=3)
+    """Seed of the data order, the initial adapter and dropout."""
+    model: ModelConfig = section(ModelConfig, importance=2)
+    data: DataConfig = section(DataConfig, importance=1)
+    lora: LoraConfig = section(LoraConfig, importance=7, short_names=True)
+    optimizer: OptimizerConfig = section(OptimizerConfig, importance=6, short_names=True)
+    schedule: ScheduleConfig = section(ScheduleConfig, importance=5)
+    train: TrainConfig = section(TrainConfig, importance=4, short_names=True)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    loggers: dict[str, Any] = section(dict, on_resume=FREE)
+    """Loggers beside metrics.jsonl, one key each; chosen with loggers=NAME or 'loggers=[NAME,NAME]'."""
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    adapter: str | None = setting(None, path=PathKind.INPUT, on_resume=FREE, decides_result=True)
+    """Adapter that training starts from, weights only: .npz or .safetensors file, or adapter folder."""
+    experiment: str | None = setting(None, on_resume=PROVENANCE)
+    """Recipe from conf/experiment/; sets any of the settings above."""
 
 
 GROUPS = ("model", "data", "lora", "optimizer", "schedule", "train", "checkpoint", "loggers", "experiment")
-PROVENANCE = ("experiment",)
-"""Recorded to say where the settings came from; a later resume or repeat does not inherit it."""
+
+
+def walk(config_class: type = Config, prefix: str = "") -> Iterator[tuple[str, Setting, type | None]]:
+    """Yield the dotted name and the metadata of every setting and section, and of a section its dataclass."""
+    hints = typing.get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):
+        name, nested = f"{prefix}{f.name}", hints[f.name] if dataclasses.is_dataclass(hints[f.name]) else None
+        yield name, metadata_of(f), nested
+        if nested is not None:
+            yield from walk(nested, f"{name}.")
+
+
+@cache
+def metadata() -> Mapping[str, Setting]:
+    """Return the metadata of every setting by its dotted name."""
+    return types.MappingProxyType({name: found for name, found, nested in walk() if nested is None})
+
+
+@cache
+def section_metadata() -> Mapping[str, Setting]:
+    """Return the metadata of every section by its dotted name."""
+    return types.MappingProxyType({name: found for name, found, nested in walk() if nested is not None})
+
+
+def path_settings() -> dict[str, PathKind]:
+    """Return the settings that are paths outside the run directory, with their kind."""
+    kinds = {name: found.path for name, found in metadata().items()}
+    return {n: kind for n, kind in kinds.items() if kind is not None and kind is not PathKind.RUN_SUBFOLDER}
+
+
+def provenance_settings() -> list[str]:
+    """Return the settings that only record where the others came from."""
+    return [name for name, found in metadata().items() if found.on_resume is PROVENANCE]
+
+
+def choice_options(section_name: str, choice: str) -> dict[str, Any]:
+    """Return the options that only some choices of a section use, as `choice` uses them: option to default."""
+    prefix = f"{section_name}."
+    return {
+        name.removeprefix(prefix): found.defaults_by[choice]
+        for name, found in metadata().items()
+        if name.startswith(prefix) and choice in found.defaults_by
+    }
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -336,8 +374,8 @@ def default_settings() -> dict[str, Any]:
 
 
 def section_names() -> set[str]:
-    """Dotted names of the sections."""
-    return {n.rpartition(".")[0] for n in default_settings() if "." in n}
+    """Return the dotted names of the sections."""
+    return set(section_metadata())
 
 
 def from_dict(data: Mapping[str, Any], where: str) -> Config:
@@ -378,7 +416,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < _LARGEST else math.inf  # which the checks refuse
+        return float(value) if abs(value) < _LARGEST_FLOAT else math.inf  # which the checks refuse
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {shorten(format_value(value))}.")

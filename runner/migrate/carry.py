@@ -170,9 +170,6 @@ class Carried:
 def _default(name: str, optimizer: str, schedule: str) -> Any:
     section, _, option = name.partition(".")
     if name == "lora.scale":
-        return validation.DEFAULT_LORA_SCALE
-    if section == "optimizer" and option in schema.OPTIMIZERS[optimizer]:
-        return schema.OPTIMIZERS[optimizer][option]
-    if section == "schedule" and option in schema.SCHEDULES[schedule]:
-        return schema.SCHEDULES[schedule][option]
-    return schema.default_settings()[name]
+        return schema.DEFAULT_LORA_SCALE
+    choice = {"optimizer": optimizer, "schedule": schedule}.get(section, "")
+    return schema.choice_options(section, choice).get(option, schema.default_settings()[name])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import did_you_mean
-from runner.config import validation
+from runner.config import schema
 from runner.config.groups import group_choices
 from runner.data.source import HUB_ID
 from runner.migrate.carry import Carried
@@ -67,7 +67,7 @@ def _model_and_data(to: Carried) -> None:
 
 def _lora(to: Carried) -> None:
     kind = to.value("fine_tune_type") or "lora"
-    known = validation.CHOICES["lora.type"]
+    known = schema.metadata()["lora.type"].choices
     if to.has("fine_tune_type") and kind not in known:
         to.leave("fine_tune_type", f"not there yet ({', '.join(map(str, known))}): the command below trains lora")
     else:

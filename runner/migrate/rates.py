@@ -37,17 +37,17 @@ def optimizer(to: Carried) -> None:
     used = ""
     if to.has("optimizer"):
         used = str(to.value("optimizer")).lower()
-        if used in schema.OPTIMIZERS:
+        if used in schema.metadata()["optimizer.name"].choices:
             to.accept("optimizer", to.value("optimizer"), {}, {"optimizer": used})
             _options(to, used, sections.get(used))
         else:
-            known = ", ".join(schema.OPTIMIZERS)
+            known = ", ".join(map(str, schema.metadata()["optimizer.name"].choices))
             reason = f"not there yet ({known}): the command below uses adamw, which needs a learning rate of its own"
             to.leave("optimizer", reason)
     for name, options in sections.items():
         if options and name != used:
             to.elsewhere(f"optimizer_config.{name}", f"not used: the optimizer is {used or 'ours'}", options)
-        elif options and used not in schema.OPTIMIZERS:
+        elif options and used not in schema.metadata()["optimizer.name"].choices:
             to.leave(f"optimizer_config.{name}", "its optimizer is not there yet", options)
 
 
@@ -95,7 +95,7 @@ def scheduled(given: Any, iters: int) -> tuple[dict[str, str], dict[str, Any], s
             values |= {"schedule.iters": max(iters, rise + 1), "schedule.warmup": rise}
         return {"schedule": "constant"}, values, said
     if name not in _SHAPES:
-        there = ", ".join(schema.SCHEDULES)
+        there = ", ".join(map(str, schema.metadata()["schedule.name"].choices))
         raise Cannot(f"{name} is not there yet ({there}): schedule=cosine falls smoothly to schedule.end")
     order = (1, 2) if name == "cosine_decay" else (2, 1)
     if len(arguments) != 3 and not (name == "cosine_decay" and len(arguments) == 2):
@@ -120,7 +120,7 @@ def _options(to: Carried, used: str, given: Any) -> None:
         to.leave(f"optimizer_config.{used}", "it is not a mapping of options", given)
         given = None
     given = {str(k): v for k, v in (given or {}).items()}
-    takes = schema.OPTIMIZERS[used]
+    takes = schema.choice_options("optimizer", used)
     for option in [o for o in _OPTIONS if o in given] + sorted(set(given) - set(_OPTIONS)):  # momentum before nesterov
         key, value = f"optimizer_config.{used}.{option}", given[option]
         try:

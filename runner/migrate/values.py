@@ -7,13 +7,11 @@ import re
 from typing import Any
 
 from runner.common.text import printable
-from runner.config import validation
+from runner.config import schema, validation
 
 # Plain YAML 1.1 reads 1e-5 as text; mlx-lm's own loader, and ours, as a number.
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
 _PLAIN = re.compile(r"[A-Za-z_./][\w/.:@%+-]*", re.ASCII)
-PATHS = ("model.path", "data.path", "adapter")
-"""Settings whose values the door expands and quotes (runner/words.py)."""
 _OTHER_TYPES = ("null", "true", "false", "inf", "nan")
 
 
@@ -56,7 +54,7 @@ def text(value: Any) -> str:
         raise Cannot("it is not a text" if not isinstance(value, str) else "it is empty")
     if not value.isprintable():
         raise Cannot("it holds characters that cannot be typed")
-    if "${" in value or value == validation.MISSING:
+    if "${" in value or value == schema.MISSING:
         raise Cannot(f"'{'${' if '${' in value else value}' has a meaning of its own in our settings")
     if list(validation.secrets_in({"": value})):
         raise Cannot("it looks like a secret, and settings are stored in the run directory")
@@ -72,7 +70,9 @@ def texts(value: Any) -> list[str]:
 
 def word(name: str, value: Any) -> str:
     """`name=value` as it is typed. The door quotes paths itself, where it takes them as they are."""
-    as_it_is = name in PATHS and value[0] not in "'\"[~" and value[-1] != "\\" and not _looks_typed(value)
+    as_it_is = (
+        name in schema.path_settings() and value[0] not in "'\"[~" and value[-1] != "\\" and not _looks_typed(value)
+    )
     return f"{name}={value if as_it_is else hydra_value(value)}"
 
 

@@ -1,4 +1,4 @@
-"""Settings as a table shows them: which differ from the defaults, under short names, with paths cut to what tells."""
+"""Settings as tables show them: which differ from the defaults, under short names, with paths cut to what differs."""
 
 from __future__ import annotations
 
@@ -6,58 +6,57 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runner.common.errors import ConfigError
 from runner.common.text import relative_path
 from runner.config import schema, validation
 from runner.config.resume_policy import is_free_on_resume
-from runner.config.schema import OPTIMIZERS, SCHEDULES, Config, format_value
+from runner.config.schema import Config, format_value
+from runner.config.setting import Setting
 from runner.runs.inspect import RunInfo
 
-PATHS = ("model.path", "data.path", "adapter")
-"""Settings that are paths or hub ids."""
-_ALWAYS = ("model.path", "data.path")
-_MOST_VALUES = 4
-_ORDER = ("lora", "optimizer", "schedule", "train", "seed", "model", "data")
-_TELLING = ("lora", "optimizer", "train")
-"""Sections whose settings are known by their last word."""
+_MAX_VALUES = 4
 
 
 def changed_from_defaults(settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name to (value, default) of the settings that are not the default of the chosen optimizer and schedule, in the
-    schema's order; the paths of model and data in any case, settings of one invocation never (but the experiment)."""
-    defaults = schema.flatten(_defaults_for(settings))
-    changed = {}
-    for name in [*defaults, *(name for name in settings if name not in defaults)]:
-        if name in settings and (name in _ALWAYS or settings[name] != defaults.get(name)):
-            changed[name] = (settings[name], defaults.get(name))
-    return changed
+    """Return name to (value, default) of the settings that differ from the defaults, in the schema's order.
+
+    The defaults are those of the run's optimizer and schedule; settings that are always shown are included.
+    """
+    defaults, metadata = schema.flatten(_defaults_for(settings)), schema.metadata()
+    names = [*defaults, *(name for name in settings if name not in defaults)]
+    return {
+        name: (settings[name], defaults.get(name))
+        for name in names
+        if name in settings and (metadata.get(name, Setting()).always_shown or settings[name] != defaults.get(name))
+    }
 
 
 def by_importance(names: Sequence[str]) -> list[str]:
-    """`names` with those first that decide what is learned, those last that only decide what is shown and kept."""
+    """Return `names` sorted: first what decides the result, by section; last what only decides display and storage."""
 
-    def weight(name: str) -> tuple[bool, int]:
-        beside = is_free_on_resume(name) and name not in (*PATHS, "train.iters")
-        section = name.partition(".")[0]
-        return beside, _ORDER.index(section) if section in _ORDER else len(_ORDER)
+    def key(name: str) -> tuple[bool, int]:
+        decides_result = not is_free_on_resume(name) or schema.metadata().get(name, Setting()).decides_result
+        return not decides_result, -_importance(name)
 
-    return sorted(names, key=weight)
+    return sorted(names, key=key)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """The last word of a name where it is the schema's only setting of that word, and tells alone what it is: ``rank``,
-    ``batch_size``, but ``train.iters`` and ``checkpoint.every``."""
-    known = [name.rpartition(".")[2] for name in dict.fromkeys([*schema.default_settings(), *names])]
+    """Return each name with a short form: its last part where that is unique in the schema and clear by itself.
 
-    def called(name: str) -> str:
+    `lora.rank` becomes `rank` and `train.batch_size` `batch_size`, but `train.iters` and `checkpoint.every` stay.
+    """
+    last_parts = [name.rpartition(".")[2] for name in dict.fromkeys([*schema.default_settings(), *names])]
+
+    def short(name: str) -> str:
         section, _, last = name.rpartition(".")
-        return last if section in _TELLING and known.count(last) == 1 else name
+        metadata = schema.section_metadata().get(section)
+        return last if metadata and metadata.short_names and last_parts.count(last) == 1 else name
 
-    return {name: called(name) for name in names}
+    return {name: short(name) for name in names}
 
 
 def value_text(value: Any) -> str:
-    """A value as one would type it, short: ``0.0002``, ``[0.9,0.999]``, ``null``; of loggers their names."""
+    """Return a value in short form as one would type it: `0.0002`, `[0.9,0.999]`, `null`; of loggers the names."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -70,64 +69,68 @@ def value_text(value: Any) -> str:
 
 
 def texts_of(name: str, values: Sequence[Any]) -> list[str]:
-    """The texts of the values that one setting has in several runs; paths are cut from the left to what tells them
-    apart."""
+    """Return the texts of the values of one setting in several runs; of paths, the last parts that differ."""
     texts = [value_text(value) for value in values]
-    return shortened(texts) if name in PATHS else texts
+    return shortened(texts) if name in schema.path_settings() else texts
 
 
 def shortened(paths: Sequence[str]) -> list[str]:
-    """Each path by its last parts, as many as keep those that differ different; one that is no absolute path is left
-    as it is."""
+    """Return each absolute path by as many last parts as tell it from the others; other texts are unchanged."""
     parts = {path: PurePosixPath(path).parts for path in dict.fromkeys(paths) if path.startswith("/")}
     tails = {}
-    for path, own in parts.items():
-        for count in range(1, len(own) + 1):
-            tail = own[-count:]
-            if all(other == path or found[-count:] != tail for other, found in parts.items()):
+    for path, path_parts in parts.items():
+        for count in range(1, len(path_parts) + 1):
+            tail = path_parts[-count:]
+            if all(other == path or other_parts[-count:] != tail for other, other_parts in parts.items()):
                 break
-        text = "/".join(own[-count:])
-        tails[path] = path if count >= len(own) - 1 or len(text) + 2 >= len(path) else f"…/{text}"
+        text = "/".join(path_parts[-count:])
+        tails[path] = path if count >= len(path_parts) - 1 or len(text) + 2 >= len(path) else f"…/{text}"
     return [tails.get(path, path) for path in paths]
 
 
 def path_text(name: str, value: Any) -> str:
-    """A value for one run's own page: paths below the working directory are relative."""
-    if name in PATHS and isinstance(value, str) and value.startswith("/"):
+    """Return a value for the page of its run: a path below the working directory is relative."""
+    if name in schema.path_settings() and isinstance(value, str) and value.startswith("/"):
         return relative_path(Path(value))
     return value_text(value)
 
 
 def pairs(groups: Sequence[Sequence[RunInfo]], names: Sequence[str]) -> list[str]:
-    """For each group of runs (a run alone, or a sweep's) its settings as ``rank=8 data.path=…/sql``; of settings that
-    vary inside a group the values, ``rank=4,8,16``."""
-    called = short_names(names)
-    told: list[list[str]] = [[] for _ in groups]
+    """Return the settings `names` of each group of runs (one run, or those of a sweep) as `rank=8 data.path=…/sql`.
+
+    Where a setting varies inside a group, its values are listed: `rank=4,8,16`.
+    """
+    labels = short_names(names)
+    texts_by_group: list[list[str]] = [[] for _ in groups]
     for name in names:
         default = schema.default_settings().get(name)
         values = [[run.settings.get(name, default) for run in group if run.settings] for group in groups]
         texts = iter(texts_of(name, [value for group in values for value in group]))
-        for group, words in zip(values, told, strict=True):
-            own = list(dict.fromkeys(next(texts) for _ in group))
-            if own:
-                listed = ",".join(own[:_MOST_VALUES]) + (",…" if len(own) > _MOST_VALUES else "")
-                words.append(f"{called[name]}={listed}")
-    return [" ".join(words) for words in told]
+        for group, pair_texts in zip(values, texts_by_group, strict=True):
+            unique = list(dict.fromkeys(next(texts) for _ in group))
+            if unique:
+                listed = ",".join(unique[:_MAX_VALUES]) + (",…" if len(unique) > _MAX_VALUES else "")
+                pair_texts.append(f"{labels[name]}={listed}")
+    return [" ".join(pair_texts) for pair_texts in texts_by_group]
+
+
+def _importance(name: str) -> int:
+    """Return the importance of a top-level setting, or of the section that holds the setting."""
+    top = name.partition(".")[0]
+    return (schema.section_metadata().get(top) or schema.metadata().get(top) or Setting()).importance
 
 
 def _defaults_for(settings: Mapping[str, Any]) -> Config:
-    """The defaults as `checks.complete` fills them in for this run's optimizer, schedule and way to give the scale."""
+    """Return the defaults that hold with this run's optimizer, schedule and way to set the LoRA factor."""
     defaults = Config()
     optimizer, schedule = settings.get("optimizer.name"), settings.get("schedule.name")
-    if optimizer not in OPTIMIZERS or schedule not in SCHEDULES:
+    choices = schema.metadata()
+    if optimizer not in choices["optimizer.name"].choices or schedule not in choices["schedule.name"].choices:
         return defaults
     defaults.optimizer.name, defaults.schedule.name = optimizer, schedule
     if settings.get("lora.alpha") is not None:
-        defaults.lora.alpha = 1.0  # then the scale follows from alpha, and has no default of its own
-    try:
-        defaults = validation.fill_defaults(defaults)
-    except ConfigError:
-        return defaults
+        defaults.lora.alpha = 1.0  # then the factor follows from alpha, and scale has no default
+    defaults = validation.fill_defaults(defaults)
     defaults.optimizer.name, defaults.schedule.name = schema.MISSING, schema.MISSING
     defaults.lora.alpha = None
     return defaults

@@ -204,7 +204,7 @@ def differing_settings(runs: Sequence[RunInfo]) -> list[str]:
     names = []
     for name in known:
         values = [settings.get(name, defaults.get(name)) for settings in readable]
-        if name not in schema.PROVENANCE and any(value != values[0] for value in values[1:]):
+        if name not in schema.provenance_settings() and any(value != values[0] for value in values[1:]):
             names.append(name)
     return names
 

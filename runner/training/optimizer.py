@@ -158,7 +158,7 @@ class Optimizer:
 
 def build_optimizer(config: schema.OptimizerConfig, params: Mapping[str, mx.array]) -> Optimizer:
     """Build the configured optimizer for `params`; `config` has its defaults filled in."""
-    options = {name: getattr(config, name) for name in schema.OPTIMIZERS[config.name]}
+    options = {name: getattr(config, name) for name in schema.choice_options("optimizer", config.name)}
     return Optimizer(CLASSES[config.name](learning_rate=config.learning_rate, **options), params)
 
 

@@ -9,6 +9,7 @@ import pytest
 from runner.common.errors import ConfigError
 from runner.config import reference, resume_policy, schema, validation
 from runner.config.schema import Config
+from runner.config.setting import Setting
 
 
 def test_every_setting_is_documented_once():
@@ -17,13 +18,43 @@ def test_every_setting_is_documented_once():
     assert all(doc.strip() for doc in documented.values())
 
 
-def test_the_choices_and_bounds_name_settings_that_exist():
-    names = set(schema.default_settings())
-    bounds = (*validation._POSITIVE, *validation._ABOVE_ZERO, *validation._NOT_NEGATIVE)
-    assert set(validation.CHOICES) <= names
-    assert set(bounds) <= names
-    known = names | schema.section_names()
-    assert set(resume_policy.FREE_ON_RESUME) <= known
+def test_the_default_of_every_setting_is_valid_by_its_metadata():
+    defaults = schema.default_settings()
+    for name, metadata in schema.metadata().items():
+        for default in (defaults[name], *metadata.defaults_by.values()):
+            assert default in (None, schema.MISSING) or metadata.accepts(default), name
+    assert set(schema.metadata()) == set(defaults)
+
+
+@pytest.mark.parametrize("group", ["optimizer", "schedule"])
+def test_options_by_choice_name_choices_of_their_group(group):
+    choices = schema.metadata()[f"{group}.name"].choices
+    for name, metadata in schema.metadata().items():
+        if metadata.defaults_by:
+            assert name.split(".")[0] in ("optimizer", "schedule")
+            if name.startswith(group):
+                assert set(metadata.defaults_by) <= set(choices), name
+    assert schema.choice_options("optimizer", "adamw")["weight_decay"] == 0.01
+    assert schema.choice_options("optimizer", "sgd")["weight_decay"] == 0.0
+    assert "weight_decay" not in schema.choice_options("optimizer", "adam")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "valid", "invalid", "requirement"),
+    [
+        (Setting(at_least=1), [1, 10**9], [0, -1], "1 or more"),
+        (Setting(above=0), [1e-9], [0, 0.0, math.nan], "above 0"),
+        (Setting(at_least=1, at_most=16_384), [1, 16_384], [0, 16_385], "from 1 to 16,384"),
+        (Setting(at_least=0, below=1), [0, 0.99], [1, -0.1], "from 0 to below 1"),
+        (Setting(at_least=1, minus_one_is_all=True), [-1, 1], [0, -2], "-1 (all), or 1 or more"),
+        (Setting(at_least=0, below=1, length=2), [[0.9, 0.99]], [[0.9], [0.9, 1.0]], "2 numbers from 0 to below 1"),
+        (Setting(choices=("a", "b")), ["a"], ["c"], "one of a, b"),
+        (Setting(), [None, 3, "x", {}], [], ""),
+    ],
+)
+def test_bounds_and_choices_of_the_metadata(metadata, valid, invalid, requirement):
+    assert all(metadata.accepts(value) for value in valid) and not any(metadata.accepts(value) for value in invalid)
+    assert metadata.requirement() == requirement
 
 
 @pytest.mark.parametrize(

@@ -99,4 +99,4 @@ def test_a_file_where_the_checkpoints_were_is_told_for_a_resume(cli, stopped, co
 @pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl", "adapters", "Adapters", "run.log"])
 def test_checkpoints_cannot_take_the_name_of_something_else(cli, name):
     out = cli(*WORDS, "hydra.run.dir=run", f"checkpoint.dir={name}", expect=2)
-    assert f"checkpoint.dir={name} cannot be" in out and not (cli.folder / "run").exists()
+    assert f"checkpoint.dir={name} is invalid" in out and not (cli.folder / "run").exists()

@@ -11,7 +11,6 @@ import yaml
 from runner.common.errors import ConfigError
 from runner.config import schema
 from runner.config.resume_policy import is_free_on_resume
-from runner.config.schema import PROVENANCE
 
 pytestmark = pytest.mark.fault(18)
 
@@ -136,7 +135,9 @@ def put(settings, name, value):
 def test_the_lists_here_are_of_all_settings_there_are():
     names = set(schema.default_settings())
     assert set(FROZEN) == {name for name in names if not is_free_on_resume(name)}
-    assert set(FREE) | BY_FINGERPRINT | set(PROVENANCE) == {name for name in names if is_free_on_resume(name)}
+    assert set(FREE) | BY_FINGERPRINT | set(schema.provenance_settings()) == {
+        name for name in names if is_free_on_resume(name)
+    }
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -16,7 +16,6 @@ from runner.config.groups import CONF_DIR
 from runner.migrate.carry import GROUP_DEFAULTS
 from runner.migrate.mapping import carry
 from runner.migrate.old import EXAMPLES, MLX_LM, read_command, read_config
-from runner.migrate.values import PATHS
 
 WHOLE = {"model": "org/model", "data": "my_data", "train": True}
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
@@ -38,7 +37,7 @@ def reasons(carried) -> dict[str, str]:
 
 def expected(name: str, value: object) -> object:
     """A path that is there is made absolute when a run starts."""
-    found = Path(value).expanduser() if name in PATHS else None
+    found = Path(value).expanduser() if name in schema.path_settings() else None
     return str(found.absolute()) if found and found.exists() else value
 
 

@@ -52,11 +52,6 @@ def member(made: AdaptedModel, **options) -> TrainState:
     return TrainState(params, optimizer.build_optimizer(settings.optimizer, params), seed=0)
 
 
-@pytest.fixture(autouse=True)
-def _complete_needs_a_schedule(monkeypatch):
-    monkeypatch.setitem(schema.SCHEDULES, schema.MISSING, {})
-
-
 @pytest.mark.parametrize("bits", [None, 4])
 def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bits):
     made = adapted(bits=bits)

@@ -74,8 +74,8 @@ def test_a_data_group_replaces_the_section(stored: Callable[..., Path]) -> None:
         ("hello", "'hello' is not a setting"),
         ("+data.path=x", "is not a setting"),
         ("data.max_length=long", "data.max_length has to be int"),
-        ("data.max_length=0", "has to be 1 or more"),
-        ("model.dtype=int8", "is not a choice"),
+        ("data.max_length=0", "must be 1 or more"),
+        ("model.dtype=int8", "must be one of auto, float32"),
         ("train.batch_size=[", "cannot be read"),
     ],
 )

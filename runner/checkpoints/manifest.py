@@ -9,16 +9,13 @@ the manifest itself is found too::
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from runner.common import safe_json
 from runner.common.safe_json import quoted
+from runner.common.sealed_json import seal, unseal
 
 NAME = "manifest.json"
 MAX_BYTES = 1 << 20
@@ -26,12 +23,10 @@ _SCHEMA = 1
 _MOST_VALUES = 20_000
 _MOST_FILES = 100
 _LARGEST = 10**18
-_LAST_KEY = b',\n "sha256": "'
-_END = b'"\n}\n'
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Letters and digits first: no hidden file, no "..", no option of a shell tool.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_KEYS = {"schema", "run_id", "step", "created", "why", "metrics", "files", "sha256"}
+_KEYS = {"schema", "run_id", "step", "created", "why", "metrics", "files"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,27 +82,15 @@ def write(manifest: CheckpointManifest) -> bytes:
         "metrics": {key: value if math.isfinite(value) else None for key, value in manifest.metrics.items()},
         "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in manifest.files.items()},
     }
-    sealed = seal(record)
-    read(sealed)
-    return sealed
-
-
-def seal(record: Mapping[str, Any]) -> bytes:
-    """`record` as JSON with its checksum as the last member; what it says is not checked."""
-    body = json.dumps(record, indent=1, allow_nan=False).removesuffix("\n}").encode() + _LAST_KEY
-    return body + hashlib.sha256(body).hexdigest().encode() + _END
+    data = seal(record)
+    read(data)
+    return data
 
 
 def read(data: bytes) -> CheckpointManifest:
     """The manifest in `data`. Raises ValueError with the reason where it is damaged or not a manifest."""
     _check(len(data) <= MAX_BYTES, f"it is larger than {MAX_BYTES:,} bytes")
-    body, digest = data[: -64 - len(_END)], data[-64 - len(_END) : -len(_END)]
-    if not (data.endswith(_END) and body.endswith(_LAST_KEY)):
-        raise ValueError("it is cut short or not a manifest")
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ValueError("its own checksum does not match: it was changed or damaged")
-    record = safe_json.parse(data, most_values=_MOST_VALUES)
-    _check(isinstance(record, dict), "it is not an object")
+    record = unseal(data, most_values=_MOST_VALUES)
     if record.get("schema") != _SCHEMA or isinstance(record["schema"], bool):
         raise ValueError(f"its schema is {quoted(record.get('schema'))}; this version reads {_SCHEMA}")
     _check(record.keys() == _KEYS, f"its keys are not {', '.join(sorted(_KEYS))}")

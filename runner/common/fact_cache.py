@@ -1,73 +1,44 @@
-"""Small facts in the cache folder, so that a later run need not compute them again. No MLX.
+"""Small facts in the cache folder, so that a later run does not compute them again.
 
-Nothing that happens to the folder harms a run: a fact that is not found whole is computed again.
+Whatever happens to the folder, a run is not harmed: a fact that cannot be read is computed again, and one that cannot
+be written is not stored.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import stat
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from runner.common.cache_dir import cache_dir
+from runner.common.disk_cache import CacheWriteError, DiskCache, cache_key
 
-_MOST_FILES, _LARGEST = 1000, 4096
-
-
-def fact_file(kind: str, key: Mapping[str, Any]) -> Path:
-    """The file of the fact of a `kind` under `key`, which names all that it depends on."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_dir() / kind / f"{name}.json"
+_MAX_FACTS = 1000  # of one kind
 
 
-def load_fact(file: Path) -> dict[str, Any] | None:
-    """The values that `write` has put there; None where there are none, or not whole."""
-    try:
-        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
-            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                return None
-            data = json.loads(opened.read(_LARGEST))
-        values = data["values"]
-        return dict(values) if data["sha256"] == _sum(values) else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
+@dataclass(frozen=True)
+class Fact:
+    """A mapping of JSON values that depends on the parts of its key alone."""
 
+    kind: str
+    key: str
 
-def store_fact(file: Path, values: Mapping[str, Any]) -> None:
-    """Put `values` there, where the folder can be written."""
-    with suppress(OSError):
-        _write(file, values)
+    @classmethod
+    def of(cls, kind: str, parts: Mapping[str, Any]) -> Fact:
+        """Return the fact of a `kind` (the name of its folder) that depends on `parts`."""
+        return cls(kind, cache_key(parts))
 
+    def load(self) -> dict[str, Any] | None:
+        """Return the stored values, or None."""
+        record = self._cache().read_record(self.key)
+        values = record.get("values") if record else None
+        return values if isinstance(values, dict) else None
 
-def _write(file: Path, values: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=".draft-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w") as opened:
-            json.dump({"values": dict(values), "sha256": _sum(values)}, opened)
-        os.replace(draft, file)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(draft)
-        raise
-    _make_room(file.parent)
+    def store(self, values: Mapping[str, Any]) -> None:
+        """Store `values`, if the folder can be written."""
+        with suppress(CacheWriteError):
+            self._cache().write_record(self.key, {"values": dict(values)})
 
-
-def _make_room(folder: Path) -> None:
-    """Remove the oldest, drafts of killed runs among them, where there are very many."""
-    found = [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
-    if len(found) > _MOST_FILES:
-        found.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime)
-        for entry in found[: len(found) - _MOST_FILES // 2]:
-            with suppress(OSError):
-                os.unlink(entry.path)
-
-
-def _sum(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    def _cache(self) -> DiskCache:
+        return DiskCache(cache_dir() / self.kind, max_entries=_MAX_FACTS)

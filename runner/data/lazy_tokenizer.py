@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner.common import fact_cache
+from runner.common.fact_cache import Fact
 from runner.data.formats import EncodeOptions
 from runner.data.token_cache_key import code_identity
 
@@ -30,7 +30,7 @@ class LazyTokenizer:
         """`folder` has all that `load` reads; None where something else has a say, such as code."""
         self._load, self._folder = load, folder
         self._loaded: Any = None
-        self._before: Path | None = None
+        self._before: Fact | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -42,26 +42,26 @@ class LazyTokenizer:
     def known(self, reading: EncodeOptions) -> str | None:
         """The `tokenizer_identity` that a tokenizer of these files had, without loading it; None where none is kept."""
         self._before = self._fact(reading) if self._loaded is None else None
-        kept = fact_cache.load_fact(self._before) if self._before else None
+        kept = self._before.load() if self._before else None
         found = kept.get("identity") if kept else None
         return found if isinstance(found, str) else None
 
     def keep(self, reading: EncodeOptions, identity: str) -> None:
         """Keep what `known` did not find, unless the files were changed while the tokenizer was loaded."""
         if self._before and self._before == self._fact(reading):
-            fact_cache.store_fact(self._before, {"identity": identity})
+            self._before.store({"identity": identity})
 
     @property
     def known_by_files(self) -> bool:
         """Whether tokens that are kept save loading it."""
         return self._folder is not None
 
-    def _fact(self, reading: EncodeOptions) -> Path | None:
+    def _fact(self, reading: EncodeOptions) -> Fact | None:
         """Where the identity is kept, by all that decides it and whether tokens can be kept at all."""
         files = _files(self._folder) if self._folder else None
         if files is None:
             return None
-        return fact_cache.fact_file("tokenizers", {"files": files, "reading": asdict(reading), "code": code_identity()})
+        return Fact.of("tokenizers", {"files": files, "reading": asdict(reading), "code": code_identity()})
 
 
 def resolve_tokenizer(given: Any) -> Any:

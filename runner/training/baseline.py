@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from runner.common import fact_cache
+from runner.common.fact_cache import Fact
 from runner.training.generate import GenerationResult
 from runner.training.validate import ValidationResult
 
@@ -23,20 +22,20 @@ class Baseline:
 
     validation: ValidationResult | None = None
     generation: GenerationResult | None = None
-    file: Path | None = None
+    fact: Fact | None = None
     """Cache entry of the validation result; None if it is not cached on disk."""
 
     def store_validation(self, result: ValidationResult) -> None:
         """Set the validation result and write it to the cache; writing again marks the entry as recently used."""
         self.validation = result
-        if self.file is not None:
-            fact_cache.store_fact(self.file, asdict(result))
+        if self.fact is not None:
+            self.fact.store(asdict(result))
 
 
 def load_baseline(key: Mapping[str, Any]) -> Baseline:
     """Return the baseline cached under `key`, which has to contain everything that the loss depends on."""
-    file = fact_cache.fact_file("baselines", key)
-    return Baseline(_validation_result(fact_cache.load_fact(file) or {}), file=file)
+    fact = Fact.of("baselines", key)
+    return Baseline(_validation_result(fact.load() or {}), fact=fact)
 
 
 def _validation_result(values: Mapping[str, Any]) -> ValidationResult | None:

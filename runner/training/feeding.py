@@ -15,8 +15,8 @@ from runner.backends.cpu import cross_entropy, native, threads
 from runner.backends.cpu.blas import BlasReport, blas_identity
 from runner.backends.cpu.build import fits, make_engine
 from runner.backends.cpu.ops import Ops
-from runner.common import fact_cache
 from runner.common.cache_dir import cache_dir
+from runner.common.fact_cache import Fact
 from runner.config.schema import Config
 from runner.data.length_buckets import LengthBuckets
 from runner.data.order import evaluation_batches
@@ -42,8 +42,8 @@ def make_forward(base: BaseModel, num_layers: int, settings: Config, blas: BlasR
     cross_entropy.configure(on=t.cpu_engine)
     threads.configure(blas.threads or 1)
     cut = len(base.model.layers) - num_layers if t.hidden_cache.enabled else 0
-    file = _place_of_checks(base, cut, settings, blas) if t.cache_probes else None
-    known = fact_cache.load_fact(file) == _PROVEN if file else False
+    fact = _probes_fact(base, cut, settings, blas) if t.cache_probes else None
+    known = fact is not None and fact.load() == _PROVEN
     forward = Forward(base.model, cut, everywhere=t.head == "all", piece=t.loss_chunk, proven=known)
     if t.cpu_engine and on_cpu():
         forward.why_mlx = _why_no_engine(forward, settings)
@@ -51,16 +51,16 @@ def make_forward(base: BaseModel, num_layers: int, settings: Config, blas: BlasR
             ops, forward.why_numpy = ops_of(settings)
             forward.engine, forward.why_mlx = make_engine(forward, recompute=t.grad_checkpoint, proven=known, ops=ops)
     # Only what was used and found right is kept: a failure may be mended by tomorrow.
-    if file and not known and forward.split and forward.cut == cut and not forward.why_mlx:
-        fact_cache.store_fact(file, _PROVEN)
+    if fact and not known and forward.split and forward.cut == cut and not forward.why_mlx:
+        fact.store(_PROVEN)
     return forward
 
 
-def _place_of_checks(base: BaseModel, cut: int, settings: Config, blas: BlasReport) -> Path:
+def _probes_fact(base: BaseModel, cut: int, settings: Config, blas: BlasReport) -> Fact:
     """Where it is kept that the parts of the model and the engine agree with the whole: by all that decides it."""
     t = settings.train
     ops = ops_of(settings)[0] if t.cpu_engine and on_cpu() else None
-    return fact_cache.fact_file(
+    return Fact.of(
         "checks",
         {
             "base": base.content_hash,

@@ -15,6 +15,7 @@ import pytest
 
 from runner.checkpoints import manifest
 from runner.checkpoints.store import CheckpointStore
+from runner.common import sealed_json
 from runner.common.errors import CheckpointError
 
 FILES = {
@@ -38,7 +39,7 @@ def _reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     record = json.loads((path / "manifest.json").read_bytes())
     del record["sha256"]
     change(record)
-    (path / "manifest.json").write_bytes(manifest.seal(record))
+    (path / "manifest.json").write_bytes(sealed_json.seal(record))
 
 
 def test_any_flipped_bit_of_any_file_is_found_and_the_one_before_is_used(store: CheckpointStore) -> None:

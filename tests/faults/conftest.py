@@ -343,6 +343,7 @@ def contents() -> Callable[..., dict[str, Any]]:
 def reseal() -> Callable[..., None]:
     """`reseal(step_folder, metrics={…})`: a manifest that vouches for the files as they are now, with such changes."""
     from runner.checkpoints import manifest
+    from runner.common import sealed_json
 
     def do(folder: Path, **changes: Any) -> None:
         record = json.loads((folder / manifest.NAME).read_text())
@@ -350,7 +351,7 @@ def reseal() -> Callable[..., None]:
         for name, about in record["files"].items():
             data = (folder / name).read_bytes()
             about.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-        (folder / manifest.NAME).write_bytes(manifest.seal(record | changes))
+        (folder / manifest.NAME).write_bytes(sealed_json.seal(record | changes))
 
     return do
 

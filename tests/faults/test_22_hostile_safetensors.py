@@ -16,6 +16,7 @@ import pytest
 
 from runner.checkpoints import manifest
 from runner.checkpoints.safetensors_file import unpack
+from runner.common import sealed_json
 
 pytestmark = [pytest.mark.fault(22), pytest.mark.slow]
 
@@ -127,7 +128,7 @@ def resealed(folder: Path, name: str, source: Path) -> None:
     with source.open("rb") as data:
         digest = hashlib.file_digest(data, "sha256").hexdigest()
     record["files"][name] = {"size": source.stat().st_size, "sha256": digest}
-    sealed.write_bytes(manifest.seal(record))
+    sealed.write_bytes(sealed_json.seal(record))
 
 
 def of_run(at: str, name: str) -> Callable[[Path, Path, Path, Path], Path]:

@@ -20,7 +20,7 @@ from runner.checkpoints import manifest, safetensors_file, verify
 from runner.checkpoints.verify import LoadedCheckpoint
 from runner.cli.commands import adapter_source, import_
 from runner.cli.commands import stored_settings as verb_settings
-from runner.common import safe_yaml
+from runner.common import safe_yaml, sealed_json
 from runner.common.errors import CheckpointError, ConfigError, DataError, ModelError, RunnerError
 from runner.common.filesystem import FileSystem
 from runner.config import schema
@@ -81,7 +81,7 @@ def test_a_manifest_is_read_or_refused(cases, checkpoint):
     def read(data: Any) -> None:
         if not isinstance(data, bytes):  # the checksum fits what it says
             try:
-                data = manifest.seal(data) if isinstance(data, dict) else json.dumps(data).encode()
+                data = sealed_json.seal(data) if isinstance(data, dict) else json.dumps(data).encode()
             except (ValueError, RecursionError):
                 return
         found = manifest.read(data)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from runner.runs.inspect import RunInfo, SweepInfo
+from runner.runs.find import SweepInfo
+from runner.runs.inspect import RunInfo
 
 STATE_STYLES = {
     "running": "cyan",

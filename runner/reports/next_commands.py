@@ -9,7 +9,8 @@ from pathlib import Path
 
 from runner.common.text import shell_path
 from runner.reports.checkpoint_list import CheckpointInfo
-from runner.runs.inspect import RunInfo, SweepInfo
+from runner.runs.find import SweepInfo
+from runner.runs.inspect import RunInfo
 from runner.runs.sweep_manifest import NAME as SWEEP_MANIFEST
 
 _PROGRAM = "python -m runner"

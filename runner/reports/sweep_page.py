@@ -24,7 +24,8 @@ from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.run_page import print_commands, print_plot
 from runner.reports.screen import Screen
 from runner.reports.tables import Column, TableRow, table, table_width
-from runner.runs.inspect import RunInfo, SweepInfo, differing_settings
+from runner.runs.find import SweepInfo
+from runner.runs.inspect import RunInfo, differing_settings
 
 _MARKS = "abcdefgh"
 """Marks of the curves; as many curves are drawn."""

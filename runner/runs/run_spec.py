@@ -1,4 +1,4 @@
-"""What a run starts from: nothing, the newest checkpoint of its own directory, or one checkpoint of another."""
+"""What one run is started with: its config, its directory and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from runner.common.errors import ConfigError
 from runner.config.schema import Config, to_dict
 from runner.runs.directory import RunDirectory
 
-_SHORTEST = 4  # a shorter text is no secret, and would be found in other words
+_MIN_SECRET_LENGTH = 4
+"""A shorter value is no secret, and replacing it would change unrelated text."""
 
 
 @dataclass(frozen=True)
 class ResumeSource:
-    """Where a resumed run comes from."""
+    """The run and checkpoint that a resumed run continues from."""
 
     run: Path
     """The run directory."""
     checkpoint: Path | None = None
-    """One checkpoint of it; None means the newest valid one."""
+    """One checkpoint of it; None selects the newest valid one."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -37,37 +38,39 @@ class ResumeSource:
 
     @property
     def branch(self) -> bool:
-        """Whether the run goes on in a new directory: from a single checkpoint, the old path stays as it is."""
+        """Whether the run continues in a new directory: from one named checkpoint, so that the source stays as it is."""
         return self.checkpoint is not None
 
 
 @dataclass
 class RunSpec:
-    """Everything that training needs to begin."""
+    """Everything that training needs to start or resume a run."""
 
     config: Config
     stored: dict[str, Any]
-    """The config as config.yaml holds it."""
+    """The config as written to config.yaml, with ${oc.env:…} unresolved."""
     directory: RunDirectory
     source: ResumeSource | None
+    """Where the run resumes from; None for a new run."""
     run_id: str
     stop_at: int | None = None
     """Update after which this invocation stops the run, resumable."""
     label: str | None = None
-    """Of a job of a sweep, on whose screen there are others: it is shown in one line."""
+    """Name of a sweep's job that shares the terminal with other jobs; None for a run alone."""
 
     def redacted(self, text: str) -> str:
-        """`text` with ${oc.env:NAME} in place of a value that a setting took from the environment."""
-        for value, written in sorted(_from_environment(to_dict(self.config), self.stored), key=lambda p: -len(p[0])):
-            text = text.replace(value, written)
+        """Return `text` with ${oc.env:NAME} in place of each value that a setting took from the environment."""
+        references = _environment_references(to_dict(self.config), self.stored)
+        for value, reference in sorted(references, key=lambda pair: -len(pair[0])):
+            text = text.replace(value, reference)
         return text
 
 
 def find_resume_source(path: Path) -> ResumeSource:
-    """What a path given to resume= is: a run directory or one of its checkpoints.
+    """Return the run, or the checkpoint of a run, that `resume=path` names.
 
     Raises:
-        ConfigError: neither; says what it is instead.
+        ConfigError: `path` is neither; says what it is instead.
     """
     path = Path(path)
     if not path.exists():
@@ -84,15 +87,16 @@ def find_resume_source(path: Path) -> ResumeSource:
     raise ConfigError(f"resume={path}: not a run directory (no config.yaml) and not a checkpoint (step-0000100).")
 
 
-def _from_environment(values: Any, written: Any) -> Iterator[tuple[str, str]]:
-    """Each text of the settings `values` that stands as ${oc.env:…} in `written`, with what is written there."""
-    if isinstance(values, Mapping) and isinstance(written, Mapping):
-        for key, value in values.items():
-            yield from _from_environment(value, written.get(key))
-    elif isinstance(values, str) and isinstance(written, str) and "${oc.env:" in written and len(values) >= _SHORTEST:
-        yield values, written
-
-
 def new_run_id() -> str:
-    """An identity for a run: random, so that runs of the same second differ."""
+    """Return a random identity for a run, so that runs started in the same second differ."""
     return secrets.token_hex(8)
+
+
+def _environment_references(values: Any, stored: Any) -> Iterator[tuple[str, str]]:
+    """Yield (value, reference) for each text in `values` that is a ${oc.env:…} reference in `stored`."""
+    if isinstance(values, Mapping) and isinstance(stored, Mapping):
+        for key, value in values.items():
+            yield from _environment_references(value, stored.get(key))
+    elif isinstance(values, str) and isinstance(stored, str) and "${oc.env:" in stored:
+        if len(values) >= _MIN_SECRET_LENGTH:
+            yield values, stored

@@ -38,7 +38,8 @@ from runner.reports.run_page import print_run_page, read_run_page, run_page_fiel
 from runner.reports.screen import Screen
 from runner.reports.sweep_page import print_sweep_page
 from runner.runs import sweep_manifest as sweeps
-from runner.runs.inspect import read_run, read_sweep
+from runner.runs.find import read_sweep
+from runner.runs.inspect import read_run
 from runner.training import state_files
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,8 @@ import pytest
 from runner.config.schema import Config
 from runner.reports import settings_text
 from runner.runs.directory import RunDirectory
-from runner.runs.inspect import RunInfo, SweepInfo, differing_settings, find_runs, folder_size, read_run, read_sweep
+from runner.runs.find import SweepInfo, find_runs, read_sweep
+from runner.runs.inspect import RunInfo, differing_settings, folder_size, read_run
 
 
 @pytest.fixture(scope="module")

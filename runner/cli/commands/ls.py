@@ -25,7 +25,8 @@ from runner.reports.cells import (
 )
 from runner.reports.screen import Screen, json_document
 from runner.reports.tables import Column, TableRow, column_widths, table
-from runner.runs.inspect import RunInfo, SweepInfo, differing_settings, find_runs
+from runner.runs.find import SweepInfo, find_runs
+from runner.runs.inspect import RunInfo, differing_settings
 
 DEFAULT = "outputs"
 SORTS: dict[str, Callable[[RunInfo | SweepInfo], float]] = {

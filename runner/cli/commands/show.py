@@ -9,7 +9,8 @@ from runner.cli.commands import COMMANDS, CommandParser
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import relative_path
 from runner.reports.screen import Screen, json_document
-from runner.runs.inspect import find_runs, is_sweep, looks_like_run, read_run, read_sweep
+from runner.runs.find import find_runs, is_sweep, looks_like_run, read_sweep
+from runner.runs.inspect import read_run
 
 
 def run(argv: list[str]) -> int:

@@ -17,7 +17,8 @@ from runner.reports import audit
 from runner.reports.audit import Audit
 from runner.reports.next_commands import for_damaged_run
 from runner.reports.screen import Screen, json_document
-from runner.runs.inspect import RunInfo, SweepInfo, find_runs, looks_like_run, read_run
+from runner.runs.find import SweepInfo, find_runs, looks_like_run
+from runner.runs.inspect import RunInfo, read_run
 
 
 def run(argv: list[str]) -> int:

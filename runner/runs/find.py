@@ -1,0 +1,123 @@
+"""Runs and sweeps below a folder."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.common.errors import RunnerError
+from runner.runs import sweep_manifest
+from runner.runs.inspect import RunInfo, modified_time, read_run
+from runner.runs.layout import STATES
+
+_SWEEP_FILES = ("multirun.yaml", sweep_manifest.NAME)
+"""Either of them makes a folder a sweep; its runs are its numbered subfolders."""
+_RUN_FILES = {"config.yaml", "status.json", ".lock", "metrics.jsonl", "run.log", "checkpoints", ".hydra"}
+
+
+@dataclass(kw_only=True)
+class SweepInfo:
+    """A sweep: a folder whose numbered subfolders are runs."""
+
+    path: Path
+    runs: list[RunInfo]
+    """In the order of their numbers."""
+    waiting: int = 0
+    """Number of jobs in the manifest that have no folder yet."""
+    problem: str | None = None
+    """Why the manifest cannot be read."""
+
+    @property
+    def states(self) -> dict[str, int]:
+        """The number of runs in each state, and of waiting jobs."""
+        counts = Counter(run.state for run in self.runs)
+        counts["waiting"] = self.waiting
+        return {state: counts[state] for state in (*STATES, "unknown", "waiting") if counts[state]}
+
+    @property
+    def best(self) -> RunInfo | None:
+        """The run of the lowest validation loss; the first of equal ones."""
+        measured = [run for run in self.runs if run.best_loss is not None]
+        return min(measured, key=lambda run: run.best_loss or 0.0) if measured else None
+
+    @property
+    def best_loss(self) -> float | None:
+        """The lowest validation loss of its runs."""
+        return self.best.best_loss if self.best else None
+
+    @property
+    def step(self) -> int:
+        """The number of updates made in all its runs."""
+        return sum(run.step or 0 for run in self.runs)
+
+    @property
+    def updated(self) -> float:
+        """When one of its runs last wrote a file, in seconds since 1970."""
+        return max((run.updated for run in self.runs), default=modified_time(self.path))
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all its runs."""
+        return sum(run.size_bytes for run in self.runs)
+
+
+def find_runs(root: Path) -> list[RunInfo | SweepInfo]:
+    """Return the runs and sweeps at or below `root`, newest first.
+
+    Links, hidden folders and folders that cannot be listed are skipped; a run is not searched for other runs.
+    """
+    found: list[RunInfo | SweepInfo] = []
+    pending = [Path(root)]
+    while pending:
+        folder = pending.pop()
+        names, folders = _list(folder)
+        if names & set(_SWEEP_FILES):
+            found.append(read_sweep(folder))
+        elif looks_like_run(names):
+            found.append(read_run(folder))
+        else:
+            pending += [folder / name for name in folders if not name.startswith(".")]
+    return sorted(found, key=lambda entry: (-entry.updated, str(entry.path)))
+
+
+def looks_like_run(names: Iterable[str]) -> bool:
+    """Return whether a folder with these names in it is a run or the remains of one.
+
+    Two files of a run are required, since other programs write a config.yaml as well.
+    """
+    return len(_RUN_FILES & set(names)) >= 2
+
+
+def is_sweep(path: Path) -> bool:
+    """Return whether the folder is a sweep."""
+    return any((path / name).is_file() for name in _SWEEP_FILES)
+
+
+def read_sweep(path: Path) -> SweepInfo:
+    """Read the sweep in `path`; a damaged manifest is named in `SweepInfo.problem`."""
+    _, folders = _list(path)
+    numbers = sorted((name for name in folders if name.isascii() and name.isdigit()), key=lambda n: (int(n[:18]), n))
+    sweep = SweepInfo(path=path, runs=[read_run(path / name) for name in numbers])
+    try:
+        jobs = sweep_manifest.read_manifest(path).jobs.values()
+        sweep.waiting = sum(job.folder not in numbers for job in jobs)
+    except (RunnerError, OSError) as error:
+        sweep.problem = str(error)
+    return sweep
+
+
+def _list(folder: Path) -> tuple[set[str], list[str]]:
+    """Return the names in `folder`, and those of them that are folders."""
+    names, folders = set(), []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                names.add(entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+    except OSError:
+        pass
+    return names, folders

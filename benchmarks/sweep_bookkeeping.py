@@ -49,9 +49,9 @@ print("MARKS" + json.dumps({**marks, "rc": rc}))
 STOCK = """
 import json, time
 from hydra import compose, initialize_config_dir
-from runner.app.run import register
+from runner.app.compose import register_schema
 from runner.config.groups import CONF_DIR as CONF
-register()
+register_schema()
 with initialize_config_dir(str(CONF), version_base="1.3"):
     compose("config", overrides=["model=tiny"])
     t = time.perf_counter()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from runner.config.invocation import Invocation
+if TYPE_CHECKING:
+    from runner.sweeps.job import JobTask
 
 
 class GridSweeper(Sweeper):
@@ -21,27 +22,35 @@ class GridSweeper(Sweeper):
     def __init__(self, params: dict[str, Any] | None = None) -> None:
         self._params = params
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
         """Called by Hydra."""
         from hydra.core.plugins import Plugins
 
         self._context, self._config = hydra_context, config
+        self._invocation = task_function.invocation
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep of `arguments`."""
-        from runner.app.run import run_sweep
+        from runner.sweeps.sweep import run_sweep
 
-        return run_sweep(arguments, self._params, self._launcher, self._context, self._config)
+        return run_sweep(
+            arguments,
+            params=self._params,
+            launcher=self._launcher,
+            context=self._context,
+            config=self._config,
+            invocation=self._invocation,
+        )
 
 
 class _Launcher(Launcher):
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
         """Called by Hydra."""
         self.context, self.config = hydra_context, config
-        self.invocation = getattr(task_function, "invocation", None) or Invocation()
+        self.invocation = task_function.invocation
 
 
 class SerialLauncher(_Launcher):

@@ -1,10 +1,11 @@
-"""Hydra's and OmegaConf's exceptions as sentences for a person, with "did you mean"."""
+"""Exceptions of Hydra, OmegaConf and YAML as one sentence for the user, with "did you mean"."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -12,97 +13,110 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from runner.common.errors import ConfigError, RunnerError, StorageError, did_you_mean
 from runner.config import retired, schema
-from runner.config.groups import config_dirs
+
+_TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+"""What OmegaConf calls a type, and what a user calls it."""
 
 
-def translate_error(error: BaseException) -> RunnerError:
-    """`error` as one of ours; a RunnerError stays as it is, what is not about the config becomes a failure."""
-    if isinstance(error, RunnerError):
-        return error
-    chain = _chain(error)
-    for link in chain:
-        if isinstance(link, RunnerError):
-            return link
-    file = _file_named_in(chain)
-    for link in chain:
-        if isinstance(link, MissingConfigException):
-            return ConfigError(_missing(link))
-        if isinstance(link, OverrideParseException):
-            return ConfigError(
-                f"'{link.override}' cannot be read: {_first_line(link.message)}. "
-                "Quote values with blanks, commas or brackets: 'key=\"a, b\"'."
-            )
-    for link in chain:
-        if isinstance(link, yaml.MarkedYAMLError) and link.problem_mark is not None:
-            mark = link.problem_mark
-            return ConfigError(f"{mark.name}, line {mark.line + 1}: not readable as YAML: {link.problem}.")
-    for link in chain:
-        if isinstance(link, OmegaConfBaseException):
-            return ConfigError(f"{file}{_omegaconf(link)}")
-    for link in chain:
-        if found := re.search(r"Ambiguous value for argument '([^']*)'", str(link)):
-            return ConfigError(f"{found[1]} lists several values: add -m for a sweep, or put it in brackets or quotes.")
-        if isinstance(link, HydraException):
-            return ConfigError(f"{file}{_first_line(str(link))}")
+def translate_error(error: BaseException, config_dirs: Sequence[Path] = ()) -> RunnerError:
+    """Return `error` as a RunnerError: a ConfigError where it is about the config, else a failure with its first line.
+
+    Args:
+        error: any exception; a RunnerError in its chain of causes is returned as it is.
+        config_dirs: folders of --config-dir, searched for the file and line that made a wrong choice.
+    """
+    chain = _causes(error)
+    for cause in chain:
+        if isinstance(cause, RunnerError):
+            return cause
+    if message := _config_message(chain, config_dirs):
+        return ConfigError(message)
     if isinstance(error, OSError) and error.errno:
         return StorageError(f"{error.filename or 'Writing'}: {os.strerror(error.errno)}.")
-    name = type(error).__name__
-    return RunnerError(f"{name}: {_first_line(str(error)) or 'no message'}. RUNNER_TRACEBACK=1 shows where.")
+    text = _first_line(str(error)) or "no message"
+    return RunnerError(f"{type(error).__name__}: {text}. RUNNER_TRACEBACK=1 shows where.")
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    links: list[BaseException] = []
-    seen: BaseException | None = error
-    while seen is not None and seen not in links:
-        links.append(seen)
-        seen = seen.__cause__ or seen.__context__
-    return links
+def _config_message(chain: Sequence[BaseException], config_dirs: Sequence[Path]) -> str | None:
+    """Return the message of the most specific config error in `chain`, if there is one."""
+    for cause in chain:
+        if isinstance(cause, MissingConfigException):
+            return _missing_config(cause, config_dirs)
+        if isinstance(cause, OverrideParseException):
+            return (
+                f"'{cause.override}' cannot be read: {_first_line(cause.message)}. "
+                "Quote values with blanks, commas or brackets: 'key=\"a, b\"'."
+            )
+    for cause in chain:
+        if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
+            mark = cause.problem_mark
+            return f"{mark.name}, line {mark.line + 1}: not readable as YAML: {cause.problem}."
+    file = _file_prefix(chain)
+    for cause in chain:
+        if isinstance(cause, OmegaConfBaseException):
+            return f"{file}{_omegaconf(cause)}"
+    for cause in chain:
+        if match := re.search(r"Ambiguous value for argument '([^']*)'", str(cause)):
+            return f"{match[1]} lists several values: add -m for a sweep, or put it in brackets or quotes."
+        if isinstance(cause, HydraException):
+            return f"{file}{_first_line(str(cause))}"
+    return None
 
 
-def _file_named_in(chain: list[BaseException]) -> str:
-    for link in chain:
-        found = re.search(r"In '([^']+)': |[Ee]rror merging '([^']+)'|'([^']+\.yaml)'", str(link))
-        if found and (name := next(g for g in found.groups() if g)) not in ("config", "schema"):
-            return f"{name}: " if name.endswith(".yaml") else f"{name}.yaml: "
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return `error` and what it was raised from, the newest first."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+def _file_prefix(chain: Sequence[BaseException]) -> str:
+    """Return `file.yaml: ` for the YAML that a message in `chain` names."""
+    for cause in chain:
+        match = re.search(r"In '([^']+)': |[Ee]rror merging '([^']+)'|'([^']+\.yaml)'", str(cause))
+        if match and (name := next(group for group in match.groups() if group)) not in ("config", "schema"):
+            return f"{name.removesuffix('.yaml')}.yaml: "
     return ""
 
 
-def _missing(error: MissingConfigException) -> str:
-    wanted = (error.missing_cfg_file or "").removesuffix(".yaml")
-    group, _, choice = wanted.rpartition("/")
-    options = list(error.options or [])
-    if options:
-        where, hint = _line_with(group, choice), did_you_mean(choice, options)
-        return f"{where}{group}={choice} is not a choice: {', '.join(options)}.{hint}"
-    return _first_line(str(error))
+def _missing_config(error: MissingConfigException, config_dirs: Sequence[Path]) -> str:
+    group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+    choices = list(error.options or [])
+    if not choices:
+        return _first_line(str(error))
+    location, hint = _location_of_choice(group, choice, config_dirs), did_you_mean(choice, choices)
+    return f"{location}{group}={choice} is not a choice: {', '.join(choices)}.{hint}"
 
 
-def _line_with(group: str, choice: str) -> str:
-    """Where a YAML of one's own chooses `choice` for `group`; Hydra does not tell."""
-    for folder in config_dirs(sys.argv):
+def _location_of_choice(group: str, choice: str, config_dirs: Sequence[Path]) -> str:
+    """Return `file, line n: ` where a YAML in `config_dirs` chooses `group: choice`; Hydra does not say where."""
+    wrong_choice = re.compile(rf"\b{re.escape(group)}\s*:\s*{re.escape(choice)}\b")
+    for folder in config_dirs:
         for path in sorted(folder.rglob("*.yaml")):
             for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-                if re.search(rf"\b{re.escape(group)}\s*:\s*{re.escape(choice)}\b", line):
+                if wrong_choice.search(line):
                     return f"{path}, line {number}: "
     return ""
 
 
 def _omegaconf(error: OmegaConfBaseException) -> str:
-    key = str(error.full_key or error.key or "")
+    name = str(error.full_key or error.key or "")
     text = _first_line(error.msg or str(error))
     if isinstance(error, InterpolationResolutionError):
-        return f"{key}: {text}."
+        return f"{name}: {text}."
     if re.search(r"Key '[^']*' (is )?not in|is not in struct", text):
-        if explanation := retired.explain(key):
+        if explanation := retired.explain(name):
             return explanation
-        return f"There is no setting '{key}'.{did_you_mean(key, [*schema.default_settings(), *schema.section_names(), *schema.GROUPS])}"
+        known = [*schema.default_settings(), *schema.section_names(), *schema.GROUPS]
+        return f"There is no setting '{name}'.{did_you_mean(name, known)}"
     if "is not Optional" in text:
-        return f"{key}=null cannot be: it needs a value."
-    wanted = re.search(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<type>\w+)", text)
-    if wanted:
-        kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-        return f"{key}={wanted['value']} cannot be: it has to be {kinds.get(wanted['type'], wanted['type'])}."
-    return f"{key}: {text}." if key and key not in text else f"{text}."
+        return f"{name}=null is invalid: must have a value."
+    if match := re.search(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<type>\w+)", text):
+        return f"{name}={match['value']} is invalid: must be {_TYPE_NAMES.get(match['type'], match['type'])}."
+    return f"{name}: {text}." if name and name not in text else f"{text}."
 
 
 def _first_line(text: str) -> str:

@@ -1,7 +1,7 @@
-"""What configs that others wrote may say to Hydra: a recipe from --config-dir, the words of a stored sweep.
+"""Checks on configs that someone else may have written: a recipe from --config-dir, a stored run or sweep.
 
-Hydra calls whatever `_target_` names, configures logging by class names and sets environment variables before our
-first line runs. Such keys count where they are typed on the command line; from anywhere else they are refused.
+Hydra calls whatever a `_target_` names, configures logging by class names and sets environment variables before the
+first line of a run. Such settings count where they are typed on the command line; from a file they are refused.
 """
 
 from __future__ import annotations
@@ -11,13 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra._internal import hydra as hydra_module
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
-from hydra.core.object_type import ObjectType
-from hydra.plugins.config_source import ConfigLoadError, ConfigResult
+from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import DictConfig, OmegaConf
 
 from runner.common import safe_yaml
@@ -27,136 +22,121 @@ from runner.config.groups import CONF_DIR
 from runner.runs.sweep_manifest import SweepManifest
 
 TRUST = "model.trust_remote_code"
-_CALLBACKS = {"runner": {"_target_": "runner.app.run.Opening"}}
-_FREE = {"launcher": ("jobs", "n_jobs"), "sweeper": ("params",)}
-"""What of Hydra's plugins a file may set."""
-_MOST_REFERENCES, _MOST_TEXT = 20, 100_000
-"""${…} to other settings. Each may double what the ones before it hold, and more: a few dozen fill any memory."""
+_SETTABLE_OF_PLUGINS = {"launcher": ("jobs", "n_jobs"), "sweeper": ("params",)}
+"""Settings of Hydra's launcher and sweeper that a file may set."""
+_MAX_REFERENCES = 20
+"""References (${…}) in a config. Each can multiply the text before it, so that a few dozen fill any memory."""
+_MAX_CHARACTERS = 100_000
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[^${}]*\}")
-_FOLDER = re.compile(r"\.?\w[\w.-]*")
+_SUBFOLDER = re.compile(r"\.?\w[\w.-]*")
 
 
-def install_guard(typed: Collection[str]) -> None:
-    """Have Hydra load configs through our checks; `typed` are its own settings on this command line."""
-
-    class Guarded(_Loader):
-        said = frozenset(typed)
-
-    hydra_module.ConfigLoaderImpl = Guarded
-
-
-class _Loader(ConfigLoaderImpl):
-    said: frozenset[str] = frozenset()
-
-    def __init__(self, config_search_path: ConfigSearchPath) -> None:
-        super().__init__(config_search_path)
-        self.repository = _Repository(config_search_path)
-
-    def load_configuration(self, *args: Any, **options: Any) -> DictConfig:
-        """Every composition of Hydra's goes through here, those of a sweep's jobs too."""
-        try:
-            config = super().load_configuration(*args, **options)
-        except RecursionError:
-            raise ConfigError("A setting is nested too deeply to be read.") from None
-        except KeyError as error:  # how Hydra says that a variable of hydra.job.env_copy is not set
-            raise ConfigError(f"A config names {shorten(error)}, which is not there.") from None
-        check_composed(config, self.said)
-        return config
-
-
-class _Repository(ConfigRepository):
-    def load_config(self, config_path: str) -> ConfigResult | None:
-        """As Hydra's own, after a look at a file that is not ours."""
-        source = self._find_object_source(config_path, ObjectType.CONFIG)
-        # By its scheme: Hydra loads its plugins' modules twice, so it is of another class of the same name.
-        if source is not None and source.scheme() == "file" and Path(source.path) != CONF_DIR:
-            file = Path(source.path) / source._normalize_file_name(config_path)
-            try:
-                safe_yaml.require_bounded(file)
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{file} cannot be read: {error}.") from None
-        return super().load_config(config_path)
-
-
-def check_composed(config: DictConfig, typed: Collection[str]) -> None:
-    """Refuse a composed config whose files would run code, or write where nothing was typed to be written.
+def check_file(file: Path) -> None:
+    """Refuse a config file whose YAML would take unbounded time or memory; the files of `conf/` are not checked.
 
     Raises:
-        ConfigError: names the key and what to do.
+        ConfigError: names the file and the reason.
     """
-    plain = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-    assert isinstance(plain, dict)
-    hydra = plain.pop("hydra")
-    # A group of Hydra's own that was chosen is meant, unless another folder may have put a file under its name.
-    others = any(source["provider"] == "command-line" for source in hydra["runtime"]["config_sources"])
-    said = {word if others else word.replace("/", ".") for word in typed}
-    for name in _suspicious(hydra):
-        if not any(name == word or name.startswith(f"{word}.") or word.startswith(f"{name}.") for word in said):
+    if CONF_DIR in file.parents:
+        return
+    try:
+        safe_yaml.require_bounded(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}.") from None
+
+
+def check_config(config: DictConfig, typed: Collection[str]) -> None:
+    """Refuse a composed config in which a file would run code, or write outside the directories that were typed.
+
+    Args:
+        config: the composed config with Hydra's node.
+        typed: names of the settings that were typed on the command line.
+
+    Raises:
+        ConfigError: names the setting and what to do.
+    """
+    settings = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    assert isinstance(settings, dict)
+    hydra = settings.pop("hydra")
+    # A typed group such as hydra/job_logging counts for its settings, unless --config-dir may have replaced its file.
+    has_config_dir = any(source["provider"] == "command-line" for source in hydra["runtime"]["config_sources"])
+    typed_prefixes = {name if has_config_dir else name.replace("/", ".") for name in typed}
+    for name in _risky_settings(hydra):
+        if not any(_is_within(name, prefix) or _is_within(prefix, name) for prefix in typed_prefixes):
             raise ConfigError(
                 f"{shorten(name)} comes from a file, not from the command line, and could run code or write anywhere. "
                 "If you wrote that file yourself, type the setting instead."
             )
-    texts = list(_texts([plain, hydra["run"], hydra["sweep"], hydra["job"]]))
-    found = sum(_ENVIRONMENT.sub("", text).count("${") for text in texts)
-    if found > _MOST_REFERENCES or sum(map(len, texts)) > _MOST_TEXT:
-        raise ConfigError(
-            f"{found} references (${{…}}) in the settings, to other ones: more than {_MOST_REFERENCES} are refused, or "
-            f"more than {_MOST_TEXT:,} characters in all."
-        )
-    if plain.get("model", {}).get("trust_remote_code") is True and not {"model", TRUST} & set(typed):
+    _check_references([settings, hydra["run"], hydra["sweep"], hydra["job"]])
+    if settings.get("model", {}).get("trust_remote_code") is True and not {"model", TRUST} & set(typed):
         raise ConfigError(
             f"{TRUST}=true comes from a file: code that came with the model would run. If you have read that code and "
             f"trust it, type {TRUST}=true."
         )
 
 
-def check_sweep_manifest(known: SweepManifest, typed: Collection[str]) -> None:
-    """Refuse the words of a stored sweep that are no settings, or trust a model's code when nobody does now.
+def check_sweep_manifest(manifest: SweepManifest, typed: Collection[str]) -> None:
+    """Refuse the manifest of a stored sweep that holds flags, or that trusts a model's code without being told again.
 
     Raises:
-        ConfigError: names the word.
+        ConfigError: names the stored override.
     """
-    for word in [*known.words, *(word for job in known.jobs.values() for word in job.overrides)]:
-        if word.startswith("-") and not word.startswith("--config-dir="):
+    overrides = [*manifest.words, *(override for job in manifest.jobs.values() for override in job.overrides)]
+    for override in overrides:
+        if override.startswith("-") and not override.startswith("--config-dir="):
             raise ConfigError(
-                f"{known.folder}: {shorten(word)} is no word of a sweep: its manifest is damaged or forged."
+                f"{manifest.folder}: {shorten(override)} is not an override: the sweep's manifest is damaged or forged."
             )
-        if word.lstrip("+").startswith(f"{TRUST}=") and TRUST not in typed:
+        if override.lstrip("+").startswith(f"{TRUST}=") and TRUST not in typed:
             raise ConfigError(
-                f"{known.folder} was started with {TRUST}=true, which is not taken over: code that came with the model "
-                f"would run. If you trust that code, type {TRUST}=true again."
+                f"{manifest.folder} was started with {TRUST}=true, which is not inherited: code that came with the "
+                f"model would run. If you trust that code, type {TRUST}=true again."
             )
 
 
-def _suspicious(hydra: Mapping[str, Any]) -> Iterator[str]:
-    """Dotted names of what would be called, opened or set, beyond what we and Hydra's own defaults say."""
-    for name, value in (hydra.get("callbacks") or {}).items():
-        if value != _CALLBACKS.get(name):
-            yield f"hydra.callbacks.{name}"
-    for part, free in _FREE.items():
-        found, own = hydra.get(part) or {}, _default(part, hydra)
-        for key in {*found, *own}:
-            if (key not in free and found.get(key) != own.get(key)) or "_target_" in _keys(found.get(key)):
-                yield f"hydra.{part}.{key}"
-    for log in ("job_logging", "hydra_logging"):
-        if (hydra.get(log) or {}).get("root") is not None:  # else Hydra leaves logging alone
-            yield f"hydra.{log}"
+def _is_within(name: str, section: str) -> bool:
+    return name == section or name.startswith(f"{section}.")
+
+
+def _risky_settings(hydra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of settings below `hydra` that call, open or set something and are not the defaults."""
+    yield from (f"hydra.callbacks.{name}" for name in hydra.get("callbacks") or {})
+    for plugin, settable in _SETTABLE_OF_PLUGINS.items():
+        chosen, registered = hydra.get(plugin) or {}, _registered_plugin(plugin, hydra)
+        for key in {*chosen, *registered}:
+            differs = key not in settable and chosen.get(key) != registered.get(key)
+            if differs or "_target_" in _keys(chosen.get(key)):
+                yield f"hydra.{plugin}.{key}"
+    for logging in ("job_logging", "hydra_logging"):
+        if (hydra.get(logging) or {}).get("root") is not None:  # else Hydra configures no logging
+            yield f"hydra.{logging}"
     if hydra["job"].get("env_set"):
         yield "hydra.job.env_set"
     subfolder = hydra.get("output_subdir")
-    if subfolder is not None and not _FOLDER.fullmatch(subfolder):
+    if subfolder is not None and not _SUBFOLDER.fullmatch(subfolder):
         yield "hydra.output_subdir"
 
 
-def _default(part: str, hydra: Mapping[str, Any]) -> dict[str, Any]:
-    """The launcher or sweeper that was chosen, as its plugin registered it."""
-    choice = hydra["runtime"]["choices"].get(f"hydra/{part}")
+def _registered_plugin(plugin: str, hydra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the chosen launcher or sweeper as the plugin registered it."""
+    choice = hydra["runtime"]["choices"].get(f"hydra/{plugin}")
     try:
-        node = ConfigStore.instance().load(f"hydra/{part}/{choice}.yaml").node
+        node = ConfigStore.instance().load(f"hydra/{plugin}/{choice}.yaml").node
     except ConfigLoadError:
         return {}
-    found = OmegaConf.to_container(node, resolve=False)
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+    config = OmegaConf.to_container(node, resolve=False)
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+
+def _check_references(settings: list[Any]) -> None:
+    texts = list(_texts(settings))
+    references = sum(_ENVIRONMENT.sub("", text).count("${") for text in texts)
+    characters = sum(map(len, texts))
+    if references > _MAX_REFERENCES or characters > _MAX_CHARACTERS:
+        raise ConfigError(
+            f"The settings hold {references} references (${{…}}) to other settings and {characters:,} characters of "
+            f"text: more than {_MAX_REFERENCES} references or {_MAX_CHARACTERS:,} characters are refused."
+        )
 
 
 def _keys(value: Any) -> Iterator[str]:

@@ -1,4 +1,10 @@
-"""The door: `python -m runner …` and `runner …`. Reads the words, answers help at once, hands the rest to Hydra."""
+"""The command line: `python -m runner …` and `runner …`.
+
+    runner COMMAND …                          a command over output directories, such as ls, show or generate
+    runner [group=choice] [setting=value] …   a run; with -m, or where a file says so, a sweep
+
+Exit codes: see `runner.common.errors` and `runner --help`.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +12,84 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from runner.cli.commands import COMMANDS, run_command
-from runner.common.errors import EXIT_CONFIG, RunnerError
+from runner.common.errors import EXIT_CONFIG, EXIT_DONE, RunnerError
 from runner.common.text import shorten
+from runner.config.groups import config_dirs
+
+_EXIT_SIGINT, _EXIT_SIGPIPE = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: this process's) and return the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    program = os.path.basename(sys.argv[0]) if sys.argv else "runner"
-    verb = argv[0] if argv and argv[0] in COMMANDS else None
-    if verb is None and any(w in ("--help", "-h", "help") for w in argv):
-        from runner.cli.help import help_text
-
-        print(help_text(), end="")
-        return 0
-    if argv in (["--version"], ["-V"]):
-        from runner import __version__
-
-        print(f"runner {__version__}")
-        return 0
+    """Run the command line `argv` (default: that of this process) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run_command(verb, argv[1:]) if verb else _start(argv, program)
+        return _dispatch(arguments)
     except RunnerError as error:
-        return _refuse(error, error.exit_code)
+        return _report(error, error)
     except KeyboardInterrupt:
-        if verb is None:
+        if not _is_command(arguments):
             print("runner: stopped before anything was saved", file=sys.stderr)
-        return 130
+        return _EXIT_SIGINT
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _EXIT_SIGPIPE
     except Exception as error:
         from runner.app.errors import translate_error
 
-        explained = translate_error(error)
-        return _refuse(explained, explained.exit_code, error)
+        return _report(translate_error(error, [Path(folder) for folder in config_dirs(arguments)]), error)
 
 
-def _start(argv: list[str], program: str) -> int:
+def _is_command(arguments: list[str]) -> bool:
+    return bool(arguments) and arguments[0] in COMMANDS
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if _is_command(arguments):
+        return run_command(arguments[0], arguments[1:])
+    if any(argument in ("--help", "-h", "help") for argument in arguments):
+        from runner.cli.help import help_text
+
+        print(help_text(), end="")
+    elif arguments in (["--version"], ["-V"]):
+        from runner import __version__
+
+        print(f"runner {__version__}")
+    else:
+        _train(arguments)
+    return EXIT_DONE
+
+
+def _train(arguments: list[str]) -> None:
+    """Start or resume the run or the sweep that `arguments` describe, or print what --cfg and the like ask for."""
     from runner.cli.overrides import parse_arguments
 
-    said = parse_arguments(argv)
-    # Hydra then raises instead of printing its own text, and the sentence is ours.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    from runner.app.run import start
+    invocation = parse_arguments(arguments)  # before Hydra is imported, so that a typo is answered at once
+    from runner.app import compose, run
+    from runner.sweeps import launch
 
-    start(said, program)
-    return 0
+    if invocation.resume and launch.is_stored_sweep(invocation.resume) and not invocation.prints_only:
+        invocation = launch.resume_sweep(invocation)
+    with compose.open_session(invocation) as hydra:
+        if invocation.prints_only:
+            hydra.print_requested()
+            return
+        config = hydra.compose()
+        start = launch.start_sweep if compose.is_sweep(config) else run.start_run
+        start(invocation, hydra, config)
 
 
-def _refuse(error: RunnerError, code: int, cause: BaseException | None = None) -> int:
+def _report(error: RunnerError, cause: BaseException) -> int:
+    """Print `error` to standard error, with the traceback of `cause` if it is asked for; return the exit code."""
     if os.environ.get("RUNNER_TRACEBACK") == "1":
-        traceback.print_exception(cause or error)
+        traceback.print_exception(cause)
     lines = str(error).splitlines() or [type(error).__name__]
-    # A message quotes files that others wrote.
+    # Bounded and printable: a message may quote files from elsewhere.
     print("\n".join(f"runner: {shorten(line, 2000)}" for line in lines[:100]), file=sys.stderr)
-    if code == EXIT_CONFIG and any("There is no setting" in line for line in lines):
+    if error.exit_code == EXIT_CONFIG and any("There is no setting" in line for line in lines):
         print("runner: all settings: python -m runner --cfg job, or docs/config.md", file=sys.stderr)
-    return code
+    return error.exit_code

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.common.errors import ConfigError, did_you_mean, shorten
+from runner.common.errors import ConfigError, did_you_mean
+from runner.common.text import shorten
 
 BACKENDS = {"csv": "runner.loggers.csv:CsvLogger"}
 """Name in conf/loggers/ to the class that is imported when it is chosen."""

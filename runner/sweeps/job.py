@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from runner.app.resolve import resolve_config, stored_config
 from runner.backends.cpu import blas
 from runner.common.atomic_io import is_draft
 from runner.common.errors import ConfigError
+from runner.config.invocation import Invocation
 from runner.config.schema import Config
 from runner.config.validation import validate_stop_at
 from runner.runs.directory import RunDirectory
@@ -20,6 +23,29 @@ from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 if TYPE_CHECKING:
     from runner.training.shared import SharedComponents
+
+
+@dataclass(frozen=True)
+class JobTask:
+    """The task function of a sweep: a launcher calls it with the composed config of a job.
+
+    It is picklable, so that the invocation reaches the worker processes of launchers such as joblib.
+    """
+
+    invocation: Invocation
+
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Run the job that Hydra set up in this process, and return its objective."""
+        hydra = HydraConfig.get()
+        overrides = [override for override in hydra.overrides.task if not override.startswith("stored=")]
+        return run_job(
+            cfg,
+            Path(hydra.runtime.output_dir),
+            number=hydra.job.num,
+            label=" ".join(overrides),
+            experiment=hydra.runtime.choices.get("experiment"),
+            stop_at=self.invocation.stop_at,
+        )
 
 
 def run_job(

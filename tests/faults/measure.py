@@ -60,7 +60,7 @@ def export() -> Callable[[Path], Any]:
 
     def check(path: Path) -> None:
         source = adapter_source.find_adapter(path)
-        check_adapter(source.folder, source.adapters, source.about)
+        check_adapter(source.folder, source.adapters, source.adapter_config)
 
     return check
 

@@ -13,12 +13,12 @@ from runner.migrate.carry import Carried
 def compose(carried: Carried) -> schema.Config:
     from hydra import compose, initialize_config_dir
 
+    from runner.app.compose import register_schema
     from runner.app.resolve import resolve_config
-    from runner.app.run import register
     from runner.cli import overrides
 
     said = overrides.parse_arguments(carried.overrides)
-    register()
+    register_schema()
     with initialize_config_dir(str(groups.CONF_DIR), version_base="1.3"):
         return resolve_config(compose("config", overrides=said.arguments))
 

@@ -14,7 +14,7 @@ import mlx_lm
 import pytest
 
 from runner.cli.commands import adapter_source, export, generate, stored_settings
-from runner.cli.commands.load_adapter import load_adapted
+from runner.cli.commands.load_adapter import load_adapter
 from runner.config import schema
 from runner.config.schema import Config
 from runner.export.mlx import write_model_folder
@@ -53,7 +53,7 @@ def adapters(run: Path) -> list[Path]:
 
 
 def ours(path: Path, run: Path) -> mx.array:
-    return load_adapted(adapter_source.find_adapter(path), stored_settings.read_settings(run), say=print).base.model(
+    return load_adapter(adapter_source.find_adapter(path), stored_settings.read_settings(run), log=print).base.model(
         IDS
     )
 

@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.app.run import register
+from runner.app.compose import register_schema
 from runner.config.groups import CONF_DIR
 from runner.sweeps.compose import JobComposer
 
@@ -29,7 +29,7 @@ JOBS = [
 
 @pytest.fixture(scope="module")
 def composer():
-    register()
+    register_schema()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", overrides=[], run_mode=RunMode.MULTIRUN)

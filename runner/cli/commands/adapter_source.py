@@ -1,4 +1,4 @@
-"""Where an adapter lies that a person names: a run's result, one of its checkpoints; read and verified. No MLX."""
+"""The adapter that a path on the command line means: a run's result or a checkpoint, read and verified. No MLX."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from runner.common.filesystem import FileSystem
 from runner.runs.directory import RunDirectory
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
 
-_LARGEST = 1 << 40  # bytes of an adapter
-_MOST_VALUES = 10_000  # in adapter_config.json
+_MAX_ADAPTER_BYTES = 1 << 40
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_VALUES = 10_000
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """One adapter of one run."""
+    """One adapter of a run: its weights and its config, as bytes that were verified where a manifest exists."""
 
     run: Path
+    """The run directory."""
     folder: Path
+    """The folder of the adapter: a checkpoint or the run's adapters/."""
     step: int | None
-    """The update it is of; None where the run does not tell."""
+    """The update after which it was saved; None where the run does not say."""
     is_result: bool
-    """Whether it is the run's result, not a checkpoint that was named."""
+    """Whether it is the run's result, and not a checkpoint that was named."""
     adapters: bytes
-    """adapters.safetensors; of a checkpoint, as its manifest vouches for it."""
-    about: dict[str, Any]
-    """adapter_config.json."""
+    """Content of adapters.safetensors."""
+    adapter_config: dict[str, Any]
+    """Content of adapter_config.json."""
 
     @property
     def name(self) -> str:
@@ -44,103 +47,100 @@ class AdapterSource:
 
 
 def find_adapter(path: Path, checkpoint: str | None = None) -> AdapterSource:
-    """The adapter that `path` means: a run directory (its result), a step-… folder, or an adapters/ folder.
+    """Find and read the adapter that `path` means: a run directory (its result), a checkpoint, or an adapters/ folder.
 
     Args:
-        path: what was typed.
-        checkpoint: last, best or a step: one of the run's checkpoints instead of its result.
+        path: the path that was typed.
+        checkpoint: `last`, `best` or a step: that checkpoint of the run instead of its result.
 
     Raises:
-        ConfigError: nothing of the kind is there; says what is.
+        ConfigError: `path` holds no adapter; the message says what it holds.
         CheckpointError: the adapter is damaged.
     """
     path = path.expanduser().absolute()
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such directory.{_near(path)}")
-    if STEP_NAME.fullmatch(path.name) or path.name == "adapters":
+        raise ConfigError(f"{path}: there is no such directory.{_similar_name(path)}")
+    is_result = path.name == "adapters"
+    if is_result or STEP_NAME.fullmatch(path.name):
         if checkpoint is not None:
             raise ConfigError(f"--checkpoint chooses one of a run's checkpoints, and {path} is not a run directory.")
         run = _run_above(path)
-        return _of_checkpoint(run, path) if path.name != "adapters" else _of_result(run, path)
+        return _read_result(run, path) if is_result else _read_checkpoint(run, path)
     if not (path / "config.yaml").is_file():
         raise ConfigError(_not_a_run(path))
-    return (
-        _of_result(path, path / "adapters") if checkpoint is None else _of_checkpoint(path, _chosen(path, checkpoint))
-    )
+    if checkpoint is not None:
+        return _read_checkpoint(path, _choose_checkpoint(path, checkpoint))
+    return _read_result(path, path / "adapters")
 
 
-def _of_checkpoint(run: Path, folder: Path) -> AdapterSource:
+def _read_checkpoint(run: Path, folder: Path) -> AdapterSource:
     loaded = verify.load_checkpoint(folder, FileSystem())
     for name in (ADAPTERS, ADAPTER_CONFIG):
         if name not in loaded.files:
             raise CheckpointError(f"{folder}: its manifest lists no {name}.")
-    about = _about(loaded.files[ADAPTER_CONFIG], folder)
-    return AdapterSource(run, folder, loaded.checkpoint.step, False, loaded.files[ADAPTERS], about)
+    config = _parse_config(loaded.files[ADAPTER_CONFIG], folder)
+    return AdapterSource(run, folder, loaded.checkpoint.step, False, loaded.files[ADAPTERS], config)
 
 
-def _of_result(run: Path, folder: Path) -> AdapterSource:
+def _read_result(run: Path, folder: Path) -> AdapterSource:
     if not (folder / ADAPTERS).exists():
-        kept = [str(c.step) for c in _checkpoints(run)]
-        have = (
-            f"Its checkpoints: {', '.join(kept)}; --checkpoint last takes the newest." if kept else "It has none yet."
-        )
-        raise ConfigError(f"{run} has no result (adapters/): it is {RunDirectory(run).read_status()['state']}. {have}")
+        steps = ", ".join(str(checkpoint.step) for checkpoint in _checkpoints(run))
+        available = f"Its checkpoints: {steps}; --checkpoint last uses the newest." if steps else "It has none yet."
+        state = RunDirectory(run).read_status()["state"]
+        raise ConfigError(f"{run} has no result (adapters/): it is {state}. {available}")
     disk = FileSystem()
     if disk.lstat(folder / manifest.NAME):
-        return replace(_of_checkpoint(run, folder), is_result=True)
-    # Made by an older version, or edited by another program: nothing vouches for it.
-    read_header(folder / ADAPTERS)  # refused before its bytes fill the memory
-    adapters = disk.read_file(folder / ADAPTERS, _LARGEST)
-    about = _about(disk.read_file(folder / ADAPTER_CONFIG, 1 << 20), folder)
+        return replace(_read_checkpoint(run, folder), is_result=True)
+    # Without a manifest: written by an older version, or changed by another program.
+    read_header(folder / ADAPTERS)  # refuse a hostile file before its bytes fill the memory
+    adapters = disk.read_file(folder / ADAPTERS, _MAX_ADAPTER_BYTES)
+    config = _parse_config(disk.read_file(folder / ADAPTER_CONFIG, _MAX_CONFIG_BYTES), folder)
     step = RunDirectory(run).read_status().get("result_step")
-    return AdapterSource(run, folder, step if isinstance(step, int) else None, True, adapters, about)
+    return AdapterSource(run, folder, step if isinstance(step, int) else None, True, adapters, config)
 
 
-def _about(data: bytes, folder: Path) -> dict[str, Any]:
+def _parse_config(data: bytes, folder: Path) -> dict[str, Any]:
     try:
-        about = safe_json.parse(data, most_values=_MOST_VALUES)
-        if not isinstance(about, dict):
+        config = safe_json.parse(data, most_values=_MAX_CONFIG_VALUES)
+        if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except ValueError as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}.") from None
-    return about
+    return config
 
 
-def _chosen(run: Path, which: str) -> Path:
-    kept = _checkpoints(run)
-    if not kept:
+def _choose_checkpoint(run: Path, choice: str) -> Path:
+    """Return the folder of the checkpoint of `run` that `choice` (`last`, `best` or a step) means."""
+    checkpoints = _checkpoints(run)
+    if not checkpoints:
         raise ConfigError(f"{run} has no checkpoints.")
-    if which == "last":
-        return kept[-1].path
-    if which == "best":
-        measured = [
-            (c.metrics[BEST_METRIC], c.step, c.path)
-            for c in kept
-            if math.isfinite(c.metrics.get(BEST_METRIC, math.nan))
-        ]
-        if not measured:
+    if choice == "last":
+        return checkpoints[-1].path
+    if choice == "best":
+        evaluated = [c for c in checkpoints if math.isfinite(c.metrics.get(BEST_METRIC, math.nan))]
+        if not evaluated:
             raise ConfigError(f"--checkpoint best: no checkpoint of {run} was evaluated. Try --checkpoint last.")
-        return min(measured)[2]
-    number = re.fullmatch(r"(?:step-)?(\d{1,18})", which)
-    if number is None:
-        raise ConfigError(
-            f"--checkpoint {which}: expected last, best or a step.{did_you_mean(which, ['last', 'best'])}"
-        )
-    step = int(number[1])
-    found = next((c.path for c in kept if c.step == step), None)
-    if found is None:
-        raise ConfigError(f"{run} has no checkpoint {step_name(step)}; it has {', '.join(str(c.step) for c in kept)}.")
-    return found
+        return min(evaluated, key=lambda c: (c.metrics[BEST_METRIC], c.step)).path
+    match = re.fullmatch(r"(?:step-)?(\d{1,18})", choice)
+    if match is None:
+        hint = did_you_mean(choice, ["last", "best"])
+        raise ConfigError(f"--checkpoint {choice} is invalid: must be last, best or a step.{hint}")
+    step = int(match[1])
+    for checkpoint in checkpoints:
+        if checkpoint.step == step:
+            return checkpoint.path
+    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
+    raise ConfigError(f"{run} has no checkpoint {step_name(step)}; it has {steps}.")
 
 
 def _checkpoints(run: Path) -> list[CheckpointRecord]:
-    """The run's own checkpoints by step."""
+    """Return the run's own checkpoints by step; those of another run in its folder are left out."""
     directory = RunDirectory(run)
     section = directory.read_config().get("checkpoint")
     name = section.get("dir") if isinstance(section, dict) else None
-    kept = CheckpointStore(run / (name if isinstance(name, str) else "checkpoints"), "").checkpoints()
+    store = CheckpointStore(run / (name if isinstance(name, str) else "checkpoints"), "")
     run_id = directory.read_status().get("run_id")
-    return [c for c in kept if not isinstance(run_id, str) or c.run_id == run_id]
+    return [c for c in store.checkpoints() if not isinstance(run_id, str) or c.run_id == run_id]
 
 
 def _run_above(path: Path) -> Path:
@@ -157,7 +157,7 @@ def _not_a_run(path: Path) -> str:
     return f"{path} is not a run directory (no config.yaml), not a checkpoint (step-0000100) and not adapters/."
 
 
-def _near(path: Path) -> str:
+def _similar_name(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()])

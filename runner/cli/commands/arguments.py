@@ -1,4 +1,4 @@
-"""What the verbs that load an adapter have in common: the words that name it, and how they speak."""
+"""Arguments and output that the commands on an adapter (test, generate, export) share."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from runner.cli.commands import CommandParser
+from runner.cli.commands import COMMANDS, CommandParser
 from runner.common.text import printable
 
-OVERRIDES_HELP = (
+_OVERRIDES_HELP = (
     "settings to change, key=value: data=NAME, data.path=…, model.path=…, model.dtype=…, train.batch_size=…"
 )
 
 
-def adapter_parser(verb: str, description: str) -> CommandParser:
-    """A parser with RUN, --checkpoint, --any-base and --json."""
-    made = CommandParser(prog=f"runner {verb}", description=description)
-    made.add_argument("run", metavar="RUN", help="run directory, its adapters/, or a checkpoint (step-0000100)")
-    made.add_argument(
-        "--checkpoint",
-        metavar="last|best|STEP",
-        help="one of the run's checkpoints instead of its result",
-    )
-    made.add_argument("--any-base", action="store_true", help="take a base of other weights than it was trained on")
-    made.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    return made
+class AdapterParser(CommandParser):
+    """A parser with RUN, --checkpoint, --any-base and --json; `parse` also allows overrides among the options."""
 
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"runner {command}", description=COMMANDS[command])
+        self.add_argument("run", metavar="RUN", help="run directory, its adapters/, or a checkpoint (step-0000100)")
+        self.add_argument(
+            "--checkpoint", metavar="last|best|STEP", help="one of the run's checkpoints instead of its result"
+        )
+        self.add_argument(
+            "--any-base", action="store_true", help="accept a base model with other weights than it was trained on"
+        )
+        self.add_argument("--json", action="store_true", help="one JSON document on standard output")
 
-def parse_arguments(made: CommandParser, argv: list[str]) -> Namespace:
-    """The words, settings among the options allowed; a prompt that looks like an option comes after `--`."""
-    if "--" in argv or any(word in ("-h", "--help") for word in argv):
-        return made.parse_args(argv)
-    return made.parse_intermixed_args(argv)
+    def parse(self, argv: list[str]) -> Namespace:
+        """Parse `argv`, with the overrides as `overrides`; a prompt that looks like an option comes after `--`."""
+        self.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=_OVERRIDES_HELP)
+        if "--" in argv or any(argument in ("-h", "--help") for argument in argv):
+            return self.parse_args(argv)
+        return self.parse_intermixed_args(argv)
 
 
 def print_note(line: str) -> None:
-    """A line beside the result: standard output stays the result's own."""
+    """Print a line to standard error, so that standard output holds the result alone."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document; what is not ASCII is escaped, so that no text can steer a terminal."""
+    """Print one JSON document; characters outside ASCII are escaped, so that no text can control a terminal."""
     print(json.dumps(document, indent=1))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner.backends.cpu import blas
-from runner.cli.commands import COMMANDS, adapter_source, arguments, stored_settings
+from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.cli.commands.adapter_source import AdapterSource
 from runner.cli.commands.stored_settings import StoredSettings
 from runner.common.errors import ConfigError
@@ -63,8 +63,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> Namespace:
-    parser = arguments.adapter_parser("export", COMMANDS["export"])
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=arguments.OVERRIDES_HELP)
+    parser = arguments.AdapterParser("export")
     parser.add_argument(
         "--to", choices=("mlx", "fused"), required=True, help="an mlx-lm adapter folder, or a model with it merged"
     )
@@ -73,7 +72,7 @@ def _parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--dequantize", action="store_true", help="dequantize the base, so that merging rounds nothing")
     parser.add_argument("--with-base", action="store_true", help="with --to mlx: write the base model too, to DIR-base")
-    options = arguments.parse_arguments(parser, argv)
+    options = parser.parse(argv)
     if options.with_base and options.to != "mlx":
         raise ConfigError("--with-base needs --to mlx: a fused model contains its base.")
     if options.dequantize and options.to == "mlx" and not options.with_base:
@@ -101,27 +100,27 @@ def _export_mlx(
 ) -> None:
     from runner.export.mlx import check_adapter, export_adapter
 
-    check_adapter(source.folder, source.adapters, source.about)
+    check_adapter(source.folder, source.adapters, source.adapter_config)
     config = FileSystem().read_file(source.folder / ADAPTER_CONFIG, _LARGEST_CONFIG)
     base = None
     if base_target:
         blas.load_blas()
-        from runner.cli.commands.load_adapter import load_adapted
+        from runner.cli.commands.load_adapter import load_adapter
 
         # The adapter is loaded with its base to check that it fits.
-        loaded = load_adapted(source, settings, any_base=options.any_base, say=arguments.print_note)
-        loaded.take_off()
+        loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
+        loaded.detach()
         base = (loaded.base, base_target)
     export_adapter({ADAPTERS: source.adapters, ADAPTER_CONFIG: config}, target, base)
 
 
 def _export_fused(source: AdapterSource, settings: StoredSettings, target: Path, options: Namespace) -> None:
     blas.load_blas()
-    from runner.cli.commands.load_adapter import load_adapted
+    from runner.cli.commands.load_adapter import load_adapter
     from runner.export.fused import fuse_adapter
     from runner.export.mlx import export_model
 
-    loaded = load_adapted(source, settings, any_base=options.any_base, say=arguments.print_note)
+    loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
     assert loaded.adapted is not None
     fused = fuse_adapter(loaded.adapted, dequantize=options.dequantize)
     if fused.config.get("quantization"):

@@ -1,4 +1,4 @@
-"""`runner generate`: answer a prompt with a run's adapter, word by word, beside the base model where that is wanted."""
+"""`runner generate`: answer a prompt with a run's adapter, streaming; --compare-base also asks the base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.backends.cpu import blas
-from runner.cli.commands import COMMANDS, adapter_source, arguments, stored_settings
+from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.common.errors import ConfigError, DataError
 from runner.common.text import printable
 from runner.config.schema import Config
@@ -22,83 +22,84 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str]) -> int:
-    """Answer the prompt that `argv` holds.
+    """Answer the prompt in `argv`.
 
     Raises:
-        RunnerError: a word, the adapter or the base cannot be used.
-        KeyboardInterrupt: Ctrl-C; the line that was begun is ended.
+        RunnerError: a wrong argument, or an adapter or base model that cannot be used.
+        KeyboardInterrupt: Ctrl-C; the line in progress is ended.
     """
-    words = _words(argv)
-    place = adapter_source.find_adapter(Path(words.run), words.checkpoint)
-    chosen = stored_settings.read_settings(place.run, words.changes)
-    prompt = sys.stdin.read().removesuffix("\n") if words.prompt == "-" else words.prompt
+    options = _parse(argv)
+    source = adapter_source.find_adapter(Path(options.run), options.checkpoint)
+    settings = stored_settings.read_settings(source.run, options.overrides)
+    prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     blas.load_blas()
-    from runner.cli.commands.load_adapter import load_adapted
+    from runner.cli.commands.load_adapter import load_adapter
 
-    loaded = load_adapted(place, chosen, any_base=words.any_base, say=arguments.print_note)
-    tokens = _prompt_tokens(loaded, chosen.config, prompt, words.system)
+    loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
+    prompt_tokens = _encode_prompt(loaded, settings.config, prompt, options.system)
     answers = []
-    if words.compare_base:
-        loaded.take_off()
-        answers.append({"by": "base", **_answer(loaded, tokens, words, label="base")})
-        loaded.put_on()
-    label = f"adapter ({place.name})" if words.compare_base else None
-    answers.append({"by": "adapter", **_answer(loaded, tokens, words, label)})
-    if words.json:
-        document = {"run": str(place.run), "adapter": str(place.folder), "step": place.step, "prompt": prompt}
-        arguments.print_json({**document, "prompt_tokens": len(tokens), "answers": answers})
+    if options.compare_base:
+        loaded.detach()
+        answers.append({"by": "base", **_answer(loaded, prompt_tokens, options, heading="base")})
+        loaded.attach()
+    heading = f"adapter ({source.name})" if options.compare_base else None
+    answers.append({"by": "adapter", **_answer(loaded, prompt_tokens, options, heading)})
+    if options.json:
+        document = {"run": str(source.run), "adapter": str(source.folder), "step": source.step, "prompt": prompt}
+        arguments.print_json({**document, "prompt_tokens": len(prompt_tokens), "answers": answers})
     return 0
 
 
-def _words(argv: list[str]) -> Namespace:
-    parser = arguments.adapter_parser("generate", COMMANDS["generate"])
+def _parse(argv: list[str]) -> Namespace:
+    parser = arguments.AdapterParser("generate")
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
-    parser.add_argument("changes", metavar="KEY=VALUE", nargs="*", default=[], help=arguments.OVERRIDES_HELP)
     parser.add_argument("--max-tokens", type=_number(int, lambda n: n >= 1, "1 or more"), default=256, metavar="N")
     parser.add_argument(
         "--temp",
         type=_number(float, lambda t: 0 <= t < 1000, "0 or more"),
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token each time (default: 0)",
+        help="temperature; 0 always chooses the likeliest token (default: 0)",
     )
     parser.add_argument(
         "--top-p",
         type=_number(float, lambda p: 0 < p <= 1, "above 0, up to 1"),
         default=1.0,
         metavar="P",
-        help="draw from the likeliest tokens that hold this much probability (default: 1, all)",
+        help="sample from the likeliest tokens that hold this much probability (default: 1, all)",
     )
     parser.add_argument("--seed", type=_number(int, lambda s: 0 <= s < 2**63, "0 or more"), default=0, metavar="N")
-    parser.add_argument("--system", metavar="TEXT", help="a system turn before the prompt")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--compare-base", action="store_true", help="also answer without the adapter, first")
-    return arguments.parse_arguments(parser, argv)
+    return parser.parse(argv)
 
 
-def _number(kind: type, good: Callable[[Any], bool], wants: str) -> Callable[[str], Any]:
+def _number(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
+    """Return an argparse type: a number that `is_valid` accepts."""
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not good(value):
-            raise ArgumentTypeError(f"{text} cannot be: it has to be {wants}")
+        if value is None or not is_valid(value):
+            raise ArgumentTypeError(f"{text} is invalid: must be {requirement}")
         return value
 
     return parse
 
 
-def _prompt_tokens(loaded: LoadedAdapter, config: Config, prompt: str, system: str | None) -> list[int]:
-    """The prompt as the run's rows were encoded: with the chat template where they were."""
+def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: str | None) -> list[int]:
+    """Encode the prompt as the run's rows were encoded: with the chat template if they were."""
     from runner.data.chat_spans import TextEncoder
 
     encoder = TextEncoder(loaded.base.tokenizer)
     try:
-        if encoder.has_template and config.data.chat_template and not _is_text(config, encoder):
+        if encoder.has_template and config.data.chat_template and not _trained_on_text(config, encoder):
             turns = [{"role": "system", "content": system}] if system is not None else []
             return encoder.chat([*turns, {"role": "user", "content": prompt}], prompt=True)
         if system is not None:
-            raise ConfigError("--system needs a chat template, and this run's rows were read without one.")
+            raise ConfigError("--system needs a chat template, and this run's rows were encoded without one.")
         tokens = encoder.encode(prompt)
     except RowError as reason:
         raise DataError(f"The prompt cannot be used: {reason}.") from None
@@ -107,8 +108,8 @@ def _prompt_tokens(loaded: LoadedAdapter, config: Config, prompt: str, system: s
     return tokens
 
 
-def _is_text(config: Config, encoder: TextEncoder) -> bool:
-    """Whether the run learned plain text, which no template was put around; where that cannot be seen, not."""
+def _trained_on_text(config: Config, encoder: TextEncoder) -> bool:
+    """Return whether the run was trained on plain text, without a template; False if its data cannot be read."""
     data = config.data
     if data.format != "auto":
         return data.format == "text"
@@ -125,35 +126,35 @@ def _is_text(config: Config, encoder: TextEncoder) -> bool:
         return False
 
 
-def _answer(loaded: LoadedAdapter, tokens: list[int], words: Namespace, label: str | None) -> dict[str, Any]:
-    """Generate with the model as it is, printing what comes as it comes unless --json was said."""
+def _answer(loaded: LoadedAdapter, prompt_tokens: list[int], options: Namespace, heading: str | None) -> dict[str, Any]:
+    """Generate with the model as it is, printing the text as it comes unless --json was given."""
     import mlx.core as mx
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    mx.random.seed(words.seed)
-    sampler = make_sampler(temp=words.temp, top_p=words.top_p)
-    text, last = "", None
-    if label and not words.json:
-        print(f"--- {label}", flush=True)
+    mx.random.seed(options.seed)
+    sampler = make_sampler(temp=options.temp, top_p=options.top_p)
+    prints = not options.json
+    text, response = "", None
+    if heading and prints:
+        print(f"--- {heading}", flush=True)
     try:
-        for last in stream_generate(
-            loaded.base.model, loaded.base.tokenizer, tokens, max_tokens=words.max_tokens, sampler=sampler
+        for response in stream_generate(
+            loaded.base.model, loaded.base.tokenizer, prompt_tokens, max_tokens=options.max_tokens, sampler=sampler
         ):
-            text += last.text
-            if not words.json:
-                print(printable(last.text), end="", flush=True)
+            text += response.text
+            if prints:
+                print(printable(response.text), end="", flush=True)
     finally:
-        if not words.json:
+        if prints:
             print(flush=True)
-    assert last is not None  # stream_generate always ends with a response
-    if not words.json:
-        arguments.print_note(
-            f"({last.generation_tokens} tokens, {last.generation_tps:.1f} a second, {last.finish_reason})"
-        )
+    assert response is not None  # stream_generate always ends with a response
+    if prints:
+        tokens, rate = response.generation_tokens, response.generation_tps
+        arguments.print_note(f"({tokens} tokens, {rate:.1f} a second, {response.finish_reason})")
     return {
         "text": text,
-        "tokens": last.generation_tokens,
-        "tokens_per_second": round(last.generation_tps, 3),
-        "finish_reason": last.finish_reason,
+        "tokens": response.generation_tokens,
+        "tokens_per_second": round(response.generation_tps, 3),
+        "finish_reason": response.finish_reason,
     }

@@ -1,14 +1,14 @@
-"""A run's base model with its adapter on it, each checked against what the adapter says of itself."""
+"""Loading a run's base model with its adapter, after checking that each is what the other was trained with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from runner.cli.commands.adapter_source import AdapterSource
-from runner.cli.commands.stored_settings import NUMERICS, StoredSettings
+from runner.cli.commands.stored_settings import NUMERIC_SETTINGS, StoredSettings
 from runner.common.errors import ModelError
 from runner.config import schema
 from runner.models.arrays import parse_arrays
@@ -17,28 +17,29 @@ from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, Params
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
-_ABOUT_THE_BASE = ("model", "base_fingerprint")
+_BASE_FIELDS = ("model", "base_fingerprint")
+"""Fields of adapter_config.json that describe the base model, which is compared by its weights."""
 
 
 @dataclass
 class LoadedAdapter:
-    """A base model and an adapter, which is on it or off it."""
+    """A base model and an adapter, attached to it or detached from it."""
 
     base: BaseModel
     lora: schema.LoraConfig
     seed: int
     weights: Params
-    adapted: AdaptedModel | None = field(default=None)
+    adapted: AdaptedModel | None = None
 
-    def put_on(self) -> AdaptedModel:
-        """Put the adapter on the base.
+    def attach(self) -> AdaptedModel:
+        """Attach the adapter to the base model, in evaluation mode.
 
         Raises:
-            ModelError: the weights have other names or shapes than the settings and the base make.
+            ModelError: the weights have other names or shapes than the settings and the base model require.
         """
         adapted = AdaptedModel(self.base, self.lora, self.seed)
         try:
-            _compare(adapted.params(), self.weights)
+            _compare_shapes(adapted.params(), self.weights)
         except ModelError:
             adapted.remove()
             raise
@@ -47,96 +48,97 @@ class LoadedAdapter:
         self.adapted = adapted
         return adapted
 
-    def take_off(self) -> None:
-        """Give the base its own layers back."""
+    def detach(self) -> None:
+        """Restore the base model's own layers."""
         if self.adapted is not None:
             self.adapted.remove()
             self.adapted = None
 
 
-def load_adapted(
-    place: AdapterSource, settings: StoredSettings, *, any_base: bool = False, say: Callable[[str], None]
+def load_adapter(
+    source: AdapterSource, settings: StoredSettings, *, any_base: bool = False, log: Callable[[str], None]
 ) -> LoadedAdapter:
-    """The base model that the settings name with the adapter of `place` on it.
+    """Load the base model that `settings` name and attach the adapter of `source` to it.
 
     Args:
-        place: the adapter.
-        settings: the run's settings, which may name another copy of the base.
-        any_base: take a base of other weights than the adapter was trained on.
-        say: called with each line worth saying.
+        source: the adapter.
+        settings: the run's settings, which may name another copy of the base model.
+        any_base: accept a base model with other weights than the adapter was trained on.
+        log: called with each line for the user.
 
     Raises:
         ModelError: no such model, other weights than the adapter was trained on, or an adapter that does not fit.
         CheckpointError: the adapter's file is damaged.
     """
-    weights = parse_arrays(place.adapters, source=str(place.folder / ADAPTERS))
-    base = load_base(place, settings, any_base=any_base, say=say)
+    weights = parse_arrays(source.adapters, source=str(source.folder / ADAPTERS))
+    base = _load_base(source, settings, any_base=any_base, log=log)
     loaded = LoadedAdapter(base, settings.config.lora, settings.config.seed, weights)
-    adapted = loaded.put_on()
-    said = {key: value for key, value in adapted.adapter_config().items() if key not in _ABOUT_THE_BASE}
-    for key, value in said.items():
-        if place.about.get(key) != value:
+    for key, value in loaded.attach().adapter_config().items():
+        stored = source.adapter_config.get(key)
+        if key not in _BASE_FIELDS and stored != value:
             raise ModelError(
-                f"{place.folder / ADAPTER_CONFIG} says {key}: {place.about.get(key)}, but by the settings of "
-                f"{place.run} it is {value}."
+                f"{source.folder / ADAPTER_CONFIG} says {key}: {stored}, but the settings of {source.run} give {value}."
             )
     return loaded
 
 
-def load_base(
-    place: AdapterSource, settings: StoredSettings, *, any_base: bool, say: Callable[[str], None]
+def _load_base(
+    source: AdapterSource, settings: StoredSettings, *, any_base: bool, log: Callable[[str], None]
 ) -> BaseModel:
-    """The base model alone, its weights those that the adapter was trained on (or any, with `any_base`).
-
-    Raises:
-        ModelError: no such model, or other weights.
-    """
-    wanted, model = place.about.get("base_fingerprint"), settings.config.model
-    known = any_base
-    if not known and _numbers(model) != _numbers(settings.as_trained):
-        # The fingerprint is of the numbers in memory: those of the training, not those asked for now.
-        known = load_base_model(settings.as_trained).fingerprint == wanted
-        if not known:
-            raise ModelError(_other_base(place, settings))
+    """Load the base model alone; its weights must be those that the adapter was trained on, unless `any_base`."""
+    fingerprint, model = source.adapter_config.get("base_fingerprint"), settings.config.model
+    verified = any_base
+    if not verified and _numerics(model) != _numerics(settings.trained_model):
+        # A fingerprint depends on dtype and quantization, so it is compared as the model was trained.
+        if load_base_model(settings.trained_model).fingerprint != fingerprint:
+            raise ModelError(_different_base(source, settings))
+        verified = True
     base = load_base_model(model)
-    if not known and base.fingerprint != wanted:
-        cpu = _as_on_the_cpu(model)
-        if on_cpu() or cpu == model or load_base_model(cpu).fingerprint != wanted:
-            raise ModelError(_other_base(place, settings))
+    if not verified and base.fingerprint != fingerprint:
+        model_on_cpu = _as_on_cpu(model)
+        if on_cpu() or model_on_cpu == model or load_base_model(model_on_cpu).fingerprint != fingerprint:
+            raise ModelError(_different_base(source, settings))
     for note in base.notes:
-        say(note)
-    if any_base and base.fingerprint != wanted:
-        say(f"{base.source} has other weights than the base that the adapter was trained on (--any-base)")
+        log(note)
+    if any_base and base.fingerprint != fingerprint:
+        log(f"{base.source} has other weights than the base model that the adapter was trained on (--any-base)")
     return base
 
 
-def _numbers(model: schema.ModelConfig) -> list[object]:
+def _numerics(model: schema.ModelConfig) -> list[object]:
     flat = schema.flatten(model, "model.")
-    return [flat[name] for name in NUMERICS]
+    return [flat[name] for name in NUMERIC_SETTINGS]
 
 
-def _as_on_the_cpu(model: schema.ModelConfig) -> schema.ModelConfig:
-    """What `auto` means on the CPU: a run that was trained there has the fingerprint of these numbers."""
-    dtype = "float32" if model.dtype == "auto" else model.dtype
-    return replace(model, dtype=dtype, dequantize="always" if model.dequantize == "auto" else model.dequantize)
-
-
-def _other_base(place: AdapterSource, settings: StoredSettings) -> str:
-    wanted = place.about.get("base_fingerprint")
-    if not isinstance(wanted, str):
-        return f"{place.folder / ADAPTER_CONFIG} names no base_fingerprint to compare with; --any-base goes without."
-    return (
-        f"{settings.config.model.path} has other weights than the base that {place.folder} was trained on "
-        f"(fingerprint {wanted[:16]}). Name the right one with model.path=…; a run trained on a GPU keeps the model's "
-        "own dtype: model.dtype=bfloat16 model.dequantize=never. --any-base takes this one."
+def _as_on_cpu(model: schema.ModelConfig) -> schema.ModelConfig:
+    """Return `model` with what `auto` means on the CPU: a run trained there has the fingerprint of those values."""
+    return replace(
+        model,
+        dtype="float32" if model.dtype == "auto" else model.dtype,
+        dequantize="always" if model.dequantize == "auto" else model.dequantize,
     )
 
 
-def _compare(params: Params, weights: dict[str, mx.array]) -> None:
+def _different_base(source: AdapterSource, settings: StoredSettings) -> str:
+    fingerprint = source.adapter_config.get("base_fingerprint")
+    if not isinstance(fingerprint, str):
+        return (
+            f"{source.folder / ADAPTER_CONFIG} names no base_fingerprint to compare with; --any-base skips the check."
+        )
+    return (
+        f"{settings.config.model.path} has other weights than the base model that {source.folder} was trained on "
+        f"(fingerprint {fingerprint[:16]}). Name the right one with model.path=…; a run trained on a GPU keeps the "
+        "model's own dtype: model.dtype=bfloat16 model.dequantize=never. --any-base uses this one."
+    )
+
+
+def _compare_shapes(params: Params, weights: dict[str, mx.array]) -> None:
     missing, unknown = sorted(set(params) - set(weights)), sorted(set(weights) - set(params))
     problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
     problems += [f"{len(unknown)} arrays fit nowhere, such as {unknown[0]}"] if unknown else []
-    shapes = ((name, weights[name].shape, params[name].shape) for name in sorted(set(params) & set(weights)))
-    problems += [f"{name} has shape {ours}, here {here}" for name, ours, here in shapes if ours != here][:1]
+    for name in sorted(set(params) & set(weights)):
+        if weights[name].shape != params[name].shape:
+            problems.append(f"{name} has shape {weights[name].shape}, but must have {params[name].shape}")
+            break
     if problems:
-        raise ModelError(f"The adapter does not fit its run's settings and base: {'; '.join(problems)}.")
+        raise ModelError(f"The adapter does not fit its run's settings and base model: {'; '.join(problems)}.")

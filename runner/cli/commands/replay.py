@@ -1,7 +1,7 @@
-"""`runner verify --replay`: train again, aside, from one kept checkpoint to the next, and compare the two.
+"""`runner verify --replay`: train again from one checkpoint to the next, in a scratch folder, and compare the two.
 
-On the CPU the two have to be equal bit for bit. A GPU may compute the same step with other last bits: there the
-stretch is trained twice, and the difference has to lie within a few times what these two differ by.
+On the CPU the two must be equal bit for bit. A GPU may compute the same step with different last bits: there the steps
+are trained twice, and the stored checkpoint may differ by a few times what these two differ by.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from runner.backends.cpu.blas import THREAD_VARIABLES
 from runner.checkpoints import verify
-from runner.checkpoints.safetensors_file import unpack
+from runner.checkpoints.safetensors_file import Tensor, unpack
 from runner.checkpoints.store import step_name
 from runner.checkpoints.verify import LoadedCheckpoint
 from runner.cli.commands import stored_settings
@@ -34,180 +35,217 @@ from runner.runs.rows import read_rows
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 NOISE_FACTOR = 4.0
-"""How many times the difference of two replays on a GPU a stored checkpoint may be away from them."""
+"""On a GPU, how many times the difference between two replays a stored checkpoint may differ from the first."""
 _STATE, _OPTIMIZER = "train_state.json", "optimizer.safetensors"
-_PROGRESS = ("step", "tokens")
+_PROGRESS_FIELDS = ("step", "tokens")
 _ROW_FIELDS = ("step", "split", "loss", "learning_rate", "grad_norm", "epoch", "tokens", "supervised_tokens")
 
 
-def replay(run: Path, whole: list[int], start: int | None = None) -> dict[str, Any]:
-    """Train `run` again between two of its `whole` checkpoints, the last two where `start` names none.
+@dataclass(frozen=True)
+class Replay:
+    """The comparison of stored steps with the same steps trained again."""
 
-    A run with a single checkpoint is trained from its beginning. Returns `from`, `to`, `reproduced`, `told` (a
-    sentence) and `differences`.
+    first: int
+    last: int
+    differences: list[str]
+    """What differs, a phrase each; empty if the steps were reproduced."""
+    environment_changes: list[str]
+    """What computed the steps then and now, where it differs."""
+    noise: dict[str, float] | None
+    """On a GPU, the largest relative difference between two replays, by file."""
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the replay gave the stored checkpoint."""
+        return not self.differences
+
+    @property
+    def message(self) -> str:
+        """The result in a sentence."""
+        steps = f"steps {self.first} to {self.last} trained again"
+        if self.reproduced:
+            return f"{steps}: the same" + (", bit for bit" if self.noise is None else " within this device's noise")
+        reasons = f" ({'; '.join(self.environment_changes)})" if self.environment_changes else ""
+        return f"{steps}: NOT the same: {'; '.join(self.differences)}{reasons}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain data."""
+        return {
+            "from": self.first,
+            "to": self.last,
+            "reproduced": self.reproduced,
+            "message": self.message,
+            "differences": self.differences,
+            "noise": self.noise,
+        }
+
+
+def replay(run: Path, valid_steps: list[int], start: int | None = None) -> Replay:
+    """Train `run` again between two of its checkpoints and compare.
+
+    Args:
+        run: the run directory.
+        valid_steps: the steps of its valid checkpoints, in order.
+        start: the checkpoint to start at; None means the last but one, or the beginning of a run with one checkpoint.
 
     Raises:
-        ConfigError: there is no such pair.
-        RunnerError: the run cannot be trained here: its model or its data are gone or are others.
+        ConfigError: there is no such pair of checkpoints.
+        RunnerError: the run cannot be trained here: its model or its data are missing or changed.
     """
-    first, last = pair(run, whole, start)
-    folder = RunDirectory(run, _checkpoints_name(run)).checkpoints
-    target = verify.load_checkpoint(folder / step_name(last), FileSystem())
-    then = json.loads(target.files[_STATE])
-    _set_threads(then["environment"])
-    window = then["position"].get("window")  # older checkpoints: the settings say it
-    scratch = Path(tempfile.mkdtemp(prefix="replay-", dir=_made(cache_dir())))
+    first, last = choose_steps(run, valid_steps, start)
+    checkpoints = RunDirectory(run, stored_settings.read_settings(run).config.checkpoint.dir).checkpoints
+    stored = _Trained.load(checkpoints / step_name(last))
+    _set_thread_count(stored.state["environment"])
+    window = stored.state["position"].get("window")  # None in older checkpoints: the settings hold it
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="replay-", dir=folder))
     try:
-        made = _train(run, folder, first, last, scratch / "1", window)
-        noise: dict[str, float] | None = None
-        if "cpu" not in str(made[1]["environment"]["device"]):
-            again = _train(run, folder, first, last, scratch / "2", window)
-            noise = differences(made[0], again[0])
-        found = _compare(run, target, then, *made, scratch / "1", noise)
+        replayed = _train(run, checkpoints, first, last, scratch / "1", window)
+        noise = None
+        if "cpu" not in str(replayed.state["environment"]["device"]):
+            second = _train(run, checkpoints, first, last, scratch / "2", window)
+            noise = tensor_differences(replayed.checkpoint, second.checkpoint)
+        differences = _compare(stored, replayed, noise)
+        if noise is None:
+            size = stored.state["metrics_offset"]
+            differences += _compare_rows(run / "metrics.jsonl", scratch / "1/metrics.jsonl", size)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    stretch = f"steps {first} to {last} trained again"
-    others = _environment(then["environment"], made[1]["environment"])
-    if found:
-        told = f"{stretch}: NOT the same: {'; '.join(found)}" + (f" ({'; '.join(others)})" if others else "")
-    else:
-        told = f"{stretch}: " + ("the same, bit for bit" if noise is None else "the same within this device's noise")
-    return {"from": first, "to": last, "reproduced": not found, "told": told, "differences": found, "noise": noise}
+    then, now = stored.state["environment"], replayed.state["environment"]
+    changes = [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]
+    return Replay(first, last, differences, changes, noise)
 
 
-def pair(run: Path, whole: list[int], start: int | None) -> tuple[int, int]:
-    """The steps to train between. Raises ConfigError where there are none."""
-    if not whole:
+def choose_steps(run: Path, valid_steps: list[int], start: int | None) -> tuple[int, int]:
+    """Return the steps to train between; step 0 is the beginning of the run.
+
+    Raises:
+        ConfigError: there are no such checkpoints.
+    """
+    if not valid_steps:
         raise ConfigError(f"{run} has no checkpoint to compare with.")
     if start is None:
-        return (whole[-2] if len(whole) > 1 else 0), whole[-1]
-    later = [step for step in whole if step > start]
-    if start not in (0, *whole) or not later:
-        known = ", ".join(str(step) for step in (0, *whole[:-1]))
+        return (valid_steps[-2] if len(valid_steps) > 1 else 0), valid_steps[-1]
+    later = [step for step in valid_steps if step > start]
+    if start not in (0, *valid_steps) or not later:
+        known = ", ".join(str(step) for step in (0, *valid_steps[:-1]))
         raise ConfigError(f"--from {start}: {run} can be trained again from step {known}.")
     return start, later[0]
 
 
-def differences(one: LoadedCheckpoint, other: LoadedCheckpoint) -> dict[str, float]:
-    """The largest difference of each file's tensors, relative to the largest value; 0.0 where the bytes are equal."""
-    found = {}
+def tensor_differences(first: LoadedCheckpoint, second: LoadedCheckpoint) -> dict[str, float]:
+    """Return the largest difference by file, relative to the largest value of a tensor; 0.0 for equal bytes."""
+    differences = {}
     for name in (ADAPTERS, _OPTIMIZER):
-        if one.files[name] == other.files[name]:
-            found[name] = 0.0
+        if first.files[name] == second.files[name]:
+            differences[name] = 0.0
             continue
-        first, second = (unpack(loaded.files[name], where=name)[0] for loaded in (one, other))
-        if {n: (t.dtype, t.shape) for n, t in first.items()} != {n: (t.dtype, t.shape) for n, t in second.items()}:
-            found[name] = float("inf")
-            continue
-        worst = 0.0
-        for tensor in first:
-            a, b = (_float(tensors[tensor]) for tensors in (first, second))
-            if a.size:
-                worst = max(worst, float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-30)))
-        found[name] = worst
-    return found
+        tensors, others = (unpack(loaded.files[name], where=name)[0] for loaded in (first, second))
+        if _shapes(tensors) != _shapes(others):
+            differences[name] = float("inf")
+        else:
+            differences[name] = max((_relative_difference(tensors[key], others[key]) for key in tensors), default=0.0)
+    return differences
 
 
-def _float(tensor: Any) -> np.ndarray:
-    bits = tensor.array()
-    if tensor.dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.astype(np.float64)
+@dataclass(frozen=True)
+class _Trained:
+    checkpoint: LoadedCheckpoint
+    state: dict[str, Any]
+    """Content of train_state.json."""
+
+    @staticmethod
+    def load(folder: Path) -> _Trained:
+        loaded = verify.load_checkpoint(folder, FileSystem())
+        return _Trained(loaded, json.loads(loaded.files[_STATE]))
 
 
-def _train(
-    run: Path, folder: Path, first: int, last: int, scratch: Path, window: int | None
-) -> tuple[LoadedCheckpoint, dict[str, Any]]:
+def _train(run: Path, checkpoints: Path, first: int, last: int, scratch: Path, window: int | None) -> _Trained:
+    """Train `run` from step `first` to `last` in the folder `scratch`."""
     from runner.backends.cpu import blas
 
-    report = blas.load_blas()
+    report = blas.load_blas()  # before MLX is imported
     from runner.training.run import run as train
 
-    chosen = _settings(run)
-    if not first:  # what data.window=null chose then, not what it would choose here
-        chosen.data.window = window or chosen.data.window
-    stored = RunDirectory(run).read_config()
-    directory = RunDirectory(scratch, chosen.checkpoint.dir)
+    settings = _settings(run)
+    if not first:  # what data.window=null chose then, not what it would choose now
+        settings.data.window = window or settings.data.window
+    directory = RunDirectory(scratch, settings.checkpoint.dir)
     directory.claim()
-    source = ResumeSource(run=run.absolute(), checkpoint=(folder / step_name(first)).absolute()) if first else None
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    source = ResumeSource(run.absolute(), (checkpoints / step_name(first)).absolute()) if first else None
+    stored = RunDirectory(run).read_config()
+    spec = RunSpec(settings, stored, directory, source, new_run_id(), stop_at=last, label="replay")
+    with open(os.devnull, "w") as null, redirect_stdout(null):
         try:
-            train(RunSpec(chosen, stored, directory, source, new_run_id(), stop_at=last, label="replay"), report)
-        except SystemExit as stopped:  # a signal: nothing to compare
+            train(spec, report)
+        except SystemExit as stopped:  # by a signal
             raise KeyboardInterrupt from stopped
-    made = verify.load_checkpoint(directory.checkpoints / step_name(last), FileSystem())
-    return made, json.loads(made.files[_STATE])
+    return _Trained.load(directory.checkpoints / step_name(last))
 
 
 def _settings(run: Path) -> Config:
-    """The run's own settings, without what only costs time or writes elsewhere."""
-    chosen = validation.fill_defaults(stored_settings.read_settings(run).config)
-    chosen.loggers = {}
-    chosen.checkpoint.backup = None
-    chosen.data.metric_rows = 0
-    return chosen
+    """Return the run's settings, without what only takes time or writes elsewhere."""
+    settings = validation.fill_defaults(stored_settings.read_settings(run).config)
+    settings.loggers = {}
+    settings.checkpoint.backup = None
+    settings.data.metric_rows = 0
+    return settings
 
 
-def _compare(
-    run: Path,
-    target: LoadedCheckpoint,
-    then: Mapping[str, Any],
-    made: LoadedCheckpoint,
-    now: Mapping[str, Any],
-    scratch: Path,
-    noise: Mapping[str, float] | None,
-) -> list[str]:
-    found = []
-    for name, far in differences(target, made).items():
-        if far > (NOISE_FACTOR * noise[name] if noise else 0.0):
-            found.append(f"{name} differs by up to {far:.1e} of its largest value")
-    for name, was in {**then["position"], "random_state": then["random_state"]}.items():
-        is_ = now[name] if name == "random_state" else now["position"][name]
-        if was != is_:
-            found.append(f"{name} was {was}, is {is_}")
-    for name in _PROGRESS:
-        a, b = then["progress"][name], now["progress"][name]
-        if a != b:
-            found.append(f"{name} was {a}, is {b}")
-    if noise is None:
-        found += _rows(run / "metrics.jsonl", scratch / "metrics.jsonl", then["metrics_offset"])
-    return found
+def _compare(stored: _Trained, replayed: _Trained, noise: Mapping[str, float] | None) -> list[str]:
+    differences = []
+    for name, difference in tensor_differences(stored.checkpoint, replayed.checkpoint).items():
+        if difference > (NOISE_FACTOR * noise[name] if noise else 0.0):
+            differences.append(f"{name} differs by up to {difference:.1e} of its largest value")
+    then, now = (_compared_values(trained.state) for trained in (stored, replayed))
+    differences += [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]
+    return differences
 
 
-def _rows(then: Path, now: Path, size: int) -> list[str]:
-    """Training and validation rows that both wrote for the same step have to agree; intervals may differ."""
-    ours = {(row["step"], row.get("split")): row for row in read_rows(now)}
-    for row in read_rows(then, size):
-        mine = ours.get((row["step"], row.get("split")))
-        if mine is None or "loss" not in row or "loss" not in mine:
+def _compared_values(state: Mapping[str, Any]) -> dict[str, Any]:
+    progress = {name: state["progress"][name] for name in _PROGRESS_FIELDS}
+    return {**state["position"], "random_state": state["random_state"], **progress}
+
+
+def _compare_rows(stored: Path, replayed: Path, size: int) -> list[str]:
+    """Return the first difference between the metrics rows that both runs wrote for the same step.
+
+    Reporting intervals may have changed: only rows over the same tokens are compared.
+    """
+    replayed_rows = {(row["step"], row.get("split")): row for row in read_rows(replayed)}
+    for row in read_rows(stored, size):
+        step, split = row["step"], row.get("split")
+        other = replayed_rows.get((step, split))
+        if other is None or "loss" not in row or "loss" not in other:
             continue
-        if row["split"] == "train" and row.get("supervised_tokens") != mine.get("supervised_tokens"):
+        if split == "train" and row.get("supervised_tokens") != other.get("supervised_tokens"):
             continue
         for name in _ROW_FIELDS:
-            if row.get(name) != mine.get(name):
-                return [
-                    f"{name} of the {row['split']} row of step {row['step']} was {row.get(name)}, is {mine.get(name)}"
-                ]
+            if row.get(name) != other.get(name):
+                return [f"{name} of the {split} row of step {step} was {row.get(name)}, is {other.get(name)}"]
     return []
 
 
-def _environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What computed it then and now, where it differs: a reason for other bits."""
-    return [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]
-
-
-def _set_threads(environment: Mapping[str, Any]) -> None:
-    """The BLAS threads that the checkpoint was computed with, unless the environment names others."""
+def _set_thread_count(environment: Mapping[str, Any]) -> None:
+    """Use the BLAS threads that the checkpoint was computed with, unless the environment sets them."""
     blas = environment.get("blas")
     threads = blas.get("threads") if isinstance(blas, Mapping) else None
     if isinstance(threads, int) and not any(name in os.environ for name in THREAD_VARIABLES):
         os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
 
 
-def _checkpoints_name(run: Path) -> str:
-    return stored_settings.read_settings(run).config.checkpoint.dir
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _relative_difference(first: Tensor, second: Tensor) -> float:
+    a, b = _as_float64(first), _as_float64(second)
+    return float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-30)) if a.size else 0.0
+
+
+def _as_float64(tensor: Tensor) -> np.ndarray:
+    values = tensor.array()
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values.astype(np.float64)

@@ -1,162 +1,111 @@
-"""A stored run's settings for a verb: read without Hydra, with the few that a verb may change. No MLX."""
+"""A stored run's settings for a command: read without Hydra, changed by the few overrides that a command may have."""
 
 from __future__ import annotations
 
 import copy
 import os
 import re
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_yaml import load_yaml_file
-from runner.common.text import shorten
-from runner.config import groups, schema, validation
+from runner.config import environment, groups, schema, validation
 from runner.config.schema import Config, ModelConfig
 from runner.runs.directory import RunDirectory
 
+NUMERIC_SETTINGS = ("model.dtype", "model.dequantize", "model.quantize.bits", "model.quantize.group_size")
+"""Settings that give the same base model other values in memory."""
 CHANGEABLE = (
     "model.path",
     "model.revision",
     "model.trust_remote_code",
-    "model.dtype",
-    "model.dequantize",
-    "model.quantize.bits",
-    "model.quantize.group_size",
+    *NUMERIC_SETTINGS,
     *(name for name in schema.default_settings() if name.startswith("data.")),
     "train.batch_size",
     "train.eval_batches",
 )
-NUMERICS = ("model.dtype", "model.dequantize", "model.quantize.bits", "model.quantize.group_size")
-"""Settings that give the same base other numbers."""
-_WORD = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
-_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^{}]*))?\}")
+_OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class StoredSettings:
-    """A run's settings, as a verb uses them."""
+    """A run's settings as a command uses them."""
 
     config: Config
-    as_trained: ModelConfig
-    """The model with the numbers that it was trained with; a path that was typed stands here too."""
+    trained_model: ModelConfig
+    """The model with the dtype and quantization of the training, at the path that was typed if one was."""
     typed: frozenset[str]
     """Names of the settings that were typed."""
 
 
-def read_settings(run: Path, changes: Sequence[str] = ()) -> StoredSettings:
-    """The settings stored in `run`, changed by words such as `data=tiny` and `model.path=folder`.
+def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
+    """Return the settings stored in `run`, changed by `overrides` such as `data=tiny` and `model.path=folder`.
 
     Raises:
-        ConfigError: a word that is no such setting, a value that cannot be, or a variable that is not set.
+        ConfigError: an override that a command cannot have, an invalid value, or an environment variable not set.
     """
-    where = str(run / "config.yaml")
     stored = RunDirectory(run).read_config()
-    stored.pop("loggers", None)  # their variables are not needed here
+    stored.pop("loggers", None)  # no command logs, so their environment variables are not needed
     typed: dict[str, Any] = {}
-    for word in changes:
-        match = _WORD.fullmatch(word)
+    for override in overrides:
+        match = _OVERRIDE.fullmatch(override)
         if match is None:
-            raise ConfigError(f"'{word}' is not a setting (key=value).{did_you_mean(word, ['data', *CHANGEABLE])}")
-        if match["key"] == "data":
-            stored["data"] = _choice("data", match["value"])
+            hint = did_you_mean(override, ["data", *CHANGEABLE])
+            raise ConfigError(f"'{override}' is not a setting (key=value).{hint}")
+        name, value = match["key"], match["value"]
+        if name == "data":
+            stored["data"] = _group_settings("data", value)
         else:
-            typed[_checked(match["key"])] = _value(match["key"], match["value"])
-    plain = schema.from_dict(_resolved(stored, where), where)
-    changed = copy.deepcopy(plain)
+            _require_changeable(name)
+            typed[name] = environment.parse_value(name, value)
+    where = str(run / "config.yaml")
+    trained = schema.from_dict(environment.resolve(stored, where), where)
+    config = copy.deepcopy(trained)
     for name, value in typed.items():
-        _set(changed, name, value)
-        if name not in NUMERICS:
-            _set(plain, name, value)
-    changed = schema.from_dict(schema.to_dict(changed), "what was typed")  # checks the types
-    validation.validate(changed)
-    for section in (plain.model, changed.model, changed.data):
+        _set(config, name, value)
+        if name not in NUMERIC_SETTINGS:
+            _set(trained, name, value)
+    config = schema.from_dict(schema.to_dict(config), "the command line")  # checks the types of what was typed
+    validation.validate(config)
+    for section in (trained.model, config.model, config.data):
         section.path = _absolute(section.path)
-    return StoredSettings(changed, plain.model, frozenset(typed))
+    return StoredSettings(config, trained.model, frozenset(typed))
 
 
-def _checked(key: str) -> str:
-    if key in CHANGEABLE:
-        return key
-    if key in schema.default_settings():
+def _require_changeable(name: str) -> None:
+    if name in CHANGEABLE:
+        return
+    if name in schema.default_settings():
         raise ConfigError(
-            f"{key} belongs to how the run was trained and cannot change here; these can: model.path and its kin, "
-            "data.…, train.batch_size, train.eval_batches. A new run with it: repeat=RUN."
+            f"{name} belongs to how the run was trained and cannot change here. These can: model.path and the other "
+            "settings of the base model, data.…, train.batch_size, train.eval_batches. A new run with it: repeat=RUN."
         )
-    if key in schema.GROUPS:
-        raise ConfigError(f"{key}= cannot be chosen here: only data=NAME can. For the model: model.path=…")
-    raise ConfigError(f"There is no setting '{key}'.{did_you_mean(key, ['data', *CHANGEABLE])}")
+    if name in schema.GROUPS:
+        raise ConfigError(f"{name}= cannot be chosen here: only data=NAME can. For the model: model.path=…")
+    raise ConfigError(f"There is no setting '{name}'.{did_you_mean(name, ['data', *CHANGEABLE])}")
 
 
-def _choice(group: str, name: str) -> dict[str, Any]:
-    known = groups.group_choices(group)
-    name = name.removesuffix(".yaml")
-    if name not in known:
+def _group_settings(group: str, choice: str) -> dict[str, Any]:
+    choice, choices = choice.removesuffix(".yaml"), groups.group_choices(group)
+    if choice not in choices:
         raise ConfigError(
-            f"{group}={name} is not a choice: {', '.join(known)}.{did_you_mean(name, known)} "
+            f"{group}={choice} is not a choice: {', '.join(choices)}.{did_you_mean(choice, choices)} "
             f"For files of your own: {group}.path=…"
         )
-    return load_yaml_file(groups.CONF_DIR / group / f"{name}.yaml", missing=f"{group}={name} is not there.")
+    return load_yaml_file(groups.CONF_DIR / group / f"{choice}.yaml", missing=f"{group}={choice} is not there.")
 
 
-def _value(name: str, text: str) -> Any:
-    """`text` as the type that the setting has: text stays text, the rest is read as YAML."""
-    hint: Any = Config
-    for part in name.split("."):
-        hint = typing.get_type_hints(hint).get(part) if isinstance(hint, type) else None
-    kinds = typing.get_args(hint) or (hint,)
-    if type(None) in kinds and text in ("null", ""):
-        return None
-    if str in kinds:
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{name}={text} cannot be read.") from None
-
-
-def _set(settings: Config, name: str, value: Any) -> None:
+def _set(config: Config, name: str, value: Any) -> None:
     *path, last = name.split(".")
-    section: Any = settings
+    section: Any = config
     for part in path:
         section = getattr(section, part)
     setattr(section, last, value)
 
 
-def _resolved(data: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
-    """`data` with ${oc.env:NAME} and ${oc.env:NAME,default} replaced from the environment."""
-    out: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            out[key] = _resolved(value, where, f"{name}.")
-        elif isinstance(value, str) and "${" in value:
-            out[key] = _value(name, _from_environment(value, f"{where}: {name}"))
-        else:
-            out[key] = value
-    return out
-
-
-def _from_environment(text: str, where: str) -> str:
-    def value_of(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
-        if found is None:
-            raise ConfigError(f"{where} is {shorten(text)}, and the environment variable {match[1]} is not set.")
-        return found if match[1] in os.environ else found.strip().strip("'\"")
-
-    resolved = _FROM_ENVIRONMENT.sub(value_of, text)
-    if "${" in _FROM_ENVIRONMENT.sub("", text):
-        raise ConfigError(
-            f"{where} is {shorten(text)}, of which only ${{oc.env:NAME}} can be resolved here: set it on the line."
-        )
-    return resolved
-
-
 def _absolute(path: str) -> str:
-    found = os.path.expanduser(path)
-    return os.path.abspath(found) if os.path.exists(found) else path
+    expanded = os.path.expanduser(path)
+    return os.path.abspath(expanded) if os.path.exists(expanded) else path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runner.checkpoints import mirror
 from runner.checkpoints.verify import STEP_NAME
@@ -19,6 +19,9 @@ from runner.reports.next_commands import for_damaged_run
 from runner.reports.screen import Screen, json_document
 from runner.runs.find import SweepInfo, find_runs, looks_like_run
 from runner.runs.inspect import RunInfo, read_run
+
+if TYPE_CHECKING:
+    from runner.cli.commands.replay import Replay
 
 
 def run(argv: list[str]) -> int:
@@ -51,15 +54,23 @@ def run(argv: list[str]) -> int:
             audits.append(one)
             if not words.json:
                 _show(screen, one)
-    replays: list[dict[str, Any]] = []
+    replays: list[Replay] = []
     if words.replay and not any(one.damage for one in audits):
         replays = _replay(audits, words.start, screen if not words.json else None)
     damaged = sum(bool(one.damage) for one in audits)
     if words.json:
-        print(json_document({"audits": [vars(one) for one in audits], "damaged": damaged, "replays": replays}))
+        print(
+            json_document(
+                {
+                    "audits": [vars(one) for one in audits],
+                    "damaged": damaged,
+                    "replays": [one.to_dict() for one in replays],
+                }
+            )
+        )
     else:
         _sum_up(screen, audits, damaged, time.monotonic() - begun)
-    same = all(one["reproduced"] for one in replays)
+    same = all(one.reproduced for one in replays)
     return EXIT_DONE if not damaged and same else EXIT_DAMAGED
 
 
@@ -133,7 +144,7 @@ def _sum_up(screen: Screen, audits: list[Audit], damaged: int, seconds: float) -
     screen.line((f"{counted}: {verdict}", "red" if damaged else "green"))
 
 
-def _replay(audits: list[Audit], start: int | None, screen: Screen | None) -> list[dict[str, Any]]:
+def _replay(audits: list[Audit], start: int | None, screen: Screen | None) -> list[Replay]:
     from runner.cli.commands import replay
 
     runs = [one for one in audits if one.kind in ("run", "backup")]
@@ -144,8 +155,8 @@ def _replay(audits: list[Audit], start: int | None, screen: Screen | None) -> li
         found = replay.replay(one.path, one.whole, start)
         made.append(found)
         if screen:
-            style = "green" if found["reproduced"] else "red"
-            screen.line((f"{relative_path(one.path)}: {found['told']}", style))
+            style = "green" if found.reproduced else "red"
+            screen.line((f"{relative_path(one.path)}: {found.message}", style))
     return made
 
 

@@ -119,7 +119,12 @@ def test_a_result_of_an_older_version_has_no_manifest_and_is_read(run: Path) -> 
     new = find_adapter(run)
     (run / "adapters/manifest.json").unlink()
     old = find_adapter(run)
-    assert (old.adapters, old.about, old.step, old.is_result) == (new.adapters, new.about, new.step, new.is_result)
+    assert (old.adapters, old.adapter_config, old.step, old.is_result) == (
+        new.adapters,
+        new.adapter_config,
+        new.step,
+        new.is_result,
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1, "a": 2}', '{"a": NaN}'])

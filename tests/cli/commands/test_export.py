@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from runner.cli.commands import adapter_source, export, stored_settings
-from runner.cli.commands.load_adapter import load_adapted
+from runner.cli.commands.load_adapter import load_adapter
 from runner.common.errors import CheckpointError, ConfigError, ModelError, StorageError
 from runner.config import schema
 from runner.export import mlx as export_mlx
@@ -26,8 +26,8 @@ QUANTIZED = {"model.quantize.bits": 4, "model.quantize.group_size": 32}
 
 
 def logits_of(run: Path, *words: str, checkpoint: str | None = None) -> mx.array:
-    return load_adapted(
-        adapter_source.find_adapter(run, checkpoint), stored_settings.read_settings(run, words), say=print
+    return load_adapter(
+        adapter_source.find_adapter(run, checkpoint), stored_settings.read_settings(run, words), log=print
     ).base.model(IDS)
 
 

@@ -15,7 +15,7 @@ import mlx_lm
 import pytest
 
 from runner.cli.commands import adapter_source, generate, stored_settings
-from runner.cli.commands.load_adapter import load_adapted
+from runner.cli.commands.load_adapter import load_adapter
 from runner.common.errors import ConfigError
 from runner.config import schema
 from runner.models import load as models
@@ -38,7 +38,7 @@ def plain(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def test_the_answer_is_greedy_mlx_lm_with_the_chat_template(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    loaded = load_adapted(adapter_source.find_adapter(run), stored_settings.read_settings(run), say=print)
+    loaded = load_adapter(adapter_source.find_adapter(run), stored_settings.read_settings(run), log=print)
     found = answered(capsys, str(run), "twice: sour", "--max-tokens", "12")
     assert [a["by"] for a in found["answers"]] == ["adapter"]
     assert found["answers"][0]["text"] == plain(loaded.base.model, loaded.base.tokenizer, "twice: sour")
@@ -113,11 +113,11 @@ def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_character(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--max-tokens", "0"], "--max-tokens: 0 cannot be: it has to be 1 or more"),
-        (["--temp", "-1"], "--temp: -1 cannot be"),
-        (["--temp", "nan"], "--temp: nan cannot be"),
-        (["--top-p", "0"], "--top-p: 0 cannot be"),
-        (["--seed", "x"], "--seed: x cannot be"),
+        (["--max-tokens", "0"], "--max-tokens: 0 is invalid: must be 1 or more"),
+        (["--temp", "-1"], "--temp: -1 is invalid"),
+        (["--temp", "nan"], "--temp: nan is invalid"),
+        (["--top-p", "0"], "--top-p: 0 is invalid"),
+        (["--seed", "x"], "--seed: x is invalid"),
         (["--quiet"], "--quiet"),
     ],
 )
@@ -143,6 +143,6 @@ def test_ctrl_c_ends_the_answer_quietly_with_130(run: Path, cli: Any) -> None:
 
 def test_loading_does_not_depend_on_the_random_state(run: Path) -> None:
     place, chosen = adapter_source.find_adapter(run), stored_settings.read_settings(run)
-    first = load_adapted(place, chosen, say=print).base.model(mx.array([[1, 2, 3]]))
+    first = load_adapter(place, chosen, log=print).base.model(mx.array([[1, 2, 3]]))
     mx.random.seed(99)
-    assert mx.array_equal(load_adapted(place, chosen, say=print).base.model(mx.array([[1, 2, 3]])), first)
+    assert mx.array_equal(load_adapter(place, chosen, log=print).base.model(mx.array([[1, 2, 3]])), first)

@@ -11,7 +11,7 @@ import pytest
 
 from runner.checkpoints.safetensors_file import pack
 from runner.cli.commands import adapter_source, stored_settings
-from runner.cli.commands.load_adapter import LoadedAdapter, load_adapted
+from runner.cli.commands.load_adapter import LoadedAdapter, load_adapter
 from runner.common.errors import CheckpointError, ModelError
 from runner.config import schema
 from runner.export.mlx import write_model_folder
@@ -23,9 +23,9 @@ IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2]])
 
 
 def load(run: Path, *words: str, any_base: bool = False, said: list[str] | None = None) -> LoadedAdapter:
-    say = (said if said is not None else []).append
-    return load_adapted(
-        adapter_source.find_adapter(run), stored_settings.read_settings(run, words), any_base=any_base, say=say
+    log = (said if said is not None else []).append
+    return load_adapter(
+        adapter_source.find_adapter(run), stored_settings.read_settings(run, words), any_base=any_base, log=log
     )
 
 
@@ -64,9 +64,9 @@ def test_taken_off_it_is_the_base_and_put_on_again_the_same_model(run: Path) -> 
     loaded = load(run)
     first = loaded.base.model(IDS)
     assert mx.abs(first - bare).max().item() > 1e-3
-    loaded.take_off()
+    loaded.detach()
     assert mx.array_equal(loaded.base.model(IDS), bare)
-    loaded.put_on()
+    loaded.attach()
     assert mx.array_equal(loaded.base.model(IDS), first)
 
 
@@ -123,7 +123,7 @@ def test_an_adapter_config_that_contradicts_the_settings_is_refused(run: Path, k
     [
         ("missing", ModelError, "1 arrays are missing"),
         ("unknown", ModelError, "1 arrays fit nowhere, such as model.more"),
-        ("shape", ModelError, r"has shape \(64, 4\), here \(64, 8\)"),
+        ("shape", ModelError, r"has shape \(64, 4\), but must have \(64, 8\)"),
         ("nan", CheckpointError, "not finite"),
         ("cut", CheckpointError, "adapters.safetensors"),
     ],

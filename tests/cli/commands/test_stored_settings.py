@@ -34,7 +34,7 @@ def stored(tiny: Callable, tmp_path: Path) -> Callable[..., Path]:
 def test_without_changes_it_is_the_stored_config(stored: Callable[..., Path], tiny: Callable) -> None:
     settings = read_settings(stored())
     assert settings.config == tiny()
-    assert settings.as_trained == tiny().model
+    assert settings.trained_model == tiny().model
     assert not settings.typed
 
 
@@ -51,7 +51,7 @@ def test_what_is_typed_takes_the_type_of_its_setting(stored: Callable[..., Path]
 def test_other_numbers_are_told_apart_from_another_path(stored: Callable[..., Path]) -> None:
     settings = read_settings(stored(), ["model.dtype=bfloat16", "model.path=builtin:smollm2_135m"])
     assert settings.config.model.dtype == "bfloat16"
-    assert (settings.as_trained.dtype, settings.as_trained.path) == ("auto", "builtin:smollm2_135m")
+    assert (settings.trained_model.dtype, settings.trained_model.path) == ("auto", "builtin:smollm2_135m")
 
 
 def test_a_data_group_replaces_the_section(stored: Callable[..., Path]) -> None:

@@ -14,7 +14,7 @@ from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import evaluate
 
 from runner.cli.commands import adapter_source, stored_settings, test
-from runner.cli.commands.load_adapter import load_adapted
+from runner.cli.commands.load_adapter import load_adapter
 from runner.common.errors import ConfigError, DataError
 
 
@@ -49,7 +49,7 @@ def test_the_loss_equals_mlx_lms_evaluation_on_rows_of_equal_length(
     data = write_split(tmp_path / "data", "test", rows)
     ours = spoken(capsys, str(run), f"data.path={data}", "train.batch_size=3")
     place = adapter_source.find_adapter(run)
-    loaded = load_adapted(place, stored_settings.read_settings(run), say=print)
+    loaded = load_adapter(place, stored_settings.read_settings(run), log=print)
     dataset = CacheDataset(
         create_dataset(rows, loaded.base.tokenizer, SimpleNamespace(mask_prompt=kind == "completions"))
     )

@@ -174,11 +174,11 @@ def test_rows_that_were_rewritten_are_found_by_a_replay(run, capsys):
 
 def test_on_a_gpu_the_difference_is_judged_by_what_two_replays_differ_by(tmp_path, trained):
     """No GPU here: the measure itself, on files."""
-    from runner.cli.commands.replay import differences
+    from runner.cli.commands.replay import tensor_differences
 
     step = shutil.copytree(trained / "checkpoints/step-0000030", tmp_path / "step-0000030")
     one = load_checkpoint(step, verify_disk())
     reseal(step, lambda array: array + np.float32(1e-3) * np.abs(array).max())
-    found = differences(one, load_checkpoint(step, verify_disk()))
+    found = tensor_differences(one, load_checkpoint(step, verify_disk()))
     assert found["optimizer.safetensors"] == 0.0
     assert found["adapters.safetensors"] == pytest.approx(1e-3, rel=0.01)

@@ -1,0 +1,123 @@
+"""From one command line to a composed config: the schema, the search path, the stored config, the checks."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from os.path import abspath
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from runner.app import guard, hydra_internals
+from runner.common.errors import ConfigError
+from runner.config import schema
+from runner.config.groups import CONF_DIR
+from runner.config.invocation import Invocation
+from runner.config.schema import Config
+from runner.runs.directory import RunDirectory
+from runner.runs.run_spec import find_resume_source
+
+
+@dataclass(frozen=True)
+class HydraSession:
+    """Hydra, opened for one invocation."""
+
+    hydra: hydra_internals.Hydra
+    flags: Namespace
+    """The flags, parsed by Hydra's parser, and `overrides`."""
+
+    @property
+    def config_name(self) -> str:
+        """Name of the primary config."""
+        return self.flags.config_name or "config"
+
+    def compose(self) -> DictConfig:
+        """Compose the config, with Hydra's node; `is_sweep` tells whether it is that of a sweep.
+
+        Raises:
+            ConfigError, HydraException, OmegaConfBaseException: the config is wrong; see `errors.translate_error`.
+        """
+        return hydra_internals.compose(self.hydra, self.config_name, self.flags.overrides, self.flags.multirun)
+
+    def context(self, config: DictConfig) -> HydraContext:
+        """Return what jobs, sweepers and launchers get of Hydra: its config loader and the typed callbacks."""
+        return HydraContext(self.hydra.config_loader, hydra_internals.Callbacks(config))
+
+    def print_requested(self) -> None:
+        """Print what --cfg, --info, --shell-completion or --hydra-help asks for."""
+        hydra_internals.print_requested(self.hydra, self.config_name, self.flags)
+
+
+@contextmanager
+def open_session(invocation: Invocation) -> Iterator[HydraSession]:
+    """Open Hydra for `invocation`: register the schema and the stored config, and set up the search path.
+
+    Raises:
+        ConfigError: a wrong flag, no such --config-dir, or `resume=` or `repeat=` names no run.
+    """
+    register_schema()
+    arguments = list(invocation.arguments)
+    if invocation.resume or invocation.repeat:
+        ConfigStore.instance().store(group="stored", name="run", package="_global_", node=stored_settings(invocation))
+        arguments.append("stored=run")
+    flags = hydra_internals.parse_flags(arguments)
+    primary = flags.config_path or str(CONF_DIR)
+    path = hydra_internals.search_path(primary if "://" in primary else abspath(primary), flags.config_dir)
+    typed = frozenset({*invocation.hydra_settings, *invocation.settings})
+    loader = hydra_internals.CheckedLoader(path, guard.check_file, partial(guard.check_config, typed=typed))
+    with hydra_internals.open_hydra(loader) as hydra:
+        yield HydraSession(hydra, flags)
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra, which checks every config of the defaults list against it."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def is_sweep(config: DictConfig) -> bool:
+    """Return whether `config` is that of a sweep: -m was typed, or a file sets hydra.mode."""
+    return config.hydra.mode == RunMode.MULTIRUN
+
+
+def stored_settings(invocation: Invocation) -> dict[str, Any]:
+    """Return the stored config of the run that `resume=` or `repeat=` names, without what the invocation replaces.
+
+    Raises:
+        ConfigError: both are given, or the stored config cannot be read.
+    """
+    if invocation.resume and invocation.repeat:
+        raise ConfigError("resume= and repeat= exclude each other: continue a run, or start a new one like it.")
+    run = find_resume_source(invocation.resume).run if invocation.resume else invocation.repeat
+    assert run is not None
+    settings = schema.to_dict(schema.from_dict(RunDirectory(run).read_config(), str(run / "config.yaml")))
+    # A resumed run keeps its provenance, but for the adapter that it started from: its checkpoint holds the weights.
+    dropped = ["adapter"] if invocation.resume else schema.provenance_settings()
+    for name in (*invocation.group_choices, *dropped):
+        settings.pop(name, None)
+    # lora.scale and lora.alpha exclude each other: the typed one replaces the stored one.
+    for name, alternative in (("scale", "alpha"), ("alpha", "scale")):
+        typed = f"lora.{name}" in invocation.settings and f"lora.{alternative}" not in invocation.settings
+        if typed and "lora" in settings:
+            settings["lora"][alternative] = None
+    return settings
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """Return a copy of the composed `config` without Hydra's node."""
+    copied = copy.deepcopy(config)
+    with read_write(copied), open_dict(copied):
+        del copied["hydra"]
+    return copied
+
+
+def set_hydra(config: DictConfig, name: str, value: Any) -> None:
+    """Set `name` below the hydra node of the composed `config`, which Hydra closed for changes."""
+    with read_write(config.hydra), open_dict(config.hydra):
+        OmegaConf.update(config.hydra, name, value)

@@ -1,0 +1,99 @@
+"""References to environment variables in settings: `${oc.env:NAME}` and `${oc.env:NAME,default}`.
+
+A stored config keeps them as written, so that no value of a variable reaches the disk. Hydra resolves them where a run
+starts; the commands that read a stored config without Hydra resolve them here, in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from runner.common.errors import ConfigError
+from runner.common.text import shorten
+from runner.config.schema import Config
+
+_MARK = "${oc.env"
+_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^{}]*))?\}")
+
+
+def resolve(settings: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """Return the nested `settings` with every reference replaced by the variable's value, read as its setting's type.
+
+    Args:
+        settings: settings by section, as in config.yaml.
+        where: the file, for messages.
+        prefix: dotted name of the section that `settings` is, with a dot at its end.
+
+    Raises:
+        ConfigError: a variable is not set, or another kind of reference.
+    """
+    resolved: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            resolved[key] = resolve(value, where, f"{name}.")
+        elif isinstance(value, str) and "${" in value:
+            resolved[key] = parse_value(name, _replace_references(value, f"{where}: {name}"))
+        else:
+            resolved[key] = value
+    return resolved
+
+
+def keep_references(settings: dict[str, Any], written: Any) -> None:
+    """Put each reference of `written`, the settings before they were resolved, back into the resolved `settings`."""
+    for key, value in written.items() if isinstance(written, Mapping) else ():
+        if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
+            keep_references(settings[key], value)
+        elif isinstance(value, str) and _MARK in value:
+            settings[key] = value
+
+
+def referenced_values(settings: Any, written: Any) -> Iterator[tuple[str, str]]:
+    """Yield each text in the resolved `settings` that came from the environment, with the reference in `written`."""
+    if isinstance(settings, Mapping) and isinstance(written, Mapping):
+        for key, value in settings.items():
+            yield from referenced_values(value, written.get(key))
+    elif isinstance(settings, str) and isinstance(written, str) and _MARK in written:
+        yield settings, written
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Return the value that `text` stands for as the setting `name`: text stays text, the rest is read as YAML.
+
+    Raises:
+        ConfigError: `text` is not a value.
+    """
+    hint: Any = Config
+    for part in name.split("."):
+        hint = typing.get_type_hints(hint).get(part) if isinstance(hint, type) else None
+    types = typing.get_args(hint) or (hint,)
+    if type(None) in types and text in ("null", ""):
+        return None
+    if str in types:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{name}={text} cannot be read.") from None
+
+
+def _replace_references(text: str, where: str) -> str:
+    def value_of(match: re.Match[str]) -> str:
+        name, default = match[1], match[2]
+        if name in os.environ:
+            return os.environ[name]
+        if default is None:
+            raise ConfigError(f"{where} is {shorten(text)}, and the environment variable {name} is not set.")
+        return str(default).strip().strip("'\"")
+
+    if "${" in _REFERENCE.sub("", text):
+        raise ConfigError(
+            f"{where} is {shorten(text)}, of which only ${{oc.env:NAME}} can be resolved here: type the setting."
+        )
+    return _REFERENCE.sub(value_of, text)

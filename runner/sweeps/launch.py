@@ -1,0 +1,102 @@
+"""Starting and finishing a sweep: its directory, its stored overrides, and Hydra's sweeper and launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig, OmegaConf
+
+from runner.app import guard
+from runner.app.compose import HydraSession, set_hydra
+from runner.app.run import numbered
+from runner.common.errors import ConfigError
+from runner.config import validation
+from runner.config.invocation import Invocation
+from runner.config.quoting import quote_path, unquote
+from runner.runs import sweep_manifest
+from runner.sweeps import grid
+from runner.sweeps.job import JobTask
+
+
+def is_stored_sweep(path: Path) -> bool:
+    """Return whether `path` is the directory of a sweep that recorded its jobs."""
+    return (path / sweep_manifest.NAME).is_file()
+
+
+def resume_sweep(invocation: Invocation) -> Invocation:
+    """Return the invocation that finishes the sweep which `resume=` names: its stored overrides, the typed ones on top.
+
+    Raises:
+        ConfigError: `repeat=` is typed too, or the manifest cannot be read, is empty or holds what is refused.
+    """
+    assert invocation.resume is not None
+    folder = invocation.resume.absolute()
+    if invocation.repeat is not None:
+        raise ConfigError(f"resume={folder} finishes a sweep with its own settings: leave out repeat=.")
+    manifest = sweep_manifest.read_manifest(folder)
+    if not manifest.words:
+        raise ConfigError(f"resume={folder}: {sweep_manifest.NAME} holds no overrides: there is nothing to finish.")
+    guard.check_sweep_manifest(manifest, invocation.settings)
+    repeat = [Path(unquote(word.partition("=")[2])) for word in manifest.words if word.startswith("repeat=")]
+    stored = [word for word in manifest.words if not word.startswith("repeat=")]
+    typed = [argument for argument in invocation.arguments if argument not in ("-m", "--multirun")]
+    merged = grid.merge_overrides(stored, typed)
+    merged.sort(key=lambda argument: not argument.startswith("-"))  # Hydra's parser wants flags before overrides
+    return replace(
+        invocation,
+        arguments=["-m", *merged, f"hydra.sweep.dir={quote_path(str(folder))}"],
+        multirun=True,
+        resume=None,
+        repeat=repeat[0] if repeat else None,
+        sweep=folder,
+    )
+
+
+def start_sweep(invocation: Invocation, hydra: HydraSession, config: DictConfig) -> None:
+    """Run the sweep of the composed `config` with the sweeper and launcher that it names, also third-party ones.
+
+    Raises:
+        RunnerError: the sweep was refused, or jobs failed.
+        SystemExit: a signal stopped it; it can be resumed.
+    """
+    if invocation.resume is not None:
+        raise ConfigError("resume=RUN continues one run: leave out -m. To vary a run: repeat=RUN with -m.")
+    validation.refuse_secrets(OmegaConf.to_container(config, resolve=False))
+    context = hydra.context(config)
+    sweeper = Plugins.instance().instantiate_sweeper(
+        hydra_context=context, task_function=JobTask(invocation), config=config
+    )
+    folder = invocation.sweep or _claim(Path(config.hydra.sweep.dir), "hydra.sweep.dir" in invocation.hydra_settings)
+    set_hydra(config, "sweep.dir", str(folder.absolute()))
+    context.callbacks.on_multirun_start(config=config, config_name=hydra.config_name)
+    sweeper.sweep(arguments=_task_overrides(config))
+    context.callbacks.on_multirun_end(config=config, config_name=hydra.config_name)
+
+
+def _task_overrides(config: DictConfig) -> Sequence[str]:
+    overrides = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    return [str(override) for override in overrides]
+
+
+def _claim(path: Path, is_named: bool) -> Path:
+    """Make `path` for a new sweep, or take over what is left of one that ended before it recorded a job.
+
+    A path that was made from the time gets -2, -3, … where another sweep started in the same second.
+    """
+    for candidate in numbered(path):
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            if is_named and sweep_manifest.was_cut_off(candidate):
+                return candidate
+            if is_named:
+                hint = f" To finish the sweep in it: resume={candidate}" if is_stored_sweep(candidate) else ""
+                raise ConfigError(f"{candidate} exists already: choose another hydra.sweep.dir.{hint}") from None
+        except OSError as error:
+            raise ConfigError(f"{candidate} cannot be made: {error.strerror}.") from None
+    raise AssertionError("numbered() is endless")

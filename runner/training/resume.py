@@ -46,6 +46,7 @@ def find_resume_point(spec: RunSpec) -> ResumePoint | None:
     if spec.source is None:
         return None
     previous = _previous_config(spec)
+    _keep_warm_start(spec, previous)
     _changed_settings(spec, previous, step=0)  # before the checkpoints are read: their folder is a setting too
     messages: list[str] = []
     if spec.source.checkpoint is not None:
@@ -161,6 +162,14 @@ def _previous_config(spec: RunSpec) -> Config:
     assert spec.source is not None
     resolved = _resolve_environment(spec.source.config, spec.stored, schema.to_dict(spec.config))
     return validation.fill_defaults(schema.from_dict(resolved, str(spec.source.run / "config.yaml")))
+
+
+def _keep_warm_start(spec: RunSpec, previous: Config) -> None:
+    """Keep the run's `adapter` setting, which a resume does not repeat: without a checkpoint the run starts from it."""
+    assert spec.source is not None
+    if not spec.source.branch and spec.config.adapter is None:
+        spec.config.adapter = previous.adapter
+        spec.stored["adapter"] = spec.source.config.get("adapter")
 
 
 def _resolve_environment(

@@ -1,15 +1,20 @@
-"""A run that stopped goes on as if it had not: in this process with all that could break it switched on."""
+"""A resumed run ends bitwise equal to one that never stopped, with every setting on that could break it."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
+import yaml
 
+from runner.checkpoints import verify
 from runner.common.errors import CheckpointError, ConfigError
+from runner.runs.directory import RunDirectory
+from runner.training import state_files
 
-HARD = {
+ALL_FEATURES = {
     "lora.dropout": 0.2,
     "data.window": 32,
     "train.grad_accumulation": 3,
@@ -25,42 +30,44 @@ HARD = {
 
 
 @pytest.fixture(scope="module")
-def kept_for_module(tmp_path_factory):
+def module_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture
-def whole(kept_for_module, tiny, train):
-    """The run that was never stopped."""
-    folder = kept_for_module / "whole"
-    return folder if folder.exists() else train(tiny(**HARD), folder)
+def uninterrupted(module_folder, tiny, train):
+    """The run of `ALL_FEATURES` that was never stopped; trained once."""
+    folder = module_folder / "uninterrupted"
+    return folder if folder.exists() else train(tiny(**ALL_FEATURES), folder)
 
 
-# 50 rows in batches of 4 make 13 batches: with 3 a update, update 4 crosses the epoch's edge inside its window.
+# 50 rows in batches of 4 are 13 batches: with 3 per update, update 5 spans the end of the epoch.
 @pytest.mark.parametrize("stops", [[1], [4], [5], [6], [13], [2, 7, 10]], ids=str)
-def test_a_run_stopped_by_stop_at_ends_equal_to_the_uninterrupted_one(
-    whole, tiny, train, tmp_path, stops, assert_equal_runs
+def test_a_run_stopped_and_resumed_ends_equal_to_the_uninterrupted_run(
+    uninterrupted, tiny, train, tmp_path, stops, assert_equal_runs
 ):
-    run = train(tiny(**HARD), tmp_path / "run", stop_at=stops[0])
+    run = train(tiny(**ALL_FEATURES), tmp_path / "run", stop_at=stops[0])
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     for stop in stops[1:]:
-        train(tiny(**HARD), run, resume=run, stop_at=stop)
-    train(tiny(**HARD), run, resume=run)
+        train(tiny(**ALL_FEATURES), run, resume=run, stop_at=stop)
+    train(tiny(**ALL_FEATURES), run, resume=run)
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
-    assert_equal_runs(whole, run)
+    assert_equal_runs(uninterrupted, run)
 
 
-def test_a_branch_from_a_checkpoint_is_a_new_directory_and_ends_equal(whole, tiny, train, tmp_path, assert_equal_runs):
-    before = {p: p.read_bytes() for p in sorted(whole.rglob("*")) if p.is_file()}
-    step = sorted((whole / "checkpoints").glob("step-*"))[0]
+def test_a_branch_from_a_checkpoint_ends_equal_in_a_directory_of_its_own(
+    uninterrupted, tiny, train, tmp_path, assert_equal_runs
+):
+    before = {p: p.read_bytes() for p in sorted(uninterrupted.rglob("*")) if p.is_file()}
+    step = sorted((uninterrupted / "checkpoints").glob("step-*"))[0]
     assert step.name != "step-0000014"
-    branch = train(tiny(**HARD), tmp_path / "branch", resume=step)
-    assert_equal_runs(whole, branch)
+    branch = train(tiny(**ALL_FEATURES), tmp_path / "branch", resume=step)
+    assert_equal_runs(uninterrupted, branch)
     assert json.loads((branch / "status.json").read_text())["parent"] == str(step)
-    assert before == {p: p.read_bytes() for p in sorted(whole.rglob("*")) if p.is_file()}
+    assert before == {p: p.read_bytes() for p in sorted(uninterrupted.rglob("*")) if p.is_file()}
 
 
-def test_evaluating_more_often_changes_nothing_but_the_rows(tiny, train, tmp_path, rows):
+def test_evaluating_more_often_changes_only_the_rows(tiny, train, tmp_path, rows):
     few = train(tiny(**{"train.eval_every": 12, "lora.dropout": 0.1}), tmp_path / "few")
     many = train(tiny(**{"train.eval_every": 1, "lora.dropout": 0.1}), tmp_path / "many")
     assert (few / "checkpoints/step-0000012/adapters.safetensors").read_bytes() == (
@@ -69,14 +76,14 @@ def test_evaluating_more_often_changes_nothing_but_the_rows(tiny, train, tmp_pat
     assert [r for r in rows(few) if r["split"] == "train"] == [r for r in rows(many) if r["split"] == "train"]
 
 
-def test_gradient_checkpointing_and_compilation_can_be_switched_on_a_resume(tiny, train, tmp_path, assert_equal_runs):
+def test_a_resume_may_switch_gradient_checkpointing_on(tiny, train, tmp_path, assert_equal_runs):
     whole = train(tiny(), tmp_path / "whole")
     run = train(tiny(), tmp_path / "run", stop_at=5)
     train(tiny(**{"train.grad_checkpoint": True}), run, resume=run)
     assert_equal_runs(whole, run)
 
 
-def test_a_compiled_run_resumes_exactly_too(tiny, train, tmp_path, assert_equal_runs):
+def test_a_compiled_run_resumes_exactly(tiny, train, tmp_path, assert_equal_runs):
     settings = {"train.compile": "always", "lora.dropout": 0.2, "train.iters": 6, "data.pad_to": 128}
     whole = train(tiny(**settings), tmp_path / "whole")
     run = train(tiny(**settings), tmp_path / "run", stop_at=3)
@@ -84,7 +91,7 @@ def test_a_compiled_run_resumes_exactly_too(tiny, train, tmp_path, assert_equal_
     assert_equal_runs(whole, run)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny, train, tmp_path, assert_equal_runs):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(tiny, train, tmp_path, assert_equal_runs):
     whole = train(tiny(), tmp_path / "whole")
     run = train(tiny(), tmp_path / "run", stop_at=9)
     target = run / "checkpoints/step-0000009/optimizer.safetensors"
@@ -98,7 +105,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny, t
     assert_equal_runs(whole, run)
 
 
-def test_all_checkpoints_damaged_refuses_and_never_starts_over(tiny, train, tmp_path):
+def test_a_run_without_a_valid_checkpoint_is_refused_and_never_starts_over(tiny, train, tmp_path):
     run = train(tiny(), tmp_path / "run", stop_at=9)
     for file in (run / "checkpoints").rglob("adapters.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
@@ -111,7 +118,7 @@ def test_all_checkpoints_damaged_refuses_and_never_starts_over(tiny, train, tmp_
         train(tiny(), run, resume=run)
 
 
-def test_a_named_checkpoint_that_is_damaged_is_an_error_without_fallback(tiny, train, tmp_path):
+def test_a_damaged_checkpoint_that_was_named_is_refused_without_fallback(tiny, train, tmp_path):
     run = train(tiny(), tmp_path / "run", stop_at=9)
     (run / "checkpoints/step-0000009/adapters.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="step-0000009"):
@@ -137,7 +144,7 @@ FROZEN = {
 }
 
 
-def test_every_frozen_setting_refuses_a_change_with_the_difference(tiny, train, tmp_path):
+def test_a_change_of_a_frozen_setting_is_refused_with_the_difference(tiny, train, tmp_path):
     run = train(tiny(), tmp_path / "run", stop_at=3)
     for name, value in FROZEN.items():
         with pytest.raises(ConfigError, match=f"{name} was .* and cannot become {value}"):
@@ -158,20 +165,18 @@ FREE = {
 }
 
 
-def test_intervals_retention_and_loggers_apply_on_resume_and_are_logged(tiny, train, tmp_path):
+def test_a_change_of_intervals_retention_and_loggers_is_applied_and_logged(tiny, train, tmp_path):
     run = train(tiny(), tmp_path / "run", stop_at=3)
     train(tiny(**FREE), run, resume=run)
     log = (run / "run.log").read_text()
     for name in FREE:
         assert f"changed on resume: {name} " in log
     assert (run / "metrics.csv").read_text().splitlines()[0].startswith("step,split,loss")
-    import yaml
-
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert stored["train"]["report_every"] == 2 and stored["checkpoint"]["result"] == "last"
 
 
-def test_iters_grow_where_the_schedule_does_not_depend_on_them(tiny, train, tmp_path, rows):
+def test_iters_may_grow_if_the_schedule_does_not_depend_on_them(tiny, train, tmp_path, rows):
     long = train(tiny(**{"train.iters": 18}), tmp_path / "long")
     run = train(tiny(**{"train.iters": 12}), tmp_path / "run")
     train(tiny(**{"train.iters": 18}), run, resume=run)
@@ -186,13 +191,13 @@ def test_iters_grow_where_the_schedule_does_not_depend_on_them(tiny, train, tmp_
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_iters_cannot_grow_where_the_schedule_ends_with_them(tiny, train, tmp_path, name):
+def test_iters_cannot_grow_if_the_schedule_ends_with_them(tiny, train, tmp_path, name):
     run = train(tiny(**{"schedule.name": name}), tmp_path / "run", stop_at=3)
     with pytest.raises(ConfigError, match="other learning rates"):
         train(tiny(**{"schedule.name": name, "train.iters": 20}), run, resume=run)
 
 
-def test_paths_may_change_where_the_fingerprints_agree_and_other_data_are_refused(
+def test_moved_data_is_accepted_and_changed_data_refused(
     tiny, train, tmp_path, assert_equal_runs
 ):
     from runner.data.source import resolve
@@ -210,42 +215,75 @@ def test_paths_may_change_where_the_fingerprints_agree_and_other_data_are_refuse
     assert_equal_runs(whole, run)
 
 
-def test_another_base_of_identical_shapes_is_refused_by_its_fingerprint(tiny, train, tmp_path, monkeypatch):
+def test_a_base_model_with_other_weights_is_refused(tiny, train, tmp_path, monkeypatch):
     import mlx.core as mx
     from mlx.utils import tree_map
 
     from runner.models import tiny as tiny_model
 
     run = train(tiny(), tmp_path / "run", stop_at=4)
-    own = tiny_model.build_model
+    build_model = tiny_model.build_model
 
-    def other():
-        made = own()
-        made.update(tree_map(lambda a: a * 1.001 if a.ndim > 1 else a, made.parameters()))
-        mx.eval(made.parameters())
-        return made
+    def build_other_model():
+        model = build_model()
+        model.update(tree_map(lambda a: a * 1.001 if a.ndim > 1 else a, model.parameters()))
+        mx.eval(model.parameters())
+        return model
 
-    monkeypatch.setattr(tiny_model, "build_model", other)
+    monkeypatch.setattr(tiny_model, "build_model", build_other_model)
     with pytest.raises(ConfigError, match="base model has other weights"):
         train(tiny(), run, resume=run)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(
-    tiny, train, tmp_path, assert_equal_runs
-):
-    whole = train(tiny(), tmp_path / "whole")
-    run = train(tiny(), tmp_path / "run", stop_at=3)
+def remove_checkpoints(run):
+    """Leave `run` as if it was killed before its first save."""
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     status = json.loads((run / "status.json").read_text())
     status.pop("last_checkpoint")
     (run / "status.json").write_text(json.dumps(status))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tiny, train, tmp_path, assert_equal_runs):
+    whole = train(tiny(), tmp_path / "whole")
+    run = train(tiny(), tmp_path / "run", stop_at=3)
+    remove_checkpoints(run)
     train(tiny(), run, resume=run)
     assert "from the beginning" in (run / "run.log").read_text()
     assert_equal_runs(whole, run)
 
 
-def test_early_stopping_ends_the_run_as_finished_and_counts_over_a_resume(tiny, train, tmp_path, rows):
+def test_a_run_killed_before_its_first_checkpoint_repeats_its_warm_start(tiny, train, tmp_path, assert_equal_runs):
+    adapter = str(train(tiny(**{"train.iters": 2}), tmp_path / "first") / "adapters")
+    whole = train(tiny(adapter=adapter), tmp_path / "whole")
+    run = train(tiny(adapter=adapter), tmp_path / "run", stop_at=3)
+    remove_checkpoints(run)
+    train(tiny(), run, resume=run)  # a resume does not type adapter= again
+    assert_equal_runs(whole, run)
+    assert yaml.safe_load((run / "config.yaml").read_text())["adapter"] == adapter
+
+
+def test_a_resume_reads_its_config_and_decodes_its_checkpoint_once(tiny, train, tmp_path, monkeypatch):
+    run = train(tiny(), tmp_path / "run", stop_at=5)
+    counts = Counter()
+
+    def count(owner, name):
+        function = getattr(owner, name)
+
+        def counted(*args):
+            counts[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(RunDirectory, "read_config")
+    count(state_files, "read_state")
+    count(verify, "load_checkpoint")
+    train(tiny(), run, resume=run, stop_at=5)  # ends where it begins: nothing is saved
+    assert counts == {"read_config": 1, "read_state": 1, "load_checkpoint": 2}  # the second is that of the result
+
+
+def test_early_stopping_finishes_the_run_and_counts_across_a_resume(tiny, train, tmp_path, rows):
     # A learning rate so small that nothing improves by min_delta.
     settings = {
         "optimizer.learning_rate": 1e-9,

@@ -1,9 +1,8 @@
-"""The program, which sends itself a signal at a chosen point: `driver.py POINT AT SIGNAL WORDS…`.
+"""Run the program and send it a signal at a chosen point: `driver.py POINT COUNT SIGNAL ARGUMENTS…`.
 
-Points: micro-batch (its gradients are about to be computed), update (it is about to be made), evaluation (a
-batch of one is about to be computed), save (one is about to begin), due (whether to save after an update is about to
-be decided). Counted from 1, in this process. Several signals are joined by commas. NAME=VALUE in place of one sets a
-variable of the environment, such as FAULT_CLOCK of the preloaded library.
+The signal comes just before the COUNT-th (from 1) call of the point's function, see `POINTS`. Several signals are
+joined by commas. NAME=VALUE instead of a signal sets an environment variable, such as FAULT_CLOCK of the preloaded
+library.
 """
 
 from __future__ import annotations
@@ -19,37 +18,39 @@ POINTS = {
     "update": ("runner.training.trainer", "Trainer.train_step"),
     "evaluation": ("runner.training.validate", "loss_sum"),
     "save": ("runner.training.state_files", "checkpoint_files"),
-    "due": ("runner.checkpoints.save_policy", "SavePolicy.due"),
+    "save decision": ("runner.checkpoints.save_policy", "SavePolicy.due"),
+    "answers": ("runner.training.answers", "generate"),
 }
+"""Module and function of each point; "evaluation" is one batch of one."""
 
 
 def main() -> int:
-    point, at, number, *arguments = sys.argv[1:]
+    point, count, actions, *arguments = sys.argv[1:]
     from runner.backends.cpu import blas
 
     blas.load_blas()
-    module_name, names = POINTS[point]
-    *path, name = names.split(".")
-    holder: Any = importlib.import_module(module_name)
-    for part in path:
-        holder = getattr(holder, part)
-    own, seen = getattr(holder, name), 0
+    module_name, path = POINTS[point]
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module_name)
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    function, calls = getattr(owner, name), 0
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen == int(at):
-            for one in number.split(","):
-                if "=" in one:
-                    os.environ.update([one.split("=", 1)])
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == int(count):
+            for action in actions.split(","):
+                if "=" in action:
+                    os.environ.update([action.split("=", 1)])
                 else:
-                    os.kill(os.getpid(), getattr(signal, one))
-        return own(*args, **kwargs)
+                    os.kill(os.getpid(), getattr(signal, action))
+        return function(*args, **kwargs)
 
-    setattr(holder, name, counted)
-    from runner.cli.main import main as cli
+    setattr(owner, name, interrupted)
+    from runner.cli.main import main as run_program
 
-    return cli(arguments)
+    return run_program(arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SIGKILL at random times, wherever it falls: start-up, stepping, saving, evaluating, rotating, ending."""
+"""A run killed by SIGKILL at a random time resumes and ends equal, whatever it was doing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = [pytest.mark.fault(1), pytest.mark.slow]
 
-WORDS = (
+OVERRIDES = (
     "model=tiny",
     "data=tiny",
     "schedule=cosine",
@@ -29,17 +29,17 @@ WORDS = (
 
 
 def wait_for_training(run, process):
-    """Until the first evaluation is under way, or the process has ended."""
+    """Wait until the first evaluation runs or the process has ended."""
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, make_cli):
-    """The run that nothing stopped, the seconds that it lived, and those of them from its first evaluation on."""
+    """The uninterrupted run, the seconds that its process took, and the seconds from its first evaluation on."""
     cli = make_cli(tmp_path_factory.mktemp("whole"))
     begun = time.monotonic()
-    process = cli.start(*WORDS)
+    process = cli.start(*OVERRIDES)
     wait_for_training(cli.folder / "run", process)
     training = time.monotonic()
     out, _ = process.communicate(timeout=600)
@@ -47,10 +47,10 @@ def whole(tmp_path_factory, make_cli):
     return cli.folder / "run", time.monotonic() - begun, time.monotonic() - training
 
 
-def killed(cli, seconds, aimed):
-    """Kill the run after `seconds` of its life (`aimed`: of its training); whether it was still alive."""
-    process = cli.start(*WORDS, start_new_session=True)
-    if aimed:
+def was_killed(cli, seconds, in_training):
+    """Kill the run `seconds` after its start, or after its training began; return whether it was still running."""
+    process = cli.start(*OVERRIDES, start_new_session=True)
+    if in_training:
         wait_for_training(cli.folder / "run", process)
     try:
         process.wait(timeout=seconds)
@@ -61,20 +61,20 @@ def killed(cli, seconds, aimed):
 
 
 @pytest.mark.parametrize("chunk", range(5))
-def test_a_run_killed_at_a_random_time_goes_on_and_ends_equal(make_cli, tmp_path, whole, ended_equal, cases, chunk):
-    undisturbed, life, training = whole
+def test_a_run_killed_at_a_random_time_resumes_and_ends_equal(make_cli, tmp_path, whole, ended_equal, cases, chunk):
+    uninterrupted, total_seconds, training_seconds = whole
     moments = random.Random(f"kills {chunk}")
     for number in range(cases.of(full=40, quick=1)):
         cli = make_cli(tmp_path / str(number))
         run = cli.folder / "run"
-        aimed = (number + chunk) % 2 == 0
-        seconds = moments.uniform(0, training if aimed else life)
-        while not killed(cli, seconds, aimed):  # it was quicker than the one that was timed
+        in_training = (number + chunk) % 2 == 0
+        seconds = moments.uniform(0, training_seconds if in_training else total_seconds)
+        while not was_killed(cli, seconds, in_training):  # it was faster than the timed run
             shutil.rmtree(run)
             seconds *= 0.8
-        # Killed before its settings were written, there is nothing to go on with: the same overrides begin it again.
-        cli(*(["resume=run"] if (run / "config.yaml").exists() else WORDS))
-        ended_equal(undisturbed, run)
+        # A run killed before its config was written is started again by the same command.
+        cli(*(["resume=run"] if (run / "config.yaml").exists() else OVERRIDES))
+        ended_equal(uninterrupted, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
@@ -82,12 +82,14 @@ def test_a_run_killed_at_a_random_time_goes_on_and_ends_equal(make_cli, tmp_path
 @pytest.mark.parametrize(
     "name", ["samples.jsonl", pytest.param("status.json", marks=pytest.mark.long), "/checkpoints/"]
 )
-def test_a_run_killed_at_its_last_calls_goes_on_and_ends_equal(make_cli, tmp_path, logged, faulty, ended_equal, name):
-    """Random moments seldom fall between the last row and the end."""
-    whole, calls = logged(*WORDS[:-1])
+def test_a_run_killed_at_its_last_system_calls_resumes_and_ends_equal(
+    make_cli, tmp_path, logged, faulty, ended_equal, name
+):
+    """Random times seldom fall between the last row and the end."""
+    whole, calls = logged(*OVERRIDES[:-1])
     cli = make_cli(tmp_path)
     run = cli.folder / "run"
     last = sum(name in f"/{path}" for _, path in calls) - 1
-    cli(*WORDS, env=faulty(run, name=name, at=last, do="kill"), expect=-signal.SIGKILL)
+    cli(*OVERRIDES, env=faulty(run, name=name, at=last, do="kill"), expect=-signal.SIGKILL)
     cli("resume=run")
     ended_equal(whole, run)

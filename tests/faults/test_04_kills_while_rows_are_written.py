@@ -1,4 +1,4 @@
-"""SIGKILL while a row, a sample, the status or the settings are written: none is missing or doubled, Equal."""
+"""SIGKILL while a row, a sample, the status or the config is written: no row is lost or doubled, and runs end equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.fault(4), pytest.mark.slow]
 
-WORDS = (
+OVERRIDES = (
     "model=tiny",
     "data=tiny",
     "lora.dropout=0.2",
@@ -22,7 +22,7 @@ WORDS = (
     "data.metric_rows=2",
     "data.max_new_tokens=4",
 )
-# What the name of the file begins with, the call, what happens at it, and how many such calls there are at least.
+# The start of the file name, the system call, what happens at it, and the least number of such calls.
 KILLS = [
     ("metrics.jsonl", "write", "half", 8),
     ("metrics.jsonl", "write", "kill", 8),
@@ -34,29 +34,29 @@ KILLS = [
 ]
 
 
-def lines_of(run, name):
+def split_lines(run, name):
     return (run / name).read_bytes().split(b"\n")
 
 
 @pytest.mark.parametrize("chunk", range(2))
-def test_a_run_killed_while_it_writes_goes_on_without_a_row_missing_or_doubled(
+def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_doubled_row(
     make_cli, tmp_path, logged, faulty, ended_equal, cases, chunk
 ):
-    whole, calls = logged(*WORDS)
+    whole, calls = logged(*OVERRIDES)
     faults = []
-    for name, call, do, least in KILLS:
-        number = sum(path.startswith(name) and one == call for one, path in calls)
-        assert number >= least, name
+    for name, call, do, minimum in KILLS:
+        number = sum(path.startswith(name) and kind == call for kind, path in calls)
+        assert number >= minimum, name
         if name.startswith(".status"):
-            number -= 2  # two saves that end between two steps are told in one writing
+            number -= 2  # two saves that complete between two updates are written once
         faults += [(name, call, do, at) for at in range(number)]
     for name, call, do, at in cases.some(faults, quick=3)[chunk::2]:
         cli = make_cli(tmp_path / f"{name}-{do}-{at}")
         run = cli.folder / "run"
         fault = faulty(run, name=f"/run/{name}", calls=call, at=at, do=do)
-        cli(*WORDS, "hydra.run.dir=run", expect=-9, env=fault)
+        cli(*OVERRIDES, "hydra.run.dir=run", expect=-9, env=fault)
         if name.endswith(".jsonl"):
-            *rows, torn = lines_of(run, name)
+            *rows, torn = split_lines(run, name)
             assert len(rows) == at and bool(torn) == (do == "half")
         if do == "half" and name.endswith(".jsonl"):
             with pytest.raises(ValueError):
@@ -64,17 +64,17 @@ def test_a_run_killed_while_it_writes_goes_on_without_a_row_missing_or_doubled(
         if (run / "config.yaml").exists():
             cli("resume=run")
         else:
-            cli(*WORDS, "hydra.run.dir=run")
+            cli(*OVERRIDES, "hydra.run.dir=run")
         ended_equal(whole, run)
         for file in ("metrics.jsonl", "samples.jsonl"):
-            *rows, rest = lines_of(run, file)
-            assert rest == b"" and len(rows) == len(lines_of(whole, file)) - 1
+            *rows, rest = split_lines(run, file)
+            assert rest == b"" and len(rows) == len(split_lines(whole, file)) - 1
         shutil.rmtree(cli.folder)
         cases.done()
 
 
 @pytest.mark.long
-def test_a_sweep_killed_while_it_writes_the_settings_of_a_job_goes_on(cli, faulty, undisturbed, ended_equal):
+def test_a_sweep_killed_while_it_writes_the_config_of_a_job_resumes(cli, faulty, undisturbed, ended_equal):
     overrides = ("model=tiny", "data=tiny", "train.iters=2", "train.eval_every=2")
     run = cli.folder / "sweep/0"
     fault = faulty(run, name=".config.yaml.", calls="write", at=0, do="half")

@@ -1,4 +1,4 @@
-"""Three kills in one run; a kill inside accumulation, at an epoch's edge, during an evaluation: Equal."""
+"""A run killed several times, or at a chosen point, resumes and ends equal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 
 pytestmark = [pytest.mark.fault(5), pytest.mark.slow]
 
-# 50 rows in batches of 4 make 13 batches an epoch: with 3 an update, update 5 lies over the edge.
-WORDS = (
+# 50 rows in batches of 4 are 13 batches per epoch: with 3 per update, update 5 spans the end of the epoch.
+OVERRIDES = (
     "model=tiny",
     "data=tiny",
     "schedule=cosine",
@@ -27,28 +27,28 @@ WORDS = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, make_cli):
     cli = make_cli(tmp_path_factory.mktemp("whole"))
-    cli(*WORDS)
+    cli(*OVERRIDES)
     return cli.folder / "run"
 
 
 KILLS = {
     "three kills": [("update", 6), ("update", 3), ("micro-batch", 20)],
     "inside accumulation": [("micro-batch", 3 * 6 + 2)],
-    "at an epoch's edge": [("micro-batch", 13), ("micro-batch", 2)],
+    "at the end of an epoch": [("micro-batch", 13), ("micro-batch", 2)],
     "during evaluation": [("evaluation", 5)],
     "before the first save": [("update", 2)],
     "as a save begins": [("save", 2)],
 }
-MORE = ("inside accumulation", "before the first save", "as a save begins")
-"""Left to `make faults`: rows 1 and 2 kill at such points as well."""
+LONG = ("inside accumulation", "before the first save", "as a save begins")
+"""Run by `make faults` only: rows 1 and 2 kill at such points as well."""
 
 
 @pytest.mark.parametrize(
     "kills",
-    [pytest.param(points, id=name, marks=[pytest.mark.long] if name in MORE else []) for name, points in KILLS.items()],
+    [pytest.param(points, id=name, marks=[pytest.mark.long] if name in LONG else []) for name, points in KILLS.items()],
 )
-def test_equal_after(cli, driven, whole, assert_equal_runs, kills):
-    arguments = WORDS
+def test_a_run_resumes_and_ends_equal_after(cli, driven, whole, assert_equal_runs, kills):
+    arguments = OVERRIDES
     for point, at in kills:
         process = driven(cli, point, at, *arguments)
         out, _ = process.communicate(timeout=120)

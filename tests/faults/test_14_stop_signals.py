@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C or a hang-up while stepping, saving, evaluating: saved, Equal; a second one ends at once, safely."""
+"""SIGTERM, Ctrl-C or a hang-up at any point: the run saves and its resume ends equal; a second signal ends at once."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from runner.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.fault(14), pytest.mark.slow]
 
-CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
-# A point of driver.py, and the step that has to be saved when the signal came there. The evaluation of step 0 has three
-# batches, and update 5 is evaluated.
-POINTS = {
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
+SAVED_STEPS = {
     ("micro-batch", 9): 5,
     ("update", 3): 3,
     ("evaluation", 5): 5,
-    ("save", 2): 5,  # at step 4 it was already decided that the run goes on: the next step is the last
-    ("due", 3): 4,  # so it was here, and that step 3 is not saved
+    ("save", 2): 5,  # at step 4 the loop had already decided to continue: it stops after the next update
+    ("save decision", 3): 4,  # the same at step 3, which is not saved
 }
+"""The step saved after a signal at a point of driver.py. Step 0 and step 5 are evaluated, in three batches each."""
 
 
-def status_of(run):
+def read_status(run):
     return json.loads((run / "status.json").read_text())
 
 
@@ -38,9 +37,9 @@ def last_step(run):
 
 
 def assert_stopped(run, out, number):
-    """Saved where it stands, and said what to type."""
+    """The run saved its last step and printed how to resume."""
     assert f"resume={run.name}" in out and "Traceback" not in out, out
-    status = status_of(run)
+    status = read_status(run)
     assert (status["state"], status["reason"]) == ("stopped", number)
     assert status["step"] == status["last_checkpoint"] == last_step(run)
 
@@ -50,18 +49,46 @@ def test_a_signal_saves_within_one_update_and_the_resumed_run_ends_equal(
     make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases, chunk
 ):
     whole = undisturbed(*overrides, "checkpoint.keep_last=9")
-    faults = [(point, number) for number in CODES for point in POINTS]
+    faults = [(point, number) for number in EXIT_CODES for point in SAVED_STEPS]
     for (point, at), number in cases.some(faults, quick=2)[chunk::2]:
         cli = make_cli(tmp_path / f"{point}-{number}")
         run = cli.folder / "run"
         process = driven(cli, point, at, *overrides, "checkpoint.keep_last=9", "hydra.run.dir=run", number=number)
         out, _ = process.communicate(timeout=120)
-        assert process.returncode == CODES[number], out
+        assert process.returncode == EXIT_CODES[number], out
         assert_stopped(run, out, number)
-        assert last_step(run) == POINTS[point, at], (point, number)
+        assert last_step(run) == SAVED_STEPS[point, at], (point, number)
         saved = json.loads((run / f"checkpoints/step-{last_step(run):07d}/train_state.json").read_text())
-        # Where the evaluation of update 5 was cut off, it is left to the resume.
-        assert saved["progress"]["pending_evaluation"] == (POINTS[point, at] == 5)
+        # The evaluation of step 5 that the signal prevented is left to the resume.
+        assert saved["progress"]["pending_evaluation"] == (SAVED_STEPS[point, at] == 5)
+        cli("resume=run")
+        ended_equal(whole, run)
+        shutil.rmtree(cli.folder)
+        cases.done()
+
+
+def test_a_signal_during_the_final_evaluation_stops_the_run_and_its_resume_evaluates(
+    make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases
+):
+    overrides = (
+        *overrides,
+        "train.test=true",
+        "data.metric=exact_match",
+        "data.metric_rows=2",
+        "data.max_new_tokens=4",
+    )
+    whole = undisturbed(*overrides)
+    # The third batch of three of the test split, after the evaluations of steps 0, 5 and 8; the answers of the result.
+    points = [("evaluation", 12), ("answers", 2)]
+    for (point, at), number in cases.some([(point, number) for number in EXIT_CODES for point in points], quick=2):
+        cli = make_cli(tmp_path / f"{point}-{number}")
+        run = cli.folder / "run"
+        process = driven(cli, point, at, *overrides, "hydra.run.dir=run", number=number)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == EXIT_CODES[number], out
+        assert_stopped(run, out, number)
+        assert last_step(run) == 8
+        assert "test loss" not in out and "held-out rows" not in out  # printed where the resume finishes
         cli("resume=run")
         ended_equal(whole, run)
         shutil.rmtree(cli.folder)
@@ -69,7 +96,7 @@ def test_a_signal_saves_within_one_update_and_the_resumed_run_ends_equal(
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
-def test_a_signal_inside_a_save_lets_it_end_and_a_second_leaves_the_old_one_or_the_new_one(
+def test_a_save_completes_after_a_signal_and_is_whole_or_absent_after_a_second(
     make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, again
 ):
     overrides = (*overrides, "checkpoint.keep_last=9")
@@ -81,9 +108,9 @@ def test_a_signal_inside_a_save_lets_it_end_and_a_second_leaves_the_old_one_or_t
     for at, number in cases.some(faults, quick=1):
         cli = make_cli(tmp_path / f"{at}-{number}")
         run = cli.folder / "run"
-        # Where it comes again, it does at each later call of the same save, and of that of the stop.
+        # With `again`, a signal comes at each later call of the same save and of the save that the stop makes.
         fault = faulty(run / "checkpoints", at=at, do=f"+{getattr(signal, number):d}", for_good=again)
-        out = cli(*overrides, "hydra.run.dir=run", expect=CODES[number], env=fault)
+        out = cli(*overrides, "hydra.run.dir=run", expect=EXIT_CODES[number], env=fault)
         if again:
             assert RunDirectory(run).read_status()["state"] == "interrupted"
             found = newest(run)
@@ -92,7 +119,7 @@ def test_a_signal_inside_a_save_lets_it_end_and_a_second_leaves_the_old_one_or_t
                 assert_same_state(found, whole)
         else:
             assert_stopped(run, out, number)
-            # While it was saved training went on, at most to the next save, which waits for this one; then one update.
+            # Training continued during the save, at most to the next save, which waits for it, and one more update.
             assert 4 <= last_step(run) <= 7
         cli("resume=run")
         ended_equal(whole, run)
@@ -100,19 +127,19 @@ def test_a_signal_inside_a_save_lets_it_end_and_a_second_leaves_the_old_one_or_t
         cases.done()
 
 
-def test_a_second_signal_ends_at_once_and_what_was_saved_before_goes_on(
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_resumes_equal(
     make_cli, tmp_path, overrides, driven, undisturbed, newest, assert_same_state, ended_equal, cases
 ):
     whole = undisturbed(*overrides, "checkpoint.keep_last=9")
-    # All while or after update 5: the save of step 2 has ended, which that of step 4 waited for; that may be under way.
-    points = [("micro-batch", 9), ("update", 5), ("evaluation", 5), ("due", 5), ("save", 3)]
+    # All during or after update 5: the save of step 2 is complete, since that of step 4 waited for it.
+    points = [("micro-batch", 9), ("update", 5), ("evaluation", 5), ("save decision", 5), ("save", 3)]
     faults = [(point, two) for two in ("SIGTERM,SIGTERM", "SIGTERM,SIGINT", "SIGINT,SIGHUP") for point in points]
     for (point, at), two in cases.some(faults, quick=1):
         cli = make_cli(tmp_path / f"{point}-{two}")
         run = cli.folder / "run"
         process = driven(cli, point, at, *overrides, "checkpoint.keep_last=9", "hydra.run.dir=run", number=two)
         out, _ = process.communicate(timeout=120)
-        assert process.returncode == CODES[two.split(",")[1]], out
+        assert process.returncode == EXIT_CODES[two.split(",")[1]], out
         assert RunDirectory(run).read_status()["state"] == "interrupted"
         found = newest(run)
         assert found.checkpoint.step in (2, 4)
@@ -124,10 +151,10 @@ def test_a_second_signal_ends_at_once_and_what_was_saved_before_goes_on(
 
 
 def wait_for_step(run, step, process):
-    """Until the run has reported `step`, or its process has ended."""
+    """Wait until the run has reported `step` or its process has ended."""
     while process.poll() is None:
         try:
-            if status_of(run)["step"] >= step:
+            if read_status(run)["step"] >= step:
                 return
         except (OSError, ValueError, KeyError):
             pass
@@ -152,7 +179,7 @@ def test_a_second_signal_does_not_wait_for_a_long_update(cli):
     rows = run / "metrics.jsonl"
     while process.poll() is None and not (rows.exists() and rows.stat().st_size):
         time.sleep(0.01)
-    time.sleep(0.5)  # step 0 is evaluated: the first update is under way
+    time.sleep(0.5)  # step 0 is evaluated: the first update is in progress
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
@@ -164,7 +191,7 @@ def test_a_second_signal_does_not_wait_for_a_long_update(cli):
 
 
 @pytest.mark.long
-def test_without_a_terminal_and_under_make_a_signal_saves_and_the_resumed_run_ends_equal(cli, undisturbed, ended_equal):
+def test_a_signal_without_a_terminal_and_under_make_saves_and_the_resumed_run_ends_equal(cli, undisturbed, ended_equal):
     run = cli.folder / "run"
     process = cli.start(*LONG, "hydra.run.dir=run", start_new_session=True, stdin=subprocess.DEVNULL)
     wait_for_step(run, 5, process)
@@ -185,15 +212,15 @@ def test_without_a_terminal_and_under_make_a_signal_saves_and_the_resumed_run_en
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for_step(run, stopped_at + 5, process)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the whole group
-    out, _ = process.communicate(timeout=60)  # to the end of the run, which holds the pipe: make may leave before it
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole group
+    out, _ = process.communicate(timeout=60)  # the run holds the pipe: make may end before it
     assert_stopped(run, out, "SIGINT")
     assert last_step(run) > stopped_at
     cli("resume=run")
     ended_equal(undisturbed(*LONG), run)
 
 
-def test_a_sweep_that_is_asked_to_stop_saves_its_job_and_resumed_every_job_ends_equal(
+def test_a_stopped_sweep_saves_its_job_and_every_resumed_job_ends_equal(
     make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases
 ):
     sweep = [*overrides, "checkpoint.keep_last=9", "-m", "seed=0,1", "hydra.sweep.dir=sweep"]
@@ -201,10 +228,10 @@ def test_a_sweep_that_is_asked_to_stop_saves_its_job_and_resumed_every_job_ends_
         cli = make_cli(tmp_path / number)
         process = driven(cli, "update", update, *sweep, number=number)
         out, _ = process.communicate(timeout=120)
-        assert process.returncode == CODES[number], out
+        assert process.returncode == EXIT_CODES[number], out
         stopped = cli.folder / "sweep" / str((update - 1) // 8)
-        assert status_of(stopped)["state"] == "stopped"
-        assert status_of(stopped)["step"] == last_step(stopped) == 3
+        assert read_status(stopped)["state"] == "stopped"
+        assert read_status(stopped)["step"] == last_step(stopped) == 3
         cli("resume=sweep")
         for seed in (0, 1):
             whole = undisturbed(*overrides, "checkpoint.keep_last=9", *([f"seed={seed}"] if seed else []))

@@ -1,4 +1,4 @@
-"""A setting changed on resume: each frozen one is refused with the difference, each free one applied and logged."""
+"""A resume refuses a change of each frozen setting with the difference, and applies and logs each free one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.config.resume_policy import is_free_on_resume
 
 pytestmark = pytest.mark.fault(18)
 
-# Another value of every frozen setting; where it needs others to be a config at all, they come along.
+# Another value of every frozen setting, with the other settings that it needs to be valid.
 FROZEN = {
     "seed": 1,
     "model.dtype": "float16",
@@ -103,36 +103,39 @@ FREE = {
     "objective.metric": "test_loss",
     "objective.direction": "maximize",
 }
-# Judged by the fingerprints of what they name (rows 17 and 19), or of one invocation.
+# Compared by the fingerprints of what they name (rows 17 and 19).
 BY_FINGERPRINT = {"model.path", "data.path", "adapter"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def module_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("frozen")
 
 
 @pytest.fixture
-def own(tiny):
-    """The settings that the run was started with."""
+def config(tiny):
+    """The config that the run was started with."""
     return tiny(**{"train.iters": 8})
 
 
 @pytest.fixture
-def run(own, train, folder):
+def run(config, train, module_folder):
     """A run that stopped after step 4."""
-    return folder / "run" if (folder / "run").exists() else train(own, folder / "run", stop_at=4)
+    folder = module_folder / "run"
+    return folder if folder.exists() else train(config, folder, stop_at=4)
 
 
-def put(settings, name, value):
+def change(config, name, value):
+    """Set the dotted `name`, which must have another value."""
     *path, last = name.split(".")
+    section = config
     for part in path:
-        settings = getattr(settings, part)
-    assert getattr(settings, last) != value
-    setattr(settings, last, value)
+        section = getattr(section, part)
+    assert getattr(section, last) != value
+    setattr(section, last, value)
 
 
-def test_the_lists_here_are_of_all_settings_there_are():
+def test_the_lists_contain_all_settings():
     names = set(schema.default_settings())
     assert set(FROZEN) == {name for name in names if not is_free_on_resume(name)}
     assert set(FREE) | BY_FINGERPRINT | set(schema.provenance_settings()) == {
@@ -141,15 +144,15 @@ def test_the_lists_here_are_of_all_settings_there_are():
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_a_frozen_setting_is_refused_with_the_difference_and_nothing_is_written(own, train, run, contents, name):
-    along, value = FROZEN[name] if isinstance(FROZEN[name], tuple) else ({}, FROZEN[name])
-    old = schema.flatten(own)[name]
-    for one, other in along.items():
-        put(own, one, other)
-    put(own, name, value)
+def test_a_changed_frozen_setting_is_refused_and_nothing_is_written(config, train, run, contents, name):
+    needed, value = FROZEN[name] if isinstance(FROZEN[name], tuple) else ({}, FROZEN[name])
+    old = schema.flatten(config)[name]
+    for needed_name, needed_value in needed.items():
+        change(config, needed_name, needed_value)
+    change(config, name, value)
     before = contents(run, but=(".lock",))
     with pytest.raises(ConfigError) as caught:
-        train(own, run, resume=run)
+        train(config, run, resume=run)
     shown = ["null" if v is None else str(v) for v in (old, value)]
     assert f"{name} was {shown[0]} and cannot become {shown[1]} on resume." in str(caught.value)
     assert "repeat=RUN" in str(caught.value)
@@ -157,7 +160,7 @@ def test_a_frozen_setting_is_refused_with_the_difference_and_nothing_is_written(
 
 
 @pytest.mark.slow
-def test_each_free_setting_is_applied_logged_and_stored(tiny, train, run, tmp_path, rows):
+def test_a_changed_free_setting_is_applied_logged_and_stored(tiny, train, run, tmp_path, rows):
     run = shutil.copytree(run, tmp_path / "run")
     (tmp_path / "second").mkdir()
     changes = {**FREE, "checkpoint.backup": str(tmp_path / "second")}
@@ -174,29 +177,29 @@ def test_each_free_setting_is_applied_logged_and_stored(tiny, train, run, tmp_pa
     assert [row["step"] for row in valid if "loss" in row] == [6, 8, 9]
     assert [(row["step"], row["rows"]) for row in valid if "score" in row] == [(9, 2)]
     assert [row["step"] for row in new if row["split"] == "test"] == [9]
-    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert kept == ["step-0000004", "step-0000008", "step-0000009"]
+    checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert checkpoints == ["step-0000004", "step-0000008", "step-0000009"]
     assert json.loads((run / "status.json").read_text())["result_step"] == 9
     assert "\n9,test," in (run / "metrics.csv").read_text()
     assert list((tmp_path / "second").glob("*/checkpoints/step-0000009"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on", ["the line", "the stored config"])
-def test_through_the_door_a_frozen_one_is_refused_on_the_line_and_in_the_stored_config(cli, stopped, contents, on):
+@pytest.mark.parametrize("place", ["the command line", "the stored config"])
+def test_a_changed_frozen_setting_is_refused_wherever_it_was_changed(cli, stopped, contents, place):
     text = (stopped / "config.yaml").read_text()
-    if on == "the stored config":
+    if place == "the stored config":
         assert "learning_rate: 0.001\n" in text
         (stopped / "config.yaml").write_text(text.replace("learning_rate: 0.001\n", "learning_rate: 0.01\n"))
     before = contents(stopped, but=(".lock",))
-    out = cli("resume=run", *(["optimizer.learning_rate=0.01"] if on == "the line" else []), expect=2)
+    out = cli("resume=run", *(["optimizer.learning_rate=0.01"] if place == "the command line" else []), expect=2)
     assert "optimizer.learning_rate was 0.001 and cannot become 0.01" in out and "Traceback" not in out
     assert contents(stopped, but=(".lock",)) == before
 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_what_comes_from_the_environment_is_no_change_unless_the_environment_changed(
+def test_a_value_from_the_environment_is_refused_only_if_the_environment_changed(
     cli, overrides, undisturbed, ended_equal, contents
 ):
     run, environment = cli.folder / "run", {"RATE": "1e-3", "RANK": "8", "FORMAT": "auto"}

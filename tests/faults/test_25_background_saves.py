@@ -1,4 +1,4 @@
-"""A save that fails while training goes on ends the run at the next step, with a sentence and exit code 74."""
+"""A failed background save ends the run at its next update, with a message and exit code 74."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.training.async_saver import AsyncSaver
 
 pytestmark = pytest.mark.fault(25)
 
-WORDS = (
+OVERRIDES = (
     "model=tiny",
     "data=tiny",
     "lora.dropout=0.1",
@@ -28,7 +28,7 @@ WORDS = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, make_cli):
     cli = make_cli(tmp_path_factory.mktemp("whole"))
-    cli(*WORDS, "train.iters=60")
+    cli(*OVERRIDES, "train.iters=60")
     return cli.folder / "run"
 
 
@@ -36,13 +36,13 @@ def whole(tmp_path_factory, make_cli):
 @pytest.mark.parametrize(
     "error", [pytest.param(errno.EIO, marks=pytest.mark.long), errno.ENOSPC], ids=errno.errorcode.get
 )
-def test_the_run_stops_at_the_next_step_and_what_was_saved_before_goes_on_equal(
+def test_a_failed_save_stops_the_run_and_the_checkpoint_before_it_resumes_equal(
     cli, faulty, whole, assert_equal_runs, error
 ):
     run = cli.folder / "run"
-    # The third save's folder: the process meets the fault in its thread, at step 60 of 400.
+    # The fault occurs on the saver thread, in the third save, at step 60 of 400.
     env = faulty(run, name="step-0000060", calls="fsync", at=0, do=error, for_good=True)
-    out = cli(*WORDS, expect=74, env=env)
+    out = cli(*OVERRIDES, expect=74, env=env)
     assert "step 60 was not saved" in out and errno.errorcode[error] in out and "Traceback" not in out
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed" and "step 60 was not saved" in status["reason"]
@@ -53,22 +53,22 @@ def test_the_run_stops_at_the_next_step_and_what_was_saved_before_goes_on_equal(
 
 
 @pytest.mark.slow
-def test_a_failed_last_save_is_no_success(cli, faulty):
+def test_a_failed_last_save_fails_the_run(cli, faulty):
     env = faulty(cli.folder / "run", name="step-0000060", calls="write", at=2, do=errno.EIO, for_good=True)
-    out = cli(*WORDS, "train.iters=60", expect=74, env=env)
+    out = cli(*OVERRIDES, "train.iters=60", expect=74, env=env)
     assert "step 60 was not saved" in out
     assert not (cli.folder / "run/adapters").exists()
 
 
 @pytest.mark.slow
-def test_a_signal_waits_for_the_save_that_is_under_way(cli, faulty, whole, assert_equal_runs):
+def test_a_signal_waits_for_the_save_in_progress(cli, faulty, whole, assert_equal_runs):
     env = faulty(cli.folder / "run", name="step-0000040", calls="fsync", at=0, do="+15")
-    cli(*WORDS, "train.iters=60", expect=143, env=env)
+    cli(*OVERRIDES, "train.iters=60", expect=143, env=env)
     cli("resume=run")
     assert_equal_runs(whole, cli.folder / "run")
 
 
-def test_a_failure_is_raised_by_the_next_check_and_once_only():
+def test_a_failure_is_raised_once_by_the_next_check():
     saver = AsyncSaver()
 
     def fail() -> None:
@@ -83,7 +83,7 @@ def test_a_failure_is_raised_by_the_next_check_and_once_only():
     assert saver.close() is None
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_next_save_waits():
+def test_training_continues_during_a_save_and_the_next_save_waits_for_it():
     saver, written, order = AsyncSaver(), threading.Event(), []
 
     def slow() -> None:
@@ -100,7 +100,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_next_save_waits():
     saver.close()
 
 
-def test_a_failure_that_nobody_asked_for_is_returned_at_the_end():
+def test_closing_returns_a_failure_that_was_not_raised():
     saver = AsyncSaver()
 
     def fail() -> None:
@@ -110,7 +110,7 @@ def test_a_failure_that_nobody_asked_for_is_returned_at_the_end():
     assert str(saver.close()) == "the disk is gone"
 
 
-def test_without_the_background_a_save_fails_where_it_is_asked_for():
+def test_without_a_background_thread_a_save_fails_in_the_caller():
     saver = AsyncSaver(background=False)
     with pytest.raises(ZeroDivisionError):
         saver.start(lambda: 1 / 0)

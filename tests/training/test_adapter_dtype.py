@@ -1,4 +1,4 @@
-"""`lora.dtype: model`: the adapter computes in the base's numbers, and learns in float32."""
+"""`lora.dtype: model`: the adapter computes in the base model's dtype and is trained in float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def losses(run: Path, split: str) -> list[float]:
     return [row["loss"] for row in rows if row["split"] == split]
 
 
-def test_the_same_is_learned_within_the_noise_of_bfloat16(tiny, train, tmp_path):
+def test_losses_equal_those_of_a_float32_adapter_within_the_noise_of_bfloat16(tiny, train, tmp_path):
     own = train(tiny(**HALF), tmp_path / "float32")
     half = train(tiny(**HALF, **{"lora.dtype": "model"}), tmp_path / "model")
     for split in ("train", "valid"):
@@ -42,7 +42,7 @@ def test_a_resume_is_exact(tiny, train, tmp_path, assert_equal_runs):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_what_is_placed_has_the_layers_own_numbers_and_a_gradient_in_float32(bits):
+def test_placed_weights_have_the_dtype_of_their_layer_and_float32_gradients(bits):
     settings = ModelConfig(path="builtin:tiny", dtype="bfloat16")
     settings.quantize.bits, settings.quantize.group_size = bits, 32
     adapted = AdaptedModel(load_base_model(settings), LoraConfig(rank=2, dtype="model"), seed=0)
@@ -59,7 +59,7 @@ def test_what_is_placed_has_the_layers_own_numbers_and_a_gradient_in_float32(bit
     assert any(mx.abs(a).max().item() > 0 for a in grads.values())
 
 
-def test_with_a_float32_base_nothing_is_another(tiny, train, tmp_path, assert_equal_runs):
+def test_with_a_float32_base_both_dtypes_are_equal(tiny, train, tmp_path, assert_equal_runs):
     short = {"train.iters": 6}
     first = train(tiny(**short), tmp_path / "float32")
     assert_equal_runs(first, train(tiny(**short, **{"lora.dtype": "model"}), tmp_path / "model"))

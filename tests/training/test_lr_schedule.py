@@ -1,4 +1,4 @@
-"""Learning rates reach what they promise, exactly."""
+"""Learning rates have the promised values, exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.training.lr_schedule import SHAPES, learning_rate
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @given(iters=st.integers(2, 5000), warmup=st.integers(0, 50), peak=st.floats(1e-7, 1), end=st.floats(0, 1e-7))
-def test_the_last_update_has_exactly_the_end_and_the_first_after_warmup_the_peak(name, iters, warmup, peak, end):
+def test_the_first_update_after_warmup_has_the_peak_and_the_last_the_end_value(name, iters, warmup, peak, end):
     warmup = min(warmup, iters - 2)
     rate = {u: learning_rate(u, name=name, peak=peak, iters=iters, warmup=warmup, end=end) for u in (iters, warmup + 1)}
     assert rate[iters] == end
@@ -23,7 +23,7 @@ def test_the_last_update_has_exactly_the_end_and_the_first_after_warmup_the_peak
 
 @pytest.mark.parametrize("name", list(SHAPES))
 @given(iters=st.integers(1, 300), warmup=st.integers(0, 40))
-def test_rates_rise_in_the_warmup_and_never_rise_after_it(name, iters, warmup):
+def test_rates_rise_during_warmup_and_never_after_it(name, iters, warmup):
     warmup = min(warmup, iters - 1)
     rates = [learning_rate(u, name=name, peak=1.0, iters=iters, warmup=warmup) for u in range(1, iters + 5)]
     assert all(a < b for a, b in pairwise(rates[: warmup + 1]))
@@ -32,13 +32,13 @@ def test_rates_rise_in_the_warmup_and_never_rise_after_it(name, iters, warmup):
     assert rates[0] > 0
 
 
-def test_cosine_is_half_way_in_the_middle():
+def test_a_cosine_is_halfway_at_the_middle():
     assert learning_rate(51, name="cosine", peak=1.0, iters=101) == pytest.approx(0.5)
     quarter = learning_rate(26, name="cosine", peak=1.0, iters=101)
     assert quarter == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 
-def test_warmup_wastes_no_update_at_zero():
+def test_warmup_has_no_update_at_rate_zero():
     assert [learning_rate(u, name="constant", peak=1.0, iters=9, warmup=3) for u in (1, 2, 3, 4, 5)] == [
         0.25,
         0.5,

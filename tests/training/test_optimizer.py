@@ -1,4 +1,4 @@
-"""One vector for all arrays is what mlx's optimizers compute array by array, bit for bit."""
+"""Updates of flat vectors are bitwise equal to MLX's updates array by array."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.models.arrays import to_tensors
 from runner.training import optimizer as optimizers
 from runner.training.optimizer import FlatLayout, NonFiniteArray, Optimizer, clip_grads
 
-MADE = {
+OPTIMIZERS = {
     "adam": lambda: optim.Adam(1e-3, bias_correction=True),
     "adamw": lambda: optim.AdamW(1e-3, weight_decay=0.1),
     "sgd": lambda: optim.SGD(1e-3, momentum=0.9, weight_decay=0.01),
@@ -28,36 +28,37 @@ def arrays(seed: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("name", list(MADE))
-def test_updates_and_state_are_those_of_array_by_array(name: str, dtype: mx.Dtype) -> None:
-    apart, together = MADE[name](), MADE[name]()
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_updates_and_state_equal_those_array_by_array(name: str, dtype: mx.Dtype) -> None:
+    reference, flat = OPTIMIZERS[name](), OPTIMIZERS[name]()
     params = arrays(0, dtype)
-    apart.init(params)
-    packed = Optimizer(together, params)
-    theirs, ours = params, params
+    reference.init(params)
+    optimizer = Optimizer(flat, params)
+    expected, updated = params, params
     for update in range(1, 6):
         grads, rate = arrays(update, dtype), 1e-2 / update
-        apart.learning_rate = rate
-        theirs = apart.apply_gradients(grads, theirs)
-        ours = packed.update(ours, packed.layout.pack(grads), rate)
-        assert list(ours) == list(params)
-        assert all(mx.array_equal(ours[n], theirs[n]).item() and ours[n].dtype == theirs[n].dtype for n in params)
-    state = dict(tree_flatten(apart.state))
-    assert set(packed.state()) == set(state)
-    assert all(mx.array_equal(packed.state()[n], state[n]).item() for n in state)
+        reference.learning_rate = rate
+        expected = reference.apply_gradients(grads, expected)
+        updated = optimizer.update(updated, optimizer.layout.pack(grads), rate)
+        assert list(updated) == list(params)
+        for n in params:
+            assert mx.array_equal(updated[n], expected[n]).item() and updated[n].dtype == expected[n].dtype
+    state = dict(tree_flatten(reference.state))
+    assert set(optimizer.state()) == set(state)
+    assert all(mx.array_equal(optimizer.state()[n], state[n]).item() for n in state)
 
 
-@pytest.mark.parametrize("name", list(MADE))
-def test_several_vectors_are_the_same_as_one_and_take_its_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_several_vectors_equal_one_and_can_load_its_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads = arrays(0), [arrays(update) for update in (1, 2)]
-    one = Optimizer(MADE[name](), params)
+    one = Optimizer(OPTIMIZERS[name](), params)
     middle = one.update(params, one.layout.pack(grads[0]), 1e-3)
     state = {key: mx.array(np.array(array)) for key, array in one.state().items()}
     expected = one.update(middle, one.layout.pack(grads[1]), 1e-3)
     monkeypatch.setattr(optimizers, "_VECTOR_SIZE", 40)
-    several = Optimizer(MADE[name](), params)
+    several = Optimizer(OPTIMIZERS[name](), params)
     assert list(several.layout.names) == ["float32", "float32.53"] and list(one.layout.names) == ["float32"]
-    several.restore(state, "there")
+    several.restore(state, "source")
     found = several.update(middle, several.layout.pack(grads[1]), 1e-3)
     assert list(found) == list(expected)
     assert all(mx.array_equal(found[n], expected[n]).item() for n in expected)
@@ -65,23 +66,23 @@ def test_several_vectors_are_the_same_as_one_and_take_its_state(name: str, monke
         assert {n: bytes(t.data) for n, t in ours.items()} == {n: bytes(t.data) for n, t in theirs.items()}
 
 
-def test_a_restored_state_goes_on_as_if_never_stopped_and_another_s_is_refused() -> None:
+def test_a_restored_state_continues_exactly_and_a_different_one_is_refused() -> None:
     params = arrays(0)
-    first, second = (Optimizer(MADE["adam"](), params) for _ in range(2))
+    first, second = (Optimizer(OPTIMIZERS["adam"](), params) for _ in range(2))
     grads = [first.layout.pack(arrays(update)) for update in (1, 2)]
     stopped = first.update(params, grads[0], 1e-3)
     state = {name: mx.array(np.array(array)) for name, array in first.state().items()}
     straight = first.update(stopped, grads[1], 1e-3)
-    second.restore(state, "there")
+    second.restore(state, "source")
     resumed = second.update(stopped, grads[1], 1e-3)
     assert all(mx.array_equal(resumed[n], straight[n]).item() for n in params)
-    with pytest.raises(CheckpointError, match="there: .*different arrays"):
-        second.restore({n: a for n, a in state.items() if n != "a.m"}, "there")
-    with pytest.raises(CheckpointError, match=r"there: a\.m is"):
-        second.restore({**state, "a.m": state["a.m"].T}, "there")
+    with pytest.raises(CheckpointError, match="source: .*different arrays"):
+        second.restore({n: a for n, a in state.items() if n != "a.m"}, "source")
+    with pytest.raises(CheckpointError, match=r"source: a\.m is"):
+        second.restore({**state, "a.m": state["a.m"].T}, "source")
 
 
-def test_the_norm_keeps_its_digits_over_millions_and_clips_as_mlx_does() -> None:
+def test_the_norm_is_exact_over_millions_of_elements_and_clips_as_mlx_does() -> None:
     numbers = np.random.default_rng(1).normal(size=3_000_001).astype(np.float32) * 1e-3
     grads = {"float32": mx.array(numbers)}
     exact = np.sqrt(np.square(numbers.astype(np.float64)).sum())
@@ -94,7 +95,7 @@ def test_the_norm_keeps_its_digits_over_millions_and_clips_as_mlx_does() -> None
     assert mx.array_equal(clip_grads(grads, float(exact) * 2)[0]["float32"], grads["float32"]).item()
 
 
-def test_arrays_of_a_vector_share_its_memory() -> None:
+def test_unpacked_arrays_share_the_memory_of_their_vector() -> None:
     params = arrays(3)
     layout = FlatLayout(params)
     vectors = layout.pack(params)
@@ -106,13 +107,13 @@ def test_arrays_of_a_vector_share_its_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_what_a_checkpoint_gets_are_the_arrays_and_the_state_and_a_number_that_is_none_is_named(
+def test_tensors_for_a_checkpoint_equal_arrays_and_state_and_nan_is_reported_by_name(
     dtype: mx.Dtype,
 ) -> None:
     params = arrays(0, dtype)
-    optimizer = Optimizer(MADE["adam"](), params)
+    optimizer = Optimizer(OPTIMIZERS["adam"](), params)
     now = optimizer.update(params, optimizer.layout.pack(arrays(1, dtype)), 1e-3)
-    for given in (now, dict(now), params):  # those of the last update, and any others
+    for given in (now, dict(now), params):  # the result of the last update, and other arrays
         found, state = optimizer.tensors(given)
         expected = to_tensors(given), to_tensors(optimizer.state())
         for ours, theirs in zip((found, state), expected, strict=True):

@@ -197,9 +197,7 @@ def test_iters_cannot_grow_if_the_schedule_ends_with_them(tiny, train, tmp_path,
         train(tiny(**{"schedule.name": name, "train.iters": 20}), run, resume=run)
 
 
-def test_moved_data_is_accepted_and_changed_data_refused(
-    tiny, train, tmp_path, assert_equal_runs
-):
+def test_moved_data_is_accepted_and_changed_data_refused(tiny, train, tmp_path, assert_equal_runs):
     from runner.data.source import resolve
 
     whole = train(tiny(), tmp_path / "whole")

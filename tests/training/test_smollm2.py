@@ -1,4 +1,4 @@
-"""The real model, as whole processes: a first run with a before and after, and a resume after a real kill."""
+"""SmolLM2 in processes of its own: a first run with answers before and after, and a resume after a kill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT = (
 
 
 @pytest.mark.slow
-def test_a_first_run_shows_before_and_after_and_a_killed_one_goes_on_to_the_same_end(
+def test_a_first_run_shows_answers_and_a_killed_one_resumes_and_ends_equal(
     cli, make_cli, tmp_path, assert_equal_runs, rows
 ):
     whole = make_cli(tmp_path / "whole")

@@ -63,7 +63,7 @@ def open_session(invocation: Invocation) -> Iterator[HydraSession]:
         ConfigError: a wrong flag, no such --config-dir, or `resume=` or `repeat=` names no run.
     """
     register_schema()
-    arguments = list(invocation.arguments)
+    arguments = invocation.arguments
     if invocation.resume or invocation.repeat:
         ConfigStore.instance().store(group="stored", name="run", package="_global_", node=stored_settings(invocation))
         arguments.append("stored=run")

@@ -14,8 +14,10 @@ class Invocation:
     no part of the config: a run's config.yaml does not hold them, so that no later resume or repeat inherits them.
     """
 
-    arguments: list[str] = field(default_factory=list)
-    """Flags and overrides for Hydra."""
+    flags: list[str] = field(default_factory=list)
+    """Flags for Hydra, such as -m and --config-dir=DIR."""
+    overrides: list[str] = field(default_factory=list)
+    """Overrides for Hydra, without `resume`, `repeat` and `stop_at`."""
     multirun: bool = False
     """Whether -m or --multirun was typed."""
     prints_only: bool = False
@@ -34,3 +36,8 @@ class Invocation:
     """Group to choice, as typed."""
     settings: dict[str, str] = field(default_factory=dict)
     """Setting to value, as typed; groups and Hydra's settings excluded."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """Flags and overrides; Hydra's parser refuses a flag between two overrides."""
+        return [*self.flags, *self.overrides]

@@ -55,15 +55,15 @@ def build(settings: Mapping[str, Any]) -> list[Logger]:
     return loggers
 
 
-def require_option(name: str, option: str) -> None:
-    """Refuse an option that the backend `name` does not have.
+def require_option(name: str, option: str | None = None) -> None:
+    """Refuse an option that the backend `name` does not have; without an option, check the name alone.
 
     Raises:
         ConfigError: an unknown backend or option.
     """
     known = [f"loggers.{name}.{parameter}" for parameter in inspect.signature(_load(name)).parameters]
     typed = f"loggers.{name}.{option}"
-    if typed not in known:
+    if option is not None and typed not in known:
         raise ConfigError(
             f"{shorten(typed)} is not an option of the logger {name}: {', '.join(known)}.{did_you_mean(typed, known)}"
         )

@@ -44,10 +44,12 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     stored = [word for word in manifest.words if not word.startswith("repeat=")]
     typed = [argument for argument in invocation.arguments if argument not in ("-m", "--multirun")]
     merged = grid.merge_overrides(stored, typed)
-    merged.sort(key=lambda argument: not argument.startswith("-"))  # Hydra's parser wants flags before overrides
+    flags = [argument for argument in merged if argument.startswith("-")]
+    overrides = [argument for argument in merged if not argument.startswith("-")]
     return replace(
         invocation,
-        arguments=["-m", *merged, f"hydra.sweep.dir={quote_path(str(folder))}"],
+        flags=["-m", *flags],
+        overrides=[*overrides, f"hydra.sweep.dir={quote_path(str(folder))}"],
         multirun=True,
         resume=None,
         repeat=repeat[0] if repeat else None,

@@ -141,7 +141,7 @@ def _begin(
             words.append(f"repeat={quote_path(str(invocation.repeat))}")
     if invocation.stop_at is not None:
         words.append(f"train.stop_at={invocation.stop_at}")
-    flags = [word for word in invocation.arguments if word.startswith("--config-dir=")]
+    flags = [word for word in invocation.flags if word.startswith("--config-dir=")]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads), "RUNNER_IN_SWEEP": "1"}
     log = (logs / f"{number}.log").open("ab")
     process = subprocess.Popen(

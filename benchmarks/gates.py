@@ -48,9 +48,9 @@ def equal(model: str, data: str) -> dict[str, Any]:
     size = Work(0, 0).batch_size
     batches = [range(size), tokens.train.lengths.argsort(kind="stable")[:size]]
     made = [_sides(adapted, tokens.train, rows) for rows in batches]
-    # Stock mlx-lm adds 49,000 exponentials up in a row, in float32: 1e-4 of the loss is lost. So its numbers are
-    # compared with ours from the same operations of MLX, and the engine's with those whose sums are made in pairs.
-    pairs = [(m["mlx"], m["stock"]) for m in made] + [(m["engine"], m["pairwise"]) for m in made if "engine" in m]
+    # Stock mlx-lm adds 49,000 exponentials up in a row, in float32: 1e-4 of the loss is lost. So it is compared with
+    # our MLX backend, which has the same sums, and the engine with a loss whose sums are made in float64.
+    pairs = [(m["mlx"], m["stock"]) for m in made] + [(m["engine"], m["float64"]) for m in made if "engine" in m]
     found["loss"] = max(abs(ours - theirs) for (ours, _), (theirs, _) in pairs)
     found["losses"] = [{name: side[0] for name, side in m.items()} for m in made]
     found["gradient"] = max(_distance(ours, theirs) for (_, ours), (_, theirs) in pairs)
@@ -116,35 +116,37 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.tuner.trainer import default_loss
 
-    from runner.backends.cpu import cross_entropy
-    from runner.backends.cpu.block import view
-    from runner.backends.cpu.build import make_engine
-    from runner.models.forward import Forward
+    from runner.backends.cpu.backend import CpuBackend
+    from runner.backends.cpu.blas import load_blas
+    from runner.backends.mlx.backend import MlxBackend
+    from runner.backends.select import select_backend
+    from runner.config.schema import Config
     from runner.training.dataloader import BatchBuilder
-    from runner.training.loss import loss_and_grads
 
-    model, forward = adapted.model, Forward(adapted.model)
-    engine, _ = make_engine(forward)
+    model, config = adapted.model, Config()
+    backend = select_backend(adapted, config, load_blas())
+    backends = {"mlx": MlxBackend(adapted, backend.forward, chunk=config.train.loss_chunk)}
+    if isinstance(backend, CpuBackend):
+        backends["engine"] = backend
     params = {
         # B starts at zero, where the gradient of A is zero as well.
         name: mx.random.normal(array.shape, scale=0.01, key=mx.random.key(index)) if name.endswith("lora_b") else array
         for index, (name, array) in enumerate(adapted.params().items())
     }
-    model.update(tree_unflatten(list(params.items())))
-    model.train()
     ready = BatchBuilder(rows, pad_to=32)(np.asarray(chosen))
     batch = ready.batch
 
     sides: dict[str, tuple[float, dict]] = {}
-    for name, numpy_sums in (("mlx", False), ("pairwise", True)):
-        cross_entropy.configure(on=numpy_sums)
-        loss, grads = loss_and_grads(forward, adapted.place, params, *ready.arrays())
-        mx.eval(loss, grads)
-        sides[name] = loss.item() / batch.supervised, {key: grad / batch.supervised for key, grad in grads.items()}
-    if engine is not None:
-        summed, made = engine.loss_and_grads({name: view(a) for name, a in params.items()}, *ready.numbers())
-        grads = {name: mx.array(grad / batch.supervised) for name, grad in made.items()}
-        sides["engine"] = summed / batch.supervised, grads
+    for name, computed in (
+        *((name, one.loss_and_grads(params, ready, mx.random.key(0))) for name, one in backends.items()),
+        ("float64", _in_float64(adapted, params, batch)),
+    ):
+        loss, grads = computed
+        mx.eval(loss)
+        mean = {key: mx.array(grad) / batch.supervised for key, grad in grads.items()}
+        mx.eval(mean)
+        sides[name] = float(loss) / batch.supervised, mean
+    model.train()
     model.update(tree_unflatten(list(params.items())))
     parts = [rows.row(int(index)) for index in chosen]
     padded = np.zeros((len(parts), batch.inputs.shape[1] + 1), np.int32)
@@ -155,6 +157,35 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     mx.eval(loss, grads)
     sides["stock"] = loss.item(), dict(tree_flatten(grads))
     return sides
+
+
+def _in_float64(adapted: Any, params: dict, batch: Any) -> tuple[Any, dict]:
+    """Summed loss and gradients of MLX, with the softmax and its sums in NumPy's float64."""
+    import mlx.core as mx
+    import numpy as np
+
+    from runner.models.forward import Forward
+
+    forward, names = Forward(adapted.model), list(params)
+    adapted.model.train()
+
+    def logits(*arrays: Any) -> Any:
+        adapted.place(dict(zip(names, arrays, strict=True)))
+        hidden = forward.hidden(mx.array(batch.inputs))
+        return forward.head(hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.positions)])
+
+    values = list(params.values())
+    x = np.array(logits(*values)).astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    log_sum, rows = np.log(np.exp(x).sum(axis=1)), np.arange(len(x))
+    loss = ((log_sum - x[rows, batch.targets]) * batch.weights).sum()
+    grad = np.exp(x - log_sum[:, None])
+    grad[rows, batch.targets] -= 1
+    grad *= batch.weights[:, None]
+    _, grads = mx.vjp(logits, values, [mx.array(grad.astype(np.float32))])
+    mx.eval(grads)
+    adapted.place(params)
+    return mx.array(loss), dict(zip(names, grads, strict=True))
 
 
 def _norm(array: Any) -> float:
@@ -173,24 +204,24 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
     adapted, tokens = _load(model, data)
     import mlx.core as mx
     import numpy as np
-    from mlx.utils import tree_unflatten
 
+    from runner.backends.mlx.backend import MlxBackend
+    from runner.config.schema import TrainConfig
     from runner.data.order import evaluation_batches
     from runner.models.forward import Forward
-    from runner.training.dataloader import BatchBuilder, FixedBatches
+    from runner.training.dataloader import BatchBuilder, EvaluationLoader
     from runner.training.validate import validate
 
-    forward = Forward(adapted.model)
+    backend = MlxBackend(adapted, Forward(adapted.model), chunk=TrainConfig.loss_chunk)
     chosen = evaluation_batches(tokens.valid.lengths, Work(0, 0).batch_size)
-    batches = FixedBatches(BatchBuilder(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
+    batches = EvaluationLoader(BatchBuilder(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
     params, losses = adapted.params(), []
-    before = validate(adapted.model, forward, batches).loss
+    before = validate(backend, params, batches).loss
     for folder in folders:
         own = mx.load(str(Path(folder) / "adapters.safetensors"))
         if {name: a.shape for name, a in own.items()} != {name: a.shape for name, a in params.items()}:
             raise SystemExit(f"{folder}: another adapter than the one that both sides are to train")
-        adapted.model.update(tree_unflatten(list(own.items())))
-        losses.append(validate(adapted.model, forward, batches).loss)
+        losses.append(validate(backend, own, batches).loss)
     return {"before": before, "losses": losses}
 
 

@@ -1,1 +1,1 @@
-"""What computes losses and gradients: MLX, or the engine for CPUs. One protocol."""
+"""Compute backends: what evaluates a batch and differentiates its loss. Callers see `protocol.Backend` alone."""

@@ -19,6 +19,7 @@ from runner.common.text import shorten
 from runner.config import schema, validation
 from runner.models import npz
 from runner.models.arrays import parse_arrays
+from runner.models.dropout import DropoutKeys, KeyedDropout
 from runner.models.load import BaseModel
 from runner.runs.layout import ADAPTER_CONFIG
 
@@ -26,39 +27,6 @@ _LARGEST_CONFIG = 1 << 20  # bytes of an adapter_config.json
 _MOST_VALUES = 10_000
 Params = dict[str, mx.array]
 """Trainable arrays by their dotted path in the model."""
-
-
-class KeyedDropout(nn.Module):
-    """Dropout whose mask is a function of a key that the step hands in, not of MLX's global random state.
-
-    So the mask is the same when a block is recomputed in the backward pass, and a run's randomness is a function of
-    (seed, update, micro-batch): there is nothing to save and nothing that evaluation could disturb.
-    """
-
-    def __init__(self, p: float, index: int, stream: DropoutStream) -> None:
-        super().__init__()
-        self._keep = 1.0 - p
-        self._index = index
-        self._stream = stream
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Drop elements of `x` (any shape) and scale the rest by 1 / (1 - p), while training only."""
-        if not self.training or self._stream.keys is None:
-            return x
-        mask = mx.random.bernoulli(self._keep, x.shape, key=self._stream.keys[self._index])
-        return mask * x * (1.0 / self._keep)
-
-
-class DropoutStream:
-    """The keys of one micro-batch, one for each dropout layer: shape (layers, 2)."""
-
-    def __init__(self) -> None:
-        self.layers = 0
-        self.keys: mx.array | None = None
-
-    def begin(self, key: mx.array | None) -> None:
-        """Derive every layer's key from the micro-batch's `key`; None switches dropout off."""
-        self.keys = mx.random.split(key, self.layers) if key is not None and self.layers else None
 
 
 class AdaptedModel:
@@ -75,7 +43,7 @@ class AdaptedModel:
         self.base = base
         self.source = source or base.source
         self.model = base.model
-        self.stream = DropoutStream()
+        self.dropout = DropoutKeys()
         depth = len(self.model.layers)
         self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
         keys = _checked_keys(self.model, lora.keys)
@@ -86,8 +54,7 @@ class AdaptedModel:
         linear_to_lora_layers(self.model, self.num_layers, {**self.shape, "keys": set(keys)})
         for _, module in self._adapters():
             if lora.dropout > 0:
-                module.dropout = KeyedDropout(lora.dropout, self.stream.layers, self.stream)
-                self.stream.layers += 1
+                module.dropout = KeyedDropout(lora.dropout, self.dropout)
         mx.eval(self.model.trainable_parameters())
         self._dtypes = {name: _dtype_of(module) for name, module in self._adapters()} if lora.dtype == "model" else {}
 

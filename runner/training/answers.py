@@ -56,7 +56,7 @@ def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResu
     assert config.metric is not None
     rows = [row.value for row in components.data.rows[split].first(config.metric_rows)]
     trainer.stops.check()
-    trainer.step.place(trainer.state.params)
+    trainer.components.adapted.place(trainer.state.params)
     trainer.display.line(f"generating {len(rows)} {split} rows {when} training")
     return generate(
         components.adapted.model,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner import loggers
+from runner.backends.protocol import Backend
+from runner.backends.select import window_of_earlier_versions
 from runner.checkpoints.retention import RetentionPolicy
 from runner.checkpoints.save_policy import SavePolicy
 from runner.checkpoints.store import CheckpointStore
@@ -16,9 +18,8 @@ from runner.models.lora import read_weights, warm_start
 from runner.reports.progress import Display
 from runner.runs.run_spec import RunSpec
 from runner.training import optimizer, state_files
-from runner.training.components import Components, is_compiled
-from runner.training.dataloader import PrefetchingLoader
-from runner.training.feeding import batch_builder, fixed_batches, window_of
+from runner.training.components import Components
+from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluation_loader
 from runner.training.lr_schedule import learning_rate
 from runner.training.plan import TrainingPlan
 from runner.training.resume import ResumePoint, environment_differences
@@ -95,7 +96,7 @@ def build_trainer(
     if point is None and spec.source is not None:
         display.line("resumed before the first checkpoint: from the beginning")
     train = config.train
-    window = (point.saved.window if point else None) or window_of(components.forward, config)
+    window = _window(config, point, components.backend)
     order = BatchOrder(data.train.lengths, train.batch_size, config.seed, window)
     if point is not None and state.position.batch >= order.batches_per_epoch:
         raise CheckpointError(
@@ -111,8 +112,8 @@ def build_trainer(
         state=state,
         order=order,
         batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch),
-        valid_batches=fixed_batches(data.valid, config, components.caches),
-        step=TrainStep(components.adapted, components.forward, grad_clip=train.grad_clip, compiled=is_compiled(config)),
+        valid_batches=evaluation_loader(data.valid, config, components.caches),
+        step=TrainStep(components.backend, grad_clip=train.grad_clip),
         writer=writer,
         stops=stops,
         display=display,
@@ -125,6 +126,14 @@ def _restore(state: TrainState, point: ResumePoint, components: Components, disp
         display.line(line, "yellow")
     state_files.restore(state, point.saved, str(path))
     display.line(f"resumed from {path} at step {state.progress.step}")
+
+
+def _window(config: Config, point: ResumePoint | None, backend: Backend) -> int:
+    """Return the window of the order of batches: the checkpoint's, else that of the config."""
+    if point is not None and point.saved.window is not None:
+        return point.saved.window
+    # Only runs of earlier versions have null, and keep their order of batches.
+    return config.data.window or window_of_earlier_versions(backend, config)
 
 
 def _plan(spec: RunSpec, *, has_validation: bool) -> TrainingPlan:

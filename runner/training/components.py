@@ -1,31 +1,27 @@
-"""The loaded parts of a run: base model, data, adapter, forward pass, hidden-state caches and baseline."""
+"""The loaded parts of a run: base model, data, adapter, backend, hidden-state caches and baseline."""
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from runner import __version__
-from runner.backends.cpu import cross_entropy
-from runner.backends.cpu.blas import BlasReport, blas_identity
+from runner.backends.cpu.blas import BlasReport
+from runner.backends.protocol import Backend
+from runner.backends.select import select_backend
 from runner.common.errors import ConfigError, ModelError
 from runner.config import resume_policy, schema
 from runner.config.schema import Config
 from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset
 from runner.models.device import on_cpu
-from runner.models.forward import Forward
 from runner.models.hidden_cache import HiddenStateCaches
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, trainable_share
 from runner.reports.progress import Display
 from runner.training.baseline import Baseline
-from runner.training.feeding import make_forward
 from runner.training.shared import SharedComponents
 from runner.training.signals import StopSignals
 from runner.training.state_files import RunIdentity
@@ -39,7 +35,7 @@ class Components:
     data: TokenizedDataset
     options: EncodeOptions
     adapted: AdaptedModel
-    forward: Forward
+    backend: Backend
     caches: HiddenStateCaches | None
     """Hidden states of the frozen blocks; None where nothing is cached."""
     identity: RunIdentity
@@ -73,13 +69,11 @@ def load_components(
     adapted = AdaptedModel(base, config.lora, config.seed, source=stored["model"]["path"])
     try:
         _describe(config, data, adapted, blas, display)
-        forward = make_forward(base, adapted.num_layers, config, blas)
-        if forward.why_mlx:
-            display.line(f"engine not used: {forward.why_mlx}; MLX computes")
-        elif forward.why_numpy:
-            display.line(f"engine without its code in C: {forward.why_numpy}; NumPy computes")
-        caches = shared.hidden_caches(forward, base, config, blas, display.line)
-        _describe_trunk(config, data, adapted, forward, caches, display)
+        backend = select_backend(adapted, config, blas)
+        if backend.fallback_reason:
+            display.line(backend.fallback_reason)
+        caches = shared.hidden_caches(backend, base, config, blas, display.line)
+        _describe_trunk(config, data, adapted, backend, caches, display)
     except BaseException:
         adapted.remove()
         raise
@@ -91,11 +85,11 @@ def load_components(
             "data_valid": data.valid.fingerprint,
             "config": resume_policy.frozen_fingerprint(config),
         },
-        environment=numeric_environment(config, blas, forward),
+        environment=backend.numeric_environment(),
         hyperparameters=schema.flatten_dict(stored),
     )
     baseline = shared.baseline(config, base, data, identity.environment)
-    return Components(base, data, options, adapted, forward, caches, identity, baseline)
+    return Components(base, data, options, adapted, backend, caches, identity, baseline)
 
 
 def release_frozen_blocks(config: Config, components: Components, display: Display) -> None:
@@ -117,33 +111,9 @@ def release_frozen_blocks(config: Config, components: Components, display: Displ
             raise ModelError(f"model.path={config.model.path} has changed since the run began.")
         return fresh.model
 
-    freed_bytes = components.forward.release_below(reload)
+    freed_bytes = components.backend.release_frozen_weights(reload)
     mx.clear_cache()
     display.line(f"trunk  every row is on disk: the weights of these blocks are freed, {freed_bytes / 1e9:.2f} GB")
-
-
-def numeric_environment(config: Config, blas: BlasReport, forward: Forward) -> dict[str, Any]:
-    """Return what the last digits of a run depend on besides its config; checkpoints record it."""
-    return {
-        "runner": __version__,
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": str(mx.default_device()),
-        "blas": blas_identity(blas),
-        "compiled": is_compiled(config),
-        "loss_piece": config.train.loss_chunk,
-        "trunk": forward.cut,
-        "head": config.train.head,
-        "cpu_ops": cross_entropy.usable() and f"numpy {version('numpy')}",
-        "engine": forward.engine and forward.engine.identity,
-    }
-
-
-def is_compiled(config: Config) -> bool:
-    """Whether the training step is compiled: as configured, and with auto on a GPU only."""
-    return config.train.compile == "always" or (config.train.compile == "auto" and not on_cpu())
 
 
 def _require_splits(config: Config, data: TokenizedDataset) -> None:
@@ -185,14 +155,14 @@ def _describe_trunk(
     config: Config,
     data: TokenizedDataset,
     adapted: AdaptedModel,
-    forward: Forward,
+    backend: Backend,
     caches: HiddenStateCaches | None,
     display: Display,
 ) -> None:
     frozen = len(adapted.model.layers) - adapted.num_layers
     if caches:
-        on_disk = caches.place(data.train)
+        on_disk = caches.disk_location(data.train)
         location = f", up to {on_disk[1] / 1e9:.1f} GB cached in {on_disk[0]}" if on_disk else ""
-        display.line(f"trunk  the first {forward.cut} blocks are computed once per row{location}")
+        display.line(f"trunk  the first {backend.forward.cut} blocks are computed once per row{location}")
     elif frozen and config.train.hidden_cache.enabled:
         display.line(f"trunk  the first {frozen} blocks of this model cannot be computed apart: they run in each step")

@@ -1,6 +1,6 @@
-"""Batches as the step takes them: token ids, or the hidden states at the cut where the trunk is computed once.
+"""Batches for the training step and for evaluation: token ids, or cached hidden states of the frozen trunk.
 
-What needs no MLX, building a batch and reading the cache, is done for the next batch while the step runs.
+Collating a batch and reading the cache need no MLX: a thread does both for the next update while this one runs.
 """
 
 from __future__ import annotations
@@ -9,121 +9,97 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
+from runner.backends.protocol import DeviceBatch
+from runner.config.schema import Config
 from runner.data.batch import Batch, collate
 from runner.data.length_buckets import LengthBuckets
-from runner.data.order import BatchOrder, DataPosition
-from runner.data.tokenize import TokenSet
-from runner.models.hidden_cache import HiddenStates
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceBatch:
-    """A batch and its arrays for the model."""
-
-    batch: Batch
-    states: np.ndarray | None = None
-    """Hidden states (batch, length, width) at the cut, as the cache has them."""
-    trunk: HiddenStates | None = None
-
-    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Inputs, which are token ids (batch, length) or hidden states; positions, targets and weights (n,)."""
-        b = self.batch
-        inputs = mx.array(b.inputs) if self.states is None or self.trunk is None else self.trunk.array(self.states)
-        return inputs, mx.array(b.positions), mx.array(b.targets), mx.array(b.weights)
-
-    def numbers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The same for the engine of the CPU, where all is float32: rows without padding, with their lengths."""
-        b = self.batch
-        real = np.arange(b.inputs.shape[1]) < b.lengths[:, None]
-        places = np.cumsum(real.reshape(-1)) - 1
-        inputs = b.inputs if self.states is None else self.states.view(np.float32)
-        return inputs[real], b.lengths, places[b.positions], b.targets, b.weights
+from runner.data.order import BatchOrder, DataPosition, evaluation_batches
+from runner.data.token_set import TokenSet
+from runner.models.hidden_cache import HiddenStateCaches, HiddenStates
 
 
 @dataclass(slots=True)
-class _Prepared:
+class _PreparedBatch:
     batch: Batch
     rows: np.ndarray
-    states: np.ndarray | None
+    hidden: np.ndarray | None
     missing: list[int]
-    """Places in `rows` whose states the cache lacks."""
+    """Indices into `rows` whose hidden states are not cached."""
 
 
 class BatchBuilder:
-    """Makes the batches of one token set."""
+    """Builds batches of rows of one token set."""
 
-    def __init__(self, rows: TokenSet, pad_to: int | None, trunk: HiddenStates | None = None) -> None:
+    def __init__(self, rows: TokenSet, pad_to: int | None, hidden: HiddenStates | None = None) -> None:
         """`pad_to` as the setting `data.pad_to`."""
-        self.rows, self._trunk = rows, trunk
+        self.rows, self._hidden = rows, hidden
         self.widths = LengthBuckets.of(rows.lengths, pad_to)
 
     def __call__(self, indices: np.ndarray) -> DeviceBatch:
-        """The batch of the rows `indices`, on the thread of training."""
+        """Return the batch of the rows `indices`. For the training thread."""
         return self.finish(self.prepare(indices))
 
-    def prepare(self, indices: np.ndarray) -> _Prepared:
-        """The part that needs no MLX."""
+    def prepare(self, indices: np.ndarray) -> _PreparedBatch:
+        """Collate the rows and read the cache. Any thread may call it."""
         batch = collate(self.rows, indices, self.widths)
-        if self._trunk is None:
-            return _Prepared(batch, indices, None, [])
-        trunk, missing = self._trunk, []
-        states = np.zeros((*batch.inputs.shape, trunk.width), trunk.raw)
-        for place, row in enumerate(indices):
-            found = trunk.stored(int(row))
-            if found is None:
-                missing.append(place)
+        if self._hidden is None:
+            return _PreparedBatch(batch, indices, None, [])
+        missing = []
+        hidden = np.zeros((*batch.inputs.shape, self._hidden.width), self._hidden.dtype)
+        for index, row in enumerate(indices):
+            cached = self._hidden.cached(int(row))
+            if cached is None:
+                missing.append(index)
             else:
-                states[place, : len(found)] = found
-        return _Prepared(batch, indices, states, missing)
+                hidden[index, : len(cached)] = cached
+        return _PreparedBatch(batch, indices, hidden, missing)
 
-    def finish(self, prepared: _Prepared) -> DeviceBatch:
-        """The rest: what the cache lacks is computed."""
-        if self._trunk is None or prepared.states is None:
-            return DeviceBatch(prepared.batch)
-        computed = self._trunk.compute([int(prepared.rows[place]) for place in prepared.missing])
-        for place, made in zip(prepared.missing, computed, strict=True):
-            prepared.states[place, : len(made)] = made
-        return DeviceBatch(prepared.batch, prepared.states, self._trunk)
+    def finish(self, prepared: _PreparedBatch) -> DeviceBatch:
+        """Compute the hidden states that are not cached. For the training thread."""
+        if self._hidden is not None and prepared.hidden is not None:
+            computed = self._hidden.compute([int(prepared.rows[index]) for index in prepared.missing])
+            for index, states in zip(prepared.missing, computed, strict=True):
+                prepared.hidden[index, : len(states)] = states
+        return DeviceBatch(prepared.batch, prepared.hidden)
 
 
-class FixedBatches:
-    """The batches of an evaluation, the same each time; made one by one, while they are asked for."""
+class EvaluationLoader:
+    """The batches of an evaluation, the same in each pass, built one at a time."""
 
-    def __init__(self, feed: BatchBuilder, chosen: Sequence[np.ndarray]) -> None:
-        """`chosen`: the rows of each batch."""
-        self._feed, self._chosen = feed, chosen
+    def __init__(self, builder: BatchBuilder, batches: Sequence[np.ndarray]) -> None:
+        """`batches`: the row indices of each."""
+        self._builder, self._batches = builder, batches
 
     def __iter__(self) -> Iterator[DeviceBatch]:
-        return (self._feed(indices) for indices in self._chosen)
+        return (self._builder(indices) for indices in self._batches)
 
     @property
     def rows(self) -> int:
-        """Rows in all batches."""
-        return sum(map(len, self._chosen))
+        """Number of rows in a pass."""
+        return sum(map(len, self._batches))
 
 
 class PrefetchingLoader:
-    """The updates' micro-batches in their order; the next update's are prepared in a thread meanwhile."""
+    """The micro-batches of the updates in their order; a thread prepares those of the next update."""
 
-    def __init__(self, feed: BatchBuilder, order: BatchOrder, count: int, prefetch: bool = True) -> None:
-        """`count`: micro-batches of an update. Without `prefetch` all is done when it is asked for."""
-        self._feed, self._order, self._count = feed, order, count
+    def __init__(self, builder: BatchBuilder, order: BatchOrder, accumulation: int, prefetch: bool = True) -> None:
+        """`accumulation`: micro-batches an update. Without `prefetch` they are prepared when they are asked for."""
+        self._builder, self._order, self._accumulation = builder, order, accumulation
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
-        self._next: tuple[DataPosition, Future[tuple[list[_Prepared], DataPosition]]] | None = None
+        self._next: tuple[DataPosition, Future[tuple[list[_PreparedBatch], DataPosition]]] | None = None
 
-    def take(self, position: DataPosition) -> tuple[list[DeviceBatch], DataPosition]:
-        """The micro-batches of the update that begins at `position`, and the position after them."""
+    def load(self, position: DataPosition) -> tuple[list[DeviceBatch], DataPosition]:
+        """Return the micro-batches of the update that begins at `position`, and the position after them."""
         if self._pool is None:
             prepared, after = self._prepare(position)
-            return [self._feed.finish(part) for part in prepared], after
-        if self._next is None or self._next[0] != position:
-            self._next = position, self._pool.submit(self._prepare, position)
-        prepared, after = self._next[1].result()
-        self._next = after, self._pool.submit(self._prepare, after)
-        return [self._feed.finish(part) for part in prepared], after
+        else:
+            if self._next is None or self._next[0] != position:
+                self._next = position, self._pool.submit(self._prepare, position)
+            prepared, after = self._next[1].result()
+            self._next = after, self._pool.submit(self._prepare, after)
+        return [self._builder.finish(batch) for batch in prepared], after
 
     def close(self) -> None:
         """End the thread."""
@@ -131,6 +107,38 @@ class PrefetchingLoader:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, position: DataPosition) -> tuple[list[_Prepared], DataPosition]:
-        chosen, after = self._order.take(position, self._count)
-        return [self._feed.prepare(indices) for indices in chosen], after
+    def _prepare(self, position: DataPosition) -> tuple[list[_PreparedBatch], DataPosition]:
+        batches, after = self._order.take(position, self._accumulation)
+        return [self._builder.prepare(indices) for indices in batches], after
+
+
+def batch_builder(rows: TokenSet, config: Config, caches: HiddenStateCaches | None) -> BatchBuilder:
+    """Return the builder of batches of `rows`."""
+    return BatchBuilder(rows, config.data.pad_to, caches.of(rows) if caches and len(rows) else None)
+
+
+def evaluation_loader(rows: TokenSet, config: Config, caches: HiddenStateCaches | None) -> EvaluationLoader:
+    """Return the batches of an evaluation: rows chosen in batches of training's size, computed in larger ones."""
+    t, builder = config.train, batch_builder(rows, config, caches)
+    batches = evaluation_batches(rows.lengths, t.batch_size, t.eval_batches)
+    return EvaluationLoader(builder, join_batches(batches, rows.lengths, builder.widths, t.eval_tokens))
+
+
+def join_batches(
+    batches: list[np.ndarray], lengths: np.ndarray, widths: LengthBuckets, max_positions: int
+) -> list[np.ndarray]:
+    """Return neighbouring `batches` joined while they have at most `max_positions` positions, padding included.
+
+    Rows have to be in the order of their lengths.
+    """
+    groups: list[list[np.ndarray]] = []
+    count = 0
+    for rows in batches:
+        width = widths.fit(int(lengths[rows].max()) - 1)
+        if groups and (count + len(rows)) * width <= max_positions:
+            groups[-1].append(rows)
+            count += len(rows)
+        else:
+            groups.append([rows])
+            count = len(rows)
+    return [np.concatenate(group) for group in groups]

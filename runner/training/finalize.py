@@ -17,7 +17,7 @@ from runner.runs.inspect import RunInfo
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
 from runner.training.answers import compare_answers, record_answers_after_training
-from runner.training.feeding import fixed_batches
+from runner.training.dataloader import evaluation_loader
 from runner.training.plan import StopReason
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
@@ -90,9 +90,8 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
 
 def _evaluate_test_split(trainer: Trainer, spec: RunSpec, result_step: int | None) -> list[str]:
     components = trainer.components
-    trainer.step.place(trainer.state.params)
-    batches = fixed_batches(components.data.test, spec.config, components.caches)
-    result = validate(components.adapted.model, components.forward, batches, trainer.stops.check)
+    batches = evaluation_loader(components.data.test, spec.config, components.caches)
+    result = validate(components.backend, trainer.state.params, batches, trainer.stops.check)
     perplexity = math.exp(min(result.loss, 700))
     trainer.writer.log_metrics(
         step=trainer.state.progress.step,

@@ -7,8 +7,9 @@ arrays: updating each one costs far more in operations than in arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -49,16 +50,9 @@ class FlatLayout:
             key: [0, *accumulate(math.prod(self._shapes[name]) for name in names)] for key, names in self.names.items()
         }
 
-    def pack(self, arrays: Mapping[str, mx.array]) -> FlatArrays:
-        """Concatenate arrays that have the layout's names and shapes."""
+    def pack(self, arrays: Mapping[str, mx.array] | Mapping[str, np.ndarray]) -> FlatArrays:
+        """Concatenate MLX or NumPy arrays that have the layout's names and shapes."""
         return {key: _concatenate([arrays[name] for name in names]) for key, names in self.names.items()}
-
-    def pack_numpy(self, arrays: Mapping[str, np.ndarray]) -> FlatArrays:
-        """Concatenate NumPy arrays that have the layout's names and shapes."""
-        return {
-            key: mx.array(np.concatenate([arrays[name].reshape(-1) for name in names]))
-            for key, names in self.names.items()
-        }
 
     def unpack(self, vectors: FlatArrays) -> dict[str, mx.array]:
         """Split `vectors` into the named arrays, which share their memory; the inverse of `pack`."""
@@ -200,5 +194,6 @@ def _sum_of_squares(vector: mx.array) -> mx.array:
     return squares[:end].reshape(-1, _SUM_SIZE).sum(axis=1).sum() + squares[end:].sum()
 
 
-def _concatenate(arrays: list[mx.array]) -> mx.array:
-    return mx.concatenate([array.reshape(-1) for array in arrays])
+def _concatenate(arrays: Sequence[mx.array | np.ndarray]) -> mx.array:
+    flat: list[Any] = [array.reshape(-1) for array in arrays]
+    return mx.array(np.concatenate(flat)) if isinstance(flat[0], np.ndarray) else mx.concatenate(flat)

@@ -47,6 +47,9 @@ def find_resume_point(spec: RunSpec) -> ResumePoint | None:
         return None
     previous = _previous_config(spec)
     _keep_warm_start(spec, previous)
+    # Earlier versions stored null where the backend chose the window; the checkpoint has the one that was used.
+    window_in_checkpoint = previous.data.window is None
+    previous.data.window = previous.data.window or spec.config.data.window
     _changed_settings(spec, previous, step=0)  # before the checkpoints are read: their folder is a setting too
     messages: list[str] = []
     if spec.source.checkpoint is not None:
@@ -58,6 +61,9 @@ def find_resume_point(spec: RunSpec) -> ResumePoint | None:
         if newest is None:
             return None
         loaded, saved = newest
+    if window_in_checkpoint and saved.window:
+        previous.data.window = saved.window
+        spec.config.data.window = spec.config.data.window or saved.window
     changes = _changed_settings(spec, previous, saved.progress.step)
     _refuse_edited_config(spec, saved)
     return ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
@@ -201,6 +207,8 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
         ConfigError: a frozen setting differs from the checkpoint's.
     """
     then, now = saved.identity.hyperparameters, _flatten_stored(spec.stored)
+    if then.get("data.window", 0) is None:  # an earlier version left it to the backend; compared with the one it used
+        then = {**then, "data.window": now["data.window"]}
     frozen = [name for name in now if not resume_policy.is_free_on_resume(name)]
     known = [name for name in frozen if name in then]  # another version may have other settings
     problems = [f"{name} was {then[name]} and cannot become {now[name]}." for name in known if then[name] != now[name]]

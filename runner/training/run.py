@@ -12,7 +12,6 @@ from runner.backends.cpu.blas import BlasReport
 from runner.common.clock import utc_now
 from runner.common.errors import Diverged, RunnerError, StorageError
 from runner.models.device import on_cpu
-from runner.models.forward import checkpointed
 from runner.reports.progress import Display
 from runner.runs.inspect import objective_value
 from runner.runs.rows import read_rows
@@ -91,10 +90,7 @@ def _train(
             if not is_job:
                 release_frozen_blocks(config, components, display)
             trainer = build_trainer(spec, point, components, writer, stops, display)
-            with (
-                closing(trainer.batches),
-                checkpointed(components.adapted.model.layers, config.train.grad_checkpoint),
-            ):
+            with closing(trainer.batches):
                 record_answers_before_training(trainer, config.data)
                 display.begin(trainer.state.progress.step, spec.stop_at)
                 stop = trainer.train()

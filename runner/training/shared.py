@@ -8,15 +8,15 @@ from dataclasses import astuple
 from typing import Any
 
 from runner.backends.cpu.blas import BlasReport
+from runner.backends.hidden_caches import hidden_caches
+from runner.backends.protocol import Backend
 from runner.config import schema
 from runner.data.formats import EncodeOptions
 from runner.data.from_config import encode_options, token_cache_from
 from runner.data.tokenize import TokenizedDataset, load_dataset
-from runner.models.forward import Forward
 from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
 from runner.models.load import BaseModel, load_base_model
 from runner.training.baseline import Baseline, load_baseline
-from runner.training.feeding import make_hidden_caches
 
 
 class SharedComponents:
@@ -63,20 +63,19 @@ class SharedComponents:
 
     def hidden_caches(
         self,
-        forward: Forward,
+        backend: Backend,
         base: BaseModel,
         config: schema.Config,
         blas: BlasReport,
         print_line: Callable[[str], None],
     ) -> HiddenStateCaches | None:
-        """Return the hidden-state caches for `forward`'s frozen blocks; the last job's if it had the same."""
-        engine = forward.engine and forward.engine.identity
-        key = (base.fingerprint, forward.cut, engine, astuple(config.train.hidden_cache))
+        """Return the hidden-state caches of `backend`'s frozen trunk; the last job's if it had the same."""
+        key = (base.fingerprint, backend.forward.cut, backend.identity, astuple(config.train.hidden_cache))
         if self._caches is None or self._caches[0] != key:
             self._close_caches()
-            self._caches = (key, make_hidden_caches(forward, base, config, blas, print_line))
+            self._caches = (key, hidden_caches(backend, base, config, blas, print_line))
         elif self._caches[1]:
-            self._caches[1].use(forward)
+            self._caches[1].use(backend.hidden_below)
         return self._caches[1]
 
     def baseline(

@@ -19,12 +19,12 @@ from runner.common.filesystem import Content
 from runner.common.safe_json import quoted
 from runner.data.order import DataPosition
 from runner.models.arrays import parse_arrays
+from runner.models.dropout import dropout_seed
 from runner.models.lora import Params
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.training.optimizer import NonFiniteArray, require_same_arrays
 from runner.training.run_writer import WriterState
 from runner.training.train_state import Progress, TrainState
-from runner.training.train_step import dropout_seed
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "train_state.json"

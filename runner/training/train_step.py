@@ -1,109 +1,54 @@
-"""One update: summed loss and gradients of micro-batches, then the optimizer's step. Pure in (params, batch, key)."""
+"""One optimizer update: gradients of micro-batches, weighted by tokens, clipped and applied."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 import mlx.core as mx
 
-from runner.backends.cpu.block import view
+from runner.backends.protocol import Backend, DeviceBatch
 from runner.common.errors import Diverged
-from runner.models.forward import Forward
-from runner.models.lora import AdaptedModel, Params
+from runner.models.dropout import dropout_key
 from runner.training import optimizer
-from runner.training.dataloader import DeviceBatch
-from runner.training.loss import loss_and_grads
-from runner.training.optimizer import FlatArrays, FlatLayout
+from runner.training.optimizer import FlatArrays
 from runner.training.train_state import TrainState
 
 
 class TrainStep:
-    """The computation of an update, shared by all members of a run."""
+    """The computation of an update: a pure function of the train state, the batches and the learning rate."""
 
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        forward: Forward,
-        *,
-        grad_clip: float | None,
-        compiled: bool,
-    ) -> None:
-        self._adapted = adapted
-        self._forward = forward
-        self._grad_clip = grad_clip
-        self._eager = not compiled
-        self._loss_and_grads = mx.compile(self._differentiated) if compiled else self._differentiated
+    def __init__(self, backend: Backend, *, grad_clip: float | None) -> None:
+        """`grad_clip`: largest norm of the mean gradient; None does not clip."""
+        self._backend, self._grad_clip = backend, grad_clip
 
-    def place(self, params: Params) -> None:
-        """Put `params` into the model, for evaluation and generation."""
-        self._adapted.place(params)
-
-    def learn(self, member: TrainState, batches: Sequence[DeviceBatch], learning_rate: float) -> tuple[float, float]:
-        """One optimizer update of `member` on the micro-batches, weighted by their supervised tokens.
+    def update(self, state: TrainState, batches: Sequence[DeviceBatch], learning_rate: float) -> tuple[float, float]:
+        """Update the adapter and the optimizer of `state` on one update's micro-batches.
 
         Returns:
-            The summed loss over all supervised tokens and the norm of the mean gradient before clipping.
+            The loss summed over all supervised tokens, and the norm of their mean gradient before clipping.
 
         Raises:
-            Diverged: loss or gradient is not finite; the member is as it was before.
+            Diverged: the loss or the gradient is not finite; `state` is unchanged.
         """
-        update = member.progress.step + 1
-        by_mlx = self._forward.engine is None
-        if by_mlx:
-            self._adapted.model.train()
-        loss_sum, total = 0.0, FlatArrays()
-        for micro, ready in enumerate(batches):
-            key = dropout_key(member.seed, update, micro)
-            part, grads = self._of_batch(member.params, ready, key, member.optimizer.layout)
-            total = {dtype: total[dtype] + g for dtype, g in grads.items()} if total else grads
-            mx.eval(part, total)
-            loss_sum += float(part)
-        tokens = sum(ready.batch.supervised for ready in batches)
-        mean, length = optimizer.clip_grads({dtype: g / tokens for dtype, g in total.items()}, self._grad_clip)
-        norm = float(view(length))
+        update = state.progress.step + 1
+        loss_sum, grad_sum = 0.0, FlatArrays()
+        for micro_batch, batch in enumerate(batches):
+            key = dropout_key(state.seed, update, micro_batch)
+            loss, grads = self._backend.loss_and_grads(state.params, batch, key)
+            flat = state.optimizer.layout.pack(grads)
+            grad_sum = {name: grad_sum[name] + grad for name, grad in flat.items()} if grad_sum else flat
+            mx.eval(loss, grad_sum)
+            loss_sum += float(loss)
+        supervised = sum(batch.batch.supervised for batch in batches)
+        mean = {name: grad / supervised for name, grad in grad_sum.items()}
+        mean, norm_array = optimizer.clip_grads(mean, self._grad_clip)
+        norm = float(norm_array)
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss_sum) else "gradient"
             raise Diverged(
                 f"The {what} at update {update} is not finite (learning rate {learning_rate:g}); "
-                "the update was not made."
+                "the update was not applied."
             )
-        member.params = member.optimizer.update(member.params, mean, learning_rate)
-        if by_mlx:
-            self.place(member.params)  # tracing left its own arrays in the model
-            self._adapted.stream.begin(None)
+        state.params = state.optimizer.update(state.params, mean, learning_rate)
         return loss_sum, norm
-
-    def _of_batch(
-        self, params: Params, ready: DeviceBatch, key: mx.array, layout: FlatLayout
-    ) -> tuple[mx.array, FlatArrays]:
-        """Summed loss and gradients of one micro-batch."""
-        engine = self._forward.engine
-        if engine is None:
-            loss, grads = self._loss_and_grads(params, *ready.arrays(), key)
-            return loss, layout.pack(grads)
-        value, made = engine.loss_and_grads({name: view(array) for name, array in params.items()}, *ready.numbers())
-        return mx.array(value), layout.pack_numpy(made)
-
-    def _differentiated(
-        self,
-        params: Params,
-        inputs: mx.array,
-        positions: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        key: mx.array,
-    ) -> tuple[mx.array, Params]:
-        self._adapted.stream.begin(key)
-        return loss_and_grads(self._forward, self.place, params, inputs, positions, targets, weights, eager=self._eager)
-
-
-def dropout_seed(seed: int, update: int, micro: int) -> int:
-    """64 bits that depend on (seed, update, micro-batch) alone."""
-    return int.from_bytes(hashlib.blake2b(f"dropout {seed} {update} {micro}".encode(), digest_size=8).digest(), "big")
-
-
-def dropout_key(seed: int, update: int, micro: int) -> mx.array:
-    """The key of a micro-batch's dropout masks: two uint32, high and low."""
-    return mx.random.key(dropout_seed(seed, update, micro))

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from runner.backends.protocol import DeviceBatch
 from runner.checkpoints.save_policy import SavePolicy, SaveTimer
 from runner.common.errors import Diverged
 from runner.data.order import BatchOrder
 from runner.reports.progress import Display
 from runner.training import plan, state_files
 from runner.training.components import Components
-from runner.training.dataloader import DeviceBatch, FixedBatches, PrefetchingLoader
+from runner.training.dataloader import EvaluationLoader, PrefetchingLoader
 from runner.training.plan import StopReason, TrainingPlan
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
@@ -39,7 +40,7 @@ class Trainer:
     state: TrainState
     order: BatchOrder
     batches: PrefetchingLoader
-    valid_batches: FixedBatches
+    valid_batches: EvaluationLoader
     step: TrainStep
     writer: RunWriter
     stops: StopSignals
@@ -78,8 +79,8 @@ class Trainer:
         """Make one optimizer update and add it to the report window."""
         start = time.perf_counter()
         state, progress = self.state, self.state.progress
-        batches, next_position = self.batches.take(state.position)
-        loss_sum, grad_norm = self.step.learn(state, batches, self.learning_rate(progress.step + 1))
+        batches, next_position = self.batches.load(state.position)
+        loss_sum, grad_norm = self.step.update(state, batches, self.learning_rate(progress.step + 1))
         supervised = sum(device_batch.batch.supervised for device_batch in batches)
         tokens = sum(device_batch.batch.real_tokens for device_batch in batches)
         state.position = next_position
@@ -144,11 +145,10 @@ class Trainer:
     def validation_result(self) -> ValidationResult:
         """Compute the validation loss; before the first update, reuse what an earlier run on this base computed."""
         step, components, baseline = self.state.progress.step, self.components, self.components.baseline
-        self.step.place(self.state.params)
         result = baseline.validation if step == 0 else None
         if result is None:
             batches = self.show_evaluation(step)
-            result = validate(components.adapted.model, components.forward, batches, self.stops.check)
+            result = validate(components.backend, self.state.params, batches, self.stops.check)
         if not math.isfinite(result.loss):
             raise Diverged(f"The validation loss at step {step} is not finite.")
         if step == 0:

@@ -1,4 +1,4 @@
-"""Validation and test loss: the same rows in the same order each time, no randomness, token-weighted."""
+"""Validation and test loss: the same rows in the same order each time, no randomness, weighted by tokens."""
 
 from __future__ import annotations
 
@@ -6,44 +6,32 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-
-from runner.backends.cpu.block import view
-from runner.models.forward import Forward
-from runner.training.dataloader import DeviceBatch
-from runner.training.loss import loss_sum
+from runner.backends.protocol import Backend, DeviceBatch
+from runner.models.lora import Params
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """The result of one pass."""
+    """The result of one pass over a split."""
 
     loss: float
     """Mean over supervised tokens."""
     supervised: int
+    """Supervised tokens."""
     tokens: int
     """Real tokens, no padding."""
     seconds: float
 
 
 def validate(
-    model: nn.Module,
-    forward: Forward,
-    batches: Iterable[DeviceBatch],
-    each: Callable[[], None] = lambda: None,
+    backend: Backend, params: Params, batches: Iterable[DeviceBatch], before_batch: Callable[[], None] = lambda: None
 ) -> ValidationResult:
-    """The mean loss of the model as it is over `batches`; `each` is called before every batch and may raise."""
-    begun = time.perf_counter()
-    model.eval()
-    total, supervised, tokens = 0.0, 0, 0
-    params = {name: view(array) for name, array in tree_flatten(model.trainable_parameters())} if forward.engine else {}
-    for ready in batches:
-        each()
-        if forward.engine is not None:
-            total += forward.engine.loss(params, *ready.numbers())
-        else:
-            total += float(view(loss_sum(forward, *ready.arrays())))
-        supervised += ready.batch.supervised
-        tokens += ready.batch.real_tokens
-    return ValidationResult(total / max(1, supervised), supervised, tokens, time.perf_counter() - begun)
+    """Return the mean loss over `batches`; `before_batch` is called before each of them and may raise to stop."""
+    start = time.perf_counter()
+    loss_sum, supervised, tokens = 0.0, 0, 0
+    for batch in batches:
+        before_batch()
+        loss_sum += backend.loss(params, batch)
+        supervised += batch.batch.supervised
+        tokens += batch.batch.real_tokens
+    return ValidationResult(loss_sum / max(1, supervised), supervised, tokens, time.perf_counter() - start)

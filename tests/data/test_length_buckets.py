@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from runner.data.length_buckets import LengthBuckets, minimize_padding
 from runner.data.order import BatchOrder
-from runner.training.feeding import NEAR_LENGTHS
 
 
 def positions(counts: list[int], widths: tuple[int, ...]) -> int:
@@ -48,7 +47,7 @@ def test_of_the_positions_93_in_100_are_real(median: int, ninetieth: int) -> Non
     sigma = np.log(ninetieth / median) / normal.inv_cdf(0.9)
     drawn = np.random.default_rng(0).lognormal(np.log(median), sigma, 1000)
     lengths = np.clip(drawn.astype(int), 2, 512)
-    order, widths = BatchOrder(lengths, 4, 0, NEAR_LENGTHS), LengthBuckets.of(lengths, None)
+    order, widths = BatchOrder(lengths, 4, 0, 64), LengthBuckets.of(lengths, None)
     batches = [lengths[rows] - 1 for rows in order.epoch(0)]
     real = sum(int(counts.sum()) for counts in batches)
     assert real >= 0.93 * sum(len(counts) * widths.fit(int(counts.max())) for counts in batches)

@@ -13,17 +13,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from runner.backends.mlx.backend import MlxBackend
 from runner.common.errors import ModelError
 from runner.config import schema
 from runner.data.length_buckets import LengthBuckets
-from runner.models import hidden_cache as trunks_module
+from runner.models import hidden_cache
 from runner.models.forward import Forward
 from runner.models.hidden_cache import HiddenStateCaches, HiddenStates
 from runner.models.hidden_store import Budget, HiddenStateStore
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
-from runner.training.dataloader import BatchBuilder, FixedBatches
-from runner.training.feeding import joined
+from runner.training.dataloader import BatchBuilder, EvaluationLoader, join_batches
 from runner.training.shared import SharedComponents
 
 CUT = {"lora.num_layers": 1, "train.grad_accumulation": 2}
@@ -37,12 +37,12 @@ def cut(request: pytest.FixtureRequest) -> dict[str, float]:
 
 @pytest.fixture(autouse=True)
 def _small_sets_have_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trunks_module, "WORTH_A_FILE", 0)
+    monkeypatch.setattr(hidden_cache, "MIN_BYTES_ON_DISK", 0)
 
 
 def store(folder: Path | None, rows: int = 3, *, memory: int = 0, disk: int = 10**6, say=print) -> HiddenStateStore:
     return HiddenStateStore(
-        np.arange(rows + 1, dtype=np.int64) * 40, memory=Budget(memory), disk=disk, folder=folder, say=say
+        np.arange(rows + 1, dtype=np.int64) * 40, memory=Budget(memory), disk_bytes=disk, folder=folder, log=say
     )
 
 
@@ -61,7 +61,7 @@ def test_rows_come_back_as_they_were_kept_up_to_the_limits(tmp_path: Path, memor
     made = store(tmp_path / "k", memory=memory, disk=disk)
     for row in range(3):
         assert not kept(made, row)
-        made.keep(row, states(row))
+        made.put(row, states(row))
     assert sum(kept(made, row) for row in range(3)) == left
     made.close()
     again = store(tmp_path / "k", disk=disk)
@@ -72,7 +72,7 @@ def test_rows_come_back_as_they_were_kept_up_to_the_limits(tmp_path: Path, memor
 def test_a_damaged_file_loses_rows_and_never_gives_other_bytes(tmp_path: Path, damage: str) -> None:
     made = store(tmp_path / "k")
     for row in range(3):
-        made.keep(row, states(row))
+        made.put(row, states(row))
     made.close()
     data, sums = tmp_path / "k/states.bin", tmp_path / "k/sums.bin"
     if damage == "flip":
@@ -98,7 +98,7 @@ def test_a_damaged_file_loses_rows_and_never_gives_other_bytes(tmp_path: Path, d
         }[damage]
     )
     for row in range(3):
-        again.keep(row, states(row))
+        again.put(row, states(row))
     assert all(kept(again, row) for row in range(3))
 
 
@@ -107,7 +107,7 @@ def test_two_that_write_the_same_rows_at_once_agree(tmp_path: Path) -> None:
 
     def fill(made: HiddenStateStore) -> None:
         for row in range(200):
-            made.keep(row, states(row))
+            made.put(row, states(row))
 
     threads = [threading.Thread(target=fill, args=(made,)) for made in both]
     for thread in threads:
@@ -121,8 +121,8 @@ def test_a_folder_that_cannot_be_used_is_said_once_and_costs_the_disk_only(tmp_p
     (tmp_path / "file").write_text("")
     said: list[str] = []
     made = store(tmp_path / "file" / "k", memory=40, say=said.append)
-    made.keep(0, states(0))
-    made.keep(1, states(1))
+    made.put(0, states(0))
+    made.put(1, states(1))
     assert kept(made, 0) and not kept(made, 1)
     assert len(said) == 1 and "memory only" in said[0]
 
@@ -134,7 +134,7 @@ def test_a_disk_that_fails_while_rows_are_written_is_said_once(tmp_path: Path) -
     os.close(made._files[0])  # writing fails from here on
     made._files = (os.open("/dev/full", os.O_RDWR), made._files[1])
     for row in range(3):
-        made.keep(row, states(row))
+        made.put(row, states(row))
     assert len(said) == 1 and "No space left" in said[0]
     assert not any(kept(made, row) for row in range(3))
 
@@ -143,15 +143,16 @@ def test_what_was_not_used_for_longest_makes_room_and_nothing_else_is_touched(tm
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/precious").write_text("mine")
     rows = np.arange(4, dtype=np.int64) * 8192
-    for age, name in enumerate(("new", "old")):
-        made = HiddenStateStore(rows, memory=Budget(0), disk=10**6, folder=tmp_path / name)
+    new, old, third = (letter * 32 for letter in "abc")
+    for age, name in enumerate((new, old)):
+        made = HiddenStateStore(rows, memory=Budget(0), disk_bytes=10**6, folder=tmp_path / name)
         for row in range(3):
-            made.keep(row, np.full(2048, row + 1, np.uint32))
+            made.put(row, np.full(2048, row + 1, np.uint32))
         made.close()
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    size = (tmp_path / "old/states.bin").stat().st_blocks * 512
-    HiddenStateStore(rows, memory=Budget(0), disk=2 * size, folder=tmp_path / "third")
-    assert {p.name for p in tmp_path.iterdir()} == {"new", "third", "notes"}
+    size = (tmp_path / old / "states.bin").stat().st_blocks * 512
+    HiddenStateStore(rows, memory=Budget(0), disk_bytes=2 * size, folder=tmp_path / third)
+    assert {p.name for p in tmp_path.iterdir()} == {new, third, "notes"}
     assert (tmp_path / "notes/precious").read_text() == "mine"
 
 
@@ -161,8 +162,7 @@ def test_the_parts_of_the_model_give_the_whole_bit_for_bit() -> None:
     for cut in range(1, len(base.model.layers)):
         forward = Forward(base.model, cut)
         assert forward.cut == cut
-        own = forward.logits(ids, mx.arange(64))
-        assert mx.array_equal(own, forward.logits(forward.below(ids), mx.arange(64)))
+        assert mx.array_equal(forward.logits(ids), forward.logits(forward.below(ids)))
 
 
 def test_a_model_that_treats_its_blocks_by_position_is_not_cut() -> None:
@@ -182,6 +182,25 @@ def test_a_model_that_treats_its_blocks_by_position_is_not_cut() -> None:
     assert made.split and made.cut == 0
 
 
+def mlx_backend() -> MlxBackend:
+    """MLX on the tiny model, cut above its first block."""
+    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+    adapted = AdaptedModel(base, schema.LoraConfig(num_layers=len(base.model.layers) - 1), seed=0)
+    return MlxBackend(adapted, Forward(adapted.model, 1), chunk=256)
+
+
+def caches(backend: MlxBackend, identity: dict | None = None, **config) -> HiddenStateCaches:
+    forward, config = backend.forward, schema.HiddenCacheConfig(memory_gb=0, **config)
+    return HiddenStateCaches(
+        backend.hidden_below,
+        dtype=forward.hidden_dtype,
+        width=forward.hidden_width,
+        identity=identity or {},
+        config=config,
+        log=print,
+    )
+
+
 @pytest.fixture
 def rows(tiny: Callable) -> HiddenStates:
     from runner.data.from_config import encode_options
@@ -193,16 +212,17 @@ def rows(tiny: Callable) -> HiddenStates:
 
 
 def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, tmp_path: Path) -> None:
-    forward = Forward(load_base_model(schema.ModelConfig(path="builtin:tiny")).model, 1)
-    limits = {"memory_gb": 0, "disk_gb": 0, "folder": None, "say": print}
-    trunk = HiddenStateCaches(forward, {}, **limits).of(rows)
+    backend = mlx_backend()
+    trunk, forward = caches(backend, disk_gb=0).of(rows), backend.forward
     chosen = np.argsort(rows.lengths)[[0, 1, len(rows) // 2, -1]]
     together = trunk.compute([int(r) for r in chosen])
     alone = [trunk.compute([int(r)])[0] for r in reversed(chosen)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
     fed, plain = BatchBuilder(rows, 16, trunk)(chosen), BatchBuilder(rows, 16)(chosen)
-    own = forward.logits(plain.arrays()[0], mx.array(plain.batch.positions))
-    ours = forward.logits(fed.arrays()[0], mx.array(fed.batch.positions))
+    own, ours = (
+        forward.logits(inputs).reshape(-1, 320)[mx.array(plain.batch.positions)]
+        for inputs in (mx.array(plain.batch.inputs), mx.array(fed.hidden))
+    )
     assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
 
 
@@ -210,11 +230,11 @@ def test_where_rows_are_computed_together_a_batch_that_is_all_in_the_cache_needs
     rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, which is not here: only what depends on the device's name is other."""
-    monkeypatch.setattr(trunks_module, "on_cpu", lambda: False)
-    forward = Forward(load_base_model(schema.ModelConfig(path="builtin:tiny")).model, 1)
-    trunk = HiddenStateCaches(forward, {}, memory_gb=0, disk_gb=1, folder=tmp_path, say=print).of(rows)
+    monkeypatch.setattr(hidden_cache, "on_cpu", lambda: False)
+    backend = mlx_backend()
+    trunk = caches(backend, disk_gb=1, folder=str(tmp_path)).of(rows)
     feed = BatchBuilder(rows, 16, trunk)
-    first = feed(np.arange(3)).states
+    first = feed(np.arange(3)).hidden
     assert not trunk.complete()
     feed(np.arange(len(rows)))
     assert trunk.complete()
@@ -222,16 +242,14 @@ def test_where_rows_are_computed_together_a_batch_that_is_all_in_the_cache_needs
     def reload():
         raise AssertionError("the base is not needed")
 
-    assert forward.release_below(reload) > 0
-    assert np.array_equal(feed(np.arange(3)).states, first)
+    assert backend.release_frozen_weights(reload) > 0
+    assert np.array_equal(feed(np.arange(3)).hidden, first)
 
 
 def test_an_entry_of_other_tokens_or_another_base_is_another_file(rows, tmp_path: Path) -> None:
-    forward = Forward(load_base_model(schema.ModelConfig(path="builtin:tiny")).model, 1)
-    limits = {"memory_gb": 0, "disk_gb": 1, "folder": tmp_path, "say": print}
+    backend = mlx_backend()
     for identity in ({"base": "a"}, {"base": "b"}, {"base": "a"}):
-        trunk = HiddenStateCaches(forward, identity, **limits).of(rows)
-        trunk.compute([0])
+        caches(backend, identity, disk_gb=1, folder=str(tmp_path)).of(rows).compute([0])
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -256,7 +274,7 @@ def test_no_state_of_the_cache_changes_a_bit(
     if kind == "warm":
         run = train(tiny(**changes), tmp_path / "again")
     assert_equal_runs(run, reference)
-    assert ("let go of" in (run / "run.log").read_text()) == (kind == "warm")
+    assert ("are freed" in (run / "run.log").read_text()) == (kind == "warm")
     assert (tmp_path / "cache").exists() == (kind in ("disk", "warm"))
 
 
@@ -284,7 +302,7 @@ def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
             file.write_bytes(bytes(file.stat().st_size))
     assert_equal_runs(train(tiny(**changes), run, resume=run), reference)
     log = (run / "run.log").read_text()
-    assert ("let go of" in log) == ("filled" in between)
+    assert ("are freed" in log) == ("filled" in between)
     assert ("the base model is loaded again" in log) == (between == "filled and damaged")
 
 
@@ -297,13 +315,13 @@ def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
     changes = {**cut, "train.iters": 1, "train.hidden_cache.folder": str(tmp_path / "cache")}
     train(tiny(**{**changes, "train.iters": 12}), tmp_path / "first")
     run = train(tiny(**changes, **other), tmp_path / "run")
-    assert "let go of" not in (run / "run.log").read_text()
+    assert "are freed" not in (run / "run.log").read_text()
 
 
 def test_another_model_in_its_place_is_no_base_to_go_on_with(
     tiny: Callable, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runner.export.mlx import write_model_folder
+    from runner.export.folders import write_model_folder
     from runner.models.load import BaseModel
 
     changes = {**CUT, "model.path": str(tmp_path / "model"), "train.hidden_cache.folder": str(tmp_path / "cache")}
@@ -339,7 +357,7 @@ def test_an_evaluation_s_batches_are_made_when_they_are_asked_for(rows, monkeypa
     feed = BatchBuilder(rows, 16)
     own = feed.prepare
     monkeypatch.setattr(feed, "prepare", lambda indices: made.append(len(indices)) or own(indices))
-    fixed = FixedBatches(feed, [np.arange(3), np.arange(3, 5)])
+    fixed = EvaluationLoader(feed, [np.arange(3), np.arange(3, 5)])
     assert (made, fixed.rows) == ([], 5)
     for _ in range(2):  # as often as it is evaluated
         assert [len(ready.batch.inputs) for ready in fixed] == [3, 2]
@@ -349,16 +367,15 @@ def test_an_evaluation_s_batches_are_made_when_they_are_asked_for(rows, monkeypa
 def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
     lengths = np.array([5, 6, 9, 17, 17, 30, 200])
     chosen = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5]), np.array([6])]
-    whole = joined(chosen, lengths, LengthBuckets(16), 10**6)
+    whole = join_batches(chosen, lengths, LengthBuckets(16), 10**6)
     assert [g.tolist() for g in whole] == [[0, 1, 2, 3, 4, 5, 6]]
-    assert [g.tolist() for g in joined(chosen, lengths, LengthBuckets(16), 64)] == [[0, 1, 2, 3], [4, 5], [6]]
-    assert [g.tolist() for g in joined(chosen, lengths, LengthBuckets(16), 1)] == [c.tolist() for c in chosen]
+    assert [g.tolist() for g in join_batches(chosen, lengths, LengthBuckets(16), 64)] == [[0, 1, 2, 3], [4, 5], [6]]
+    assert [g.tolist() for g in join_batches(chosen, lengths, LengthBuckets(16), 1)] == [c.tolist() for c in chosen]
 
 
 def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
     from runner.backends.cpu import blas
-    from runner.training.components import numeric_environment
-    from runner.training.feeding import make_forward
+    from runner.backends.select import select_backend
     from runner.training.shared import SharedComponents
 
     shared, report = SharedComponents(), blas.load_blas()
@@ -369,8 +386,8 @@ def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
         settings = tiny(**changes)
         adapted = AdaptedModel(base, settings.lora, 0)
         try:
-            forward = make_forward(base, adapted.num_layers, settings, report)
-            return shared.baseline(settings, base, data, numeric_environment(settings, report, forward))
+            environment = select_backend(adapted, settings, report).numeric_environment()
+            return shared.baseline(settings, base, data, environment)
         finally:
             adapted.remove()
 

@@ -9,17 +9,18 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 
+from runner.backends.mlx.backend import MlxBackend
 from runner.common.errors import Diverged
 from runner.config import schema, validation
 from runner.data.tokenize import TokenSet
-from runner.models.forward import Forward, checkpointed
+from runner.models.dropout import dropout_key
+from runner.models.forward import Forward
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
 from runner.training import optimizer
 from runner.training.dataloader import BatchBuilder
-from runner.training.loss import loss_sum
 from runner.training.train_state import TrainState
-from runner.training.train_step import TrainStep, dropout_key
+from runner.training.train_step import TrainStep
 
 GENERATOR = np.random.default_rng(3)
 
@@ -41,6 +42,14 @@ def adapted(dropout: float = 0.0, bits: int | None = None) -> AdaptedModel:
     return made
 
 
+def mlx(made: AdaptedModel, **options) -> MlxBackend:
+    return MlxBackend(made, Forward(made.model), chunk=256, **options)
+
+
+def loss_of(made: AdaptedModel, batch) -> float:
+    return mlx(made).loss(made.params(), batch)
+
+
 def batch_of(rows, indices, pad_to):
     return BatchBuilder(rows, pad_to)(np.asarray(indices))
 
@@ -57,16 +66,15 @@ def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bi
     made = adapted(bits=bits)
     rows = token_set([17, 17, 17])
     batch = batch_of(rows, np.arange(3), 16)
-    forward = Forward(made.model)
-    assert forward.split
+    backend = mlx(made)
+    assert backend.forward.split
     # mlx-lm trains positions `offset` to `length`: the first supervised target is token `prompt`.
     tokens = mx.array(rows.tokens.reshape(3, 17))
     lengths = mx.array([[4, 17]] * 3)
     theirs, grads = nn.value_and_grad(made.model, lambda m: default_loss(m, tokens, lengths)[0])(made.model)
     ntoks = default_loss(made.model, tokens, lengths)[1].item()
     assert ntoks == batch.batch.supervised == 39
-    step = TrainStep(made, forward, grad_clip=None, compiled=False)
-    ours, our_grads = step._loss_and_grads(made.params(), *batch.arrays(), mx.random.key(0))
+    ours, our_grads = backend.loss_and_grads(made.params(), batch, mx.random.key(0))
     assert ours.item() / batch.batch.supervised == pytest.approx(theirs.item(), abs=1e-5)
     flat = dict(tree_flatten(grads))
     assert set(flat) == set(our_grads)
@@ -79,9 +87,8 @@ def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bi
 def test_padding_does_not_change_the_loss():
     made = adapted()
     rows = token_set([9, 30, 21])
-    forward = Forward(made.model)
-    together = loss_sum(forward, *batch_of(rows, np.arange(3), 16).arrays()).item()
-    alone = sum(loss_sum(forward, *batch_of(rows, np.array([i]), 8).arrays()).item() for i in range(3))
+    together = loss_of(made, batch_of(rows, np.arange(3), 16))
+    alone = sum(loss_of(made, batch_of(rows, np.array([i]), 8)) for i in range(3))
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -89,10 +96,10 @@ def test_a_model_that_cannot_be_split_gives_the_same_logits_whole():
     made = adapted()
     rows = token_set([20, 20])
     batch = batch_of(rows, np.arange(2), 16)
-    forward = Forward(made.model)
-    split = loss_sum(forward, *batch.arrays()).item()
-    forward.split = False
-    assert loss_sum(forward, *batch.arrays()).item() == pytest.approx(split, abs=1e-4)
+    backend, whole = mlx(made), mlx(made)
+    whole.forward.split = False
+    params = made.params()
+    assert whole.loss(params, batch) == pytest.approx(backend.loss(params, batch), abs=1e-4)
 
 
 def test_a_model_with_capped_logits_is_not_split():
@@ -110,11 +117,10 @@ def test_a_model_with_capped_logits_is_not_split():
 def test_accumulation_weights_micro_batches_by_their_tokens():
     made = adapted()
     rows = token_set([40, 8, 8, 12])
-    forward = Forward(made.model)
-    step = TrainStep(made, forward, grad_clip=None, compiled=False)
+    step = TrainStep(mlx(made), grad_clip=None)
     whole, parts = member(made), member(made)
-    one = step.learn(whole, [batch_of(rows, np.arange(4), 8)], 1e-3)
-    several = step.learn(parts, [batch_of(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
+    one = step.update(whole, [batch_of(rows, np.arange(4), 8)], 1e-3)
+    several = step.update(parts, [batch_of(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
     assert several[0] == pytest.approx(one[0], rel=1e-5)
     assert several[1] == pytest.approx(one[1], rel=1e-4)
     for name in whole.params:
@@ -126,8 +132,8 @@ def test_clipping_limits_the_norm_and_reports_the_one_before():
     rows = token_set([20, 20])
     batch = [batch_of(rows, np.arange(2), 16)]
     free, clipped = member(made), member(made)
-    norm = TrainStep(made, Forward(made.model), grad_clip=None, compiled=False).learn(free, batch, 1e-3)[1]
-    same = TrainStep(made, Forward(made.model), grad_clip=norm / 10, compiled=False).learn(clipped, batch, 1e-3)[1]
+    norm = TrainStep(mlx(made), grad_clip=None).update(free, batch, 1e-3)[1]
+    same = TrainStep(mlx(made), grad_clip=norm / 10).update(clipped, batch, 1e-3)[1]
     assert same == pytest.approx(norm, rel=1e-6)
     moments = [m.optimizer.state() for m in (free, clipped)]
     for name in moments[0]:
@@ -143,9 +149,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(poison):
     one.params[name] = mx.full(one.params[name].shape, poison)
     before = one.optimizer.state()
     with pytest.raises(Diverged, match="update 1 "):
-        TrainStep(made, Forward(made.model), grad_clip=1.0, compiled=False).learn(
-            one, [batch_of(token_set([20]), np.array([0]), 16)], 1e-3
-        )
+        TrainStep(mlx(made), grad_clip=1.0).update(one, [batch_of(token_set([20]), np.array([0]), 16)], 1e-3)
     after = one.optimizer.state()
     assert all(mx.array_equal(before[n], after[n]).item() for n in before)
 
@@ -159,9 +163,8 @@ def test_gradient_checkpointing_gives_the_same_bits_and_leaves_no_trace_on_the_c
     plain, recomputed = member(made), member(made)
     results = []
     for one, on in ((plain, False), (recomputed, True)):
-        with checkpointed(made.model.layers, on):
-            step = TrainStep(made, Forward(made.model), grad_clip=None, compiled=compiled)
-            results.append([step.learn(one, batch, 1e-3), step.learn(one, batch, 1e-3)])
+        step = TrainStep(mlx(made, recompute=on, compiled=compiled), grad_clip=None)
+        results.append([step.update(one, batch, 1e-3), step.update(one, batch, 1e-3)])
     assert results[0] == results[1]
     assert all(mx.array_equal(plain.params[n], recomputed.params[n]).item() for n in plain.params)
     assert type(made.model.layers[0]) is block
@@ -174,10 +177,9 @@ def test_dropout_depends_on_seed_update_and_micro_batch_alone():
     assert len({tuple(k) for k in keys}) == 4
     made = adapted(dropout=0.5)
     batch = batch_of(token_set([30]), np.array([0]), 16)
-    step = TrainStep(made, Forward(made.model), grad_clip=None, compiled=False)
-    made.model.train()
+    backend = mlx(made)
     losses = [
-        step._loss_and_grads(made.params(), *batch.arrays(), dropout_key(*k))[0].item()
+        backend.loss_and_grads(made.params(), batch, dropout_key(*k))[0].item()
         for k in ((1, 1, 0), (1, 1, 0), (1, 2, 0))
     ]
     assert losses[0] == losses[1] != losses[2]
@@ -186,8 +188,7 @@ def test_dropout_depends_on_seed_update_and_micro_batch_alone():
 def test_evaluation_draws_nothing_and_ignores_dropout():
     made = adapted(dropout=0.5)
     batch = batch_of(token_set([30]), np.array([0]), 16)
-    made.model.eval()
-    made.stream.begin(dropout_key(1, 1, 0))
-    first = loss_sum(Forward(made.model), *batch.arrays()).item()
-    made.stream.begin(None)
-    assert loss_sum(Forward(made.model), *batch.arrays()).item() == first
+    made.dropout.set_key(dropout_key(1, 1, 0))
+    first = loss_of(made, batch)
+    made.dropout.set_key(None)
+    assert loss_of(made, batch) == first

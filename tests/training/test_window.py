@@ -1,4 +1,4 @@
-"""`data.window: null`: what it chooses, and that a run which goes on keeps what was chosen."""
+"""`data.window`: the same batches on every backend, and runs that were stored with null keep their order of batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,97 @@ from runner.checkpoints.manifest import write
 from runner.checkpoints.store import manifest_of
 from runner.checkpoints.verify import load_checkpoint
 from runner.cli.commands.replay import replay
+from runner.common.errors import ConfigError
 from runner.common.filesystem import FileSystem
-from runner.training.feeding import NEAR_LENGTHS
+from runner.config.schema import DataConfig
 
 
 def position(run: Path, step: int) -> dict[str, int]:
     return json.loads((run / f"checkpoints/step-{step:07d}/train_state.json").read_text())["position"]
+
+
+def rewrite_state(checkpoint: Path, edit) -> None:
+    """Apply `edit` to the train_state.json of a checkpoint, and seal it again."""
+    loaded = load_checkpoint(checkpoint, FileSystem())
+    state = json.loads(loaded.files["train_state.json"])
+    edit(state)
+    loaded.files["train_state.json"] = json.dumps(state).encode()
+    (checkpoint / "train_state.json").write_bytes(loaded.files["train_state.json"])
+    (checkpoint / "manifest.json").write_bytes(write(manifest_of(loaded.checkpoint, loaded.files)))
+
+
+def store_null(run: Path, window: int) -> None:
+    """Make `run` one of an earlier version: its settings leave the window to the backend."""
+    file = run / "config.yaml"
+    assert file.read_text().count(f"window: {window}") == 1
+    file.write_text(file.read_text().replace(f"window: {window}", "window: null"))
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        rewrite_state(checkpoint, lambda state: state["hyperparameters"].update({"data.window": None}))
+
+
+def forget_window(run: Path) -> None:
+    """Make the checkpoints of `run` such as were written before positions recorded the window."""
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        rewrite_state(checkpoint, lambda state: state["position"].pop("window"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora.dropout": 0.1},
+        {"train.cpu_engine": False},
+        {"train.head": "all"},
+        {"data.window": 5},
+    ],
+    ids=str,
+)
+def test_every_backend_uses_the_window_of_the_settings(tiny, train, tmp_path, settings):
+    run = train(tiny(**{"train.iters": 1, "train.eval_every": 1}, **settings), tmp_path / "run")
+    assert position(run, 1) == {"epoch": 0, "batch": 1, "window": settings.get("data.window", DataConfig.window)}
+
+
+def test_a_resume_on_another_backend_keeps_the_order_of_batches(tiny, train, tmp_path, rows):
+    whole = train(tiny(), tmp_path / "whole")
+    run = train(tiny(), tmp_path / "run", stop_at=5)
+    train(tiny(**{"train.cpu_engine": False}), run, resume=run)
+    assert position(run, 12) == position(whole, 12)
+    counts = [[(row["step"], row["tokens"]) for row in rows(each) if row["split"] == "train"] for each in (whole, run)]
+    assert counts[0] == counts[1]
+    other = train(tiny(**{"data.window": 1}), tmp_path / "other")
+    assert counts[0] != [(row["step"], row["tokens"]) for row in rows(other) if row["split"] == "train"]
+    assert "bits may differ from an uninterrupted run: engine was" in (run / "run.log").read_text()
+
+
+def test_a_checkpoint_whose_position_has_no_window_resumes_with_that_of_its_settings(
+    tiny, train, tmp_path, assert_equal_runs
+):
+    settings = {"data.window": 3}
+    whole = train(tiny(**settings), tmp_path / "whole")
+    run = train(tiny(**settings), tmp_path / "run", stop_at=5)
+    forget_window(run)
+    train(tiny(**settings), run, resume=run)
+    assert "resumed from" in (run / "run.log").read_text()
+    assert_equal_runs(whole, run)
+
+
+@pytest.mark.parametrize("typed", [None, 3])
+def test_a_run_stored_with_null_resumes_with_the_window_of_its_checkpoint(
+    tiny, train, tmp_path, assert_equal_runs, typed
+):
+    whole = train(tiny(**{"data.window": 3}), tmp_path / "whole")
+    run = train(tiny(**{"data.window": 3}), tmp_path / "run", stop_at=5)
+    store_null(run, 3)
+    train(tiny(**{"data.window": typed}), run, resume=run)
+    assert "resumed from" in (run / "run.log").read_text()
+    assert_equal_runs(whole, run)
+
+
+def test_a_run_stored_with_null_refuses_another_window_than_its_checkpoint(tiny, train, tmp_path):
+    run = train(tiny(**{"data.window": 3}), tmp_path / "run", stop_at=5)
+    store_null(run, 3)
+    with pytest.raises(ConfigError, match=r"data\.window was 3 and cannot become 4"):
+        train(tiny(**{"data.window": 4}), run, resume=run)
 
 
 @pytest.mark.parametrize(
@@ -24,55 +109,25 @@ def position(run: Path, step: int) -> dict[str, int]:
     [
         ({}, 1),
         ({"lora.dropout": 0.1}, 1),
-        ({"train.cpu_engine": False}, NEAR_LENGTHS),
-        ({"train.cpu_engine": False, "lora.dropout": 0.1}, NEAR_LENGTHS),
-        ({"train.head": "all"}, NEAR_LENGTHS),
-        ({"data.window": 5}, 5),
+        ({"train.cpu_engine": False}, 64),
+        ({"train.cpu_engine": False, "lora.dropout": 0.1}, 64),
+        ({"train.head": "all"}, 64),
     ],
     ids=str,
 )
-def test_near_lengths_are_sought_where_padding_is_computed(tiny, train, tmp_path, settings, window):
-    run = train(tiny(**{"train.iters": 1, "train.eval_every": 1}, **settings), tmp_path / "run")
-    assert position(run, 1) == {"epoch": 0, "batch": 1, "window": window}
-
-
-def test_a_run_that_goes_on_without_the_engine_keeps_its_order(tiny, train, tmp_path, rows):
-    whole = train(tiny(), tmp_path / "whole")
-    run = train(tiny(), tmp_path / "run", stop_at=5)
-    train(tiny(**{"train.cpu_engine": False}), run, resume=run)
-    assert position(run, 12) == position(whole, 12)
-    counts = [[(row["step"], row["tokens"]) for row in rows(each) if row["split"] == "train"] for each in (whole, run)]
-    assert counts[0] == counts[1]
-    other = train(tiny(**{"data.window": 32}), tmp_path / "other")
-    assert counts[0] != [(row["step"], row["tokens"]) for row in rows(other) if row["split"] == "train"]
-    assert (
-        "results may differ in the last digits from an uninterrupted run: engine was" in (run / "run.log").read_text()
-    )
-
-
-def test_an_older_checkpoint_whose_position_has_no_window_goes_on_by_its_settings(
-    tiny, train, tmp_path, assert_equal_runs
+def test_null_without_a_recorded_window_means_what_it_meant_then(
+    tiny, train, tmp_path, assert_equal_runs, settings, window
 ):
-    settings = {"data.window": 3}
-    whole = train(tiny(**settings), tmp_path / "whole")
-    run = train(tiny(**settings), tmp_path / "run", stop_at=5)
-    step = run / "checkpoints/step-0000005"
-    loaded = load_checkpoint(step, FileSystem())
-    state = json.loads(loaded.files["train_state.json"])
-    assert state["position"].pop("window") == 3
-    loaded.files["train_state.json"] = json.dumps(state).encode()
-    (step / "train_state.json").write_bytes(loaded.files["train_state.json"])
-    (step / "manifest.json").write_bytes(write(manifest_of(loaded.checkpoint, loaded.files)))
-    train(tiny(**settings), run, resume=run)
-    assert "resumed from" in (run / "run.log").read_text()
+    whole = train(tiny(**{"data.window": window}, **settings), tmp_path / "whole")
+    run = train(tiny(**{"data.window": window}, **settings), tmp_path / "run", stop_at=5)
+    store_null(run, window)
+    forget_window(run)
+    train(tiny(**{"data.window": None}, **settings), run, resume=run)
     assert_equal_runs(whole, run)
 
 
-def test_a_replay_from_the_beginning_uses_the_window_that_was_chosen_then(tiny, train, tmp_path, monkeypatch):
-    """As on another machine, where null chooses otherwise: the settings stand at null, and the run sorted by 3."""
+def test_a_replay_from_the_beginning_uses_the_recorded_window(tiny, train, tmp_path, monkeypatch):
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     run = train(tiny(**{"data.window": 3, "train.iters": 4, "train.eval_every": 4}), tmp_path / "run")
-    file = run / "config.yaml"
-    assert file.read_text().count("window: 3") == 1
-    file.write_text(file.read_text().replace("window: 3", "window: null"))
+    store_null(run, 3)
     assert replay(run, [4])["reproduced"]

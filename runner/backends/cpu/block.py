@@ -23,6 +23,10 @@ Grads = dict[str, np.ndarray]
 Rope = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
+class UnsupportedModel(Exception):
+    """The model has a part that the engine does not implement."""
+
+
 def view(array: mx.array) -> np.ndarray:
     """The numbers of an evaluated float32 array, shared."""
     return np.array(array, copy=False)
@@ -126,14 +130,14 @@ class Block:
         """`rope`: cos and sin (length, half) of the positions up to a length.
 
         Raises:
-            TypeError: a part is of another kind than is written out here.
+            UnsupportedModel: a part is of another kind than is implemented here.
         """
         attention, mlp = module.self_attn, module.mlp
 
         def group(owner: nn.Module, path: str, names: Sequence[str], key: str) -> Group:
             made = [Linear.of(getattr(owner, n), f"{name}.{path}.{n}") for n in names]
             if None in made:
-                raise TypeError(f"{name}.{path}")
+                raise UnsupportedModel(f"{name}.{path}")
             return Group(made, key)  # type: ignore[arg-type]
 
         self.qkv = group(attention, "self_attn", ("q_proj", "k_proj", "v_proj"), "qkv")
@@ -276,7 +280,7 @@ def _scattered(part: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndar
 
 
 def norm_of(module: nn.Module) -> tuple[np.ndarray, float]:
-    """Weight (d,) and epsilon of an RMS norm. Raises TypeError for another kind, or numbers that are not float32."""
+    """Weight (d,) and epsilon of an RMS norm. Raises UnsupportedModel for another kind, or numbers that are not float32."""
     if type(module) is not nn.RMSNorm or module.weight.dtype != mx.float32:
-        raise TypeError(type(module).__name__)
+        raise UnsupportedModel(type(module).__name__)
     return view(module.weight), float(module.eps)

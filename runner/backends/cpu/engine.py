@@ -15,11 +15,10 @@ import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE
 
 from runner.backends.cpu import gemm as blas
-from runner.backends.cpu.block import Block, Grads, norm_of, view
+from runner.backends.cpu.block import Block, Grads, UnsupportedModel, norm_of, view
 from runner.backends.cpu.head import Head, Targets
 from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import PackedRows, Partition, Partitions
-from runner.config.schema import TrainConfig
 
 _ARCHITECTURES = ("llama", "qwen2")
 """Of mlx_lm.models: blocks as `runner.backends.cpu.block` writes them out. Mistral and SmolLM are llama there."""
@@ -33,41 +32,51 @@ _PASSING = "0"
 begins anew with each batch."""
 
 
+EngineBatch = tuple[np.ndarray, Iterable[int], np.ndarray, np.ndarray, np.ndarray]
+"""`inputs`, `lengths`, `positions`, `targets` and `weights` of `Engine.loss_and_grads`."""
+
+
 class Engine:
     """A model whose last blocks carry an adapter."""
 
     def __init__(
-        self, model: nn.Module, *, recompute: bool = False, piece: int = TrainConfig.loss_chunk, ops: Ops | None = None
+        self,
+        model: nn.Module,
+        *,
+        chunk: int,
+        threads: int = 1,
+        recompute: bool = False,
+        ops: Ops | None = None,
     ) -> None:
         """`recompute` keeps a block's input alone and computes the block again on the way back; `ops` computes what
         lies between products, NumPy by default.
 
         Raises:
-            TypeError: the model has a part that is not written out here.
+            UnsupportedModel: the model has a part that is not implemented here.
         """
-        trunk = model.model
         if type(model).__module__ not in [f"mlx_lm.models.{name}" for name in _ARCHITECTURES] or not blas.available():
-            raise TypeError(type(model).__module__)
+            raise UnsupportedModel(type(model).__module__)
+        trunk = model.model
         self.recompute = recompute
         self._rope = _Rope(model.layers[0].self_attn.rope)
         blocks = [Block(block, f"model.layers.{i}", self._rope) for i, block in enumerate(model.layers)]
         if any(getattr(block, "use_sliding", False) for block in model.layers):
-            raise TypeError("sliding window")
+            raise UnsupportedModel("sliding window")
         embedding, head = trunk.embed_tokens, getattr(model, "lm_head", None)
         if type(embedding) is not nn.Embedding or (
             head is not None and (type(head) is not nn.Linear or "bias" in head)
         ):
-            raise TypeError("embedding or head")
+            raise UnsupportedModel("embedding or head")
         self.embedding = view(embedding.weight)
-        self.head = Head(self.embedding if head is None else view(head.weight), norm_of(trunk.norm), piece)
+        self.head = Head(self.embedding if head is None else view(head.weight), norm_of(trunk.norm), chunk)
         if self.embedding.dtype != np.float32 or self.head.weight.dtype != np.float32:
-            raise TypeError("not float32")
+            raise UnsupportedModel("not float32")
         self.first = next(
             (i for i, b in enumerate(blocks) if any(x.scale is not None for g in b.groups for x in g.linears)),
             len(blocks),
         )
         self._lower, self.blocks = blocks[: self.first], blocks[self.first :]
-        self.lanes = Partitions(ops or Ops())
+        self.lanes = Partitions(ops or Ops(), threads)
         self._take_none()
 
     @property
@@ -234,7 +243,7 @@ class _Rope:
 
     def __init__(self, module: nn.Module) -> None:
         if getattr(module, "traditional", True) or type(module) not in (nn.RoPE, Llama3RoPE):
-            raise TypeError(type(module).__name__)
+            raise UnsupportedModel(type(module).__name__)
         half = module.dims // 2
         if type(module) is nn.RoPE:
             periods = float(module.base) ** (np.arange(half) / half)

@@ -97,21 +97,3 @@ def exponentials(x: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
             rows -= top[part, None]
             np.exp(rows, out=rows)
             np.sum(rows, axis=1, out=sums[part])
-
-
-def softmax_loss(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, gradient: bool) -> np.ndarray:
-    """-log softmax(logits)[target] * weight (n,); `logits` (n, vocabulary) are written over, with the gradient or
-    with nothing of use."""
-    losses = np.empty(len(logits), np.float32)
-    with np.errstate(all="ignore"):  # what is not finite shows in the loss
-        for part in _parts(len(logits), logits.shape[1], _WIDE):
-            rows, index = logits[part], np.arange(len(logits[part]))
-            rows -= rows.max(axis=1, keepdims=True)
-            own = rows[index, targets[part]]
-            np.exp(rows, out=rows)
-            total = rows.sum(axis=1)
-            losses[part] = (np.log(total) - own) * weights[part]
-            if gradient:
-                rows *= (weights[part] / total)[:, None]
-                rows[index, targets[part]] -= weights[part]
-    return losses

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from runner.backends.cpu import threads
+from runner.backends.cpu.threads import ThreadTeam
 from runner.backends.cpu.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -85,18 +85,19 @@ class Partition:
 class Partitions:
     """The lanes of one engine, with the memory that they use again in each step."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Ops, threads: int) -> None:
         self.ops = ops
+        self.team = ThreadTeam(threads)
         self.least = 16
         """Positions of a lane: products of fewer are slower by position."""
         self._common, self._own = Workspace(), [Workspace()]
 
     def run(self, work: Callable[[Partition], T], rows: PackedRows) -> list[T]:
         """What `work` returns in each lane, in the order of their positions."""
-        count = threads.count_for(len(rows), self.least)
+        count = self.team.size_for(len(rows), self.least)
         while len(self._own) < count:
             self._own.append(Workspace())
-        return threads.side_by_side(
+        return self.team.run(
             lambda number, barrier: work(
                 Partition(number, count, rows, self._own[number], self._common, barrier, self.ops)
             ),

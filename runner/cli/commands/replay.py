@@ -169,7 +169,7 @@ def _train(run: Path, checkpoints: Path, first: int, last: int, scratch: Path, w
     from runner.training.run import run as train
 
     settings = _settings(run)
-    if not first:  # what data.window=null chose then, not what it would choose now
+    if not first:  # an earlier version stored null where the backend chose: the checkpoint records it
         settings.data.window = window or settings.data.window
     directory = RunDirectory(scratch, settings.checkpoint.dir)
     directory.claim()

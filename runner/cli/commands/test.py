@@ -39,10 +39,12 @@ def run(argv: list[str]) -> int:
             f"{config.data.path} has no {options.split}.jsonl. Another split: --split valid. Other data: data.path=…"
         )
     report = blas.load_blas()
+    from runner.backends.hidden_caches import hidden_caches
+    from runner.backends.select import select_backend
     from runner.cli.commands.load_adapter import load_adapter
     from runner.data.from_config import encode_options, token_cache_from
     from runner.data.tokenize import load_dataset
-    from runner.training.feeding import fixed_batches, make_forward, make_hidden_caches
+    from runner.training.dataloader import evaluation_loader
     from runner.training.validate import validate
 
     loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
@@ -52,11 +54,10 @@ def run(argv: list[str]) -> int:
         arguments.print_note(note)
     rows = getattr(data, options.split)
     assert loaded.adapted is not None
-    forward = make_forward(loaded.base, loaded.adapted.num_layers, config, report)
-    batches = fixed_batches(
-        rows, config, make_hidden_caches(forward, loaded.base, config, report, arguments.print_note)
-    )
-    tested = validate(loaded.base.model, forward, batches)
+    backend = select_backend(loaded.adapted, config, report)
+    caches = hidden_caches(backend, loaded.base, config, report, arguments.print_note)
+    batches = evaluation_loader(rows, config, caches)
+    tested = validate(backend, loaded.adapted.params(), batches)
     perplexity = math.exp(min(tested.loss, 700))  # beyond it a float overflows
     document: dict[str, Any] = {
         "run": str(source.run),

@@ -8,13 +8,16 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama, qwen2
 
-from runner.backends.cpu import kernels, native, threads
+from runner.backends.cpu import kernels, native
+from runner.backends.cpu.backend import CpuBackend, packed
 from runner.backends.cpu.blas import BlasReport
 from runner.backends.cpu.block import view
-from runner.backends.cpu.build import make_engine
 from runner.backends.cpu.engine import Engine, _groups
 from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import PackedRows
+from runner.backends.mlx.backend import MlxBackend
+from runner.backends.protocol import Backend
+from runner.backends.select import select_backend
 from runner.common.errors import ModelError
 from runner.config import schema
 from runner.data.tokenize import TokenSet
@@ -22,8 +25,6 @@ from runner.models.forward import Forward
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel
 from runner.training.dataloader import BatchBuilder
-from runner.training.feeding import make_forward
-from runner.training.loss import loss_and_grads
 from runner.training.validate import validate
 
 SMALL = {
@@ -78,11 +79,11 @@ def batch(lengths, trunk=None, prompt=0):
 
 def by_mlx(made: AdaptedModel, ready):
     """Loss and gradients by MLX's own differentiation."""
-    forward, own = Forward(made.model), made.params()
-
-    value, grads = loss_and_grads(forward, made.place, own, *ready.arrays())
+    made.model.eval()
+    value, grads = MlxBackend(made, Forward(made.model), chunk=256).loss_and_grads(
+        made.params(), ready, mx.random.key(0)
+    )
     mx.eval(value, grads)
-    made.place(own)
     return value.item(), {name: view(grad) for name, grad in grads.items()}
 
 
@@ -112,22 +113,14 @@ def ops(request) -> Ops:
     return found
 
 
-@pytest.fixture
-def lanes():
-    """`lanes(3)` has three threads divide a batch."""
-    yield threads.configure
-    threads.configure(1)
-
-
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int, lanes, ops) -> None:
-    lanes(count)
+def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int, ops) -> None:
     made = adapted(MODELS[name]())
     ready = batch([9, 30, 2, 17])
-    engine = Engine(made.model, recompute=recompute, piece=16, ops=ops)
-    assert_close(made, engine.loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+    engine = Engine(made.model, threads=count, recompute=recompute, chunk=16, ops=ops)
+    assert_close(made, engine.loss_and_grads(numpy_params(made), *packed(ready)), ready)
 
 
 @pytest.mark.parametrize(
@@ -143,53 +136,53 @@ def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int
 def test_any_shape_of_adapter(lora: dict, ops) -> None:
     made = adapted(MODELS["tied"](), **lora)
     ready = batch([20, 33])
-    assert_close(made, Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+    assert_close(made, Engine(made.model, chunk=256, ops=ops).loss_and_grads(numpy_params(made), *packed(ready)), ready)
 
 
-def test_rows_longer_than_a_tile_of_attention(lanes, ops) -> None:
-    lanes(2)
+def test_rows_longer_than_a_tile_of_attention(ops) -> None:
     made = adapted(MODELS["tied"]())
     ready = batch([130, 300, 129])
-    assert_close(made, Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers()), ready)
+    assert_close(
+        made,
+        Engine(made.model, threads=2, chunk=256, ops=ops).loss_and_grads(numpy_params(made), *packed(ready)),
+        ready,
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, lanes, ops) -> None:
-    lanes(3)
+def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, ops) -> None:
     made = adapted(MODELS["tied"](), num_layers=layers)
     ready = batch([60, 60, 60], prompt=130)
-    engine, params = Engine(made.model, recompute=recompute, piece=16, ops=ops), numpy_params(made)
-    found = engine.loss_and_grads(params, *ready.numbers())
+    engine, params = Engine(made.model, threads=3, recompute=recompute, chunk=16, ops=ops), numpy_params(made)
+    found = engine.loss_and_grads(params, *packed(ready))
     assert_close(made, found, ready)
-    assert engine.loss(params, *ready.numbers()) == found[0]
+    assert engine.loss(params, *packed(ready)) == found[0]
 
 
-def test_more_threads_than_words_and_a_word_that_there_is_not(lanes, ops) -> None:
-    lanes(4)
+def test_more_threads_than_words_and_a_word_that_there_is_not(ops) -> None:
     small = {**SMALL, "vocab_size": 3}
     made = adapted(llama.Model(llama.ModelArgs("llama", **small, tie_word_embeddings=False)))
     numbers = np.random.default_rng(2)
     tokens, offsets = numbers.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
     rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
     ready = BatchBuilder(rows, 16)(np.arange(2))
-    engine, params = Engine(made.model, piece=16, ops=ops), numpy_params(made)
-    assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
-    inputs, lengths, positions, targets, weights = ready.numbers()
+    engine, params = Engine(made.model, threads=4, chunk=16, ops=ops), numpy_params(made)
+    assert_close(made, engine.loss_and_grads(params, *packed(ready)), ready)
+    inputs, lengths, positions, targets, weights = packed(ready)
     with pytest.raises(ModelError, match="token 3, and the model has 3"):
         engine.loss(params, inputs, lengths, positions, np.where(np.arange(len(targets)) == 7, 3, targets), weights)
-    assert_close(made, engine.loss_and_grads(params, *ready.numbers()), ready)
+    assert_close(made, engine.loss_and_grads(params, *packed(ready)), ready)
 
 
-def test_logits_too_far_apart_for_an_exponential(lanes, ops) -> None:
+def test_logits_too_far_apart_for_an_exponential(ops) -> None:
     """The first and the last words differ by hundreds: in a thread's own part of the vocabulary nothing says so."""
-    lanes(2)
     made = adapted(MODELS["own head"]())
     weight = np.array(made.model.lm_head.weight)
     weight[200:] *= 300
     made.model.lm_head.weight = mx.array(weight)
     ready = batch([20, 33])
-    value, grads = Engine(made.model, ops=ops).loss_and_grads(numpy_params(made), *ready.numbers())
+    value, grads = Engine(made.model, threads=2, chunk=256, ops=ops).loss_and_grads(numpy_params(made), *packed(ready))
     theirs, their_grads = by_mlx(made, ready)
     assert value == pytest.approx(theirs, rel=1e-5) and theirs > 1000
     for name, grad in their_grads.items():
@@ -198,27 +191,26 @@ def test_logits_too_far_apart_for_an_exponential(lanes, ops) -> None:
 
 def test_memory_that_is_used_again_leaves_nothing_behind(ops) -> None:
     made = adapted(MODELS["biases"]())
-    engine, params = Engine(made.model, ops=ops), numpy_params(made)
+    engine, params = Engine(made.model, chunk=256, ops=ops), numpy_params(made)
     ready = batch([20, 9])
-    first = engine.loss_and_grads(params, *ready.numbers())
-    engine.loss_and_grads(params, *batch([200, 40, 3]).numbers())
-    assert engine.loss(params, *ready.numbers()) == first[0]
-    again = engine.loss_and_grads(params, *ready.numbers())
+    first = engine.loss_and_grads(params, *packed(ready))
+    engine.loss_and_grads(params, *packed(batch([200, 40, 3])))
+    assert engine.loss(params, *packed(ready)) == first[0]
+    again = engine.loss_and_grads(params, *packed(ready))
     assert first[0] == again[0]
     assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
 
 
-def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_those_of_one(lanes, ops) -> None:
+def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_those_of_one(ops) -> None:
     made = adapted(MODELS["tied"]())
     params, found = numpy_params(made), []
     batches = [batch(lengths) for lengths in ([150, 40, 90], [33], [20, 20, 21, 22])]
     for count in (1, 2, 3):
-        lanes(count)
-        engine = Engine(made.model, ops=ops)
-        found.append([engine.loss_and_grads(params, *ready.numbers()) for ready in batches])
+        engine = Engine(made.model, threads=count, chunk=256, ops=ops)
+        found.append([engine.loss_and_grads(params, *packed(ready)) for ready in batches])
         for _ in range(20):  # whichever thread comes first
             for ready, (loss, grads) in zip(batches, found[-1], strict=True):
-                again = engine.loss_and_grads(params, *ready.numbers())
+                again = engine.loss_and_grads(params, *packed(ready))
                 assert again[0] == loss
                 assert all(np.array_equal(again[1][name], grad) for name, grad in grads.items())
     for several in found[1:]:
@@ -228,11 +220,10 @@ def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_tho
                 assert np.linalg.norm(grads[name] - grad) < 1e-5 * np.linalg.norm(grad)
 
 
-def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkeypatch, lanes) -> None:
-    lanes(3)
+def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkeypatch) -> None:
     made = adapted(MODELS["tied"]())
-    engine, params, ready = Engine(made.model), numpy_params(made), batch([150, 40, 90])
-    before = engine.loss_and_grads(params, *ready.numbers())
+    engine, params, ready = Engine(made.model, threads=3, chunk=256), numpy_params(made), batch([150, 40, 90])
+    before = engine.loss_and_grads(params, *packed(ready))
     own, calls = kernels.swiglu, []
 
     def fails(*args):
@@ -243,16 +234,16 @@ def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkey
 
     monkeypatch.setattr(kernels, "swiglu", fails)
     with pytest.raises(MemoryError, match="no room"):
-        engine.loss_and_grads(params, *ready.numbers())
+        engine.loss_and_grads(params, *packed(ready))
     monkeypatch.undo()
-    after = engine.loss_and_grads(params, *ready.numbers())
+    after = engine.loss_and_grads(params, *packed(ready))
     assert before[0] == after[0] and all(np.array_equal(before[1][name], after[1][name]) for name in before[1])
 
 
 def test_from_the_cut_on_it_is_the_same_bit_for_bit(ops) -> None:
     made = adapted(MODELS["tied"]())
-    engine, params = Engine(made.model, ops=ops), numpy_params(made)
-    ids, lengths, *rest = batch([60, 60]).numbers()
+    engine, params = Engine(made.model, chunk=256, ops=ops), numpy_params(made)
+    ids, lengths, *rest = packed(batch([60, 60]))
     states = engine.below(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
     assert engine.first == 1
     whole, part = (
@@ -266,102 +257,108 @@ def test_from_the_cut_on_it_is_the_same_bit_for_bit(ops) -> None:
 def test_an_evaluation_by_the_engine_is_that_of_mlx(ops) -> None:
     made = adapted(MODELS["tied"]())
     forward, batches = Forward(made.model), [batch([20, 40]), batch([9])]
-    theirs = validate(made.model, forward, batches)
-    forward.engine = Engine(made.model, ops=ops)
-    ours = validate(made.model, forward, batches)
+    theirs = validate(MlxBackend(made, forward, chunk=256), made.params(), batches)
+    engine = Engine(made.model, chunk=256, ops=ops)
+    ours = validate(CpuBackend(engine, forward, blas=None), made.params(), batches)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
     assert (ours.tokens, ours.supervised) == (theirs.tokens, theirs.supervised)
 
 
-def test_an_evaluation_of_more_rows_than_are_computed_at_once_is_that_of_mlx(ops, lanes) -> None:
-    lanes(2)
+def test_an_evaluation_of_more_rows_than_are_computed_at_once_is_that_of_mlx(ops) -> None:
     made = adapted(MODELS["tied"]())
     forward, batches = Forward(made.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
-    theirs = validate(made.model, forward, batches)
-    forward.engine = Engine(made.model, ops=ops)
-    ours = validate(made.model, forward, batches)
+    theirs = validate(MlxBackend(made, forward, chunk=256), made.params(), batches)
+    engine = Engine(made.model, threads=2, chunk=256, ops=ops)
+    ours = validate(CpuBackend(engine, forward, blas=None), made.params(), batches)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
     groups = _groups(PackedRows([150, 40, 260, 90, 500, 3, 381, 4]), 384)
     assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
 
 
-def engine_of(made: AdaptedModel):
-    return make_engine(Forward(made.model))
+def selected(made: AdaptedModel) -> Backend:
+    """The backend that is chosen for `made`, with NumPy's kernels."""
+    config = schema.Config()
+    config.train.cache_probes = config.train.cpu_native = False
+    return select_backend(made, config, BlasReport(kind="named", threads=1))
 
 
-def test_a_model_that_is_written_out_gets_its_engine_and_keeps_its_adapter() -> None:
+def test_a_supported_model_gets_the_engine_and_keeps_its_adapter() -> None:
     made = adapted(MODELS["tied"]())
     before = {name: array + 0 for name, array in made.params().items()}
-    engine, why = engine_of(made)
-    assert engine is not None and why == ""
+    backend = selected(made)
+    assert isinstance(backend, CpuBackend) and backend.fallback_reason is None
     assert all(mx.array_equal(array, before[name]) for name, array in made.params().items())
 
 
-@pytest.mark.parametrize("part", ["rms_norm", "swiglu", "rotate"])
-def test_other_numbers_than_the_model_s_are_refused(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    own = getattr(kernels, part)
+@pytest.mark.parametrize("kernel", ["rms_norm", "swiglu", "rotate"])
+def test_an_engine_with_another_loss_than_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    right = getattr(kernels, kernel)
 
     def wrong(x, *args, **kwargs):
-        own(x, *args, **kwargs)
-        (x if part == "rotate" else args[-1] if part == "swiglu" else args[2])[...] *= 1.01
+        right(x, *args, **kwargs)
+        (x if kernel == "rotate" else args[-1] if kernel == "swiglu" else args[2])[...] *= 1.01
 
-    monkeypatch.setattr(kernels, part, wrong)
-    engine, why = engine_of(adapted(MODELS["tied"]()))
-    assert engine is None and "own gradients" in why
+    monkeypatch.setattr(kernels, kernel, wrong)
+    backend = selected(adapted(MODELS["tied"]()))
+    assert isinstance(backend, MlxBackend) and "own gradients" in backend.fallback_reason
 
 
-@pytest.mark.parametrize("part", ["rms_norm_back", "swiglu_back"])
-def test_other_gradients_than_the_model_s_are_refused(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    own = getattr(kernels, part)
+@pytest.mark.parametrize("kernel", ["rms_norm_back", "swiglu_back"])
+def test_an_engine_with_other_gradients_than_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    right = getattr(kernels, kernel)
 
     def wrong(x, *args, **kwargs):
-        own(x, *args, **kwargs)
-        (x if part == "swiglu_back" else args[-1])[...] *= 1.01
+        right(x, *args, **kwargs)
+        (x if kernel == "swiglu_back" else args[-1])[...] *= 1.01
 
-    monkeypatch.setattr(kernels, part, wrong)
-    assert engine_of(adapted(MODELS["tied"]()))[0] is None
+    monkeypatch.setattr(kernels, kernel, wrong)
+    assert isinstance(selected(adapted(MODELS["tied"]())), MlxBackend)
 
 
-def test_parts_that_are_not_written_out_are_named() -> None:
+def test_a_model_with_unsupported_parts_falls_back_to_mlx_and_the_reason_names_them() -> None:
     from mlx_lm.models import gemma
 
     other = gemma.Model(gemma.ModelArgs("gemma", **{k: v for k, v in SMALL.items() if k[0] != "m"}, head_dim=8))
-    assert "gemma" in engine_of(adapted(other))[1]
+    assert "gemma" in selected(adapted(other)).fallback_reason
     half = adapted(MODELS["tied"]())
     half.model.set_dtype(mx.bfloat16)
-    assert engine_of(half)[0] is None
+    assert isinstance(selected(half), MlxBackend)
     quantized = load_base_model(
         schema.ModelConfig(
             path="builtin:tiny", quantize=schema.QuantizeConfig(bits=4, group_size=32), dequantize="never"
         )
     )
-    assert engine_of(AdaptedModel(quantized, schema.LoraConfig(num_layers=2), seed=0))[0] is None
+    assert isinstance(selected(AdaptedModel(quantized, schema.LoraConfig(num_layers=2), seed=0)), MlxBackend)
 
 
-def test_a_sliding_window_is_refused() -> None:
+def test_a_model_with_a_sliding_window_falls_back_to_mlx() -> None:
     args = llama.ModelArgs(
         "llama", **SMALL, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=16
     )
-    engine, why = engine_of(adapted(llama.Model(args)))
-    assert engine is None and "sliding" in why
+    backend = selected(adapted(llama.Model(args)))
+    assert isinstance(backend, MlxBackend) and "sliding" in backend.fallback_reason
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value", "said"),
+    ("section", "name", "value", "reason"),
     [
         ("lora", "dropout", 0.1, "lora.dropout"),
         ("train", "compile", "always", "train.compile=always"),
         ("train", "head", "all", "train.head=all"),
-        ("train", "cpu_engine", False, ""),
+        ("train", "cpu_engine", False, None),
         ("train", "cpu_engine", True, None),
     ],
 )
-def test_a_setting_that_the_engine_does_not_know_is_named(section, name, value, said) -> None:
+def test_a_setting_that_the_engine_does_not_support_falls_back_to_mlx_with_the_reason(
+    section, name, value, reason
+) -> None:
     settings = schema.Config()
     settings.model.path = "builtin:tiny"
     setattr(getattr(settings, section), name, value)
-    base = load_base_model(settings.model)
-    made = AdaptedModel(base, settings.lora, seed=0)
-    forward = make_forward(base, made.num_layers, settings, BlasReport(kind="named", threads=1))
-    assert (forward.engine is not None) == (said is None)
-    assert forward.why_mlx.startswith(said or "") and bool(said) == bool(forward.why_mlx)
+    made = AdaptedModel(load_base_model(settings.model), settings.lora, seed=0)
+    backend = select_backend(made, settings, BlasReport(kind="named", threads=1))
+    assert isinstance(backend, CpuBackend if value is True else MlxBackend)
+    if reason is None:
+        assert backend.fallback_reason is None
+    else:
+        assert f"CPU engine not used: {reason}" in backend.fallback_reason

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from runner.backends.cpu import build
-from runner.models.forward import Forward
-from runner.training import feeding
+from runner.backends import select
+from runner.backends.cpu import probe
+from runner.models import forward
 
 pytestmark = pytest.mark.usefixtures("cache")
 SHORT = {"train.iters": 1, "checkpoint.every": None}
@@ -26,8 +26,8 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(build, "_agrees", watched("engine", build._agrees))
-    monkeypatch.setattr(Forward, "_agrees", watched("parts", Forward._agrees))
+    monkeypatch.setattr(probe, "agrees", watched("engine", probe.agrees))
+    monkeypatch.setattr(forward, "_agrees", watched("parts", forward._agrees))
     return seen
 
 
@@ -62,7 +62,7 @@ def test_what_differs_is_probed_again(tiny, train, tmp_path, probed, other):
 def test_other_code_is_probed_again(tiny, train, tmp_path, probed, monkeypatch):
     train(tiny(**SHORT), tmp_path / "first")
     probed.clear()
-    monkeypatch.setattr(feeding, "_code", lambda: "other")
+    monkeypatch.setattr(select, "code_digest", lambda: "other")
     train(tiny(**SHORT), tmp_path / "second")
     assert set(probed) == {"parts", "engine"}
 
@@ -79,9 +79,9 @@ def test_a_damaged_finding_is_made_again(tiny, train, tmp_path, cache, probed, h
 
 
 def test_what_did_not_agree_is_not_kept(tiny, train, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(build, "_agrees", lambda engine, forward: False)
+    monkeypatch.setattr(probe, "agrees", lambda engine, adapted, forward: False)
     run = train(tiny(**SHORT), tmp_path / "run")
-    assert "engine not used: it does not give this model's own gradients" in (run / "run.log").read_text()
+    assert "CPU engine not used: it does not give this model's own gradients" in (run / "run.log").read_text()
     assert not (cache / "checks").exists()
 
 

@@ -1,0 +1,78 @@
+"""Loss and gradients by the hand-written engine for CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from runner.backends.cpu.block import view
+from runner.backends.cpu.engine import Engine, EngineBatch
+from runner.backends.environment import common_environment
+from runner.backends.protocol import DeviceBatch
+from runner.models.forward import Forward
+from runner.models.lora import Params
+
+
+class CpuBackend:
+    """Implements `runner.backends.protocol.Backend` for float32 models of the engine's architectures."""
+
+    def __init__(
+        self, engine: Engine, forward: Forward, *, blas: dict[str, Any] | None, fallback_reason: str | None = None
+    ) -> None:
+        """`blas`: identity of the BLAS in use, for the numeric environment."""
+        self.engine, self.forward, self.fallback_reason = engine, forward, fallback_reason
+        self._blas = blas
+
+    @property
+    def identity(self) -> str:
+        """Version of the engine and of the kernels it uses."""
+        return self.engine.identity
+
+    def numeric_environment(self) -> dict[str, Any]:
+        """Return what the last digits depend on."""
+        return {
+            **common_environment(self.forward, self._blas),
+            "engine": self.identity,
+            "compiled": False,
+            "loss_piece": self.engine.head.piece,
+            "head": "supervised",
+        }
+
+    def loss(self, params: Params, batch: DeviceBatch) -> float:
+        """Return the summed loss."""
+        return self.engine.loss(_views(params), *packed(batch))
+
+    def loss_and_grads(
+        self, params: Params, batch: DeviceBatch, key: mx.array
+    ) -> tuple[mx.array, dict[str, np.ndarray]]:
+        """Return the summed loss and its gradients by `params`; the engine has no dropout, so `key` is not used."""
+        loss, grads = self.engine.loss_and_grads(_views(params), *packed(batch))
+        return mx.array(loss), grads
+
+    def hidden_below(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the hidden states at the cut."""
+        if self.forward.restore_below():
+            self.engine.renew_below(self.forward.model)
+        return self.engine.below(inputs)
+
+    def release_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
+        """Free the weights below the cut and return their bytes."""
+        self.engine.release_below()
+        return self.forward.release_below(reload)
+
+
+def packed(batch: DeviceBatch) -> EngineBatch:
+    """Return a batch without its padding: rows one after the other, and positions counted along them."""
+    b = batch.batch
+    real = np.arange(b.inputs.shape[1]) < b.lengths[:, None]
+    packed_position = np.cumsum(real.reshape(-1)) - 1
+    inputs = b.inputs if batch.hidden is None else batch.hidden
+    return inputs[real], b.lengths, packed_position[b.positions], b.targets, b.weights
+
+
+def _views(params: Params) -> dict[str, np.ndarray]:
+    return {name: view(array) for name, array in params.items()}

@@ -1,0 +1,60 @@
+"""Comparison of the CPU engine with MLX's own differentiation, before the engine is used."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from runner.backends.cpu.block import view
+from runner.backends.cpu.engine import Engine
+from runner.backends.mlx.loss import ChunkedLoss
+from runner.models.forward import Forward
+from runner.models.lora import AdaptedModel
+
+TOLERANCE = 1e-3
+"""Largest relative difference of the loss, and of each gradient by its norm; float32 noise is a hundredth of it."""
+_POSITIONS = 8
+
+
+def agrees(engine: Engine, adapted: AdaptedModel, forward: Forward) -> bool:
+    """Return whether `engine` gives the loss and the gradients that MLX gives, on eight tokens."""
+    model = adapted.model
+    initial = dict(tree_flatten(model.trainable_parameters()))
+    keys = mx.random.split(mx.random.key(0), max(1, len(initial)))
+    params = {  # B starts at zero, where the gradient of A is zero as well
+        name: mx.random.normal(array.shape, scale=0.02, key=key) if name.endswith("lora_b") else array
+        for (name, array), key in zip(initial.items(), keys, strict=False)
+    }
+    # Token ids from all of the vocabulary: the first ones are often special tokens that the model has never learned.
+    vocabulary = len(engine.embedding)
+    inputs = (np.arange(1, _POSITIONS + 1, dtype=np.int32) * max(1, vocabulary // 9) % vocabulary)[None]
+    # One half of the threads has nothing to predict, the other several chunks.
+    positions = np.arange(_POSITIONS, dtype=np.int32)
+    weights = ((positions > 3) & (positions < 7)).astype(np.float32)
+    batch = positions, inputs[0], weights
+
+    loss = ChunkedLoss(forward=forward, chunk=engine.head.piece, all_positions=False)
+    training, least, chunk = model.training, engine.lanes.least, engine.head.piece
+    try:
+        model.eval()
+        expected, expected_grads = loss.with_grads(adapted.place, params, *map(mx.array, (inputs, *batch)))
+        mx.eval(expected, expected_grads)
+        engine.lanes.least, engine.head.piece = 1, 2
+        arrays = {name: view(array) for name, array in params.items()}
+        found, grads = engine.loss_and_grads(arrays, inputs[0], [_POSITIONS], *batch)
+    except (ValueError, AssertionError, KeyError):  # shapes that the engine does not accept
+        return False
+    finally:
+        engine.lanes.least, engine.head.piece = least, chunk
+        adapted.place(initial)
+        model.train(training)
+    if set(grads) != set(expected_grads) or not math.isclose(found, float(expected), rel_tol=TOLERANCE):
+        return False
+    return all(
+        grads[name].shape == grad.shape
+        and np.linalg.norm(grads[name] - view(grad)) <= TOLERANCE * np.linalg.norm(view(grad))
+        for name, grad in expected_grads.items()
+    )

@@ -1,0 +1,1 @@
+"""The MLX backend: differentiation by MLX, on any device, eager or compiled."""

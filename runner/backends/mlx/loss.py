@@ -1,0 +1,118 @@
+"""Head and cross-entropy in chunks of supervised positions: the logits of all positions never exist at once.
+
+The head is frozen, so of its backward pass only the gradient by the hidden states is needed. It is computed together
+with the loss while a chunk's logits exist, which are neither kept for the backward pass nor computed again in it; Liger
+Kernel (Hsu et al., 2024) fuses linear layer and cross-entropy in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from runner.models.forward import Forward
+from runner.models.lora import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedLoss:
+    """The sum over supervised tokens of -log p(target), float32.
+
+    Arguments of its methods: `inputs` as in `Forward.hidden`; `positions`, `targets`, `weights` (n,), where positions
+    are indices into the flattened (batch * length) and padding has weight 0.
+    """
+
+    forward: Forward
+    chunk: int
+    """Positions whose logits exist at once."""
+    all_positions: bool
+    """Compute the head at every position, and pick the supervised ones from its logits."""
+
+    def __call__(self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        """Return the loss without gradients."""
+        if not self._chunked:
+            return self._in_one(inputs, positions, targets, weights)
+        total = mx.array(0.0)
+        hidden = self._selected(inputs, positions)
+        for start in range(0, len(targets), self.chunk):
+            part = slice(start, start + self.chunk)
+            h = mx.depends(hidden[part], [total]) if start else hidden[part]
+            total = total + cross_entropy(self.forward.head(h), targets[part], weights[part])
+        return total
+
+    def with_grads(
+        self,
+        place: Callable[[Params], None],
+        params: Params,
+        inputs: mx.array,
+        positions: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+    ) -> tuple[mx.array, Params]:
+        """Return the loss and its gradients by `params`, which `place` puts into the model.
+
+        The model holds tracers afterwards: place its parameters again.
+        """
+
+        def differentiated(params: Params) -> tuple[mx.array, mx.array]:
+            place(params)
+            if not self._chunked:
+                loss = self._in_one(inputs, positions, targets, weights)
+                return loss, loss
+            hidden = self._selected(inputs, positions)
+            loss, grad_hidden = self._chunks_with_grad(mx.stop_gradient(hidden), targets, weights)
+            # A scalar whose gradient by the hidden states is `grad_hidden`: the backward pass begins with it.
+            return (hidden.astype(mx.float32) * grad_hidden.astype(mx.float32)).sum(), mx.stop_gradient(loss)
+
+        (_, loss), grads = mx.value_and_grad(differentiated)(params)
+        return loss, grads
+
+    @property
+    def _chunked(self) -> bool:
+        return self.forward.split and not self.all_positions
+
+    def _selected(self, inputs: mx.array, positions: mx.array) -> mx.array:
+        hidden = self.forward.hidden(inputs)
+        return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+    def _in_one(self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        logits = self.forward.logits(inputs)
+        return cross_entropy(logits.reshape(-1, logits.shape[-1])[positions], targets, weights)
+
+    def _chunks_with_grad(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the loss and its gradient by `hidden` (n, width)."""
+        total = mx.array(0.0)
+        grads: list[mx.array] = []
+        for start in range(0, len(targets), self.chunk):
+            part = slice(start, start + self.chunk)
+            h, t, w = hidden[part], targets[part], weights[part]
+            # MLX evaluates a graph in an order of its own, and all chunks' logits could exist at once: each chunk waits
+            # for the one before it.
+            h = mx.depends(h, [total, grads[-1]]) if start else h
+            loss, grad_logits = cross_entropy_and_grad(self.forward.head(h), t, w)
+            grad = mx.vjp(self.forward.head, [h], [grad_logits])[1][0]
+            total = total + loss
+            grads.append(grad)
+        return total, mx.concatenate(grads)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Return the weighted sum of -log softmax(logits)[target]; logits (n, vocabulary), targets and weights (n,)."""
+    return (nn.losses.cross_entropy(logits, targets) * weights).sum()
+
+
+def cross_entropy_and_grad(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """Return `cross_entropy` and its gradient by the logits, (softmax(logits) - one_hot(target)) * weight.
+
+    MLX's own differentiation of it takes about twice the passes over the logits.
+    """
+    targets = targets[:, None]
+    log_sum = mx.logsumexp(logits, axis=-1, keepdims=True)
+    target_logit = mx.take_along_axis(logits, targets, axis=-1)
+    loss = ((log_sum - target_logit)[:, 0] * weights).sum()
+    grad_at_target = mx.exp(target_logit - log_sum) - 1.0
+    grad = mx.put_along_axis(mx.exp(logits - log_sum), targets, grad_at_target, axis=-1) * weights[:, None]
+    return loss, grad

@@ -1,0 +1,64 @@
+"""The seam between training and what computes a model's loss and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from runner.data.batch import Batch
+from runner.models.forward import Forward
+from runner.models.lora import Params
+
+Gradients = Mapping[str, mx.array] | Mapping[str, np.ndarray]
+"""Gradients by parameter name, in the array type that the backend computes with."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A batch as every backend accepts it; each converts it to its own arrays."""
+
+    batch: Batch
+    hidden: np.ndarray | None = None
+    """Hidden states (batch, length, width) at the cut, as the hidden-state cache holds them (bfloat16 as uint16); None
+    where the frozen trunk has to be computed from `batch.inputs`."""
+
+
+class Backend(Protocol):
+    """Loss, gradients and frozen-trunk states of one adapted model."""
+
+    forward: Forward
+    """How the model is split."""
+    fallback_reason: str | None
+    """Why a faster way to compute is not used, for one line of the log; None where nothing is lost."""
+
+    @property
+    def identity(self) -> str | None:
+        """Version of hand-written kernels, on which the last digits depend; None where MLX computes."""
+
+    def numeric_environment(self) -> dict[str, Any]:
+        """Everything that the last digits depend on beside the run's settings; stored in each checkpoint."""
+
+    def loss(self, params: Params, batch: DeviceBatch) -> float:
+        """Return the sum of -log p(target) over the supervised tokens of `batch`, without dropout."""
+
+    def loss_and_grads(self, params: Params, batch: DeviceBatch, key: mx.array) -> tuple[mx.array, Gradients]:
+        """Return the summed loss, a scalar, and its gradients by `params`; MLX arrays may not be evaluated yet.
+
+        `key` decides the dropout masks of this micro-batch.
+        """
+
+    def hidden_below(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the hidden states (batch, length, width) at the cut of token ids (batch, length), as
+        `DeviceBatch.hidden` holds them.
+
+        Weights that were released are loaded again first.
+        """
+
+    def release_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
+        """Free the weights of the blocks below the cut and return their bytes; `reload` loads the base again, should
+        `hidden_below` need them."""

@@ -321,7 +321,7 @@ def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
 def test_another_model_in_its_place_is_no_base_to_go_on_with(
     tiny: Callable, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runner.export.folders import write_model_folder
+    from runner.export.mlx import write_model_folder
     from runner.models.load import BaseModel
 
     changes = {**CUT, "model.path": str(tmp_path / "model"), "train.hidden_cache.folder": str(tmp_path / "cache")}

@@ -21,8 +21,7 @@ from runner.config import schema
 from runner.config.groups import CONF_DIR
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
-from runner.runs.directory import RunDirectory
-from runner.runs.run_spec import find_resume_source
+from runner.runs.run_spec import ResumeSource, find_resume_source
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class HydraSession:
     hydra: hydra_internals.Hydra
     flags: Namespace
     """The flags, parsed by Hydra's parser, and `overrides`."""
+    source: ResumeSource | None
+    """The run that `resume=` names, with its stored config, which is read once."""
 
     @property
     def config_name(self) -> str:
@@ -64,8 +65,10 @@ def open_session(invocation: Invocation) -> Iterator[HydraSession]:
     """
     register_schema()
     arguments = invocation.arguments
-    if invocation.resume or invocation.repeat:
-        ConfigStore.instance().store(group="stored", name="run", package="_global_", node=stored_settings(invocation))
+    source = find_resume_source(invocation.resume) if invocation.resume else None
+    if source or invocation.repeat:
+        settings = stored_settings(invocation, source)
+        ConfigStore.instance().store(group="stored", name="run", package="_global_", node=settings)
         arguments.append("stored=run")
     flags = hydra_internals.parse_flags(arguments)
     primary = flags.config_path or str(CONF_DIR)
@@ -73,7 +76,7 @@ def open_session(invocation: Invocation) -> Iterator[HydraSession]:
     typed = frozenset({*invocation.hydra_settings, *invocation.settings})
     loader = hydra_internals.CheckedLoader(path, guard.check_file, partial(guard.check_config, typed=typed))
     with hydra_internals.open_hydra(loader) as hydra:
-        yield HydraSession(hydra, flags)
+        yield HydraSession(hydra, flags, source)
 
 
 def register_schema() -> None:
@@ -86,7 +89,7 @@ def is_sweep(config: DictConfig) -> bool:
     return config.hydra.mode == RunMode.MULTIRUN
 
 
-def stored_settings(invocation: Invocation) -> dict[str, Any]:
+def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict[str, Any]:
     """Return the stored config of the run that `resume=` or `repeat=` names, without what the invocation replaces.
 
     Raises:
@@ -94,9 +97,10 @@ def stored_settings(invocation: Invocation) -> dict[str, Any]:
     """
     if invocation.resume and invocation.repeat:
         raise ConfigError("resume= and repeat= exclude each other: continue a run, or start a new one like it.")
-    run = find_resume_source(invocation.resume).run if invocation.resume else invocation.repeat
-    assert run is not None
-    settings = schema.to_dict(schema.from_dict(RunDirectory(run).read_config(), str(run / "config.yaml")))
+    if source is None:
+        assert invocation.repeat is not None
+        source = ResumeSource(invocation.repeat)
+    settings = schema.to_dict(schema.from_dict(source.config, str(source.run / "config.yaml")))
     # A resumed run keeps its provenance, but for the adapter that it started from: its checkpoint holds the weights.
     dropped = ["adapter"] if invocation.resume else schema.provenance_settings()
     for name in (*invocation.group_choices, *dropped):

@@ -20,7 +20,7 @@ from runner.config import validation
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
-from runner.runs.run_spec import ResumeSource, RunSpec, find_resume_source, new_run_id
+from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 
 def start_run(invocation: Invocation, hydra: HydraSession, config: DictConfig) -> None:
@@ -34,7 +34,7 @@ def start_run(invocation: Invocation, hydra: HydraSession, config: DictConfig) -
     """
     checkpoints = check(invocation, config).checkpoint.dir
     context = hydra.context(config)
-    directory, source = _open_directory(invocation, config, checkpoints)
+    directory, source = _open_directory(invocation, hydra.source, config, checkpoints)
 
     def train(job_config: DictConfig) -> float | None:
         from runner.backends.cpu import blas
@@ -79,7 +79,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def _open_directory(
-    invocation: Invocation, config: DictConfig, checkpoints: str
+    invocation: Invocation, source: ResumeSource | None, config: DictConfig, checkpoints: str
 ) -> tuple[RunDirectory, ResumeSource | None]:
     """Claim the directory of a new run, or lock that of the run to continue, and set hydra.run.dir to it.
 
@@ -88,7 +88,8 @@ def _open_directory(
     """
     resume, is_named = invocation.resume, "hydra.run.dir" in invocation.hydra_settings
     from_backup = resume is not None and mirror.is_backup(resume)
-    source = None if resume is None or from_backup else find_resume_source(resume)
+    if from_backup:
+        source = None
     if source is not None and not source.branch:
         if is_named:
             raise ConfigError("resume=RUN continues in RUN itself; hydra.run.dir is for a branch or a new run.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -279,6 +281,36 @@ def test_a_resume_reads_its_config_and_decodes_its_checkpoint_once(tiny, train, 
     count(verify, "load_checkpoint")
     train(tiny(), run, resume=run, stop_at=5)  # ends where it begins: nothing is saved
     assert counts == {"read_config": 1, "read_state": 1, "load_checkpoint": 2}  # the second is that of the result
+
+
+COUNT_READS = """
+import os, sys
+reads = []
+def hook(event, arguments):
+    if event == "open" and os.path.basename(str(arguments[0])) == "config.yaml" and "conf/" not in str(arguments[0]):
+        if arguments[2] & os.O_ACCMODE == os.O_RDONLY:
+            reads.append(str(arguments[0]))
+sys.addaudithook(hook)
+from runner.__main__ import main
+code = main(["resume=run"])
+print("READS", reads)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_the_program_reads_the_config_of_a_resumed_run_once(cli):
+    cli("model=tiny", "data=tiny", "train.iters=4", "train.stop_at=2", "hydra.run.dir=run")
+    process = subprocess.run(
+        [sys.executable, "-c", COUNT_READS],
+        cwd=cli.folder,
+        env=cli.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.splitlines()[-1] == f"READS {[str(cli.folder / 'run/config.yaml')]}"
 
 
 def test_early_stopping_finishes_the_run_and_counts_across_a_resume(tiny, train, tmp_path, rows):

@@ -1,4 +1,4 @@
-"""`runner verify`: is every byte still what was saved? Checkpoints, runs, sweeps and whole trees, without a model."""
+"""`runner verify`: check that every byte is still what was saved, in checkpoints, runs, sweeps and folders of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runner.reports import audit
 from runner.reports.audit import Audit
 from runner.reports.next_commands import for_damaged_run
 from runner.reports.screen import Screen, json_document
-from runner.runs.find import SweepInfo, find_runs, looks_like_run
+from runner.runs.find import find_runs, looks_like_run
 from runner.runs.inspect import RunInfo, read_run
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str]) -> int:
-    """Verify what `argv` names; 0 where all is whole, 5 where something is damaged or cannot be reproduced.
+    """Verify what `argv` names; return 0 if all of it is intact, 5 if something is damaged or not reproduced.
 
     Raises:
-        ConfigError: a word that is not understood, or nothing to verify at a path.
+        ConfigError: a wrong argument, or a path with nothing to verify.
     """
     parser = CommandParser(prog="runner verify", description=COMMANDS["verify"])
     parser.add_argument(
@@ -37,128 +37,107 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--replay",
         action="store_true",
-        help="train a run again from one kept checkpoint to the next, aside, and compare the two bit for bit",
+        help="also train each run again from one checkpoint to the next, in a scratch folder, and compare bit for bit",
     )
     parser.add_argument(
-        "--from", dest="start", type=int, metavar="STEP", help="of --replay: the checkpoint to begin at"
+        "--from", dest="start", type=int, metavar="STEP", help="with --replay: the checkpoint to start at"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    words = parser.parse_args(argv)
-    if words.start is not None and not words.replay:
+    options = parser.parse_args(argv)
+    if options.start is not None and not options.replay:
         raise ConfigError("--from STEP belongs to --replay.")
-    paths = [Path(path).expanduser() for path in words.paths or [DEFAULT]]
-    screen, begun = Screen(), time.monotonic()
+    screen, started = None if options.json else Screen(), time.monotonic()
     audits = []
-    for path in paths:
-        for one in _audits(path):
-            audits.append(one)
-            if not words.json:
-                _show(screen, one)
-    replays: list[Replay] = []
-    if words.replay and not any(one.damage for one in audits):
-        replays = _replay(audits, words.start, screen if not words.json else None)
-    damaged = sum(bool(one.damage) for one in audits)
-    if words.json:
-        print(
-            json_document(
-                {
-                    "audits": [vars(one) for one in audits],
-                    "damaged": damaged,
-                    "replays": [one.to_dict() for one in replays],
-                }
-            )
-        )
+    for path in options.paths or [DEFAULT]:
+        for audited in _audits(Path(path).expanduser()):
+            audits.append(audited)
+            if screen:
+                _print_audit(screen, audited)
+    damaged = sum(bool(audited.damage) for audited in audits)
+    replays = _replay(audits, options.start, screen) if options.replay and not damaged else []
+    if screen:
+        _print_total(screen, audits, damaged, time.monotonic() - started)
     else:
-        _sum_up(screen, audits, damaged, time.monotonic() - begun)
-    same = all(one.reproduced for one in replays)
-    return EXIT_DONE if not damaged and same else EXIT_DAMAGED
+        entries = {"audits": [vars(audited) for audited in audits], "damaged": damaged}
+        print(json_document({**entries, "replays": [replay.to_dict() for replay in replays]}))
+    is_intact = not damaged and all(replay.reproduced for replay in replays)
+    return EXIT_DONE if is_intact else EXIT_DAMAGED
 
 
 def _audits(path: Path) -> Iterator[Audit]:
+    """Audit the checkpoint, result, run or backup at `path`, or all runs and sweeps below it."""
     if not path.exists():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: there is no such folder.{did_you_mean(path.name, near)}")
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: there is no such folder.{did_you_mean(path.name, names)}")
     if not path.is_dir():
         raise ConfigError(f"{path}: a file; name a checkpoint (step-0000100), a run, a sweep or a folder above them.")
     if STEP_NAME.fullmatch(path.name):
         yield audit.of_checkpoint(path)
-        return
-    if path.name == "adapters" and not looks_like_run(p.name for p in path.iterdir()):
+    elif path.name == "adapters" and not looks_like_run(p.name for p in path.iterdir()):
         yield audit.of_result(path)
-        return
-    if (path / "config.yaml").is_file() or mirror.is_backup(path):  # also where it is the only file left
+    elif (path / "config.yaml").is_file() or mirror.is_backup(path):  # also if config.yaml is all that is left
         yield audit.of_run(read_run(path))
+    else:
+        found = find_runs(path)
+        if not found:
+            raise ConfigError(f"{path}: no checkpoint, run or sweep is there or below.")
+        for info in reversed(found):
+            if isinstance(info, RunInfo):
+                yield audit.of_run(info)
+            else:
+                yield Audit(info.path, "sweep", damage=[info.problem] if info.problem else [])
+                yield from map(audit.of_run, info.runs)
+
+
+def _print_audit(screen: Screen, audited: Audit) -> None:
+    if audited.kind == "sweep" and not audited.damage:
         return
-    found = find_runs(path)
-    if not found:
-        raise ConfigError(f"{path}: no checkpoint, run or sweep is there or below.")
-    for one in reversed(found):
-        if isinstance(one, RunInfo):
-            yield audit.of_run(one)
-            continue
-        yield from _sweep(one)
+    content = f"{audited.kind} {audited.state}".strip()
+    if audited.kind in ("run", "backup"):
+        content += f", {_count(audited.checkpoints, 'checkpoint')}, {format_bytes(audited.size_bytes)}"
+    verdict, style = ("DAMAGED", "red") if audited.damage else ("whole", "green")
+    screen.line((f"{verdict:<9}", style), (f"{relative_path(audited.path)}  ({content})", ""))
+    for lines, style in ((audited.damage, "red"), (audited.notes, "dim"), (_recovery(audited), "")):
+        for line in lines:
+            screen.line((f"  {line}", style))
 
 
-def _sweep(sweep: SweepInfo) -> Iterator[Audit]:
-    damage = [sweep.problem] if sweep.problem else []
-    yield Audit(sweep.path, "sweep", damage=damage)
-    for one in sweep.runs:
-        yield audit.of_run(one)
-
-
-def _show(screen: Screen, one: Audit) -> None:
-    if one.kind == "sweep" and not one.damage:
-        return
-    about = f"{one.kind} {one.state}".strip()
-    if one.kind in ("run", "backup"):
-        about += f", {_number(one.checkpoints, 'checkpoint')}, {format_bytes(one.size_bytes)}"
-    verdict, style = ("DAMAGED", "red") if one.damage else ("whole", "green")
-    screen.line((f"{verdict:<9}", style), (f"{relative_path(one.path)}  ({about})", ""))
-    for line in one.damage:
-        screen.line((f"  {line}", "red"))
-    for line in one.notes:
-        screen.line((f"  {line}", "dim"))
-    for line in _recovery(one):
-        screen.line((f"  {line}", ""))
-
-
-def _recovery(one: Audit) -> list[str]:
+def _recovery(audited: Audit) -> list[str]:
     """Return what is left of a damaged run, and the commands that recover it."""
-    if not one.damage or one.kind not in ("run", "backup"):
+    if not audited.damage or audited.kind not in ("run", "backup"):
         return []
     lines = []
-    if one.whole:
-        best = f"; best of them {one.best}" if one.best is not None else ""
-        lines.append(f"whole: step {', '.join(str(step) for step in one.whole)}{best}")
-    is_backup = one.kind == "backup"
-    commands = for_damaged_run(one.path, resumable=bool(one.whole), backup=one.backup, is_backup=is_backup)
+    if audited.whole:
+        best = f"; best of them {audited.best}" if audited.best is not None else ""
+        lines.append(f"whole: step {', '.join(str(step) for step in audited.whole)}{best}")
+    is_backup = audited.kind == "backup"
+    commands = for_damaged_run(audited.path, resumable=bool(audited.whole), backup=audited.backup, is_backup=is_backup)
     return [*lines, *(f"{command.purpose}: {command.line}" for command in commands)]
 
 
-def _sum_up(screen: Screen, audits: list[Audit], damaged: int, seconds: float) -> None:
-    runs = sum(one.kind in ("run", "backup") for one in audits)
-    checkpoints = sum(one.checkpoints for one in audits)
-    size = format_bytes(sum(one.size_bytes for one in audits))
-    verdict = f"{damaged} damaged" if damaged else "all whole"
-    counted = f"{_number(runs, 'run')}, {_number(checkpoints, 'checkpoint')}, {size} read in {seconds:.1f} s"
-    screen.line((f"{counted}: {verdict}", "red" if damaged else "green"))
-
-
 def _replay(audits: list[Audit], start: int | None, screen: Screen | None) -> list[Replay]:
-    from runner.cli.commands import replay
+    from runner.cli.commands.replay import replay
 
-    runs = [one for one in audits if one.kind in ("run", "backup")]
+    runs = [audited for audited in audits if audited.kind in ("run", "backup")]
     if not runs:
-        raise ConfigError("--replay takes run directories: it needs their settings and checkpoints.")
-    made = []
-    for one in runs:
-        found = replay.replay(one.path, one.whole, start)
-        made.append(found)
+        raise ConfigError("--replay needs run directories: it uses their settings and checkpoints.")
+    replays = []
+    for audited in runs:
+        replays.append(replay(audited.path, audited.whole, start))
         if screen:
-            style = "green" if found.reproduced else "red"
-            screen.line((f"{relative_path(one.path)}: {found.message}", style))
-    return made
+            style = "green" if replays[-1].reproduced else "red"
+            screen.line((f"{relative_path(audited.path)}: {replays[-1].message}", style))
+    return replays
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _print_total(screen: Screen, audits: list[Audit], damaged: int, seconds: float) -> None:
+    runs = sum(audited.kind in ("run", "backup") for audited in audits)
+    checkpoints = sum(audited.checkpoints for audited in audits)
+    size = format_bytes(sum(audited.size_bytes for audited in audits))
+    verdict = f"{damaged} damaged" if damaged else "all whole"
+    counts = f"{_count(runs, 'run')}, {_count(checkpoints, 'checkpoint')}, {size} read in {seconds:.1f} s"
+    screen.line((f"{counts}: {verdict}", "red" if damaged else "green"))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

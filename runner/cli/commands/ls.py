@@ -1,4 +1,4 @@
-"""`runner ls`: the runs and sweeps below a folder, a line each, with the settings that differ between them."""
+"""`runner ls`: list the runs and sweeps below a folder, with the settings that differ between them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from runner.runs.find import SweepInfo, find_runs
 from runner.runs.inspect import RunInfo, differing_settings
 
 DEFAULT = "outputs"
-SORTS: dict[str, Callable[[RunInfo | SweepInfo], float]] = {
-    "age": lambda one: -one.updated,
-    "best": lambda one: float("inf") if one.best_loss is None else one.best_loss,
-    "size": lambda one: -one.size_bytes,
-    "step": lambda one: -(one.step or 0),
+SORT_KEYS: dict[str, Callable[[RunInfo | SweepInfo], float]] = {
+    "age": lambda entry: -entry.updated,
+    "best": lambda entry: float("inf") if entry.best_loss is None else entry.best_loss,
+    "size": lambda entry: -entry.size_bytes,
+    "step": lambda entry: -(entry.step or 0),
 }
-"""What --sort may be; the order is by the value, smallest first: newest, best, largest and furthest."""
+"""Choice of --sort to sort key, in ascending order: newest, best, largest and furthest first."""
 _COLUMNS = (
     Column("run", keep_end=True),
     Column("state"),
@@ -45,129 +45,117 @@ _COLUMNS = (
     Column("size", right=True),
     Column("settings that differ", cut=True),
 )
-_LEAST_SETTINGS = 24  # columns that the settings need before a path is shown whole
+_MIN_SETTINGS_WIDTH = 24
+"""Characters of settings that must fit beside the paths; otherwise the paths are shortened."""
 
 
 def run(argv: list[str]) -> int:
-    """List what `argv` names; 0 also where there is nothing.
+    """List the runs and sweeps that `argv` names.
 
     Raises:
-        ConfigError: a word that is not understood, or no such folder.
+        ConfigError: a wrong argument, or no such folder.
     """
     parser = CommandParser(prog="runner ls", description=COMMANDS["ls"])
     parser.add_argument("path", metavar="PATH", nargs="?", help=f"folder to look below (default: {DEFAULT})")
-    parser.add_argument("--runs", action="store_true", help="below each sweep also its runs")
-    parser.add_argument("--sort", choices=tuple(SORTS), default="age", help="newest (default), best, largest, furthest")
+    parser.add_argument("--runs", action="store_true", help="also the runs of each sweep")
+    parser.add_argument(
+        "--sort", choices=tuple(SORT_KEYS), default="age", help="newest (default), best, largest, furthest"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N runs and sweeps only")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    words = parser.parse_args(argv)
-    if words.limit is not None and words.limit < 1:
-        raise ConfigError(f"runner ls: --limit {words.limit} cannot be: it has to be 1 or more.")
-    root = Path(words.path or DEFAULT).expanduser()
-    if not root.is_dir() and (words.path is not None or root.exists()):
+    options = parser.parse_args(argv)
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"runner ls: --limit {options.limit} is invalid: must be 1 or more.")
+    root = Path(options.path or DEFAULT).expanduser()
+    if not root.is_dir() and (options.path is not None or root.exists()):
         raise ConfigError(f"{root}: {'not a folder' if root.exists() else 'there is no such folder'}.")
     found = find_runs(root)
-    order = SORTS[words.sort]
-    shown = sorted(found, key=order)[: words.limit]
-    if words.runs:
-        for one in shown:
-            if isinstance(one, SweepInfo) and words.sort != "age":
-                one.runs.sort(key=order)
-    names = settings_text.by_importance(differing_settings([run for one in shown for run in _group(one)]))
-    if words.json:
-        entries = [_entry(one, names, words.runs) for one in shown]
+    sort_key = SORT_KEYS[options.sort]
+    shown = sorted(found, key=sort_key)[: options.limit]
+    for entry in shown:
+        if isinstance(entry, SweepInfo) and options.sort != "age":  # by age the runs keep the order of their numbers
+            entry.runs.sort(key=sort_key)
+    names = settings_text.by_importance(differing_settings([run for entry in shown for run in _runs_of(entry)]))
+    if options.json:
+        entries = [_to_dict(entry, names, options.runs) for entry in shown]
         print(json_document({"root": root, "differing": names, "entries": entries}))
         return 0
     screen = Screen()
     if not shown:
         screen.line(f"No runs below {relative_path(root)}. The first one: python -m runner experiment=first_run")
         return 0
-    _print(screen, root, shown, names, words.runs)
+    _print_table(screen, root, shown, names, options.runs)
     if len(found) > len(shown):
         screen.line((f"{len(found) - len(shown)} more; --limit {len(found)} shows all.", "dim"))
     return 0
 
 
-def _print(screen: Screen, root: Path, shown: list[RunInfo | SweepInfo], names: list[str], members: bool) -> None:
-    texts = iter(settings_text.pairs([group for one in shown for group in _lines(one, members)], names))
+def _print_table(
+    screen: Screen, root: Path, entries: list[RunInfo | SweepInfo], names: list[str], with_runs: bool
+) -> None:
+    """Print a row for each entry, and for the runs of each sweep if `with_runs`; `names` are the settings to show."""
+    runs_by_row = [runs for entry in entries for runs in _runs_by_row(entry, with_runs)]
+    settings = iter(settings_text.pairs(runs_by_row, names))
     now = time.time()
     rows: list[TableRow] = []
-    paths: list[tuple[int, Path]] = []
-    for one in shown:
-        paths.append((len(rows), one.path))
-        if isinstance(one, RunInfo):
-            rows.append(_run_row(one, next(texts), now))
-            continue
-        rows.append(_sweep_row(one, next(texts), now))
-        for member in one.runs if members else []:
-            rows.append(_run_row(member, next(texts), now))
-            rows[-1].cells[0] = f"  {member.path.name}"
-    for i, path in paths:
-        rows[i].cells[0] = relative_path(path)
+    paths: list[tuple[TableRow, Path]] = []
+    for entry in entries:
+        if isinstance(entry, RunInfo):
+            rows.append(_run_row(entry, next(settings), now))
+        else:
+            rows.append(_sweep_row(entry, next(settings), now))
+        paths.append((rows[-1], entry.path))
+        for run in entry.runs if with_runs and isinstance(entry, SweepInfo) else []:
+            rows.append(_run_row(run, next(settings), now))
+            rows[-1].cells[0] = f"  {run.path.name}"
+    for row, path in paths:
+        row.cells[0] = relative_path(path)
     columns = list(_COLUMNS if names else _COLUMNS[:-1])
-    cells = [[single_line(cell) for cell in row.cells] for row in rows]
-    widths = column_widths(columns, cells)
+    widths = column_widths(columns, [[single_line(cell) for cell in row.cells] for row in rows])
     needed = sum(widths) + 2 * (len(widths) - 1)
     if names:
-        needed += min(0, _LEAST_SETTINGS - widths[-1])
+        needed += min(0, _MIN_SETTINGS_WIDTH - widths[-1])
     if screen.width is not None and needed > screen.width:
-        # A whole path can be copied; where that leaves no room, what lies below the folder that was named is enough.
-        for i, path in paths:
-            rows[i].cells[0] = os.path.relpath(path, root)
+        # A path that can be copied is best; without room for it, the part below `root` is enough.
+        for row, path in paths:
+            row.cells[0] = os.path.relpath(path, root)
         columns[0] = Column(f"below {relative_path(root)}", keep_end=True)
     for row in rows:
         row.cells = row.cells[: len(columns)]
     screen.lines(table(columns, rows, screen.width))
 
 
-def _run_row(run: RunInfo, differ: str, now: float) -> TableRow:
-    cells = [
-        "",
-        run.state,
-        format_progress(run),
-        format_best(run),
-        format_age(now - run.updated),
-        format_bytes(run.size_bytes),
-        differ,
-    ]
+def _run_row(run: RunInfo, settings: str, now: float) -> TableRow:
+    cells = ["", run.state, format_progress(run), format_best(run)]
+    cells += [format_age(now - run.updated), format_bytes(run.size_bytes), settings]
     return TableRow(cells, {1: STATE_STYLES.get(run.state, "")}, run_notes(run))
 
 
-def _sweep_row(sweep: SweepInfo, differ: str, now: float) -> TableRow:
-    best = sweep.best
-    loss = "-" if best is None else f"{best.best_loss:.4f} in {best.path.name}"
-    alike = len(sweep.states) < 2
-    cells = [
-        "",
-        format_states(sweep) if alike else f"{sum(sweep.states.values())} jobs",
-        "",
-        loss,
-        format_age(now - sweep.updated),
-        format_bytes(sweep.size_bytes),
-        differ,
-    ]
-    styles = {0: "bold", 1: sweep_style(sweep)}
-    notes = [] if alike else [format_states(sweep)]
-    return TableRow(cells, styles, notes + ([f"damaged: {sweep.problem}"] if sweep.problem else []))
+def _sweep_row(sweep: SweepInfo, settings: str, now: float) -> TableRow:
+    has_one_state = len(sweep.states) < 2
+    best = "-" if sweep.best is None else f"{sweep.best.best_loss:.4f} in {sweep.best.path.name}"
+    cells = ["", format_states(sweep) if has_one_state else f"{sum(sweep.states.values())} jobs", "", best]
+    cells += [format_age(now - sweep.updated), format_bytes(sweep.size_bytes), settings]
+    notes = [] if has_one_state else [format_states(sweep)]
+    notes += [f"damaged: {sweep.problem}"] if sweep.problem else []
+    return TableRow(cells, {0: "bold", 1: sweep_style(sweep)}, notes)
 
 
-def _group(one: RunInfo | SweepInfo) -> list[RunInfo]:
-    return [one] if isinstance(one, RunInfo) else one.runs
+def _runs_of(entry: RunInfo | SweepInfo) -> list[RunInfo]:
+    return [entry] if isinstance(entry, RunInfo) else entry.runs
 
 
-def _lines(one: RunInfo | SweepInfo, members: bool) -> list[list[RunInfo]]:
-    """The runs behind each line of the table."""
-    return [_group(one), *([run] for run in _group(one) if members and isinstance(one, SweepInfo))]
+def _runs_by_row(entry: RunInfo | SweepInfo, with_runs: bool) -> list[list[RunInfo]]:
+    """Return the runs whose settings each row of the entry shows."""
+    runs = _runs_of(entry)
+    return [runs, *([run] for run in runs if with_runs and isinstance(entry, SweepInfo))]
 
 
-def _entry(one: RunInfo | SweepInfo, names: list[str], members: bool) -> dict[str, Any]:
-    if isinstance(one, RunInfo):
-        return {
-            "kind": "run",
-            **run_fields(one),
-            "settings": {name: one.settings[name] for name in names if name in one.settings},
-        }
-    entry = {"kind": "sweep", **sweep_fields(one)}
-    if members:
-        entry["runs"] = [_entry(run, names, False) for run in one.runs]
-    return entry
+def _to_dict(entry: RunInfo | SweepInfo, names: list[str], with_runs: bool) -> dict[str, Any]:
+    if isinstance(entry, RunInfo):
+        settings = {name: entry.settings[name] for name in names if name in entry.settings}
+        return {"kind": "run", **run_fields(entry), "settings": settings}
+    fields: dict[str, Any] = {"kind": "sweep", **sweep_fields(entry)}
+    if with_runs:
+        fields["runs"] = [_to_dict(run, names, False) for run in entry.runs]
+    return fields

@@ -1,4 +1,4 @@
-"""`runner show`: one run or sweep: how it stands, what it was told, how it learned, what it left, how to go on."""
+"""`runner show`: the state, settings, curves and checkpoints of a run or sweep, and the commands to type next."""
 
 from __future__ import annotations
 
@@ -14,46 +14,45 @@ from runner.runs.inspect import read_run
 
 
 def run(argv: list[str]) -> int:
-    """Show what `argv` names.
+    """Show the run or sweep that `argv` names.
 
     Raises:
-        ConfigError: a word that is not understood, or neither a run nor a sweep.
+        ConfigError: a wrong argument, or a path that is neither a run nor a sweep.
     """
     parser = CommandParser(prog="runner show", description=COMMANDS["show"])
     parser.add_argument("path", metavar="RUN|SWEEP", help="its directory")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    words = parser.parse_args(argv)
-    path = Path(words.path).expanduser()
-    sweep = _is_sweep_not_run(path)
-    if sweep:
+    options = parser.parse_args(argv)
+    path = Path(options.path).expanduser()
+    if _holds_sweep(path):
         from runner.reports.sweep_page import print_sweep_page, sweep_page_fields
 
-        found = read_sweep(path)
-        if words.json:
-            print(json_document(sweep_page_fields(found)))
+        sweep = read_sweep(path)
+        if options.json:
+            print(json_document(sweep_page_fields(sweep)))
         else:
-            print_sweep_page(found, Screen())
+            print_sweep_page(sweep, Screen())
         return 0
     from runner.reports.run_page import print_run_page, read_run_page, run_page_fields
 
     page = read_run_page(read_run(path))
-    if words.json:
+    if options.json:
         print(json_document(run_page_fields(page)))
     else:
         print_run_page(page, Screen())
     return 0
 
 
-def _is_sweep_not_run(path: Path) -> bool:
-    """Which of the two `path` is.
+def _holds_sweep(path: Path) -> bool:
+    """Return whether `path` holds a sweep, and not a run.
 
     Raises:
-        ConfigError: neither; says what it is instead.
+        ConfigError: it holds neither; the message says what it holds.
     """
     if not path.is_dir():
-        near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        what = "it is not a folder" if path.exists() else "there is no such folder"
-        raise ConfigError(f"{path}: {what}.{did_you_mean(path.name, near)}")
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        problem = "it is not a folder" if path.exists() else "there is no such folder"
+        raise ConfigError(f"{path}: {problem}.{did_you_mean(path.name, siblings)}")
     if is_sweep(path):
         return True
     try:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from runner import loggers
 from runner.common.errors import ConfigError
 from runner.config import environment, schema, validation
+from runner.config.paths import make_paths_absolute
 from runner.config.schema import Config
 
 
@@ -29,10 +30,7 @@ def resolve_config(config: DictConfig) -> Config:
     validation.validate(settings)
     settings = validation.fill_defaults(settings)
     loggers.build(settings.loggers)  # opens nothing: refuses an unknown logger or option
-    for section in (settings.model, settings.data):
-        section.path = _absolute(section.path)
-    if settings.adapter:
-        settings.adapter = _absolute(settings.adapter)
+    make_paths_absolute(settings)
     return settings
 
 
@@ -51,8 +49,3 @@ def stored_config(config: DictConfig, settings: Config) -> dict[str, Any]:
     stored = schema.to_dict(settings)
     environment.keep_references(stored, OmegaConf.to_container(config, resolve=False))
     return stored
-
-
-def _absolute(path: str) -> str:
-    expanded = os.path.expanduser(path)
-    return os.path.abspath(expanded) if os.path.exists(expanded) else path

@@ -23,9 +23,9 @@ class Invocation:
     prints_only: bool = False
     """Whether --cfg, --info or shell completion was typed: nothing runs and nothing is written."""
     resume: Path | None = None
-    """Run directory, checkpoint or backup to continue from, absolute."""
+    """Run directory, checkpoint, sweep or backup to continue from; an absolute path."""
     repeat: Path | None = None
-    """Run directory whose stored config is the base of a new run or sweep, absolute."""
+    """Run directory whose stored config is the base of a new run or sweep; an absolute path."""
     stop_at: int | None = None
     """Update after which every run of this invocation stops, resumable."""
     sweep: Path | None = None

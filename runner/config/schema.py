@@ -167,7 +167,7 @@ class ScheduleConfig:
     iters: int | None = setting(None, at_least=1)
     """Update at which the schedule ends; null means train.iters."""
     end: float | None = setting(None, at_least=0, defaults_by={"linear": 0.0, "cosine": 0.0, "exponential": 1e-6})
-    """Learning rate of the last update; exponential needs one above 0."""
+    """Learning rate of the last update; must be above 0 with exponential."""
 
 
 @dataclass(kw_only=True)

@@ -126,11 +126,3 @@ def is_valid_path(text: str, kind: PathKind) -> bool:
     longest = max(len(part.encode(errors="surrogatepass")) for part in text.split("/"))
     unknown_user = text.startswith("~") and os.path.expanduser(text) == text
     return size < 4000 and longest <= 255 and min(text, default=" ") >= " " and not unknown_user
-
-
-def absolute_path(text: str, kind: PathKind) -> str:
-    """Return `text` as a path that does not depend on the working directory, where its kind has such a form."""
-    expanded = os.path.expanduser(text)
-    if kind is PathKind.OUTPUT or (kind is PathKind.INPUT and os.path.exists(expanded)):
-        return os.path.abspath(expanded)
-    return text

@@ -163,4 +163,7 @@ def _unused_options(name: str, section: OptimizerConfig | ScheduleConfig) -> Ite
         users = metadata_of(option).defaults_by
         if users and section.name not in users and getattr(section, option.name) is not None:
             belongs = " and ".join(f"{name}={user}" for user in users)
-            yield f"{name}.{option.name} is not used by {name}={section.name}; it belongs to {belongs}."
+            yield (
+                f"{name}.{option.name} is not used by {name}={section.name}; it belongs to {belongs}. (A YAML file "
+                f"chooses with '- override /{name}: {section.name}' in its defaults list.)"
+            )

@@ -8,6 +8,7 @@ update W + 2 on, and the same sum of rates before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,8 @@ def scheduled(given: Any, iters: int) -> tuple[dict[str, str], dict[str, Any], s
         if warmup:
             values |= {"schedule.iters": max(iters, rise + 1), "schedule.warmup": rise}
         return {"schedule": "constant"}, values, said
+    if name == "exponential_decay" and len(arguments) == 2:
+        return _exponential(peak, number(arguments[1]), rise, iters, said)
     if name not in _SHAPES:
         there = ", ".join(map(str, schema.metadata()["schedule.name"].choices))
         raise Cannot(f"{name} is not there yet ({there}): schedule=cosine falls smoothly to schedule.end")
@@ -113,6 +116,21 @@ def scheduled(given: Any, iters: int) -> tuple[dict[str, str], dict[str, Any], s
         said += f"; the run ends at update {iters}, before the schedule does at {last}"
     values = {"optimizer.learning_rate": peak, "schedule.iters": last, "schedule.warmup": rise, "schedule.end": end}
     return {"schedule": _SHAPES[name]}, values, said
+
+
+def _exponential(
+    peak: float, factor: float, rise: int, iters: int, said: str
+) -> tuple[dict[str, str], dict[str, Any], str]:
+    """A factor per update there; here the rate of the run's last update, to which the same factor leads."""
+    last = max(iters, rise + 2)
+    try:
+        end = peak * factor ** (last - rise - 1)
+    except OverflowError:
+        end = math.inf
+    if factor <= 0 or not 0 < end < math.inf:
+        raise Cannot(f"exponential_decay by {factor} does not reach a positive rate at update {last}")
+    values = {"optimizer.learning_rate": peak, "schedule.iters": last, "schedule.warmup": rise, "schedule.end": end}
+    return {"schedule": "exponential"}, values, f"{said}; the rate stays at schedule.end after update {last}"
 
 
 def _options(to: Carried, used: str, given: Any) -> None:

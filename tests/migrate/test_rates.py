@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
 from runner.migrate.rates import scheduled
+from runner.migrate.values import Cannot
 from runner.training.lr_schedule import learning_rate
 
 
@@ -50,6 +51,23 @@ def test_rates_are_equal_from_the_end_of_the_warmup_on_and_sum_to_the_same_befor
     first = warmup + 1 if warmup else 0
     assert here[first:] == pytest.approx(there[first:], rel=1e-4, abs=1e-8)
     assert sum(here[:first]) == pytest.approx(sum(there[:first]), rel=1e-4, abs=1e-8)
+
+
+@settings(deadline=None, max_examples=40)
+@given(peak=st.floats(1e-6, 1e-2), factor=st.floats(0.5, 1.1), warmup=st.integers(0, 20), updates=st.integers(1, 60))
+def test_an_exponential_decay_has_equal_rates_until_the_end_of_the_run(peak, factor, warmup, updates):
+    old = {"name": "exponential_decay", "arguments": [peak, factor], "warmup": warmup}
+    updates += warmup + 2
+    there, here = theirs(old, updates), ours(old, updates)
+    first = warmup + 1 if warmup else 0
+    assert here[first:] == pytest.approx(there[first:], rel=1e-4)
+    assert sum(here[:first]) == pytest.approx(sum(there[:first]), rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.5, 1e-300, 1e300])
+def test_an_exponential_decay_that_leaves_the_positive_numbers_is_refused_with_the_reason(factor):
+    with pytest.raises(Cannot, match="does not reach a positive rate"):
+        scheduled({"name": "exponential_decay", "arguments": [1e-4, factor]}, 100)
 
 
 def test_a_constant_rate_after_a_warmup_is_found_in_a_decay_that_does_not_decay():

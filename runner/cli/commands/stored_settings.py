@@ -13,6 +13,7 @@ from typing import Any
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_yaml import load_yaml_file
 from runner.config import environment, groups, schema, validation
+from runner.config.paths import make_paths_absolute
 from runner.config.schema import Config, ModelConfig
 from runner.runs.directory import RunDirectory
 
@@ -70,8 +71,8 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
             _set(trained, name, value)
     config = schema.from_dict(schema.to_dict(config), "the command line")  # checks the types of what was typed
     validation.validate(config)
-    for section in (trained.model, config.model, config.data):
-        section.path = _absolute(section.path)
+    make_paths_absolute(trained)
+    make_paths_absolute(config)
     return StoredSettings(config, trained.model, frozenset(typed))
 
 
@@ -104,8 +105,3 @@ def _set(config: Config, name: str, value: Any) -> None:
     for part in path:
         section = getattr(section, part)
     setattr(section, last, value)
-
-
-def _absolute(path: str) -> str:
-    expanded = os.path.expanduser(path)
-    return os.path.abspath(expanded) if os.path.exists(expanded) else path

@@ -16,9 +16,9 @@ def compose(*overrides: str) -> dict:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from runner.app.run import register
+    from runner.app.compose import register_schema
 
-    register()
+    register_schema()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = OmegaConf.to_container(compose("config", overrides=list(overrides)))
     assert isinstance(composed, dict)

@@ -1,23 +1,22 @@
-"""A mirror of what matters of a run on a second disk: written in the background, caught up later, never in the way.
+"""A backup of a run on a second disk: written in the background, caught up later, never in the way of training.
 
-A backup is laid out as a run's directory, with a ``backup.json`` that says of which run it is::
+A backup is laid out as a run's directory, with a ``backup.json`` that names its run::
 
     BACKUP/<date>-<time>-<run id>/   backup.json  config.yaml  status.json  metrics.jsonl  checkpoints/  adapters/
 
-Whatever fails here is told, once, and tried again at the next save. `restore` makes a run's directory of it.
+A failure is reported once, and the next save tries again. `restore` makes a run's directory of a backup.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-from runner.checkpoints import verify
+from runner.checkpoints import manifest, verify
 from runner.checkpoints.store import CheckpointStore, step_name
 from runner.common.atomic_io import repair_replaced_folder, replace_folder, write_atomically
 from runner.common.errors import CheckpointError, ConfigError, RunnerError, StorageError
@@ -26,7 +25,9 @@ from runner.runs.directory import RunDirectory
 
 NAME = "backup.json"
 _SCHEMA = 1
-_LARGEST = 1 << 40  # bytes of a file that is copied whole
+_MAX_ROWS_BYTES = 1 << 40
+_MAX_BACKUP_JSON_BYTES = 100_000
+_RUN_FILES = ("config", "status", "metrics", "samples")  # attributes of RunDirectory
 
 
 class BackupMirror:
@@ -37,133 +38,133 @@ class BackupMirror:
         root: Path,
         directory: RunDirectory,
         store: CheckpointStore,
-        matter: Callable[[], Collection[int]],
-        disk: FileSystem | None = None,
+        mirrored_steps: Callable[[], Collection[int]],
+        filesystem: FileSystem | None = None,
     ) -> None:
-        """`matter` gives the steps that are to be in the backup, those of the run that it keeps itself."""
+        """`mirrored_steps` returns the steps, of those that the run retains, whose checkpoints the backup holds."""
         self.root = root
         self.folder: Path | None = None
-        """Where this run's backup lies, once it is known."""
-        self._directory, self._store, self._matter = directory, store, matter
-        self._disk = disk or FileSystem()
-        self._place: RunDirectory | None = None
+        """The folder of this run's backup, once it is known."""
+        self._directory, self._store, self._mirrored_steps = directory, store, mirrored_steps
+        self._filesystem = filesystem or FileSystem()
+        self._backup: RunDirectory | None = None
         self._verified: set[int] = set()
-        self._news: list[str] = []
+        self._messages: list[str] = []
         self._problem: str | None = None
-        self._again = threading.Event()
+        self._work_pending = threading.Event()
         self._idle = threading.Event()
-        self._end = False
+        self._ending = False
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
-        """There is something new to mirror."""
+        """Mirror what is new, in the background."""
         self._idle.clear()
-        self._again.set()
+        self._work_pending.set()
         if self._thread is None:
-            # A disk that hangs must not keep the process from ending.
-            self._thread = threading.Thread(target=self._work, name="backup", daemon=True)
+            # A daemon: a disk that hangs must not keep the process from ending.
+            self._thread = threading.Thread(target=self._run, name="backup", daemon=True)
             self._thread.start()
 
-    def news(self) -> list[str]:
-        """What a person should know, each once: what went wrong, and that it is mended."""
-        told, self._news = self._news, []
-        return told
+    def new_messages(self) -> list[str]:
+        """Return the messages since the last call: a failure, or that the backup has caught up."""
+        messages, self._messages = self._messages, []
+        return messages
 
     @property
     def problem(self) -> str | None:
-        """Why the backup is behind; None where it is not."""
+        """Why the backup is behind; None if it is not."""
         return self._problem
 
-    def finish(self, waiting: Callable[[], bool]) -> bool:
-        """Mirror what is new and end; waits for it as long as `waiting` says so. Returns whether all is mirrored."""
-        if self._end:
+    def finish(self, keep_waiting: Callable[[], bool]) -> bool:
+        """Mirror what is new and end the thread; return whether everything is mirrored.
+
+        Args:
+            keep_waiting: called repeatedly; once it returns False, the backup is left behind.
+        """
+        if self._ending:
             return self._problem is None
         self.wake()
         done = False
-        while not done and waiting():
+        while not done and keep_waiting():
             done = self._idle.wait(0.2)
-        self._end = True
-        self._again.set()
+        self._ending = True
+        self._work_pending.set()
         if done and self._thread is not None:
             self._thread.join()
         return done and self._problem is None
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
-            self._again.wait()
-            self._again.clear()
-            if not self._end:
-                self._tell(self._pass())
-            if not self._again.is_set():
+            self._work_pending.wait()
+            self._work_pending.clear()
+            if not self._ending:
+                self._report(self._mirror())
+            if not self._work_pending.is_set():
                 self._idle.set()
-            if self._end:
-                if self._place:
-                    self._place.unlock()
+            if self._ending:
+                if self._backup:
+                    self._backup.unlock()
                 return
 
-    def _pass(self) -> str | None:
-        """Mirror all that matters and is not there yet; returns what is in the way."""
+    def _mirror(self) -> str | None:
+        """Copy everything that is not in the backup yet; return the problem that prevented it, or None."""
         try:
-            place = self._open()
-            mirror = CheckpointStore(place.checkpoints, self._store.run_id, self._disk)
-            wanted = set(self._matter())
-            self._copy_texts(place)
-            for step in sorted(wanted):
-                self._copy_step(mirror, step)
-            mirror.remove({c.step for c in mirror.checkpoints()} - wanted if wanted else set())
-            self._verified &= wanted
-            self._copy_result(place)
+            backup = self._open()
+            store = CheckpointStore(backup.checkpoints, self._store.run_id, self._filesystem)
+            steps = set(self._mirrored_steps())
+            self._copy_files(backup)
+            for step in sorted(steps):
+                self._copy_checkpoint(store, step)
+            store.remove({c.step for c in store.checkpoints()} - steps if steps else set())
+            self._verified &= steps
+            self._copy_result(backup)
         except Exception as error:  # whatever it is: the run must not wait for a thread that has died
-            self._verified.clear()  # another medium may be there next time
-            if self._place:
-                self._place.unlock()
-                self._place = None
+            self._verified.clear()  # there may be another disk next time
+            if self._backup:
+                self._backup.unlock()
+                self._backup = None
             return str(error) if isinstance(error, RunnerError) else f"{self.root}: {type(error).__name__}: {error}."
         return None
 
     def _open(self) -> RunDirectory:
-        if self._place is not None and self._disk.lstat(self._place.path / NAME):
-            return self._place
-        # Only below a folder that is there: a disk that is not mounted must not be replaced by a folder of its name.
+        if self._backup is not None and self._filesystem.lstat(self._backup.path / NAME):
+            return self._backup
+        # Only below an existing folder: a disk that is not mounted must not be replaced by a folder of its name.
         if not self.root.is_dir():
             raise StorageError(f"{self.root}: there is no such folder; is its disk mounted?")
-        folder = _find(self.root, self._store.run_id) or self.root / _name(self._directory.path, self._store.run_id)
+        run_id = self._store.run_id
+        folder = find_backup(self.root, run_id) or self.root / _backup_name(self._directory.path, run_id)
         if folder.resolve() == self._directory.path.resolve():
             raise StorageError(f"{folder}: the run's own directory cannot be its backup.")
-        if self._disk.lstat(folder) is None:
-            self._disk.mkdir(folder)
-            self._disk.fsync_folder(self.root)
-        place = RunDirectory(folder, self._store.folder.name)
-        place.lock()
-        about = {
-            "schema": _SCHEMA,
-            "run_id": self._store.run_id,
-            "run": str(self._directory.path),
-            "host": socket.gethostname(),
-        }
-        self.folder, self._place = folder, place
-        write_atomically(folder / NAME, json.dumps(about, indent=1) + "\n")
-        return place
+        if self._filesystem.lstat(folder) is None:
+            self._filesystem.mkdir(folder)
+            self._filesystem.fsync_folder(self.root)
+        backup = RunDirectory(folder, self._store.folder.name)
+        backup.lock()
+        self.folder, self._backup = folder, backup
+        record = {"schema": _SCHEMA, "run_id": run_id, "run": str(self._directory.path), "host": socket.gethostname()}
+        write_atomically(folder / NAME, json.dumps(record, indent=1) + "\n")
+        return backup
 
-    def _copy_texts(self, place: RunDirectory) -> None:
-        """The files that a resume reads besides the checkpoints; before these, which count on the rows."""
-        pairs = [(getattr(self._directory, name), getattr(place, name)) for name in _TEXTS]
-        for source, target in pairs:
+    def _copy_files(self, backup: RunDirectory) -> None:
+        """Copy the files that a resume reads besides the checkpoints; before these, which count on the rows."""
+        for name in _RUN_FILES:
+            source, target = getattr(self._directory, name), getattr(backup, name)
             if not source.is_file():
                 continue
-            data = self._disk.read_file(source, _LARGEST)
-            if not target.exists() or self._disk.read_file(target, _LARGEST) != data:
+            data = self._filesystem.read_file(source, _MAX_ROWS_BYTES)
+            if not target.exists() or self._filesystem.read_file(target, _MAX_ROWS_BYTES) != data:
                 write_atomically(target, data)
 
-    def _copy_step(self, mirror: CheckpointStore, step: int) -> None:
-        source, target = self._store.folder / step_name(step), mirror.folder / step_name(step)
+    def _copy_checkpoint(self, store: CheckpointStore, step: int) -> None:
+        source, target = self._store.folder / step_name(step), store.folder / step_name(step)
         try:
-            record = verify.read_manifest(source, self._disk)
+            record = verify.read_manifest(source, self._filesystem)
         except CheckpointError:
-            return  # rotated meanwhile, or damaged: the run's own affair
+            return  # removed meanwhile, or damaged, which is the run's to report
         with suppress(CheckpointError):
-            if verify.read_manifest(target, self._disk) == record and (
-                step in self._verified or verify.is_whole(target, self._disk)
+            if verify.read_manifest(target, self._filesystem) == record and (
+                step in self._verified or verify.is_whole(target, self._filesystem)
             ):
                 self._verified.add(step)
                 return
@@ -171,111 +172,114 @@ class BackupMirror:
             loaded = self._store.load(source)
         except CheckpointError:
             return
-        mirror.copy(loaded)
+        store.copy(loaded)
         self._verified.add(step)
 
-    def _copy_result(self, place: RunDirectory) -> None:
-        """The result, where it has a manifest that vouches for it and the backup has another."""
+    def _copy_result(self, backup: RunDirectory) -> None:
+        """Copy the result if it verifies and is not that of the backup."""
         with suppress(CheckpointError):
-            loaded = verify.load_checkpoint(self._directory.result, self._disk)
+            loaded = verify.load_checkpoint(self._directory.result, self._filesystem)
             with suppress(CheckpointError):
-                if verify.load_checkpoint(place.result, self._disk).files == loaded.files:
+                if verify.load_checkpoint(backup.result, self._filesystem).files == loaded.files:
                     return
-            replace_folder(place.result, _contents(self._directory.result, loaded, self._disk), self._disk)
+            _copy_folder(self._directory.result, backup.result, loaded, self._filesystem)
 
-    def _tell(self, problem: str | None) -> None:
+    def _report(self, problem: str | None) -> None:
         if problem is not None and self._problem is None:
-            self._news.append(f"backup: {problem} Training goes on; it is tried again at each save.")
+            self._messages.append(f"backup: {problem} Training continues; each save tries again.")
         elif problem is None and self._problem is not None:
-            self._news.append(f"backup: caught up in {self.folder}")
+            self._messages.append(f"backup: caught up in {self.folder}")
         self._problem = problem
 
 
-_TEXTS = ("config", "status", "metrics", "samples")
-
-
 def is_backup(path: Path) -> bool:
-    """Whether `path` is the backup of a run."""
+    """Return whether `path` is the backup of a run."""
     return (path / NAME).is_file()
 
 
 def find_backup(root: Path, run_id: str) -> Path | None:
-    """The backup of the run `run_id` below `root`."""
-    return _find(root, run_id) if root.is_dir() else None
-
-
-def restore(backup: Path, directory: RunDirectory) -> list[str]:
-    """Fill the new, claimed `directory` with what the backup holds, so that the run goes on there as the same run.
-
-    Returns a sentence for each checkpoint that is damaged and left out.
-
-    Raises:
-        CheckpointError: no checkpoint of the backup is whole; nothing was written.
-        DirectoryInUse: the run that is mirrored here is still at work.
-        StorageError: the new directory cannot be written.
-    """
-    disk = FileSystem()
-    about = _about(backup)
-    source = RunDirectory(backup, directory.checkpoints.name)
-    source.lock()
-    try:
-        store = CheckpointStore(source.checkpoints, about["run_id"], disk)
-        store.repair()
-        repair_replaced_folder(source.result, disk)
-        own = [found for found in store.checkpoints() if found.run_id == store.run_id]
-        wrong = [f"{path}: damaged, left out" for path in _unlisted(source.checkpoints, {c.path for c in own})]
-        target = CheckpointStore(directory.checkpoints, store.run_id, disk)
-        whole = 0
-        for found in reversed(own):
-            try:
-                target.copy(store.load(found.path))
-                whole += 1
-            except CheckpointError as error:
-                wrong.append(f"damaged, left out: {error}")
-        if not whole:
-            raise CheckpointError("\n".join([*wrong, f"{backup}: it holds no checkpoint to go on from."]))
-        with suppress(CheckpointError):
-            loaded = verify.load_checkpoint(source.result, disk)
-            replace_folder(directory.result, _contents(source.result, loaded, disk), disk)
-        for name in ("metrics", "samples", "status", "config"):  # with its config.yaml it is a run
-            if (kept := getattr(source, name)).is_file():
-                write_atomically(getattr(directory, name), disk.read_file(kept, _LARGEST))
-        return wrong
-    finally:
-        source.unlock()
-
-
-def _contents(folder: Path, loaded: verify.LoadedCheckpoint, disk: FileSystem) -> dict[str, bytes]:
-    name = "manifest.json"
-    return {**loaded.files, name: disk.read_file(folder / name, 1 << 20)}
-
-
-def _unlisted(folder: Path, listed: Collection[Path]) -> list[Path]:
-    names = os.listdir(folder) if folder.is_dir() else []
-    return [folder / n for n in sorted(names) if verify.STEP_NAME.fullmatch(n) and folder / n not in listed]
-
-
-def _about(backup: Path) -> dict[str, str]:
-    try:
-        about = json.loads(FileSystem().read_file(backup / NAME, 100_000))
-        if about["schema"] != _SCHEMA or not isinstance(about["run_id"], str):
-            raise ValueError(f"schema {about['schema']}, this version reads {_SCHEMA}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{backup / NAME} cannot be understood: {error}.") from None
-    return about
-
-
-def _find(root: Path, run_id: str) -> Path | None:
-    """The folder of this run below `root`; its name may be that of a directory where the run was before."""
+    """Return the backup of the run `run_id` below `root`, whatever the run's directory was called; None if there is
+    none."""
+    if not root.is_dir():
+        return None
     for name in FileSystem().listdir(root):
-        if not name.endswith(f"-{run_id[:8]}"):
-            continue
         with suppress(RunnerError):
-            if is_backup(root / name) and _about(root / name)["run_id"] == run_id:
+            if name.endswith(f"-{run_id[:8]}") and is_backup(root / name) and _read_run_id(root / name) == run_id:
                 return root / name
     return None
 
 
-def _name(run: Path, run_id: str) -> str:
-    """``2026-11-24-10-00-00-0123abcd``: the run's folder, the one above it, and the run's own identity."""
+def restore(backup: Path, directory: RunDirectory) -> list[str]:
+    """Fill the new, claimed `directory` with what the backup holds, so that it is resumed as the same run.
+
+    Returns:
+        A message for each checkpoint that is damaged and left out.
+
+    Raises:
+        CheckpointError: no checkpoint of the backup is whole; nothing was written.
+        DirectoryInUse: the run that is mirrored here is still training.
+        StorageError: the new directory cannot be written.
+    """
+    filesystem = FileSystem()
+    run_id = _read_run_id(backup)
+    source = RunDirectory(backup, directory.checkpoints.name)
+    source.lock()
+    try:
+        store = CheckpointStore(source.checkpoints, run_id, filesystem)
+        store.repair()
+        repair_replaced_folder(source.result, filesystem)
+        messages = _restore_checkpoints(store, CheckpointStore(directory.checkpoints, run_id, filesystem), backup)
+        with suppress(CheckpointError):
+            loaded = verify.load_checkpoint(source.result, filesystem)
+            _copy_folder(source.result, directory.result, loaded, filesystem)
+        for name in reversed(_RUN_FILES):  # config.yaml last: with it the directory is a run
+            path = getattr(source, name)
+            if path.is_file():
+                write_atomically(getattr(directory, name), filesystem.read_file(path, _MAX_ROWS_BYTES))
+        return messages
+    finally:
+        source.unlock()
+
+
+def _restore_checkpoints(source: CheckpointStore, target: CheckpointStore, backup: Path) -> list[str]:
+    """Copy the valid checkpoints; return a message for each that is left out. Raises CheckpointError if all are."""
+    records = [record for record in source.checkpoints() if record.run_id == source.run_id]
+    readable = {record.path.name for record in records}
+    names = FileSystem().listdir(source.folder) if source.folder.is_dir() else []
+    messages = [
+        f"{source.folder / name}: damaged, left out"
+        for name in names
+        if verify.STEP_NAME.fullmatch(name) and name not in readable
+    ]
+    copied = 0
+    for record in reversed(records):
+        try:
+            target.copy(source.load(record.path))
+            copied += 1
+        except CheckpointError as error:
+            messages.append(f"damaged, left out: {error}")
+    if not copied:
+        raise CheckpointError("\n".join([*messages, f"{backup}: it holds no valid checkpoint to resume from."]))
+    return messages
+
+
+def _copy_folder(source: Path, target: Path, loaded: verify.LoadedCheckpoint, filesystem: FileSystem) -> None:
+    """Replace the folder `target` by the verified files of `source` and its manifest."""
+    sealed = filesystem.read_file(source / manifest.NAME, manifest.MAX_BYTES)
+    replace_folder(target, {**loaded.files, manifest.NAME: sealed}, filesystem)
+
+
+def _read_run_id(backup: Path) -> str:
+    try:
+        record = json.loads(FileSystem().read_file(backup / NAME, _MAX_BACKUP_JSON_BYTES))
+        run_id = record["run_id"]
+        if record["schema"] != _SCHEMA or not isinstance(run_id, str):
+            raise ValueError(f"schema {record['schema']}; this version reads {_SCHEMA}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{backup / NAME} cannot be understood: {error}.") from None
+    return run_id
+
+
+def _backup_name(run: Path, run_id: str) -> str:
+    """Return the name of a new backup: ``2026-11-24-10-00-00-0123abcd``, of the run's date, time and identity."""
     return f"{run.parent.name}-{run.name}-{run_id[:8]}"

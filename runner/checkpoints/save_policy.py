@@ -1,17 +1,59 @@
-"""When to save: every so many updates, every so many minutes, or both; pure, with the time passed in."""
+"""When a checkpoint is saved, and why: pure functions, with the elapsed time passed in."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 
-_SCHEDULED, _BEST = "every ", "best"
+# Earlier versions recorded the interval: "every 100", "every 5 minutes".
+_EVERY_MINUTES = re.compile(r"every .* minutes")
+_EVERY_UPDATES = re.compile(r"every .*")
+
+
+class SaveReason(Enum):
+    """Why a checkpoint was saved. The values are what manifest.json holds; those of the end are of StopReason."""
+
+    UPDATES = "every N updates"
+    MINUTES = "every N minutes"
+    BEST = "best"
+    FINISHED = "finished"
+    EARLY_STOPPING = "early stopping"
+    STOP_AT = "stop_at"
+    SIGTERM = "SIGTERM"
+    SIGINT = "SIGINT"
+    SIGHUP = "SIGHUP"
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether an interval asked for the save, so that it counts for checkpoint.keep_last."""
+        return self in (SaveReason.UPDATES, SaveReason.MINUTES)
+
+    @property
+    def is_end(self) -> bool:
+        """Whether the checkpoint was saved because the loop ended there."""
+        return not self.is_scheduled and self is not SaveReason.BEST
+
+
+def parse_save_reasons(why: Iterable[str]) -> frozenset[SaveReason]:
+    """Return the reasons that a manifest holds as text, of this version or an earlier one; unknown ones are left out."""
+    values = {reason.value for reason in SaveReason}
+    reasons = set()
+    for text in why:
+        if text in values:
+            reasons.add(SaveReason(text))
+        elif _EVERY_MINUTES.fullmatch(text):
+            reasons.add(SaveReason.MINUTES)
+        elif _EVERY_UPDATES.fullmatch(text):
+            reasons.add(SaveReason.UPDATES)
+    return frozenset(reasons)
 
 
 @dataclass(frozen=True, slots=True)
 class SavePolicy:
-    """`every` counts optimizer updates, `every_minutes` time since the last save; None: not so."""
+    """Intervals between saves: in optimizer updates, and in minutes since the last save; None: no such interval."""
 
     every: int | None
     every_minutes: float | None = None
@@ -19,56 +61,47 @@ class SavePolicy:
     def __post_init__(self) -> None:
         """Raises ValueError for an interval that is not positive."""
         if self.every is not None and self.every < 1:
-            raise ValueError("checkpoint.every is an interval in updates: 1 or more")
+            raise ValueError("checkpoint.every is invalid: must be 1 or more updates")
         if self.every_minutes is not None and not self.every_minutes > 0:
-            raise ValueError("checkpoint.every_minutes is an interval in minutes: more than 0")
+            raise ValueError("checkpoint.every_minutes is invalid: must be more than 0 minutes")
 
     def due(
-        self, step: int, *, minutes_since_save: float, best: bool = False, stopping: str | None = None
-    ) -> tuple[str, ...]:
-        """Why to save after update `step`, as `Store.commit` records it; empty: do not.
+        self, step: int, *, minutes_since_save: float, best: bool = False, stopping: SaveReason | None = None
+    ) -> tuple[SaveReason, ...]:
+        """Return why to save after update `step`; empty if no save is due. Step 0 is never saved.
 
-        `best`: the evaluation at this step is the best so far. `stopping`: why the loop ends here
-        ("finished", "stop_at", "SIGTERM"): the last state is saved. Step 0 is a baseline, never saved.
+        Args:
+            best: whether the evaluation at this step is the best so far.
+            stopping: why the loop ends here: its last state is saved.
         """
         if step < 1:
             return ()
-        why = []
+        reasons = []
         if self.every is not None and step % self.every == 0:
-            why.append(f"{_SCHEDULED}{self.every}")
+            reasons.append(SaveReason.UPDATES)
         if self.every_minutes is not None and minutes_since_save >= self.every_minutes:
-            why.append(f"{_SCHEDULED}{self.every_minutes:g} minutes")
+            reasons.append(SaveReason.MINUTES)
         if best:
-            why.append(_BEST)
-        if stopping:
-            why.append(stopping)
-        return tuple(why)
-
-
-def is_scheduled(why: Sequence[str]) -> bool:
-    """Whether a save for the reasons `why` counts for `keep_last`."""
-    return any(reason.startswith(_SCHEDULED) for reason in why)
-
-
-def is_end(why: Sequence[str]) -> bool:
-    """Whether a save for the reasons `why` was made because the loop ended there."""
-    return any(reason != _BEST and not reason.startswith(_SCHEDULED) for reason in why)
+            reasons.append(SaveReason.BEST)
+        if stopping is not None:
+            reasons.append(stopping)
+        return tuple(reasons)
 
 
 class SaveTimer:
-    """Minutes since the last save, by a clock that a changed date does not move."""
+    """Minutes since the last save, by a clock that a change of the date does not affect."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        """`monotonic` gives seconds; time counts from now."""
+        """Start at 0 minutes; `monotonic` returns seconds."""
         self._monotonic = monotonic
         self._start = monotonic()
 
     def restart(self) -> None:
-        """Call after each save."""
+        """Start again at 0 minutes, after a save."""
         self._start = self._monotonic()
 
     def minutes(self) -> float:
-        """Minutes since the last `restart`; a clock that went back is counted from where it went."""
+        """Return the minutes since the last `restart`; a clock that went back counts from where it went."""
         now = self._monotonic()
         self._start = min(self._start, now)
         return (now - self._start) / 60

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: nothing is handed out that its manifest does not vouch for, byte by byte.
+"""Verified reading of a checkpoint: no byte is returned that its manifest does not vouch for.
 
 Sizes are compared before anything is read, and the hash is taken of the very bytes that are returned. Links
 and special files are refused wherever they are, so nothing outside the checkpoint's folder is read.
@@ -18,8 +18,8 @@ from runner.checkpoints.manifest import CheckpointManifest, FileRecord
 from runner.common.errors import CheckpointError
 from runner.common.filesystem import FileSystem
 
-_LARGE = 1 << 26
 STEP_NAME = re.compile(r"step-([0-9]{7,18})")
+_MAX_UNCHECKED_BYTES = 1 << 26
 _KINDS = {"link": "a symbolic link", "file": "a file", "other": "a FIFO, a socket or a device"}
 
 
@@ -43,82 +43,86 @@ class LoadedCheckpoint:
     files: dict[str, bytes]
 
 
-def load_checkpoint(path: Path, disk: FileSystem) -> LoadedCheckpoint:
-    """The checkpoint in the folder `path`, verified. Files that its manifest does not list are ignored.
+def load_checkpoint(path: Path, filesystem: FileSystem) -> LoadedCheckpoint:
+    """Return the checkpoint in the folder `path`, verified. Files that its manifest does not list are ignored.
 
-    Raises CheckpointError with the path and the reason, StorageError where the machine is at fault.
+    Raises:
+        CheckpointError: it is missing or damaged; names path and reason.
+        StorageError: the machine, not the checkpoint, is at fault.
     """
-    record = read_manifest(path, disk)
-    _check_entries(path, record, disk)
+    manifest = read_manifest(path, filesystem)
+    _check_entries(path, manifest, filesystem)
     files = {}
-    for name, expected in record.files.items():
-        # What a hostile file claims is refused before its bytes fill the memory.
-        if expected.size > _LARGE and name.endswith(".safetensors"):
+    for name, record in manifest.files.items():
+        # A size that a hostile manifest claims is refused before the bytes fill the memory.
+        if record.size > _MAX_UNCHECKED_BYTES and name.endswith(".safetensors"):
             safetensors_file.read_header(path / name)
-        elif expected.size > _LARGE:
-            raise CheckpointError(f"{path / name}: {expected.size:,} bytes, more than the {_LARGE:,} it may have")
-        data = disk.read_file(path / name, expected.size)
-        _compare(path / name, expected, len(data), hashlib.sha256(data).hexdigest())
+        elif record.size > _MAX_UNCHECKED_BYTES:
+            raise CheckpointError(
+                f"{path / name}: {record.size:,} bytes, more than the limit of {_MAX_UNCHECKED_BYTES:,}"
+            )
+        data = filesystem.read_file(path / name, record.size)
+        _compare(path / name, record, len(data), hashlib.sha256(data).hexdigest())
         files[name] = data
-    return LoadedCheckpoint(record_from_manifest(path, record), files)
+    return LoadedCheckpoint(record_from_manifest(path, manifest), files)
 
 
-def is_whole(path: Path, disk: FileSystem) -> bool:
-    """Whether `load` would accept `path`; reads in pieces, so it takes no memory. Raises StorageError."""
+def is_whole(path: Path, filesystem: FileSystem) -> bool:
+    """Return whether `load_checkpoint` would accept `path`; reads in chunks. Raises StorageError."""
     try:
-        record = read_manifest(path, disk)
-        _check_entries(path, record, disk)
-        for name, expected in record.files.items():
-            _compare(path / name, expected, *disk.sha256(path / name))
+        manifest = read_manifest(path, filesystem)
+        _check_entries(path, manifest, filesystem)
+        for name, record in manifest.files.items():
+            _compare(path / name, record, *filesystem.sha256(path / name))
     except CheckpointError:
         return False
     return True
 
 
-def read_manifest(path: Path, disk: FileSystem) -> CheckpointManifest:
-    """The manifest of the checkpoint in `path`; its files are not looked at. Raises as `load` does."""
-    there = disk.lstat(path)
-    if there is None:
+def read_manifest(path: Path, filesystem: FileSystem) -> CheckpointManifest:
+    """Return the manifest of the checkpoint in `path` without verifying its files. Raises as `load_checkpoint`."""
+    entry = filesystem.lstat(path)
+    if entry is None:
         raise CheckpointError(f"{path}: there is no checkpoint")
-    if there.kind != "folder":
-        raise CheckpointError(f"{path}: {kind_text(there.kind)}, not a checkpoint's folder")
+    if entry.kind != "folder":
+        raise CheckpointError(f"{path}: {kind_text(entry.kind)}, not a checkpoint's folder")
     file = path / manifests.NAME
     try:
-        record = manifests.read(disk.read_file(file, manifests.MAX_BYTES))
+        manifest = manifests.read(filesystem.read_file(file, manifests.MAX_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    named = STEP_NAME.fullmatch(path.name)
-    if named and int(named[1]) != record.step:
-        raise CheckpointError(f"{file}: it is of step {record.step}, its folder is named after another")
-    return record
+    step_name = STEP_NAME.fullmatch(path.name)
+    if step_name and int(step_name[1]) != manifest.step:
+        raise CheckpointError(f"{file}: it is of step {manifest.step}, but the folder is named {path.name}")
+    return manifest
 
 
-def record_from_manifest(path: Path, record: CheckpointManifest) -> CheckpointRecord:
-    """`record`, of the folder `path`, as the rest of the program sees it."""
-    return CheckpointRecord(record.step, path, record.metrics, record.why, record.run_id, record.created)
+def record_from_manifest(path: Path, manifest: CheckpointManifest) -> CheckpointRecord:
+    """Return the record of the checkpoint in the folder `path` that has this `manifest`."""
+    return CheckpointRecord(manifest.step, path, manifest.metrics, manifest.why, manifest.run_id, manifest.created)
 
 
 def kind_text(kind: str) -> str:
-    """An `Entry.kind` other than a folder, for a message."""
+    """Return an `Entry.kind` other than a folder in words."""
     return _KINDS[kind]
 
 
-def _check_entries(path: Path, record: CheckpointManifest, disk: FileSystem) -> None:
-    for name in disk.listdir(path):
-        there = disk.lstat(path / name)
-        if there is not None and there.kind in ("link", "other"):
-            raise CheckpointError(f"{path / name}: {kind_text(there.kind)}, not a regular file")
-    for name, expected in record.files.items():
-        there = disk.lstat(path / name)
-        if there is None:
+def _check_entries(path: Path, manifest: CheckpointManifest, filesystem: FileSystem) -> None:
+    for name in filesystem.listdir(path):
+        entry = filesystem.lstat(path / name)
+        if entry is not None and entry.kind in ("link", "other"):
+            raise CheckpointError(f"{path / name}: {kind_text(entry.kind)}, not a regular file")
+    for name, record in manifest.files.items():
+        entry = filesystem.lstat(path / name)
+        if entry is None:
             raise CheckpointError(f"{path / name}: missing")
-        if there.kind != "file":
+        if entry.kind != "file":
             raise CheckpointError(f"{path / name}: not a regular file")
-        _compare(path / name, expected, there.size, expected.sha256)
+        _compare(path / name, record, entry.size, record.sha256)
 
 
-def _compare(path: Path, expected: FileRecord, size: int, sha256: str) -> None:
-    if size != expected.size:
-        raise CheckpointError(f"{path}: {size:,} bytes, where the manifest says {expected.size:,}")
-    if sha256 != expected.sha256:
-        raise CheckpointError(f"{path}: its SHA-256 is not the manifest's: it was changed or damaged")
+def _compare(path: Path, record: FileRecord, size: int, sha256: str) -> None:
+    if size != record.size:
+        raise CheckpointError(f"{path}: {size:,} bytes, but the manifest says {record.size:,}")
+    if sha256 != record.sha256:
+        raise CheckpointError(f"{path}: its SHA-256 is not that of the manifest: it was changed or damaged")

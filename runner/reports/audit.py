@@ -6,13 +6,13 @@ checkpoint counts on is there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoints import mirror, verify
+from runner.checkpoints.retention import best_checkpoint
 from runner.checkpoints.safetensors_file import unpack
 from runner.checkpoints.verify import STEP_NAME, CheckpointRecord
 from runner.common import safe_json
@@ -23,7 +23,7 @@ from runner.config import resume_policy, schema
 from runner.reports.checkpoint_list import checkpoints_folder
 from runner.runs.directory import RunDirectory
 from runner.runs.inspect import RunInfo
-from runner.runs.layout import ADAPTERS, BEST_METRIC
+from runner.runs.layout import ADAPTERS
 from runner.runs.rows import scan_rows
 
 _LARGEST = 1 << 40  # bytes of a file that has no manifest
@@ -95,9 +95,8 @@ def of_run(run: RunInfo) -> Audit:
         else:
             own.append((found, state))
     audit.whole = [found.step for found, _ in own]
-    losses = [(found.metrics.get(BEST_METRIC, math.nan), found.step) for found, _ in own]
-    measured = [pair for pair in losses if math.isfinite(pair[0])]
-    audit.best = min(measured)[1] if measured else None
+    best = best_checkpoint(checkpoint for checkpoint, _ in own)
+    audit.best = best.step if best else None
     newest = own[-1][1] if own else {}
     _rows(directory.metrics, newest.get("metrics_offset"), audit, working)
     _rows(directory.samples, newest.get("samples_offset"), audit, working)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest
-from runner.checkpoints.retention import RetentionPolicy, SavedStep, select_retained
-from runner.checkpoints.save_policy import is_scheduled
+from runner.checkpoints.retention import RetentionPolicy, RetentionReason, SavedStep, select_retained, valid_loss
 from runner.checkpoints.verify import STEP_NAME
 from runner.common.errors import RunnerError
 from runner.common.filesystem import FileSystem
 from runner.config.schema import CheckpointConfig
 from runner.runs.inspect import RunInfo, folder_size
-from runner.runs.layout import ADAPTERS, BEST_METRIC
+from runner.runs.layout import ADAPTERS
 
 _MOST_HASHED = 256_000_000  # bytes: a fraction of a second
 
@@ -48,20 +46,19 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
             problems[path] = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
     run_id = run.status.get("run_id") or (manifests[max(manifests)].run_id if manifests else None)
     own = {step: record for step, record in manifests.items() if record.run_id == run_id}
-    saved = [SavedStep(step, is_scheduled(record.why), record.metrics.get(BEST_METRIC)) for step, record in own.items()]
-    reasons = select_retained(saved, _policy(run))
+    policy = _policy(run)
+    reasons = select_retained([SavedStep.of(record) for record in own.values()], policy)
     found = []
     for path in _folders(folder, disk):
         step = int(path.name.removeprefix("step-"))
-        loss = manifests[step].metrics.get(BEST_METRIC) if step in manifests else None
         problem = problems.get(path) or (None if step in own else "left by another run")
         found.append(
             CheckpointInfo(
                 step=step,
                 path=path,
-                valid_loss=loss if loss is not None and math.isfinite(loss) else None,
+                valid_loss=valid_loss(manifests[step]) if step in manifests else None,
                 size_bytes=folder_size(path),
-                kept_for=tuple(reasons.get(step, ())),
+                kept_for=tuple(_reason_text(reason, policy) for reason in reasons.get(step, ())),
                 problem=problem,
             )
         )
@@ -106,6 +103,10 @@ def _folders(folder: Path, disk: FileSystem) -> list[Path]:
     except RunnerError:
         return []
     return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("step-")))]
+
+
+def _reason_text(reason: RetentionReason, policy: RetentionPolicy) -> str:
+    return f"every {policy.keep_every}" if reason is RetentionReason.EVERY else reason.value
 
 
 def _policy(run: RunInfo) -> RetentionPolicy:

@@ -65,7 +65,7 @@ def finish_backup(backup: BackupMirror, stops: StopSignals, print_line: Callable
         return stops.signal is signal_before
 
     is_complete = backup.finish(keep_waiting)
-    messages = backup.news()
+    messages = backup.new_messages()
     if is_complete:
         return [*messages, f"mirrored to {backup.folder}"]
     return [*messages, f"backup: behind; to complete it, resume= this run: {backup.problem or 'interrupted'}"]

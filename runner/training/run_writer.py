@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
@@ -14,11 +13,18 @@ from typing import Any
 
 from runner.checkpoints import manifest
 from runner.checkpoints.mirror import BackupMirror
-from runner.checkpoints.retention import RetentionPolicy, SavedStep, select_mirrored, select_retained
-from runner.checkpoints.save_policy import is_end, is_scheduled
+from runner.checkpoints.retention import (
+    RetentionPolicy,
+    RetentionReason,
+    SavedStep,
+    best_checkpoint,
+    select_mirrored,
+    select_retained,
+)
+from runner.checkpoints.save_policy import SaveReason, parse_save_reasons
 from runner.checkpoints.store import CheckpointStore, manifest_of, step_name
 from runner.checkpoints.verify import CheckpointRecord
-from runner.common.atomic_io import replace_folder
+from runner.common.atomic_io import replace_folder, write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import Content, FileSystem
@@ -118,7 +124,7 @@ class RunWriter:
         self,
         step: int,
         files: Mapping[str, Content | Callable[[], Content]],
-        reasons: Sequence[str],
+        reasons: Sequence[SaveReason],
         valid_loss: float | None,
     ) -> None:
         """Start to commit a checkpoint and to remove those that the retention policy does not keep.
@@ -134,7 +140,7 @@ class RunWriter:
             self._samples.sync()
             contents = {name: content() if callable(content) else content for name, content in files.items()}
             metrics = {} if valid_loss is None else {BEST_METRIC: valid_loss}
-            self.store.commit(step, contents, why=list(reasons), metrics=metrics)
+            self.store.commit(step, contents, reasons=reasons, metrics=metrics)
             self._saved_step = step
             self.store.rotate(set(self.retained_steps()))
             if self.backup:
@@ -158,9 +164,9 @@ class RunWriter:
         self._saver.wait()
         self.check_save()
 
-    def retained_steps(self) -> dict[int, list[str]]:
+    def retained_steps(self) -> dict[int, list[RetentionReason]]:
         """Return the steps whose checkpoints are retained, each with the reasons."""
-        saved = [SavedStep(c.step, is_scheduled(c.why), c.metrics.get(BEST_METRIC)) for c in self._checkpoints()]
+        saved = [SavedStep.of(checkpoint) for checkpoint in self._checkpoints()]
         return select_retained(saved, self.policy, source=self.source_step)
 
     def result_step(self, which: str) -> int | None:
@@ -168,10 +174,8 @@ class RunWriter:
         checkpoints = self._checkpoints()
         if not checkpoints:
             return None
-        measured = [c for c in checkpoints if math.isfinite(c.metrics.get(BEST_METRIC, math.nan))]
-        if which == "best" and measured:
-            return min(measured, key=lambda c: (c.metrics[BEST_METRIC], c.step)).step
-        return max(c.step for c in checkpoints)
+        best = best_checkpoint(checkpoints) if which == "best" else None
+        return best.step if best else max(c.step for c in checkpoints)
 
     def write_result(self, step: int) -> None:
         """Replace adapters/ by the adapter of the checkpoint of `step`; the old one stays until the new one is complete."""
@@ -207,8 +211,8 @@ class RunWriter:
         return [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
 
     def _mirrored_steps(self) -> list[int]:
-        final = {c.step for c in self.store.checkpoints() if is_end(c.why)}
-        return select_mirrored(self.retained_steps(), final)
+        ends = {c.step for c in self.store.checkpoints() if any(r.is_end for r in parse_save_reasons(c.why))}
+        return select_mirrored(self.retained_steps(), ends)
 
     def _remove_empty_samples(self) -> None:
         if self._samples.offset == 0:
@@ -224,7 +228,7 @@ def copy_rows(source: Path, target: Path, size: int) -> None:
     data = FileSystem().read_file(source, 1 << 40)[:size] if source.exists() else b""
     if len(data) < size:
         raise CheckpointError(f"{source} has {len(data)} bytes, but the checkpoint counts on {size}: it was cut.")
-    target.write_bytes(data)
+    write_atomically(target, data)
 
 
 def samples_of_step(path: Path, step: int) -> dict[int, dict[str, Any]]:

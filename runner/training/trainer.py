@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.backends.protocol import DeviceBatch
-from runner.checkpoints.save_policy import SavePolicy, SaveTimer
+from runner.checkpoints.save_policy import SavePolicy, SaveReason, SaveTimer
 from runner.common.errors import Diverged
 from runner.data.order import BatchOrder
 from runner.reports.progress import Display
@@ -186,7 +186,7 @@ class Trainer:
             progress.step,
             minutes_since_save=self.since_save.minutes(),
             best=is_best and self.writer.policy.keep_best > 0,
-            stopping=stop.value if stop else None,
+            stopping=SaveReason(stop.value) if stop else None,
         )
         if not reasons:
             return
@@ -203,7 +203,7 @@ class Trainer:
 
     def log_backup_messages(self) -> None:
         """Print what the backup reports, such as a missing disk; each message comes once."""
-        for line in self.writer.backup.news() if self.writer.backup else []:
+        for line in self.writer.backup.new_messages() if self.writer.backup else []:
             self.display.line(line, "yellow")
 
     def epoch(self) -> float:

@@ -68,7 +68,7 @@ def test_a_full_disk_is_a_storage_error_at_each_file_and_the_old_one_stays(tmp_p
     program = """
 for room in (0, 100_000, 300_000, 500_000, 700_000):
     (folder / "filler").write_bytes(b"")
-    free = store._disk.__class__.__mro__[-2]().free_space(folder)
+    free = store._filesystem.__class__.__mro__[-2]().free_space(folder)
     (folder / "filler").write_bytes(bytes(free - room))
     save(2, files)
     loaded, wrong = store.newest_valid()

@@ -140,13 +140,13 @@ def test_a_medium_that_comes_back_while_the_run_is_at_work_is_caught_up_then(tmp
     store.commit(1, {"a": b"1"})
     mirror.wake()
     wait_until(lambda: mirror.problem is not None)
-    assert "tried again at each save" in mirror.news()[0]
+    assert "each save tries again" in mirror.new_messages()[0]
     store.commit(2, {"a": b"2"})
     mirror.wake()
     medium.mkdir()
     store.commit(3, {"a": b"3"})
     assert mirror.finish(lambda: True)
-    assert mirror.news() == [f"backup: caught up in {only(medium)}"]
+    assert mirror.new_messages() == [f"backup: caught up in {only(medium)}"]
     assert steps(only(medium)) == [1, 2, 3]
 
 
@@ -170,7 +170,7 @@ def test_a_full_medium_warns_and_stops_nothing(cli, medium, assert_equal_runs):
     done = subprocess.run(command, cwd=cli.folder, env=cli.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "backup: step" in done.stdout and "needs" in done.stdout and "has" in done.stdout
-    assert done.stdout.count("Training goes on") == 1
+    assert done.stdout.count("Training continues") == 1
     assert_equal_runs(cli.folder / "whole", cli.folder / "run")
 
 
@@ -197,7 +197,7 @@ def test_the_damaged_checkpoints_of_a_backup_are_left_out_and_named(tiny, train,
         (mirror / f"checkpoints/step-{step:07d}/adapters.safetensors").write_bytes(b"")
     empty = RunDirectory(tmp_path / "third")
     empty.claim()
-    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint to resume from"):
         backup.restore(mirror, empty)
     empty.abandon()
     assert not (tmp_path / "third").exists()

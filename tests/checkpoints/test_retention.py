@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.checkpoints.retention import RetentionPolicy, SavedStep, select_retained
+from runner.checkpoints.retention import (
+    RetentionPolicy,
+    RetentionReason,
+    SavedStep,
+    best_checkpoint,
+    select_mirrored,
+    select_retained,
+)
+from runner.checkpoints.verify import CheckpointRecord
 
 NAN, INF = math.nan, math.inf
 
@@ -30,14 +39,13 @@ HUNDREDS = _saved((100, 3.0), (200, 1.0), (300, 2.0), (400, 1.0), (500, 4.0))
         # The best lies outside the last ones; of two equal ones the earlier is the best.
         (HUNDREDS, RetentionPolicy(1, 1), {}, {200: ["best"], 500: ["newest", "last"]}),
         (HUNDREDS, RetentionPolicy(1, 2), {}, {200: ["best"], 400: ["best"], 500: ["newest", "last"]}),
-        (HUNDREDS, RetentionPolicy(1, 1), {"direction": "maximize"}, {500: ["newest", "last", "best"]}),
-        (HUNDREDS, RetentionPolicy(0, 0, 200), {}, {200: ["every 200"], 400: ["every 200"], 500: ["newest"]}),
+        (HUNDREDS, RetentionPolicy(0, 0, 200), {}, {200: ["every"], 400: ["every"], 500: ["newest"]}),
         (HUNDREDS[:2], RetentionPolicy(9, 0), {}, {100: ["last"], 200: ["newest", "last"]}),
         (
             HUNDREDS,
             RetentionPolicy(0, 0),
-            {"pinned": frozenset({300, 7}), "source": 100},
-            {100: ["resumed from"], 300: ["pinned"], 500: ["newest"]},
+            {"source": 100},
+            {100: ["resumed from"], 500: ["newest"]},
         ),
         (HUNDREDS, RetentionPolicy(0, 0), {"source": 999}, {500: ["newest"]}),
         # Saves that were made for being the best do not push scheduled ones out of the last ones.
@@ -54,12 +62,13 @@ HUNDREDS = _saved((100, 3.0), (200, 1.0), (300, 2.0), (400, 1.0), (500, 4.0))
             {},
             {4: ["best"], 5: ["newest"]},
         ),
-        (_saved((1, INF), (2, NAN), (3, 1.0), (4, None)), RetentionPolicy(0, 1), {"direction": "maximize"},
-         {3: ["best"], 4: ["newest"]}),
     ],
 )  # fmt: skip
-def test_the_table(saved: list[SavedStep], policy: RetentionPolicy, more: dict, stays: dict[int, list[str]]) -> None:
-    assert select_retained(saved, policy, **more) == stays
+def test_the_policy_retains_these_steps_for_these_reasons(
+    saved: list[SavedStep], policy: RetentionPolicy, more: dict, stays: dict[int, list[str]]
+) -> None:
+    retained = select_retained(saved, policy, **more)
+    assert {step: [reason.value for reason in reasons] for step, reasons in retained.items()} == stays
     assert list(select_retained(saved, policy, **more)) == sorted(stays)
 
 
@@ -69,11 +78,28 @@ def test_a_policy_of_negative_numbers_is_refused(wrong: tuple) -> None:
         RetentionPolicy(*wrong)
 
 
-def test_a_step_twice_and_an_unknown_direction_are_refused() -> None:
+def test_a_step_that_appears_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="twice"):
         select_retained(_saved((1, 1.0), (1, 2.0)), RetentionPolicy(1, 1))
-    with pytest.raises(ValueError, match="'up'"):
-        select_retained([], RetentionPolicy(1, 1), direction="up")  # type: ignore[arg-type]
+
+
+def _record(step: int, **metrics: float) -> CheckpointRecord:
+    return CheckpointRecord(step, Path(f"step-{step:07d}"), metrics, ("best",), "run", "")
+
+
+def test_the_best_checkpoint_has_the_lowest_finite_loss_and_of_equal_ones_the_lowest_step() -> None:
+    records = [_record(5, valid_loss=1.0), _record(3, valid_loss=1.0), _record(1, valid_loss=NAN), _record(2)]
+    assert best_checkpoint(records).step == 3
+    assert best_checkpoint(records[2:]) is None
+    assert best_checkpoint([]) is None
+
+
+def test_a_backup_holds_the_best_the_regular_and_the_end_or_else_the_newest() -> None:
+    retained = select_retained(HUNDREDS, RetentionPolicy(2, 1, 300))
+    assert select_mirrored(retained, {500}) == [200, 300, 500]
+    assert select_mirrored(retained, set()) == [200, 300]
+    assert select_mirrored(select_retained(HUNDREDS, RetentionPolicy(2, 0)), set()) == [500]
+    assert select_mirrored({}, set()) == []
 
 
 _METRICS = st.none() | st.sampled_from([NAN, INF, -INF, 0.0, 1.0, 2.0]) | st.floats()
@@ -83,13 +109,7 @@ _SAVED = st.lists(
     max_size=20,
 )
 _POLICY = st.builds(RetentionPolicy, st.integers(0, 6), st.integers(0, 6), st.none() | st.integers(1, 12))
-_MORE = st.fixed_dictionaries(
-    {
-        "direction": st.sampled_from(["minimize", "maximize"]),
-        "pinned": st.frozensets(st.integers(1, 60), max_size=4),
-        "source": st.none() | st.integers(1, 60),
-    }
-)
+_MORE = st.fixed_dictionaries({"source": st.none() | st.integers(1, 60)})
 
 
 @given(_SAVED, _POLICY, _MORE)
@@ -98,36 +118,35 @@ def test_only_saved_steps_stay_each_with_a_reason_and_the_newest_among_them(save
     steps = {one.step for one in saved}
     assert stays.keys() <= steps
     assert all(stays.values())
-    assert not steps or "newest" in stays[max(steps)]
-    assert (more["pinned"] | {more["source"]}) & steps <= stays.keys()
+    assert not steps or RetentionReason.NEWEST in stays[max(steps)]
+    assert {more["source"]} & steps <= stays.keys()
 
 
 @given(_SAVED, _POLICY, _MORE)
 def test_no_more_stay_for_a_reason_than_the_policy_says(saved, policy, more) -> None:
     reasons = [reason for why in select_retained(saved, policy, **more).values() for reason in why]
     finite = sum(one.metric is not None and math.isfinite(one.metric) for one in saved)
-    assert reasons.count("last") == min(policy.keep_last, sum(one.scheduled for one in saved))
-    assert reasons.count("best") == min(policy.keep_best, finite)
+    assert reasons.count(RetentionReason.LAST) == min(policy.keep_last, sum(one.scheduled for one in saved))
+    assert reasons.count(RetentionReason.BEST) == min(policy.keep_best, finite)
 
 
 @given(_SAVED, _POLICY, _MORE)
 def test_nothing_better_goes_while_a_best_stays(saved, policy, more) -> None:
     stays = select_retained(saved, policy, **more)
-    best = [one.metric for one in saved if "best" in stays.get(one.step, [])]
+    best = [one.metric for one in saved if RetentionReason.BEST in stays.get(one.step, [])]
     gone = [one.metric for one in saved if one.step not in stays and one.metric is not None]
     gone = [metric for metric in gone if math.isfinite(metric)]
     if best and gone:
-        assert max(best) <= min(gone) if more["direction"] == "minimize" else min(best) >= max(gone)
+        assert max(best) <= min(gone)
 
 
 @given(_SAVED, _POLICY, _MORE, st.integers(0, 3), st.integers(0, 3), st.integers(1, 60))
-def test_a_more_generous_policy_removes_nothing_more(saved, policy, more, last, best, pin) -> None:
+def test_a_more_generous_policy_removes_nothing_more(saved, policy, more, last, best, every) -> None:
     wider = dataclasses.replace(policy, keep_last=policy.keep_last + last, keep_best=policy.keep_best + best)
     before = select_retained(saved, policy, **more).keys()
     assert before <= select_retained(saved, wider, **more).keys()
-    assert before <= select_retained(saved, policy, **more | {"pinned": more["pinned"] | {pin}}).keys()
     if policy.keep_every is None:
-        assert before <= select_retained(saved, dataclasses.replace(policy, keep_every=pin), **more).keys()
+        assert before <= select_retained(saved, dataclasses.replace(policy, keep_every=every), **more).keys()
 
 
 @given(_SAVED.flatmap(lambda saved: st.tuples(st.just(saved), st.permutations(saved))), _POLICY, _MORE)

@@ -8,43 +8,58 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.checkpoints.save_policy import SavePolicy, SaveTimer, is_scheduled
+from runner.checkpoints.save_policy import SavePolicy, SaveReason, SaveTimer, parse_save_reasons
+from runner.training.plan import StopReason
 
+UPDATES, MINUTES, BEST = SaveReason.UPDATES, SaveReason.MINUTES, SaveReason.BEST
+FINISHED, SIGTERM = SaveReason.FINISHED, SaveReason.SIGTERM
 YEAR = 365 * 24 * 3600.0
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step", "more", "why"),
+    ("policy", "step", "more", "reasons"),
     [
-        (SavePolicy(100), 100, {}, ("every 100",)),
+        (SavePolicy(100), 100, {}, (UPDATES,)),
         (SavePolicy(100), 99, {}, ()),
-        (SavePolicy(100), 0, {"best": True, "stopping": "finished"}, ()),
-        (SavePolicy(None, 10), 7, {"minutes_since_save": 10.0}, ("every 10 minutes",)),
+        (SavePolicy(100), 0, {"best": True, "stopping": FINISHED}, ()),
+        (SavePolicy(None, 10), 7, {"minutes_since_save": 10.0}, (MINUTES,)),
         (SavePolicy(None, 10), 7, {"minutes_since_save": 9.99}, ()),
-        (SavePolicy(None, 0.5), 7, {"minutes_since_save": 3.0}, ("every 0.5 minutes",)),
-        (SavePolicy(5, 10), 5, {"minutes_since_save": 12.0}, ("every 5", "every 10 minutes")),
-        (SavePolicy(100), 7, {"best": True}, ("best",)),
-        (SavePolicy(100), 7, {"stopping": "SIGTERM"}, ("SIGTERM",)),
-        (SavePolicy(7), 7, {"best": True, "stopping": "finished"}, ("every 7", "best", "finished")),
+        (SavePolicy(None, 0.5), 7, {"minutes_since_save": 3.0}, (MINUTES,)),
+        (SavePolicy(5, 10), 5, {"minutes_since_save": 12.0}, (UPDATES, MINUTES)),
+        (SavePolicy(100), 7, {"best": True}, (BEST,)),
+        (SavePolicy(100), 7, {"stopping": SIGTERM}, (SIGTERM,)),
+        (SavePolicy(7), 7, {"best": True, "stopping": FINISHED}, (UPDATES, BEST, FINISHED)),
         (SavePolicy(None), 100, {"minutes_since_save": YEAR}, ()),
         (SavePolicy(None, 10), 7, {"minutes_since_save": math.nan}, ()),
     ],
 )
-def test_the_table(schedule: SavePolicy, step: int, more: dict, why: tuple[str, ...]) -> None:
-    assert schedule.due(step, **{"minutes_since_save": 0.0} | more) == why
+def test_a_save_is_due_for_the_reasons_that_apply(
+    policy: SavePolicy, step: int, more: dict, reasons: tuple[SaveReason, ...]
+) -> None:
+    assert policy.due(step, **{"minutes_since_save": 0.0} | more) == reasons
 
 
 @pytest.mark.parametrize("wrong", [(0, None), (-1, None), (None, 0), (None, -1.0), (None, math.nan)])
 def test_an_interval_that_is_not_positive_is_refused(wrong: tuple) -> None:
-    with pytest.raises(ValueError, match="interval"):
+    with pytest.raises(ValueError, match="is invalid: must be"):
         SavePolicy(*wrong)
 
 
-def test_only_saves_that_a_schedule_asked_for_count_as_scheduled() -> None:
-    assert is_scheduled(SavePolicy(100).due(100, minutes_since_save=0, best=True))
-    assert is_scheduled(SavePolicy(None, 1).due(7, minutes_since_save=2))
-    assert not is_scheduled(SavePolicy(100).due(7, minutes_since_save=0, best=True, stopping="finished"))
-    assert not is_scheduled(())
+def test_only_intervals_count_as_scheduled_and_only_stop_reasons_as_the_end() -> None:
+    assert {reason for reason in SaveReason if reason.is_scheduled} == {UPDATES, MINUTES}
+    assert {reason for reason in SaveReason if reason.is_end} == set(SaveReason) - {UPDATES, MINUTES, BEST}
+
+
+def test_the_reasons_of_old_and_new_manifests_are_understood() -> None:
+    assert parse_save_reasons([reason.value for reason in SaveReason]) == set(SaveReason)
+    assert parse_save_reasons(["every 100", "every 0.5 minutes", "best"]) == {UPDATES, MINUTES, BEST}
+    assert parse_save_reasons(["every 5 minutes"]) == {MINUTES}
+    assert parse_save_reasons(["finished", "stop_at", "SIGTERM"]) == {FINISHED, SaveReason.STOP_AT, SIGTERM}
+    assert parse_save_reasons(["of a later version"]) == set()
+
+
+def test_every_reason_to_stop_is_a_reason_to_save() -> None:
+    assert all(SaveReason(stop.value).is_end for stop in StopReason)
 
 
 class _Clock:

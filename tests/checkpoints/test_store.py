@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import FileSystem
@@ -37,14 +38,14 @@ def _mark(loaded: Any) -> str | None:
 
 
 def test_what_is_committed_is_loaded_with_its_reasons_and_metrics(store: CheckpointStore) -> None:
-    made = store.commit(100, FILES, why=["every 100", "best"], metrics={"valid_loss": 1.25})
+    made = store.commit(100, FILES, reasons=[SaveReason.UPDATES, SaveReason.BEST], metrics={"valid_loss": 1.25})
     assert made.path == store.folder / "step-0000100"
     loaded = store.load(made.path)
     assert loaded.files == FILES
     assert loaded.checkpoint == made == store.checkpoints()[0]
     assert (made.step, made.why, made.metrics, made.run_id) == (
         100,
-        ("every 100", "best"),
+        ("every N updates", "best"),
         {"valid_loss": 1.25},
         "run-1",
     )
@@ -232,7 +233,7 @@ def test_a_store_whose_folder_is_not_a_folder_is_refused(folder: Path, kind: str
         store.newest_valid,
         store.checkpoints,
     ):
-        with pytest.raises(StorageError, match=r"/checkpoints: a .*where checkpoints need a folder"):
+        with pytest.raises(StorageError, match=r"/checkpoints: a .*but checkpoints need a folder"):
             use()
     assert os.listdir(folder / "real") == ["step-0000100"]
 

@@ -199,7 +199,7 @@ def test_what_repair_did_is_told_and_a_second_time_there_is_nothing_to_do(tmp_pa
     (store.folder / ".del-step-0000050-0123abcd").mkdir()
     loaded, wrong = store.newest_valid()
     assert loaded.checkpoint.step == 100
-    assert wrong == [f"{store.folder}/.old-step-0000200-0123abcd: put aside by a replacement that was cut off"]
+    assert wrong == [f"{store.folder}/.old-step-0000200-0123abcd: moved aside by a replacement that was interrupted"]
     said = store.repair()
     assert len(said) == 3
     assert "step-0000200: put back from .old-step-0000200-0123abcd" in said[0]

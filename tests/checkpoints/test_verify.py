@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from runner.checkpoints import manifest
+from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore
 from runner.common import sealed_json
 from runner.common.errors import CheckpointError
@@ -44,7 +45,7 @@ def _reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_any_flipped_bit_of_any_file_is_found_and_the_one_before_is_used(store: CheckpointStore) -> None:
     store.commit(100, _files("old"))
-    path = store.commit(200, _files("new"), why=["best"], metrics={"valid_loss": 1.5}).path
+    path = store.commit(200, _files("new"), reasons=[SaveReason.BEST], metrics={"valid_loss": 1.5}).path
     luck = random.Random(0)
     for name in [*FILES, "manifest.json"]:
         whole = (path / name).read_bytes()

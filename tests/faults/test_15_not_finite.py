@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.retention import RetentionPolicy, RetentionReason
 from runner.checkpoints.safetensors_file import unpack
 from runner.checkpoints.store import CheckpointStore
 from runner.runs.directory import RunDirectory
@@ -112,7 +112,7 @@ def test_a_checkpoint_without_a_finite_metric_is_never_the_best(stopped, reseal,
     writer = RunWriter(RunDirectory(stopped), store, RetentionPolicy(keep_last=0, keep_best=3))
     best = 4 if unmeasured == 6 else 6
     assert writer.result_step("best") == best
-    ranked = {step for step, reasons in writer.retained_steps().items() if "best" in reasons}
+    ranked = {step for step, reasons in writer.retained_steps().items() if RetentionReason.BEST in reasons}
     assert ranked == {2, 4, 6} - {unmeasured}
 
 

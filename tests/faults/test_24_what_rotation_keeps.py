@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore, step_name
 from runner.runs.directory import RunDirectory
 from runner.training.run_writer import RunWriter
@@ -122,8 +123,10 @@ def test_whatever_comes_newest_best_source_and_strangers_survive_every_rotation(
                 step += 1
             # The same step again has the same loss: a run is a function of its settings.
             loss = ever.setdefault(step, luck.choice([None, math.nan, math.inf, 1.0, 1.0, 2.0, 0.5]))
-            why = luck.choice([("every 1",), ("best",), ("SIGTERM",)])
-            store.commit(step, {"a": bytes([step])}, why=why, metrics={} if loss is None else {"valid_loss": loss})
+            reason = luck.choice([SaveReason.UPDATES, SaveReason.BEST, SaveReason.SIGTERM])
+            store.commit(
+                step, {"a": bytes([step])}, reasons=[reason], metrics={} if loss is None else {"valid_loss": loss}
+            )
             store.rotate(set(record.retained_steps()))
             there = {found.step: found for found in store.checkpoints() if found.run_id == "own"}
             assert step in there

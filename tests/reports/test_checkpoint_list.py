@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore
 from runner.config.schema import Config
 from runner.reports.checkpoint_list import checkpoints_folder, list_checkpoints, result_step
@@ -37,7 +38,7 @@ def commit(path: Path, run_id: str, losses: Losses) -> None:
     store = CheckpointStore(path / "checkpoints", run_id)
     for step, loss in losses.items():
         files = {"adapters.safetensors": f"weights of {step}".encode()}
-        store.commit(step, files, why=["every 100"], metrics={} if loss is None else {"valid_loss": loss})
+        store.commit(step, files, reasons=[SaveReason.UPDATES], metrics={} if loss is None else {"valid_loss": loss})
 
 
 def test_each_checkpoint_is_told_with_its_reasons(run: Callable[..., Path]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoints import manifest, verify
+from runner.checkpoints.retention import best_checkpoint
 from runner.checkpoints.safetensors_file import read_header
 from runner.checkpoints.store import CheckpointStore, step_name
 from runner.checkpoints.verify import STEP_NAME, CheckpointRecord
@@ -16,7 +16,7 @@ from runner.common import safe_json
 from runner.common.errors import CheckpointError, ConfigError, did_you_mean
 from runner.common.filesystem import FileSystem
 from runner.runs.directory import RunDirectory
-from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
+from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
 _MAX_ADAPTER_BYTES = 1 << 40
 _MAX_CONFIG_BYTES = 1 << 20
@@ -117,10 +117,10 @@ def _choose_checkpoint(run: Path, choice: str) -> Path:
     if choice == "last":
         return checkpoints[-1].path
     if choice == "best":
-        evaluated = [c for c in checkpoints if math.isfinite(c.metrics.get(BEST_METRIC, math.nan))]
-        if not evaluated:
+        best = best_checkpoint(checkpoints)
+        if best is None:
             raise ConfigError(f"--checkpoint best: no checkpoint of {run} was evaluated. Try --checkpoint last.")
-        return min(evaluated, key=lambda c: (c.metrics[BEST_METRIC], c.step)).path
+        return best.path
     match = re.fullmatch(r"(?:step-)?(\d{1,18})", choice)
     if match is None:
         hint = did_you_mean(choice, ["last", "best"])

@@ -123,7 +123,7 @@ def test_a_finished_run_whose_medium_was_missing_is_mirrored_by_a_resume_that_tr
     medium = tmp_path / "stick"
     settings = tiny(**HARD, **{"checkpoint.backup": str(medium)})
     run = train(settings, tmp_path / "run")
-    assert "resume= this run to catch up" in (run / "run.log").read_text()
+    assert "to complete it, resume= this run" in (run / "run.log").read_text()
     medium.mkdir()
     before = (run / "metrics.jsonl").read_bytes()
     train(settings, run, resume=run)
@@ -219,7 +219,7 @@ def test_where_every_checkpoint_of_the_run_is_damaged_its_backup_is_named(tiny, 
     run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     for path in (run / "checkpoints").glob("step-*/train_state.json"):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="Its backup may go on: python -m runner resume="):
+    with pytest.raises(CheckpointError, match="To resume from its backup: python -m runner resume="):
         train(tiny(**settings), run, resume=run)
 
 

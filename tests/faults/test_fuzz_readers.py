@@ -108,11 +108,17 @@ def assert_usable(found: state_files.SavedState) -> None:
     """What the loop computes with, it can compute with."""
     progress, window = found.progress, found.progress.window
     counts = [progress.step, progress.tokens, progress.bad_evaluations, window.supervised, window.tokens]
-    counts += [window.updates, found.metrics_offset, found.samples_offset, found.position.epoch, found.position.batch]
+    counts += [
+        window.updates,
+        found.written.metrics_offset,
+        found.written.samples_offset,
+        found.position.epoch,
+        found.position.batch,
+    ]
     assert all(type(count) is int and 0 <= count < 2**63 for count in counts)
     losses = [progress.best_loss, progress.baseline_loss, progress.valid_loss, progress.train_loss, window.grad_norm]
     assert all(isinstance(loss, (float, int, type(None))) and not isinstance(loss, bool) for loss in losses)
-    assert isinstance(window.loss_sum, (float, int)) and isinstance(found.seconds, float)
+    assert isinstance(window.loss_sum, (float, int)) and isinstance(found.written.seconds, float)
     assert progress.pending_evaluation in (True, False)
     assert all(isinstance(value, str) for value in found.identity.fingerprints.values())
 

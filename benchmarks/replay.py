@@ -96,8 +96,8 @@ def ours(job: dict[str, Any], data: Any) -> Counted:
 
     counted = Counted()
     order = BatchOrder(data.train.lengths, job["batch_size"], job["seed"], job["window"])
-    widths = LengthBuckets.of(data.train.lengths, job["pad_to"])
-    for rows in order.take(DataPosition(), job["iters"])[0]:
+    widths = LengthBuckets.from_lengths(data.train.lengths, job["pad_to"])
+    for rows in order.next_batches(DataPosition(), job["iters"])[0]:
         batch = collate(data.train, rows, widths)
         counted.add(batch.inputs, data.train.lengths[rows], batch.supervised)
     if job["packed"]:

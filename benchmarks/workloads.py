@@ -103,9 +103,9 @@ def functions(folder: Path) -> Iterator[tuple[str, str]]:
 
 def _short(train: int, valid: int) -> dict[str, list[dict[str, str]]]:
     """Evenly spaced rows of the default data set."""
-    from runner.data.source import find_files, resolve
+    from runner.data.source import find_dataset, find_split_files
 
-    files = find_files(resolve("builtin:text_to_sql"))
+    files = find_split_files(find_dataset("builtin:text_to_sql"))
     made = {}
     for split, count in zip(SPLITS, (train, valid), strict=True):
         rows = [json.loads(line) for line in files[split].read_text(encoding="utf-8").splitlines()]
@@ -124,9 +124,9 @@ def _mixed(train: int, valid: int, encoder: Any) -> dict[str, list[dict[str, str
     for prompt, completion in pool[:POOL]:
         question = {"role": "user", "content": prompt}
         # Stock mlx-lm divides by no tokens where the cut leaves nothing to learn.
-        if len(encoder.chat([question], prompt=True)) < MAX_LENGTH // 2:
+        if len(encoder.encode_chat([question], add_generation_prompt=True)) < MAX_LENGTH // 2:
             rows.append({"prompt": prompt, "completion": completion})
-            lengths.append(len(encoder.chat([question, {"role": "assistant", "content": completion}])))
+            lengths.append(len(encoder.encode_chat([question, {"role": "assistant", "content": completion}])))
     made = {}
     for split, count in zip(SPLITS, (train, valid), strict=True):
         taken = set(nearest(lengths, quantiles(count)))
@@ -176,7 +176,7 @@ def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
     data = load_dataset(str(folder), tokenizer, reading(), SPLITS)
     found = {}
     for split in SPLITS:
-        lengths, counts = getattr(data, split).lengths.tolist(), data.counts[split]
+        lengths, counts = getattr(data, split).lengths.tolist(), data.stats[split]
         found[split] = Statistics(
             rows=counts.rows,
             tokens=counts.tokens,

@@ -1,4 +1,4 @@
-"""A batch as arrays: padded inputs, and the supervised positions picked out for the head and the loss."""
+"""Collating rows into a batch: padded inputs, and the supervised positions for the LM head and the loss."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ POSITIONS_MULTIPLE = 64
 class Batch:
     """Rows shifted by one: the token at a position predicts the next one.
 
-    Widths and counts are rounded up so that a compiled step meets few shapes.
+    Lengths and numbers of positions are rounded up so that a compiled step sees few shapes.
     """
 
     inputs: np.ndarray
-    """(batch, length) int32: each row without its last token, 0 after its end."""
+    """(batch, length) int32: each row without its last token, padded with 0."""
     positions: np.ndarray
     """(n,) int32: indices into the flattened (batch * length) positions whose next token is supervised."""
     targets: np.ndarray
     """(n,) int32: that next token."""
     weights: np.ndarray
-    """(n,) float32: 1, and 0 for the filling up to a multiple of 64 (its position and target are 0)."""
+    """(n,) float32: 1, and 0 for the padding of n to a multiple of 64 (its position and target are 0)."""
     supervised: int
-    """Supervised tokens: the sum of `weights`."""
+    """Number of supervised tokens: the sum of `weights`."""
     lengths: np.ndarray
-    """(batch,) int64: of each row, without padding."""
+    """(batch,) int64: inputs of each row without padding."""
 
     @property
     def real_tokens(self) -> int:
-        """Input tokens without padding."""
+        """Number of input tokens without padding."""
         return int(self.lengths.sum())
 
 
-def collate(tokens: TokenSet, indices: np.ndarray, widths: LengthBuckets) -> Batch:
-    """The batch of the rows `indices`, in their order.
+def collate(tokens: TokenSet, indices: np.ndarray, buckets: LengthBuckets) -> Batch:
+    """Return the batch of the rows `indices`, in their order, padded to the smallest of `buckets` that holds them.
 
-    The length is the least of `widths` that holds the longest row less its last token. Raises ValueError without a
-    row.
+    Raises:
+        ValueError: `indices` is empty.
     """
     indices = np.asarray(indices)
     if indices.size == 0:
         raise ValueError("a batch needs at least one row")
     starts = tokens.offsets[indices]
     counts = tokens.offsets[indices + 1] - starts - 1
-    length = widths.fit(int(counts.max()))
-    real = int(counts.sum())
+    length = buckets.width_for(int(counts.max()))
+    real_tokens = int(counts.sum())
     row = np.repeat(np.arange(len(indices)), counts)
-    column = np.arange(real) - np.repeat(np.cumsum(counts) - counts, counts)
+    column = np.arange(real_tokens) - np.repeat(np.cumsum(counts) - counts, counts)
     source = starts[row] + column
 
     inputs = np.zeros((len(indices), length), np.int32)
     inputs[row, column] = tokens.tokens[source]
-    counted = tokens.supervised[source + 1]
-    supervised = int(counted.sum())
+    is_target = tokens.supervised[source + 1]
+    supervised = int(is_target.sum())
     size = max(1, -(-supervised // POSITIONS_MULTIPLE)) * POSITIONS_MULTIPLE
     positions, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
     weights = np.zeros(size, np.float32)
-    positions[:supervised] = (row * length + column)[counted]
-    targets[:supervised] = tokens.tokens[source + 1][counted]
+    positions[:supervised] = (row * length + column)[is_target]
+    targets[:supervised] = tokens.tokens[source + 1][is_target]
     weights[:supervised] = 1
     return Batch(inputs, positions, targets, weights, supervised, counts)

@@ -1,4 +1,4 @@
-"""Text and conversations as tokens, and which of the tokens the assistant wrote."""
+"""Encoding text and conversations, and locating the assistant's turns among the tokens of a conversation."""
 
 from __future__ import annotations
 
@@ -8,93 +8,106 @@ from typing import Any
 
 from runner.common.errors import DataError
 from runner.data.row_errors import RowError
-from runner.data.template_limits import LimitExceeded, limited
+from runner.data.template_limits import LimitExceeded, template_limits
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-_LONGEST_TEXT = 16_000_000  # characters of a rendered conversation; a row has at most a quarter of that
+"""A half-open range of token positions."""
+_MAX_RENDERED_CHARACTERS = 16_000_000
+"""A row has at most a quarter of that."""
 
 
 class TextEncoder:
-    """A tokenizer with its chat template; failures come out as BadRow.
+    """A tokenizer with its chat template; whatever they raise becomes a RowError.
 
     `tokenizer` is mlx-lm's TokenizerWrapper or a transformers tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        wrapped = getattr(tokenizer, "has_chat_template", None)
-        self.has_template: bool = bool(getattr(tokenizer, "chat_template", None)) if wrapped is None else wrapped
+        wrapper_answer = getattr(tokenizer, "has_chat_template", None)
+        self.has_chat_template: bool = (
+            bool(getattr(tokenizer, "chat_template", None)) if wrapper_answer is None else wrapper_answer
+        )
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of plain text, with the tokenizer's own start (and end) token where `special`."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of plain text, by default with the tokenizer's BOS (and EOS) tokens."""
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=special))
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         except Exception as error:
-            raise RowError(f"the tokenizer refuses it ({_first_line(error)})") from error
+            raise RowError(f"the tokenizer fails on it ({_first_line(error)})") from error
 
-    def ended(self, tokens: list[int]) -> list[int]:
-        """`tokens` with the end token, if they do not end with it and the tokenizer has one."""
+    def append_eos(self, tokens: list[int]) -> list[int]:
+        """Return `tokens` with the EOS token, unless they end with it or the tokenizer has none."""
         eos = self.tokenizer.eos_token_id
         return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
-    def render(self, messages: list[Message], tools: Any = None, prompt: bool = False) -> str:
-        """The template's text, closed by the opening of an assistant turn where `prompt`."""
+    def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
+        """Return the text that the chat template makes of `messages`.
+
+        Raises:
+            RowError: the template raises an error.
+            DataError: the template exceeds its limits of time, memory or length.
+        """
         try:
-            with limited():
-                text = self._apply(messages, tools, prompt)
+            with template_limits():
+                text = self._apply_template(messages, tools, add_generation_prompt)
         except LimitExceeded as error:
-            raise DataError(f"The model's chat template takes {error} for one conversation: it is not used.") from None
-        if len(text) > _LONGEST_TEXT:
-            raise DataError(f"The model's chat template makes {len(text):,} characters of one conversation.")
+            raise DataError(
+                f"The model's chat template takes {error} for one conversation, so it is refused."
+            ) from None
+        if len(text) > _MAX_RENDERED_CHARACTERS:
+            raise DataError(
+                f"The model's chat template makes {len(text):,} characters of one conversation, so it is refused."
+            )
         return text
 
-    def chat(self, messages: list[Message], tools: Any = None, prompt: bool = False) -> list[int]:
-        """The template's tokens, as mlx-lm's data sets make them."""
-        return self.encode(self.render(messages, tools, prompt), special=False)
+    def encode_chat(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> list[int]:
+        """Return the token ids of the rendered `messages`, equal to those of mlx-lm's data sets."""
+        return self.encode(self.render(messages, tools, add_generation_prompt), add_special_tokens=False)
 
-    def _apply(self, messages: list[Message], tools: Any, prompt: bool) -> str:
+    def _apply_template(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=prompt, tokenize=False, return_dict=False
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, return_dict=False
             )
             return text
         except (LimitExceeded, MemoryError):
             raise
-        # A template is a program of the model's author and may raise anything at all.
+        # A template is a program of the model's author and may raise anything.
         except Exception as error:
-            raise RowError(f"the model's chat template refuses it ({_first_line(error)})") from error
+            raise RowError(f"the model's chat template fails on it ({_first_line(error)})") from error
 
     @cached_property
-    def opening(self) -> str:
-        """What the template writes to open an assistant turn."""
+    def generation_prompt(self) -> str:
+        """The text with which the template opens an assistant turn; empty where it cannot be isolated."""
         question = [{"role": "user", "content": "."}]
-        before, after = self.render(question), self.render(question, prompt=True)
-        return after[len(before) :] if after.startswith(before) else ""
+        without, with_prompt = self.render(question), self.render(question, add_generation_prompt=True)
+        return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
 
     @cached_property
-    def closing(self) -> list[int]:
-        """The tokens after an assistant's words, from the special token that ends the turn on.
+    def turn_end(self) -> list[int]:
+        """The tokens after an assistant's content, from the special token that ends the turn.
 
-        ``[eos]`` where the template ends turns with no special token, ``[]`` if there is no eos either.
+        ``[eos]`` where the template ends turns without a special token, ``[]`` where there is no EOS token either.
         """
-        mark = "answer"
-        turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": mark}]
-        tokens = self.encode(self.render(turns).rpartition(mark)[2], special=False)
-        special = next((index for index, token in enumerate(tokens) if token in self._special), None)
-        if special is not None:
-            return tokens[special:]
+        content = "answer"
+        messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": content}]
+        tokens = self.encode(self.render(messages).rpartition(content)[2], add_special_tokens=False)
+        first_special = next((index for index, token in enumerate(tokens) if token in self._special_tokens), None)
+        if first_special is not None:
+            return tokens[first_special:]
         eos = self.tokenizer.eos_token_id
         return [] if eos is None else [eos]
 
     @cached_property
-    def _special(self) -> frozenset[int]:
-        known = set(getattr(self.tokenizer, "all_special_ids", ()))
-        return frozenset(known | set(self.tokenizer.get_added_vocab().values()))
+    def _special_tokens(self) -> frozenset[int]:
+        special = set(getattr(self.tokenizer, "all_special_ids", ()))
+        return frozenset(special | set(self.tokenizer.get_added_vocab().values()))
 
 
 class Conversation:
-    """One rendered conversation and where the assistant's turns lie in its tokens."""
+    """One rendered conversation and the spans of the assistant's turns in its tokens."""
 
     def __init__(self, encoder: TextEncoder, messages: list[Message], tools: Any = None) -> None:
         self.encoder = encoder
@@ -102,114 +115,117 @@ class Conversation:
         self.tools = tools
         self.text = encoder.render(messages, tools)
         """The rendered conversation."""
-        self.tokens = encoder.encode(self.text, special=False)
-        self._known = (0, 0)
-        self._rewritten = False
+        self.tokens = encoder.encode(self.text, add_special_tokens=False)
+        self._last_boundary = (0, 0)  # characters and tokens before it
+        self._rewrites_earlier_turns = False
 
     def assistant_spans(self, limit: int) -> list[Span]:
-        """Half-open token ranges of the assistant's turns, each with the tokens that end it.
+        """Return the token range of every assistant turn, including the tokens that end the turn.
 
-        Turns that start at token `limit` or later are left out: a cut there makes them irrelevant, and each
-        turn costs a rendering of all that is before it. Raises BadRow if a turn cannot be found.
+        Turns that start at token `limit` or later are left out: truncation removes them, and locating a turn costs a
+        rendering of everything before it.
+
+        Raises:
+            RowError: the start or the end of a turn cannot be determined.
         """
         spans = []
         for index, message in enumerate(self.messages):
             if message["role"] != "assistant":
                 continue
-            start = self._start(index)
+            start = self._find_start(index)
             if start >= limit:
                 break
-            end = self._end(index, start)
+            end = self._find_end(index, start)
             if end is None:
                 raise RowError(
-                    f"the end of message {index + 1} cannot be found: the chat template rewrites earlier "
-                    "turns and ends them with no special token (data.mask_prompt=false trains on all tokens)"
+                    f"the end of message {index + 1} cannot be determined: the chat template rewrites earlier "
+                    "turns and ends them without a special token (data.mask_prompt=false trains on all tokens)"
                 )
             spans.append((start, end))
         return spans
 
-    def _start(self, index: int) -> int:
-        """The first token the assistant has to produce for message `index`."""
-        before = self.messages[:index]
-        # A template may refuse what stands before a turn (nothing at all, say), and yet render the whole.
+    def _find_start(self, index: int) -> int:
+        """Return the position of the first token that the assistant generates for message `index`."""
+        preceding = self.messages[:index]
+        # A template may fail on the messages before a turn (an empty list, say) and yet render the conversation.
         with suppress(RowError):
-            found = self._token_at(self.encoder.render(before, self.tools, prompt=True))
-            if found is not None:
-                return found
-            bare = self.encoder.render(before, self.tools)
-            if bare and self.text.startswith(bare):
-                # The opening and the turn agree up to a point: a template may open a thought that this turn
-                # lacks.
-                return _common_prefix(self.encoder.chat(before, self.tools, prompt=True), self.tokens)
-        found = self._start_by_count(index)
-        if found is None:
+            start = self._count_tokens(self.encoder.render(preceding, self.tools, add_generation_prompt=True))
+            if start is not None:
+                return start
+            without_prompt = self.encoder.render(preceding, self.tools)
+            if without_prompt and self.text.startswith(without_prompt):
+                # The generation prompt and the turn agree up to a point: a template may open a reasoning block in the
+                # prompt that this turn lacks.
+                prompt = self.encoder.encode_chat(preceding, self.tools, add_generation_prompt=True)
+                return _common_prefix_length(prompt, self.tokens)
+        start = self._find_start_by_count(index)
+        if start is None:
             raise RowError(
-                f"the start of message {index + 1} cannot be found: what the chat template writes before it "
-                "is no beginning of the whole conversation (data.mask_prompt=false trains on all tokens)"
+                f"the start of message {index + 1} cannot be determined: the chat template renders the messages "
+                "before it differently from the whole conversation (data.mask_prompt=false trains on all tokens)"
             )
-        return found
+        return start
 
-    def _start_by_count(self, index: int) -> int | None:
-        """The start after the turn's own opening, where there are as many openings as assistant turns.
+    def _find_start_by_count(self, index: int) -> int | None:
+        """Return the position after the turn's generation prompt, if there is exactly one for every assistant turn.
 
-        For templates that render earlier turns otherwise once later ones follow, and for a conversation that
-        the assistant begins.
+        This serves templates that render earlier turns differently once later ones follow, and conversations that
+        start with an assistant turn.
         """
-        opening = self.encoder.opening
+        prompt = self.encoder.generation_prompt
         turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        pieces = self.text.split(opening) if opening else []
+        pieces = self.text.split(prompt) if prompt else []
         if len(pieces) != len(turns) + 1:
             return None
-        return self._token_at(opening.join(pieces[: turns.index(index) + 1]) + opening)
+        return self._count_tokens(prompt.join(pieces[: turns.index(index) + 1]) + prompt)
 
-    def _end(self, index: int, start: int) -> int | None:
-        """One past the last token of message `index`, which starts at token `start`."""
+    def _find_end(self, index: int, start: int) -> int | None:
+        """Return the position after the last token of message `index`, which starts at `start`; None if unknown."""
         if index == len(self.messages) - 1:
             return len(self.tokens)
-        if not self._rewritten:
+        if not self._rewrites_earlier_turns:
             with suppress(RowError):
-                found = self._token_at(self.encoder.render(self.messages[: index + 1], self.tools))
-                if found is not None and found > start:
-                    return found
-            self._rewritten = True
-        closing = self.encoder.closing
-        if not closing or closing[0] not in self.tokens[start:]:
+                end = self._count_tokens(self.encoder.render(self.messages[: index + 1], self.tools))
+                if end is not None and end > start:
+                    return end
+            self._rewrites_earlier_turns = True
+        turn_end = self.encoder.turn_end
+        if not turn_end or turn_end[0] not in self.tokens[start:]:
             return None
-        end = self.tokens.index(closing[0], start)
-        for token in closing:
+        end = self.tokens.index(turn_end[0], start)
+        for token in turn_end:
             if self.tokens[end : end + 1] != [token]:
                 break
             end += 1
         return end
 
-    def _token_at(self, prefix: str) -> int | None:
-        """How many tokens `prefix` is, or None where it is no beginning of the text.
+    def _count_tokens(self, prefix: str) -> int | None:
+        """Return the number of tokens of `prefix`, or None where the conversation does not start with it.
 
-        A token that reaches over the border counts to the prefix, as in mlx-lm's offsets. Encodes only what
-        lies after the last border found, so that a long conversation is encoded about twice, whatever its
-        number of turns.
+        A token that crosses the boundary counts as part of the prefix, as in mlx-lm's offsets. Only the text after
+        the last boundary is encoded, so a conversation is encoded about twice, whatever its number of turns.
         """
         if not self.text.startswith(prefix):
             return None
-        characters, count = self._known
+        characters, count = self._last_boundary
         if len(prefix) >= characters:
-            piece = self.encoder.encode(prefix[characters:], special=False)
+            piece = self.encoder.encode(prefix[characters:], add_special_tokens=False)
             if self.tokens[count : count + len(piece)] == piece:
-                self._known = (len(prefix), count + len(piece))
+                self._last_boundary = (len(prefix), count + len(piece))
                 return count + len(piece)
-        return len(self.encoder.encode(prefix, special=False))
+        return len(self.encoder.encode(prefix, add_special_tokens=False))
 
 
-def common_prompt(encoder: TextEncoder, prompt: str, tokens: list[int]) -> int:
-    """How many of `tokens`, made of a prompt and what follows, are the prompt's.
+def prompt_length(encoder: TextEncoder, prompt: str, tokens: list[int]) -> int:
+    """Return how many of `tokens`, which encode a prompt and its continuation, belong to the prompt.
 
-    A token that holds characters of both is not counted, so that a one-word answer which merges with the
-    blank before it is still learnt.
+    A token that contains characters of both is not counted, so that a one-word answer that merges with the space
+    before it is still trained on.
     """
-    return _common_prefix(encoder.encode(prompt), tokens)
+    return _common_prefix_length(encoder.encode(prompt), tokens)
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def _common_prefix_length(left: list[int], right: list[int]) -> int:
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index

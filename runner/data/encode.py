@@ -1,78 +1,75 @@
-"""Rows as tokens, a part of a file at a time: the parts of all, in their order, are the split."""
+"""Encoding the rows of a file chunk by chunk; the encoded chunks in file order are the split."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from runner.data.chat_spans import TextEncoder
+from runner.data.chat_spans import Span, TextEncoder
 from runner.data.formats import EncodeOptions, RowFormat
-from runner.data.jsonl import LONGEST_LINE, JsonlRow, parse_lines
+from runner.data.jsonl import MAX_LINE_BYTES, parse_lines
 from runner.data.row_errors import RowError, RowErrors
 from runner.data.token_set import SplitStats, TokenSet
 
-PIECE = 1 << 20
-"""Bytes of JSONL that are made tokens at a time. They take up to ten times as much memory."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of JSONL that are encoded at a time; encoding takes up to ten times as much memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole lines of a file."""
+    """Some consecutive whole lines of a file."""
 
     lines: bytes
-    first: int
+    first_line: int
     """The number of the first line, from 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """The tokens of some rows."""
+    """The encoded rows of a chunk."""
 
     tokens: bytes
-    """int32."""
+    """(total,) int32."""
     supervised: bytes
-    """uint8, 0 or 1 a token."""
+    """(total,) uint8, 0 or 1."""
     ends: np.ndarray
-    """(rows,) int64: where each row ends, counted from the first token of the part."""
+    """(rows,) int64: where each row ends, counted from the first token of the chunk."""
     lines: np.ndarray
-    """(rows,) int64."""
-    counts: SplitStats
+    """(rows,) int64: the line of each row."""
+    stats: SplitStats
 
 
-class Columns(Protocol):
-    """Where the parts of a split go, one after the other."""
+class ChunkWriter(Protocol):
+    """Receives the encoded chunks of a split in order."""
 
-    def append(self, part: EncodedChunk) -> None:
-        """Put `part` behind the others."""
-
-
-Fill = Callable[[Columns, RowErrors], str]
-"""Tokenises a file into columns, its bad rows into the other; returns the SHA-256 (hex) of what was read."""
+    def append(self, chunk: EncodedChunk) -> None:
+        """Append the rows of `chunk`."""
 
 
-class InMemoryColumns:
-    """Parts in memory, which the arrays then share: 5 bytes a token, 16 a row."""
+class TokenBuffer:
+    """A ChunkWriter in memory: 5 bytes per token and 16 per row, which the resulting arrays share."""
 
     def __init__(self) -> None:
-        self.counts = SplitStats()
+        self.stats = SplitStats()
         self._tokens, self._supervised = bytearray(), bytearray()
         self._offsets, self._lines = bytearray(np.int64(0).tobytes()), bytearray()
 
-    def append(self, part: EncodedChunk) -> None:
-        """Put `part` behind the others."""
-        self._tokens += part.tokens
-        self._supervised += part.supervised
-        self._offsets += (part.ends + self.counts.tokens).tobytes()
-        self._lines += part.lines.tobytes()
-        self.counts += part.counts
+    def append(self, chunk: EncodedChunk) -> None:
+        """Append the rows of `chunk`."""
+        self._tokens += chunk.tokens
+        self._supervised += chunk.supervised
+        self._offsets += (chunk.ends + self.stats.tokens).tobytes()
+        self._lines += chunk.lines.tobytes()
+        self.stats += chunk.stats
 
-    def tokens(self) -> TokenSet:
-        """All parts as one; nothing can be appended after this."""
+    def to_token_set(self) -> TokenSet:
+        """Return all rows; nothing can be appended after this."""
         return TokenSet(
             np.frombuffer(self._tokens, np.int32),
             np.frombuffer(self._supervised, np.bool_),
@@ -81,85 +78,82 @@ class InMemoryColumns:
         )
 
 
-def encode_in_memory(fill: Fill, bad: RowErrors) -> tuple[TokenSet, SplitStats]:
-    """What `fill` makes, in memory."""
-    into = InMemoryColumns()
-    fill(into, bad)
-    return into.tokens(), into.counts
+TokenizeFile = Callable[[ChunkWriter, RowErrors], str | None]
+"""Tokenizes one file into the writer and adds its bad rows to the errors; see `tokenize.tokenize_file`."""
 
 
-def read_chunks(file: BinaryIO, seen: Callable[[bytes], None]) -> Iterator[Chunk]:
-    """`file` in pieces of about `PIECE` bytes, cut between lines; `seen` is called with the bytes of each.
+def tokenize_in_memory(tokenize: TokenizeFile, errors: RowErrors) -> tuple[TokenSet, SplitStats]:
+    """Return what `tokenize` writes, in memory."""
+    buffer = TokenBuffer()
+    tokenize(buffer, errors)
+    return buffer.to_token_set(), buffer.stats
 
-    A line too long to be a row is cut off, which whoever reads the piece refuses.
+
+def read_chunks(file: BinaryIO, on_bytes: Callable[[bytes], None]) -> Iterator[Chunk]:
+    """Yield `file` in chunks of about `CHUNK_BYTES`, split between lines; call `on_bytes` with the bytes of each.
+
+    A line that is too long for a row is cut off, which `encode_chunk` then refuses.
     """
-    first = 1
-    while lines := file.read(PIECE):
+    first_line = 1
+    while lines := file.read(CHUNK_BYTES):
         if not lines.endswith(b"\n"):
-            lines += file.readline(LONGEST_LINE + 1)
-        seen(lines)
-        yield Chunk(lines, first)
-        first += lines.count(b"\n")
+            lines += file.readline(MAX_LINE_BYTES + 1)
+        on_bytes(lines)
+        yield Chunk(lines, first_line)
+        first_line += lines.count(b"\n")
 
 
-def encode_chunk(
-    piece: Chunk, path: Path, chosen: RowFormat | None, encoder: TextEncoder, reading: EncodeOptions, bad: RowErrors
-) -> EncodedChunk:
-    """The tokens of a piece of the file `path`; `chosen` may be None where the file has no row at all.
+@dataclass(frozen=True)
+class EncodeTask:
+    """What all chunks of a file share; it can be pickled if the tokenizer can."""
+
+    file: Path
+    row_format: RowFormat
+    tokenizer: Any
+    options: EncodeOptions
+
+
+def encode_chunk(chunk: Chunk, task: EncodeTask, encoder: TextEncoder, errors: RowErrors) -> EncodedChunk:
+    """Return the encoded rows of `chunk`; rows that cannot be used are added to `errors`.
 
     Raises:
-        DataError: what ends the reading of a whole file, such as an endless line.
+        DataError: reading the file cannot continue, for example because a line is too long.
     """
-    rows = parse_lines(io.BytesIO(piece.lines), path, bad, piece.first)
-    return encode_rows(rows, chosen, encoder, reading, bad) if chosen else _nothing(rows)
-
-
-def encode_rows(
-    rows: Iterable[JsonlRow], chosen: RowFormat, encoder: TextEncoder, reading: EncodeOptions, bad: RowErrors
-) -> EncodedChunk:
-    """The tokens of `rows`; those that cannot be used go to `bad`."""
-    builder = _Builder(reading)
-    for row in rows:
+    builder = _ChunkBuilder(task.options)
+    for row in parse_lines(io.BytesIO(chunk.lines), task.file, errors, chunk.first_line):
         try:
-            chosen.check(row.value, reading.keys)
-            tokens, spans = chosen.encode(row.value, encoder, reading)
+            task.row_format.validate(row.value, task.options.keys)
+            tokens, spans = task.row_format.encode(row.value, encoder, task.options)
             builder.add(row.line, tokens, spans)
-        except RowError as reason:
-            bad.add(row.file, row.line, str(reason))
+        except RowError as error:
+            errors.add(row.file, row.line, str(error))
     return builder.finish()
 
 
-def _nothing(rows: Iterable[JsonlRow]) -> EncodedChunk:
-    """What is left of a piece without a row; reading it collects its bad lines."""
-    for _ in rows:
-        pass
-    none = np.zeros(0, np.int64)
-    return EncodedChunk(b"", b"", none, none, SplitStats())
+class _ChunkBuilder:
+    """Truncates or drops rows that are too long and appends the others to byte buffers."""
 
-
-class _Builder:
-    """Appends rows to byte buffers."""
-
-    def __init__(self, reading: EncodeOptions) -> None:
-        self.reading = reading
+    def __init__(self, options: EncodeOptions) -> None:
+        self.options = options
         self.tokens, self.supervised = bytearray(), bytearray()
+        self.total = self.longest = 0
         self.ends: list[int] = []
         self.lines: list[int] = []
-        self.total = self.supervised_count = 0
-        self.truncated = self.dropped = self.nothing_to_learn = self.longest = 0
+        self.counts = Counter[str]()
+        """Counts by the name of a SplitStats field."""
 
-    def add(self, line: int, tokens: list[int], spans: list[tuple[int, int]]) -> None:
-        """Raises BadRow for a row that is too long where that is an error."""
-        limit = self.reading.max_length
+    def add(self, line: int, tokens: list[int], spans: list[Span]) -> None:
+        """Append a row. Raises RowError for one that is too long where `on_too_long` is ``error``."""
+        limit = self.options.max_length
         self.longest = max(self.longest, len(tokens))
-        cut = len(tokens) > limit
-        if cut and self.reading.on_too_long == "error":
+        too_long = len(tokens) > limit
+        if too_long and self.options.on_too_long == "error":
             raise RowError(
                 f"{len(tokens)} tokens, over max_length {limit} "
                 "(data.on_too_long=truncate cuts such rows, drop leaves them out)"
             )
-        if cut and self.reading.on_too_long == "drop":
-            self.dropped += 1
+        if too_long and self.options.on_too_long == "drop":
+            self.counts["dropped"] += 1
             return
         row = np.asarray(tokens[:limit], dtype=np.int32)
         mask = np.zeros(len(row), dtype=np.uint8)
@@ -168,30 +162,22 @@ class _Builder:
         mask[:1] = 0
         supervised = int(mask.sum())
         if supervised == 0:
-            self.nothing_to_learn += 1
+            self.counts["unsupervised"] += 1
             return
         self.tokens += row.tobytes()
         self.supervised += mask.tobytes()
         self.total += len(row)
         self.ends.append(self.total)
         self.lines.append(line)
-        self.truncated += cut
-        self.supervised_count += supervised
+        self.counts["truncated"] += too_long
+        self.counts["supervised"] += supervised
 
     def finish(self) -> EncodedChunk:
-        counts = SplitStats(
-            rows=len(self.lines),
-            tokens=self.total,
-            supervised=self.supervised_count,
-            truncated=self.truncated,
-            dropped=self.dropped,
-            nothing_to_learn=self.nothing_to_learn,
-            longest=self.longest,
-        )
+        """Return the rows that were added."""
         return EncodedChunk(
             bytes(self.tokens),
             bytes(self.supervised),
             np.array(self.ends, np.int64),
             np.array(self.lines, np.int64),
-            counts,
+            SplitStats(rows=len(self.lines), tokens=self.total, longest=self.longest, **self.counts),
         )

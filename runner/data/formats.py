@@ -1,18 +1,19 @@
-"""How a row becomes tokens and a mask: one small class and one entry in `FORMATS` for each format.
+"""The formats of a row and how each becomes tokens and a loss mask: one class and one entry in `FORMATS` per format.
 
-Token ids are those of mlx-lm's own data sets (``mlx_lm/tuner/datasets.py``); the mask differs in that every
-turn of the assistant is supervised, not only the last.
+Token ids equal those of mlx-lm's data sets (``mlx_lm/tuner/datasets.py``). The mask differs: every assistant turn is
+supervised, not only the last.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
-from runner.common.errors import ConfigError, DataError, did_you_mean
+from runner.common.errors import DataError, did_you_mean
 from runner.common.text import shorten
-from runner.data.chat_spans import Conversation, Span, TextEncoder, common_prompt
+from runner.config.schema import DataConfig, KeysConfig
+from runner.data.chat_spans import Conversation, Message, Span, TextEncoder, prompt_length
 from runner.data.jsonl import JsonlRow, json_type
 from runner.data.row_errors import RowError
 
@@ -27,237 +28,218 @@ ROLES = (
     "observation",
     "environment",
 )
-OTHER_NAMES = {
+ROLE_ALIASES = {
     "human": "user",
     "gpt": "assistant",
     "bot": "assistant",
     "ai": "assistant",
     "model": "assistant",
 }
-TOO_LONG = ("truncate", "drop", "error")
-_MOST_NAMED = 20
+"""Names that other data sets use, for a hint in the error message."""
+_MAX_LISTED_KEYS = 20
 
-
-@dataclass(frozen=True, slots=True)
-class ColumnNames:
-    """The names that the columns have in the user's files."""
-
-    text: str = "text"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
+Encoded = tuple[list[int], list[Span]]
+"""The tokens of a row and the ranges of them that are supervised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeOptions:
-    """How rows are read.
-
-    Raises:
-        ConfigError: an unknown format or rule, or a max_length below 2.
-    """
+    """The settings that decide the tokens and the mask of a row; `schema.DataConfig` documents and checks them."""
 
     format: str
-    """``auto`` (by the first row's keys) or a name of `FORMATS`."""
     mask_prompt: bool
-    """Supervise the completion, or the assistant's turns, only. Text is supervised as a whole."""
     max_length: int
-    """In tokens."""
     on_too_long: str
-    """``truncate``, ``drop`` or ``error``."""
-    keys: ColumnNames = field(default_factory=ColumnNames)
+    keys: KeysConfig = field(default_factory=KeysConfig)
     chat_template: bool = True
-    """Render prompt and completion with the model's chat template, if it has one."""
 
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("format", self.format, ("auto", *FORMATS)),
-            ("on_too_long", self.on_too_long, TOO_LONG),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"data.{name} is '{value}'.{did_you_mean(str(value), known)} Known: {', '.join(known)}."
-                )
-        if self.max_length < 2:
-            raise ConfigError(f"data.max_length is {self.max_length}; a row needs at least 2 tokens.")
+    @classmethod
+    def from_config(cls, data: DataConfig) -> EncodeOptions:
+        """Return the options of the data settings."""
+        return cls(
+            format=data.format,
+            mask_prompt=data.mask_prompt,
+            max_length=data.max_length,
+            on_too_long=data.on_too_long,
+            keys=replace(data.keys),
+            chat_template=data.chat_template,
+        )
 
 
 class RowFormat(Protocol):
-    """One way to write a row. `check` comes before `encode`; both raise BadRow with the reason."""
+    """One format of rows. `validate` comes before `encode`; both raise RowError with the reason."""
 
-    needs_template: bool
+    needs_chat_template: bool
 
-    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
-        """The keys that a row of this format has."""
+    def required_keys(self, keys: KeysConfig) -> tuple[str, ...]:
+        """Return the keys that a row of this format has."""
 
-    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
-        """Raises BadRow for a missing key, a wrong type or a value that cannot be trained on."""
+    def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
+        """Raise RowError for a missing key, a wrong type or an unusable value."""
 
-    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
-        """The row's tokens and the half-open ranges of them that are supervised."""
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
+        """Return the row's tokens and the half-open ranges of supervised positions."""
 
 
-class Completions:
+class CompletionsFormat:
     """``{"prompt": ..., "completion": ...}``, optionally with ``tools``."""
 
-    needs_template = False
+    needs_chat_template = False
 
-    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
+    def required_keys(self, keys: KeysConfig) -> tuple[str, ...]:
         return (keys.prompt, keys.completion)
 
-    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
-        _require(row, self.columns(keys))
-        _string(row[keys.prompt], f"'{keys.prompt}'")
-        _words(row[keys.completion], f"'{keys.completion}'")
-        _check_tools(row)
+    def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
+        _require_keys(row, self.required_keys(keys))
+        _require_string(row[keys.prompt], f"'{keys.prompt}'")
+        _require_text(row[keys.completion], f"'{keys.completion}'")
+        _validate_tools(row)
 
-    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
-        prompt, completion = row[reading.keys.prompt], row[reading.keys.completion]
-        if encoder.has_template and reading.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return _conversation(turns, row, encoder, reading)
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
+        prompt, completion = row[options.keys.prompt], row[options.keys.completion]
+        if encoder.has_chat_template and options.chat_template:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return _encode_conversation(messages, row, encoder, options)
         if row.get("tools"):
-            raise RowError("'tools' can only be shown to a model through a chat template")
-        tokens = encoder.ended(encoder.encode(prompt + completion))
-        start = common_prompt(encoder, prompt, tokens) if reading.mask_prompt else 0
+            raise RowError("'tools' needs a chat template")
+        tokens = encoder.append_eos(encoder.encode(prompt + completion))
+        start = prompt_length(encoder, prompt, tokens) if options.mask_prompt else 0
         return tokens, [(start, len(tokens))]
 
 
-class Chat:
+class ChatFormat:
     """``{"messages": [{"role": ..., "content": ...}, ...]}``, optionally with ``tools``."""
 
-    needs_template = True
+    needs_chat_template = True
 
-    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
+    def required_keys(self, keys: KeysConfig) -> tuple[str, ...]:
         return (keys.messages,)
 
-    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
-        _require(row, self.columns(keys))
+    def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
+        _require_keys(row, self.required_keys(keys))
         messages = row[keys.messages]
         if not isinstance(messages, list):
             raise RowError(f"'{keys.messages}' is {json_type(messages)}, not a list of messages")
         if not messages:
             raise RowError(f"'{keys.messages}' is an empty list")
         for number, message in enumerate(messages, start=1):
-            _check_message(message, f"message {number}")
-        _check_tools(row)
+            _validate_message(message, f"message {number}")
+        _validate_tools(row)
 
-    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
-        return _conversation(row[reading.keys.messages], row, encoder, reading)
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
+        return _encode_conversation(row[options.keys.messages], row, encoder, options)
 
 
-class Text:
+class TextFormat:
     """``{"text": ...}``: every token is supervised."""
 
-    needs_template = False
+    needs_chat_template = False
 
-    def columns(self, keys: ColumnNames) -> tuple[str, ...]:
+    def required_keys(self, keys: KeysConfig) -> tuple[str, ...]:
         return (keys.text,)
 
-    def check(self, row: dict[str, Any], keys: ColumnNames) -> None:
-        _require(row, self.columns(keys))
-        _words(row[keys.text], f"'{keys.text}'")
+    def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
+        _require_keys(row, self.required_keys(keys))
+        _require_text(row[keys.text], f"'{keys.text}'")
 
-    def encode(self, row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions) -> tuple[list[int], list[Span]]:
-        tokens = encoder.ended(encoder.encode(row[reading.keys.text]))
+    def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
+        tokens = encoder.append_eos(encoder.encode(row[options.keys.text]))
         return tokens, [(0, len(tokens))]
 
 
-# The order is that in which `auto` tries them, and mlx-lm's.
-FORMATS: dict[str, RowFormat] = {"completions": Completions(), "chat": Chat(), "text": Text()}
+# `auto` tries the formats in this order, which is mlx-lm's.
+FORMATS: dict[str, RowFormat] = {"completions": CompletionsFormat(), "chat": ChatFormat(), "text": TextFormat()}
 
 
-def choose_format(row: JsonlRow, encoder: TextEncoder, reading: EncodeOptions) -> RowFormat:
-    """The format of a split, by its first row where ``reading.format`` is ``auto``.
+def choose_format(row: JsonlRow, encoder: TextEncoder, options: EncodeOptions) -> RowFormat:
+    """Return the format of a split; where ``options.format`` is ``auto``, the first that fits the split's first row.
 
     Raises:
         DataError: no format has the row's keys, or the format needs a chat template and there is none.
     """
-    if reading.format != "auto":
-        name = reading.format
-    else:
-        fitting = (n for n, f in FORMATS.items() if all(key in row.value for key in f.columns(reading.keys)))
-        name = next(fitting, "")
-    where = f"{row.file}:{row.line}"
+    required = {name: row_format.required_keys(options.keys) for name, row_format in FORMATS.items()}
+    name = options.format
+    if name == "auto":
+        name = next((name for name, keys in required.items() if all(key in row.value for key in keys)), "")
+    location = f"{row.file}:{row.line}"
     if not name:
-        known = "; ".join(" and ".join(f"'{key}'" for key in f.columns(reading.keys)) for f in FORMATS.values())
-        has = _names(row.value)
+        expected = "; ".join(" and ".join(f"'{key}'" for key in keys) for keys in required.values())
         raise DataError(
-            f"{where}: no known format has these keys: {has}. Expected: {known}. "
+            f"{location}: no known format has these keys: {_list_keys(row.value)}. Expected: {expected}. "
             "Other names are set with data.keys, such as data.keys.text=body."
         )
-    if FORMATS[name].needs_template and not (encoder.has_template and reading.chat_template):
-        why = "data.chat_template is false" if encoder.has_template else "the model's tokenizer has none"
+    if FORMATS[name].needs_chat_template and not (encoder.has_chat_template and options.chat_template):
+        reason = "data.chat_template is false" if encoder.has_chat_template else "the model's tokenizer has none"
         raise DataError(
-            f"{where}: rows of messages need a chat template, and {why}. "
+            f"{location}: rows of messages need a chat template, and {reason}. "
             "Use an instruction-tuned model, or rows with prompt and completion, or text."
         )
     return FORMATS[name]
 
 
-def _conversation(
-    messages: list[dict[str, Any]], row: dict[str, Any], encoder: TextEncoder, reading: EncodeOptions
-) -> tuple[list[int], list[Span]]:
+def _encode_conversation(
+    messages: list[Message], row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions
+) -> Encoded:
     conversation = Conversation(encoder, messages, row.get("tools"))
-    if reading.mask_prompt:
-        return conversation.tokens, conversation.assistant_spans(reading.max_length)
+    if options.mask_prompt:
+        return conversation.tokens, conversation.assistant_spans(options.max_length)
     return conversation.tokens, [(0, len(conversation.tokens))]
 
 
-def _require(row: dict[str, Any], keys: tuple[str, ...]) -> None:
+def _require_keys(row: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         if key not in row:
-            near = did_you_mean(key, set(row) - set(keys)) if len(row) <= _MOST_NAMED else ""
-            raise RowError(f"no key '{key}'; it has: {_names(row)}.{near}")
+            hint = did_you_mean(key, set(row) - set(keys)) if len(row) <= _MAX_LISTED_KEYS else ""
+            raise RowError(f"no key '{key}'; the row has: {_list_keys(row)}.{hint}")
 
 
-def _names(row: dict[str, Any]) -> str:
-    shown = ", ".join(f"'{shorten(key, 60)}'" for key in islice(row, _MOST_NAMED))
-    return (shown or "none") + (f" and {len(row) - _MOST_NAMED} more" if len(row) > _MOST_NAMED else "")
+def _list_keys(row: dict[str, Any]) -> str:
+    listed = ", ".join(f"'{shorten(key, 60)}'" for key in islice(row, _MAX_LISTED_KEYS))
+    return (listed or "none") + (f" and {len(row) - _MAX_LISTED_KEYS} more" if len(row) > _MAX_LISTED_KEYS else "")
 
 
-def _string(value: Any, what: str) -> None:
+def _require_string(value: Any, name: str) -> None:
     if not isinstance(value, str):
-        raise RowError(f"{what} is {json_type(value)}, not a string")
+        raise RowError(f"{name} is {json_type(value)}, not a string")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise RowError(f"{what} holds half of a surrogate pair at character {error.start + 1}") from None
+            raise RowError(f"{name} has half of a surrogate pair at character {error.start + 1}") from None
 
 
-def _words(value: Any, what: str) -> None:
-    _string(value, what)
+def _require_text(value: Any, name: str) -> None:
+    _require_string(value, name)
     if not value.strip():
-        raise RowError(f"{what} is empty")
+        raise RowError(f"{name} is empty")
 
 
-def _check_message(message: Any, what: str) -> None:
+def _validate_message(message: Any, name: str) -> None:
     if not isinstance(message, dict):
-        raise RowError(f"{what} is {json_type(message)}, not an object with 'role' and 'content'")
-    _require_in(message, "role", what)
+        raise RowError(f"{name} is {json_type(message)}, not an object with 'role' and 'content'")
+    _require_field(message, "role", name)
     role = message["role"]
     if role not in ROLES:
-        meant = OTHER_NAMES.get(role) if isinstance(role, str) else None
-        hint = f" Did you mean '{meant}'?" if meant else did_you_mean(str(role), ROLES)
-        raise RowError(f"{what} has the role {shorten(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
+        alias = ROLE_ALIASES.get(role) if isinstance(role, str) else None
+        hint = f" Did you mean '{alias}'?" if alias else did_you_mean(str(role), ROLES)
+        raise RowError(f"{name} has the role {shorten(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
     content = message.get("content")
     if content is None and role == "assistant" and message.get("tool_calls"):
         return
-    _require_in(message, "content", what)
-    parts = content if isinstance(content, list) else [{"text": content}]
-    for part in parts:
+    _require_field(message, "content", name)
+    for part in content if isinstance(content, list) else [{"text": content}]:
         if not isinstance(part, dict):
-            raise RowError(f"the content of {what} holds {json_type(part)}, not only objects")
+            raise RowError(f"the content of {name} contains {json_type(part)}; each part must be an object")
         if "text" in part:
-            _string(part["text"], f"the content of {what}")
+            _require_string(part["text"], f"the content of {name}")
 
 
-def _require_in(message: dict[str, Any], key: str, what: str) -> None:
+def _require_field(message: dict[str, Any], key: str, name: str) -> None:
     if key not in message:
-        raise RowError(f"{what} has no '{key}'.{did_you_mean(key, message)}")
+        raise RowError(f"{name} has no '{key}'.{did_you_mean(key, message)}")
 
 
-def _check_tools(row: dict[str, Any]) -> None:
+def _validate_tools(row: dict[str, Any]) -> None:
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise RowError(f"'tools' is {json_type(tools)}, not a list")

@@ -1,6 +1,6 @@
-"""A tokenizer that is loaded when tokens are to be made: where an earlier run has kept them, none is needed.
+"""A tokenizer that is loaded only when something has to be tokenized; cached tokens need none.
 
-Loading one takes half a second and 60 MB and more. What it would be is known by the files of its folder.
+Loading takes half a second and at least 60 MB. Until then the tokenizer is identified by the files of its folder.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from runner.common.fact_cache import Fact
 from runner.data.formats import EncodeOptions
 from runner.data.token_cache_key import code_identity
 
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".h5", ".onnx", ".msgpack", ".index.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".h5", ".onnx", ".msgpack", ".index.json")
 _TEMPLATES = "additional_chat_templates"
 """A folder that transformers reads beside the files of a tokenizer."""
-_MOST_FILES, _LARGEST = 200, 100_000_000
+_MAX_FILES, _MAX_FILE_BYTES = 200, 100_000_000
 
 
 class LazyTokenizer:
-    """A tokenizer, loaded once and when first asked for."""
+    """A tokenizer that is loaded once, at its first use."""
 
     def __init__(self, load: Callable[[], Any], folder: Path | None) -> None:
-        """`folder` has all that `load` reads; None where something else has a say, such as code."""
+        """`folder` contains everything that `load` reads; None where something else decides too, such as code."""
         self._load, self._folder = load, folder
         self._loaded: Any = None
-        self._before: Fact | None = None
+        self._fact_before_load: Fact | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -39,49 +39,52 @@ class LazyTokenizer:
             self._loaded = self._load()
         return self._loaded
 
-    def known(self, reading: EncodeOptions) -> str | None:
-        """The `tokenizer_identity` that a tokenizer of these files had, without loading it; None where none is kept."""
-        self._before = self._fact(reading) if self._loaded is None else None
-        kept = self._before.load() if self._before else None
-        found = kept.get("identity") if kept else None
-        return found if isinstance(found, str) else None
-
-    def keep(self, reading: EncodeOptions, identity: str) -> None:
-        """Keep what `known` did not find, unless the files were changed while the tokenizer was loaded."""
-        if self._before and self._before == self._fact(reading):
-            self._before.store({"identity": identity})
-
     @property
-    def known_by_files(self) -> bool:
-        """Whether tokens that are kept save loading it."""
+    def identified_by_files(self) -> bool:
+        """Whether cached tokens save loading the tokenizer."""
         return self._folder is not None
 
-    def _fact(self, reading: EncodeOptions) -> Fact | None:
-        """Where the identity is kept, by all that decides it and whether tokens can be kept at all."""
-        files = _files(self._folder) if self._folder else None
+    def cached_identity(self, options: EncodeOptions) -> str | None:
+        """Return the `tokenizer_identity` of these files as stored by an earlier run, without loading; else None."""
+        self._fact_before_load = self._identity_fact(options) if self._loaded is None else None
+        values = self._fact_before_load.load() if self._fact_before_load else None
+        identity = values.get("identity") if values else None
+        return identity if isinstance(identity, str) else None
+
+    def store_identity(self, options: EncodeOptions, identity: str) -> None:
+        """Store the identity for `cached_identity`, unless the files changed since the tokenizer was loaded."""
+        if self._fact_before_load and self._fact_before_load == self._identity_fact(options):
+            self._fact_before_load.store({"identity": identity})
+
+    def _identity_fact(self, options: EncodeOptions) -> Fact | None:
+        """Return the fact of the identity, keyed by everything that decides it and whether tokens can be cached."""
+        files = _hash_files(self._folder) if self._folder else None
         if files is None:
             return None
-        return Fact.of("tokenizers", {"files": files, "reading": asdict(reading), "code": code_identity()})
+        return Fact.of("tokenizers", {"files": files, "options": asdict(options), "code": code_identity()})
 
 
-def resolve_tokenizer(given: Any) -> Any:
-    """The tokenizer itself, loaded if it is one for later."""
-    return given.tokenizer if isinstance(given, LazyTokenizer) else given
+def resolve_tokenizer(tokenizer: Any) -> Any:
+    """Return the tokenizer itself, loading it where it is a LazyTokenizer."""
+    return tokenizer.tokenizer if isinstance(tokenizer, LazyTokenizer) else tokenizer
 
 
-def _files(folder: Path) -> dict[str, str] | None:
-    """SHA-256 by name of the files of a model folder, weights aside; None where they are too many, large or odd."""
-    found: dict[str, str] = {}
+def _hash_files(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 by name of a model folder's files except weights.
+
+    None where there are too many files, or one is too large, unreadable or not a regular file.
+    """
+    hashes: dict[str, str] = {}
     try:
-        for part in (folder, folder / _TEMPLATES):
-            for entry in os.scandir(part) if part.is_dir() else ():
-                if entry.is_dir() or entry.name.endswith(_WEIGHTS):
+        for subfolder in (folder, folder / _TEMPLATES):
+            for entry in os.scandir(subfolder) if subfolder.is_dir() else ():
+                if entry.is_dir() or entry.name.endswith(_WEIGHT_SUFFIXES):
                     continue
-                there = entry.stat()
-                if len(found) == _MOST_FILES or there.st_size > _LARGEST or not stat.S_ISREG(there.st_mode):
+                status = entry.stat()
+                if len(hashes) == _MAX_FILES or status.st_size > _MAX_FILE_BYTES or not stat.S_ISREG(status.st_mode):
                     return None
-                with open(entry.path, "rb") as opened:
-                    found[str(Path(entry.path).relative_to(folder))] = hashlib.file_digest(opened, "sha256").hexdigest()
+                with open(entry.path, "rb") as file:
+                    hashes[str(Path(entry.path).relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
-    return found
+    return hashes

@@ -1,4 +1,4 @@
-"""The lengths that batches are padded to: few, as a compiled step is traced anew for each."""
+"""The lengths that batches are padded to: a small set, because a compiled step is traced again for every new length."""
 
 from __future__ import annotations
 
@@ -6,59 +6,67 @@ from bisect import bisect_left
 
 import numpy as np
 
-_MOST = 32
-"""Widths that are chosen: of rows of 60 tokens in the middle and 500 at the ninetieth percentile, in batches of near
-lengths, 95 % of the positions are then real, and 94 % with 24."""
-_BEYOND = 32
-"""What a row longer than all of these is padded to a multiple of."""
-_FINE = 512
-"""Different lengths that are told apart at most: the time to choose grows with their square."""
+_MAX_WIDTHS = 32
+"""With a median of 60 tokens and a 90th percentile of 500, in batches sorted by length, 95 % of the positions then hold
+a token; with 24 widths, 94 %."""
+_BEYOND_MULTIPLE = 32
+"""A row longer than every chosen width is padded to a multiple of this."""
+_MAX_DISTINCT_LENGTHS = 512
+"""Lengths are rounded up to at most this many values: the time to choose widths grows with the square of it."""
 
 
 class LengthBuckets:
-    """The widths of one set of rows."""
+    """The padded widths for the rows of one split."""
 
-    def __init__(self, multiple: int, chosen: tuple[int, ...] = ()) -> None:
-        """`chosen`, rising; multiples of `multiple` beyond the last of them."""
-        self.chosen, self._multiple = chosen, multiple
+    def __init__(self, multiple: int, widths: tuple[int, ...] = ()) -> None:
+        """Use `widths`, in ascending order, and multiples of `multiple` beyond the last of them."""
+        self.widths, self._multiple = widths, multiple
 
     @classmethod
-    def of(cls, lengths: np.ndarray, pad_to: int | None) -> LengthBuckets:
-        """Multiples of `pad_to`; where it is None those that pad rows of `lengths` (rows,), in tokens, least."""
-        return cls(pad_to) if pad_to is not None else cls(_BEYOND, minimize_padding(np.asarray(lengths) - 1, _MOST))
+    def from_lengths(cls, lengths: np.ndarray, pad_to: int | None) -> LengthBuckets:
+        """Return multiples of `pad_to`; where it is None, the widths that minimize the padding of rows of `lengths`.
 
-    def fit(self, count: int) -> int:
-        """The least width that holds `count` positions."""
-        found = bisect_left(self.chosen, count)
-        return self.chosen[found] if found < len(self.chosen) else max(1, -(-count // self._multiple)) * self._multiple
+        `lengths`: (rows,), in tokens.
+        """
+        if pad_to is not None:
+            return cls(pad_to)
+        return cls(_BEYOND_MULTIPLE, minimize_padding(np.asarray(lengths) - 1, _MAX_WIDTHS))
+
+    def width_for(self, count: int) -> int:
+        """Return the smallest width that holds `count` positions."""
+        index = bisect_left(self.widths, count)
+        return self.widths[index] if index < len(self.widths) else max(1, -(-count // self._multiple)) * self._multiple
 
 
-def minimize_padding(counts: np.ndarray, most: int) -> tuple[int, ...]:
-    """`most` widths or fewer for which the positions of rows of `counts` (rows,), each padded to the next width, are
-    fewest; rising, the last one the largest count. Empty without rows.
+def minimize_padding(counts: np.ndarray, max_widths: int) -> tuple[int, ...]:
+    """Return at most `max_widths` widths that minimize the total size of rows padded to the next width.
 
-    Exact where the counts have at most 512 different values, else of these rounded up: the best division of a line
-    into stretches, by the length of the line and the number of stretches (Bellman, 1957).
+    `counts`: (rows,), positions of each row. The widths ascend and end with the largest count; empty without rows.
+    Exact where there are at most 512 distinct counts, else for counts rounded up to so many. The widths are the optimal
+    partition of the sorted counts into segments, by dynamic programming over the number of segments (Bellman, 1957).
     """
     if len(counts) == 0:
         return ()
-    top = max(1, int(counts.max()))
-    step = -(-top // _FINE)
-    # From the largest down, so that rounding up does not make it larger.
-    values, numbers = np.unique(top - (top - np.maximum(counts, 1)) // step * step, return_counts=True)
-    total = np.concatenate([[0.0], np.cumsum(numbers)])
-    # (i, j): positions of the values from i up to j, padded to the largest of them.
-    stretch = np.full((len(total), len(total)), np.inf)
-    stretch[:, 1:] = np.where(np.tri(len(total), len(values), -1), np.inf, values * (total[1:] - total[:, None]))
-    stretch[0, 0] = 0
-    least, before = stretch[0], [np.zeros(len(total), np.int64)]
-    for _ in range(1, min(most, len(values))):
-        ways = least[:, None] + stretch
-        before.append(ways.argmin(axis=0))
-        least = ways.min(axis=0)
-    chosen, j = [], len(values)
-    for last in reversed(before):
-        if j:
-            chosen.append(int(values[j - 1]))
-            j = int(last[j])
-    return tuple(reversed(chosen))
+    largest = max(1, int(counts.max()))
+    step = -(-largest // _MAX_DISTINCT_LENGTHS)
+    # Counting down from the largest, so that rounding up never exceeds it.
+    rounded = largest - (largest - np.maximum(counts, 1)) // step * step
+    values, occurrences = np.unique(rounded, return_counts=True)
+    rows_below = np.concatenate([[0.0], np.cumsum(occurrences)])
+    # cost[i, j]: positions of the rows with the values from i up to j, each padded to the largest of them.
+    cost = np.full((len(rows_below), len(rows_below)), np.inf)
+    cost[:, 1:] = np.where(
+        np.tri(len(rows_below), len(values), -1), np.inf, values * (rows_below[1:] - rows_below[:, None])
+    )
+    cost[0, 0] = 0
+    best, previous = cost[0], [np.zeros(len(rows_below), np.int64)]
+    for _ in range(1, min(max_widths, len(values))):
+        candidates = best[:, None] + cost
+        previous.append(candidates.argmin(axis=0))
+        best = candidates.min(axis=0)
+    widths, end = [], len(values)
+    for segment_starts in reversed(previous):
+        if end:
+            widths.append(int(values[end - 1]))
+            end = int(segment_starts[end])
+    return tuple(reversed(widths))

@@ -1,4 +1,4 @@
-"""The order of training as a pure function of (lengths, batch size, seed, epoch), and that of evaluation."""
+"""The batches of training as a pure function of (lengths, batch size, seed, epoch), and those of evaluation."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, order=True)
 class DataPosition:
-    """A point between two batches: `batch` batches of epoch `epoch` are done. Both count from 0."""
+    """A position between two batches: `batch` batches of epoch `epoch` are done. Both count from 0."""
 
     epoch: int = 0
     batch: int = 0
 
 
 class BatchOrder:
-    """Which rows make which batch in each epoch.
+    """Assigns rows to batches in every epoch.
 
-    The rows are permuted by (seed, epoch) alone. The last ``rows % batch_size`` of the permutation make the
-    epoch's last, smaller batch. The others are cut into windows of `window_batches` batches (a quarter of the
-    epoch where that is less: a small set must not meet the same batches in each epoch), sorted by length
-    inside each window (equal lengths stay in the permuted order), cut into batches, and the batches shuffled.
-    Nothing is dropped.
+    The rows are permuted by (seed, epoch) alone. The last ``rows % batch_size`` rows of the permutation form the
+    epoch's last, smaller batch. The others are split into windows of `window_batches` batches (at most a quarter of
+    the epoch, so that a small set does not see the same batches in every epoch), sorted by length within each window
+    (equal lengths stay in the permuted order), split into batches, and the batches shuffled. No row is dropped.
 
-    Random numbers are the raw 64-bit outputs of Philox-4x64-10 (Salmon et al., "Parallel random numbers: as
-    easy as 1, 2, 3", 2011), keyed by BLAKE2b of seed, epoch and purpose, and used as sort keys: NumPy
-    promises the streams of its bit generators, not those of ``Generator.permutation``.
+    Random numbers are the raw 64-bit outputs of Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3", 2011), keyed by BLAKE2b of seed, epoch and purpose, and used as sort keys: NumPy guarantees the streams
+    of its bit generators, but not those of ``Generator.permutation``.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, window_batches: int = 32) -> None:
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, window_batches: int) -> None:
         """`lengths`: (rows,), in tokens. Raises ValueError without rows, or for a size below 1."""
         if len(lengths) == 0:
             raise ValueError("an order needs at least one row")
@@ -44,17 +43,18 @@ class BatchOrder:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches in one epoch, the smaller last one included."""
+        """Batches in one epoch, including the smaller last one."""
         return -(-len(self.lengths) // self.batch_size)
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """All batches of an epoch, each an array of row indices (int64)."""
+        """Return all batches of an epoch, each an array of row indices (int64)."""
         return [self._batch(epoch, index) for index in range(self.batches_per_epoch)]
 
-    def take(self, position: DataPosition, count: int) -> tuple[list[np.ndarray], DataPosition]:
-        """The next `count` batches from `position` on, over epochs' edges, and the position after them.
+    def next_batches(self, position: DataPosition, count: int) -> tuple[list[np.ndarray], DataPosition]:
+        """Return `count` batches from `position` on, across epochs, and the position after them.
 
-        Raises ValueError for a position outside an epoch.
+        Raises:
+            ValueError: `position` is outside an epoch.
         """
         if position.epoch < 0 or not 0 <= position.batch < self.batches_per_epoch:
             raise ValueError(f"{position} is outside an epoch of {self.batches_per_epoch} batches")
@@ -69,39 +69,39 @@ class BatchOrder:
 
     def _batch(self, epoch: int, index: int) -> np.ndarray:
         if self._cached is None or self._cached[0] != epoch:
-            self._cached = (epoch, *self._arrange(epoch))
-        _, full, rest = self._cached
-        return full[index] if index < len(full) else rest
+            self._cached = (epoch, *self._arrange_epoch(epoch))
+        _, full, last = self._cached
+        return full[index] if index < len(full) else last
 
-    def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The full batches (batches, batch_size) and the rows of the smaller last one (fewer than that,)."""
+    def _arrange_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the full batches, (batches, batch_size), and the rows of the smaller last one, (remainder,)."""
         rows = np.argsort(_random(self.seed, epoch, "rows", len(self.lengths)), kind="stable")
-        whole = len(rows) - len(rows) % self.batch_size
-        rows, rest = rows[:whole], rows[whole:]
-        batches = min(self.window_batches, max(1, whole // self.batch_size // 4))
-        window = np.arange(whole) // (batches * self.batch_size)
+        full_rows = len(rows) - len(rows) % self.batch_size
+        rows, last = rows[:full_rows], rows[full_rows:]
+        window_batches = min(self.window_batches, max(1, full_rows // self.batch_size // 4))
+        window = np.arange(full_rows) // (window_batches * self.batch_size)
         rows = rows[np.lexsort((self.lengths[rows], window))]
         full = rows.reshape(-1, self.batch_size)
         full = full[np.argsort(_random(self.seed, epoch, "batches", len(full)), kind="stable")]
-        full.flags.writeable = rest.flags.writeable = False
-        return full, rest
+        full.flags.writeable = last.flags.writeable = False
+        return full, last
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int, limit: int = -1) -> list[np.ndarray]:
-    """Row indices in batches by rising length, the same at each call; all rows, for a `limit` of -1.
+    """Return the row indices of the evaluation batches, sorted by length; the same in every call.
 
-    With `limit` from 0 up to the number of batches n, batch ``(2 i + 1) n // (2 limit)`` for each i below
-    `limit`: the middles of `limit` equal parts, so that short and long rows are both among them.
+    With a `limit` below the number of batches n, only the batches ``(2 i + 1) n // (2 limit)`` for i below `limit`:
+    the middles of `limit` equal parts, so that short and long rows are both among them. A negative limit means all.
     """
     rows = np.argsort(np.asarray(lengths), kind="stable")
     count = -(-len(rows) // batch_size)
-    everything = limit < 0 or limit >= count
-    chosen = range(count) if everything else [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
-    return [rows[index * batch_size : (index + 1) * batch_size] for index in chosen]
+    unlimited = limit < 0 or limit >= count
+    selected = range(count) if unlimited else [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
+    return [rows[index * batch_size : (index + 1) * batch_size] for index in selected]
 
 
 def _random(seed: int, epoch: int, purpose: str, count: int) -> np.ndarray:
-    """(count,) uint64, a function of its arguments alone."""
-    words = f"{seed}/{epoch}/{purpose}".encode()
-    key = int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
+    """Return (count,) uint64, a function of the arguments alone."""
+    stream = f"{seed}/{epoch}/{purpose}".encode()
+    key = int.from_bytes(hashlib.blake2b(stream, digest_size=16).digest(), "little")
     return np.random.Philox(key=key).random_raw(count)

@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on: one reason a row, all of them reported together."""
+"""Rows that cannot be trained on: one reason per row, all of them reported together."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from pathlib import Path
 
 from runner.common.errors import DataError
 
-LISTED = 10
+MAX_LISTED = 10
 
 
 class RowError(ValueError):
-    """Why one row cannot be used, as the end of a sentence that starts with its file and line."""
+    """The reason why a row cannot be used, worded to follow its file and line."""
 
 
 class RowErrors:
-    """Collects bad rows over all files of a data set; keeps the first `LISTED` and the number of the rest."""
+    """The row errors of all files of a data set: the first `MAX_LISTED` as text, and the number of all of them."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._listed: list[str] = []
+        self.listed: list[str] = []
 
     def add(self, file: Path, line: int, reason: str) -> None:
-        """Note that `line` (from 1) of `file` is bad."""
+        """Record that `line` (from 1) of `file` cannot be used."""
         self.count += 1
-        if len(self._listed) < LISTED:
-            self._listed.append(f"  {file}:{line}: {reason}")
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(f"  {file}:{line}: {reason}")
 
-    def merge(self, other: RowErrors) -> None:
-        """Note all of `other`, whose rows come after those that are here."""
-        self.count += other.count
-        self._listed += other._listed[: LISTED - len(self._listed)]
+    def merge(self, later: RowErrors) -> None:
+        """Append the errors of rows that come after the ones recorded so far."""
+        self.count += later.count
+        self.listed += later.listed[: MAX_LISTED - len(self.listed)]
 
     def raise_if_any(self) -> None:
-        """Raises DataError with the first rows and the number of the others, if there is a bad row."""
+        """Raise a DataError with the listed rows and the number of the remaining ones, if there is any error."""
         if not self.count:
             return
         rows = "1 row" if self.count == 1 else f"{self.count} rows"
-        more = self.count - len(self._listed)
-        tail = [f"  and {more} more"] if more else []
-        raise DataError("\n".join([f"{rows} of the data cannot be used:", *self._listed, *tail]))
+        remaining = self.count - len(self.listed)
+        more = [f"  and {remaining} more"] if remaining else []
+        raise DataError("\n".join([f"{rows} of the data cannot be used:", *self.listed, *more]))

@@ -1,4 +1,4 @@
-"""A split as flat arrays of tokens: what training reads, and what its identity is taken from."""
+"""A tokenized split as flat arrays."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenSet:
-    """The tokens of all rows, one after the other; the arrays are read-only."""
+    """The tokens of all rows of a split, concatenated; the arrays are read-only."""
 
     tokens: np.ndarray
     """(total,) int32."""
     supervised: np.ndarray
-    """(total,) bool: whether the token counts as a target. A row's first never does: nothing predicts it."""
+    """(total,) bool: whether the token is a target of the loss. A row's first never is: nothing predicts it."""
     offsets: np.ndarray
     """(rows + 1,) int64: row i is ``tokens[offsets[i]:offsets[i + 1]]``."""
     lines: np.ndarray
-    """(rows,) int64: the line of the file that each row came from."""
+    """(rows,) int64: the line of the file that each row comes from."""
 
     def __post_init__(self) -> None:
         for array in (self.tokens, self.supervised, self.offsets, self.lines):
@@ -30,11 +30,11 @@ class TokenSet:
         return len(self.lines)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and supervision of one row, both (length,). Raises IndexError outside 0 to rows - 1."""
+        """Return tokens and mask of one row, both (length,). Raises IndexError outside 0 to rows - 1."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[part], self.supervised[part]
+        positions = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[positions], self.supervised[positions]
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -43,38 +43,38 @@ class TokenSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over offsets, tokens and supervision: equal for two sets that train alike."""
-        digest = hashlib.sha256(fingerprint_head(len(self.tokens), len(self)))
-        for array, stored in ((self.offsets, "<i8"), (self.tokens, "<i4"), (self.supervised, "u1")):
-            digest.update(np.ascontiguousarray(array, dtype=stored).data)
+        """SHA-256 (hex) of offsets, tokens and mask: equal for two splits that train identically."""
+        digest = hashlib.sha256(fingerprint_header(len(self.tokens), len(self)))
+        for array, dtype in ((self.offsets, "<i8"), (self.tokens, "<i4"), (self.supervised, "u1")):
+            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
         return digest.hexdigest()
 
 
-def fingerprint_head(tokens: int, rows: int) -> bytes:
-    """What the fingerprint of so many tokens in so many rows begins with; the bytes of the arrays follow."""
+def fingerprint_header(tokens: int, rows: int) -> bytes:
+    """Return the first bytes that a fingerprint hashes; the bytes of the arrays follow."""
     return f"tokens {tokens} rows {rows}\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
 class SplitStats:
-    """What became of the rows of a split."""
+    """Row and token counts of tokenizing a split."""
 
     rows: int = 0
-    """Rows kept."""
+    """Rows in the split."""
     tokens: int = 0
-    """Tokens kept, padding not being any."""
+    """Their tokens, without padding."""
     supervised: int = 0
-    """Tokens kept that count in the loss."""
+    """Their tokens that count in the loss."""
     truncated: int = 0
-    """Kept rows that were cut at max_length."""
+    """Rows in the split that were cut at max_length."""
     dropped: int = 0
-    """Rows left out for being too long."""
-    nothing_to_learn: int = 0
-    """Rows left out without a supervised token (after the cut), or shorter than 2 tokens."""
+    """Rows left out because they are too long."""
+    unsupervised: int = 0
+    """Rows left out because no token is supervised (after the cut) or there are fewer than 2 tokens."""
     longest: int = 0
     """Tokens of the longest row before any cut."""
 
     def __add__(self, other: SplitStats) -> SplitStats:
-        """The counts of both parts of a split together."""
+        """Return the stats of both parts of a split together."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
         return SplitStats(**sums | {"longest": max(self.longest, other.longest)})

@@ -1,137 +1,128 @@
-"""A data set as tokens: its files found, and read and tokenised, or taken from where an earlier run left them."""
+"""Loading a data set as tokens: locate its files, then tokenize them or map the tokens of an earlier run."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
 from runner.data.chat_spans import TextEncoder
-from runner.data.encode import Columns, InMemoryColumns, encode_in_memory, encode_rows, read_chunks
+from runner.data.encode import ChunkWriter, EncodeTask, TokenBuffer, read_chunks, tokenize_in_memory
 from runner.data.formats import EncodeOptions, choose_format
-from runner.data.jsonl import JsonlRow, LazyRows, open_data_file, read_jsonl
+from runner.data.jsonl import LazyRows, open_data_file, read_jsonl
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.data.row_errors import RowErrors
-from runner.data.source import EXPECTED, SPLITS, find_files, listing, resolve
+from runner.data.source import EXPECTED_FILES, SPLITS, describe_content, find_dataset, find_split_files
 from runner.data.token_cache import TokenCache
 from runner.data.token_set import SplitStats, TokenSet
-from runner.data.tokenize_workers import Task, encode_apart, encode_here, workers_for
-
-_ROWS_AT_ONCE = 512
+from runner.data.tokenize_workers import encode_in_parallel, encode_serially, worker_count
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """The splits of a data set as tokens; a split that there is no file for is empty."""
+    """The splits of a data set as tokens; a split without a file is empty."""
 
     train: TokenSet
     valid: TokenSet
     test: TokenSet
     rows: dict[str, LazyRows]
-    """The raw rows of each split's file, all of them, read at the first access."""
-    counts: dict[str, SplitStats]
-    where: Path
-    """The folder the files were found for."""
+    """The raw rows of each split's file, including those that were left out; read at the first access."""
+    stats: dict[str, SplitStats]
+    folder: Path
+    """The folder in which the files were found."""
     notes: list[str] = field(default_factory=list)
-    """Lines worth saying."""
-
-
-def tokenize_rows(
-    rows: Iterable[JsonlRow], tokenizer: Any, reading: EncodeOptions, bad: RowErrors | None = None
-) -> tuple[TokenSet, SplitStats]:
-    """The rows as tokens, in their order, and what became of them. Memory grows with tokens, 5 bytes each.
-
-    `tokenizer` is mlx-lm's TokenizerWrapper or a transformers tokenizer. Rows that cannot be used go to
-    `bad`; without it, they raise once all rows are read.
-
-    Raises:
-        DataError: bad rows where `bad` is None, or no format for the first row.
-    """
-    collected = RowErrors() if bad is None else bad
-    encoder, into = TextEncoder(tokenizer), InMemoryColumns()
-    rows = iter(rows)
-    chosen = None
-    for row in rows:
-        chosen = chosen or choose_format(row, encoder, reading)
-        few = chain([row], islice(rows, _ROWS_AT_ONCE - 1))
-        into.append(encode_rows(few, chosen, encoder, reading, collected))
-    if bad is None:
-        collected.raise_if_any()
-    return into.tokens(), into.counts
+    """Lines for the log."""
 
 
 def load_dataset(
     path: str,
     tokenizer: Any | LazyTokenizer,
-    reading: EncodeOptions,
+    options: EncodeOptions,
     splits: Sequence[str] = SPLITS,
-    cache: TokenCache | None = None,
-    each: Callable[[], None] = lambda: None,
+    cache: DiskCache | None = None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> TokenizedDataset:
-    """Resolve, read and tokenise a data set. Of `splits`, train has to be there, valid and test need not.
+    """Locate, read and tokenize a data set. Of `splits`, train is required; valid and test may be missing.
 
-    With a `cache`, tokens that an earlier run left there are mapped instead, and others are left there; a tokenizer for
-    later is then not loaded. `each` is called now and then while rows are tokenised, and may raise.
+    With a `cache`, tokens of an earlier run are mapped from disk and new ones are stored there; a lazy tokenizer is
+    loaded only if something has to be tokenized. `check_stop` is called regularly while tokenizing and may raise.
 
     Raises:
-        DataError: with all bad rows of all files, or when a split that is there has no row to learn from.
+        DataError: with the row errors of all files, or where an existing split has no row to train on.
     """
-    where = resolve(path)
-    files = find_files(where)
+    folder = find_dataset(path)
+    files = find_split_files(folder)
     if "train" in splits and "train" not in files:
-        raise DataError(f"{where} has no train.jsonl. {EXPECTED} {listing(where)}")
+        raise DataError(f"{folder} has no train.jsonl. {EXPECTED_FILES} {describe_content(folder)}")
     files = {split: file for split, file in files.items() if split in splits}
-    bad = RowErrors()
-    store = cache.opened(tokenizer, reading) if cache else None
-    read = {}
+    errors = RowErrors()
+    token_cache = TokenCache(cache, tokenizer, options) if cache else None
+    loaded = {split: (TokenBuffer().to_token_set(), SplitStats()) for split in SPLITS}
     for split, file in files.items():
 
-        def fill(into: Columns, bad: RowErrors, file: Path = file) -> str:
-            return tokenize_file(file, resolve_tokenizer(tokenizer), reading, bad, into, each)
+        def tokenize(writer: ChunkWriter, errors: RowErrors, file: Path = file) -> str | None:
+            return tokenize_file(file, resolve_tokenizer(tokenizer), options, errors, writer, check_stop)
 
-        read[split] = store.tokens_of(file, fill, bad) if store else encode_in_memory(fill, bad)
-    bad.raise_if_any()
-    for split, (_, counts) in read.items():
-        if counts.rows == 0:
+        loaded[split] = (
+            token_cache.load_or_tokenize(file, tokenize, errors)
+            if token_cache
+            else tokenize_in_memory(tokenize, errors)
+        )
+    errors.raise_if_any()
+    for split, file in files.items():
+        _, stats = loaded[split]
+        if stats.rows == 0:
             raise DataError(
-                f"{files[split]} has no row to learn from: {counts.dropped} longer than max_length "
-                f"{reading.max_length}, {counts.nothing_to_learn} without a supervised token."
+                f"{file} has no row to train on: {stats.dropped} longer than max_length {options.max_length}, "
+                f"{stats.unsupervised} without a supervised token."
             )
-    sets = {split: read[split] if split in read else (InMemoryColumns().tokens(), SplitStats()) for split in SPLITS}
     return TokenizedDataset(
-        **{split: tokens for split, (tokens, _) in sets.items()},
+        **{split: tokens for split, (tokens, _) in loaded.items()},
         rows={split: LazyRows(files.get(split)) for split in SPLITS},
-        counts={split: counts for split, (_, counts) in sets.items()},
-        where=where,
-        notes=store.notes if store else [],
+        stats={split: stats for split, (_, stats) in loaded.items()},
+        folder=folder,
+        notes=token_cache.notes if token_cache else [],
     )
 
 
 def tokenize_file(
-    file: Path, tokenizer: Any, reading: EncodeOptions, bad: RowErrors, into: Columns, each: Callable[[], None]
-) -> str:
-    """Put the tokens of `file` into `into` a piece at a time, on all cores where the file is large.
+    file: Path,
+    tokenizer: Any,
+    options: EncodeOptions,
+    errors: RowErrors,
+    writer: ChunkWriter,
+    check_stop: Callable[[], None],
+) -> str | None:
+    """Write the tokens of `file` to `writer` chunk by chunk, using all cores where the file is large.
 
-    Returns the SHA-256 (hex) of what was read.
+    Returns:
+        The SHA-256 (hex) of what was read, or None where no line is a row; its lines are then in `errors`.
 
     Raises:
-        DataError: what ends the reading of a file, such as no format for its first row.
+        DataError: reading the file cannot continue, for example because no format fits its first row.
     """
+    line_errors = RowErrors()
+    first_row = next(read_jsonl(file, line_errors), None)
+    if first_row is None:
+        errors.merge(line_errors)
+        return None
+    task = EncodeTask(file, choose_format(first_row, TextEncoder(tokenizer), options), tokenizer, options)
     digest = hashlib.sha256()
     with open_data_file(file) as lines:
-        count = workers_for(os.fstat(lines.fileno()).st_size)
-        # Other processes have to be told the format; one row more is read for it.
-        first = next(read_jsonl(file, RowErrors()), None) if count else None
-        task = Task(file, choose_format(first, TextEncoder(tokenizer), reading) if first else None, tokenizer, reading)
-        pieces = read_chunks(lines, digest.update)
-        parts = encode_apart(task, pieces, bad, each, count) if count else encode_here(task, pieces, bad, each)
-        with closing(parts):
-            for part in parts:
-                into.append(part)
+        workers = worker_count(os.fstat(lines.fileno()).st_size)
+        chunks = read_chunks(lines, digest.update)
+        encoded = (
+            encode_in_parallel(task, chunks, errors, check_stop, workers)
+            if workers
+            else encode_serially(task, chunks, errors, check_stop)
+        )
+        with closing(encoded):
+            for chunk in encoded:
+                writer.append(chunk)
     return digest.hexdigest()

@@ -133,13 +133,13 @@ def _describe(
     display.line(f"model  {adapted.source}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.3f}M trained in {blocks}")
     product = f", {blas.kind} BLAS, {blas.threads} threads" if blas.threads and on_cpu() else ""
     display.line(f"device {'CPU' if on_cpu() else 'GPU'}{product}")
-    for split, counts in data.counts.items():
+    for split, counts in data.stats.items():
         exceptions = [
             f"{number} {outcome}"
             for number, outcome in (
                 (counts.truncated, f"cut at {config.data.max_length}"),
                 (counts.dropped, "dropped as too long"),
-                (counts.nothing_to_learn, "without a supervised token"),
+                (counts.unsupervised, "without a supervised token"),
             )
             if number
         ]

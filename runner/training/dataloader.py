@@ -35,7 +35,7 @@ class BatchBuilder:
     def __init__(self, rows: TokenSet, pad_to: int | None, hidden: HiddenStates | None = None) -> None:
         """`pad_to` as the setting `data.pad_to`."""
         self.rows, self._hidden = rows, hidden
-        self.widths = LengthBuckets.of(rows.lengths, pad_to)
+        self.widths = LengthBuckets.from_lengths(rows.lengths, pad_to)
 
     def __call__(self, indices: np.ndarray) -> DeviceBatch:
         """Return the batch of the rows `indices`. For the training thread."""
@@ -108,7 +108,7 @@ class PrefetchingLoader:
             self._pool.shutdown(cancel_futures=True)
 
     def _prepare(self, position: DataPosition) -> tuple[list[_PreparedBatch], DataPosition]:
-        batches, after = self._order.take(position, self._accumulation)
+        batches, after = self._order.next_batches(position, self._accumulation)
         return [self._builder.prepare(indices) for indices in batches], after
 
 
@@ -134,7 +134,7 @@ def join_batches(
     groups: list[list[np.ndarray]] = []
     count = 0
     for rows in batches:
-        width = widths.fit(int(lengths[rows].max()) - 1)
+        width = widths.width_for(int(lengths[rows].max()) - 1)
         if groups and (count + len(rows)) * width <= max_positions:
             groups[-1].append(rows)
             count += len(rows)

@@ -94,8 +94,8 @@ def split_row(row: Mapping[str, Any], options: EncodeOptions) -> tuple[list[dict
 def _encode_prompt(
     turns: list[dict[str, Any]], row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptions
 ) -> list[int]:
-    if encoder.has_template and options.chat_template:
-        return encoder.chat(turns, row.get("tools"), prompt=True)
+    if encoder.has_chat_template and options.chat_template:
+        return encoder.encode_chat(turns, row.get("tools"), add_generation_prompt=True)
     return encoder.encode(turns[-1]["content"])
 
 

@@ -12,7 +12,7 @@ from runner.backends.hidden_caches import hidden_caches
 from runner.backends.protocol import Backend
 from runner.config import schema
 from runner.data.formats import EncodeOptions
-from runner.data.from_config import encode_options, token_cache_from
+from runner.data.token_cache import open_token_cache
 from runner.data.tokenize import TokenizedDataset, load_dataset
 from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
 from runner.models.load import BaseModel, load_base_model
@@ -44,19 +44,23 @@ class SharedComponents:
         return self._base[1]
 
     def data(
-        self, config: schema.DataConfig, base: BaseModel, before_row: Callable[[], None]
+        self, config: schema.DataConfig, base: BaseModel, check_stop: Callable[[], None]
     ) -> tuple[TokenizedDataset, EncodeOptions]:
         """Return the configured data, tokenized for `base`, and the options it was encoded with.
 
-        `before_row` is called while rows are tokenized and may raise to stop.
+        `check_stop` is called while rows are tokenized and may raise to stop.
         """
-        options = encode_options(config)
+        options = EncodeOptions.from_config(config)
         key = (config.path, options, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
             self._close_caches()
             data = load_dataset(
-                config.path, base.lazy_tokenizer, options, cache=token_cache_from(config), each=before_row
+                config.path,
+                base.lazy_tokenizer,
+                options,
+                cache=open_token_cache(config),
+                check_stop=check_stop,
             )
             self._data = (key, data, options)
         return self._data[1], self._data[2]

@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer, made on the spot, with chat templates of several manners."""
+"""A small byte-level tokenizer with several kinds of chat templates, and small data sets with a token cache."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from runner.common.disk_cache import DiskCache
 from runner.data import token_cache
-from runner.data import tokenize as loading
+from runner.data import tokenize as tokenize_module
+from runner.data.encode import TokenBuffer
 from runner.data.formats import EncodeOptions
-from runner.data.token_cache import TokenCache
+from runner.data.row_errors import RowErrors
 
 CHATML = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Adds an empty thought to the last turn and strips the thoughts of the others, as Qwen3's does.
+# Adds an empty reasoning block to the last turn and strips those of the others, as Qwen3's does.
 REWRITING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
@@ -30,14 +32,14 @@ REWRITING = (
     "{{ m.content if loop.last else m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Opens a thought in the prompt that a rendered turn does not have, as reasoning models' do.
+# Opens a reasoning block in the generation prompt that a rendered turn lacks, as reasoning models' do.
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-# No special tokens at all: the border of a turn may lie inside a token.
+# No special tokens at all: the boundary of a turn may lie inside a token.
 PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# Plain, and each earlier turn is rewritten.
+# Plain, and every earlier turn is rewritten.
 PLAIN_REWRITING = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '!' if loop.last else '?' }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -87,10 +89,10 @@ def tokenizer(make_tokenizer: Callable[..., TokenizerWrapper]) -> TokenizerWrapp
 
 
 @pytest.fixture
-def reading() -> Callable[..., EncodeOptions]:
+def make_options() -> Callable[..., EncodeOptions]:
     def make(**changes: Any) -> EncodeOptions:
-        usual = {"format": "auto", "mask_prompt": True, "max_length": 2048, "on_too_long": "truncate"}
-        return EncodeOptions(**{**usual, **changes})
+        defaults = {"format": "auto", "mask_prompt": True, "max_length": 2048, "on_too_long": "truncate"}
+        return EncodeOptions(**{**defaults, **changes})
 
     return make
 
@@ -118,6 +120,20 @@ def chat_templates() -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def tokenize(write_rows, tokenizer, make_options):
+    """Tokenize rows as a file in memory; return the TokenSet and its stats, or raise for the row errors."""
+
+    def do(*rows, **options):
+        errors, buffer = RowErrors(), TokenBuffer()
+        file = write_rows("train.jsonl", *rows)
+        tokenize_module.tokenize_file(file, tokenizer, make_options(**options), errors, buffer, lambda: None)
+        errors.raise_if_any()
+        return buffer.to_token_set(), buffer.stats
+
+    return do
+
+
 CONVERSATIONS = [
     {"messages": [{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"the {n * 'a'}"}]}
     for n in range(1, 40)
@@ -131,54 +147,53 @@ def conversations():
 
 @pytest.fixture
 def folder(write_rows, tmp_path, monkeypatch):
-    """A data set whose files are kept, though small."""
-    monkeypatch.setattr(token_cache, "SMALLEST", 1)
+    """A data set whose files are cached, although they are small."""
+    monkeypatch.setattr(token_cache, "MIN_FILE_BYTES", 1)
     write_rows("data/train.jsonl", *CONVERSATIONS)
     write_rows("data/valid.jsonl", *CONVERSATIONS[:7])
     return tmp_path / "data"
 
 
 @pytest.fixture
-def tokenised(monkeypatch):
-    """The names of the files that were tokenised and not found, as they are."""
+def tokenized_files(monkeypatch):
+    """The names of the files that were tokenized instead of found in the cache, as a growing list."""
     names = []
-    own = loading.tokenize_file
+    tokenize_file = tokenize_module.tokenize_file
 
-    def tokenise_file(file, *rest):
+    def recording(file, *arguments):
         names.append(file.name)
-        return own(file, *rest)
+        return tokenize_file(file, *arguments)
 
-    monkeypatch.setattr(loading, "tokenize_file", tokenise_file)
+    monkeypatch.setattr(tokenize_module, "tokenize_file", recording)
     return names
 
 
 @pytest.fixture
-def load(tokenizer, reading, folder, tmp_path):
-    """Load the data set with the cache in `cache`, of 1 GB unless told."""
+def load(tokenizer, make_options, folder, tmp_path):
+    """Load the data set with a cache in `cache`, by default of 1 GB."""
 
     def do(limit=10**9, path=folder, cache=tmp_path / "cache", tokenizer=tokenizer, **changes):
-        return loading.load_dataset(
-            str(path), tokenizer, reading(**{"max_length": 50} | changes), cache=TokenCache(cache, limit)
-        )
+        options = make_options(**{"max_length": 50} | changes)
+        return tokenize_module.load_dataset(str(path), tokenizer, options, cache=DiskCache(cache, limit))
 
     return do
 
 
 @pytest.fixture
-def fresh(tokenizer, reading, folder):
-    """The data set without a cache."""
-    return lambda: loading.load_dataset(str(folder), tokenizer, reading(max_length=50))
+def load_uncached(tokenizer, make_options, folder):
+    """Load the data set without a cache."""
+    return lambda: tokenize_module.load_dataset(str(folder), tokenizer, make_options(max_length=50))
 
 
 @pytest.fixture
 def entries(tmp_path):
-    """The folders in the cache."""
+    """The entries in the cache."""
     return lambda: sorted(path for path in (tmp_path / "cache").iterdir() if len(path.name) == 64)
 
 
 @pytest.fixture
-def rewrite():
-    """Change a file's bytes to as many others."""
+def replace_bytes():
+    """Replace bytes of a file by as many others."""
 
     def do(file, old, new):
         data = file.read_bytes()

@@ -1,4 +1,4 @@
-"""A batch equals the obvious construction, and its loss mlx-lm's."""
+"""A batch equals a position-by-position construction, and its loss equals mlx-lm's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from runner.data.batch import collate
 from runner.data.length_buckets import LengthBuckets
-from runner.data.tokenize import TokenSet
+from runner.data.token_set import TokenSet
 
 
 def token_set(rows):
-    """From (tokens, supervised) pairs."""
+    """Build a TokenSet from (tokens, supervised) pairs."""
     return TokenSet(
         np.array([t for tokens, _ in rows for t in tokens], np.int32),
         np.array([s for _, supervised in rows for s in supervised], bool),
@@ -22,8 +22,8 @@ def token_set(rows):
     )
 
 
-def obvious(rows, pad_to):
-    """One position after the other, as the definition says."""
+def collate_by_position(rows, pad_to):
+    """Build a batch one position at a time, as the definition says."""
     length = pad_to
     while length < max(len(tokens) - 1 for tokens, _ in rows):
         length += pad_to
@@ -46,17 +46,17 @@ one_row = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size
 
 
 @given(st.lists(one_row, min_size=1, max_size=7), st.data(), st.sampled_from([1, 3, 8, 32, 64]))
-def test_a_batch_equals_the_obvious_construction(rows, data, pad_to):
+def test_a_batch_equals_the_construction_by_position(rows, data, pad_to):
     indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9))
     batch = collate(token_set(rows), np.array(indices), LengthBuckets(pad_to))
-    inputs, positions, targets, real = obvious([rows[index] for index in indices], pad_to)
+    inputs, positions, targets, real = collate_by_position([rows[index] for index in indices], pad_to)
     count = len(positions)
     assert batch.inputs.tolist() == inputs
     assert batch.positions[:count].tolist() == positions
     assert batch.targets[:count].tolist() == targets
     assert batch.weights[:count].tolist() == [1] * count
-    for filling in (batch.positions[count:], batch.targets[count:], batch.weights[count:]):
-        assert not filling.any()
+    for padding in (batch.positions[count:], batch.targets[count:], batch.weights[count:]):
+        assert not padding.any()
     assert (batch.supervised, batch.real_tokens) == (count, real)
     assert len(batch.positions) == len(batch.targets) == len(batch.weights)
     assert len(batch.positions) % 64 == 0
@@ -66,7 +66,7 @@ def test_a_batch_equals_the_obvious_construction(rows, data, pad_to):
 
 
 @pytest.mark.parametrize(("tokens", "pad_to", "length"), [(33, 32, 32), (34, 32, 64), (2, 32, 32), (6, 1, 5)])
-def test_the_length_is_the_next_multiple_above_the_longest_row(tokens, pad_to, length):
+def test_the_length_is_the_longest_row_rounded_up_to_the_multiple(tokens, pad_to, length):
     rows = [([1] * tokens, [True] * tokens), ([1, 2], [False, True])]
     assert collate(token_set(rows), np.array([0, 1]), LengthBuckets(pad_to)).inputs.shape == (2, length)
 
@@ -98,7 +98,7 @@ def llama():
 
 
 def summed_loss(model, batch):
-    """The sum of the cross-entropy over a batch's positions."""
+    """Return the cross-entropy summed over a batch's positions."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -110,7 +110,7 @@ def summed_loss(model, batch):
 
 @pytest.mark.parametrize("offset", [0, 1, 7])
 @pytest.mark.parametrize("pad_to", [1, 32])
-def test_the_summed_loss_equals_mlx_lms(offset, pad_to, llama):
+def test_the_summed_loss_equals_that_of_mlx_lm(offset, pad_to, llama):
     import mlx.core as mx
     from mlx_lm.tuner.trainer import default_loss
 
@@ -123,7 +123,7 @@ def test_the_summed_loss_equals_mlx_lms(offset, pad_to, llama):
     assert summed_loss(llama, batch) == pytest.approx((loss * count).item(), rel=1e-5)
 
 
-def test_neither_padding_nor_neighbours_change_a_rows_loss(llama):
+def test_the_loss_of_a_row_does_not_depend_on_padding_or_other_rows(llama):
     generator = np.random.default_rng(2)
     rows = [generator.integers(1, 101, size).tolist() for size in (5, 30, 17)]
     tokens = token_set([(row, [False, False] + [True] * (len(row) - 2)) for row in rows])

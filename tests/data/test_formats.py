@@ -1,4 +1,4 @@
-"""Tokens equal mlx-lm's; masks cover what the assistant wrote."""
+"""Token ids equal mlx-lm's; the loss mask covers exactly the assistant's turns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
-from runner.common.errors import ConfigError, DataError
+from runner.common.errors import DataError
+from runner.config.schema import KeysConfig
 from runner.data.chat_spans import TextEncoder
-from runner.data.formats import FORMATS, ColumnNames, EncodeOptions, choose_format
+from runner.data.formats import FORMATS, choose_format
 from runner.data.jsonl import JsonlRow
 from runner.data.row_errors import RowError
 
@@ -26,26 +27,25 @@ THREE_TURNS = [
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
-def encode(name, row, tokenizer, reading):
-    format_ = FORMATS[name]
-    format_.check(row, reading.keys)
-    tokens, spans = format_.encode(row, TextEncoder(tokenizer), reading)
-    return tokens, spans
+def encode(name, row, tokenizer, options):
+    row_format = FORMATS[name]
+    row_format.validate(row, options.keys)
+    return row_format.encode(row, TextEncoder(tokenizer), options)
 
 
 def supervised_texts(tokens, spans, tokenizer):
     return [tokenizer.decode(tokens[start:end], skip_special_tokens=False) for start, end in spans]
 
 
-def supervised_set(spans):
+def supervised_positions(spans):
     return {index for start, end in spans for index in range(start, end)}
 
 
 @pytest.mark.parametrize("text", ["plain", CONTENT, "ends itself<|im_end|>", " \n leading", "x"])
-def test_text_gives_mlx_lms_ids(text, tokenizer, reading):
+def test_text_rows_have_the_token_ids_of_mlx_lm(text, tokenizer, make_options):
     row = {"text": text}
     expected, _ = TextDataset([row], tokenizer).process(row)
-    tokens, spans = encode("text", row, tokenizer, reading())
+    tokens, spans = encode("text", row, tokenizer, make_options())
     assert tokens == expected
     assert spans == [(0, len(tokens))]
 
@@ -53,25 +53,27 @@ def test_text_gives_mlx_lms_ids(text, tokenizer, reading):
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("mask_prompt", [True, False])
 @pytest.mark.parametrize("completion", ["four", CONTENT, "\nstarts on a new line"])
-def test_completions_give_mlx_lms_ids_and_offset(tools, mask_prompt, completion, tokenizer, reading):
+def test_completion_rows_have_the_token_ids_and_prompt_offset_of_mlx_lm(
+    tools, mask_prompt, completion, tokenizer, make_options
+):
     row = {"prompt": CONTENT, "completion": completion, "tools": tools}
     data = CompletionsDataset([row], tokenizer, "prompt", "completion", mask_prompt)
     expected, offset = data.process(row)
-    tokens, spans = encode("completions", row, tokenizer, reading(mask_prompt=mask_prompt))
+    tokens, spans = encode("completions", row, tokenizer, make_options(mask_prompt=mask_prompt))
     assert tokens == expected
     assert spans == [(offset, len(expected))]
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])
-def test_a_single_exchange_gives_mlx_lms_ids_and_offset(tools, tokenizer, reading):
+def test_a_single_exchange_has_the_token_ids_and_prompt_offset_of_mlx_lm(tools, tokenizer, make_options):
     row = {"messages": THREE_TURNS[:3], "tools": tools}
     expected, offset = ChatDataset([row], tokenizer, mask_prompt=True).process(row)
-    assert encode("chat", row, tokenizer, reading()) == (expected, [(offset, len(expected))])
+    assert encode("chat", row, tokenizer, make_options()) == (expected, [(offset, len(expected))])
 
 
-def test_every_assistant_turn_is_supervised_with_its_end(tokenizer, reading):
+def test_every_assistant_turn_is_supervised_including_its_end_tokens(tokenizer, make_options):
     row = {"messages": THREE_TURNS}
-    tokens, spans = encode("chat", row, tokenizer, reading())
+    tokens, spans = encode("chat", row, tokenizer, make_options())
     assert tokens == ChatDataset([row], tokenizer).process(row)[0]
     assert supervised_texts(tokens, spans, tokenizer) == [
         "Paris.<|im_end|>\n",
@@ -80,40 +82,42 @@ def test_every_assistant_turn_is_supervised_with_its_end(tokenizer, reading):
     ]
 
 
-def test_the_last_turn_of_many_has_mlx_lms_offset(tokenizer, reading):
+def test_the_last_of_several_turns_starts_at_the_offset_of_mlx_lm(tokenizer, make_options):
     row = {"messages": THREE_TURNS}
     _, offset = ChatDataset([row], tokenizer, mask_prompt=True).process(row)
-    _, spans = encode("chat", row, tokenizer, reading())
+    _, spans = encode("chat", row, tokenizer, make_options())
     assert spans[-1][0] == offset
 
 
-def test_without_masking_the_prompt_all_is_supervised(tokenizer, reading):
-    tokens, spans = encode("chat", {"messages": THREE_TURNS}, tokenizer, reading(mask_prompt=False))
+def test_every_token_is_supervised_without_mask_prompt(tokenizer, make_options):
+    tokens, spans = encode("chat", {"messages": THREE_TURNS}, tokenizer, make_options(mask_prompt=False))
     assert spans == [(0, len(tokens))]
 
 
-def test_a_last_user_turn_is_not_supervised(tokenizer, reading):
-    tokens, spans = encode("chat", {"messages": THREE_TURNS[:6]}, tokenizer, reading())
+def test_a_final_user_turn_is_not_supervised(tokenizer, make_options):
+    tokens, spans = encode("chat", {"messages": THREE_TURNS[:6]}, tokenizer, make_options())
     assert supervised_texts(tokens, spans, tokenizer) == ["Paris.<|im_end|>\n", "the lazy dog\n<|im_end|>\n"]
 
 
-def test_a_conversation_without_an_assistant_supervises_nothing(tokenizer, reading):
-    _, spans = encode("chat", {"messages": THREE_TURNS[:2]}, tokenizer, reading())
+def test_a_conversation_without_an_assistant_turn_has_no_supervised_token(tokenizer, make_options):
+    _, spans = encode("chat", {"messages": THREE_TURNS[:2]}, tokenizer, make_options())
     assert spans == []
 
 
-def test_a_conversation_that_the_assistant_begins(tokenizer, reading):
-    tokens, spans = encode("chat", {"messages": THREE_TURNS[2:5]}, tokenizer, reading())
+def test_assistant_turns_are_found_where_the_assistant_starts_the_conversation(tokenizer, make_options):
+    tokens, spans = encode("chat", {"messages": THREE_TURNS[2:5]}, tokenizer, make_options())
     assert supervised_texts(tokens, spans, tokenizer) == ["Paris.<|im_end|>\n", "the lazy dog\n<|im_end|>\n"]
 
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
-def test_a_template_that_rewrites_earlier_turns(eos, chat_templates, make_tokenizer, reading):
+def test_assistant_turns_are_found_where_the_template_rewrites_earlier_turns(
+    eos, chat_templates, make_tokenizer, make_options
+):
     tokenizer = make_tokenizer(chat_templates["REWRITING"], eos=eos)
     messages = [dict(message) for message in THREE_TURNS]
     messages[2]["content"] = "<think>\nhm\n</think>\n\nParis."
     messages[6]["content"] = "<think>\nlast\n</think>\n\ngoodbye"
-    tokens, spans = encode("chat", {"messages": messages}, tokenizer, reading())
+    tokens, spans = encode("chat", {"messages": messages}, tokenizer, make_options())
     assert tokens == ChatDataset([{}], tokenizer).process({"messages": messages})[0]
     assert supervised_texts(tokens, spans, tokenizer) == [
         "Paris.<|im_end|>\n",
@@ -122,7 +126,9 @@ def test_a_template_that_rewrites_earlier_turns(eos, chat_templates, make_tokeni
     ]
 
 
-def test_consecutive_assistant_turns_of_a_rewriting_template(chat_templates, make_tokenizer, reading):
+def test_assistant_turns_around_tool_messages_are_found_where_the_template_rewrites_earlier_turns(
+    chat_templates, make_tokenizer, make_options
+):
     tokenizer = make_tokenizer(chat_templates["REWRITING"])
     messages = [
         {"role": "user", "content": "What?"},
@@ -132,7 +138,7 @@ def test_consecutive_assistant_turns_of_a_rewriting_template(chat_templates, mak
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "three"},
     ]
-    tokens, spans = encode("chat", {"messages": messages}, tokenizer, reading())
+    tokens, spans = encode("chat", {"messages": messages}, tokenizer, make_options())
     assert supervised_texts(tokens, spans, tokenizer) == [
         "one<|im_end|>\n",
         "two<|im_end|>\n",
@@ -140,63 +146,71 @@ def test_consecutive_assistant_turns_of_a_rewriting_template(chat_templates, mak
     ]
 
 
-def test_a_prompt_that_opens_a_thought_the_turn_lacks(chat_templates, make_tokenizer, reading):
+def test_assistant_turns_are_found_where_the_generation_prompt_opens_a_reasoning_block(
+    chat_templates, make_tokenizer, make_options
+):
     tokenizer = make_tokenizer(chat_templates["THINKING"])
-    tokens, spans = encode("chat", {"messages": THREE_TURNS[:5]}, tokenizer, reading())
+    tokens, spans = encode("chat", {"messages": THREE_TURNS[:5]}, tokenizer, make_options())
     assert supervised_texts(tokens, spans, tokenizer) == ["Paris.<|im_end|>\n", "the lazy dog\n<|im_end|>\n"]
 
 
-def test_a_template_without_special_tokens(chat_templates, make_tokenizer, reading):
+def test_assistant_turns_are_found_where_the_template_has_no_special_tokens(
+    chat_templates, make_tokenizer, make_options
+):
     tokenizer = make_tokenizer(chat_templates["PLAIN"])
     row = {"messages": THREE_TURNS}
-    tokens, spans = encode("chat", row, tokenizer, reading())
+    tokens, spans = encode("chat", row, tokenizer, make_options())
     assert tokens == ChatDataset([row], tokenizer).process(row)[0]
     parts = [{"messages": THREE_TURNS[:end]} for end in (3, 5, 7)]
     processed = [ChatDataset([part], tokenizer, mask_prompt=True).process(part) for part in parts]
     assert spans == [(offset, len(part_tokens)) for part_tokens, offset in processed]
 
 
-def test_a_turn_whose_end_cannot_be_found_is_a_bad_row(chat_templates, make_tokenizer, reading):
+def test_a_turn_whose_end_cannot_be_determined_is_a_row_error(chat_templates, make_tokenizer, make_options):
     tokenizer = make_tokenizer(chat_templates["PLAIN_REWRITING"], eos="<|endoftext|>")
     with pytest.raises(RowError, match=r"message 3.*rewrites earlier turns"):
-        encode("chat", {"messages": THREE_TURNS}, tokenizer, reading())
+        encode("chat", {"messages": THREE_TURNS}, tokenizer, make_options())
 
 
-def test_turns_past_the_cut_are_not_looked_for(tokenizer, reading):
-    tokens, spans = encode("chat", {"messages": THREE_TURNS}, tokenizer, reading(max_length=40))
-    whole_tokens, whole = encode("chat", {"messages": THREE_TURNS}, tokenizer, reading())
+def test_turns_beyond_max_length_are_not_searched(tokenizer, make_options):
+    tokens, spans = encode("chat", {"messages": THREE_TURNS}, tokenizer, make_options(max_length=40))
+    whole_tokens, whole = encode("chat", {"messages": THREE_TURNS}, tokenizer, make_options())
     assert tokens == whole_tokens
     assert 0 < len(spans) < 3
     limit = range(40)
-    assert supervised_set(spans) & set(limit) == supervised_set(whole) & set(limit)
+    assert supervised_positions(spans) & set(limit) == supervised_positions(whole) & set(limit)
 
 
-def test_a_conversation_of_many_turns_is_encoded_about_twice(tokenizer, reading, monkeypatch):
+def test_a_conversation_of_many_turns_is_encoded_at_most_twice(tokenizer, make_options, monkeypatch):
     encoded = []
     original = TextEncoder.encode
     monkeypatch.setattr(
         TextEncoder,
         "encode",
-        lambda self, text, special=True: encoded.append(len(text)) or original(self, text, special),
+        lambda self, text, add_special_tokens=True: (
+            encoded.append(len(text)) or original(self, text, add_special_tokens)
+        ),
     )
     messages = [m for _ in range(20) for m in THREE_TURNS[1:3]]
     whole = len(tokenizer.apply_chat_template(messages, tokenize=False))
-    _, spans = encode("chat", {"messages": messages}, tokenizer, reading())
+    _, spans = encode("chat", {"messages": messages}, tokenizer, make_options())
     assert len(spans) == 20
     assert sum(encoded) <= 2 * whole
 
 
-def test_what_the_template_refuses_is_a_bad_row(chat_templates, make_tokenizer, reading):
+def test_an_error_of_the_chat_template_is_a_row_error(chat_templates, make_tokenizer, make_options):
     tokenizer = make_tokenizer(chat_templates["STRICT"])
-    with pytest.raises(RowError, match=r"chat template refuses it .*roles must alternate"):
-        encode("chat", {"messages": THREE_TURNS[2:5]}, tokenizer, reading())
+    with pytest.raises(RowError, match=r"chat template fails on it .*roles must alternate"):
+        encode("chat", {"messages": THREE_TURNS[2:5]}, tokenizer, make_options())
 
 
 @pytest.mark.parametrize("template", [None, "CHATML"])
-def test_without_a_template_prompt_and_completion_are_joined(template, chat_templates, make_tokenizer, reading):
+def test_prompt_and_completion_are_concatenated_without_a_chat_template(
+    template, chat_templates, make_tokenizer, make_options
+):
     tokenizer = make_tokenizer(template and chat_templates[template])
     row = {"prompt": "What is the capital", "completion": " of France?"}
-    tokens, spans = encode("completions", row, tokenizer, reading(chat_template=False))
+    tokens, spans = encode("completions", row, tokenizer, make_options(chat_template=False))
     assert tokens == [*tokenizer.encode("What is the capital of France?"), tokenizer.eos_token_id]
     ((start, end),) = spans
     assert end == len(tokens)
@@ -204,25 +218,25 @@ def test_without_a_template_prompt_and_completion_are_joined(template, chat_temp
     assert " of France?<|im_end|>" in tokenizer.decode(tokens[start - 1 : end], skip_special_tokens=False)
 
 
-def test_a_token_over_the_border_of_prompt_and_completion_is_supervised(make_tokenizer, reading):
+def test_a_token_across_prompt_and_completion_is_supervised(make_tokenizer, make_options):
     tokenizer = make_tokenizer(None)
     row = {"prompt": "the capital of Fra", "completion": "nce"}
-    _, ((start, _),) = encode("completions", row, tokenizer, reading())
+    _, ((start, _),) = encode("completions", row, tokenizer, make_options())
     joined = tokenizer.encode("the capital of France")
     assert len(tokenizer.decode(joined[:start])) <= len(row["prompt"])
     assert len(tokenizer.decode(joined[: start + 1])) > len(row["prompt"])
 
 
-def test_tools_without_a_template_are_a_bad_row(make_tokenizer, reading):
+def test_tools_without_a_chat_template_are_a_row_error(make_tokenizer, make_options):
     row = {"prompt": "a", "completion": "b", "tools": TOOLS}
     with pytest.raises(RowError, match="tools"):
-        encode("completions", row, make_tokenizer(None), reading())
+        encode("completions", row, make_tokenizer(None), make_options())
 
 
-def test_a_plain_transformers_tokenizer_gives_the_same(tokenizer, reading):
+def test_a_plain_transformers_tokenizer_gives_the_same_tokens(tokenizer, make_options):
     row = {"messages": THREE_TURNS}
     inner = tokenizer._tokenizer
-    assert encode("chat", row, inner, reading()) == encode("chat", row, tokenizer, reading())
+    assert encode("chat", row, inner, make_options()) == encode("chat", row, tokenizer, make_options())
 
 
 @pytest.mark.parametrize(
@@ -233,54 +247,40 @@ def test_a_plain_transformers_tokenizer_gives_the_same(tokenizer, reading):
         ({"text": "a", "prompt": "b"}, "text"),
     ],
 )
-def test_auto_tries_the_formats_in_mlx_lms_order(row, name, tokenizer, reading):
-    assert choose_format(JsonlRow(Path("f"), 1, row), TextEncoder(tokenizer), reading()) is FORMATS[name]
+def test_auto_tries_the_formats_in_the_order_of_mlx_lm(row, name, tokenizer, make_options):
+    assert choose_format(JsonlRow(Path("f"), 1, row), TextEncoder(tokenizer), make_options()) is FORMATS[name]
 
 
-def test_a_named_format_is_taken_whatever_the_keys(tokenizer, reading):
+def test_a_configured_format_is_used_whatever_keys_the_row_has(tokenizer, make_options):
     row = JsonlRow(Path("f"), 1, {"messages": []})
-    assert choose_format(row, TextEncoder(tokenizer), reading(format="text")) is FORMATS["text"]
+    assert choose_format(row, TextEncoder(tokenizer), make_options(format="text")) is FORMATS["text"]
 
 
-def test_the_users_own_keys(tokenizer, reading):
-    own = reading(keys=ColumnNames(prompt="question", completion="answer"))
+def test_configured_keys_name_the_columns(tokenizer, make_options):
+    options = make_options(keys=KeysConfig(prompt="question", completion="answer"))
     row = {"question": "What?", "answer": "four"}
-    assert choose_format(JsonlRow(Path("f"), 1, row), TextEncoder(tokenizer), own) is FORMATS["completions"]
+    assert choose_format(JsonlRow(Path("f"), 1, row), TextEncoder(tokenizer), options) is FORMATS["completions"]
     plain = {"prompt": "What?", "completion": "four"}
-    assert encode("completions", row, tokenizer, own) == encode("completions", plain, tokenizer, reading())
+    assert encode("completions", row, tokenizer, options) == encode("completions", plain, tokenizer, make_options())
 
 
-def test_unknown_keys_name_the_row_and_the_way_out(tokenizer, reading):
+def test_unknown_keys_are_refused_with_the_row_and_a_remedy(tokenizer, make_options):
     with pytest.raises(DataError, match=r"(?s)f\.jsonl:3.*'body'.*'prompt' and 'completion'.*data\.keys"):
-        choose_format(JsonlRow(Path("f.jsonl"), 3, {"body": "a"}), TextEncoder(tokenizer), reading())
+        choose_format(JsonlRow(Path("f.jsonl"), 3, {"body": "a"}), TextEncoder(tokenizer), make_options())
 
 
-def test_messages_without_a_template_say_so(make_tokenizer, tokenizer, reading):
+def test_messages_without_a_chat_template_are_refused_with_the_reason(make_tokenizer, tokenizer, make_options):
     row = JsonlRow(Path("f"), 1, {"messages": THREE_TURNS})
     with pytest.raises(DataError, match="tokenizer has none"):
-        choose_format(row, TextEncoder(make_tokenizer(None)), reading())
+        choose_format(row, TextEncoder(make_tokenizer(None)), make_options())
     with pytest.raises(DataError, match=r"data.chat_template is false"):
-        choose_format(row, TextEncoder(tokenizer), reading(chat_template=False))
+        choose_format(row, TextEncoder(tokenizer), make_options(chat_template=False))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"format": "chats"}, "Did you mean 'chat'"),
-        ({"on_too_long": "cut"}, "truncate, drop, error"),
-        ({"max_length": 1}, "at least 2"),
-    ],
-)
-def test_unusable_settings_are_refused(changes, words):
-    usual = {"format": "auto", "mask_prompt": True, "max_length": 9, "on_too_long": "drop"}
-    with pytest.raises(ConfigError, match=words):
-        EncodeOptions(**{**usual, **changes})
-
-
-def test_an_opening_in_the_users_words_does_not_shift_the_mask(tokenizer, reading):
+def test_a_generation_prompt_inside_a_user_message_does_not_shift_the_mask(tokenizer, make_options):
     question = {"role": "user", "content": "say <|im_start|>assistant\nfour"}
     answer = {"role": "assistant", "content": "Paris"}
-    tokens, spans = encode("chat", {"messages": [question, answer]}, tokenizer, reading())
+    tokens, spans = encode("chat", {"messages": [question, answer]}, tokenizer, make_options())
     assert supervised_texts(tokens, spans, tokenizer) == ["Paris<|im_end|>\n"]
-    with pytest.raises(RowError, match="the start of message 1 cannot be found"):
-        encode("chat", {"messages": [answer, question, answer]}, tokenizer, reading())
+    with pytest.raises(RowError, match="the start of message 1 cannot be determined"):
+        encode("chat", {"messages": [answer, question, answer]}, tokenizer, make_options())

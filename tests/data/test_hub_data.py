@@ -1,4 +1,4 @@
-"""A hub id is read from the hub's cache without a network."""
+"""A Hub data set is read from the Hub's cache without a network."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 PROGRAM = """
 import sys
-from runner.data.source import find_files, resolve
+from runner.data.source import find_dataset, find_split_files
 from runner.common.errors import DataError
 try:
-    folder = resolve(sys.argv[1])
-    for split, file in find_files(folder).items():
+    folder = find_dataset(sys.argv[1])
+    for split, file in find_split_files(folder).items():
         print(split, file.name, file.read_text().strip())
 except DataError as error:
     print("DataError:", error)
@@ -25,8 +25,8 @@ except DataError as error:
 
 
 @pytest.fixture
-def cache(tmp_path):
-    """Writes files into a cache of the hub's layout: blobs, a snapshot of links to them, a ref."""
+def write_hub_cache(tmp_path):
+    """Write files into a cache with the Hub's layout: blobs, a snapshot of links to them, a ref."""
 
     def write(name: str, files: dict[str, str]):
         root = tmp_path / "hub" / ("datasets--" + name.replace("/", "--"))
@@ -45,8 +45,8 @@ def cache(tmp_path):
 
 
 @pytest.fixture
-def resolve_offline(tmp_path):
-    """Runs in a process of its own: the hub's library reads the environment when it is imported."""
+def find_offline(tmp_path):
+    """Locate a data set in another process, because the Hub library reads the environment when it is imported."""
 
     def run(path: str) -> str:
         environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -69,38 +69,38 @@ def resolve_offline(tmp_path):
 ROW = json.dumps({"text": "a"})
 
 
-def test_a_cached_data_set_is_used_offline(cache, resolve_offline):
-    cache("some-org/some.data", {"train.jsonl": ROW, "validation.jsonl": ROW, "README.md": "x"})
-    assert resolve_offline("some-org/some.data").splitlines() == [
+def test_a_cached_data_set_is_used_offline(write_hub_cache, find_offline):
+    write_hub_cache("some-org/some.data", {"train.jsonl": ROW, "validation.jsonl": ROW, "README.md": "x"})
+    assert find_offline("some-org/some.data").splitlines() == [
         f"train train.jsonl {ROW}",
         f"valid validation.jsonl {ROW}",
     ]
 
 
-def test_files_in_the_data_folder_are_found(cache, resolve_offline):
-    cache("org/name", {"data/train.jsonl": ROW, "dataset_infos.json": "{}"})
-    assert resolve_offline("org/name").splitlines() == [f"train train.jsonl {ROW}"]
+def test_files_in_the_data_folder_are_found(write_hub_cache, find_offline):
+    write_hub_cache("org/name", {"data/train.jsonl": ROW, "dataset_infos.json": "{}"})
+    assert find_offline("org/name").splitlines() == [f"train train.jsonl {ROW}"]
 
 
-def test_a_data_set_without_json_lines_lists_what_is_there(cache, resolve_offline):
-    cache("org/name", {"infos.json": "{}"})
-    answer = resolve_offline("org/name")
+def test_a_data_set_without_jsonl_files_is_refused_with_its_content(write_hub_cache, find_offline):
+    write_hub_cache("org/name", {"infos.json": "{}"})
+    answer = find_offline("org/name")
     assert answer.startswith("DataError:")
-    assert "It holds: infos.json" in answer
+    assert "It contains: infos.json" in answer
 
 
-def test_what_is_not_in_the_cache_says_how_to_get_it(resolve_offline):
-    answer = resolve_offline("org/missing")
-    assert answer.startswith("DataError: 'org/missing' is no folder here")
+def test_a_data_set_that_is_not_cached_is_refused_with_a_remedy(find_offline):
+    answer = find_offline("org/missing")
+    assert answer.startswith("DataError: 'org/missing' is not a local folder")
     assert "HF_HUB_OFFLINE" in answer
 
 
-def test_a_name_that_the_hub_cannot_have_is_refused(resolve_offline):
-    assert resolve_offline("org/bad..name").startswith("DataError: 'org/bad..name'")
+def test_an_invalid_hub_name_is_refused(find_offline):
+    assert find_offline("org/bad..name").startswith("DataError: 'org/bad..name'")
 
 
-def test_a_local_folder_needs_no_hub_library(tmp_path, resolve_offline):
+def test_a_local_folder_does_not_import_the_hub_library(tmp_path, find_offline):
     (tmp_path / "huggingface_hub.py").write_text("raise SystemExit('imported')")
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "org" / "name" / "train.jsonl").write_text(ROW)
-    assert resolve_offline("org/name").splitlines() == [f"train train.jsonl {ROW}"]
+    assert find_offline("org/name").splitlines() == [f"train train.jsonl {ROW}"]

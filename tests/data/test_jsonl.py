@@ -1,4 +1,4 @@
-"""Every line that cannot be used is named, with its file, its number and the reason."""
+"""Reading JSONL files and locating data sets; every unusable line is reported with file, number and reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from runner.common.errors import DataError
 from runner.data.jsonl import LazyRows, read_jsonl
 from runner.data.row_errors import RowErrors
-from runner.data.source import find_files, resolve
+from runner.data.source import find_dataset, find_split_files
 from runner.data.tokenize import load_dataset
 
 
@@ -28,23 +28,23 @@ def values(path):
     return [(row.line, row.value) for row in read_jsonl(path)]
 
 
-def test_rows_come_in_order_with_their_lines(file):
+def test_rows_are_read_in_order_with_their_line_numbers(file):
     path = file(b'{"text": "a"}\n\n   \n{"text": "b"}')
     assert values(path) == [(1, {"text": "a"}), (4, {"text": "b"})]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_a_byte_order_mark_and_both_line_ends_are_accepted(end, file):
+def test_a_byte_order_mark_and_both_line_endings_are_accepted(end, file):
     path = file(codecs.BOM_UTF8 + end.join([b'{"text": "\xc3\xa4"}', b"", b'{"text": "b"}', b""]))
     assert values(path) == [(1, {"text": "ä"}), (3, {"text": "b"})]
 
 
-def test_a_byte_order_mark_further_down_is_not(file):
+def test_a_byte_order_mark_on_a_later_line_is_an_error(file):
     with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON \(column 1"):
         values(file(b'{"a": 1}\n' + codecs.BOM_UTF8 + b'{"a": 1}\n'))
 
 
-def test_a_line_separator_inside_a_string_does_not_end_the_line(file):
+def test_a_unicode_line_separator_inside_a_string_does_not_end_the_line(file):
     assert values(file('{"text": "a\u2028b\x85c"}\n'.encode())) == [(1, {"text": "a\u2028b\x85c"})]
 
 
@@ -54,24 +54,24 @@ def test_a_line_separator_inside_a_string_does_not_end_the_line(file):
         (b'{"text": "a"', "not JSON (column 13: "),
         (b"{\"text\": 'a'}", "not JSON (column 10: "),
         (b"{} {}", "not JSON (column 4: Extra data)"),
-        (b'[{"text": "a"}]', "not an object but a list; one JSON object a line is expected"),
-        (b'"text"', "not an object but a string"),
-        (b"3.5", "not an object but a number"),
-        (b"null", "not an object but null"),
-        (b"true", "not an object but a boolean"),
+        (b'[{"text": "a"}]', "a list, not an object; expected one JSON object per line"),
+        (b'"text"', "a string, not an object"),
+        (b"3.5", "a number, not an object"),
+        (b"null", "null, not an object"),
+        (b"true", "a boolean, not an object"),
         (b'{"text": "a\xe4"}', "not UTF-8 (byte 12: 0xe4)"),
-        (b"[" * 200_000, "not usable JSON (nested too deeply)"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "not usable JSON (Exceeds the limit"),
+        (b"[" * 200_000, "invalid JSON (nested too deeply)"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "invalid JSON (Exceeds the limit"),
     ],
 )
-def test_a_line_that_is_no_json_object_is_named_with_the_reason(line, reason, file):
+def test_a_line_that_is_not_a_json_object_is_reported_with_the_reason(line, reason, file):
     path = file(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(DataError) as caught:
         values(path)
     assert f"{path}:2: {reason}" in str(caught.value)
 
 
-def test_the_first_ten_bad_rows_are_listed_and_the_others_counted(file):
+def test_the_first_ten_row_errors_are_listed_and_the_others_counted(file):
     path = file(b'{"text": "a"}\n' * 2 + b"x\n" * 37)
     with pytest.raises(DataError) as caught:
         values(path)
@@ -81,25 +81,25 @@ def test_the_first_ten_bad_rows_are_listed_and_the_others_counted(file):
     assert lines[11:] == ["  and 27 more"]
 
 
-def test_good_rows_still_come_when_the_caller_collects(file):
-    bad = RowErrors()
+def test_good_rows_are_read_where_the_caller_collects_the_errors(file):
+    errors = RowErrors()
     path = file(b'x\n{"text": "a"}\ny\n')
-    assert [row.line for row in read_jsonl(path, bad)] == [2]
-    assert bad.count == 2
+    assert [row.line for row in read_jsonl(path, errors)] == [2]
+    assert errors.count == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", codecs.BOM_UTF8])
-def test_an_empty_file_says_what_is_expected(content, file):
-    with pytest.raises(DataError, match=r"is empty. One JSON object a line is expected"):
+def test_an_empty_file_is_refused_with_what_is_expected(content, file):
+    with pytest.raises(DataError, match=r"is empty. Expected one JSON object per line"):
         values(file(content))
 
 
-def test_utf_16_is_named(file):
+def test_a_utf_16_file_is_refused_as_such(file):
     with pytest.raises(DataError, match="UTF-16"):
         values(file('{"text": "a"}\n'.encode("utf-16")))
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match="not a regular file"):
         values(tmp_path / "train.jsonl")
@@ -115,72 +115,74 @@ def test_lazy_rows_are_read_at_the_first_access(file):
     assert list(LazyRows(None)) == []
 
 
-def test_an_existing_folder_is_taken(tmp_path, monkeypatch):
+def test_an_existing_folder_comes_before_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve("org/name").resolve() == tmp_path / "org" / "name"
+    assert find_dataset("org/name").resolve() == tmp_path / "org" / "name"
 
 
 def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my data").mkdir()
-    assert resolve("~/my data") == tmp_path / "my data"
+    assert find_dataset("~/my data") == tmp_path / "my data"
 
 
-def test_a_missing_folder_has_hints(tmp_path):
+def test_a_missing_folder_is_refused_with_suggestions(tmp_path):
     (tmp_path / "my_data").mkdir()
     with pytest.raises(DataError, match=r"Did you mean 'my_data'\?.*train\.jsonl.*builtin:"):
-        resolve(str(tmp_path / "mydata"))
+        find_dataset(str(tmp_path / "mydata"))
 
 
 @pytest.mark.parametrize("path", ["", "/nowhere/at/all", "a/b/c", "../gone/", "-x/y"])
-def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(path):
+def test_a_path_that_is_neither_a_folder_nor_a_hub_id_is_refused(path):
     with pytest.raises(DataError, match="There is no folder"):
-        resolve(path)
+        find_dataset(path)
 
 
-def test_a_file_in_place_of_the_folder_names_the_folder(file):
+def test_a_file_given_as_data_path_is_refused_with_its_folder(file):
     path = file(b'{"text": "a"}\n')
     with pytest.raises(DataError) as caught:
-        resolve(str(path))
+        find_dataset(str(path))
     assert f"data.path={path.parent}" in str(caught.value)
 
 
-def test_builtin_sets_are_found_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("runner.data.source.SETS", tmp_path)
+def test_built_in_sets_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("runner.data.source.BUILTIN_SETS", tmp_path)
     (tmp_path / "arithmetic").mkdir()
     (tmp_path / "__pycache__").mkdir()
-    assert resolve("builtin:arithmetic") == tmp_path / "arithmetic"
-    with pytest.raises(DataError, match=r"Did you mean 'arithmetic'\? There are: arithmetic\."):
-        resolve("builtin:aritmetic")
+    assert find_dataset("builtin:arithmetic") == tmp_path / "arithmetic"
+    with pytest.raises(DataError, match=r"Did you mean 'arithmetic'\? Built-in data sets: arithmetic\."):
+        find_dataset("builtin:aritmetic")
     with pytest.raises(DataError, match="no built-in"):
-        resolve("builtin:../sets")
+        find_dataset("builtin:../sets")
 
 
-def test_a_folder_without_any_of_the_files_lists_what_is_there(tmp_path):
+def test_a_folder_without_split_files_is_refused_with_its_content(tmp_path):
     (tmp_path / "training.jsonl").write_text("{}")
     (tmp_path / "old").mkdir()
-    with pytest.raises(DataError, match=r"It holds: old/, training\.jsonl\. The file has to be called train"):
-        find_files(tmp_path)
+    with pytest.raises(DataError, match=r"It contains: old/, training\.jsonl\. The file must be named train"):
+        find_split_files(tmp_path)
     with pytest.raises(DataError, match="It is empty"):
-        find_files(tmp_path / "old")
+        find_split_files(tmp_path / "old")
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "val", "dev"])
-def test_other_names_of_the_validation_file_are_accepted(name, write_rows, tmp_path):
+def test_common_names_of_the_validation_file_are_accepted(name, write_rows, tmp_path):
     path = write_rows(f"{name}.jsonl", {"text": "a"})
-    assert find_files(tmp_path) == {"valid": path}
+    assert find_split_files(tmp_path) == {"valid": path}
 
 
-def test_the_name_valid_comes_before_the_others(write_rows, tmp_path):
+def test_valid_jsonl_comes_before_the_other_names(write_rows, tmp_path):
     write_rows("dev.jsonl", {"text": "a"})
     path = write_rows("valid.jsonl", {"text": "a"})
-    assert find_files(tmp_path) == {"valid": path}
+    assert find_split_files(tmp_path) == {"valid": path}
 
 
-def test_a_missing_training_file_lists_what_is_there(write_rows, tmp_path, tokenizer, reading):
+def test_a_missing_training_file_is_refused_with_the_content_of_the_folder(
+    write_rows, tmp_path, tokenizer, make_options
+):
     write_rows("valid.jsonl", {"text": "a b c"})
-    with pytest.raises(DataError, match=r"has no train\.jsonl.*It holds: valid\.jsonl"):
-        load_dataset(str(tmp_path), tokenizer, reading())
-    data = load_dataset(str(tmp_path), tokenizer, reading(), splits=("valid",))
+    with pytest.raises(DataError, match=r"has no train\.jsonl.*It contains: valid\.jsonl"):
+        load_dataset(str(tmp_path), tokenizer, make_options())
+    data = load_dataset(str(tmp_path), tokenizer, make_options(), splits=("valid",))
     assert (len(data.train), len(data.valid)) == (0, 1)

@@ -1,4 +1,4 @@
-"""A tokenizer of a folder is loaded where tokens are to be made, and only there."""
+"""The tokenizer of a folder is loaded only if something has to be tokenized."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from mlx_lm import utils
 
+from runner.common.disk_cache import DiskCache
 from runner.common.errors import ModelError
 from runner.config import schema
 from runner.data.lazy_tokenizer import LazyTokenizer
-from runner.data.token_cache import TokenCache
 from runner.data.tokenize import load_dataset
 from runner.export.mlx import write_model_folder
 from runner.models.load import load_base_model
@@ -27,81 +27,80 @@ def model(tmp_path: Path, cache: Path) -> Path:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders whose tokenizers were loaded."""
-    own, found = utils.load_tokenizer, []
+def loaded_folders(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders whose tokenizers were loaded, as a growing list."""
+    load_tokenizer, folders = utils.load_tokenizer, []
 
-    def watched(folder: Path, *rest: object, **more: object) -> object:
-        found.append(Path(folder))
-        return own(folder, *rest, **more)
+    def recording(folder: Path, *arguments: object, **options: object) -> object:
+        folders.append(Path(folder))
+        return load_tokenizer(folder, *arguments, **options)
 
-    monkeypatch.setattr(utils, "load_tokenizer", watched)
-    return found
+    monkeypatch.setattr(utils, "load_tokenizer", recording)
+    return folders
 
 
 @pytest.fixture
-def tokens(model: Path, tmp_path: Path, write_rows: Callable, reading: Callable) -> Callable[[], np.ndarray]:
-    """The tokens of two rows, as a run gets them."""
+def tokenize(model: Path, tmp_path: Path, write_rows: Callable, make_options: Callable) -> Callable[[], np.ndarray]:
+    """Tokenize two rows as a run does."""
     file = write_rows("train.jsonl", {"text": "swap: red blue"}, {"text": "blue red"})
 
     def make() -> np.ndarray:
         base = load_base_model(schema.ModelConfig(path=str(model)))
-        kept = TokenCache(tmp_path / "tokens", 10**9)
+        cache = DiskCache(tmp_path / "tokens", 10**9)
         return load_dataset(
-            str(file.parent), base.lazy_tokenizer, reading(format="text"), ("train",), kept
+            str(file.parent), base.lazy_tokenizer, make_options(format="text"), ("train",), cache
         ).train.tokens
 
     return make
 
 
-def test_where_tokens_are_kept_no_tokenizer_is_loaded(tokens: Callable, loads: list[Path], model: Path) -> None:
-    first = np.array(tokens())
-    assert loads == [model]
-    assert tokens().tobytes() == first.tobytes() and loads == [model]
+def test_cached_tokens_need_no_tokenizer(tokenize: Callable, loaded_folders: list[Path], model: Path) -> None:
+    first = np.array(tokenize())
+    assert loaded_folders == [model]
+    assert tokenize().tobytes() == first.tobytes() and loaded_folders == [model]
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "new_file.json", "additional_chat_templates/other.jinja"])
-def test_a_changed_file_beside_the_tokenizer_has_it_loaded_again(
-    tokens: Callable, loads: list[Path], model: Path, name: str
+def test_a_changed_file_beside_the_tokenizer_loads_it_again(
+    tokenize: Callable, loaded_folders: list[Path], model: Path, name: str
 ) -> None:
-    tokens()
+    tokenize()
     file = model / name
     if file.exists():
         file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 77}))
     else:
         file.parent.mkdir(exist_ok=True)
         file.write_text("{}")
-    tokens()
-    assert len(loads) == 2
+    tokenize()
+    assert len(loaded_folders) == 2
 
 
-def test_another_tokenizer_of_the_same_folder_makes_other_tokens(
-    tokens: Callable, loads: list[Path], model: Path
+def test_another_tokenizer_in_the_same_folder_makes_different_tokens(
+    tokenize: Callable, loaded_folders: list[Path], model: Path
 ) -> None:
-    first = np.array(tokens())
+    first = np.array(tokenize())
     file = model / "tokenizer.json"
-    about = json.loads(file.read_text())
-    words = about["model"]["vocab"]
-    a, b = (next(token for token in words if token == letter) for letter in "rb")
-    words[a], words[b] = words[b], words[a]
-    file.write_text(json.dumps(about))
-    second = np.array(tokens())
-    assert len(loads) == 2 and len(first) == len(second) and not np.array_equal(first, second)
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["r"], vocabulary["b"] = vocabulary["b"], vocabulary["r"]
+    file.write_text(json.dumps(content))
+    second = np.array(tokenize())
+    assert len(loaded_folders) == 2 and len(first) == len(second) and not np.array_equal(first, second)
 
 
-def test_what_was_kept_and_is_damaged_is_found_out_again(
-    tokens: Callable, loads: list[Path], model: Path, cache: Path
+def test_a_damaged_identity_is_determined_again(
+    tokenize: Callable, loaded_folders: list[Path], model: Path, cache: Path
 ) -> None:
-    first = np.array(tokens())
+    first = np.array(tokenize())
     for file in (cache / "tokenizers").iterdir():
         file.write_bytes(file.read_bytes()[:-9])
-    assert np.array_equal(tokens(), first) and len(loads) == 2
+    assert np.array_equal(tokenize(), first) and len(loaded_folders) == 2
 
 
-def test_a_tokenizer_with_a_say_of_its_own_is_always_loaded(reading: Callable) -> None:
-    later = LazyTokenizer(lambda: "it", None)
-    assert later.known(reading()) is None and not later.known_by_files
-    assert later.tokenizer == "it"
+def test_a_tokenizer_that_files_do_not_identify_is_always_loaded(make_options: Callable) -> None:
+    lazy = LazyTokenizer(lambda: "tokenizer", None)
+    assert lazy.cached_identity(make_options()) is None and not lazy.identified_by_files
+    assert lazy.tokenizer == "tokenizer"
 
 
 def test_a_folder_that_is_gone_when_the_tokenizer_is_needed_is_named(model: Path) -> None:

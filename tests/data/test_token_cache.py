@@ -1,4 +1,4 @@
-"""What an earlier run left on disk is what this run would make, bit for bit, or it is not used."""
+"""Cached tokens equal, bit for bit, those that this run would make, or they are not used."""
 
 from __future__ import annotations
 
@@ -12,82 +12,83 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runner.common import disk_cache, sealed_json
 from runner.common.errors import DataError
 from runner.data import token_cache, token_cache_entry
-from runner.data import tokenize as loading
+from runner.data import tokenize as tokenize_module
 from runner.data.token_cache_entry import COLUMNS, MANIFEST
 from runner.data.token_set import TokenSet
 
 
-def assert_equal(one, other):
+def assert_equal(left, right):
     for split in ("train", "valid", "test"):
-        first, second = getattr(one, split), getattr(other, split)
+        left_tokens, right_tokens = getattr(left, split), getattr(right, split)
         for name in COLUMNS:
-            left, right = getattr(first, name), getattr(second, name)
-            assert left.dtype == right.dtype
-            assert left.tobytes() == right.tobytes(), (split, name)
-        assert first.fingerprint == second.fingerprint
-    assert one.counts == other.counts
+            left_array, right_array = getattr(left_tokens, name), getattr(right_tokens, name)
+            assert left_array.dtype == right_array.dtype
+            assert left_array.tobytes() == right_array.tobytes(), (split, name)
+        assert left_tokens.fingerprint == right_tokens.fingerprint
+    assert left.stats == right.stats
 
 
-def test_what_is_mapped_equals_what_was_made_and_what_is_made_without(load, tokenised, tokenizer, reading, folder):
+def test_cached_tokens_equal_those_made_without_a_cache(load, tokenized_files, load_uncached):
     cold = load()
-    assert tokenised == ["train.jsonl", "valid.jsonl"]
+    assert tokenized_files == ["train.jsonl", "valid.jsonl"]
     warm = load()
-    assert tokenised == ["train.jsonl", "valid.jsonl"]
-    without = loading.load_dataset(str(folder), tokenizer, reading(max_length=50))
-    assert_equal(cold, without)
-    assert_equal(warm, without)
-    assert warm.counts["train"].truncated > 0
-    assert not cold.notes + warm.notes + without.notes
+    assert tokenized_files == ["train.jsonl", "valid.jsonl"]
+    uncached = load_uncached()
+    assert_equal(cold, uncached)
+    assert_equal(warm, uncached)
+    assert warm.stats["train"].truncated > 0
+    assert not cold.notes + warm.notes + uncached.notes
     for data in (cold, warm):
         assert isinstance(data.train.tokens.base, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
             data.train.tokens[0] = 1
 
 
-def test_the_fingerprint_that_is_kept_is_that_of_the_arrays(load):
+def test_the_cached_fingerprint_is_that_of_the_arrays(load):
     load()
     tokens = load().train
-    again = TokenSet(*(np.array(getattr(tokens, name)) for name in ("tokens", "supervised", "offsets", "lines")))
+    recomputed = TokenSet(*(np.array(getattr(tokens, name)) for name in ("tokens", "supervised", "offsets", "lines")))
     assert "fingerprint" in vars(tokens)
-    assert tokens.fingerprint == again.fingerprint
+    assert tokens.fingerprint == recomputed.fingerprint
 
 
-def test_a_moved_data_set_is_found(load, folder, tokenised, tmp_path):
+def test_a_copied_data_set_uses_the_same_entries(load, folder, tokenized_files, tmp_path):
     cold = load()
     shutil.copytree(folder, tmp_path / "moved")
     assert_equal(cold, load(path=tmp_path / "moved"))
-    assert len(tokenised) == 2
+    assert len(tokenized_files) == 2
 
 
-def test_small_files_are_left_alone(load, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "SMALLEST", (folder / "train.jsonl").stat().st_size + 1)
+def test_small_files_are_not_cached(load, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "MIN_FILE_BYTES", (folder / "train.jsonl").stat().st_size + 1)
     load()
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_kept(
-    load, folder, monkeypatch, entries, tokenizer, reading, rewrite
+def test_a_file_that_changes_while_it_is_read_is_not_cached(
+    load, folder, monkeypatch, entries, load_uncached, replace_bytes
 ):
-    own = loading.tokenize_file
+    tokenize_file = tokenize_module.tokenize_file
 
-    def tokenise_file(file, *rest):
+    def change_and_tokenize(file, *arguments):
         if file.name == "train.jsonl":
-            rewrite(file, b"what is 3?", b"what is 4?")
-        return own(file, *rest)
+            replace_bytes(file, b"what is 3?", b"what is 4?")
+        return tokenize_file(file, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "tokenize_file", tokenise_file)
+        patch.setattr(tokenize_module, "tokenize_file", change_and_tokenize)
         data = load()
     assert "changed while it was read" in data.notes[0]
     assert len(entries()) == 1
-    assert_equal(data, loading.load_dataset(str(folder), tokenizer, reading(max_length=50)))
+    assert_equal(data, load_uncached())
 
 
-def _flip(file, at):
+def _flip(file, position):
     data = bytearray(file.read_bytes())
-    data[at] ^= 1
+    data[position] ^= 1
     file.write_bytes(data)
 
 
@@ -110,7 +111,7 @@ DAMAGES = {
     "a flipped bit at the start": lambda file: _flip(file, 0),
     "a flipped bit inside": lambda file: _flip(file, file.stat().st_size // 2),
     "a flipped bit at the end": lambda file: _flip(file, -2),
-    "cut": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "truncated": lambda file: os.truncate(file, file.stat().st_size - 1),
     "emptied": lambda file: os.truncate(file, 0),
     "grown": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
@@ -130,56 +131,59 @@ DAMAGES = {
             (name, damage)
             for name in COLUMNS
             if name != "tokens"
-            for damage in ("a flipped bit inside", "cut", "missing")
+            for damage in ("a flipped bit inside", "truncated", "missing")
         ),
     ],
 )
-def test_a_damaged_entry_is_said_made_anew_and_then_good(name, damage, load, entries, tokenised, fresh):
+def test_a_damaged_entry_is_reported_and_made_again(name, damage, load, entries, tokenized_files, load_uncached):
     load()
     [entry] = [entry for entry in entries() if _rows(entry) == 39]
     DAMAGES[damage](entry / name)
-    again = load()
-    assert [line for line in again.notes if f"the tokens kept in {entry} are damaged (" in line], again.notes
-    assert len(again.notes) == 1
-    assert tokenised[2:] == ["train.jsonl"]
-    assert_equal(again, fresh())
-    del tokenised[:]
+    repaired = load()
+    assert [line for line in repaired.notes if f"the cached tokens in {entry} are damaged (" in line], repaired.notes
+    assert len(repaired.notes) == 1
+    assert tokenized_files[2:] == ["train.jsonl"]
+    assert_equal(repaired, load_uncached())
+    del tokenized_files[:]
     warm = load()
-    assert (warm.notes, tokenised) == ([], [])
-    assert_equal(warm, fresh())
+    assert (warm.notes, tokenized_files) == ([], [])
+    assert_equal(warm, load_uncached())
+
+
+def read_manifest(entry):
+    return sealed_json.unseal((entry / MANIFEST).read_bytes(), most_values=1000)
 
 
 def _rows(entry):
-    return token_cache_entry.unseal((entry / MANIFEST).read_bytes())["counts"]["rows"]
+    return read_manifest(entry)["stats"]["rows"]
 
 
-def test_the_entry_of_other_tokens_is_not_taken(load, entries, tokenised):
+def test_an_entry_under_the_name_of_another_is_not_used(load, entries, tokenized_files):
     cold = load()
-    one, other = entries()
-    shutil.rmtree(one)
-    shutil.copytree(other, one)
-    again = load()
-    assert "other tokens than its name says" in again.notes[0]
-    assert len(tokenised) == 3
-    assert_equal(cold, again)
+    overwritten, copied = entries()
+    shutil.rmtree(overwritten)
+    shutil.copytree(copied, overwritten)
+    repaired = load()
+    assert "it is the entry of another key" in repaired.notes[0]
+    assert len(tokenized_files) == 3
+    assert_equal(cold, repaired)
 
 
-@pytest.mark.parametrize("change", [{"layout": 0}, {"counts": {"rows": 1, "more": 2}}, {"files": {}}, {"counts": None}])
-def test_a_manifest_of_another_form_is_no_exception(change, load, entries):
+@pytest.mark.parametrize("change", [{"layout": 0}, {"stats": {"rows": 1, "more": 2}}, {"files": {}}, {"stats": None}])
+def test_an_entry_with_an_unexpected_manifest_is_made_again(change, load, entries):
     cold = load()
     for entry in entries():
-        about = token_cache_entry.unseal((entry / MANIFEST).read_bytes())
-        (entry / MANIFEST).write_bytes(token_cache_entry.seal(about | change))
-    again = load()
-    assert len(again.notes) == 2
-    assert_equal(cold, again)
+        (entry / MANIFEST).write_bytes(sealed_json.seal(read_manifest(entry) | change))
+    repaired = load()
+    assert len(repaired.notes) == 2
+    assert_equal(cold, repaired)
 
 
 @pytest.mark.parametrize("name", ["tokens", "supervised"])
-def test_of_large_files_some_blocks_are_checked_others_each_time(name, load, entries, monkeypatch):
-    monkeypatch.setattr(token_cache_entry, "CHECKED_WHOLE", 0)
-    monkeypatch.setattr(token_cache_entry, "BLOCK", 64)
-    monkeypatch.setattr(token_cache_entry, "SAMPLED", 2)
+def test_large_columns_are_checked_by_sample_with_other_blocks_at_each_start(name, load, entries, monkeypatch):
+    monkeypatch.setattr(token_cache_entry, "FULLY_CHECKED_BYTES", 0)
+    monkeypatch.setattr(token_cache_entry, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(token_cache_entry, "SAMPLED_BLOCKS", 2)
     load()
     [entry] = [entry for entry in entries() if _rows(entry) == 39]
     _flip(entry / name, (entry / name).stat().st_size // 2)
@@ -192,48 +196,48 @@ def test_of_large_files_some_blocks_are_checked_others_each_time(name, load, ent
 
 
 @pytest.mark.parametrize("name", ["offsets", "lines"])
-def test_of_large_files_offsets_and_lines_are_checked_whole(name, load, entries, monkeypatch):
-    monkeypatch.setattr(token_cache_entry, "CHECKED_WHOLE", 0)
-    monkeypatch.setattr(token_cache_entry, "BLOCK", 8)
-    monkeypatch.setattr(token_cache_entry, "SAMPLED", 1)
+def test_all_offsets_and_lines_are_checked_in_large_columns_too(name, load, entries, monkeypatch):
+    monkeypatch.setattr(token_cache_entry, "FULLY_CHECKED_BYTES", 0)
+    monkeypatch.setattr(token_cache_entry, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(token_cache_entry, "SAMPLED_BLOCKS", 1)
     load()
     [entry] = [entry for entry in entries() if _rows(entry) == 39]
     _flip(entry / name, 80)
     assert load().notes
 
 
-def test_two_that_write_the_same_at_once_both_have_it(load, entries, monkeypatch):
-    own, inner = loading.tokenize_file, []
+def test_two_writers_of_the_same_entry_both_get_its_tokens(load, entries, monkeypatch):
+    tokenize_file, inner = tokenize_module.tokenize_file, []
 
-    def tokenise_file(*words):
-        done = own(*words)
+    def tokenize_and_load_again(*arguments):
+        digest = tokenize_file(*arguments)
         if not inner:
             inner.append(None)
             inner[0] = load()
-        return done
+        return digest
 
-    monkeypatch.setattr(loading, "tokenize_file", tokenise_file)
+    monkeypatch.setattr(tokenize_module, "tokenize_file", tokenize_and_load_again)
     outer = load()
     assert_equal(outer, inner[0])
     assert not outer.notes + inner[0].notes
     assert len(entries()) == 2
     assert_equal(outer, load())
-    assert not list((entries()[0].parent).glob(f"{token_cache_entry.DRAFT}*"))
+    assert not list((entries()[0].parent).glob(".draft-*"))
 
 
 @pytest.mark.slow
-def test_two_processes_at_once(cli, write_rows):
+def test_two_processes_that_write_the_same_entry_both_finish(cli, write_rows):
     write_rows("data/train.jsonl", *({"text": "a b c d " * 60} for _ in range(400)))
     words = ["model=tiny", "data.path=data", "train.iters=2", "data.cache_folder=cache"]
     both = [cli.start(*words, f"hydra.run.dir={name}") for name in "ab"]
     for process in both:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out
-        assert "not kept" not in out
+        assert "not cached" not in out
         assert "damaged" not in out
     [entry] = [path for path in (cli.folder / "cache").iterdir() if len(path.name) == 64]
     assert _rows(entry) == 400
-    assert not list((cli.folder / "cache").glob(f"{token_cache_entry.DRAFT}*"))
+    assert not list((cli.folder / "cache").glob(".draft-*"))
 
 
 def _no_folder(cache, monkeypatch):
@@ -244,45 +248,45 @@ def _read_only(cache, monkeypatch):
     def mkdtemp(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(token_cache_entry.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(disk_cache.tempfile, "mkdtemp", mkdtemp)
 
 
-def _full(cache, monkeypatch):
-    def created(path):
+def _full_disk(cache, monkeypatch):
+    def create(path):
         return open("/dev/full", "w+b")
 
-    monkeypatch.setattr(token_cache_entry, "_created", created)
+    monkeypatch.setattr(token_cache_entry, "_create", create)
 
 
-def _full_at_the_end(cache, monkeypatch):
+def _full_disk_at_sync(cache, monkeypatch):
     def fsync(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(token_cache_entry.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("fault", [_no_folder, _read_only, _full, _full_at_the_end])
-def test_where_nothing_can_be_kept_one_line_says_so_and_tokens_are_made(
-    fault, load, folder, tmp_path, monkeypatch, tokenizer, reading
+@pytest.mark.parametrize("fault", [_no_folder, _read_only, _full_disk, _full_disk_at_sync])
+def test_a_cache_that_cannot_be_written_is_reported_once_and_tokens_are_made_in_memory(
+    fault, load, tmp_path, monkeypatch, load_uncached
 ):
-    if fault is _full and not Path("/dev/full").exists():
+    if fault is _full_disk and not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    without = loading.load_dataset(str(folder), tokenizer, reading(max_length=50))
+    uncached = load_uncached()
     with monkeypatch.context() as patch:
         fault(tmp_path / "cache", patch)
         data = load()
     [line] = data.notes
-    assert "tokens are not kept on disk: " in line
+    assert "tokens are not cached: " in line
     assert "data.cache_folder" in line
-    assert_equal(data, without)
+    assert_equal(data, uncached)
     if (tmp_path / "cache").is_dir():
         assert [path.name for path in (tmp_path / "cache").iterdir()] == []
 
 
-def test_bad_rows_are_reported_once_and_nothing_is_kept_of_their_file(load, folder, entries, monkeypatch):
+def test_row_errors_are_reported_once_and_their_file_is_not_cached(load, folder, entries, monkeypatch):
     with (folder / "train.jsonl").open("a") as file:
         file.write("x\n")
-    for fault in (lambda *_: None, _full_at_the_end):
+    for fault in (lambda *_: None, _full_disk_at_sync):
         with monkeypatch.context() as patch:
             fault(None, patch)
             with pytest.raises(DataError) as caught:
@@ -291,13 +295,13 @@ def test_bad_rows_are_reported_once_and_nothing_is_kept_of_their_file(load, fold
     assert [_rows(entry) for entry in entries()] == [7]
 
 
-def test_a_split_without_a_row_is_refused_as_ever(load, folder):
+def test_a_split_without_a_row_to_train_on_is_refused_with_a_cache_too(load, folder):
     (folder / "valid.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n")
-    with pytest.raises(DataError, match=r"valid\.jsonl has no row to learn from"):
+    with pytest.raises(DataError, match=r"valid\.jsonl has no row to train on"):
         load()
 
 
-def test_the_least_recently_used_gives_way(load, entries, write_rows, tokenised, conversations):
+def test_the_least_recently_used_entry_is_evicted(load, entries, write_rows, tokenized_files, conversations):
     sets = []
     for number in range(3):
         sets.append(
@@ -306,52 +310,52 @@ def test_the_least_recently_used_gives_way(load, entries, write_rows, tokenised,
     load(path=sets[0])
     size = sum(file.stat().st_size for file in entries()[0].iterdir())
     load(path=sets[1])
-    for age, entry in enumerate(sorted(entries(), key=lambda entry: (entry / MANIFEST).stat().st_mtime)):
-        os.utime(entry / MANIFEST, (age - 1000, age - 1000))
-    oldest = load(path=sets[0])  # used now: the other is the oldest
-    assert len(tokenised) == 2
+    for age, entry in enumerate(sorted(entries(), key=lambda entry: entry.stat().st_mtime)):
+        os.utime(entry, (age - 1000, age - 1000))
+    mapped = load(path=sets[0])  # marks it as used: the other entry is now the oldest
+    assert len(tokenized_files) == 2
     load(path=sets[2], limit=2 * size + 100)
     assert len(entries()) == 2
     load(path=sets[0])
-    assert len(tokenised) == 3
+    assert len(tokenized_files) == 3
     load(path=sets[1], limit=size + 100)
-    assert len(tokenised) == 4
+    assert len(tokenized_files) == 4
     assert len(entries()) == 1
-    assert oldest.train.tokens.sum() > 0  # its files are gone, its mapping is not
+    assert mapped.train.tokens.sum() > 0  # the entry is removed, but its mapping stays valid
 
 
-def test_what_is_larger_than_the_limit_is_not_kept(load, folder, entries, tokenizer, reading):
+def test_an_entry_larger_than_the_limit_is_not_cached(load, entries, load_uncached):
     data = load(limit=100)
     assert entries() == []
     assert len(data.notes) == 2
-    assert "over data.cache_gb=1e-07" in data.notes[0]
-    assert_equal(data, loading.load_dataset(str(folder), tokenizer, reading(max_length=50)))
+    assert "exceed data.cache_gb=1e-07" in data.notes[0]
+    assert_equal(data, load_uncached())
 
 
-def test_what_killed_processes_left_is_cleared_and_what_living_ones_write_is_not(load, tmp_path):
-    dead, living, new = (tmp_path / "cache" / f"{token_cache_entry.DRAFT}{name}" for name in ("dead", "living", "new"))
-    for left in (dead, living, new):
-        left.mkdir(parents=True)
-        (left / "tokens").write_bytes(b"half")
-        if left is not new:
-            os.utime(left, (1, 1))
+def test_unfinished_entries_of_killed_processes_are_removed_but_not_those_of_living_ones(load, tmp_path):
+    dead, living, new = (tmp_path / "cache" / f".draft-{name}" for name in ("dead", "living", "new"))
+    for unfinished in (dead, living, new):
+        unfinished.mkdir(parents=True)
+        (unfinished / "tokens").write_bytes(b"half")
+        if unfinished is not new:
+            os.utime(unfinished, (1, 1))
     handle = os.open(living, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     load()
     os.close(handle)
-    assert [left.exists() for left in (dead, living, new)] == [False, True, True]
+    assert [unfinished.exists() for unfinished in (dead, living, new)] == [False, True, True]
 
 
-def test_a_run_whose_cache_is_deleted_goes_on_bit_for_bit(
-    tiny, train, folder, tmp_path, assert_equal_runs, tokenised, write_rows
+def test_a_run_whose_cache_is_deleted_resumes_bit_for_bit(
+    tiny, train, folder, tmp_path, assert_equal_runs, tokenized_files, write_rows
 ):
     changes = {"data.path": str(folder), "data.cache_folder": str(tmp_path / "cache")}
     whole = train(tiny(**changes | {"data.cache": False}), tmp_path / "whole")
     parts = train(tiny(**changes), tmp_path / "parts", stop_at=5)
-    assert len(tokenised) == 4
+    assert len(tokenized_files) == 4
     shutil.rmtree(tmp_path / "cache")
     train(tiny(**changes), parts, resume=parts, stop_at=8)
-    assert len(tokenised) == 6
+    assert len(tokenized_files) == 6
     train(tiny(**changes), parts, resume=parts)
-    assert len(tokenised) == 6
+    assert len(tokenized_files) == 6
     assert_equal_runs(whole, parts)

@@ -1,4 +1,4 @@
-"""Whatever decides the tokens of a file changes the key that they are found by."""
+"""Everything that decides the tokens of a file changes their cache key."""
 
 from __future__ import annotations
 
@@ -10,101 +10,105 @@ from pathlib import Path
 
 import pytest
 
+from runner.config.schema import KeysConfig
 from runner.data import token_cache_key
-from runner.data.formats import ColumnNames
 
-READINGS = {
+CHANGED_OPTIONS = {
     "format": "chat",
     "mask_prompt": False,
     "max_length": 61,
     "on_too_long": "drop",
     "chat_template": False,
-    "keys": ColumnNames(messages="turns"),
+    "keys": KeysConfig(messages="turns"),
 }
 
 
-def test_every_setting_of_a_reading_is_varied(reading):
-    assert set(READINGS) == set(type(reading()).__dataclass_fields__)
+def test_every_encode_option_is_tested(make_options):
+    assert set(CHANGED_OPTIONS) == set(type(make_options()).__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name", READINGS)
-def test_a_setting_changes_the_key(name, reading):
-    one, other = reading(max_length=50), replace(reading(max_length=50), **{name: READINGS[name]})
-    assert token_cache_key.cache_key("a", "b", one) != token_cache_key.cache_key("a", "b", other)
-    assert token_cache_key.cache_key("a", "b", one) == token_cache_key.cache_key(
-        "a", "b", replace(other, **{name: getattr(one, name)})
-    )
+@pytest.mark.parametrize("name", CHANGED_OPTIONS)
+def test_every_encode_option_changes_the_key(name, make_options):
+    options = make_options(max_length=50)
+    changed = replace(options, **{name: CHANGED_OPTIONS[name]})
+    restored = replace(changed, **{name: getattr(options, name)})
+    assert token_cache_key.cache_key("a", "b", options) != token_cache_key.cache_key("a", "b", changed)
+    assert token_cache_key.cache_key("a", "b", options) == token_cache_key.cache_key("a", "b", restored)
 
 
-def test_content_and_tokenizer_change_the_key(reading):
-    keys = {token_cache_key.cache_key(*parts, reading()) for parts in (("a", "b"), ("a", "c"), ("c", "b"), ("b", "a"))}
+def test_content_and_tokenizer_change_the_key(make_options):
+    keys = {
+        token_cache_key.cache_key(*parts, make_options()) for parts in (("a", "b"), ("a", "c"), ("c", "b"), ("b", "a"))
+    }
     assert len(keys) == 4
 
 
-def _added(made):
-    made._tokenizer.add_tokens(["zebra"])
+def _added_token(tokenizer):
+    tokenizer._tokenizer.add_tokens(["zebra"])
 
 
-def _special(made):
-    made._tokenizer.bos_token = "<|im_start|>"
+def _bos_token(tokenizer):
+    tokenizer._tokenizer.bos_token = "<|im_start|>"
 
 
-def _normalized(made):
+def _normalizer(tokenizer):
     from tokenizers import normalizers
 
-    made._tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer._tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
 
 
-def _split(made):
-    made._tokenizer.split_special_tokens = True
+def _split_special_tokens(tokenizer):
+    tokenizer._tokenizer.split_special_tokens = True
 
 
-def _template(made):
-    made._tokenizer.chat_template += " "
+def _chat_template(tokenizer):
+    tokenizer._tokenizer.chat_template += " "
 
 
-def _eos(made):
-    made._tokenizer.eos_token = "<|endoftext|>"
+def _eos_token(tokenizer):
+    tokenizer._tokenizer.eos_token = "<|endoftext|>"
 
 
-def _another_class(made):
-    made._tokenizer.__class__ = type("Another", (type(made._tokenizer),), {})
+def _class(tokenizer):
+    tokenizer._tokenizer.__class__ = type("Another", (type(tokenizer._tokenizer),), {})
 
 
-@pytest.mark.parametrize("change", [_added, _special, _normalized, _split, _template, _eos, _another_class])
-def test_what_decides_a_tokenizer_changes_its_identity(change, make_tokenizer):
+@pytest.mark.parametrize(
+    "change", [_added_token, _bos_token, _normalizer, _split_special_tokens, _chat_template, _eos_token, _class]
+)
+def test_every_property_of_a_tokenizer_changes_its_identity(change, make_tokenizer):
     import copy
 
-    made, same = copy.deepcopy(make_tokenizer()), copy.deepcopy(make_tokenizer())
-    before = token_cache_key.tokenizer_identity(made)
+    tokenizer, same = copy.deepcopy(make_tokenizer()), copy.deepcopy(make_tokenizer())
+    before = token_cache_key.tokenizer_identity(tokenizer)
     assert token_cache_key.tokenizer_identity(same) == before
-    change(made)
-    assert token_cache_key.tokenizer_identity(made) != before
+    change(tokenizer)
+    assert token_cache_key.tokenizer_identity(tokenizer) != before
 
 
 @pytest.mark.parametrize("package", token_cache_key.PACKAGES)
-def test_another_version_of_a_package_changes_the_key(package, monkeypatch, reading):
-    before = token_cache_key.cache_key("a", "b", reading())
-    own = token_cache_key.version
-    monkeypatch.setattr(token_cache_key, "version", lambda name: "99" if name == package else own(name))
+def test_another_version_of_a_package_changes_the_key(package, monkeypatch, make_options):
+    before = token_cache_key.cache_key("a", "b", make_options())
+    version = token_cache_key.version
+    monkeypatch.setattr(token_cache_key, "version", lambda name: "99" if name == package else version(name))
     token_cache_key.code_identity.cache_clear()
     try:
-        assert token_cache_key.cache_key("a", "b", reading()) != before
+        assert token_cache_key.cache_key("a", "b", make_options()) != before
     finally:
         monkeypatch.undo()
         token_cache_key.code_identity.cache_clear()
 
 
-def test_another_text_of_our_code_changes_the_key(monkeypatch, reading, tmp_path):
-    before = token_cache_key.cache_key("a", "b", reading())
-    here = Path(token_cache_key.__file__).parent
-    for name in token_cache_key.CODE:
-        (tmp_path / name).write_bytes((here / name).read_bytes())
-    (tmp_path / "chat_spans.py").write_bytes((here / "chat_spans.py").read_bytes() + b"\n")
-    monkeypatch.setattr(token_cache_key, "__file__", str(tmp_path / "cache_key.py"))
+def test_a_change_of_the_code_changes_the_key(monkeypatch, make_options, tmp_path):
+    before = token_cache_key.cache_key("a", "b", make_options())
+    package = Path(token_cache_key.__file__).parent
+    for name in token_cache_key.CODE_FILES:
+        (tmp_path / name).write_bytes((package / name).read_bytes())
+    (tmp_path / "chat_spans.py").write_bytes((package / "chat_spans.py").read_bytes() + b"\n")
+    monkeypatch.setattr(token_cache_key, "__file__", str(tmp_path / "token_cache_key.py"))
     token_cache_key.code_identity.cache_clear()
     try:
-        assert token_cache_key.cache_key("a", "b", reading()) != before
+        assert token_cache_key.cache_key("a", "b", make_options()) != before
     finally:
         monkeypatch.undo()
         token_cache_key.code_identity.cache_clear()
@@ -122,17 +126,19 @@ def test_another_text_of_our_code_changes_the_key(monkeypatch, reading, tmp_path
         "{{ lipsum(n=1) }}",
     ],
 )
-def test_a_template_of_the_day_is_not_kept_and_that_is_said_once(
+def test_tokens_of_a_nondeterministic_template_are_not_cached_which_is_reported_once(
     template, load, make_tokenizer, chat_templates, tmp_path
 ):
-    made = make_tokenizer(chat_templates["CHATML"] + "{% if false %}" + template + "{% endif %}")
-    data = load(tokenizer=made)
-    assert [line for line in data.notes if "tokens are not kept on disk: the model's chat template uses" in line]
+    tokenizer = make_tokenizer(chat_templates["CHATML"] + "{% if false %}" + template + "{% endif %}")
+    data = load(tokenizer=tokenizer)
+    assert [line for line in data.notes if "tokens are not cached: the model's chat template uses" in line]
     assert len(data.notes) == 1
     assert not (tmp_path / "cache").exists()
 
 
-def test_words_about_time_are_no_program_and_text_needs_no_template(load, make_tokenizer, chat_templates, write_rows):
+def test_template_text_about_time_is_cached_and_plain_text_uses_no_template(
+    load, make_tokenizer, chat_templates, write_rows
+):
     chatml = chat_templates["CHATML"]
     assert not load(tokenizer=make_tokenizer("{# a random date, now #}" + chatml)).notes
     write_rows("text/train.jsonl", {"text": "Paris is the capital"})
@@ -141,96 +147,102 @@ def test_words_about_time_are_no_program_and_text_needs_no_template(load, make_t
     assert not load(path=folder, tokenizer=dated, format="text").notes
 
 
-def test_a_tokenizer_that_is_code_is_not_kept(load, make_tokenizer, tmp_path):
-    made = make_tokenizer()
-    made._tokenizer.__class__ = type("Own", (type(made._tokenizer),), {"__module__": "transformers_modules.theirs"})
-    assert "program of its own" in load(tokenizer=made).notes[0]
+def test_tokens_of_a_custom_tokenizer_are_not_cached(load, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.__class__ = type(
+        "Custom", (type(tokenizer._tokenizer),), {"__module__": "transformers_modules.theirs"}
+    )
+    assert "custom code" in load(tokenizer=tokenizer).notes[0]
     assert not (tmp_path / "cache").exists()
 
 
-def test_edited_data_are_tokenised_again(load, folder, tokenised, rewrite):
+def test_edited_data_is_tokenized_again(load, folder, tokenized_files, replace_bytes):
     before = load()
-    rewrite(folder / "train.jsonl", b"what is 3?", b"what is 4?")
+    replace_bytes(folder / "train.jsonl", b"what is 3?", b"what is 4?")
     after = load()
-    assert tokenised[2:] == ["train.jsonl"]
+    assert tokenized_files[2:] == ["train.jsonl"]
     assert before.train.fingerprint != after.train.fingerprint
 
 
 @pytest.fixture
-def hashed(monkeypatch):
-    """The files that were read for their hash, all of them being large."""
+def hashed_files(monkeypatch):
+    """The names of the files that were hashed_files, as a growing list; all of them count as large."""
     names = []
-    own = hashlib.file_digest
+    file_digest = hashlib.file_digest
 
-    def file_digest(file, name):
+    def recording(file, algorithm):
         names.append(Path(file.name).name)
-        return own(file, name)
+        return file_digest(file, algorithm)
 
-    monkeypatch.setattr(token_cache_key, "ALWAYS_READ", 0)
-    monkeypatch.setattr(token_cache_key.hashlib, "file_digest", file_digest)
+    monkeypatch.setattr(token_cache_key, "ALWAYS_HASHED_BYTES", 0)
+    monkeypatch.setattr(token_cache_key.hashlib, "file_digest", recording)
     return names
 
 
-def test_a_large_file_is_hashed_once(load, hashed, monkeypatch, tokenised):
-    monkeypatch.setattr(token_cache_key, "SETTLED", 0.0)
+def test_a_large_file_is_hashed_once(load, hashed_files, monkeypatch, tokenized_files):
+    monkeypatch.setattr(token_cache_key, "SETTLED_SECONDS", 0.0)
     load()
-    assert hashed == ["train.jsonl", "valid.jsonl"]
+    assert hashed_files == ["train.jsonl", "valid.jsonl"]
     load()
-    assert len(hashed) == 2
-    assert len(tokenised) == 2
+    assert len(hashed_files) == 2
+    assert len(tokenized_files) == 2
 
 
-def test_a_file_of_just_now_is_hashed_until_it_is_settled(load, hashed, folder):
+def test_a_recently_changed_file_is_hashed_at_every_start(load, hashed_files, folder):
     load()
     load()
-    assert hashed == ["train.jsonl", "valid.jsonl"] * 2
+    assert hashed_files == ["train.jsonl", "valid.jsonl"] * 2
     assert not list((folder.parent / "cache").glob("files/*"))
 
 
-def test_a_file_that_settles_while_its_rows_are_tokenised_is_noted_then(load, hashed, monkeypatch, tokenised):
-    now = iter([False, True, True] * 2)
-    monkeypatch.setattr(token_cache_key, "_is_settled", lambda _: next(now, True))
+def test_the_hash_of_a_file_that_settles_while_it_is_tokenized_is_stored(
+    load, hashed_files, monkeypatch, tokenized_files
+):
+    settled = iter([False, True, True] * 2)
+    monkeypatch.setattr(token_cache_key, "_is_settled", lambda _: next(settled, True))
     load()
-    assert hashed == ["train.jsonl"] * 2 + ["valid.jsonl"] * 2
+    assert hashed_files == ["train.jsonl"] * 2 + ["valid.jsonl"] * 2
     load()
-    assert len(hashed) == 4
-    assert len(tokenised) == 2
+    assert len(hashed_files) == 4
+    assert len(tokenized_files) == 2
 
 
-def test_an_edit_that_keeps_size_and_time_is_noticed(load, hashed, folder, monkeypatch, tokenised, rewrite):
-    monkeypatch.setattr(token_cache_key, "SETTLED", 0.0)
+def test_an_edit_that_keeps_size_and_time_is_noticed(
+    load, hashed_files, folder, monkeypatch, tokenized_files, replace_bytes
+):
+    monkeypatch.setattr(token_cache_key, "SETTLED_SECONDS", 0.0)
     file = folder / "train.jsonl"
     before, stamp = load(), file.stat()
-    rewrite(file, b"what is 3?", b"what is 4?")
+    replace_bytes(file, b"what is 3?", b"what is 4?")
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (stamp.st_size, stamp.st_mtime_ns)
     after = load()
-    assert tokenised[2:] == ["train.jsonl"]
+    assert tokenized_files[2:] == ["train.jsonl"]
     assert before.train.fingerprint != after.train.fingerprint
 
 
-def test_a_file_that_takes_the_place_of_another_is_noticed(
-    load, hashed, folder, monkeypatch, tokenised, tmp_path, rewrite
+def test_a_file_that_replaces_another_is_noticed(
+    load, hashed_files, folder, monkeypatch, tokenized_files, tmp_path, replace_bytes
 ):
-    monkeypatch.setattr(token_cache_key, "SETTLED", 0.0)
+    monkeypatch.setattr(token_cache_key, "SETTLED_SECONDS", 0.0)
     file = folder / "train.jsonl"
     load()
     stamp = file.stat()
     shutil.copy(file, tmp_path / "other")
-    rewrite(tmp_path / "other", b"what is 3?", b"what is 4?")
+    replace_bytes(tmp_path / "other", b"what is 3?", b"what is 4?")
     os.utime(tmp_path / "other", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     os.replace(tmp_path / "other", file)
     load()
-    assert tokenised[2:] == ["train.jsonl"]
+    assert tokenized_files[2:] == ["train.jsonl"]
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-9], lambda data: data.replace(b'"size"', b'"seize"'), lambda _: b""]
 )
-def test_a_damaged_note_of_a_hash_is_passed_over(damage, load, hashed, folder, monkeypatch):
-    monkeypatch.setattr(token_cache_key, "SETTLED", 0.0)
+def test_a_damaged_stored_hash_is_ignored(damage, load, hashed_files, folder, monkeypatch):
+    monkeypatch.setattr(token_cache_key, "SETTLED_SECONDS", 0.0)
     load()
-    for note in (folder.parent / "cache" / "files").iterdir():
-        note.write_bytes(damage(note.read_bytes()))
+    for fact in (folder.parent / "cache" / "files").iterdir():
+        fact.write_bytes(damage(fact.read_bytes()))
     assert not load().notes
-    assert len(hashed) == 4
+    assert len(hashed_files) == 4

@@ -1,4 +1,4 @@
-"""What several processes make of a file is what one makes of it, and none of them outlives its work."""
+"""Several processes tokenize a file exactly as one does, and none of them outlives its work."""
 
 from __future__ import annotations
 
@@ -18,23 +18,38 @@ from hypothesis import strategies as st
 from runner.common.cores import usable_cores
 from runner.common.errors import DataError, RunnerError
 from runner.data import encode, tokenize_workers
-from runner.data import tokenize as loading
-from runner.data.encode import InMemoryColumns, encode_in_memory, read_chunks
-from runner.data.jsonl import LONGEST_LINE, LazyRows, read_jsonl
+from runner.data import tokenize as tokenize_module
+from runner.data.encode import TokenBuffer, read_chunks
+from runner.data.jsonl import MAX_LINE_BYTES, LazyRows, read_jsonl
 from runner.data.row_errors import RowErrors
-from runner.data.tokenize import tokenize_file, tokenize_rows
+from runner.data.tokenize import tokenize_file
 
 
 @pytest.fixture
-def apart(monkeypatch):
-    """Small pieces, each made by one of two processes."""
-    monkeypatch.setattr(encode, "PIECE", 300)
-    monkeypatch.setattr(loading, "workers_for", lambda size: 2)
+def parallel(monkeypatch):
+    """Encode small chunks in two worker processes."""
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(tokenize_module, "worker_count", lambda size: 2)
+
+
+@pytest.fixture
+def tokenize_serially(file, tokenizer, make_options):
+    """Tokenize `file` in this process, as one chunk; return the columns, the stats and the errors."""
+
+    def do(**options):
+        errors, buffer = RowErrors(), TokenBuffer()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encode, "CHUNK_BYTES", 1 << 20)
+            patch.setattr(tokenize_module, "worker_count", lambda size: 0)
+            tokenize_file(file, tokenizer, make_options(**options), errors, buffer, lambda: None)
+        return columns(buffer), errors
+
+    return do
 
 
 @pytest.fixture
 def file(tmp_path):
-    """300 rows: some bad as JSON, some as rows, one too long for max_length, blank lines, a mark at the start."""
+    """300 rows: some invalid as JSON, some as rows, some over max_length, blank lines, a byte order mark."""
     lines = []
     for n in range(300):
         row = {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "a" * (n % 50 + 1)}]}
@@ -45,90 +60,88 @@ def file(tmp_path):
     return path
 
 
-def columns(made):
-    tokens, counts = made
-    return [a.tobytes() for a in (tokens.tokens, tokens.supervised, tokens.offsets, tokens.lines)], counts
+def columns(buffer):
+    tokens = buffer.to_token_set()
+    return [a.tobytes() for a in (tokens.tokens, tokens.supervised, tokens.offsets, tokens.lines)], buffer.stats
 
 
-def test_the_result_and_the_bad_rows_are_those_of_one_process(file, tokenizer, reading, apart):
-    alone, together = RowErrors(), RowErrors()
-    one = tokenize_rows(read_jsonl(file, alone), tokenizer, reading(max_length=40), alone)
-    seen = []
-
-    def fill(into, bad):
-        seen.append(tokenize_file(file, tokenizer, reading(max_length=40), bad, into, lambda: None))
-        return seen[0]
-
-    other = encode_in_memory(fill, together)
-    assert columns(one) == columns(other)
-    assert (alone.count, alone._listed) == (together.count, together._listed)
-    assert (alone.count, one[1].rows, one[1].truncated > 0) == (4, 296, True)
-    assert seen == [hashlib.sha256(file.read_bytes()).hexdigest()]
+def test_parallel_workers_give_the_tokens_and_errors_of_one_process(
+    file, tokenizer, make_options, parallel, tokenize_serially
+):
+    (arrays, stats), errors = tokenize_serially(max_length=40)
+    parallel_errors, buffer = RowErrors(), TokenBuffer()
+    digest = tokenize_file(file, tokenizer, make_options(max_length=40), parallel_errors, buffer, lambda: None)
+    assert columns(buffer) == (arrays, stats)
+    assert (errors.count, errors.listed) == (parallel_errors.count, parallel_errors.listed)
+    assert (errors.count, stats.rows, stats.truncated > 0) == (4, 296, True)
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_what_ends_the_reading_ends_it_at_the_same_line(file, tokenizer, reading, apart, monkeypatch):
+def test_an_error_that_ends_reading_names_the_same_line_as_one_process(
+    file, tokenizer, make_options, parallel, monkeypatch
+):
     with file.open("ab") as more:
-        more.write(b"\r\n" + b"x" * (LONGEST_LINE + 5_000_000) + b"\r\n[]\n[]\n" + b"x" * (LONGEST_LINE + 5))
+        more.write(b"\r\n" + b"x" * (MAX_LINE_BYTES + 5_000_000) + b"\r\n[]\n[]\n" + b"x" * (MAX_LINE_BYTES + 5))
 
-    def words():
+    def message():
         with pytest.raises(DataError) as caught:
-            tokenize_file(file, tokenizer, reading(), RowErrors(), InMemoryColumns(), lambda: None)
+            tokenize_file(file, tokenizer, make_options(), RowErrors(), TokenBuffer(), lambda: None)
         return str(caught.value)
 
-    together = words()
-    assert "train.jsonl:309: the line is longer than 4 MB" in together
-    monkeypatch.setattr(loading, "workers_for", lambda size: 0)
-    assert words() == together
+    parallel_message = message()
+    assert "train.jsonl:309: the line is longer than 4 MB" in parallel_message
+    monkeypatch.setattr(tokenize_module, "worker_count", lambda size: 0)
+    assert message() == parallel_message
     with pytest.raises(DataError) as caught:
         list(read_jsonl(file, RowErrors()))
-    assert str(caught.value) == together
+    assert str(caught.value) == parallel_message
 
 
-def living(workers_):
-    return [worker.process.pid for worker in workers_ if worker.process.is_alive()]
+def living(workers):
+    return [worker.process.pid for worker in workers if worker.process.is_alive()]
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """The workers that were started."""
-    made = []
-    own = tokenize_workers._Worker.__init__
+    """The workers that were started, as a growing list."""
+    workers = []
+    start = tokenize_workers._Worker.__init__
 
-    def begin(self):
-        own(self)
-        made.append(self)
+    def recording(self):
+        start(self)
+        workers.append(self)
 
-    monkeypatch.setattr(tokenize_workers._Worker, "__init__", begin)
-    return made
+    monkeypatch.setattr(tokenize_workers._Worker, "__init__", recording)
+    return workers
 
 
-def test_a_worker_that_dies_is_told_and_the_others_end(file, tokenizer, reading, apart, started):
-    class Into(InMemoryColumns):
-        def append(self, part):
+def test_a_dead_worker_is_reported_and_the_others_are_stopped(file, tokenizer, make_options, parallel, started):
+    class KillingBuffer(TokenBuffer):
+        def append(self, chunk):
             os.kill(started[0].process.pid, signal.SIGKILL)
-            super().append(part)
+            super().append(chunk)
 
-    with pytest.raises(RunnerError, match=r"ended too early \(signal 9\).*out of memory.*start again"):
-        tokenize_file(file, tokenizer, reading(), RowErrors(), Into(), lambda: None)
+    with pytest.raises(RunnerError, match=r"ended unexpectedly \(signal 9\).*out of memory.*start again"):
+        tokenize_file(file, tokenizer, make_options(), RowErrors(), KillingBuffer(), lambda: None)
     assert len(started) == 2
     assert living(started) == []
 
 
-def test_a_stop_ends_all(file, tokenizer, reading, apart, started):
+def test_a_stop_request_stops_all_workers(file, tokenizer, make_options, parallel, started):
     class Stop(Exception):
         pass
 
-    def each():
+    def check_stop():
         if len(started) == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        tokenize_file(file, tokenizer, reading(), RowErrors(), InMemoryColumns(), each)
+        tokenize_file(file, tokenizer, make_options(), RowErrors(), TokenBuffer(), check_stop)
     assert living(started) == []
 
 
-class Unsendable:
-    """A tokenizer that stays in its process."""
+class UnpicklableTokenizer:
+    """A tokenizer that cannot be sent to another process."""
 
     def __init__(self, inner):
         self._inner = inner
@@ -138,37 +151,37 @@ class Unsendable:
         return getattr(self.__dict__["_inner"], name)
 
     def __reduce__(self):
-        raise TypeError("cannot be sent")
+        raise TypeError("cannot be pickled")
 
 
-def test_a_tokenizer_that_cannot_be_sent_is_used_here(file, tokenizer, reading, apart, started):
-    bad = RowErrors()
-    into = InMemoryColumns()
-    tokenize_file(file, Unsendable(tokenizer), reading(), bad, into, lambda: None)
-    assert columns((into.tokens(), into.counts)) == columns(
-        tokenize_rows(read_jsonl(file, bad), tokenizer, reading(), bad)
-    )
+def test_a_tokenizer_that_cannot_be_pickled_is_used_in_this_process(
+    file, tokenizer, make_options, parallel, started, tokenize_serially
+):
+    errors, buffer = RowErrors(), TokenBuffer()
+    tokenize_file(file, UnpicklableTokenizer(tokenizer), make_options(), errors, buffer, lambda: None)
+    expected, expected_errors = tokenize_serially()
+    assert columns(buffer) == expected
+    assert (errors.count, errors.listed) == (expected_errors.count, expected_errors.listed)
     assert started == []
 
 
-def test_processes_that_do_not_understand_their_task_are_done_without(
-    file, tokenizer, reading, apart, started, monkeypatch
+def test_tokenizing_continues_in_this_process_if_workers_cannot_unpickle_their_task(
+    file, tokenizer, make_options, parallel, started, monkeypatch
 ):
     monkeypatch.setattr(tokenize_workers.ForkingPickler, "dumps", lambda task: b"cposix_no\nsuch\n.")
-    bad = RowErrors()
-    into = InMemoryColumns()
-    tokenize_file(file, tokenizer, reading(), bad, into, lambda: None)
-    assert into.counts.rows == 296
+    errors, buffer = RowErrors(), TokenBuffer()
+    tokenize_file(file, tokenizer, make_options(), errors, buffer, lambda: None)
+    assert buffer.stats.rows == 296
     assert len(started) == 2
     assert living(started) == []
 
 
-def test_small_files_and_daemons_stay_alone(monkeypatch):
+def test_small_files_and_single_cores_use_no_workers(monkeypatch):
     monkeypatch.setattr(tokenize_workers, "usable_cores", lambda: 32)
-    assert tokenize_workers.workers_for(tokenize_workers.PARALLEL_FROM - 1) == 0
-    assert tokenize_workers.workers_for(tokenize_workers.PARALLEL_FROM) == tokenize_workers.MOST
+    assert tokenize_workers.worker_count(tokenize_workers.PARALLEL_MIN_BYTES - 1) == 0
+    assert tokenize_workers.worker_count(tokenize_workers.PARALLEL_MIN_BYTES) == tokenize_workers.MAX_WORKERS
     monkeypatch.setattr(tokenize_workers, "usable_cores", lambda: 1)
-    assert tokenize_workers.workers_for(1 << 40) == 0
+    assert tokenize_workers.worker_count(1 << 40) == 0
 
 
 @given(
@@ -176,22 +189,20 @@ def test_small_files_and_daemons_stay_alone(monkeypatch):
     st.booleans(),
     st.integers(1, 60),
 )
-def test_pieces_are_whole_lines_and_nothing_is_lost(lines, ended, size):
+def test_chunks_are_whole_lines_and_cover_the_file(lines, ended, size):
     data = b"\n".join(lines) + b"\n" * ended
-    seen = []
-    own, encode.PIECE = encode.PIECE, size
-    try:
-        pieces = list(read_chunks(io.BytesIO(data), seen.append))
-    finally:
-        encode.PIECE = own
-    assert b"".join(piece.lines for piece in pieces) == b"".join(seen) == data
-    assert all(piece.lines.endswith(b"\n") for piece in pieces[:-1])
-    assert [piece.first for piece in pieces] == [
-        1 + b"".join(seen[:number]).count(b"\n") for number in range(len(pieces))
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "CHUNK_BYTES", size)
+        chunks = list(read_chunks(io.BytesIO(data), read.append))
+    assert b"".join(chunk.lines for chunk in chunks) == b"".join(read) == data
+    assert all(chunk.lines.endswith(b"\n") for chunk in chunks[:-1])
+    assert [chunk.first_line for chunk in chunks] == [
+        1 + b"".join(read[:number]).count(b"\n") for number in range(len(chunks))
     ]
 
 
-def test_the_first_rows_are_read_without_the_others(tmp_path):
+def test_the_first_rows_are_read_without_the_later_ones(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b'{"n": 1}\n{"n": 2}\nnot JSON\n')
     assert [row.value["n"] for row in LazyRows(path).first(2)] == [1, 2]
@@ -206,13 +217,13 @@ def test_the_first_rows_are_read_without_the_others(tmp_path):
 @pytest.mark.skipif(usable_cores() < 2, reason="one core")
 @pytest.mark.skipif(shutil.which("ps") is None, reason="no ps")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_is_left_by_a_run_that_is_stopped_while_it_tokenises(number, tmp_path, make_cli):
+def test_a_run_stopped_while_tokenizing_leaves_no_process(number, tmp_path, make_cli):
     cli = make_cli(tmp_path)
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 40}] * 4}
-    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * (10 * tokenize_workers.PARALLEL_FROM // 500))
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * (10 * tokenize_workers.PARALLEL_MIN_BYTES // 500))
     process = cli.start("model=tiny", "data.path=.", "data.cache_folder=cache", "hydra.run.dir=run", process_group=0)
     deadline = time.monotonic() + 60
-    while len(group(process.pid)) < 4:  # the run, two workers or more, and Python's own tracker of resources
+    while len(group(process.pid)) < 4:  # the run, at least two workers, and Python's resource tracker
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -223,7 +234,7 @@ def test_no_process_is_left_by_a_run_that_is_stopped_while_it_tokenises(number, 
         assert process.returncode == 130, out
         assert "Traceback" not in out
         assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
-        assert not list((tmp_path / "cache").glob(".tokens-*"))
+        assert not list((tmp_path / "cache").glob(".draft-*"))
     deadline = time.monotonic() + 30
     while group(process.pid):
         assert time.monotonic() < deadline, group(process.pid)
@@ -231,7 +242,7 @@ def test_no_process_is_left_by_a_run_that_is_stopped_while_it_tokenises(number, 
 
 
 def group(number):
-    """The processes of a process group."""
+    """Return the processes of a process group, without zombies."""
     listed = subprocess.run(["ps", "-e", "-o", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout
     found = [line.split() for line in listed.splitlines()]
     return [pid for pgid, pid, state in found if pgid == str(number) and not state.startswith("Z")]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from runner.data.source import resolve
+from runner.data.source import find_dataset
 
 pytestmark = [pytest.mark.fault(17), pytest.mark.slow]
 
@@ -30,7 +30,7 @@ def assert_refused(cli, stopped, contents):
 @pytest.fixture
 def data(cli):
     """A copy of the data that the run was trained on."""
-    return shutil.copytree(resolve("builtin:tiny"), cli.folder / "data")
+    return shutil.copytree(find_dataset("builtin:tiny"), cli.folder / "data")
 
 
 CHANGES = {

@@ -9,7 +9,7 @@ import pytest
 
 from runner.common.errors import ConfigError
 from runner.config import validation
-from runner.data.source import resolve
+from runner.data.source import find_dataset
 
 pytestmark = [pytest.mark.fault(28), pytest.mark.slow]
 
@@ -69,7 +69,7 @@ def test_a_sweep_shows_nothing_of_the_environment(cli):
 def secret_place(tmp_path_factory):
     """Data in a folder whose path is a secret, outside the folder of `cli`."""
     place = tmp_path_factory.mktemp("elsewhere") / KEYS["MY_SECRET"]
-    return shutil.copytree(resolve("builtin:tiny"), place)
+    return shutil.copytree(find_dataset("builtin:tiny"), place)
 
 
 @pytest.mark.long

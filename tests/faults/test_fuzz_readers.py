@@ -1,4 +1,4 @@
-"""Every reader of a stranger's file returns or raises the error it documents: nothing else, at once, in bounds."""
+"""Every reader of an untrusted file returns or raises the error it documents, quickly and within a memory limit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from runner.common.errors import CheckpointError, ConfigError, DataError, ModelE
 from runner.common.filesystem import FileSystem
 from runner.config import schema
 from runner.data.formats import EncodeOptions
-from runner.data.jsonl import read_jsonl
-from runner.data.tokenize import tokenize_rows
+from runner.data.tokenize import TokenizedDataset, load_dataset
 from runner.migrate.mapping import carry
 from runner.migrate.old import read_config
 from runner.models import tiny
@@ -212,9 +211,9 @@ ROWS = [
 ]
 
 
-def _tokenised(path: Path, tokenizer: Any) -> Any:
-    reading = EncodeOptions(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
-    return tokenize_rows(read_jsonl(path), tokenizer, reading)
+def _load_rows(folder: Path, tokenizer: Any) -> TokenizedDataset:
+    options = EncodeOptions(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
+    return load_dataset(str(folder), tokenizer, options)
 
 
 @pytest.mark.fault(16, 8)
@@ -226,8 +225,8 @@ def test_rows_of_data_are_read_or_refused(cases, tmp_path):
 
     def read(data: Any) -> None:
         path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
-        found, counts = _tokenised(path, tokenizer)
-        assert len(found) == counts.rows
+        dataset = _load_rows(tmp_path, tokenizer)
+        assert len(dataset.train) == dataset.stats["train"].rows
 
     fuzz(cases, read, DataError, damaged(*whole), *(altered(row) for row in ROWS), JSON)
 
@@ -262,11 +261,11 @@ def test_a_run_with_any_metrics_and_status_is_shown(cases, real, tmp_path):
 
 
 class _Never(Exception):
-    """Nothing may be raised."""
+    """Never raised: the reader must accept every input."""
 
 
 @pytest.mark.fault(8, 23)
-def test_the_manifest_of_a_sweep_is_read_or_refused(cases, tmp_path):
+def test_a_sweep_manifest_is_read_or_refused(cases, tmp_path):
     words = {"schema": 1, "words": ["model=tiny", "seed=1,2"], "time": "2026-11-24T10:00:00Z"}
     jobs = [{"job": i, "id": f"a{i}", "overrides": ["model=tiny", f"seed={i}"]} for i in range(2)]
     lines = [json.dumps(line).encode() + b"\n" for line in (words, *jobs)]
@@ -345,7 +344,7 @@ def _found(name: str) -> Any:
 
 @pytest.mark.fault(8)
 @_found("TRAIN_STATE")
-def test_a_train_state_that_once_broke_it_is_refused(checkpoint, case):
+def test_a_train_state_that_once_broke_the_reader_is_refused(checkpoint, case):
     path, text = case[1]
     data = json.loads(checkpoint.files[state_files.STATE])
     holder = data
@@ -359,7 +358,7 @@ def test_a_train_state_that_once_broke_it_is_refused(checkpoint, case):
 
 @pytest.mark.fault(23)
 @_found("YAML")
-def test_a_config_that_once_broke_it_is_refused(tmp_path, case):
+def test_a_config_that_once_broke_the_reader_is_refused(tmp_path, case):
     (tmp_path / "config.yaml").write_text(case[1])
     with bounded(), pytest.raises(ConfigError) as refused:
         verb_settings.read_settings(tmp_path)
@@ -368,7 +367,7 @@ def test_a_config_that_once_broke_it_is_refused(tmp_path, case):
 
 @pytest.mark.fault(23)
 @_found("SWEEP")
-def test_a_manifest_of_a_sweep_that_once_broke_it_is_refused(tmp_path, case):
+def test_a_sweep_manifest_that_once_broke_the_reader_is_refused(tmp_path, case):
     (tmp_path / sweeps.NAME).write_bytes(case[1])
     with bounded(), pytest.raises(ConfigError, match="line 1 cannot be understood"):
         sweeps.read_manifest(tmp_path)
@@ -376,7 +375,7 @@ def test_a_manifest_of_a_sweep_that_once_broke_it_is_refused(tmp_path, case):
 
 @pytest.mark.fault(22)
 @_found("SAFETENSORS")
-def test_a_safetensors_file_that_once_broke_it_is_refused(case):
+def test_a_safetensors_file_that_once_broke_the_reader_is_refused(case):
     header = json.dumps(case[1]).encode()
     with bounded(), pytest.raises(CheckpointError, match="here: "):
         parse_arrays(len(header).to_bytes(8, "little") + header, source="here")
@@ -384,17 +383,17 @@ def test_a_safetensors_file_that_once_broke_it_is_refused(case):
 
 @pytest.mark.fault(16)
 @_found("ROWS")
-def test_rows_that_once_broke_it_are_refused(tmp_path, case):
+def test_rows_that_once_broke_the_reader_are_refused(tmp_path, case):
     (tmp_path / "train.jsonl").write_bytes(case[1])
     begun = time.process_time()
     with bounded(), pytest.raises(DataError) as refused:
-        _tokenised(tmp_path / "train.jsonl", tiny.build_tokenizer())
+        _load_rows(tmp_path, tiny.build_tokenizer())
     assert len(str(refused.value)) < 5000 and time.process_time() - begun < SECONDS
 
 
 @pytest.mark.fault(8)
 @_found("GGUF")
-def test_a_gguf_file_that_once_broke_it_is_refused(tmp_path, case):
+def test_a_gguf_file_that_once_broke_the_reader_is_refused(tmp_path, case):
     (tmp_path / "a.gguf").write_bytes(case[1])
     with bounded(), pytest.raises(ModelError) as refused:
         gguf.load_gguf(tmp_path / "a.gguf", keep_quantized=False, dtype=None)

@@ -203,12 +203,12 @@ def caches(backend: MlxBackend, identity: dict | None = None, **config) -> Hidde
 
 @pytest.fixture
 def rows(tiny: Callable) -> HiddenStates:
-    from runner.data.from_config import encode_options
+    from runner.data.formats import EncodeOptions
     from runner.data.tokenize import load_dataset
 
     settings = tiny()
     base = load_base_model(settings.model)
-    return load_dataset("builtin:tiny", base.tokenizer, encode_options(settings.data)).train
+    return load_dataset("builtin:tiny", base.tokenizer, EncodeOptions.from_config(settings.data)).train
 
 
 def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, tmp_path: Path) -> None:

@@ -200,10 +200,10 @@ def test_iters_cannot_grow_if_the_schedule_ends_with_them(tiny, train, tmp_path,
 
 
 def test_moved_data_is_accepted_and_changed_data_refused(tiny, train, tmp_path, assert_equal_runs):
-    from runner.data.source import resolve
+    from runner.data.source import find_dataset
 
     whole = train(tiny(), tmp_path / "whole")
-    data = shutil.copytree(resolve("builtin:tiny"), tmp_path / "data")
+    data = shutil.copytree(find_dataset("builtin:tiny"), tmp_path / "data")
     run = train(tiny(**{"data.path": str(data)}), tmp_path / "run", stop_at=4)
     moved = data.rename(tmp_path / "moved")
     train(tiny(**{"data.path": str(moved)}), run, resume=run, stop_at=8)

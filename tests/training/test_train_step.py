@@ -12,7 +12,7 @@ from mlx_lm.tuner.trainer import default_loss
 from runner.backends.mlx.backend import MlxBackend
 from runner.common.errors import Diverged
 from runner.config import schema, validation
-from runner.data.tokenize import TokenSet
+from runner.data.token_set import TokenSet
 from runner.models.dropout import dropout_key
 from runner.models.forward import Forward
 from runner.models.load import load_base_model

@@ -14,7 +14,7 @@ from runner.common.errors import ConfigError, DataError
 from runner.common.text import printable
 from runner.config.schema import Config
 from runner.data.row_errors import RowError
-from runner.data.source import BUILTIN, find_files, resolve
+from runner.data.source import BUILTIN_PREFIX, find_dataset, find_split_files
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter
@@ -95,9 +95,9 @@ def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: s
 
     encoder = TextEncoder(loaded.base.tokenizer)
     try:
-        if encoder.has_template and config.data.chat_template and not _trained_on_text(config, encoder):
+        if encoder.has_chat_template and config.data.chat_template and not _trained_on_text(config, encoder):
             turns = [{"role": "system", "content": system}] if system is not None else []
-            return encoder.chat([*turns, {"role": "user", "content": prompt}], prompt=True)
+            return encoder.encode_chat([*turns, {"role": "user", "content": prompt}], add_generation_prompt=True)
         if system is not None:
             raise ConfigError("--system needs a chat template, and this run's rows were encoded without one.")
         tokens = encoder.encode(prompt)
@@ -113,15 +113,14 @@ def _trained_on_text(config: Config, encoder: TextEncoder) -> bool:
     data = config.data
     if data.format != "auto":
         return data.format == "text"
-    if not (data.path.startswith(BUILTIN) or Path(data.path).is_dir()):
+    if not (data.path.startswith(BUILTIN_PREFIX) or Path(data.path).is_dir()):
         return False
-    from runner.data.formats import FORMATS, choose_format
-    from runner.data.from_config import encode_options
+    from runner.data.formats import FORMATS, EncodeOptions, choose_format
     from runner.data.jsonl import read_jsonl
 
     try:
-        first = next(iter(read_jsonl(find_files(resolve(data.path))["train"])))
-        return choose_format(first, encoder, encode_options(config.data)) is FORMATS["text"]
+        first = next(iter(read_jsonl(find_split_files(find_dataset(data.path))["train"])))
+        return choose_format(first, encoder, EncodeOptions.from_config(config.data)) is FORMATS["text"]
     except (DataError, KeyError, StopIteration):
         return False
 

@@ -10,7 +10,7 @@ from runner.backends.cpu import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.common.errors import ConfigError, DataError
 from runner.config.schema import Config
-from runner.data.source import find_files, resolve
+from runner.data.source import find_dataset, find_split_files
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     if "train.eval_batches" not in settings.typed:
         config.train.eval_batches = -1
     metric_rows = _metric_rows(options.rows, config)
-    if options.split not in find_files(resolve(config.data.path)):
+    if options.split not in find_split_files(find_dataset(config.data.path)):
         raise DataError(
             f"{config.data.path} has no {options.split}.jsonl. Another split: --split valid. Other data: data.path=…"
         )
@@ -42,14 +42,15 @@ def run(argv: list[str]) -> int:
     from runner.backends.hidden_caches import hidden_caches
     from runner.backends.select import select_backend
     from runner.cli.commands.load_adapter import load_adapter
-    from runner.data.from_config import encode_options, token_cache_from
+    from runner.data.formats import EncodeOptions
+    from runner.data.token_cache import open_token_cache
     from runner.data.tokenize import load_dataset
     from runner.training.dataloader import evaluation_loader
     from runner.training.validate import validate
 
     loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
-    reading, cache = encode_options(config.data), token_cache_from(config.data)
-    data = load_dataset(config.data.path, loaded.base.lazy_tokenizer, reading, (options.split,), cache)
+    encode_options, cache = EncodeOptions.from_config(config.data), open_token_cache(config.data)
+    data = load_dataset(config.data.path, loaded.base.lazy_tokenizer, encode_options, (options.split,), cache)
     for note in data.notes:
         arguments.print_note(note)
     rows = getattr(data, options.split)
@@ -101,7 +102,7 @@ def _metric_rows(rows: int | None, config: Config) -> int:
 def _generate(
     loaded: LoadedAdapter, data: TokenizedDataset, config: Config, split: str, count: int
 ) -> GenerationResult:
-    from runner.data.from_config import encode_options
+    from runner.data.formats import EncodeOptions
     from runner.data.metrics import metric_named
     from runner.training.generate import generate
 
@@ -112,7 +113,7 @@ def _generate(
         loaded.base.model,
         loaded.base.tokenizer,
         values,
-        encode_options(config.data),
+        EncodeOptions.from_config(config.data),
         metric_named(config.data.metric),
         max_tokens=config.data.max_new_tokens,
     )

@@ -20,7 +20,7 @@ from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
 from runner.common.errors import ModelError
 from runner.config import schema
-from runner.data.tokenize import TokenSet
+from runner.data.token_set import TokenSet
 from runner.models.forward import Forward
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel

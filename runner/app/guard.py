@@ -81,7 +81,7 @@ def check_sweep_manifest(manifest: SweepManifest, typed: Collection[str]) -> Non
     Raises:
         ConfigError: names the stored override.
     """
-    overrides = [*manifest.words, *(override for job in manifest.jobs.values() for override in job.overrides)]
+    overrides = [*manifest.arguments, *(override for job in manifest.jobs.values() for override in job.overrides)]
     for override in overrides:
         if override.startswith("-") and not override.startswith("--config-dir="):
             raise ConfigError(

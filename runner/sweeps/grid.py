@@ -1,4 +1,4 @@
-"""From the words of a sweep to its jobs: which overrides each has, and the identity that follows from them."""
+"""From the overrides of a sweep to those of its jobs, and what a sweep stores of its command line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from runner.common.errors import ConfigError
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_path
 
-MOST_JOBS = 10_000
+MAX_JOBS = 10_000
+_NOT_STORED = ("stored", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode")
+"""Settings that the program sets for each invocation of a sweep."""
 
 
 def expand_grid(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
-    """The overrides of every job: the product of all swept values, the first word varying slowest.
+    """Return the overrides of every job: the product of all swept values, the first override varying slowest.
 
-    A key that is said twice counts with its last word. Lists, ranges, choices and globs are expanded by Hydra's own
-    parser; an interval needs a sweeper that draws from it.
+    Of two overrides of one key the last counts. Hydra's parser expands lists, ranges, choices and globs.
 
     Raises:
-        ConfigError: an interval, a glob that matches nothing, or more jobs than anyone can want.
+        ConfigError: an interval (only a sampling sweeper can draw from it), a glob without a match, or too many jobs.
     """
     choices: dict[str, list[str]] = {}
     for override in overrides:
@@ -30,9 +31,9 @@ def expand_grid(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
         if override.is_sweep_override():
             if not override.is_discrete_sweep():
                 raise ConfigError(f"{override.input_line}: an interval has no values to try; list some or use range().")
-            found = override.value()
-            if isinstance(found, RangeSweep) and _count(found) > MOST_JOBS:
-                raise ConfigError(f"{override.input_line}: a sweep of more than {MOST_JOBS:,} jobs is refused.")
+            swept = override.value()
+            if isinstance(swept, RangeSweep) and _length(swept) > MAX_JOBS:
+                raise ConfigError(f"{override.input_line}: a sweep of more than {MAX_JOBS:,} jobs is refused.")
             values = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not values:
                 raise ConfigError(f"{override.input_line} matches nothing.")
@@ -40,39 +41,29 @@ def expand_grid(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
             values = [f"{key}={override.get_value_element_as_str()}"]
         choices.pop(key, None)
         choices[key] = list(dict.fromkeys(values))
-    if math.prod(map(len, choices.values())) > MOST_JOBS:
-        raise ConfigError(f"A sweep of more than {MOST_JOBS:,} jobs is refused: try fewer values at once.")
+    if math.prod(map(len, choices.values())) > MAX_JOBS:
+        raise ConfigError(f"A sweep of more than {MAX_JOBS:,} jobs is refused: try fewer values at once.")
     return list(itertools.product(*choices.values()))
 
 
-def _count(found: RangeSweep) -> float:
-    assert found.start is not None and found.stop is not None
-    return abs(found.stop - found.start) / max(abs(found.step), 1e-300)
-
-
-_NOT_KEPT = (
-    "stored",
-    "hydra.sweep.dir",
-    "hydra.sweep.subdir",
-    "hydra.run.dir",
-    "hydra.mode",
-)
-"""Words that belong to one invocation, or that a sweep sets itself."""
-
-
-def stored_overrides(invocation: Invocation) -> list[str]:
-    """Return what a sweep's manifest keeps of the command line, so that the sweep can be finished without it."""
+def stored_arguments(invocation: Invocation) -> list[str]:
+    """Return what a sweep's manifest stores of the command line, so that the sweep can be finished without it."""
     repeat = [] if invocation.repeat is None else [f"repeat={quote_path(str(invocation.repeat))}"]
-    arguments = [a for a in invocation.arguments if a not in ("-m", "--multirun") and _key(a) not in _NOT_KEPT]
+    arguments = [a for a in invocation.arguments if a not in ("-m", "--multirun") and _key(a) not in _NOT_STORED]
     return [*repeat, *arguments]
 
 
-def merge_overrides(stored: Sequence[str], typed: Sequence[str]) -> list[str]:
-    """The words of a sweep when it is resumed: a key typed again replaces the stored one, new ones are added."""
-    said = {_key(word): word for word in stored}
-    said.update({_key(word): word for word in typed})
-    return list(said.values())
+def merge_arguments(stored: Sequence[str], typed: Sequence[str]) -> list[str]:
+    """Return the arguments of a resumed sweep: those typed replace the stored ones of the same key, or are added."""
+    merged = {_key(argument): argument for argument in stored}
+    merged.update({_key(argument): argument for argument in typed})
+    return list(merged.values())
 
 
-def _key(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
+def _length(swept: RangeSweep) -> float:
+    assert swept.start is not None and swept.stop is not None
+    return abs(swept.stop - swept.start) / max(abs(swept.step), 1e-300)
+
+
+def _key(argument: str) -> str:
+    return argument.lstrip("+").partition("=")[0]

@@ -37,13 +37,13 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     if invocation.repeat is not None:
         raise ConfigError(f"resume={folder} finishes a sweep with its own settings: leave out repeat=.")
     manifest = sweep_manifest.read_manifest(folder)
-    if not manifest.words:
+    if not manifest.arguments:
         raise ConfigError(f"resume={folder}: {sweep_manifest.NAME} holds no overrides: there is nothing to finish.")
     guard.check_sweep_manifest(manifest, invocation.settings)
-    repeat = [Path(unquote(word.partition("=")[2])) for word in manifest.words if word.startswith("repeat=")]
-    stored = [word for word in manifest.words if not word.startswith("repeat=")]
+    repeat = [Path(unquote(word.partition("=")[2])) for word in manifest.arguments if word.startswith("repeat=")]
+    stored = [word for word in manifest.arguments if not word.startswith("repeat=")]
     typed = [argument for argument in invocation.arguments if argument not in ("-m", "--multirun")]
-    merged = grid.merge_overrides(stored, typed)
+    merged = grid.merge_arguments(stored, typed)
     flags = [argument for argument in merged if argument.startswith("-")]
     overrides = [argument for argument in merged if not argument.startswith("-")]
     return replace(
@@ -94,7 +94,7 @@ def _claim(path: Path, is_named: bool) -> Path:
             candidate.mkdir(parents=True)
             return candidate
         except FileExistsError:
-            if is_named and sweep_manifest.was_cut_off(candidate):
+            if is_named and sweep_manifest.is_abandoned(candidate):
                 return candidate
             if is_named:
                 hint = f" To finish the sweep in it: resume={candidate}" if is_stored_sweep(candidate) else ""

@@ -1,10 +1,10 @@
-"""A sweep from its words to its end: plan what is left, launch it, tell what came of every job."""
+"""A sweep from its overrides to its results: expand the grid, plan what is left, launch it, report every job."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,17 @@ from runner.common.text import relative_path
 from runner.config.invocation import Invocation
 from runner.config.validation import validate_stop_at
 from runner.reports.screen import Screen
-from runner.reports.sweep_results import print_sweep_results, read_sweep_results, write_sweep_results
+from runner.reports.sweep_results import SweepResults, print_sweep_results, read_sweep_results, write_sweep_results
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
-from runner.runs.sweep_manifest import SweepJob, SweepManifest, job_id
+from runner.runs.sweep_manifest import SweepManifest, job_id
 from runner.sweeps import grid
 from runner.sweeps.compose import JobComposer
-from runner.sweeps.job import has_begun, remove_aborted_start
-
-DONE = ("finished", "diverged")
-"""States that a resumed sweep leaves alone: a diverged job diverges again, unless its overrides change."""
-
-
-@dataclass(frozen=True)
-class PlannedJob:
-    """A job that is left to do."""
-
-    job: SweepJob
-    goes_on: bool
-    """Whether its run began and goes on from where it stands."""
-    overrides: tuple[str, ...]
+from runner.sweeps.plan import PlannedJob, plan_jobs
 
 
 class SweepFailed(RunnerError):
-    """Some jobs failed or diverged; the others finished."""
+    """Raised at the end of a sweep in which jobs failed or diverged."""
 
 
 def run_sweep(
@@ -57,8 +44,11 @@ def run_sweep(
 ) -> list[JobReturn]:
     """Run the sweep of `arguments` (task overrides) in hydra.sweep.dir: all of it, or what is left of it.
 
+    Args:
+        params: hydra.sweeper.params, overrides of the sweep that stand in a config.
+
     Raises:
-        ConfigError: a word or a value that no job could run with; nothing has started then.
+        ConfigError: an override that no job could run with; nothing has started then.
         DirectoryInUse: another process works on the sweep.
         SweepFailed: at the end, if a job failed or diverged.
     """
@@ -66,35 +56,29 @@ def run_sweep(
     directory = RunDirectory(folder)
     try:
         directory.lock()
-        known = sweep_manifest.read_manifest(folder)
-        wanted = _grid(arguments, params, context)
-        _check_all(wanted, known, context, config, invocation.stop_at)
+        manifest = sweep_manifest.read_manifest(folder)
+        overrides_of_jobs = _expand(arguments, params, context)
+        _check_new_jobs(overrides_of_jobs, manifest, JobComposer(context.config_loader, config), invocation.stop_at)
     except BaseException:
         directory.unlock()
         _remove_if_empty(folder)
         raise
     try:
-        if not known.jobs:
+        if not manifest.jobs:
             OmegaConf.save(config, folder / "multirun.yaml")  # as Hydra's own sweeper does
-        known.add(grid.stored_overrides(invocation), [(job_id(overrides), overrides) for overrides in wanted])
-        planned = plan(known, wanted)
-        _say(known, planned)
+        manifest.add(grid.stored_arguments(invocation), overrides_of_jobs)
+        jobs = plan_jobs(manifest, overrides_of_jobs)
+        _refuse_links(folder, jobs)
+        print(_plan_text(manifest, jobs), flush=True)
         returns: list[JobReturn] = []
         try:
-            if planned:
-                returns = list(launcher.launch([_words(p) for p in planned], initial_job_idx=0))
+            if jobs:
+                returns = list(launcher.launch([job.launch_overrides() for job in jobs], initial_job_idx=0))
         finally:
-            errors = {
-                one.job.number: str(done._return_value)
-                for one, done in zip(planned, returns, strict=False)
-                if done.status == JobStatus.FAILED
-            }
-            results = read_sweep_results(known, errors)
-            write_sweep_results(results)
-            print_sweep_results(results, Screen())
+            results = _report(manifest, jobs, returns)
         if results.failed:
             raise SweepFailed(
-                f"{results.failed} of {len(known.jobs)} jobs failed or diverged; the table and results.csv say why. "
+                f"{results.failed} of {len(manifest.jobs)} jobs failed or diverged; the table and results.csv say why. "
                 "resume= tries failed ones again; diverged ones need other settings."
             )
         return returns
@@ -102,77 +86,64 @@ def run_sweep(
         directory.unlock()
 
 
-def plan(known: SweepManifest, wanted: Sequence[tuple[str, ...]]) -> list[PlannedJob]:
-    """What is left to do, in the order of the jobs' numbers: all jobs of the manifest that are not done.
-
-    States are read from the runs themselves, so that they are true after a crash.
-    """
-    fresh = {job_id(overrides): overrides for overrides in wanted}
-    left = []
-    for job in known.jobs.values():
-        folder = known.folder / job.folder
-        begun = has_begun(folder)
-        if begun and RunDirectory(folder).read_status()["state"] in DONE:
-            continue
-        left.append(PlannedJob(job, begun, fresh.get(job.identity, job.overrides)))
-    return left
-
-
-def _grid(arguments: Sequence[str], params: dict[str, Any] | None, context: HydraContext) -> list[tuple[str, ...]]:
-    words = [f"{key}={_param(value)}" for key, value in (params or {}).items()]
+def _expand(arguments: Sequence[str], params: dict[str, Any] | None, context: HydraContext) -> list[tuple[str, ...]]:
+    overrides = [f"{key}={_param_text(value)}" for key, value in (params or {}).items()]
     parser = OverridesParser.create(config_loader=context.config_loader)
-    return grid.expand_grid(parser.parse_overrides([*words, *arguments]))
+    return grid.expand_grid(parser.parse_overrides([*overrides, *arguments]))
 
 
-def _param(value: Any) -> str:
-    """A value of hydra.sweeper.params: text in the grammar of overrides, or a list of values."""
+def _param_text(value: Any) -> str:
+    """Return a value of hydra.sweeper.params, which is text in the grammar of overrides or a list of values."""
     if OmegaConf.is_list(value) or isinstance(value, (list, tuple)):
-        return ",".join(json.dumps(v) if isinstance(v, str) else str(v) for v in value)
+        return ",".join(json.dumps(item) if isinstance(item, str) else str(item) for item in value)
     return str(value)
 
 
-def _check_all(
-    wanted: list[tuple[str, ...]],
-    known: SweepManifest,
-    context: HydraContext,
-    config: DictConfig,
-    stop_at: int | None,
+def _check_new_jobs(
+    overrides_of_jobs: Sequence[tuple[str, ...]], manifest: SweepManifest, composer: JobComposer, stop_at: int | None
 ) -> None:
-    """Compose and check every new job before the first starts: one wrong value is told at once."""
-    composer = JobComposer(context.config_loader, config)
-    for overrides in wanted:
-        if job_id(overrides) not in known.jobs:
+    """Compose and validate every new job before the first starts, so that an invalid value is reported at once."""
+    for overrides in overrides_of_jobs:
+        if job_id(overrides) not in manifest.jobs:
             try:
-                resolved = resolve_config(composer.compose(overrides))
-                validate_stop_at(stop_at, resolved)
-                require_adapter(resolved)
+                settings = resolve_config(composer.compose(overrides))
+                validate_stop_at(stop_at, settings)
+                require_adapter(settings)
             except ConfigError as error:
                 raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
 
 
-def _words(planned: PlannedJob) -> list[str]:
-    own = [f"hydra.sweep.subdir={planned.job.folder}"]
-    if planned.goes_on:
-        own.append("hydra.output_subdir=null")  # the first start's record stays
-    return [*planned.overrides, *own]
+def _refuse_links(folder: Path, jobs: Sequence[PlannedJob]) -> None:
+    """Refuse to start a job in a symbolic link, which could lead out of the sweep."""
+    for job in jobs:
+        path = folder / str(job.number)
+        if not job.resumes and path.is_symlink():
+            raise ConfigError(f"{path} is a symbolic link, which a sweep does not follow: remove it.")
 
 
-def _say(known: SweepManifest, planned: Sequence[PlannedJob]) -> None:
-    on = sum(p.goes_on for p in planned)
-    done = len(known.jobs) - len(planned)
-    parts = [f"{len(planned) - on} to start" if len(planned) - on else "", f"{on} to go on" if on else ""]
-    parts.append(f"{done} done" if done else "")
-    print(
-        f"sweep  {relative_path(known.folder)}: {len(known.jobs)} jobs, {', '.join(p for p in parts if p)}", flush=True
-    )
-    for one in planned:
-        remove_aborted_start(known.folder / one.job.folder)
+def _plan_text(manifest: SweepManifest, jobs: Sequence[PlannedJob]) -> str:
+    """Return what is left to do: ``sweep  outputs/sweeps/x: 6 jobs, 1 to start, 2 to resume, 3 done``."""
+    resumed = sum(job.resumes for job in jobs)
+    counts = {"to start": len(jobs) - resumed, "to resume": resumed, "done": len(manifest.jobs) - len(jobs)}
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"sweep  {relative_path(manifest.folder)}: {len(manifest.jobs)} jobs, {', '.join(parts)}"
+
+
+def _report(manifest: SweepManifest, jobs: Sequence[PlannedJob], returns: Sequence[JobReturn]) -> SweepResults:
+    """Write and print the results; `returns` is shorter than `jobs` where a signal ended the launch."""
+    errors = {
+        job.number: str(done._return_value)
+        for job, done in zip(jobs, returns, strict=False)
+        if done.status == JobStatus.FAILED
+    }
+    results = read_sweep_results(manifest, errors)
+    write_sweep_results(results)
+    print_sweep_results(results, Screen())
+    return results
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """A sweep that was refused before anything started leaves no folder behind."""
-    try:
+    """Remove the folder of a sweep that was refused before anything was written into it."""
+    with suppress(OSError):
         (folder / ".lock").unlink(missing_ok=True)
         folder.rmdir()
-    except OSError:
-        return

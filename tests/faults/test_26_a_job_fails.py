@@ -30,7 +30,7 @@ def test_one_failed_and_one_diverged_job_stop_nobody_and_the_exit_code_tells(cli
     assert "nonsense" in reasons[2] and "not finite" in reasons[1]
     # Failed ones are tried again, the diverged one is not, the finished one stays.
     out = cli("resume=s", expect=1)
-    assert "2 to go on, 2 done" in out or "2 to start, 2 done" in out
+    assert "2 to resume, 2 done" in out or "2 to start, 2 done" in out
     overrides = (*SMALL, "optimizer=sgd", keys, "train.iters=20", "optimizer.learning_rate=1e-3")
     twin = alone(cli, "twin", *overrides)
     assert_equal_runs(cli.folder / "s/0", twin)
@@ -48,5 +48,5 @@ def test_the_process_launcher_survives_a_killed_job_and_the_resume_finishes_it(c
     assert [rows[n]["state"] for n in (0, 1, 2)] == ["finished", "failed", "finished"]
     assert "SIGKILL" in rows[1]["reason"]
     out = cli("resume=s")
-    assert "1 to go on, 2 done" in out
+    assert "1 to resume, 2 done" in out
     assert_equal_runs(cli.folder / "s/1", alone(cli, "alone", *overrides[:-1], "lora.rank=4"))

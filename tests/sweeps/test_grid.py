@@ -65,6 +65,6 @@ def test_extending_a_grid_keeps_every_job_that_it_had_when_values_are_only_added
     words = [f"{k}={','.join(map(str, v))}" for k, v in first.items()]
     typed = [f"{k}={','.join(map(str, v))}" for k, v in wider.items()]
     before = {job_id(job) for job in jobs(*words)}
-    after = [job_id(job) for job in jobs(*grid.merge_overrides(words, typed))]
+    after = [job_id(job) for job in jobs(*grid.merge_arguments(words, typed))]
     assert before <= set(after)
     assert len(after) == len(set(after)) == len(list(itertools.product(*wider.values())))

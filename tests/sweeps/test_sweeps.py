@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alon
     assert "stop_at" not in (cli.folder / "s/sweep.jsonl").read_text() + (cli.folder / "s/0/config.yaml").read_text()
     assert {r["state"] for r in cli.results(cli.folder / "s").values()} == {"stopped"}
     out = cli("resume=s")
-    assert "2 to go on" in out
+    assert "2 to resume" in out
     for number, rank in enumerate((2, 4)):
         assert_equal_runs(cli.folder / f"s/{number}", alone(cli, f"alone{rank}", *SMALL, f"lora.rank={rank}"))
 
@@ -113,6 +114,34 @@ def test_a_signal_to_a_sweep_saves_the_job_in_progress_and_ends(cli, launcher):
     assert "resume=s" in out
 
 
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.slow)])
+def test_a_job_killed_before_it_wrote_its_config_starts_again_whatever_its_checkpoint_folder(
+    cli, launcher, assert_equal_runs
+):
+    arguments = (*SMALL, "checkpoint.dir=saved", "lora.rank=2,4")
+    cli("-m", *arguments, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    job = cli.folder / "s/1"
+    finished = job.rename(cli.folder / "finished")
+    (job / "saved").mkdir(parents=True)  # the claim
+    shutil.copytree(finished / ".hydra", job / ".hydra")
+    shutil.copy(finished / ".lock", job)
+    (job / "run.log").write_text("")
+    out = cli("resume=s")
+    assert "1 to start, 1 done" in out
+    for run in (job, finished):
+        (run / "saved").rename(run / "checkpoints")
+    assert_equal_runs(job, finished)
+
+
+def test_a_job_never_starts_in_a_link_that_leads_out_of_the_sweep(cli):
+    cli("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
+    shutil.rmtree(cli.folder / "s/1")
+    (cli.folder / "elsewhere").mkdir()
+    (cli.folder / "s/1").symlink_to(cli.folder / "elsewhere")
+    assert "s/1 is a symbolic link" in cli("resume=s", expect=2)
+    assert list((cli.folder / "elsewhere").iterdir()) == []
+
+
 def test_a_second_process_on_a_sweep_is_told_who_works_on_it(cli):
     words = (*SMALL, "train.iters=100000", "lora.rank=2,4")
     process = cli.start("-m", *words, "hydra.sweep.dir=s")
@@ -147,7 +176,7 @@ def test_a_sweep_started_by_an_earlier_version_resumes(cli):
     config = yaml.safe_load(stored.read_text()) | {"resume": None, "repeat": "run"}
     config["train"]["stop_at"] = 2
     stored.write_text(yaml.safe_dump(config))
-    assert "2 to go on" in cli("resume=s")
+    assert "2 to resume" in cli("resume=s")
     assert {r["state"] for r in cli.results(cli.folder / "s").values()} == {"finished"}
     assert "1 to start, 2 done" in cli("resume=s", "lora.rank=3,4,5")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -13,20 +15,21 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.config.invocation import Invocation
 from runner.sweeps.compose import JobComposer
-from runner.sweeps.job import differing_overrides, run_job, split_overrides
+from runner.sweeps.job import run_job
+from runner.sweeps.plan import PlannedJob, job_labels
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def launch(
-    jobs: Sequence[Sequence[str]], *, context: HydraContext, config: DictConfig, invocation: Invocation
+    job_overrides: Sequence[Sequence[str]], *, context: HydraContext, config: DictConfig, invocation: Invocation
 ) -> list[JobReturn]:
-    """Run `jobs`, each a list of overrides with its hydra.sweep.subdir; a failed one does not stop the others.
+    """Run the jobs, given as `PlannedJob.launch_overrides`; a failed job does not stop the others.
 
-    Jobs of the same base and data run next to each other, whatever their numbers, so that each is loaded once.
+    Jobs of the same base model and data run next to each other, whatever their numbers, so that each is loaded once.
 
     Raises:
-        SystemExit: a signal asked the process to stop; the job in progress has saved.
+        SystemExit: a signal stopped the process; the job in progress has saved.
     """
     from runner.backends.cpu import blas
 
@@ -35,53 +38,50 @@ def launch(
 
     composer, shared = JobComposer(context.config_loader, config), SharedComponents()
     sweep = Path(config.hydra.sweep.dir)
-    HydraConfig.instance().set_config(config)  # for ${hydra:…} in a config of one's own
-    needs = [_needs(composer, words) for words in jobs]
-    rank = {need: i for i, need in reversed(list(enumerate(needs)))}  # of each need its first appearance
-    order = sorted(range(len(jobs)), key=lambda i: rank[needs[i]])
-    own_words = differing_overrides([split_overrides(words)[0] for words in jobs])
-    returns: list[JobReturn | None] = [None] * len(jobs)
-    for i in order:
-        overrides, own = split_overrides(jobs[i])
-        done = returns[i] = JobReturn()
-        done.overrides = overrides
+    HydraConfig.instance().set_config(config)  # for ${hydra:…} in a user's config
+    jobs = [PlannedJob.parse(overrides) for overrides in job_overrides]
+    labels = job_labels(jobs)
+    returns = [JobReturn() for _ in jobs]
+    for i in _loading_order(composer, jobs):
+        job, result = jobs[i], returns[i]
+        result.overrides = list(job.overrides)
         try:
-            cfg = composer.compose(overrides)
-            node = composer.hydra_node(overrides)
-            number, folder = int(own["hydra.sweep.subdir"]), sweep / own["hydra.sweep.subdir"]
-            if own.get("hydra.output_subdir") != "null":
-                _record(cfg, node, overrides, number, folder)
-            done.cfg = cfg
-            done.return_value = run_job(
-                cfg,
+            result.cfg = composer.compose(job.overrides)
+            hydra = composer.hydra_node(job.overrides)
+            folder = sweep / str(job.number)
+            result.return_value = run_job(
+                result.cfg,
                 folder,
-                number=number,
-                label=own_words[i],
-                experiment=node.runtime.choices.get("experiment"),
+                label=f"job {job.number}  {labels[i]}",
+                experiment=hydra.runtime.choices.get("experiment"),
                 stop_at=invocation.stop_at,
                 shared=shared,
+                on_claim=partial(_write_record, result.cfg, hydra, job, folder),
             )
-            done.status = JobStatus.COMPLETED
+            result.status = JobStatus.COMPLETED
         except Exception as error:
-            done.return_value, done.status = error, JobStatus.FAILED
-    return [done for done in returns if done is not None]
+            result.return_value, result.status = error, JobStatus.FAILED
+    return returns
 
 
-def _needs(composer: JobComposer, words: Sequence[str]) -> tuple[str, str]:
-    """What has to be loaded for the job: its model and its data."""
-    config = composer.compose(split_overrides(words)[0])
-    return repr(config.model), repr(config.data)
+def _loading_order(composer: JobComposer, jobs: Sequence[PlannedJob]) -> list[int]:
+    """Return the indexes of the jobs, those of one base model and data set next to each other."""
+    configs = [composer.compose(job.overrides) for job in jobs]
+    keys = [(repr(config.model), repr(config.data)) for config in configs]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    return sorted(range(len(jobs)), key=lambda i: first[keys[i]])
 
 
-def _record(cfg: DictConfig, node: DictConfig, overrides: list[str], number: int, folder: Path) -> None:
-    """Hydra's own record of the job in .hydra/."""
+def _write_record(cfg: DictConfig, hydra: DictConfig, job: PlannedJob, folder: Path) -> None:
+    """Write .hydra/ as Hydra's own launcher does."""
     record = folder / ".hydra"
-    record.mkdir(parents=True, exist_ok=True)
-    with read_write(node), open_dict(node):
-        node.job.num = node.job.id = number
-        node.overrides.task = overrides
-        node.runtime.output_dir = str(folder)
-    for name, content in (("config.yaml", cfg), ("overrides.yaml", overrides), ("hydra.yaml", {"hydra": node})):
-        node_ = content if isinstance(content, DictConfig) else OmegaConf.create(content)
-        plain = OmegaConf.to_container(node_, enum_to_str=True)
-        (record / name).write_text(yaml.dump(plain, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+    record.mkdir(exist_ok=True)
+    with read_write(hydra), open_dict(hydra):
+        hydra.job.num = hydra.job.id = job.number
+        hydra.overrides.task = list(job.overrides)
+        hydra.runtime.output_dir = str(folder)
+    contents: dict[str, Any] = {"config": cfg, "overrides": list(job.overrides), "hydra": {"hydra": hydra}}
+    for name, content in contents.items():
+        node = content if OmegaConf.is_config(content) else OmegaConf.create(content)
+        text = yaml.dump(OmegaConf.to_container(node, enum_to_str=True), Dumper=_Dumper, sort_keys=False)
+        (record / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -1,0 +1,45 @@
+"""How many jobs fit into the memory and cores of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from runner.common.cores import usable_cores
+
+_SHARE_OF_MEMORY = 0.8
+_PROCESS_BYTES = 700_000_000
+"""A process with MLX and transformers imported, without a model."""
+_FACTOR = 3
+"""Memory of a training job relative to its weights."""
+
+
+def jobs_that_fit(models: Iterable[str]) -> int:
+    """Return how many jobs may run at once, at least 1; `models` are the values of model.path that they use."""
+    largest = max((_weight_bytes(model) for model in models), default=0)
+    by_memory = int(_SHARE_OF_MEMORY * _available_bytes() / (_PROCESS_BYTES + _FACTOR * largest))
+    return max(1, min(usable_cores(), by_memory))
+
+
+def _weight_bytes(model: str) -> int:
+    """Return a rough size of a model's weights in memory: float32, which a .gguf of 4 to 8 bits is expanded to."""
+    path = Path(model)
+    if model.startswith("builtin:"):
+        return 0 if model == "builtin:tiny" else 540_000_000
+    if path.is_file():
+        return 6 * path.stat().st_size
+    if path.is_dir():
+        return 2 * sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+    return 2_000_000_000  # on the hub: unknown before it is fetched
+
+
+def _available_bytes() -> int:
+    """Return the free memory in bytes; half of the machine's memory where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,1 +1,1 @@
-"""The face by which Hydra finds our sweeper and launchers. Imported at every start of Hydra: nothing heavy here."""
+"""Sweeper and launchers for Hydra, which imports this package at every start: nothing heavy is imported here."""

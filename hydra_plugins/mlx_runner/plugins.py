@@ -1,4 +1,7 @@
-"""hydra/sweeper=grid (the default), hydra/launcher=serial (the default) and hydra/launcher=process."""
+"""hydra/sweeper=grid (the default), hydra/launcher=serial (the default) and hydra/launcher=process.
+
+The classes only delegate, so that Hydra, which imports this module at every start, imports nothing heavy with it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class GridSweeper(Sweeper):
-    """Every combination of the swept values; can be finished and extended with resume=."""
+    """Runs every combination of the swept values; resume= finishes and extends such a sweep."""
 
     def __init__(self, params: dict[str, Any] | None = None) -> None:
         self._params = params
 
     def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
-        """Called by Hydra."""
+        """Keep what Hydra passes to its plugins."""
         from hydra.core.plugins import Plugins
 
         self._context, self._config = hydra_context, config
@@ -33,7 +36,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep of `arguments`."""
+        """Run the sweep of the overrides `arguments`."""
         from runner.sweeps.sweep import run_sweep
 
         return run_sweep(
@@ -48,13 +51,13 @@ class GridSweeper(Sweeper):
 
 class _Launcher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
-        """Called by Hydra."""
+        """Keep what Hydra passes to its plugins."""
         self.context, self.config = hydra_context, config
         self.invocation = task_function.invocation
 
 
 class SerialLauncher(_Launcher):
-    """Jobs one after the other in this process, sharing what they can."""
+    """Runs jobs one after the other in this process; they share the base model and the data."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
@@ -64,7 +67,7 @@ class SerialLauncher(_Launcher):
 
 
 class ProcessLauncher(_Launcher):
-    """Each job in a process of its own, several at once."""
+    """Runs each job in a process of its own, several at once."""
 
     def __init__(self, jobs: int | None = None) -> None:
         self._jobs = jobs
@@ -78,12 +81,12 @@ class ProcessLauncher(_Launcher):
         )
 
 
-_HERE = "hydra_plugins.mlx_runner.plugins"
+_MODULE = "hydra_plugins.mlx_runner.plugins"
 _store = ConfigStore.instance()
 for _group, _name, _node in (
-    ("hydra/sweeper", "grid", {"_target_": f"{_HERE}.GridSweeper", "params": {}}),
-    ("hydra/launcher", "serial", {"_target_": f"{_HERE}.SerialLauncher"}),
+    ("hydra/sweeper", "grid", {"_target_": f"{_MODULE}.GridSweeper", "params": {}}),
+    ("hydra/launcher", "serial", {"_target_": f"{_MODULE}.SerialLauncher"}),
     # jobs: how many at once; null means as many as fit memory and cores.
-    ("hydra/launcher", "process", {"_target_": f"{_HERE}.ProcessLauncher", "jobs": None}),
+    ("hydra/launcher", "process", {"_target_": f"{_MODULE}.ProcessLauncher", "jobs": None}),
 ):
     _store.store(group=_group, name=_name, node=_node, provider="mlx_runner")

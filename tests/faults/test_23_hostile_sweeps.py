@@ -72,7 +72,7 @@ def sweep_in(folder: Path, name: str) -> Path:
     return folder
 
 
-def test_a_sweep_of_a_stranger_is_refused(cases, fresh_cli, hostile):
+def test_a_hostile_manifest_is_refused(cases, fresh_cli, hostile):
     for name in cases.some(list(SWEEPS), 8):
         cli = fresh_cli()
         (cli.folder / "theirs/experiment").mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_a_sweep_of_a_stranger_is_refused(cases, fresh_cli, hostile):
         cases.done()
 
 
-def test_the_same_sweep_without_anything_hostile_runs(cli):
+def test_the_same_manifest_without_anything_hostile_runs(cli):
     SWEEPS["nothing hostile"] = [{**JOB}]
     try:
         sweep_in(cli.folder / "s", "nothing hostile")
@@ -94,7 +94,7 @@ def test_the_same_sweep_without_anything_hostile_runs(cli):
     assert (cli.folder / "s/0/adapters").is_dir()
 
 
-def test_manifests_of_sweeps_are_refused_within_a_second_and_200_mb(cases, cli, tmp_path, hostile):
+def test_hostile_manifests_are_refused_within_a_second_and_200_mb(cases, cli, tmp_path, hostile):
     paths = [sweep_in(tmp_path / str(number), name) for number, name in enumerate(SWEEPS)]
     for name, found in zip(SWEEPS, hostile.measure("sweep", paths, cli.environment), strict=True):
         assert found["error"] in ("ConfigError", None), (name, found)

@@ -1,5 +1,5 @@
-"""A sweep is killed at random: finished jobs are not run again, interrupted ones go on, failed ones are tried again,
-diverged ones are not; what comes out equals the jobs run alone."""
+"""A sweep is killed at random times and resumed: finished and diverged jobs are not run again, interrupted ones resume,
+failed ones are tried again; the results equal single runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def state(job: Path) -> str | None:
         return None
 
 
-def stamp(job: Path) -> dict[str, int]:
+def modified_times(job: Path) -> dict[str, int]:
     """When each file of a job was last written."""
     return {str(p): p.stat().st_mtime_ns for p in job.rglob("*") if p.is_file()}
 
@@ -45,7 +45,9 @@ def alone(tmp_path_factory, make_cli):
 
 
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
-def test_whenever_it_is_killed(cli, alone, launcher, cases, assert_equal_runs):
+def test_a_sweep_killed_at_any_time_resumes_to_the_results_of_single_runs(
+    cli, alone, launcher, cases, assert_equal_runs
+):
     moments = random.Random(f"27 {launcher}")
     for number in range(cases.of(full=12, quick=1)):
         sweep = cli.folder / f"s{number}"
@@ -64,25 +66,25 @@ def test_whenever_it_is_killed(cli, alone, launcher, cases, assert_equal_runs):
                 overrides = (f"resume=s{number}",)
             for job in FINE:
                 if state(sweep / str(job)) == "finished":
-                    before.setdefault(job, stamp(sweep / str(job)))
+                    before.setdefault(job, modified_times(sweep / str(job)))
             if state(sweep / str(DIVERGED)) == "diverged":
-                before.setdefault(DIVERGED, stamp(sweep / str(DIVERGED)))
-        failed = {job: stamp(sweep / str(job)) for job in FAILED if state(sweep / str(job)) == "failed"}
+                before.setdefault(DIVERGED, modified_times(sweep / str(DIVERGED)))
+        failed = {job: modified_times(sweep / str(job)) for job in FAILED if state(sweep / str(job)) == "failed"}
         out = cli(*overrides, expect=1)
         assert "Traceback" not in out
         rows = cli.results(sweep)
         assert [rows[n]["state"] for n in range(6)] == ["finished", "diverged", "finished", *["failed"] * 3]
         assert "nonsense" in rows[3]["reason"] and "not finite" in rows[1]["reason"]
         for job, then in before.items():
-            assert stamp(sweep / str(job)) == then, f"job {job} was done and was touched again"
+            assert modified_times(sweep / str(job)) == then, f"job {job} was done and was touched again"
         for job, then in failed.items():
-            assert stamp(sweep / str(job)) != then, f"job {job} had failed and was not tried again"
+            assert modified_times(sweep / str(job)) != then, f"job {job} had failed and was not tried again"
         for job in FINE:
             assert_equal_runs(alone / str(job), sweep / str(job))
         cases.done()
 
 
-def test_the_same_words_start_anew_what_was_killed_before_its_first_job_was_recorded(cli):
+def test_the_same_command_restarts_a_sweep_killed_before_it_recorded_a_job(cli):
     """A kill between the lock and the first line of sweep.jsonl, as a loaded machine shows it now and then."""
     sweep = cli.folder / "s"
     process = cli.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True)

@@ -1,4 +1,4 @@
-"""Secrets of the environment, and settings from there, are in no file and on no screen; those typed are refused."""
+"""Secrets in the environment reach no file and no output; secrets typed as settings are refused."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def leaks(folder: Path, out: str) -> list[str]:
     return found
 
 
-def test_the_look_finds_a_secret_that_is_there(tmp_path):
+def test_leaks_finds_a_secret(tmp_path):
     (tmp_path / "file").write_bytes(b"\0" + TOKEN.encode())
     assert leaks(tmp_path, KEYS["MY_SECRET"]) == [f"HF_TOKEN is in {tmp_path}/file", "MY_SECRET was printed"]
 
 
-def test_a_run_its_resume_and_the_verbs_show_nothing_of_the_environment(cli):
+def test_a_run_its_resume_and_the_commands_reveal_nothing_of_the_environment(cli):
     out = cli(*SMALL, "train.stop_at=2", "loggers=csv", "hydra.run.dir=run", env=KEYS)
     for overrides in (
         ("resume=run",),
@@ -57,7 +57,7 @@ def test_a_run_its_resume_and_the_verbs_show_nothing_of_the_environment(cli):
     assert leaks(cli.folder, out) == []
 
 
-def test_a_sweep_shows_nothing_of_the_environment(cli):
+def test_a_sweep_reveals_nothing_of_the_environment(cli):
     sweep = ("-m", *SMALL, "seed=1,2", "train.iters=2", "hydra.sweep.dir=sweep")
     out = cli(*sweep, "hydra/launcher=process", "hydra.launcher.jobs=1", env=KEYS)
     out += cli("ls", ".", env=KEYS) + cli("show", "sweep", env=KEYS)
@@ -66,15 +66,15 @@ def test_a_sweep_shows_nothing_of_the_environment(cli):
 
 
 @pytest.fixture
-def secret_place(tmp_path_factory):
+def secret_path(tmp_path_factory):
     """Data in a folder whose path is a secret, outside the folder of `cli`."""
     place = tmp_path_factory.mktemp("elsewhere") / KEYS["MY_SECRET"]
     return shutil.copytree(find_dataset("builtin:tiny"), place)
 
 
 @pytest.mark.long
-def test_a_setting_that_comes_from_the_environment_stays_there(cli, secret_place):
-    env = {**KEYS, "WHERE": str(secret_place)}
+def test_the_value_of_a_setting_from_the_environment_is_not_stored(cli, secret_path):
+    env = {**KEYS, "WHERE": str(secret_path)}
     settings = ("model=tiny", "data=tiny", "data.path=${oc.env:WHERE}", "train.iters=4", "checkpoint.every=2")
     out = cli(*settings, "train.stop_at=2", "hydra.run.dir=run", env=env)
     out += cli("resume=run", env=env)
@@ -87,9 +87,9 @@ def test_a_setting_that_comes_from_the_environment_stays_there(cli, secret_place
     assert leaks(cli.folder, out) == []
 
 
-def test_what_goes_wrong_with_it_is_told_by_its_name(cli, secret_place, cases):
-    (secret_place / "train.jsonl").write_text('{"prompt": "a"\n')
-    env = {**KEYS, "WHERE": str(secret_place)}
+def test_error_messages_name_the_environment_variable_not_its_value(cli, secret_path, cases):
+    (secret_path / "train.jsonl").write_text('{"prompt": "a"\n')
+    env = {**KEYS, "WHERE": str(secret_path)}
     wrong = {
         ("model=tiny", "data=tiny", "data.path=${oc.env:WHERE}"): "${oc.env:WHERE}/train.jsonl:1: not JSON",
         ("model.path=${oc.env:MY_SECRET}", "data=tiny"): "model.path=${oc.env:MY_SECRET}",
@@ -118,7 +118,7 @@ TYPED = [
 ]
 
 
-def test_a_token_that_is_typed_is_refused_before_anything_is_written_and_not_repeated(cli, cases):
+def test_a_typed_token_is_refused_before_anything_is_written_and_not_printed(cli, cases):
     for overrides in cases.some(TYPED, quick=3):
         out = cli("model=tiny", "data=tiny", "train.iters=1", *overrides, expect=2)
         assert "looks like a secret" in out and "Traceback" not in out, overrides
@@ -127,7 +127,7 @@ def test_a_token_that_is_typed_is_refused_before_anything_is_written_and_not_rep
 
 
 @pytest.mark.parametrize("multirun", [False, True], ids=["a run", "a sweep"])
-def test_a_token_in_a_recipe_of_ones_own_is_refused_too(cli, multirun, tmp_path_factory, cases):
+def test_a_token_in_a_users_experiment_file_is_refused(cli, multirun, tmp_path_factory, cases):
     mine = tmp_path_factory.mktemp("mine")
     (mine / "experiment").mkdir()
     recipes = {
@@ -145,7 +145,7 @@ def test_a_token_in_a_recipe_of_ones_own_is_refused_too(cli, multirun, tmp_path_
 
 
 @pytest.mark.parametrize("path", ["risk-assessment-dataset-of-2024", "my/task-classification-of-sentences", "disk-0"])
-def test_a_path_in_which_a_token_could_only_begin_inside_a_word_is_none(path):
+def test_a_token_prefix_inside_a_word_of_a_path_is_no_token(path):
     validation.refuse_secrets({"data": {"path": path}})
     with pytest.raises(ConfigError, match=r"^data\.path looks like a secret"):
         validation.refuse_secrets({"data": {"path": f"{path}/{KEYS['OPENAI_API_KEY']}"}})

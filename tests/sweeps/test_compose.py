@@ -1,4 +1,4 @@
-"""A job's config made by copying and setting equals the one that Hydra composes from its words."""
+"""A job's config copied from a template equals the one that Hydra composes from its overrides."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def composer():
         yield JobComposer(loader, master)
 
 
-@pytest.mark.parametrize("words", JOBS, ids=" ".join)
-def test_a_copied_config_equals_the_composed_one(composer, words):
-    ours = composer.compose(words)
-    theirs = compose("config", overrides=words)
+@pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
+def test_a_copied_config_equals_the_composed_one(composer, overrides):
+    ours = composer.compose(overrides)
+    theirs = compose("config", overrides=overrides)
     assert OmegaConf.to_container(ours) == OmegaConf.to_container(theirs)
     assert OmegaConf.get_type(ours) is OmegaConf.get_type(theirs)
 
 
-def test_jobs_do_not_leak_into_each_other(composer):
+def test_composing_one_job_does_not_change_another(composer):
     first = OmegaConf.to_container(composer.compose(JOBS[0]))
-    for words in JOBS:
-        composer.compose(words)
+    for overrides in JOBS:
+        composer.compose(overrides)
     assert OmegaConf.to_container(composer.compose(JOBS[0])) == first
 
 
 @pytest.mark.parametrize("word", ["lora.rank=x", "lora.rnk=3", "train.iters=[1]"])
-def test_a_wrong_value_or_key_is_refused_as_hydra_does(composer, word):
+def test_an_invalid_value_or_key_is_refused_as_by_hydra(composer, word):
     with pytest.raises(OmegaConfBaseException):
         composer.compose(["model=tiny", word])

@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: finished, extended, with failing jobs, with every launcher, after kills."""
+"""Sweeps as a user runs them: finished, extended, with every launcher, after signals and kills."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import yaml
 SMALL = ("experiment=smoke", "train.iters=6", "train.eval_every=3", "checkpoint.every=2", "lora.dropout=0.1")
 
 
-def alone(cli, name: str, *words: str) -> Path:
-    cli(*words, f"hydra.run.dir={name}")
+def alone(cli, name: str, *arguments: str) -> Path:
+    """The same training as a single run."""
+    cli(*arguments, f"hydra.run.dir={name}")
     return cli.folder / name
 
 
-def test_a_sweep_prints_its_table_sorted_by_the_objective_and_writes_results_and_curves(cli):
+def test_a_sweep_prints_a_table_ranked_by_the_objective_and_writes_results_and_curves(cli):
     out = cli("-m", *SMALL, "lora.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", "hydra.sweep.dir=s")
     rows = cli.results(cli.folder / "s")
     assert [r["state"] for r in rows.values()] == ["finished"] * 4
@@ -31,7 +32,7 @@ def test_a_sweep_prints_its_table_sorted_by_the_objective_and_writes_results_and
     assert (cli.folder / "s/multirun.yaml").exists()
 
 
-def test_a_finished_sweep_runs_nothing_again_and_an_extended_one_only_what_is_new(cli):
+def test_resume_of_a_finished_sweep_runs_nothing_and_of_an_extended_one_only_the_new_jobs(cli):
     cli("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
     before = {p: p.stat().st_mtime_ns for p in (cli.folder / "s").rglob("adapters.safetensors")}
     out = cli("resume=s")
@@ -43,14 +44,14 @@ def test_a_finished_sweep_runs_nothing_again_and_an_extended_one_only_what_is_ne
     assert before.items() <= {p: p.stat().st_mtime_ns for p in (cli.folder / "s").rglob("adapters.safetensors")}.items()
 
 
-def test_a_wrong_value_in_any_job_is_told_before_the_first_starts_and_leaves_no_folder(cli):
+def test_an_invalid_value_in_any_job_is_refused_before_the_first_starts_and_leaves_no_folder(cli):
     out = cli("-m", *SMALL, "lora.rank=2,0", "hydra.sweep.dir=s", expect=2)
     assert "lora.rank=0" in out
     assert not (cli.folder / "s").exists()
 
 
 @pytest.mark.parametrize("launcher", ["serial", "process", "joblib"])
-def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alone(cli, assert_equal_runs, launcher):
+def test_stop_at_stops_every_job_and_resume_finishes_each_equal_to_a_single_run(cli, assert_equal_runs, launcher):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
@@ -63,7 +64,7 @@ def test_stop_at_stops_every_job_and_the_resume_finishes_them_equal_to_runs_alon
 
 
 @pytest.mark.slow
-def test_jobs_that_share_a_process_equal_the_same_runs_alone_in_any_order(cli, assert_equal_runs):
+def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, assert_equal_runs):
     """Gradient checkpointing, dropout, a quantized base and several ranks, each after every other kind."""
     common = {"train": {"iters": 6}, "lora": {"dropout": 0.1}, "data": {"metric": "exact_match"}}
     variants = {
@@ -79,21 +80,21 @@ def test_jobs_that_share_a_process_equal_the_same_runs_alone_in_any_order(cli, a
         settings["defaults"] = [{"override /model": "tiny"}, {"override /data": "tiny"}]
         text = "# @package _global_\n" + yaml.safe_dump(settings)
         (cli.folder / f"mine/experiment/{name}.yaml").write_text(text)
-    words = ("--config-dir", str(cli.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
+    overrides = ("--config-dir", str(cli.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
     for name in variants:
-        alone(cli, f"alone_{name}", *words, f"experiment={name}")
+        alone(cli, f"alone_{name}", *overrides, f"experiment={name}")
     for round_, order in enumerate((list(variants), list(variants)[::-1])):
-        cli("-m", *words, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
+        cli("-m", *overrides, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
         for number, name in enumerate(order):
             assert_equal_runs(cli.folder / f"s{round_}/{number}", cli.folder / f"alone_{name}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["process", "joblib"])
-def test_other_launchers_give_the_same_runs(cli, launcher, assert_equal_runs):
-    words = (*SMALL, "lora.rank=2,4")
-    cli("-m", *words, "hydra.sweep.dir=serial")
-    cli("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=other")
+def test_every_launcher_gives_identical_runs(cli, launcher, assert_equal_runs):
+    overrides = (*SMALL, "lora.rank=2,4")
+    cli("-m", *overrides, "hydra.sweep.dir=serial")
+    cli("-m", *overrides, f"hydra/launcher={launcher}", "hydra.sweep.dir=other")
     for number in (0, 1):
         assert_equal_runs(cli.folder / f"serial/{number}", cli.folder / f"other/{number}")
     out = cli("resume=other", "lora.rank=2,3,4")
@@ -103,9 +104,9 @@ def test_other_launchers_give_the_same_runs(cli, launcher, assert_equal_runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["serial", "process"])
-def test_a_signal_to_a_sweep_saves_the_job_in_progress_and_ends(cli, launcher):
-    words = (*SMALL, "train.iters=100000", "lora.rank=2,4,6,8")
-    process = cli.start("-m", *words, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+def test_a_signal_to_a_sweep_saves_the_job_in_progress_and_ends_the_sweep(cli, launcher):
+    overrides = (*SMALL, "train.iters=100000", "lora.rank=2,4,6,8")
+    process = cli.start("-m", *overrides, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
     cli.wait_for(cli.folder / "s/0", 10, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
@@ -142,9 +143,9 @@ def test_a_job_never_starts_in_a_link_that_leads_out_of_the_sweep(cli):
     assert list((cli.folder / "elsewhere").iterdir()) == []
 
 
-def test_a_second_process_on_a_sweep_is_told_who_works_on_it(cli):
-    words = (*SMALL, "train.iters=100000", "lora.rank=2,4")
-    process = cli.start("-m", *words, "hydra.sweep.dir=s")
+def test_a_second_process_on_a_sweep_is_refused_with_the_pid_of_the_first(cli):
+    overrides = (*SMALL, "train.iters=100000", "lora.rank=2,4")
+    process = cli.start("-m", *overrides, "hydra.sweep.dir=s")
     cli.wait_for(cli.folder / "s/0", 10, process)
     out = cli("resume=s", expect=3)
     assert f"pid {process.pid}" in out
@@ -153,7 +154,7 @@ def test_a_second_process_on_a_sweep_is_told_who_works_on_it(cli):
 
 
 @pytest.mark.parametrize("launcher", ["serial", "process"])
-def test_repeat_of_a_run_with_a_sweep_and_its_resume(cli, launcher):
+def test_repeat_of_a_run_as_a_sweep_can_be_resumed(cli, launcher):
     alone(cli, "run", *SMALL, "lora.rank=2")
     cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
     cli("resume=s")
@@ -167,11 +168,11 @@ def test_a_sweep_started_by_an_earlier_version_resumes(cli):
     alone(cli, "run", *SMALL, "lora.rank=2")
     cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
     manifest = cli.folder / "s/sweep.jsonl"
-    words, *jobs = map(json.loads, manifest.read_text().splitlines())
+    launch, *jobs = map(json.loads, manifest.read_text().splitlines())
     for job in jobs:
         job["overrides"] = ["repeat=run", *job["overrides"], "train.stop_at=2"]
         job["id"] = f"old{job['job']}"
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in (words, *jobs)))
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in (launch, *jobs)))
     stored = cli.folder / "s/0/config.yaml"
     config = yaml.safe_load(stored.read_text()) | {"resume": None, "repeat": "run"}
     config["train"]["stop_at"] = 2
@@ -186,7 +187,7 @@ def test_resume_of_a_sweep_excludes_repeat(cli):
     assert "leave out repeat=" in cli("resume=s", "repeat=s/0", expect=2)
 
 
-def test_a_sweep_written_into_an_experiment_file_runs_without_m(cli):
+def test_a_sweep_in_an_experiment_file_runs_without_the_multirun_flag(cli):
     (cli.folder / "mine/experiment").mkdir(parents=True)
     (cli.folder / "mine/experiment/ranks.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /data: tiny\n"
@@ -199,7 +200,7 @@ def test_a_sweep_written_into_an_experiment_file_runs_without_m(cli):
     assert "2 to start, 4 done" in out
 
 
-def test_experiment_choices_and_globs_are_swept(cli):
+def test_group_choices_and_globs_are_swept(cli):
     cli(
         "-m", "model=tiny", "data=tiny", "train.iters=1", "schedule=glob(c*)", "optimizer=sgd,adam", "hydra.sweep.dir=s"
     )

@@ -20,7 +20,7 @@ import json, sys, time
 begun = time.perf_counter()
 from runner.backends.cpu import blas; blas.load_blas()
 from runner.__main__ import main
-from runner.sweeps import composing, job, sweep
+from runner.sweeps import compose, sweep
 from runner.training import run as module
 marks = {"run": 0.0, "runs": 0, "compose": 0.0, "composed": 0, "first": None, "launch": None}
 own_run = module.run
@@ -30,18 +30,18 @@ def timed_run(*a, **k):
     try: return own_run(*a, **k)
     finally: marks["run"] += time.perf_counter() - t; marks["runs"] += 1
 module.run = timed_run
-own_compose = composing.Composer.compose
+own_compose = compose.JobComposer.compose
 def timed_compose(*a, **k):
     t = time.perf_counter()
     try: return own_compose(*a, **k)
     finally: marks["compose"] += time.perf_counter() - t; marks["composed"] += 1
-composing.Composer.compose = timed_compose
-own_sweep = sweep.run
+compose.JobComposer.compose = timed_compose
+own_sweep = sweep.run_sweep
 def timed_sweep(*a, **k):
     t = time.perf_counter()
     try: return own_sweep(*a, **k)
     finally: marks["sweep"] = time.perf_counter() - t
-sweep.run = timed_sweep
+sweep.run_sweep = timed_sweep
 rc = main(sys.argv[1:])
 print("MARKS" + json.dumps({**marks, "rc": rc}))
 """

@@ -78,7 +78,6 @@ def load_components(
         adapted.remove()
         raise
     identity = RunIdentity(
-        run_id="",
         fingerprints={
             "model": base.fingerprint,
             "data_train": data.train.fingerprint,

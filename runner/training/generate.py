@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,6 @@ class GenerationResult:
     """Mean score."""
     tokens: int
     """Generated tokens."""
-    seconds: float
 
 
 def generate(
@@ -58,7 +56,6 @@ def generate(
 
     `before_step` is called before every decoding step and may raise to stop.
     """
-    start = time.perf_counter()
     model.eval()
     encoder = TextEncoder(tokenizer)
     questions = [split_row(row, options) for row in rows]
@@ -69,7 +66,7 @@ def generate(
         text = tokenizer.decode(ids)
         answers.append(Answer(index, turns[-1]["content"], expected, text, metric.score(row, text)))
     score = sum(answer.score for answer in answers) / max(1, len(answers))
-    return GenerationResult(answers, score, sum(map(len, token_ids)), time.perf_counter() - start)
+    return GenerationResult(answers, score, sum(map(len, token_ids)))
 
 
 def split_row(row: Mapping[str, Any], options: EncodeOptions) -> tuple[list[dict[str, Any]], str]:

@@ -24,20 +24,18 @@ from runner.models.lora import Params
 from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.training.optimizer import NonFiniteArray, require_same_arrays
 from runner.training.run_writer import WriterState
-from runner.training.train_state import Progress, TrainState
+from runner.training.train_state import MAX_COUNT, Progress, TrainState
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "train_state.json"
 SCHEMA = 1
 _MAX_VALUES = 100_000  # in train_state.json, which usually has about 150
-_MAX_COUNT = 1 << 62
 
 
 @dataclass(frozen=True)
 class RunIdentity:
     """What a checkpoint records about its run, to be compared with the run that resumes from it."""
 
-    run_id: str
     fingerprints: dict[str, str]
     """Of data_train, data_valid, model and config: a difference refuses the resume."""
     environment: dict[str, Any]
@@ -146,7 +144,6 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
             window=_window(data["position"]),
             written=WriterState(_count(data, "metrics_offset"), _count(data, "samples_offset"), _seconds(data)),
             identity=RunIdentity(
-                run_id=loaded.checkpoint.run_id,
                 fingerprints={name: _text(value, name) for name, value in dict(data["fingerprints"]).items()},
                 environment=dict(data["environment"]),
                 hyperparameters=dict(data["hyperparameters"]),
@@ -172,7 +169,7 @@ def restore(state: TrainState, saved: SavedState, source: str) -> None:
 
 def _count(data: Mapping[str, Any], name: str) -> int:
     value = data[name]
-    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+    if type(value) is not int or not 0 <= value < MAX_COUNT:
         raise ValueError(f"{name} is invalid: must be a whole number from 0")
     return value
 

@@ -11,7 +11,7 @@ from runner.models.lora import Params
 from runner.training.optimizer import Optimizer
 
 T = TypeVar("T")
-_MAX_COUNT = 1 << 62
+MAX_COUNT = 1 << 62
 
 
 @dataclass
@@ -120,6 +120,6 @@ def _checked(instance: T) -> T:
     for name, hint in hints.items():
         value, types = getattr(instance, name), typing.get_args(hint) or (hint,)
         valid = type(value) in types or (type(value) is int and float in types)
-        if not valid or (type(value) is int and not 0 <= value < _MAX_COUNT):
+        if not valid or (type(value) is int and not 0 <= value < MAX_COUNT):
             raise TypeError(f"{name} is invalid: must be {getattr(hint, '__name__', hint)}")
     return instance

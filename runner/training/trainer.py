@@ -96,17 +96,14 @@ class Trainer:
         progress, window = self.state.progress, self.state.progress.window
         learning_rate = self.learning_rate(progress.step)
         progress.train_loss = window.loss_sum / window.supervised
-        self.writer.log_metrics(
-            step=progress.step,
-            split="train",
-            loss=progress.train_loss,
+        self.log_loss(
+            "train",
+            progress.train_loss,
+            supervised=window.supervised,
+            tokens=window.tokens,
+            seconds=self.train_seconds,
             learning_rate=learning_rate,
             grad_norm=window.grad_norm,
-            epoch=self.epoch(),
-            tokens=progress.tokens,
-            supervised_tokens=window.supervised,
-            tokens_per_second=round(window.tokens / max(self.train_seconds, 1e-9), 1),
-            peak_memory_gb=peak_memory_gb(),
         )
         self.writer.update_status(state="running", step=progress.step, train_loss=progress.train_loss)
         self.display.train_loss(progress.step, progress.train_loss, learning_rate)
@@ -128,16 +125,7 @@ class Trainer:
             progress.pending_evaluation = progress.step > 0
             return False
         is_best = progress.add_validation(result.loss, self.plan.min_delta)
-        self.writer.log_metrics(
-            step=progress.step,
-            split="valid",
-            loss=result.loss,
-            epoch=self.epoch(),
-            tokens=progress.tokens,
-            supervised_tokens=result.supervised,
-            tokens_per_second=round(result.tokens / max(result.seconds, 1e-9), 1),
-            peak_memory_gb=peak_memory_gb(),
-        )
+        self.log_loss("valid", result.loss, supervised=result.supervised, tokens=result.tokens, seconds=result.seconds)
         self.writer.update_status(state="running", step=progress.step, valid_loss=result.loss, best=progress.best)
         self.display.valid_loss(progress.step, result.loss, is_best)
         return is_best
@@ -206,12 +194,19 @@ class Trainer:
         for line in self.writer.backup.new_messages() if self.writer.backup else []:
             self.display.line(line, "yellow")
 
-    def epoch(self) -> float:
-        """Return the passes over the training data so far, as a decimal."""
-        position = self.state.position
-        return round(position.epoch + position.batch / self.order.batches_per_epoch, 4)
-
-
-def peak_memory_gb() -> float:
-    """Return the peak memory of this run so far, in GB (1e9 bytes)."""
-    return round(mx.get_peak_memory() / 1e9, 3)
+    def log_loss(
+        self, split: str, loss: float, *, supervised: int, tokens: int, seconds: float, **fields: float | None
+    ) -> None:
+        """Append a row to the metrics: a loss, and the tokens and seconds that it was computed from."""
+        position, progress = self.state.position, self.state.progress
+        self.writer.log_metrics(
+            step=progress.step,
+            split=split,
+            loss=loss,
+            **fields,
+            epoch=round(position.epoch + position.batch / self.order.batches_per_epoch, 4),
+            tokens=progress.tokens,
+            supervised_tokens=supervised,
+            tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+            peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
+        )

@@ -105,18 +105,29 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in VOLATILE} for line in lines]
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
-    """Weights, optimizer, random state, position, learning rates and metrics rows are identical, bit for bit."""
-    assert rows(one) == rows(other)
-    last = sorted(p.name for p in (one / "checkpoints").glob("step-*"))[-1]
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Assert that two runs are equal: weights, optimizer, random state, data position, learning rates, metrics rows."""
+    assert rows(first) == rows(second)
+    last = sorted(p.name for p in (first / "checkpoints").glob("step-*"))[-1]
     for name in ("adapters.safetensors", "optimizer.safetensors"):
-        first, second = ((run / "checkpoints" / last / name).read_bytes() for run in (one, other))
-        assert first == second, name
-    states = [json.loads((run / "checkpoints" / last / "train_state.json").read_text()) for run in (one, other)]
-    for name in ("step", "position", "random_state", "progress", "metrics", "metrics_offset_rows"):
-        assert states[0].get(name) == states[1].get(name), name
-    results = [(run / "adapters" / "adapters.safetensors").read_bytes() for run in (one, other)]
+        contents = [(run / "checkpoints" / last / name).read_bytes() for run in (first, second)]
+        assert contents[0] == contents[1], name
+    states = [json.loads((run / "checkpoints" / last / "train_state.json").read_text()) for run in (first, second)]
+    for name in ("step", "position", "random_state", "progress", "metrics"):
+        assert states[0][name] == states[1][name], name
+    # The offsets are in bytes, and rows hold times of different lengths: equal runs have as many rows before them.
+    for name, file in (("metrics_offset", "metrics.jsonl"), ("samples_offset", "samples.jsonl")):
+        counts = [rows_before(run / file, state[name]) for run, state in zip((first, second), states, strict=True)]
+        assert counts[0] == counts[1], name
+    results = [(run / "adapters" / "adapters.safetensors").read_bytes() for run in (first, second)]
     assert results[0] == results[1]
+
+
+def rows_before(file: Path, offset: int) -> int:
+    """Count the rows of `file` before `offset`, which must be the end of a row."""
+    data = file.read_bytes()[:offset] if file.exists() else b""
+    assert len(data) == offset and (not data or data.endswith(b"\n")), f"{file}: {offset} is inside a row"
+    return data.count(b"\n")
 
 
 @pytest.fixture(name="assert_equal_runs")

@@ -323,7 +323,7 @@ def test_an_old_config_is_imported_or_refused(cases, tmp_path):
         text = data if isinstance(data, bytes) else json.dumps(data).encode()  # which is YAML, too
         path.write_bytes(text)
         carried = carry(read_config(path), our_defaults=False)
-        "\n".join([*import_.report(carried), import_.experiment(carried, ["x"]), import_.folded(carried.overrides)])
+        "\n".join([*import_.report(carried), import_.recipe(carried, ["x"]), import_.wrap_command(carried.overrides)])
 
     fuzz(cases, read, ConfigError, damaged(yaml.safe_dump(OLD).encode()), altered(OLD))
 

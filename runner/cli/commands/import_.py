@@ -1,4 +1,4 @@
-"""`runner import`: an mlx_lm.lora config or command line, or one of mlx-examples' lora.py, as our overrides."""
+"""`runner import`: turn a config or command line of mlx_lm.lora, or of mlx-examples' lora.py, into overrides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from runner.migrate.values import shown, yaml_value
 _COMMAND = ("python", "-m", "runner")
 _WIDTH = 100
 _EPILOG = """\
-  runner import old.yaml                                    of mlx_lm.lora -c old.yaml
+  runner import old.yaml                                    a config of mlx_lm.lora -c
   runner import -- mlx_lm.lora --model … --train …          its command line, with or without -c
   runner import -- python lora.py --model … --train         mlx-examples' lora.py
   runner import --write mine/experiment/old.yaml old.yaml   then: runner --config-dir mine experiment=old
@@ -32,80 +32,81 @@ What differs in meaning: docs/migrating.md."""
 
 
 def run(argv: list[str]) -> int:
-    """Print what becomes of each old setting and the command to paste; returns 0, also where some have no equal here.
+    """Print what becomes of each old setting, and the command that starts the same run here.
 
     Raises:
         ConfigError: no config and no known command, one that cannot be read, or a file that cannot be written to.
     """
-    cut = argv.index("--") if "--" in argv else len(argv)
-    words, command = argv[:cut], argv[cut + 1 :]
-    if not command and any(is_program(w) for w in words):
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments, old_command = argv[:end], argv[end + 1 :]
+    if not old_command and any(is_program(argument) for argument in arguments):
         raise ConfigError("Put the command behind --: runner import -- mlx_lm.lora --model … --train")
-    said = _parser().parse_args(words)
-    if bool(said.config) == bool(command):
-        raise ConfigError("runner import takes a YAML of mlx_lm.lora, or behind -- a command line. --help says more.")
-    carried = carry(read_command(command) if command else read_config(Path(said.config)), said.our_defaults)
-    to_paste = [*_COMMAND, *carried.overrides]
-    if said.write:
-        to_paste = _write(carried, Path(said.write))
-    if said.json:
-        print(json.dumps(_document(carried, to_paste), indent=1, ensure_ascii=True, default=str))
+    options = _parser().parse_args(arguments)
+    if bool(options.config) == bool(old_command):
+        raise ConfigError("runner import takes a YAML of mlx_lm.lora, or a command line behind --. See --help.")
+    old = read_command(old_command) if old_command else read_config(Path(options.config))
+    carried = carry(old, options.our_defaults)
+    command = [*_COMMAND, *carried.overrides]
+    if options.write:
+        command = _write_recipe(carried, Path(options.write))
+    if options.json:
+        print(json.dumps(_to_dict(carried, command), indent=1, ensure_ascii=True, default=str))
     else:
-        print("\n".join([*report(carried), "", folded(to_paste)]))
+        print("\n".join([*report(carried), "", wrap_command(command)]))
     return 0
 
 
 def report(carried: Carried) -> list[str]:
-    """Each old setting with what becomes of it, as lines for a person."""
+    """Return the lines that tell what becomes of each old setting."""
     name = carried.old.program.name
-    out = [f"from {shown(carried.old.where, 500)} ({name})"]
-    for title, said in (
-        ("said there", True),
-        (f"not said there, where {name} differs from our defaults (--our-defaults leaves these out)", False),
+    lines = [f"from {shown(carried.old.where, 500)} ({name})"]
+    for title, is_set in (
+        ("set there", True),
+        (f"defaults of {name} that differ from ours (--our-defaults leaves these out)", False),
     ):
-        lines = [line for line in carried.lines if line.said is said]
-        if lines:
-            out += ["", title, *_table(lines)]
+        settings = [line for line in carried.lines if line.said is is_set]
+        if settings:
+            lines += ["", title, *_table(settings)]
     if carried.left:
-        out += ["", "not carried over"]
+        lines += ["", "not carried over"]
         for left in carried.left:
             value = shown(left.value)
             old = f"{shown(left.key)}={value}" if value not in ("", "null") else shown(left.key)
             reason = printable(left.reason)
-            out.append(f"  {old}: {reason}{'' if reason[-1] in '.?' else '.'}")
-    return [*out, "", "What differs in meaning besides: docs/migrating.md."]
+            lines.append(f"  {old}: {reason}{'' if reason[-1] in '.?' else '.'}")
+    return [*lines, "", "Other differences in meaning: docs/migrating.md."]
 
 
-def folded(words: Sequence[str]) -> str:
-    """The words quoted for a shell, on lines that end in a backslash."""
+def wrap_command(command: Sequence[str]) -> str:
+    """Return the command quoted for the shell, on lines that end in a backslash."""
     lines = [""]
-    for quoted in map(shlex.quote, words):
+    for quoted in map(shlex.quote, command):
         if lines[-1] and len(lines[-1]) + len(quoted) > _WIDTH:
             lines.append("   ")
         lines[-1] += f" {quoted}" if lines[-1] else quoted
     return " \\\n".join(lines)
 
 
-def experiment(carried: Carried, command: Sequence[str]) -> str:
-    """The same as a recipe for conf/experiment/ or a folder of one's own."""
-    out = ["# @package _global_", f"# {shown(shlex.join(command), 500)}", f"# from {shown(carried.old.where, 500)}"]
+def recipe(carried: Carried, command: Sequence[str]) -> str:
+    """Return the settings as a recipe for conf/experiment/ or a folder of the user's own; `command` runs it."""
+    lines = ["# @package _global_", f"# {shown(shlex.join(command), 500)}", f"# from {shown(carried.old.where, 500)}"]
     if carried.groups:
-        out.append("defaults:")
-        out += [f"  - override /{group}: {yaml_value(choice)}" for group, choice in carried.groups.items()]
+        lines.append("defaults:")
+        lines += [f"  - override /{group}: {yaml_value(choice)}" for group, choice in carried.groups.items()]
     tree: dict[str, Any] = {}
     for name, value in carried.values.items():
         *sections, last = name.split(".")
-        place = tree
+        target = tree
         for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return "\n".join([*out, *_yaml(tree)]) + "\n"
+            target = target.setdefault(section, {})
+        target[last] = value
+    return "\n".join([*lines, *_yaml(tree)]) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="runner import",
-        description="Turn an old config into our overrides, ready to paste.",
+        description="Turn an old config or command line into overrides, ready to paste.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -119,19 +120,19 @@ def _parser() -> argparse.ArgumentParser:
 def _table(lines: Sequence[Line]) -> list[str]:
     old = [f"{shown(line.key)}={shown(line.value)}" for line in lines]
     width = min(44, max(map(len, old)))
-    out = []
+    rows = []
     for left, line in zip(old, lines, strict=True):
         right = "same as our default" if line.same else " ".join(line.overrides)
         arrow = "->" if line.overrides else "  "
-        out.append(f"  {left:<{width}}  {arrow}  {right}".rstrip())
-        if line.note and len(out[-1]) + len(line.note) + 4 <= _WIDTH:
-            out[-1] += f"  ({line.note})"
+        rows.append(f"  {left:<{width}}  {arrow}  {right}".rstrip())
+        if line.note and len(rows[-1]) + len(line.note) + 4 <= _WIDTH:
+            rows[-1] += f"  ({line.note})"
         elif line.note:
-            out.append(f"      ({printable(line.note)})")
-    return out
+            rows.append(f"      ({printable(line.note)})")
+    return rows
 
 
-def _document(carried: Carried, command: Sequence[str]) -> dict[str, Any]:
+def _to_dict(carried: Carried, command: Sequence[str]) -> dict[str, Any]:
     return {
         "from": carried.old.where,
         "program": carried.old.program.name,
@@ -154,15 +155,18 @@ def _document(carried: Carried, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _write(carried: Carried, path: Path) -> list[str]:
+def _write_recipe(carried: Carried, path: Path) -> list[str]:
+    """Write the recipe to `path` and return the command that runs it."""
     name = path.stem
     if path.suffix != ".yaml" or not re.fullmatch(r"[A-Za-z]\w*", name):
-        raise ConfigError(f"--write {path}: the file has to be NAME.yaml, the name of letters, digits and _.")
+        raise ConfigError(f"--write {path}: must be NAME.yaml, with a name of letters, digits and _.")
     if path.parent.name != "experiment":
         better = path.parent / "experiment" / path.name
-        raise ConfigError(f"--write {path}: a recipe lies in a folder named experiment: --write {better}")
+        raise ConfigError(f"--write {path}: must lie in a folder named experiment: --write {better}")
     if name in group_choices("experiment"):
-        raise ConfigError(f"--write {path}: experiment={name} is ours already, and ours would be used: choose another.")
+        raise ConfigError(
+            f"--write {path}: experiment={name} is built in and would be used instead: choose another name."
+        )
     if path.exists():
         raise ConfigError(f"--write {path}: it exists already: choose another name.")
     try:
@@ -170,15 +174,15 @@ def _write(carried: Carried, path: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"--write {path}: {path.parent} cannot be made: {error.strerror}.") from None
     command = [*_COMMAND, "--config-dir", str(path.parent.parent), f"experiment={name}"]
-    write_atomically(path, experiment(carried, command))
+    write_atomically(path, recipe(carried, command))
     return command
 
 
 def _yaml(tree: dict[str, Any], indent: str = "") -> list[str]:
-    out = []
+    lines = []
     for name, value in tree.items():
         if isinstance(value, dict):
-            out += [f"{indent}{name}:", *_yaml(value, f"{indent}  ")]
+            lines += [f"{indent}{name}:", *_yaml(value, f"{indent}  ")]
         else:
-            out.append(f"{indent}{name}: {yaml_value(value)}")
-    return out
+            lines.append(f"{indent}{name}: {yaml_value(value)}")
+    return lines

@@ -70,7 +70,7 @@ def test_a_recipe_composes_to_what_the_command_composes_to(old, cli, capsys):
 def test_nothing_is_overwritten_and_our_own_recipes_are_not_shadowed(old):
     for target, says in (
         ("mine/old.yaml", "mine/experiment/old.yaml"),
-        ("mine/experiment/smoke.yaml", "ours already"),
+        ("mine/experiment/smoke.yaml", "is built in"),
         ("mine/experiment/old.txt", "NAME.yaml"),
     ):
         with pytest.raises(ConfigError, match=says):

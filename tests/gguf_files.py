@@ -49,7 +49,7 @@ def encode_value(value: Any) -> bytes:
 
 
 def encode_tensor(values: np.ndarray, type_name: str) -> tuple[bytes, np.ndarray]:
-    """Return `values` (rows, columns) in the bytes of `type_name`, and the float32 values that these bytes stand for."""
+    """Return `values` (rows, columns) encoded as `type_name`, and the float32 values that the bytes stand for."""
     if type_name == "F32":
         return values.astype("<f4").tobytes(), values.astype(np.float32)
     if type_name == "F16":

@@ -1,7 +1,7 @@
-"""What a reader takes to answer: `measure.py READER PATH…` prints a line of JSON for each path.
+"""Measure what reading a file costs: `measure.py READER PATH…` prints one line of JSON for each path.
 
-`seconds` of CPU time and `bytes` of memory beyond what the program has before it looks at the path; `error` is the
-name of what was raised, or null, `told` its sentence. A reader that hangs is ended after half a minute.
+`seconds` is CPU time and `bytes` the memory beyond what the program used before; `error` is the class of the exception
+raised, or null, and `message` its text. A reader that hangs is ended after half a minute.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def audit() -> Callable[[Path], Any]:
     from runner.reports import audit
     from runner.runs.inspect import read_run
 
-    def look(path: Path) -> None:
+    def check(path: Path) -> None:
         if damage := audit.of_run(read_run(path)).damage:
             raise CheckpointError("\n".join(damage))
 
-    return look
+    return check
 
 
 def model() -> Callable[[Path], Any]:
@@ -83,7 +83,7 @@ def model() -> Callable[[Path], Any]:
     from runner.export.mlx import write_model_folder
     from runner.models.load import load_base_model
 
-    with TemporaryDirectory() as folder:  # what the first model of a process imports is the program's own
+    with TemporaryDirectory() as folder:  # the imports of the first model do not count
         write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), Path(folder))
         load_base_model(ModelConfig(path=folder))
     return lambda path: load_base_model(ModelConfig(path=str(path))).tokenizer
@@ -144,35 +144,35 @@ def main() -> None:
     blas.load_blas()
     read = READERS[name]()
     for path in paths:
-        print(json.dumps(measured(read, Path(path))), flush=True)
+        print(json.dumps(measure(read, Path(path))), flush=True)
 
 
-def measured(read: Callable[[Path], Any], path: Path) -> dict[str, Any]:
-    """What `read(path)` took."""
+def measure(read: Callable[[Path], Any], path: Path) -> dict[str, Any]:
+    """Return what `read(path)` cost."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before, begun, error = peak_bytes(), time.process_time(), None
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, start, error = peak_bytes(), time.process_time(), None
     signal.alarm(SECONDS)
     try:
         read(path)
     except Exception as raised:
         error = raised
     signal.alarm(0)
-    seconds = time.process_time() - begun
+    seconds = time.process_time() - start
     return {
         "path": str(path),
         "error": type(error).__name__ if error else None,
-        "told": str(error)[:10_000] if error else "",
+        "message": str(error)[:10_000] if error else "",
         "seconds": seconds,
         "bytes": peak_bytes() - before,
     }
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had."""
+    """Return the peak memory of this process."""
     with suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -194,8 +194,8 @@ def test_every_hostile_file_is_refused_within_a_second_and_200_mb(
         paths[name] = prepare(place, made(name), run, folder)
     for name, found in zip(paths, hostile.measure(reader, list(paths.values()), cli.environment), strict=True):
         assert found["error"] in ("CheckpointError", "ModelError"), (name, found)
-        assert found["told"].isprintable() or "\n" in found["told"], (name, found)
-        assert len(found["told"]) < 1000, (name, found)
+        assert found["message"].isprintable() or "\n" in found["message"], (name, found)
+        assert len(found["message"]) < 1000, (name, found)
         assert found["seconds"] < hostile.SECONDS, (name, found)
         assert found["bytes"] < hostile.BYTES, (name, found)
         cases.done()

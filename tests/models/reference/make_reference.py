@@ -1,12 +1,12 @@
-"""Writes smollm2_135m.json: what SmolLM2-135M says by readers that share nothing with runner.models.gguf.
+"""Write smollm2_135m.json: SmolLM2-135M's outputs by readers that share no code with runner.models.gguf.
 
-Weights, forward and chat template: transformers reads the same GGUF file (`gguf_file=`) into torch, float32, CPU.
-Token ids: a byte-level BPE written out below in plain Python with the `regex` package, over the vocabulary and
-merges as the `gguf` package reads them. transformers' own tokenizer for this file is recorded as well, but is no
-authority here: it cuts texts by GPT-2's pattern and leaves out the step that first sets each digit apart, so two
-blanks before a digit, and digits of other scripts, come out differently.
+Weights, forward pass and chat template: transformers reads the same GGUF file (`gguf_file=`) into torch, float32, CPU.
+Token ids: a byte-level BPE in plain Python with the `regex` package below, over the vocabulary and merges as the `gguf`
+package reads them. transformers' own tokenizer for this file is not a reference: it splits text by GPT-2's pattern
+without first separating digits, so it differs for two spaces before a digit and for digits of other scripts. The texts
+where it differs are recorded too.
 
-Needs torch, transformers, accelerate and gguf, in an environment of their own:
+Needs torch, transformers, accelerate and gguf, in a separate environment:
 
     python tests/models/reference/make_reference.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out FILE
 """
@@ -63,7 +63,7 @@ PROMPTS = [
     "What is 7 + 5?",
 ]
 
-AWKWARD = [
+UNUSUAL_TEXTS = [
     "",
     " ",
     "  ",
@@ -126,41 +126,44 @@ AWKWARD = [
 ]
 
 
-def plain_tokenizer(path: Path) -> Callable[[str], list[int]]:
-    """Text to ids by the rules of SmolLM2's tokenizer: whole tokens, single digits, GPT-2's cut, then merges."""
+def reference_encoder(path: Path) -> Callable[[str], list[int]]:
+    """Return a function from text to token ids by SmolLM2's rules.
+
+    Special tokens are split off first, then digits one by one, then pieces by GPT-2's pattern, which are merged.
+    """
     fields = gguf.GGUFReader(path, "r").fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
-    kinds = fields["tokenizer.ggml.token_type"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
     ids = {token: number for number, token in enumerate(tokens)}
     ranks = {tuple(m.split(" ")): rank for rank, m in enumerate(fields["tokenizer.ggml.merges"].contents())}
-    control = sorted((t for t, kind in zip(tokens, kinds, strict=True) if kind == 3), key=len, reverse=True)
-    whole = regex.compile("(" + "|".join(map(regex.escape, control)) + ")")
+    control = sorted((t for t, number in zip(tokens, types, strict=True) if number == 3), key=len, reverse=True)
+    special = regex.compile("(" + "|".join(map(regex.escape, control)) + ")")
     digit = regex.compile(r"(\p{N})")
-    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    pattern = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(printable)))}
+    symbols = {byte: chr(byte) for byte in printable}
+    symbols |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(printable)))}
 
-    def merged(word: str) -> list[int]:
-        parts = [letters[byte] for byte in word.encode()]
+    def merge(word: str) -> list[int]:
+        parts = [symbols[byte] for byte in word.encode()]
         while len(parts) > 1:
-            rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
+            rank, position = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
             if rank == len(ranks):
                 break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            parts[position : position + 2] = [parts[position] + parts[position + 1]]
         return [ids[part] for part in parts if part in ids]
 
     def encode(text: str) -> list[int]:
-        found: list[int] = []
-        for piece in whole.split(text):
+        encoded: list[int] = []
+        for piece in special.split(text):
             if piece in control:
-                found.append(ids[piece])
+                encoded.append(ids[piece])
                 continue
             for run in digit.split(piece):
-                for word in words.findall(run):
-                    found += merged(word)
-        return found
+                for word in pattern.findall(run):
+                    encoded += merge(word)
+        return encoded
 
     return encode
 
@@ -171,21 +174,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     path: Path = arguments.gguf
-    torch.set_num_threads(1)  # a second thread only spins where other work runs beside this
-    encode = plain_tokenizer(path)
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    torch.set_num_threads(1)  # on a busy machine, a second thread only spins
+    encode = reference_encoder(path)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
     @torch.no_grad()
     def log_probabilities(ids: list[int]) -> torch.Tensor:
-        """(length, vocabulary): of each next token, float64 from float32 logits."""
+        """Return the log-probabilities of each next token: float64 (length, vocabulary), from float32 logits."""
         return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
     @torch.no_grad()
     def answer(ids: list[int]) -> tuple[list[int], list[float]]:
-        """The likeliest next tokens, and by how many nats each led the one after it."""
+        """Return the greedy answer, and by how many nats each token led the second most likely one."""
         new, leads, cache, unseen = [], [], None, ids
-        while len(new) < NEW_TOKENS and (not new or new[-1] != theirs.eos_token_id):
+        while len(new) < NEW_TOKENS and (not new or new[-1] != tokenizer.eos_token_id):
             out = model(torch.tensor([unseen]), past_key_values=cache, use_cache=True)
             best = out.logits[0, -1].double().topk(2)
             leads.append((best.values[0] - best.values[1]).item())
@@ -202,7 +205,7 @@ def main() -> None:
     greedy = []
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
-        rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = encode(rendered)
         new, leads = answer(ids)
         greedy.append(
@@ -211,15 +214,15 @@ def main() -> None:
                 "rendered": rendered,
                 "prompt_ids": ids,
                 "new_ids": new,
-                "text": theirs.decode(new, skip_special_tokens=True),
+                "text": tokenizer.decode(new, skip_special_tokens=True),
                 "smallest_lead": round(min(leads), 6),
             }
         )
 
-    awkward = [{"text": text, "ids": encode(text)} for text in AWKWARD]
-    differing = [row["text"] for row in awkward if theirs(row["text"]).input_ids != row["ids"]]
+    token_ids = [{"text": text, "ids": encode(text)} for text in UNUSUAL_TEXTS]
+    differing_texts = [row["text"] for row in token_ids if tokenizer(row["text"]).input_ids != row["ids"]]
     record = {
-        "about": "Written by make_reference.py, which says how.",
+        "about": "Written by make_reference.py.",
         "file": {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
         "versions": {
             "python": platform.python_version(),
@@ -229,13 +232,13 @@ def main() -> None:
         },
         "texts": texts,
         "greedy": greedy,
-        "token_ids": awkward,
-        "transformers_cuts_otherwise": differing,
+        "token_ids": token_ids,
+        "transformers_differs": differing_texts,
     }
     arguments.out.write_text(json.dumps(record, ensure_ascii=True, indent=1) + "\n", encoding="utf-8")
     scored = sum(len(row["log_probabilities"]) for row in texts.values())
-    print(json.dumps(record["versions"]), f"{scored} log-probabilities, {len(awkward)} texts")
-    print("transformers cuts otherwise:", differing)
+    print(json.dumps(record["versions"]), f"{scored} log-probabilities, {len(token_ids)} texts")
+    print("transformers splits differently:", differing_texts)
 
 
 if __name__ == "__main__":

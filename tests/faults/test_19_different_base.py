@@ -36,7 +36,7 @@ def test_changed_base_weights_are_refused_by_their_fingerprint_and_the_original_
         before = contents(run, but=(".lock", "run.log"))
         out = cli("resume=run", *changes, expect=2)
         assert "the base model has other weights" in out and "Traceback" not in out
-        assert f"fingerprint {state['fingerprints']['model'][:16]} then, " in out
+        assert f"the fingerprint was {state['fingerprints']['model'][:16]} and is " in out
         assert "valid loss" not in out and "train loss" not in out
         after = contents(run, but=(".lock", "run.log"))
         assert {name for name in before | after if before.get(name) != after.get(name)} == set()

@@ -11,7 +11,8 @@ from pathlib import Path
 from runner.backends.cpu import native, probe
 from runner.backends.cpu.backend import CpuBackend
 from runner.backends.cpu.blas import BlasReport, blas_identity
-from runner.backends.cpu.engine import Engine, UnsupportedModel
+from runner.backends.cpu.engine import Engine
+from runner.backends.cpu.linear import UnsupportedModel
 from runner.backends.cpu.ops import Ops
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.protocol import Backend

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from runner.backends.cpu.block import view
 from runner.backends.cpu.engine import Engine, EngineBatch
+from runner.backends.cpu.linear import view
 from runner.backends.environment import common_environment
 from runner.backends.protocol import DeviceBatch
 from runner.models.forward import Forward
@@ -38,7 +38,7 @@ class CpuBackend:
             **common_environment(self.forward, self._blas),
             "engine": self.identity,
             "compiled": False,
-            "loss_piece": self.engine.head.piece,
+            "loss_piece": self.engine.head.chunk,
             "head": "supervised",
         }
 
@@ -56,12 +56,12 @@ class CpuBackend:
     def hidden_below(self, inputs: np.ndarray) -> np.ndarray:
         """Return the hidden states at the cut."""
         if self.forward.restore_below():
-            self.engine.renew_below(self.forward.model)
+            self.engine.restore_lower_blocks(self.forward.model)
         return self.engine.below(inputs)
 
     def release_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
         """Free the weights below the cut and return their bytes."""
-        self.engine.release_below()
+        self.engine.release_lower_blocks()
         return self.forward.release_below(reload)
 
 

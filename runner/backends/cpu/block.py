@@ -1,286 +1,193 @@
-"""One block: RMS norm, causal attention, RMS norm, gated MLP, with LoRA on any of its linear layers.
+"""One transformer block: RMSNorm, causal attention, RMSNorm, gated MLP, with LoRA on any of its linear layers.
 
-Notation: n positions (rows of a batch one after the other), d the model's width, r a rank. A group is the linear
-layers that share an input: their adapters' first factors are one product.
+Shapes: n positions (the rows of a batch one after the other), m of them selected, d the model's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.tuner.lora import LoRALinear
 
 from runner.backends.cpu.attention import HeadLayout
-from runner.backends.cpu.gemm import gemm
+from runner.backends.cpu.linear import Grads, Linear, LinearGroup, UnsupportedModel, view
+from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import Partition
-from runner.backends.cpu.workspace import Workspace
 
-Grads = dict[str, np.ndarray]
 Rope = Callable[[int], tuple[np.ndarray, np.ndarray]]
-
-
-class UnsupportedModel(Exception):
-    """The model has a part that the engine does not implement."""
-
-
-def view(array: mx.array) -> np.ndarray:
-    """The numbers of an evaluated float32 array, shared."""
-    return np.array(array, copy=False)
-
-
-@dataclass
-class Linear:
-    """One linear layer: y = x Wᵀ + b, and with LoRA + scale (x A) B."""
-
-    name: str
-    """Dotted path in the model."""
-    weight: np.ndarray
-    """(outputs, inputs)."""
-    bias: np.ndarray | None
-    scale: float | None
-    """None without LoRA."""
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> Linear | None:
-        """None for another kind of layer, or numbers that are not float32."""
-        scale = float(module.scale) if isinstance(module, LoRALinear) else None
-        own = module.linear if isinstance(module, LoRALinear) else module
-        if type(own) is not nn.Linear or own.weight.dtype != mx.float32:
-            return None
-        return cls(name, view(own.weight), view(own.bias) if "bias" in own else None, scale)
-
-
-class Group:
-    """Linear layers with the same input (n, inputs)."""
-
-    def __init__(self, linears: Sequence[Linear], key: str) -> None:
-        """`key` tells its arrays in the workspace from those of other groups."""
-        self.linears, self._key = linears, key
-        self._adapted = [linear for linear in linears if linear.scale is not None]
-
-    def take(self, params: Mapping[str, np.ndarray]) -> None:
-        """The factors A (inputs, r) and B (r, outputs) of the update that comes."""
-        self._b = [params[f"{linear.name}.lora_b"] for linear in self._adapted]
-        factors = [params[f"{linear.name}.lora_a"] for linear in self._adapted]
-        self._ranks = [a.shape[1] for a in factors]
-        self._a = (
-            np.concatenate([a * linear.scale for a, linear in zip(factors, self._adapted, strict=True)], axis=1)
-            if factors
-            else None
-        )
-
-    def forward(
-        self, x: np.ndarray, outs: Sequence[np.ndarray], work: Workspace, keep: str, *, add: bool = False
-    ) -> None:
-        """Write (or `add`) each layer's output; `keep` names what the way back needs."""
-        for linear, out in zip(self.linears, outs, strict=True):
-            gemm(x, linear.weight.T, out, add=add)
-            if linear.bias is not None:
-                out += linear.bias
-        if self._a is not None:
-            low = gemm(x, self._a, self._low(work, keep, len(x)))
-            for _, b, part, out in self._adapted_with(outs):
-                gemm(low[:, part], b, out, add=True)
-
-    def back(
-        self, by_outs: Sequence[np.ndarray], by_x: np.ndarray | None, work: Workspace, keep: str, grads: Grads
-    ) -> None:
-        """The gradient by the input over `by_x`, where it is wanted; those of the factors B into `grads`."""
-        n = len(by_outs[0])
-        if by_x is not None:
-            for number, (linear, given) in enumerate(zip(self.linears, by_outs, strict=True)):
-                gemm(given, linear.weight, by_x, add=number > 0)
-        if self._a is None:
-            return
-        low, by_low = self._low(work, keep, n), work.get("by_low", n, sum(self._ranks))
-        for linear, b, part, given in self._adapted_with(by_outs):
-            gemm(given, b.T, by_low[:, part])
-            grads[f"{linear.name}.lora_b"] = gemm(low[:, part].T, given, np.empty(b.shape, np.float32))
-        if by_x is not None:
-            gemm(by_low, self._a.T, by_x, add=True)
-
-    def back_of_first_factors(self, x: np.ndarray, work: Workspace, grads: Grads) -> None:
-        """The gradients of the factors A, right after `back`: for them the input is needed once more."""
-        if self._a is None:
-            return
-        by_a = gemm(x.T, work.get("by_low", len(x), sum(self._ranks)), work.get("by_a", *self._a.shape))
-        for linear, _, part, _ in self._adapted_with([x] * len(self.linears)):
-            grads[f"{linear.name}.lora_a"] = by_a[:, part] * np.float32(linear.scale or 0)
-
-    def _adapted_with(self, arrays: Sequence[np.ndarray]) -> Iterator[tuple[Linear, np.ndarray, slice, np.ndarray]]:
-        """Each layer that has LoRA: its B, its columns among the low ones, and its own of `arrays`."""
-        at, number = 0, 0
-        for linear, array in zip(self.linears, arrays, strict=True):
-            if linear.scale is not None:
-                yield linear, self._b[number], slice(at, at + self._ranks[number]), array
-                at, number = at + self._ranks[number], number + 1
-
-    def _low(self, work: Workspace, keep: str, count: int) -> np.ndarray:
-        return work.get(f"{keep}.{self._key}.low", count, sum(self._ranks))
+"""Length to cos and sin (length, half) of the rotary positions."""
 
 
 class Block:
-    """A block with its weights, shared with the model's own arrays."""
+    """A block that shares its weights with the model's own arrays."""
 
-    def __init__(self, module: nn.Module, name: str, rope: Rope) -> None:
-        """`rope`: cos and sin (length, half) of the positions up to a length.
+    def __init__(self, module: nn.Module, name: str, rope: Rope, ops: Ops) -> None:
+        """Read the layers of `module`.
 
         Raises:
-            UnsupportedModel: a part is of another kind than is implemented here.
+            UnsupportedModel: a part of another kind than is implemented here.
         """
-        attention, mlp = module.self_attn, module.mlp
 
-        def group(owner: nn.Module, path: str, names: Sequence[str], key: str) -> Group:
-            made = [Linear.of(getattr(owner, n), f"{name}.{path}.{n}") for n in names]
-            if None in made:
-                raise UnsupportedModel(f"{name}.{path}")
-            return Group(made, key)  # type: ignore[arg-type]
+        def group(owner: str, names: Sequence[str], key: str) -> LinearGroup:
+            modules = {f"{name}.{owner}.{n}": getattr(getattr(module, owner), n) for n in names}
+            return LinearGroup([Linear.from_module(m, path) for path, m in modules.items()], key)
 
-        self.qkv = group(attention, "self_attn", ("q_proj", "k_proj", "v_proj"), "qkv")
-        self.o = group(attention, "self_attn", ("o_proj",), "o")
-        self.gate_up = group(mlp, "mlp", ("gate_proj", "up_proj"), "gate_up")
-        self.down = group(mlp, "mlp", ("down_proj",), "down")
-        self.norms = [norm_of(module.input_layernorm), norm_of(module.post_attention_layernorm)]
-        heads, kv_heads = attention.n_heads, attention.n_kv_heads
-        self.shape = HeadLayout(heads, kv_heads, len(self.qkv.linears[0].weight) // heads, float(attention.scale))
+        self.qkv = group("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv")
+        self.o = group("self_attn", ("o_proj",), "o")
+        self.gate_up = group("mlp", ("gate_proj", "up_proj"), "gate_up")
+        self.down = group("mlp", ("down_proj",), "down")
+        self.norms = [norm_parameters(module.input_layernorm), norm_parameters(module.post_attention_layernorm)]
+        heads, kv_heads = module.self_attn.n_heads, module.self_attn.n_kv_heads
+        width = len(self.qkv.linears[0].weight) // heads
+        self.layout = HeadLayout(heads, kv_heads, width, float(module.self_attn.scale))
         self.inner = len(self.gate_up.linears[0].weight)
-        self.rope = rope
+        self._rope, self._ops = rope, ops
 
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[LinearGroup, ...]:
         """All linear layers."""
         return self.qkv, self.o, self.gate_up, self.down
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a linear layer has LoRA."""
+        return any(linear.scale is not None for group in self.groups for linear in group.linears)
+
     def forward(
-        self, x: np.ndarray, lane: Partition, out: np.ndarray, keep: str, chosen: np.ndarray | None = None
+        self, x: np.ndarray, part: Partition, out: np.ndarray, slot: str, selected: np.ndarray | None = None
     ) -> None:
-        """`out` (m, d) from `x` (n, d), the positions of `lane`; `keep` names what the way back needs.
+        """Write `out` (m, d) from `x` (n, d), the positions of `part`.
 
-        `chosen` (m,): the positions whose output is wanted; None: all. After attention only they are computed.
+        `slot` names the buffers that the backward pass reads. `selected` (m,): positions whose output is needed, None
+        for all; after attention only they are computed.
         """
-        qkv = self._common(lane, f"{keep}.qkv", self.shape.columns)
-        own = qkv[lane.span]
-        self.qkv.forward(self._norm(0, x, lane, keep), self._split(own), lane.own, keep)
-        self._rotate(own, lane)
-        attended = self._common(lane, f"{keep}.attended", self.shape.heads * self.shape.width)
-        log_sums = self._common(lane, f"{keep}.log_sums", self.shape.heads)
-        lane.wait()
-        lane.ops.attend(qkv, self.shape, lane, attended, log_sums)
-        lane.wait()
+        qkv = self._shared(part, f"{slot}.qkv", self.layout.columns)
+        qkv_span = qkv[part.span]
+        self.qkv.forward(self._norm(0, x, part, slot), self._split(qkv_span), part.local, slot)
+        self._rotate(qkv_span, part)
+        attended = self._shared(part, f"{slot}.attended", self.layout.heads * self.layout.width)
+        log_sums = self._shared(part, f"{slot}.log_sums", self.layout.heads)
+        part.synchronize()
+        self._ops.attention(qkv, self.layout, part, attended, log_sums)
+        part.synchronize()
         m = len(out)
-        middle = lane.own.get(f"{keep}.middle", *out.shape)
-        middle[:] = x if chosen is None else x[chosen]
-        self.o.forward(self._attended(lane, keep, chosen), [middle], lane.own, keep, add=True)
-        gate_up = lane.own.get(f"{keep}.gate_up", m, 2 * self.inner)
-        self.gate_up.forward(self._norm(1, middle, lane, keep), self._halves(gate_up), lane.own, keep)
-        inner = lane.own.get("inner", m, self.inner)
-        lane.ops.swiglu(gate_up, inner)
+        middle = part.local.buffer(f"{slot}.middle", *out.shape)
+        middle[:] = x if selected is None else x[selected]
+        self.o.forward(self._attended(part, slot, selected), [middle], part.local, slot, add=True)
+        gate_up = part.local.buffer(f"{slot}.gate_up", m, 2 * self.inner)
+        self.gate_up.forward(self._norm(1, middle, part, slot), self._halves(gate_up), part.local, slot)
+        inner = part.local.buffer("inner", m, self.inner)
+        self._ops.swiglu(gate_up, inner)
         out[:] = middle
-        self.down.forward(inner, [out], lane.own, keep, add=True)
+        self.down.forward(inner, [out], part.local, slot, add=True)
 
-    def back(
+    def backward(
         self,
         x: np.ndarray,
-        lane: Partition,
-        by_out: np.ndarray,
-        keep: str,
+        part: Partition,
+        grad_out: np.ndarray,
+        slot: str,
         grads: Grads,
-        chosen: np.ndarray | None = None,
+        selected: np.ndarray | None = None,
         *,
-        first: bool,
+        needs_grad_x: bool,
     ) -> np.ndarray:
-        """The gradient by `x` from that by the output (m, d), which is written over; `chosen` as in `forward`.
+        """Return the gradient by `x` (n, d) from that by the output (m, d), which is overwritten.
 
-        For the `first` block none is made of `x`, and what is returned means nothing.
+        Gradients of adapters go to `grads`; `slot` and `selected` as in `forward`. Where the gradient by `x` is not
+        needed, the returned array has no meaning.
         """
-        n, (m, d) = len(x), by_out.shape
-        work = lane.own
-        gate_up, middle = work.get(f"{keep}.gate_up", m, 2 * self.inner), work.get(f"{keep}.middle", m, d)
-        by_inner, inner = work.get("by_inner", m, self.inner), work.get("inner", m, self.inner)
-        by_normed = work.get("by_normed", m, d)
-        self.down.back([by_out], by_inner, work, keep, grads)
-        lane.ops.swiglu_back(gate_up, by_inner, inner)
-        self.down.back_of_first_factors(inner, work, grads)
-        self.gate_up.back(self._halves(gate_up), by_normed, work, keep, grads)
-        self.gate_up.back_of_first_factors(self._norm(1, middle, lane, keep), work, grads)
-        self._norm_back(1, middle, by_normed, by_out, lane, keep)
+        n, (m, d) = len(x), grad_out.shape
+        work, layout = part.local, self.layout
+        gate_up = work.buffer(f"{slot}.gate_up", m, 2 * self.inner)
+        middle = work.buffer(f"{slot}.middle", m, d)
+        grad_inner, inner = work.buffer("grad_inner", m, self.inner), work.buffer("inner", m, self.inner)
+        grad_normed = work.buffer("grad_normed", m, d)
+        self.down.backward([grad_out], grad_inner, work, slot, grads)
+        self._ops.swiglu_backward(gate_up, grad_inner, inner)
+        self.down.backward_a(inner, work, grads)
+        self.gate_up.backward(self._halves(gate_up), grad_normed, work, slot, grads)
+        self.gate_up.backward_a(self._norm(1, middle, part, slot), work, grads)
+        self._norm_backward(1, middle, grad_normed, grad_out, part, slot)
 
-        columns = self.shape.heads * self.shape.width
-        attended, by_attended = self._attended(lane, keep, chosen), self._common(lane, "by_attended", columns)
-        qkv, by_qkv = (self._common(lane, name, self.shape.columns) for name in (f"{keep}.qkv", "by_qkv"))
-        log_sums, deltas = (self._common(lane, name, self.shape.heads) for name in (f"{keep}.log_sums", "deltas"))
-        by_own = by_attended[lane.span] if chosen is None else work.get("by_chosen", m, columns)
-        self.o.back([by_out], by_own, work, keep, grads)
-        self.o.back_of_first_factors(attended, work, grads)
-        heads = m, self.shape.heads, self.shape.width
-        own_deltas = deltas[lane.span] if chosen is None else np.empty(heads[:2], np.float32)
-        lane.ops.dots(attended.reshape(heads), by_own.reshape(heads), own_deltas)
-        if chosen is not None:  # what no one asked for has no gradient but through keys and values
-            by_out = _scattered(by_out, chosen, work.get("by_x", n, d))
-            _scattered(by_own, chosen, by_attended[lane.span])
-            _scattered(own_deltas, chosen, deltas[lane.span])
-            by_normed = work.get("by_normed", n, d)
-        lane.wait()
-        lane.ops.attend_back(qkv, self.shape, lane, deltas, log_sums, by_attended, by_qkv)
-        lane.wait()
-        by_own = by_qkv[lane.span]
-        self._rotate(by_own, lane, back=True)
-        self.qkv.back(self._split(by_own), None if first else by_normed, work, keep, grads)
-        self.qkv.back_of_first_factors(self._norm(0, x, lane, keep), work, grads)
-        if not first:
-            self._norm_back(0, x, by_normed, by_out, lane, keep)
-        return by_out
+        columns = layout.heads * layout.width
+        attended, grad_attended = self._attended(part, slot, selected), self._shared(part, "grad_attended", columns)
+        qkv, grad_qkv = (self._shared(part, name, layout.columns) for name in (f"{slot}.qkv", "grad_qkv"))
+        log_sums, deltas = (self._shared(part, name, layout.heads) for name in (f"{slot}.log_sums", "deltas"))
+        grad_span = grad_attended[part.span] if selected is None else work.buffer("grad_selected", m, columns)
+        self.o.backward([grad_out], grad_span, work, slot, grads)
+        self.o.backward_a(attended, work, grads)
+        by_head = m, layout.heads, layout.width
+        deltas_span = deltas[part.span] if selected is None else np.empty(by_head[:2], np.float32)
+        self._ops.row_dots(attended.reshape(by_head), grad_span.reshape(by_head), deltas_span)
+        if selected is not None:  # the other positions have gradients through their keys and values alone
+            grad_out = _scatter(grad_out, selected, work.buffer("grad_x", n, d))
+            _scatter(grad_span, selected, grad_attended[part.span])
+            _scatter(deltas_span, selected, deltas[part.span])
+            grad_normed = work.buffer("grad_normed", n, d)
+        part.synchronize()
+        self._ops.attention_backward(qkv, layout, part, deltas, log_sums, grad_attended, grad_qkv)
+        part.synchronize()
+        grad_qkv_span = grad_qkv[part.span]
+        self._rotate(grad_qkv_span, part, inverse=True)
+        self.qkv.backward(self._split(grad_qkv_span), grad_normed if needs_grad_x else None, work, slot, grads)
+        self.qkv.backward_a(self._norm(0, x, part, slot), work, grads)
+        if needs_grad_x:
+            self._norm_backward(0, x, grad_normed, grad_out, part, slot)
+        return grad_out
 
-    def _attended(self, lane: Partition, keep: str, chosen: np.ndarray | None) -> np.ndarray:
-        """The heads' output at the lane's positions, or those that are chosen."""
-        own = self._common(lane, f"{keep}.attended", self.shape.heads * self.shape.width)[lane.span]
-        return own if chosen is None else np.take(own, chosen, axis=0)
+    def _attended(self, part: Partition, slot: str, selected: np.ndarray | None) -> np.ndarray:
+        """Return the heads' output at the partition's positions, or at the selected ones."""
+        span = self._shared(part, f"{slot}.attended", self.layout.heads * self.layout.width)[part.span]
+        return span if selected is None else np.take(span, selected, axis=0)
 
-    def _common(self, lane: Partition, name: str, columns: int) -> np.ndarray:
-        """(positions of all lanes, columns), which all lanes share."""
-        return lane.common.get(name, len(lane.rows), columns)
+    def _shared(self, part: Partition, name: str, columns: int) -> np.ndarray:
+        """Return the buffer (positions of the batch, columns) that all partitions share."""
+        return part.shared.buffer(name, len(part.rows), columns)
 
-    def _norm(self, which: int, x: np.ndarray, lane: Partition, keep: str) -> np.ndarray:
-        """`x` normed; made again on the way back, where it costs less than keeping it would."""
+    def _norm(self, which: int, x: np.ndarray, part: Partition, slot: str) -> np.ndarray:
+        """Return `x` normed; computed again in the backward pass, where it costs less than to store it."""
         weight, eps = self.norms[which]
-        normed = lane.own.get("normed", *x.shape)
-        lane.ops.rms_norm(x, weight, eps, normed, lane.own.get(f"{keep}.scale{which}", len(x), 1))
+        normed = part.local.buffer("normed", *x.shape)
+        self._ops.rms_norm(x, weight, eps, normed, part.local.buffer(f"{slot}.scale{which}", len(x), 1))
         return normed
 
-    def _norm_back(
-        self, which: int, x: np.ndarray, by_normed: np.ndarray, add_to: np.ndarray, lane: Partition, keep: str
+    def _norm_backward(
+        self, which: int, x: np.ndarray, grad_normed: np.ndarray, grad_x: np.ndarray, part: Partition, slot: str
     ) -> None:
         weight, _ = self.norms[which]
-        lane.ops.rms_norm_back(x, weight, lane.own.get(f"{keep}.scale{which}", len(x), 1), by_normed, add_to)
+        scale = part.local.buffer(f"{slot}.scale{which}", len(x), 1)
+        self._ops.rms_norm_backward(x, weight, scale, grad_normed, grad_x)
 
-    def _rotate(self, qkv: np.ndarray, lane: Partition, *, back: bool = False) -> None:
-        turned = self.shape.heads + self.shape.kv_heads  # queries and keys
-        heads = qkv.reshape(len(qkv), -1, self.shape.width)[:, :turned]
-        cos, sin = self.rope(max(lane.rows.lengths))
-        lane.ops.rotate(heads, cos, sin, lane.rows.places[lane.span], back=back)
+    def _rotate(self, qkv: np.ndarray, part: Partition, *, inverse: bool = False) -> None:
+        heads = qkv.reshape(len(qkv), -1, self.layout.width)[:, : self.layout.heads + self.layout.kv_heads]
+        cos, sin = self._rope(max(part.rows.lengths))
+        self._ops.rope(heads, cos, sin, part.rows.row_positions[part.span], inverse=inverse)
 
     def _split(self, qkv: np.ndarray) -> list[np.ndarray]:
-        width = self.shape.width
-        edges = [self.shape.heads * width, (self.shape.heads + self.shape.kv_heads) * width]
+        width = self.layout.width
+        edges = [self.layout.heads * width, (self.layout.heads + self.layout.kv_heads) * width]
         return np.split(qkv, edges, axis=1)
 
     def _halves(self, gate_up: np.ndarray) -> list[np.ndarray]:
         return [gate_up[:, : self.inner], gate_up[:, self.inner :]]
 
 
-def _scattered(part: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """`out`, with `part` at `places` and zero elsewhere."""
+def _scatter(values: np.ndarray, indices: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Write `values` to the rows `indices` of `out`, zero to the others, and return it."""
     out[:] = 0
-    out[places] = part
+    out[indices] = values
     return out
 
 
-def norm_of(module: nn.Module) -> tuple[np.ndarray, float]:
-    """Weight (d,) and epsilon of an RMS norm. Raises UnsupportedModel for another kind, or numbers that are not float32."""
+def norm_parameters(module: nn.Module) -> tuple[np.ndarray, float]:
+    """Return weight (d,) and epsilon of an RMSNorm.
+
+    Raises:
+        UnsupportedModel: another kind of norm, or not float32.
+    """
     if type(module) is not nn.RMSNorm or module.weight.dtype != mx.float32:
         raise UnsupportedModel(type(module).__name__)
     return view(module.weight), float(module.eps)

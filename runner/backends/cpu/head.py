@@ -1,5 +1,5 @@
-"""Final norm, head and cross-entropy. The lanes divide the vocabulary: each reads its part of the head's weights once
-for all positions, and what a position's other words add comes from the other lanes."""
+"""Final norm, head and cross-entropy. The partitions divide the vocabulary: each reads its part of the head's weights
+once for all positions and exchanges the maxima, sums and gradients of the positions with the others."""
 
 from __future__ import annotations
 
@@ -8,107 +8,113 @@ from dataclasses import dataclass
 import numpy as np
 
 from runner.backends.cpu.gemm import gemm
+from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import Partition
 from runner.common.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch is to predict, in the order of its positions, and which of it lies in a lane."""
+    """The supervised tokens of a batch, in the order of their positions, and those that a partition holds."""
 
     tokens: np.ndarray
     """(n,) int32."""
     weights: np.ndarray
     """(n,) float32, none of them zero."""
-    mine: np.ndarray
-    """(m,): which of the n the lane's positions predict, in rising order."""
-    places: np.ndarray
-    """(m,): where these lie among the lane's positions."""
+    local: np.ndarray
+    """(m,): indices into the n whose positions lie in the partition, rising."""
+    local_positions: np.ndarray
+    """(m,): these positions, counted from the partition's first."""
 
     @classmethod
-    def of(
-        cls, positions: np.ndarray, targets: np.ndarray, weights: np.ndarray, vocabulary: int, lane: Partition
+    def of_partition(
+        cls, positions: np.ndarray, tokens: np.ndarray, weights: np.ndarray, vocabulary: int, part: Partition
     ) -> Targets:
-        """`positions` (n,) in the batch; those of weight 0 are left out.
+        """Return the targets of a batch, those of weight 0 left out; `positions` (n,) are counted along the batch.
 
         Raises:
-            ModelError: a token is not in a vocabulary of so many.
+            ModelError: a token is outside the vocabulary.
         """
-        wanted = np.flatnonzero(weights)
-        if len(wanted) and not 0 <= targets[wanted].min() <= targets[wanted].max() < vocabulary:
+        supervised = np.flatnonzero(weights)
+        if len(supervised) and not 0 <= tokens[supervised].min() <= tokens[supervised].max() < vocabulary:
             raise ModelError(
-                f"The data hold token {targets[wanted].max()}, and the model has {vocabulary:,}: "
-                "this is another model's tokenizer."
+                f"The data contains token {tokens[supervised].max()}, but the model's vocabulary has {vocabulary:,} "
+                "tokens: it was tokenized for another model."
             )
-        at, span = positions[wanted], lane.span
-        mine = np.flatnonzero((at >= span.start) & (at < span.stop))
-        return cls(targets[wanted], weights[wanted], mine, at[mine] - span.start)
+        positions, span = positions[supervised], part.span
+        local = np.flatnonzero((positions >= span.start) & (positions < span.stop))
+        return cls(tokens[supervised], weights[supervised], local, positions[local] - span.start)
 
 
 class Head:
     """From the last block's output to the loss, and back."""
 
-    def __init__(self, weight: np.ndarray, norm: tuple[np.ndarray, float], piece: int) -> None:
-        """`weight`: (vocabulary, d); `norm`: weight (d,) and epsilon; `piece`: positions whose logits exist at once."""
-        self.weight, self.norm, self.piece = weight, norm, piece
+    def __init__(self, weight: np.ndarray, norm: tuple[np.ndarray, float], chunk: int, ops: Ops) -> None:
+        """`weight`: (vocabulary, d); `norm`: weight (d,) and epsilon; `chunk`: positions whose logits exist at once."""
+        self.weight, self.norm, self.chunk, self._ops = weight, norm, chunk, ops
 
-    def loss(self, x: np.ndarray, lane: Partition, targets: Targets, by_x: np.ndarray | None) -> np.float32:
-        """The weighted sum of -log p(target), in the first lane, zero in the others; `x` (m, d) predicts `mine`.
+    def loss(self, x: np.ndarray, part: Partition, targets: Targets, grad_x: np.ndarray | None) -> np.float32:
+        """Return the weighted sum of -log p(target) in the first partition, and zero in the others.
 
-        Its gradient by `x` is written to `by_x`, where that is given. All lanes take part at once.
+        `x` (m, d) are the last block's outputs at the partition's targets; the gradient by `x` is written to `grad_x`,
+        unless it is None. All partitions have to call this at the same time.
         """
         loss = np.float32(0)
-        for start in range(0, len(targets.tokens), self.piece):
-            part = slice(start, start + self.piece)
-            own = slice(*np.searchsorted(targets.mine, (part.start, part.stop)))
-            loss += self._piece(
-                x[own],
-                lane,
-                targets.mine[own] - start,
-                targets.tokens[part],
-                targets.weights[part],
-                None if by_x is None else by_x[own],
+        for start in range(0, len(targets.tokens), self.chunk):
+            chunk = slice(start, start + self.chunk)
+            local = slice(*np.searchsorted(targets.local, (chunk.start, chunk.stop)))
+            loss += self._chunk_loss(
+                x[local],
+                part,
+                targets.local[local] - start,
+                targets.tokens[chunk],
+                targets.weights[chunk],
+                None if grad_x is None else grad_x[local],
             )
         return loss
 
-    def _piece(
+    def _chunk_loss(
         self,
         x: np.ndarray,
-        lane: Partition,
-        mine: np.ndarray,
+        part: Partition,
+        local: np.ndarray,
         tokens: np.ndarray,
         weights: np.ndarray,
-        by_x: np.ndarray | None,
+        grad_x: np.ndarray | None,
     ) -> np.float32:
-        norm, eps = self.norm
-        count, work, common = len(tokens), lane.own, lane.common
-        words = slice(len(self.weight) * lane.number // lane.count, len(self.weight) * (lane.number + 1) // lane.count)
-        head = self.weight[words]
-        normed, scale = work.get("head.own", *x.shape), work.get("head.scale", len(x), 1)
-        lane.ops.rms_norm(x, norm, eps, normed, scale)
-        everyone = common.get("head.normed", count, x.shape[1])
-        everyone[mine] = normed
-        lane.wait()
-        logits = gemm(everyone, head.T, work.get("logits", count, len(head)))
-        tops, sums = (common.get(f"head.{name}", lane.count, count) for name in ("tops", "sums"))
-        np.max(logits, axis=1, out=tops[lane.number], initial=-np.inf)  # more lanes than words: none here
-        lane.wait()
-        top, own = tops.max(axis=0), common.get("head.target", count)
-        here = np.flatnonzero((tokens >= words.start) & (tokens < words.stop))
-        at = here, tokens[here] - words.start
-        own[here] = logits[at] - top[here]
-        lane.ops.exponentials(logits, top, sums[lane.number])
-        lane.wait()
+        norm_weight, eps = self.norm
+        count, work, shared, vocabulary = len(tokens), part.local, part.shared, len(self.weight)
+        rows = slice(vocabulary * part.index // part.count, vocabulary * (part.index + 1) // part.count)
+        head = self.weight[rows]
+        normed, scale = work.buffer("head.local", *x.shape), work.buffer("head.scale", len(x), 1)
+        self._ops.rms_norm(x, norm_weight, eps, normed, scale)
+        all_normed = shared.buffer("head.normed", count, x.shape[1])
+        all_normed[local] = normed
+        part.synchronize()
+        logits = gemm(all_normed, head.T, work.buffer("logits", count, len(head)))
+        maxima, sums = (shared.buffer(f"head.{name}", part.count, count) for name in ("maxima", "sums"))
+        # The initial value is that of a partition without tokens, where there are more threads than tokens.
+        np.max(logits, axis=1, out=maxima[part.index], initial=-np.inf)
+        part.synchronize()
+        maximum, target_logits = maxima.max(axis=0), shared.buffer("head.target", count)
+        own = np.flatnonzero((tokens >= rows.start) & (tokens < rows.stop))
+        own_targets = own, tokens[own] - rows.start
+        target_logits[own] = logits[own_targets] - maximum[own]
+        self._ops.exp_minus_max(logits, maximum, sums[part.index])
+        part.synchronize()
         total = sums.sum(axis=0)
-        with np.errstate(all="ignore"):  # what is not finite shows in the loss
-            loss = ((np.log(total) - own) * weights).sum(dtype=np.float32) if lane.number == 0 else np.float32(0)
-            if by_x is not None:
-                # Softmax less the target, times the sum of the exponentials: divided by it below, in fewer numbers.
-                logits[at] -= total[here]
-                parts = common.get("head.by_normed", lane.count, count, x.shape[1])
-                gemm(logits, head, parts[lane.number])
-                lane.wait()
-                by_normed = parts[:, mine].sum(axis=0) * (weights / total)[mine, None]
-                by_x[:] = 0
-                lane.ops.rms_norm_back(x, norm, scale, by_normed, by_x)
+        with np.errstate(all="ignore"):  # a value that is not finite shows in the loss
+            loss = np.float32(0)
+            if part.index == 0:
+                loss = ((np.log(total) - target_logits) * weights).sum(dtype=np.float32)
+            if grad_x is not None:
+                # Softmax minus target, times the sum of exponentials; dividing by it after the product touches fewer
+                # numbers.
+                logits[own_targets] -= total[own]
+                grads = shared.buffer("head.grad_normed", part.count, count, x.shape[1])
+                gemm(logits, head, grads[part.index])
+                part.synchronize()
+                grad_normed = grads[:, local].sum(axis=0) * (weights / total)[local, None]
+                grad_x[:] = 0
+                self._ops.rms_norm_backward(x, norm_weight, scale, grad_normed, grad_x)
         return loss

@@ -1,20 +1,20 @@
-/* Element-wise parts of a model and its attention, forward and backward, for the engine of the CPU.
+/* Elementwise kernels and attention, forward and backward, for the CPU engine.
 
-   Compiled once on the machine that runs it (runner/cpu/native.py), without headers or the C library: products are
-   cblas_sgemm, whose address each function that needs it is given. Sums are made in sixteen lines whatever the
-   machine's vectors hold, and products are not contracted into sums (-ffp-contract=off): the bits do not depend on
-   the compiler or the width of the vectors. A position's numbers come from that position alone. */
+   Compiled once on the machine that runs it (native.py), without headers or the C library; matrix products are
+   cblas_sgemm, whose address is an argument. Sums are computed in sixteen lanes whatever the machine's vectors hold,
+   and products are not contracted into sums (-ffp-contract=off): the results do not depend on the compiler or the
+   width of the vectors. Each position is computed from that position alone. */
 
 typedef long i64;
-typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int masks __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int mask_vec __attribute__((vector_size(64), aligned(4), may_alias));
 
-enum { LINES = 16, PART = 256, ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
+enum { LANES = 16, SUM_BLOCK = 256, ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 
 typedef void gemm_t(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
 
-/* exp(x), as in the Cephes library (S. Moshier): 2^n times a polynomial of the rest. Zero below -87.33, infinite above
-   88.37, where n would not fit; what is no number stays so. */
+/* exp(x), as in the Cephes library (S. Moshier): 2^n times a polynomial of the remainder. Zero below -87.33, infinite
+   above 88.37, where n would not fit; NaN stays NaN. */
 static inline float exp_(float x)
 {
     float low = x > 88.37f ? 88.37f : x;
@@ -37,12 +37,12 @@ static inline float exp_(float x)
     return x == x ? y : x;
 }
 
-/* log(x) of a normal number above zero, as in the Cephes library. */
+/* log(x) of a normal positive number, as in the Cephes library. */
 static inline float log_(float x)
 {
     int bits;
     __builtin_memcpy(&bits, &x, 4);
-    if (!(x > 0.0f) || bits >= 0x7f800000) return x * 0.0f; /* no number, or none that has a logarithm */
+    if (!(x > 0.0f) || bits >= 0x7f800000) return x * 0.0f; /* NaN */
     float e = (float)((bits >> 23) - 126);
     bits = (bits & 0x007fffff) | 0x3f000000;
     __builtin_memcpy(&x, &bits, 4);
@@ -67,52 +67,53 @@ static inline float log_(float x)
     return (x + y) + e * 0.693359375f;
 }
 
-static inline float folded(lanes v)
+/* The sum of the lanes, by halves. */
+static inline float horizontal_sum(vec v)
 {
-    for (int width = LINES / 2; width; width /= 2)
+    for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) v[i] = v[i] + v[i + width];
     return v[0];
 }
 
 static inline float dot(const float *restrict a, const float *restrict b, i64 count)
 {
-    lanes sum = {0};
+    vec sum = {0};
     i64 i = 0;
-    for (; i + LINES <= count; i += LINES) sum += *(const lanes *)(a + i) * *(const lanes *)(b + i);
-    float all = folded(sum);
-    for (; i < count; i++) all += a[i] * b[i];
-    return all;
+    for (; i + LANES <= count; i += LANES) sum += *(const vec *)(a + i) * *(const vec *)(b + i);
+    float result = horizontal_sum(sum);
+    for (; i < count; i++) result += a[i] * b[i];
+    return result;
 }
 
-/* Summed in parts: added to one large number, many small ones would be lost. */
+/* Summed in blocks: many small numbers added to one large float32 would be lost. */
 static inline float total(const float *x, i64 count)
 {
-    double all = 0.0;
+    double result = 0.0;
     i64 i = 0;
-    while (i + LINES <= count) {
-        lanes sum = {0};
-        for (i64 end = i + PART; i < end && i + LINES <= count; i += LINES) sum += *(const lanes *)(x + i);
-        all += folded(sum);
+    while (i + LANES <= count) {
+        vec sum = {0};
+        for (i64 end = i + SUM_BLOCK; i < end && i + LANES <= count; i += LANES) sum += *(const vec *)(x + i);
+        result += horizontal_sum(sum);
     }
-    for (; i < count; i++) all += x[i];
-    return (float)all;
+    for (; i < count; i++) result += x[i];
+    return (float)result;
 }
 
-static inline float largest(const float *x, i64 count)
+static inline float maximum_of(const float *x, i64 count)
 {
-    float top = x[0];
+    float maximum = x[0];
     i64 i = 0;
-    if (count >= LINES) {
-        lanes most = *(const lanes *)x;
-        for (i = LINES; i + LINES <= count; i += LINES) {
-            lanes next = *(const lanes *)(x + i);
-            masks more = next > most;
-            most = (lanes)((more & (masks)next) | (~more & (masks)most));
+    if (count >= LANES) {
+        vec maxima = *(const vec *)x;
+        for (i = LANES; i + LANES <= count; i += LANES) {
+            vec next = *(const vec *)(x + i);
+            mask_vec larger = next > maxima;
+            maxima = (vec)((larger & (mask_vec)next) | (~larger & (mask_vec)maxima));
         }
-        for (int k = 0; k < LINES; k++) top = most[k] > top ? most[k] : top;
+        for (int k = 0; k < LANES; k++) maximum = maxima[k] > maximum ? maxima[k] : maximum;
     }
-    for (; i < count; i++) top = x[i] > top ? x[i] : top;
-    return top;
+    for (; i < count; i++) maximum = x[i] > maximum ? x[i] : maximum;
+    return maximum;
 }
 
 static inline void copy(float *restrict to, const float *restrict from, i64 count)
@@ -125,29 +126,29 @@ static inline void clear(float *to, i64 count)
     for (i64 i = 0; i < count; i++) to[i] = 0.0f;
 }
 
-/* out (n, d) = x scale weight, with scale (n) = 1 / sqrt(mean(x^2) + eps). */
+/* RMSNorm: out (n, d) = x scale weight, with scale (n) = 1 / sqrt(mean(x^2) + eps). */
 void rms_norm(i64 n, i64 d, const float *x, const float *restrict weight, float eps, float *out, float *restrict scale)
 {
     for (i64 at = 0; at < n; at++) {
         const float *row = x + at * d;
-        float *restrict made = out + at * d;
+        float *restrict result = out + at * d;
         float s = 1.0f / __builtin_sqrtf(dot(row, row, d) / (float)d + eps);
         scale[at] = s;
-        for (i64 i = 0; i < d; i++) made[i] = row[i] * s * weight[i];
+        for (i64 i = 0; i < d; i++) result[i] = row[i] * s * weight[i];
     }
 }
 
-/* The gradient by x, added to add_to (n, d). */
-void rms_norm_back(i64 n, i64 d, const float *x, const float *restrict weight, const float *restrict scale,
-                   float *by_out, float *add_to)
+/* Add the gradient by x to grad_x (n, d); grad_out (n, d) is overwritten. */
+void rms_norm_backward(i64 n, i64 d, const float *x, const float *restrict weight, const float *restrict scale,
+                       float *grad_out, float *grad_x)
 {
     for (i64 at = 0; at < n; at++) {
         const float *restrict row = x + at * d;
-        float *restrict given = by_out + at * d, *restrict sum = add_to + at * d;
+        float *restrict grad = grad_out + at * d, *restrict sum = grad_x + at * d;
         float r = scale[at];
-        for (i64 i = 0; i < d; i++) given[i] = given[i] * weight[i];
-        float shared = dot(given, row, d) * (r * r * r / (float)d);
-        for (i64 i = 0; i < d; i++) sum[i] = sum[i] + (given[i] * r - row[i] * shared);
+        for (i64 i = 0; i < d; i++) grad[i] = grad[i] * weight[i];
+        float projection = dot(grad, row, d) * (r * r * r / (float)d);
+        for (i64 i = 0; i < d; i++) sum[i] = sum[i] + (grad[i] * r - row[i] * projection);
     }
 }
 
@@ -156,146 +157,148 @@ void swiglu(i64 n, i64 d, const float *gate_up, float *out)
 {
     for (i64 at = 0; at < n; at++) {
         const float *restrict gate = gate_up + at * 2 * d, *restrict up = gate + d;
-        float *restrict made = out + at * d;
-        for (i64 i = 0; i < d; i++) made[i] = gate[i] / (1.0f + exp_(-gate[i])) * up[i];
+        float *restrict result = out + at * d;
+        for (i64 i = 0; i < d; i++) result[i] = gate[i] / (1.0f + exp_(-gate[i])) * up[i];
     }
 }
 
-/* The gradients by gate and up over gate_up, and what swiglu made in out once more. */
-void swiglu_back(i64 n, i64 d, float *gate_up, const float *by_out, float *out)
+/* Overwrite gate_up with the gradients by gate and up, and out with the output of swiglu once more. */
+void swiglu_backward(i64 n, i64 d, float *gate_up, const float *grad_out, float *out)
 {
     for (i64 at = 0; at < n; at++) {
-        float *restrict gate = gate_up + at * 2 * d, *restrict up = gate + d, *restrict made = out + at * d;
-        const float *restrict given = by_out + at * d;
+        float *restrict gate = gate_up + at * 2 * d, *restrict up = gate + d, *restrict result = out + at * d;
+        const float *restrict grad = grad_out + at * d;
         for (i64 i = 0; i < d; i++) {
             float g = gate[i], u = up[i];
             float sigmoid = 1.0f / (1.0f + exp_(-g));
             float silu = g * sigmoid;
-            made[i] = silu * u;
+            result[i] = silu * u;
             /* silu' = sigmoid + silu (1 - sigmoid) */
-            gate[i] = (sigmoid + (silu - silu * sigmoid)) * u * given[i];
-            up[i] = silu * given[i];
+            gate[i] = (sigmoid + (silu - silu * sigmoid)) * u * grad[i];
+            up[i] = silu * grad[i];
         }
     }
 }
 
-/* Rotary positions in place: x holds `heads` of `width` in each of n lines of `step`; halves turn against each other,
-   by cos and sign * sin (length, half) at `places` (n). */
-void rotate(i64 n, i64 heads, i64 step, i64 width, i64 half, float *x, const float *cos, const float *sin,
-            const i64 *places, float sign)
+/* Rotary positions in place: x holds `heads` of `width` in each of n rows, `stride` apart; the halves of a head rotate
+   against each other by cos and sign * sin (length, half) at `positions` (n). */
+void rope(i64 n, i64 heads, i64 stride, i64 width, i64 half, float *x, const float *cos, const float *sin,
+          const i64 *positions, float sign)
 {
     for (i64 at = 0; at < n; at++) {
-        const float *restrict c = cos + places[at] * half, *restrict s = sin + places[at] * half;
+        const float *restrict c = cos + positions[at] * half, *restrict s = sin + positions[at] * half;
         for (i64 head = 0; head < heads; head++) {
-            float *restrict first = x + at * step + head * width, *restrict second = first + half;
+            float *restrict first = x + at * stride + head * width, *restrict second = first + half;
             for (i64 i = 0; i < half; i++) {
-                float a = first[i], b = second[i], turn = sign * s[i];
-                first[i] = a * c[i] - b * turn;
-                second[i] = b * c[i] + a * turn;
+                float a = first[i], b = second[i], sine = sign * s[i];
+                first[i] = a * c[i] - b * sine;
+                second[i] = b * c[i] + a * sine;
             }
         }
     }
 }
 
-/* exp(x - top) over x (n, d), and the sum of each line. */
-void exponentials(i64 n, i64 d, float *x, const float *restrict top, float *restrict sums)
+/* Overwrite x (n, d) with exp(x - maximum), and write the sum of each row to sums (n). */
+void exp_minus_max(i64 n, i64 d, float *x, const float *restrict maximum, float *restrict sums)
 {
     for (i64 at = 0; at < n; at++) {
         float *restrict row = x + at * d;
-        float most = top[at];
-        for (i64 i = 0; i < d; i++) row[i] = exp_(row[i] - most);
+        float top = maximum[at];
+        for (i64 i = 0; i < d; i++) row[i] = exp_(row[i] - top);
         sums[at] = total(row, d);
     }
 }
 
-/* out (n) = the products of lines of a and b (n, d), summed. */
-void dots(i64 n, i64 d, const float *a, const float *b, float *restrict out)
+/* out (n) = the dot products of the rows of a and b (n, d). */
+void row_dots(i64 n, i64 d, const float *a, const float *b, float *restrict out)
 {
     for (i64 at = 0; at < n; at++) out[at] = dot(a + at * d, b + at * d, d);
 }
 
-/* Of the heads in qkv, `columns` in a line: queries, keys, values beside each other. */
+/* The columns of qkv: queries, keys and values of all heads beside each other. */
 typedef struct {
     i64 heads, kv_heads, width, tile;
     float scale;
     gemm_t *gemm;
-} shape_t;
+} layout_t;
 
-/* The queries of a tile that share keys, one below the other: to (group * queries, width), or back. */
-static void stack(const shape_t *s, float *stacked, float *lines, i64 columns, i64 head, i64 queries, int back)
+/* Copy the queries of a tile that share keys from rows of `columns` to stacked (group * queries, width), or back. */
+static void stack(const layout_t *s, float *stacked, float *rows, i64 columns, i64 head, i64 queries, int back)
 {
     i64 group = s->heads / s->kv_heads;
     for (i64 g = 0; g < group; g++)
         for (i64 q = 0; q < queries; q++) {
-            float *one = stacked + (g * queries + q) * s->width;
-            float *line = lines + q * columns + (head * group + g) * s->width;
+            float *query = stacked + (g * queries + q) * s->width;
+            float *row = rows + q * columns + (head * group + g) * s->width;
             if (back)
-                copy(line, one, s->width);
+                copy(row, query, s->width);
             else
-                copy(one, line, s->width);
+                copy(query, row, s->width);
         }
 }
 
-/* out (., heads width) = softmax(q k^T scale) v for `count` pieces of work, each (first position of a row, its length,
-   first head of keys, one past the last); log_sums (., heads): logarithms of the sums, for the way back.
+/* out (., heads width) = softmax(q k^T scale) v for `count` shares, each (first position of a row, its length, first
+   head of keys, one past the last); log_sums (., heads): logarithms of the sums, for the backward pass.
 
-   Room: queries (group, tile, width), scores (group, tile, longest row). */
-void attend(const shape_t *s, i64 count, const i64 *work, float *qkv, float *out, float *log_sums, float *queries,
-            float *scores)
+   Scratch: queries (group, tile, width), scores (group, tile, longest row). */
+void attention(const layout_t *s, i64 count, const i64 *work, float *qkv, float *out, float *log_sums, float *queries,
+               float *scores)
 {
     i64 group = s->heads / s->kv_heads, w = s->width, columns = (s->heads + 2 * s->kv_heads) * w;
     for (; count; count--, work += 4)
         for (i64 start = 0; start < work[1]; start += s->tile) {
-            i64 stop = start + s->tile < work[1] ? start + s->tile : work[1], n = stop - start, all = group * n;
-            float *seen = qkv + work[0] * columns, *here = seen + start * columns;
+            i64 stop = start + s->tile < work[1] ? start + s->tile : work[1], n = stop - start, stacked = group * n;
+            float *visible_rows = qkv + work[0] * columns, *tile_rows = visible_rows + start * columns;
             for (i64 head = work[2]; head < work[3]; head++) {
-                const float *keys = seen + (s->heads + head) * w, *values = keys + s->kv_heads * w;
-                stack(s, queries, here, columns, head, n, 0);
-                s->gemm(ROW_MAJOR, PLAIN, TRANSPOSED, all, stop, w, s->scale, queries, w, keys, columns, 0.0f, scores,
+                const float *keys = visible_rows + (s->heads + head) * w, *values = keys + s->kv_heads * w;
+                stack(s, queries, tile_rows, columns, head, n, 0);
+                s->gemm(ROW_MAJOR, NO_TRANS, TRANS, stacked, stop, w, s->scale, queries, w, keys, columns, 0.0f, scores,
                         stop);
-                float sums[all];
-                for (i64 line = 0; line < all; line++) {
-                    i64 q = line % n, visible = start + q + 1;
-                    float *restrict row = scores + line * stop;
-                    float most = largest(row, visible);
-                    for (i64 i = 0; i < visible; i++) row[i] = exp_(row[i] - most);
+                float sums[stacked];
+                for (i64 q_row = 0; q_row < stacked; q_row++) {
+                    i64 q = q_row % n, visible = start + q + 1;
+                    float *restrict row = scores + q_row * stop;
+                    float top = maximum_of(row, visible);
+                    for (i64 i = 0; i < visible; i++) row[i] = exp_(row[i] - top);
                     clear(row + visible, stop - visible);
-                    sums[line] = total(row, visible);
-                    log_sums[(work[0] + start + q) * s->heads + head * group + line / n] = log_(sums[line]) + most;
+                    sums[q_row] = total(row, visible);
+                    log_sums[(work[0] + start + q) * s->heads + head * group + q_row / n] = log_(sums[q_row]) + top;
                 }
-                s->gemm(ROW_MAJOR, PLAIN, PLAIN, all, w, stop, 1.0f, scores, stop, values, columns, 0.0f, queries, w);
-                for (i64 line = 0; line < all; line++)
-                    for (i64 i = 0; i < w; i++) queries[line * w + i] = queries[line * w + i] / sums[line];
+                s->gemm(ROW_MAJOR, NO_TRANS, NO_TRANS, stacked, w, stop, 1.0f, scores, stop, values, columns, 0.0f,
+                        queries, w);
+                for (i64 q_row = 0; q_row < stacked; q_row++)
+                    for (i64 i = 0; i < w; i++) queries[q_row * w + i] = queries[q_row * w + i] / sums[q_row];
                 stack(s, queries, out + (work[0] + start) * s->heads * w, s->heads * w, head, n, 1);
             }
         }
 }
 
-/* The gradients by queries, keys and values into by_qkv, laid out as qkv. deltas (., heads): products of the output
-   and the gradient by it, summed by head. The weights are made again from log_sums (Dao et al., 2022).
+/* Write grad_qkv, the gradients by queries, keys and values in the columns of qkv. deltas (., heads): dot products of
+   the output and its gradient by head. The weights are recomputed from log_sums (Dao et al., 2022).
 
-   Room: queries and given (group, tile, width), weights and slopes (group, tile, longest row). */
-void attend_back(const shape_t *s, i64 count, const i64 *work, float *qkv, const float *deltas, const float *log_sums,
-                 float *by_out, float *by_qkv, float *queries, float *given, float *weights, float *slopes)
+   Scratch: queries and grads (group, tile, width), weights and slopes (group, tile, longest row). */
+void attention_backward(const layout_t *s, i64 count, const i64 *work, float *qkv, const float *deltas,
+                        const float *log_sums, float *grad_out, float *grad_qkv, float *queries, float *grads,
+                        float *weights, float *slopes)
 {
     i64 group = s->heads / s->kv_heads, w = s->width, columns = (s->heads + 2 * s->kv_heads) * w;
     for (; count; count--, work += 4)
         for (i64 start = 0; start < work[1]; start += s->tile) {
-            i64 stop = start + s->tile < work[1] ? start + s->tile : work[1], n = stop - start, all = group * n;
-            float *seen = qkv + work[0] * columns, *here = seen + start * columns;
-            float *made = by_qkv + work[0] * columns;
+            i64 stop = start + s->tile < work[1] ? start + s->tile : work[1], n = stop - start, stacked = group * n;
+            float *visible_rows = qkv + work[0] * columns, *tile_rows = visible_rows + start * columns;
+            float *grad_rows = grad_qkv + work[0] * columns;
             for (i64 head = work[2]; head < work[3]; head++) {
                 i64 key = (s->heads + head) * w, value = key + s->kv_heads * w;
-                stack(s, queries, here, columns, head, n, 0);
-                stack(s, given, by_out + (work[0] + start) * s->heads * w, s->heads * w, head, n, 0);
-                s->gemm(ROW_MAJOR, PLAIN, TRANSPOSED, all, stop, w, s->scale, queries, w, seen + key, columns, 0.0f,
-                        weights, stop);
-                s->gemm(ROW_MAJOR, PLAIN, TRANSPOSED, all, stop, w, 1.0f, given, w, seen + value, columns, 0.0f,
-                        slopes, stop);
-                for (i64 line = 0; line < all; line++) {
-                    i64 q = line % n, visible = start + q + 1;
-                    i64 number = (work[0] + start + q) * s->heads + head * group + line / n;
-                    float *restrict weight = weights + line * stop, *restrict slope = slopes + line * stop;
+                stack(s, queries, tile_rows, columns, head, n, 0);
+                stack(s, grads, grad_out + (work[0] + start) * s->heads * w, s->heads * w, head, n, 0);
+                s->gemm(ROW_MAJOR, NO_TRANS, TRANS, stacked, stop, w, s->scale, queries, w, visible_rows + key,
+                        columns, 0.0f, weights, stop);
+                s->gemm(ROW_MAJOR, NO_TRANS, TRANS, stacked, stop, w, 1.0f, grads, w, visible_rows + value, columns,
+                        0.0f, slopes, stop);
+                for (i64 q_row = 0; q_row < stacked; q_row++) {
+                    i64 q = q_row % n, visible = start + q + 1;
+                    i64 number = (work[0] + start + q) * s->heads + head * group + q_row / n;
+                    float *restrict weight = weights + q_row * stop, *restrict slope = slopes + q_row * stop;
                     float log_sum = log_sums[number], delta = deltas[number];
                     for (i64 i = 0; i < visible; i++) {
                         weight[i] = exp_(weight[i] - log_sum);
@@ -304,18 +307,18 @@ void attend_back(const shape_t *s, i64 count, const i64 *work, float *qkv, const
                     clear(weight + visible, stop - visible);
                     clear(slope + visible, stop - visible);
                 }
-                /* What lies before the tile has been written by the tiles before it. */
+                /* Earlier tiles of the row have written the gradients of the positions before this one. */
                 for (i64 q = start; q < stop; q++) {
-                    clear(made + q * columns + key, w);
-                    clear(made + q * columns + value, w);
+                    clear(grad_rows + q * columns + key, w);
+                    clear(grad_rows + q * columns + value, w);
                 }
-                s->gemm(ROW_MAJOR, TRANSPOSED, PLAIN, stop, w, all, 1.0f, weights, stop, given, w, 1.0f, made + value,
-                        columns);
-                s->gemm(ROW_MAJOR, TRANSPOSED, PLAIN, stop, w, all, s->scale, slopes, stop, queries, w, 1.0f,
-                        made + key, columns);
-                s->gemm(ROW_MAJOR, PLAIN, PLAIN, all, w, stop, s->scale, slopes, stop, seen + key, columns, 0.0f,
-                        given, w);
-                stack(s, given, made + start * columns, columns, head, n, 1);
+                s->gemm(ROW_MAJOR, TRANS, NO_TRANS, stop, w, stacked, 1.0f, weights, stop, grads, w, 1.0f,
+                        grad_rows + value, columns);
+                s->gemm(ROW_MAJOR, TRANS, NO_TRANS, stop, w, stacked, s->scale, slopes, stop, queries, w, 1.0f,
+                        grad_rows + key, columns);
+                s->gemm(ROW_MAJOR, NO_TRANS, NO_TRANS, stacked, w, stop, s->scale, slopes, stop, visible_rows + key,
+                        columns, 0.0f, grads, w);
+                stack(s, grads, grad_rows + start * columns, columns, head, n, 1);
             }
         }
 }

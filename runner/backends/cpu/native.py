@@ -1,5 +1,5 @@
-"""The same as `runner.backends.cpu.ops.Ops` by code in C, where this machine has a compiler: one pass over the numbers instead
-of one for each operation, and the interpreter's lock is let go of for a whole piece of work."""
+"""`runner.backends.cpu.ops.Ops` in C, where this machine has a compiler: one pass over memory instead of one for each
+operation, and Python's global lock is released for a whole call."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from threading import Barrier
 
 import numpy as np
 
+from runner.backends.cpu.array_address import address
 from runner.backends.cpu.attention import HeadLayout
 from runner.backends.cpu.c_library import CompileError, compiled, digest
-from runner.backends.cpu.gemm import address, entry
+from runner.backends.cpu.gemm import sgemm_address
 from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import PackedRows, Partition
 from runner.backends.cpu.workspace import Workspace
 
 SOURCE = Path(__file__).with_name("native.c")
-# Contracted products, or sums in another order, would give other bits on another machine or compiler.
+# Contracted products, or sums in another order, would change the last digits on another machine or compiler.
 FLAGS = ("-std=gnu11", "-O3", "-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-_FOR_THIS_MACHINE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
+_MACHINE_FLAGS = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 _INT, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 _FUNCTIONS = {
     "rms_norm": (_INT, _INT, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER),
-    "rms_norm_back": (_INT, _INT, *[_POINTER] * 5),
+    "rms_norm_backward": (_INT, _INT, *[_POINTER] * 5),
     "swiglu": (_INT, _INT, _POINTER, _POINTER),
-    "swiglu_back": (_INT, _INT, _POINTER, _POINTER, _POINTER),
-    "rotate": (*[_INT] * 5, *[_POINTER] * 4, _FLOAT),
-    "exponentials": (_INT, _INT, _POINTER, _POINTER, _POINTER),
-    "dots": (_INT, _INT, _POINTER, _POINTER, _POINTER),
-    "attend": (_POINTER, _INT, *[_POINTER] * 6),
-    "attend_back": (_POINTER, _INT, *[_POINTER] * 10),
+    "swiglu_backward": (_INT, _INT, _POINTER, _POINTER, _POINTER),
+    "rope": (*[_INT] * 5, *[_POINTER] * 4, _FLOAT),
+    "exp_minus_max": (_INT, _INT, _POINTER, _POINTER, _POINTER),
+    "row_dots": (_INT, _INT, _POINTER, _POINTER, _POINTER),
+    "attention": (_POINTER, _INT, *[_POINTER] * 6),
+    "attention_backward": (_POINTER, _INT, *[_POINTER] * 10),
 }
 
 
-class _Shape(ctypes.Structure):
-    """``shape_t`` of the source."""
+class _Layout(ctypes.Structure):
+    """``layout_t`` of the source."""
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("heads", "kv_heads", "width", "tile")),
@@ -51,7 +52,7 @@ class _Shape(ctypes.Structure):
 
 
 class NativeOps(Ops):
-    """Arrays are float32, and contiguous where nothing else is said."""
+    """Kernels of a compiled library; arrays are float32 and contiguous, except where stated."""
 
     name = "native"
 
@@ -61,150 +62,154 @@ class NativeOps(Ops):
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
         self._library = library
-        self._shapes: dict[tuple, _Shape] = {}
+        self._layouts: dict[tuple, _Layout] = {}
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
-        self._library.rms_norm(*x.shape, _at(x), _at(weight), eps, _at(out), _at(scale))
+        self._library.rms_norm(*x.shape, _pointer(x), _pointer(weight), eps, _pointer(out), _pointer(scale))
 
-    def rms_norm_back(
-        self, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, by_out: np.ndarray, add_to: np.ndarray
+    def rms_norm_backward(
+        self, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, grad_out: np.ndarray, grad_x: np.ndarray
     ) -> None:
-        self._library.rms_norm_back(*x.shape, _at(x), _at(weight), _at(scale), _at(by_out), _at(add_to))
+        self._library.rms_norm_backward(*x.shape, *map(_pointer, (x, weight, scale, grad_out, grad_x)))
 
     def swiglu(self, gate_up: np.ndarray, out: np.ndarray) -> None:
-        self._library.swiglu(*out.shape, _at(gate_up), _at(out))
+        self._library.swiglu(*out.shape, _pointer(gate_up), _pointer(out))
 
-    def swiglu_back(self, gate_up: np.ndarray, by_out: np.ndarray, out: np.ndarray) -> None:
-        self._library.swiglu_back(*out.shape, _at(gate_up), _at(by_out), _at(out))
+    def swiglu_backward(self, gate_up: np.ndarray, grad_out: np.ndarray, out: np.ndarray) -> None:
+        self._library.swiglu_backward(*out.shape, _pointer(gate_up), _pointer(grad_out), _pointer(out))
 
-    def rotate(
-        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, *, back: bool = False
+    def rope(
+        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, positions: np.ndarray, *, inverse: bool = False
     ) -> None:
         n, heads, width = x.shape
-        step, between, one = (stride // 4 for stride in x.strides)
-        assert between == width and one == 1 and places.dtype == np.int64
-        where = address(x), _at(cos), _at(sin), address(places)
-        self._library.rotate(n, heads, step, width, cos.shape[1], *where, -1.0 if back else 1.0)
+        row_stride, head_stride, stride = (bytes_ // 4 for bytes_ in x.strides)
+        assert head_stride == width and stride == 1 and positions.dtype == np.int64
+        pointers = address(x), _pointer(cos), _pointer(sin), address(positions)
+        self._library.rope(n, heads, row_stride, width, cos.shape[1], *pointers, -1.0 if inverse else 1.0)
 
-    def exponentials(self, x: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
-        self._library.exponentials(*x.shape, _at(x), _at(top), _at(sums))
+    def exp_minus_max(self, x: np.ndarray, maximum: np.ndarray, sums: np.ndarray) -> None:
+        self._library.exp_minus_max(*x.shape, _pointer(x), _pointer(maximum), _pointer(sums))
 
-    def dots(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-        self._library.dots(out.size, a.shape[-1], _at(a), _at(b), _at(out))
+    def row_dots(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+        self._library.row_dots(out.size, a.shape[-1], _pointer(a), _pointer(b), _pointer(out))
 
-    def attend(
-        self, qkv: np.ndarray, shape: HeadLayout, lane: Partition, out: np.ndarray, log_sums: np.ndarray
+    def attention(
+        self, qkv: np.ndarray, layout: HeadLayout, partition: Partition, out: np.ndarray, log_sums: np.ndarray
     ) -> None:
-        rooms = self._rooms(shape, lane)
-        self._attention(self._library.attend, shape, lane, qkv, out, log_sums, rooms[0], rooms[2])
+        queries, _, scores, _ = self._scratch(layout, partition)
+        self._call_attention(self._library.attention, layout, partition, qkv, out, log_sums, queries, scores)
 
-    def attend_back(
+    def attention_backward(
         self,
         qkv: np.ndarray,
-        shape: HeadLayout,
-        lane: Partition,
+        layout: HeadLayout,
+        partition: Partition,
         deltas: np.ndarray,
         log_sums: np.ndarray,
-        by_out: np.ndarray,
-        by_qkv: np.ndarray,
+        grad_out: np.ndarray,
+        grad_qkv: np.ndarray,
     ) -> None:
-        rooms = self._rooms(shape, lane)
-        self._attention(self._library.attend_back, shape, lane, qkv, deltas, log_sums, by_out, by_qkv, *rooms)
+        arrays = qkv, deltas, log_sums, grad_out, grad_qkv, *self._scratch(layout, partition)
+        self._call_attention(self._library.attention_backward, layout, partition, *arrays)
 
-    def _attention(
-        self, function: Callable[..., None], shape: HeadLayout, lane: Partition, *arrays: np.ndarray
+    def _call_attention(
+        self, function: Callable[..., None], layout: HeadLayout, partition: Partition, *arrays: np.ndarray
     ) -> None:
-        """`function` on this lane's share of the rows and the heads of keys."""
-        share = lane.share(shape.kv_heads)
-        work = np.array([(start, length, heads.start, heads.stop) for start, length, heads in share], np.int64)
-        sizes = shape.heads, shape.kv_heads, shape.width, shape.tile, shape.scale, entry()
-        held = self._shapes.setdefault(sizes, _Shape(*sizes))  # its address must hold while another lane comes here
-        function(ctypes.addressof(held), len(work), address(work), *map(_at, arrays))
+        """Call `function` for the partition's share of the rows and heads."""
+        shares = partition.attention_shares(layout.kv_heads)
+        work = np.array([(s.start, s.length, s.heads.start, s.heads.stop) for s in shares], np.int64)
+        fields = layout.heads, layout.kv_heads, layout.width, layout.tile, layout.scale, sgemm_address()
+        # One structure for all threads: its address has to stay valid while another thread comes here.
+        structure = self._layouts.setdefault(fields, _Layout(*fields))
+        function(ctypes.addressof(structure), len(work), address(work), *map(_pointer, arrays))
 
     @staticmethod
-    def _rooms(shape: HeadLayout, lane: Partition) -> list[np.ndarray]:
-        """For queries and what is given, a tile of them; for weights and slopes, each by all positions of a row."""
-        lines = shape.group * shape.tile
-        columns = {"queries": shape.width, "given": shape.width, "scores": 0, "slopes": 0}
-        longest = max(lane.rows.lengths)
-        return [lane.own.get(name, lines, count or longest) for name, count in columns.items()]
+    def _scratch(layout: HeadLayout, partition: Partition) -> list[np.ndarray]:
+        """Return buffers for a tile: queries and gradients by width, scores and slopes by all positions of a row."""
+        rows = layout.group_size * layout.tile
+        longest = max(partition.rows.lengths)
+        columns = {"queries": layout.width, "grads": layout.width, "scores": longest, "slopes": longest}
+        return [partition.local.buffer(name, rows, count) for name, count in columns.items()]
 
 
-def _at(x: np.ndarray) -> int:
+def _pointer(x: np.ndarray) -> int:
     assert x.dtype == np.float32 and x.flags.c_contiguous
     return address(x)
 
 
 @cache
 def load() -> tuple[NativeOps | None, str]:
-    """What C code of ours computes here; or None, and why, where something can be done about it."""
-    if sys.platform != "linux" or entry() is None:
+    """Return the native kernels; or None and the reason, which is empty where nothing can be done about it."""
+    if sys.platform != "linux" or sgemm_address() is None:
         return None, ""
-    machine = platform.machine()
-    own = [_FOR_THIS_MACHINE[machine]] if machine in _FOR_THIS_MACHINE else []
-    why = ""
-    for more in [own, []] if own else [own]:  # the bits are the same, the plain ones slower
+    machine_flags = [_MACHINE_FLAGS[platform.machine()]] if platform.machine() in _MACHINE_FLAGS else []
+    reason = ""
+    # Without the machine's own instructions the results are the same, and slower.
+    for flags in [machine_flags, []] if machine_flags else [[]]:
         try:
-            return _built([*FLAGS, *more]), ""
+            return _build([*FLAGS, *flags]), ""
         except (CompileError, OSError) as error:
-            why = why or str(error)
-    return None, why
+            reason = reason or str(error)
+    return None, reason
 
 
-def _built(flags: Sequence[str]) -> NativeOps:
-    """Raises CompileError where what the compiler made does not compute what NumPy does."""
+def _build(flags: Sequence[str]) -> NativeOps:
+    """Compile and verify the library. Raises CompileError where it does not compute what NumPy does."""
     source = SOURCE.read_text(encoding="utf-8")
     with compiled(source, f"native-{digest((source, flags, _processor()))}", flags) as path:
         ops = NativeOps(ctypes.CDLL(path), build=Path(path).name)
-        if not _proven(ops):
+        if not _is_correct(ops):
             Path(path).unlink(missing_ok=True)
-            raise CompileError("what this machine's C compiler makes of it does not compute the right numbers")
+            raise CompileError("the native code built by this machine's C compiler computes wrong results")
     return ops
 
 
 def _processor() -> str:
-    """What the compiler makes code for, where the cache folder is shared by machines."""
+    """Return what the compiler builds for, since machines may share the cache folder."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    found = (re.search(rf"^{name}\s*:.*$", text, re.MULTILINE) for name in ("model name", "flags", "Features"))
-    return "\n".join([platform.machine(), *(one[0] for one in found if one)])
+    matches = (re.search(rf"^{name}\s*:.*$", text, re.MULTILINE) for name in ("model name", "flags", "Features"))
+    return "\n".join([platform.machine(), *(match[0] for match in matches if match)])
 
 
-def _proven(ops: Ops) -> bool:
-    """Whether each function computes what NumPy does, with rows that take more than one tile of attention."""
+def _is_correct(ops: Ops) -> bool:
+    """Return whether each kernel computes what NumPy does, on rows longer than a tile of attention."""
     return all(
-        np.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        for ours, theirs in zip(_sample(ops), _sample(Ops()), strict=True)
+        np.allclose(result, expected, rtol=1e-4, atol=1e-5)
+        for result, expected in zip(_sample(ops), _sample(Ops()), strict=True)
     )
 
 
 def _sample(ops: Ops) -> list[np.ndarray]:
-    """What each function makes of a few numbers."""
+    """Return the results of all kernels on a fixed input."""
 
-    def some(*shape: int, by: float) -> np.ndarray:
-        return np.sin(np.arange(1, math.prod(shape) + 1) * by).astype(np.float32).reshape(shape)
+    def sines(*shape: int, step: float) -> np.ndarray:
+        return np.sin(np.arange(1, math.prod(shape) + 1) * step).astype(np.float32).reshape(shape)
 
-    shape, lengths = HeadLayout(4, 2, 6, 0.4), [150, 3]
-    n, d = sum(lengths), shape.heads * shape.width
+    layout, lengths = HeadLayout(4, 2, 6, 0.4), [150, 3]
+    n, d = sum(lengths), layout.heads * layout.width
     rows = PackedRows(lengths)
-    lane = Partition(0, 1, rows, Workspace(), Workspace(), Barrier(1), ops)
-    x, weight, by_out = some(n, d, by=0.7), some(d, by=0.3), some(n, d, by=1.1)
-    normed, scale, total = np.empty_like(x), np.empty((n, 1), np.float32), np.zeros_like(x)
+    partition = Partition(0, 1, rows, Workspace(), Workspace(), Barrier(1))
+    x, weight, grad_out = sines(n, d, step=0.7), sines(d, step=0.3), sines(n, d, step=1.1)
+    normed, scale, grad_x = np.empty_like(x), np.empty((n, 1), np.float32), np.zeros_like(x)
     ops.rms_norm(x, weight, 0.1, normed, scale)
-    ops.rms_norm_back(x, weight, scale, by_out.copy(), total)
-    gate_up, inner, again = some(n, 2 * d, by=0.9) * 9, np.empty_like(x), np.empty_like(x)
+    ops.rms_norm_backward(x, weight, scale, grad_out.copy(), grad_x)
+    gate_up, inner, inner_again = sines(n, 2 * d, step=0.9) * 9, np.empty_like(x), np.empty_like(x)
     ops.swiglu(gate_up, inner)
-    ops.swiglu_back(gate_up, by_out, again)
+    ops.swiglu_backward(gate_up, grad_out, inner_again)
     exponentials, sums = x.copy(), np.empty(n, np.float32)
-    ops.exponentials(exponentials, x.max(axis=1), sums)
-    qkv, angles = some(n, shape.columns, by=1.3), some(150, 3, by=0.2)
-    heads = qkv.reshape(n, -1, shape.width)[:, : shape.heads + shape.kv_heads]
-    ops.rotate(heads, np.cos(angles), np.sin(angles), rows.places)
-    out, log_sums, by_qkv = np.empty_like(x), np.empty((n, shape.heads), np.float32), np.empty_like(qkv)
-    ops.attend(qkv, shape, lane, out, log_sums)
-    deltas, split = np.empty_like(log_sums), (n, shape.heads, shape.width)
-    ops.dots(out.reshape(split), by_out.reshape(split), deltas)
-    ops.attend_back(qkv, shape, lane, deltas, log_sums, by_out, by_qkv)
-    return [normed, scale, total, inner, gate_up, again, exponentials, sums, qkv, out, log_sums, deltas, by_qkv]
+    ops.exp_minus_max(exponentials, x.max(axis=1), sums)
+    qkv, angles = sines(n, layout.columns, step=1.3), sines(150, 3, step=0.2)
+    heads = qkv.reshape(n, -1, layout.width)[:, : layout.heads + layout.kv_heads]
+    ops.rope(heads, np.cos(angles), np.sin(angles), rows.row_positions)
+    out, log_sums, grad_qkv = np.empty_like(x), np.empty((n, layout.heads), np.float32), np.empty_like(qkv)
+    ops.attention(qkv, layout, partition, out, log_sums)
+    deltas, by_head = np.empty_like(log_sums), (n, layout.heads, layout.width)
+    ops.row_dots(out.reshape(by_head), grad_out.reshape(by_head), deltas)
+    ops.attention_backward(qkv, layout, partition, deltas, log_sums, grad_out, grad_qkv)
+    return [
+        *(normed, scale, grad_x, inner, gate_up, inner_again, exponentials, sums),
+        *(qkv, out, log_sums, deltas, grad_qkv),
+    ]

@@ -1,4 +1,4 @@
-"""What the engine computes beside products, in NumPy. `runner.backends.cpu.native` has the same in C."""
+"""What the engine computes beside matrix products, in NumPy. `runner.backends.cpu.native` has the same in C."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ from runner.backends.cpu.partitions import Partition
 
 
 class Ops:
-    """Element-wise parts and attention; `runner.backends.cpu.kernels` and `runner.backends.cpu.attention` tell what each computes."""
+    """Elementwise kernels and attention; see `runner.backends.cpu.kernels` and `runner.backends.cpu.attention`."""
 
     name = f"numpy {np.__version__}"
-    """Of the numbers: others give other last digits."""
+    """Identity of the results' last digits."""
     build: str = ""
-    """Of the code, where a compiler made it here."""
+    """Identity of the compiled code, where there is any."""
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
         kernels.rms_norm(x, weight, eps, out, scale)
 
-    def rms_norm_back(
-        self, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, by_out: np.ndarray, add_to: np.ndarray
+    def rms_norm_backward(
+        self, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, grad_out: np.ndarray, grad_x: np.ndarray
     ) -> None:
-        kernels.rms_norm_back(x, weight, scale, by_out, add_to)
+        kernels.rms_norm_backward(x, weight, scale, grad_out, grad_x)
 
     def swiglu(self, gate_up: np.ndarray, out: np.ndarray) -> None:
         kernels.swiglu(gate_up, out)
 
-    def swiglu_back(self, gate_up: np.ndarray, by_out: np.ndarray, out: np.ndarray) -> None:
-        kernels.swiglu_back(gate_up, by_out, out)
+    def swiglu_backward(self, gate_up: np.ndarray, grad_out: np.ndarray, out: np.ndarray) -> None:
+        kernels.swiglu_backward(gate_up, grad_out, out)
 
-    def rotate(
-        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, places: np.ndarray, *, back: bool = False
+    def rope(
+        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, positions: np.ndarray, *, inverse: bool = False
     ) -> None:
-        kernels.rotate(x, cos, sin, places, back=back)
+        kernels.rope(x, cos, sin, positions, inverse=inverse)
 
-    def exponentials(self, x: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
-        kernels.exponentials(x, top, sums)
+    def exp_minus_max(self, x: np.ndarray, maximum: np.ndarray, sums: np.ndarray) -> None:
+        kernels.exp_minus_max(x, maximum, sums)
 
-    def dots(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-        """`out` (n, h) = the products of `a` and `b` (n, h, width), summed."""
+    def row_dots(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+        """Write `out` (n, heads) = sum over width of `a` times `b` (n, heads, width)."""
         np.einsum("nhw,nhw->nh", a, b, out=out)
 
-    def attend(
-        self, qkv: np.ndarray, shape: HeadLayout, lane: Partition, out: np.ndarray, log_sums: np.ndarray
+    def attention(
+        self, qkv: np.ndarray, layout: HeadLayout, partition: Partition, out: np.ndarray, log_sums: np.ndarray
     ) -> None:
-        attention.attend(qkv, shape, lane, out, log_sums)
+        attention.attention(qkv, layout, partition, out, log_sums)
 
-    def attend_back(
+    def attention_backward(
         self,
         qkv: np.ndarray,
-        shape: HeadLayout,
-        lane: Partition,
+        layout: HeadLayout,
+        partition: Partition,
         deltas: np.ndarray,
         log_sums: np.ndarray,
-        by_out: np.ndarray,
-        by_qkv: np.ndarray,
+        grad_out: np.ndarray,
+        grad_qkv: np.ndarray,
     ) -> None:
-        attention.attend_back(qkv, shape, lane, deltas, log_sums, by_out, by_qkv)
+        attention.attention_backward(qkv, layout, partition, deltas, log_sums, grad_out, grad_qkv)

@@ -1,7 +1,7 @@
-"""How the threads divide a batch: each has a lane, which is a stretch of its positions.
+"""How the threads divide a batch: each computes one partition, a contiguous range of the batch's positions.
 
-All that a position needs from others is in attention: there the lanes wait for each other, divide rows and heads
-instead, wait again, and go on with their own positions.
+Positions depend on each other in attention alone. There the threads wait for each other, divide rows and heads instead,
+wait again, and continue with their own positions.
 """
 
 from __future__ import annotations
@@ -10,101 +10,105 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from threading import Barrier
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from runner.backends.cpu.threads import ThreadTeam
 from runner.backends.cpu.workspace import Workspace
 
-if TYPE_CHECKING:
-    from runner.backends.cpu.ops import Ops
-
 T = TypeVar("T")
 
 
 class PackedRows:
-    """Rows of a batch one after the other, without padding."""
+    """The rows of a batch one after the other, without padding."""
 
     def __init__(self, lengths: Iterable[int]) -> None:
         self.lengths = [int(length) for length in lengths]
         self.starts = [0, *accumulate(self.lengths)][:-1]
-        self.places = np.concatenate([np.arange(length) for length in self.lengths])
-        """(n,): of each position in its row."""
+        self.row_positions = np.concatenate([np.arange(length) for length in self.lengths])
+        """(n,): each position's index within its row."""
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.row_positions)
+
+
+@dataclass(frozen=True)
+class AttentionShare:
+    """Heads of one row that a partition computes attention for."""
+
+    start: int
+    """First position of the row in the batch."""
+    length: int
+    heads: range
+    """Heads of keys and values."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """One thread's part."""
+    """The part of a batch that one thread computes."""
 
-    number: int
+    index: int
     count: int
     rows: PackedRows
-    """Of all lanes."""
-    own: Workspace
-    common: Workspace
-    """The same for all lanes: to be read and written where they have waited for each other."""
+    """All rows of the batch."""
+    local: Workspace
+    """Buffers of this partition."""
+    shared: Workspace
+    """Buffers of all partitions; what one writes the others may read after `synchronize`."""
     barrier: Barrier
-    ops: Ops
-    _shares: dict[int, list[tuple[int, int, range]]] = field(default_factory=dict)
+    _shares: dict[int, list[AttentionShare]] = field(default_factory=dict)
 
     @property
     def span(self) -> slice:
-        """Its positions."""
-        return slice(len(self.rows) * self.number // self.count, len(self.rows) * (self.number + 1) // self.count)
+        """Its positions in the batch."""
+        n = len(self.rows)
+        return slice(n * self.index // self.count, n * (self.index + 1) // self.count)
 
-    def wait(self) -> None:
-        """Until all lanes have come this far."""
+    def synchronize(self) -> None:
+        """Wait until all partitions have reached this point."""
         if self.count > 1:
             self.barrier.wait()
 
-    def share(self, parts: int) -> list[tuple[int, int, range]]:
-        """Its share of `parts` pieces of work a row, which cost the square of its length.
+    def attention_shares(self, heads: int) -> list[AttentionShare]:
+        """Return this partition's share of the (row, head) pairs, whose cost is the square of the row's length.
 
-        Each is (first position, length, pieces). All pieces lie in one line, of which each lane has a stretch of equal
-        cost: at most one row is divided between a lane and the next.
+        All pairs lie in one sequence, of which each partition has a range of about equal cost: at most one row is
+        divided between two neighbouring partitions.
         """
-        if parts not in self._shares:
+        if heads not in self._shares:
             lengths = np.array(self.rows.lengths, np.float64)
-            ends = np.cumsum(np.repeat(lengths * lengths, parts)).reshape(-1, parts)
-            middles = ends - (lengths * lengths)[:, None] / 2
-            lanes = np.minimum((middles * (self.count / ends[-1, -1])).astype(int), self.count - 1)
-            mine = []
-            for row, owners in enumerate(lanes):
-                own = np.flatnonzero(owners == self.number)
-                if len(own):
-                    pieces = range(int(own[0]), int(own[-1]) + 1)
-                    mine.append((self.rows.starts[row], self.rows.lengths[row], pieces))
-            self._shares[parts] = mine
-        return self._shares[parts]
+            costs = lengths * lengths
+            ends = np.cumsum(np.repeat(costs, heads)).reshape(-1, heads)
+            middles = ends - costs[:, None] / 2
+            owners = np.minimum((middles * (self.count / ends[-1, -1])).astype(int), self.count - 1)
+            shares = []
+            for row, row_owners in enumerate(owners):
+                owned = np.flatnonzero(row_owners == self.index)
+                if len(owned):
+                    head_range = range(int(owned[0]), int(owned[-1]) + 1)
+                    shares.append(AttentionShare(self.rows.starts[row], self.rows.lengths[row], head_range))
+            self._shares[heads] = shares
+        return self._shares[heads]
 
 
-class Partitions:
-    """The lanes of one engine, with the memory that they use again in each step."""
+class Partitioner:
+    """Divides batches among the threads of one engine, and owns their buffers."""
 
-    def __init__(self, ops: Ops, threads: int) -> None:
-        self.ops = ops
-        self.team = ThreadTeam(threads)
-        self.least = 16
-        """Positions of a lane: products of fewer are slower by position."""
-        self._common, self._own = Workspace(), [Workspace()]
+    def __init__(self, threads: int) -> None:
+        self._team = ThreadTeam(threads)
+        self.min_positions = 16
+        """Positions of a partition; smaller matrix products take more time per position."""
+        self._shared, self._local = Workspace(), [Workspace() for _ in range(threads)]
 
     def run(self, work: Callable[[Partition], T], rows: PackedRows) -> list[T]:
-        """What `work` returns in each lane, in the order of their positions."""
-        count = self.team.size_for(len(rows), self.least)
-        while len(self._own) < count:
-            self._own.append(Workspace())
-        return self.team.run(
-            lambda number, barrier: work(
-                Partition(number, count, rows, self._own[number], self._common, barrier, self.ops)
-            ),
-            count,
+        """Return what `work` returns for each partition of `rows`, in the order of their positions."""
+        count = self._team.size_for(len(rows), self.min_positions)
+        return self._team.run(
+            lambda index, barrier: work(Partition(index, count, rows, self._local[index], self._shared, barrier)), count
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(space.nbytes for space in (self._common, *self._own))
+        """Bytes of all buffers."""
+        return sum(workspace.nbytes for workspace in (self._shared, *self._local))

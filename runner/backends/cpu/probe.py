@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from runner.backends.cpu.block import view
 from runner.backends.cpu.engine import Engine
+from runner.backends.cpu.linear import view
 from runner.backends.mlx.loss import ChunkedLoss
 from runner.models.forward import Forward
 from runner.models.lora import AdaptedModel
@@ -36,19 +36,19 @@ def agrees(engine: Engine, adapted: AdaptedModel, forward: Forward) -> bool:
     weights = ((positions > 3) & (positions < 7)).astype(np.float32)
     batch = positions, inputs[0], weights
 
-    loss = ChunkedLoss(forward=forward, chunk=engine.head.piece, all_positions=False)
-    training, least, chunk = model.training, engine.lanes.least, engine.head.piece
+    loss = ChunkedLoss(forward=forward, chunk=engine.head.chunk, all_positions=False)
+    training, min_positions, chunk = model.training, engine.partitioner.min_positions, engine.head.chunk
     try:
         model.eval()
         expected, expected_grads = loss.with_grads(adapted.place, params, *map(mx.array, (inputs, *batch)))
         mx.eval(expected, expected_grads)
-        engine.lanes.least, engine.head.piece = 1, 2
+        engine.partitioner.min_positions, engine.head.chunk = 1, 2
         arrays = {name: view(array) for name, array in params.items()}
         found, grads = engine.loss_and_grads(arrays, inputs[0], [_POSITIONS], *batch)
     except (ValueError, AssertionError, KeyError):  # shapes that the engine does not accept
         return False
     finally:
-        engine.lanes.least, engine.head.piece = least, chunk
+        engine.partitioner.min_positions, engine.head.chunk = min_positions, chunk
         adapted.place(initial)
         model.train(training)
     if set(grads) != set(expected_grads) or not math.isclose(found, float(expected), rel_tol=TOLERANCE):

@@ -1,4 +1,4 @@
-"""Memory that each step uses again: fresh pages would have to be cleared by the system every time."""
+"""Scratch buffers that every step reuses: fresh pages would have to be cleared by the operating system each time."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from threading import Lock
 
 import numpy as np
 
-_LARGE = 1 << 16
-"""Bytes from which an array has pages of its own: one that was outgrown goes back to the system whole, where in the
-heap it would leave a hole that the next, larger one does not fit into."""
+_MMAP_BYTES = 1 << 16
+"""Size from which a buffer has pages of its own. When it is replaced by a larger one these go back to the system whole;
+in the heap they would leave a hole that is too small for the larger buffer."""
 
 
 class Workspace:
-    """Float32 arrays by name; an array is what was left there, and holds until its name is asked for again."""
+    """Named float32 buffers. A buffer keeps its contents until its name is asked for with another shape."""
 
     def __init__(self) -> None:
-        self._held: dict[str, np.ndarray] = {}
+        self._buffers: dict[str, np.ndarray] = {}
         self._lock = Lock()
 
-    def get(self, name: str, *shape: int) -> np.ndarray:
-        """An array of `shape` whose numbers are to be written first. Threads that ask for the same get the same."""
+    def buffer(self, name: str, *shape: int) -> np.ndarray:
+        """Return the buffer `name` with `shape`; its contents are undefined at first. All threads get the same one."""
         size = math.prod(shape)
         with self._lock:
-            held = self._held.get(name)
-            if held is None or held.size < size:
-                self._held[name] = held = _empty(size)
-        return held[:size].reshape(shape)
+            flat = self._buffers.get(name)
+            if flat is None or flat.size < size:
+                self._buffers[name] = flat = _allocate(size)
+        return flat[:size].reshape(shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(array.nbytes for array in self._held.values())
+        """Bytes of all buffers."""
+        return sum(array.nbytes for array in self._buffers.values())
 
 
-def _empty(size: int) -> np.ndarray:
-    if 4 * size < _LARGE:
+def _allocate(size: int) -> np.ndarray:
+    if 4 * size < _MMAP_BYTES:
         return np.empty(size, np.float32)
     return np.frombuffer(mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON), np.float32)

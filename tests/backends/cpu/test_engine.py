@@ -11,10 +11,9 @@ from mlx_lm.models import llama, qwen2
 from runner.backends.cpu import kernels, native
 from runner.backends.cpu.backend import CpuBackend, packed
 from runner.backends.cpu.blas import BlasReport
-from runner.backends.cpu.block import view
-from runner.backends.cpu.engine import Engine, _groups
+from runner.backends.cpu.engine import Engine, _group_rows
+from runner.backends.cpu.linear import view
 from runner.backends.cpu.ops import Ops
-from runner.backends.cpu.partitions import PackedRows
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
@@ -170,7 +169,7 @@ def test_more_threads_than_words_and_a_word_that_there_is_not(ops) -> None:
     engine, params = Engine(made.model, threads=4, chunk=16, ops=ops), numpy_params(made)
     assert_close(made, engine.loss_and_grads(params, *packed(ready)), ready)
     inputs, lengths, positions, targets, weights = packed(ready)
-    with pytest.raises(ModelError, match="token 3, and the model has 3"):
+    with pytest.raises(ModelError, match="token 3, but the model's vocabulary has 3"):
         engine.loss(params, inputs, lengths, positions, np.where(np.arange(len(targets)) == 7, 3, targets), weights)
     assert_close(made, engine.loss_and_grads(params, *packed(ready)), ready)
 
@@ -245,7 +244,7 @@ def test_from_the_cut_on_it_is_the_same_bit_for_bit(ops) -> None:
     engine, params = Engine(made.model, chunk=256, ops=ops), numpy_params(made)
     ids, lengths, *rest = packed(batch([60, 60]))
     states = engine.below(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
-    assert engine.first == 1
+    assert engine.cut == 1
     whole, part = (
         engine.loss_and_grads(params, ids, lengths, *rest),
         engine.loss_and_grads(params, states, lengths, *rest),
@@ -271,7 +270,7 @@ def test_an_evaluation_of_more_rows_than_are_computed_at_once_is_that_of_mlx(ops
     engine = Engine(made.model, threads=2, chunk=256, ops=ops)
     ours = validate(CpuBackend(engine, forward, blas=None), made.params(), batches)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
-    groups = _groups(PackedRows([150, 40, 260, 90, 500, 3, 381, 4]), 384)
+    groups = _group_rows([150, 40, 260, 90, 500, 3, 381, 4], 384)
     assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
 
 
@@ -290,26 +289,26 @@ def test_a_supported_model_gets_the_engine_and_keeps_its_adapter() -> None:
     assert all(mx.array_equal(array, before[name]) for name, array in made.params().items())
 
 
-@pytest.mark.parametrize("kernel", ["rms_norm", "swiglu", "rotate"])
+@pytest.mark.parametrize("kernel", ["rms_norm", "swiglu", "rope"])
 def test_an_engine_with_another_loss_than_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     right = getattr(kernels, kernel)
 
     def wrong(x, *args, **kwargs):
         right(x, *args, **kwargs)
-        (x if kernel == "rotate" else args[-1] if kernel == "swiglu" else args[2])[...] *= 1.01
+        (x if kernel == "rope" else args[-1] if kernel == "swiglu" else args[2])[...] *= 1.01
 
     monkeypatch.setattr(kernels, kernel, wrong)
     backend = selected(adapted(MODELS["tied"]()))
     assert isinstance(backend, MlxBackend) and "own gradients" in backend.fallback_reason
 
 
-@pytest.mark.parametrize("kernel", ["rms_norm_back", "swiglu_back"])
+@pytest.mark.parametrize("kernel", ["rms_norm_backward", "swiglu_backward"])
 def test_an_engine_with_other_gradients_than_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     right = getattr(kernels, kernel)
 
     def wrong(x, *args, **kwargs):
         right(x, *args, **kwargs)
-        (x if kernel == "swiglu_back" else args[-1])[...] *= 1.01
+        (x if kernel == "swiglu_backward" else args[-1])[...] *= 1.01
 
     monkeypatch.setattr(kernels, kernel, wrong)
     assert isinstance(selected(adapted(MODELS["tied"]())), MlxBackend)

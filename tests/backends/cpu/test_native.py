@@ -52,15 +52,15 @@ def test_norms_and_the_gated_product_and_their_gradients_are_numpy_s(ours: Nativ
     for ops in (ours, Ops()):
         out, scale, total, by = np.empty_like(x), np.empty((5, 1), np.float32), numbers(5, d, seed=3), given.copy()
         ops.rms_norm(x, weight, 1e-5, out, scale)
-        ops.rms_norm_back(x, weight, scale, by, total)
+        ops.rms_norm_backward(x, weight, scale, by, total)
         gate_up, inner = np.concatenate([x, given], axis=1), np.empty_like(x)
         ops.swiglu(gate_up, inner)
         again = np.empty_like(x)
-        ops.swiglu_back(gate_up, numbers(5, d, seed=4), again)
+        ops.swiglu_backward(gate_up, numbers(5, d, seed=4), again)
         close(again, inner, 1e-6)
         dots, sums, rows = np.empty((5, 1), np.float32), np.empty(5, np.float32), x.copy()
-        ops.dots(x[:, None], given[:, None], dots)
-        ops.exponentials(rows, x.max(axis=1), sums)
+        ops.row_dots(x[:, None], given[:, None], dots)
+        ops.exp_minus_max(rows, x.max(axis=1), sums)
         made.append((out, scale, total, inner, gate_up, dots, sums, rows))
     for found, expected in zip(*made, strict=True):
         close(found, expected)
@@ -69,11 +69,11 @@ def test_norms_and_the_gated_product_and_their_gradients_are_numpy_s(ours: Nativ
 def test_an_exponential_is_right_to_the_last_digits_and_at_its_limits(ours: NativeOps) -> None:
     x = np.linspace(-87, 0, 100_003, dtype=np.float32)[None]
     exact, sums = np.exp(x.astype(np.float64)), np.empty(1, np.float32)
-    ours.exponentials(x, np.zeros(1, np.float32), sums)
+    ours.exp_minus_max(x, np.zeros(1, np.float32), sums)
     assert np.abs(x / exact - 1).max() < 2.5e-7
     assert sums[0] == pytest.approx(exact.sum(), rel=1e-7)
     odd = np.array([LIMITS], np.float32)
-    ours.exponentials(odd, np.zeros(1, np.float32), sums)
+    ours.exp_minus_max(odd, np.zeros(1, np.float32), sums)
     with np.errstate(over="ignore"):
         expected = np.exp(np.array(LIMITS, np.float64))
     assert np.isnan(odd[0, -1]) and odd[0, -2] == odd[0, 5] == 0 and np.isinf(odd[0, 7:-2]).all()
@@ -85,7 +85,7 @@ def test_a_gate_far_from_zero_lets_all_or_nothing_through(ours: NativeOps) -> No
     gate_up, out = np.array([[*gates, 2, 2, 2, 2, 2]], np.float32), np.empty((1, 5), np.float32)
     ours.swiglu(gate_up, out)
     assert np.allclose(out, [[0, 0, 0, 180, 2e4]], atol=1e-30)
-    ours.swiglu_back(gate_up, np.ones((1, 5), np.float32), out)
+    ours.swiglu_backward(gate_up, np.ones((1, 5), np.float32), out)
     assert np.allclose(gate_up, [[0, 0, 0, 2, 2, 0, 0, 0, 90, 1e4]], atol=1e-30)
     assert np.allclose(out, [[0, 0, 0, 180, 2e4]], atol=1e-30)
     endless = np.array([[-np.inf, 1]], np.float32)
@@ -96,7 +96,7 @@ def test_a_gate_far_from_zero_lets_all_or_nothing_through(ours: NativeOps) -> No
 def test_many_small_numbers_beside_a_large_one_are_not_lost_in_a_sum(ours: NativeOps) -> None:
     x, sums = np.full((1, 49152), np.log(1e-8), np.float32), np.empty(1, np.float32)
     x[0, 100] = 0
-    ours.exponentials(x, np.zeros(1, np.float32), sums)
+    ours.exp_minus_max(x, np.zeros(1, np.float32), sums)
     assert sums[0] == pytest.approx(1 + 49151e-8, rel=1e-7)
 
 
@@ -109,16 +109,16 @@ def test_positions_are_turned_as_by_numpy_and_back(ours: NativeOps, half: int) -
     for ops in (ours, Ops()):
         whole = lines.copy()
         heads = whole.reshape(4, 6, -1)[:, :5]  # a width of more than is turned, and a head that is left alone
-        ops.rotate(heads, cos, sin, places)
+        ops.rope(heads, cos, sin, places)
         turned.append(whole.copy())
-        ops.rotate(heads, cos, sin, places, back=True)
+        ops.rope(heads, cos, sin, places, inverse=True)
         close(whole, lines, 1e-6)
     close(*turned)
     assert not np.array_equal(turned[0], lines)
 
 
 def lane_of(lengths: list[int], ops: Ops, number: int = 0, count: int = 1) -> Partition:
-    return Partition(number, count, PackedRows(lengths), Workspace(), Workspace(), Barrier(1), ops)
+    return Partition(number, count, PackedRows(lengths), Workspace(), Workspace(), Barrier(1))
 
 
 def attended(ops: Ops, shape: HeadLayout, lengths: list[int], count: int = 1) -> list[np.ndarray]:
@@ -128,11 +128,11 @@ def attended(ops: Ops, shape: HeadLayout, lengths: list[int], count: int = 1) ->
     out, sums = np.full((n, own), np.nan, np.float32), np.full((n, shape.heads), np.nan, np.float32)
     by_qkv, deltas = np.full((n, shape.columns), np.nan, np.float32), np.empty((n, shape.heads), np.float32)
     for number in range(count):
-        ops.attend(qkv, shape, lane_of(lengths, ops, number, count), out, sums)
+        ops.attention(qkv, shape, lane_of(lengths, ops, number, count), out, sums)
     heads = n, shape.heads, shape.width
-    ops.dots(out.reshape(heads), by_out.reshape(heads), deltas)
+    ops.row_dots(out.reshape(heads), by_out.reshape(heads), deltas)
     for number in range(count):
-        ops.attend_back(qkv, shape, lane_of(lengths, ops, number, count), deltas, sums, by_out, by_qkv)
+        ops.attention_backward(qkv, shape, lane_of(lengths, ops, number, count), deltas, sums, by_out, by_qkv)
     return [out, sums, by_qkv]
 
 
@@ -147,7 +147,7 @@ def test_a_number_that_is_none_is_not_hidden(ours: NativeOps) -> None:
     shape, qkv = HeadLayout(2, 1, 8, 0.3), numbers(6, 32)
     qkv[3, 0] = np.nan
     out, sums = np.empty((6, 16), np.float32), np.empty((6, 2), np.float32)
-    ours.attend(qkv, shape, lane_of([6], ours), out, sums)
+    ours.attention(qkv, shape, lane_of([6], ours), out, sums)
     assert np.isnan(sums[3, 0]) and np.isnan(out[3, :8]).all()
     assert np.isfinite(np.delete(out, 3, axis=0)).all()
 
@@ -157,13 +157,13 @@ def everything(ops: Ops) -> list[bytes]:
     x, given = numbers(3, 577), numbers(3, 577, seed=1)
     out, scale, gate_up = np.empty_like(x), np.empty((3, 1), np.float32), np.concatenate([x, given], axis=1)
     ops.rms_norm(x, given[0], 1e-5, out, scale)
-    ops.rms_norm_back(x, given[0], scale, given, out)
+    ops.rms_norm_backward(x, given[0], scale, given, out)
     gated, inner, sums = np.empty_like(x), np.empty_like(x), np.empty(3, np.float32)
     ops.swiglu(gate_up, gated)
-    ops.swiglu_back(gate_up, given, inner)
-    ops.exponentials(x, x.max(axis=1), sums)
+    ops.swiglu_backward(gate_up, given, inner)
+    ops.exp_minus_max(x, x.max(axis=1), sums)
     heads, angles = numbers(3, 5, 26), numbers(9, 13)
-    ops.rotate(heads, np.cos(angles), np.sin(angles), np.array([8, 0, 3]))
+    ops.rope(heads, np.cos(angles), np.sin(angles), np.array([8, 0, 3]))
     apart = [out, scale, gate_up, gated, inner, x, sums, heads]
     return [array.tobytes() for array in (*apart, *attended(ops, HeadLayout(9, 3, 64, 0.125), [200, 9, 90], 2))]
 
@@ -250,15 +250,15 @@ def test_what_the_compiler_made_wrong_is_not_used(monkeypatch: pytest.MonkeyPatc
     wrong.write_text(native.SOURCE.read_text().replace("+ 127) << 23", "+ 126) << 23"))
     monkeypatch.setattr(native, "SOURCE", wrong)
     found, why = native.load.__wrapped__()
-    assert found is None and "right numbers" in why
+    assert found is None and "wrong results" in why
     assert not list(tmp_path.glob("native-*.so"))
 
 
 WRONG = {
-    "attend": ("log_(sums[line]) + most", "log_(sums[line]) + most * 1.001f"),
-    "a tile's keys": ("made + key, columns", "made + key + (start ? 1 : 0), columns"),
+    "attend": ("log_(sums[q_row]) + top", "log_(sums[q_row]) + top * 1.001f"),
+    "a tile's keys": ("grad_rows + key, columns", "grad_rows + key + (start ? 1 : 0), columns"),
     "norm": ("/ (float)d + eps)", "/ (float)d + 2.0f * eps)"),
-    "rotate": ("b * c[i] + a * turn", "b * c[i] - a * turn"),
+    "rotate": ("b * c[i] + a * sine", "b * c[i] - a * sine"),
     "sums": ("sums[at] = total(row, d);", "sums[at] = total(row, d - 1);"),
     "dots": ("out[at] = dot(a + at * d, b + at * d, d);", "out[at] = dot(a + at * d, b, d);"),
 }
@@ -271,11 +271,11 @@ def test_each_function_is_proved_before_it_is_used(name: str, tmp_path: Path) ->
     (tmp_path / "wrong.c").write_text(source.replace(right, wrong))
     words = [HERE[0], *native.FLAGS, "-shared", "-fPIC", "-nostdlib", "-o", "wrong.so", "wrong.c"]
     subprocess.run(words, check=True, cwd=tmp_path)
-    assert not native._proven(NativeOps(ctypes.CDLL(str(tmp_path / "wrong.so"))))
+    assert not native._is_correct(NativeOps(ctypes.CDLL(str(tmp_path / "wrong.so"))))
 
 
 def test_lanes_that_come_to_attention_together_share_one_shape(ours: NativeOps) -> None:
-    before = len(ours._shapes)
+    before = len(ours._layouts)
     for _ in range(3):
         attended(ours, HeadLayout(6, 2, 10, 0.7), [5, 9], 2)
-    assert len(ours._shapes) == before + 1
+    assert len(ours._layouts) == before + 1

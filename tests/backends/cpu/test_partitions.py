@@ -9,31 +9,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.backends.cpu import gemm
-from runner.backends.cpu.ops import Ops
+from runner.backends.cpu import array_address
 from runner.backends.cpu.partitions import PackedRows, Partition
 from runner.backends.cpu.workspace import Workspace
 
 
-def lanes(lengths: list[int], count: int) -> list[Partition]:
+def partitions(lengths: list[int], count: int) -> list[Partition]:
     rows = PackedRows(lengths)
-    return [Partition(number, count, rows, Workspace(), Workspace(), Barrier(count), Ops()) for number in range(count)]
+    return [Partition(index, count, rows, Workspace(), Workspace(), Barrier(count)) for index in range(count)]
 
 
 @given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=12), parts=st.integers(1, 9), count=st.integers(1, 8))
 def test_each_piece_of_each_row_is_done_once_and_no_lane_has_much_more_than_its_share(lengths, parts, count):
-    shares = [lane.share(parts) for lane in lanes(lengths, count)]
-    done = sorted((start, part) for share in shares for start, _, pieces in share for part in pieces)
+    shares = [part.attention_shares(parts) for part in partitions(lengths, count)]
+    done = sorted(
+        (start, part) for share in shares for s in share for start, part in ((s.start, part) for part in s.heads)
+    )
     starts = PackedRows(lengths).starts
     assert done == sorted((start, part) for start in starts for part in range(parts))
-    assert all(lengths[starts.index(start)] == length for share in shares for start, length, _ in share)
-    costs = [sum(length**2 * len(pieces) for _, length, pieces in share) for share in shares]
+    assert all(lengths[starts.index(s.start)] == s.length for share in shares for s in share)
+    costs = [sum(s.length**2 * len(s.heads) for s in share) for share in shares]
     assert max(costs) <= sum(length**2 for length in lengths) * parts / count + max(lengths) ** 2
 
 
 def test_at_most_one_row_is_divided_between_a_lane_and_the_next():
-    shares = [lane.share(3) for lane in lanes([50, 60, 70, 80], 2)]
-    rows = [{start for start, _, _ in share} for share in shares]
+    shares = [part.attention_shares(3) for part in partitions([50, 60, 70, 80], 2)]
+    rows = [{s.start for s in share} for share in shares]
     assert len(rows[0] & rows[1]) <= 1
 
 
@@ -49,5 +50,5 @@ def test_at_most_one_row_is_divided_between_a_lane_and_the_next():
     ids=["line", "transposed", "part", "empty", "read-only"],
 )
 def test_an_arrays_address_is_what_numpy_says(array):
-    assert gemm._fast_at(array) == gemm._slow_at(array)
-    assert gemm.address is gemm._fast_at
+    assert array_address.fast_address(array) == array_address.documented_address(array)
+    assert array_address.address is array_address.fast_address

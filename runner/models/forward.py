@@ -104,8 +104,10 @@ def _logits_or_none(call: Callable[[mx.array], mx.array]) -> mx.array | None:
 
 
 def _agrees(parts: Callable[[mx.array], mx.array], expected: mx.array | None) -> bool:
-    """Return whether `parts` gives the `expected` logits on the probe: some model families scale or cap logits, or treat
-    their blocks by position."""
+    """Return whether `parts` gives the `expected` logits on the probe.
+
+    Some model families scale or cap logits, or treat their blocks by position.
+    """
     logits = _logits_or_none(parts)
     if logits is None or expected is None or logits.shape != expected.shape:
         return False

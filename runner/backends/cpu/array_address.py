@@ -1,8 +1,8 @@
 """The address of an array's data, for calls into BLAS and native code.
 
 An engine step needs thousands of addresses. NumPy's documented ways, `x.ctypes.data` and `x.__array_interface__`, build
-Python objects each time, which made a step of the small models 15 % slower (1 % of SmolLM2's). So on CPython the pointer
-is read from the C structure of the array, whose first field after the object header it is (`PyArrayObject_fields.data`
+Python objects each time: a step of the tiny model took 15 % longer, one of SmolLM2 1 %. So on CPython the pointer is
+read from the C structure of the array, whose first field after the object header it is (`PyArrayObject_fields.data`
 in numpy/ndarraytypes.h, unchanged since NumPy 1.0). The reading is compared with the documented way at import; where
 they differ, the documented one is used.
 """

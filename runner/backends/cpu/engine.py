@@ -1,8 +1,8 @@
 """The loss of a model and the gradients of its adapter, written out for CPUs.
 
 MLX's CPU backend computes elementwise operations in one thread, keeps every array of the forward pass, and allocates
-fresh memory for each. Here matrix products go to the same BLAS, everything else is vectorized and divided among threads,
-buffers are reused, and attention stores no matrix. Results differ from MLX's in the last digits only, which
+fresh memory for each. Here matrix products go to the same BLAS, everything else is vectorized and divided among
+threads, buffers are reused, and attention stores no matrix. Results differ from MLX's in the last digits only, which
 `runner.backends.cpu.probe` verifies before the engine is used.
 """
 
@@ -84,7 +84,7 @@ class Engine:
         self._lower = self._blocks(model.layers[: self.cut])
 
     def below(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the hidden states (batch, length, d) before the first block with an adapter, of ids (batch, length)."""
+        """Return the hidden states (batch, length, d) before the first adapted block, of ids (batch, length)."""
         rows = PackedRows([inputs.shape[1]] * len(inputs))
         out = np.empty((inputs.size, self.embedding.shape[1]), np.float32)
 

@@ -37,8 +37,8 @@ class MlxBackend:
         fallback_reason: str | None = None,
         blas: dict[str, Any] | None = None,
     ) -> None:
-        """`chunk`, `all_positions`: see `ChunkedLoss`. `recompute` activations in the backward pass. `blas`: identity of
-        the BLAS in use, for the numeric environment."""
+        """`chunk`, `all_positions`: see `ChunkedLoss`. `recompute` activations in the backward pass. `blas`: identity
+        of the BLAS in use, for the numeric environment."""
         self.forward, self.fallback_reason = forward, fallback_reason
         self._adapted, self._recompute, self._blas = adapted, recompute, blas
         self._loss = ChunkedLoss(forward=forward, chunk=chunk, all_positions=all_positions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import mlx.core as mx
 
@@ -38,10 +39,8 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
         writer.write_result(result_step)
     lines: list[str] = []
     if stop.is_completion:
-        try:
+        with suppress(StopRequested):
             lines = _evaluate_result(trainer, spec, result_step)
-        except StopRequested:
-            pass
     if trainer.stops.signal is not None:
         stop = StopReason(trainer.stops.signal.name)
     _write_final_status(trainer, stop, result_step)

@@ -194,7 +194,11 @@ def _resolve_environment(
 
 
 def _changed_settings(spec: RunSpec, previous: Config, step: int) -> list[str]:
-    """Return a line for each changed setting. Raises ConfigError for a change that a resume at `step` does not allow."""
+    """Return a line for each changed setting.
+
+    Raises:
+        ConfigError: a resume at `step` does not allow the change.
+    """
     changes = resume_policy.changes_on_resume(previous, spec.config, step)
     written = _flatten_stored(spec.stored)  # values from the environment are shown as they are written
     return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changes.items())]

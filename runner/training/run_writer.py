@@ -178,7 +178,7 @@ class RunWriter:
         return best.step if best else max(c.step for c in checkpoints)
 
     def write_result(self, step: int) -> None:
-        """Replace adapters/ by the adapter of the checkpoint of `step`; the old one stays until the new one is complete."""
+        """Replace adapters/ by the adapter of the checkpoint of `step`, atomically."""
         loaded = self.store.load(self.store.folder / step_name(step))
         files = {name: loaded.files[name] for name in (ADAPTERS, ADAPTER_CONFIG)}
         with_manifest = {**files, manifest.NAME: manifest.write(manifest_of(loaded.checkpoint, files))}

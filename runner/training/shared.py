@@ -1,4 +1,4 @@
-"""Components that the jobs of a sweep in one process share: base model, tokenized data, baselines, hidden-state caches."""
+"""What the jobs of a sweep in one process share: base model, tokenized data, baselines and hidden-state caches."""
 
 from __future__ import annotations
 

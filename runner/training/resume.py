@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,7 @@ def find_resume_point(spec: RunSpec) -> ResumePoint | None:
         return None
     previous = _previous_config(spec)
     _keep_warm_start(spec, previous)
-    # Earlier versions stored null where the backend chose the window; the checkpoint has the one that was used.
-    window_in_checkpoint = previous.data.window is None
-    previous.data.window = previous.data.window or spec.config.data.window
-    _changed_settings(spec, previous, step=0)  # before the checkpoints are read: their folder is a setting too
+    _changed_settings(spec, previous)  # before the checkpoints are read: their folder is a setting too
     messages: list[str] = []
     if spec.source.checkpoint is not None:
         loaded = verify.load_checkpoint(spec.source.checkpoint, FileSystem())
@@ -61,10 +58,7 @@ def find_resume_point(spec: RunSpec) -> ResumePoint | None:
         if newest is None:
             return None
         loaded, saved = newest
-    if window_in_checkpoint and saved.window:
-        previous.data.window = saved.window
-        spec.config.data.window = spec.config.data.window or saved.window
-    changes = _changed_settings(spec, previous, saved.progress.step)
+    changes = _changed_settings(spec, previous, saved)
     _refuse_edited_config(spec, saved)
     return ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
 
@@ -193,13 +187,17 @@ def _resolve_environment(
     return resolved
 
 
-def _changed_settings(spec: RunSpec, previous: Config, step: int) -> list[str]:
-    """Return a line for each changed setting.
+def _changed_settings(spec: RunSpec, previous: Config, saved: SavedState | None = None) -> list[str]:
+    """Return a line for each changed setting; without `saved`, as if no update was made.
 
     Raises:
-        ConfigError: a resume at `step` does not allow the change.
+        ConfigError: the resume does not allow the change.
     """
-    changes = resume_policy.changes_on_resume(previous, spec.config, step)
+    if previous.data.window is None:  # earlier versions let the backend choose; the checkpoint has its choice
+        window = saved.window if saved else None
+        spec.config.data.window = spec.config.data.window or window
+        previous = replace(previous, data=replace(previous.data, window=window or spec.config.data.window))
+    changes = resume_policy.changes_on_resume(previous, spec.config, saved.progress.step if saved else 0)
     written = _flatten_stored(spec.stored)  # values from the environment are shown as they are written
     return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changes.items())]
 

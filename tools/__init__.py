@@ -1,1 +1,1 @@
-"""Programs that made what the package ships."""
+"""Programs that generated files which the package ships; not part of the wheel."""

@@ -3,9 +3,9 @@
 **The content of a file** is identified by its SHA-256. A file of up to `ALWAYS_HASHED_BYTES` is hashed at every start.
 A larger one is hashed once, and the hash is stored together with the file's size, inode, device and its times of the
 last change of content (mtime) and of anything (ctime); as long as all of these are the same, the stored hash is used.
-The hash is stored only if both times are at least `SETTLED_SECONDS` old when hashing begins, so that an edit of the same
-size within the resolution of the clock cannot go unnoticed: any later edit gets a different time. (A program may reset
-the mtime after an edit, but not the ctime.) While a file is tokenized it is hashed once more, and the tokens are stored
+The hash is stored only if both times are at least `SETTLED_SECONDS` old when hashing begins, so that an edit of the
+same size within the resolution of the clock cannot go unnoticed: any later edit gets a different time. (A program may
+reset the mtime after an edit, but not the ctime.) While a file is tokenized it is hashed once more, and the tokens are stored
 only under that hash.
 """
 

@@ -1,4 +1,4 @@
-"""Metrics: what counts as right, and what a hostile statement cannot do."""
+"""Metrics: which answers are correct, and that hostile statements are contained."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def score(gold: str, text: str) -> float:
     return ExecutionAccuracy().score(row(gold), text)
 
 
-def test_metrics_are_found_by_name() -> None:
+def test_metrics_are_registered_under_their_names() -> None:
     for name in METRICS:
         assert metric_named(name).name == name
 
 
-def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
+def test_an_unknown_metric_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'execution_accuracy'"):
         metric_named("execution_acuracy")
 
 
-def test_exact_match_ignores_white_space_only() -> None:
+def test_exact_match_ignores_whitespace_only() -> None:
     metric = metric_named("exact_match")
     assert metric.score({"completion": "SELECT  1"}, " SELECT\n1 ") == 1.0
     assert metric.score({"completion": "SELECT 1"}, "select 1") == 0.0
@@ -54,7 +54,7 @@ def test_exact_match_compares_with_the_last_assistant_message() -> None:
 
 
 @pytest.mark.parametrize("bad", [{}, {"messages": []}, {"text": "x"}, {"messages": [{"role": "user", "content": "x"}]}])
-def test_a_row_without_an_answer_is_an_error(bad: dict[str, Any]) -> None:
+def test_a_row_without_an_expected_answer_is_an_error(bad: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no answer to compare with"):
         metric_named("exact_match").score(bad, "x")
 
@@ -74,7 +74,7 @@ def test_a_row_without_an_answer_is_an_error(bad: dict[str, Any]) -> None:
         "WITH f AS (SELECT * FROM singer WHERE country = 'France') SELECT name FROM f",
     ],
 )
-def test_another_spelling_of_the_right_query_is_right(text: str) -> None:
+def test_another_form_of_the_expected_query_scores_1(text: str) -> None:
     assert score("SELECT name FROM singer WHERE country = 'France'", text) == 1.0
 
 
@@ -96,11 +96,11 @@ def test_another_spelling_of_the_right_query_is_right(text: str) -> None:
         "SELECT 1; SELECT name FROM singer WHERE country = 'France'",
     ],
 )
-def test_a_wrong_or_broken_query_is_wrong(text: str) -> None:
+def test_a_wrong_or_invalid_query_scores_0(text: str) -> None:
     assert score("SELECT name FROM singer WHERE country = 'France'", text) == 0.0
 
 
-def test_order_counts_exactly_where_the_expected_query_sorts() -> None:
+def test_row_order_matters_only_where_the_expected_query_sorts() -> None:
     up, down = "SELECT name FROM singer ORDER BY age", "SELECT name FROM singer ORDER BY age DESC"
     assert score(up, down) == 0.0
     assert score(up, up) == 1.0
@@ -108,7 +108,7 @@ def test_order_counts_exactly_where_the_expected_query_sorts() -> None:
     assert score("SELECT name FROM (SELECT * FROM singer ORDER BY age)", down) == 1.0
 
 
-def test_repeated_rows_count() -> None:
+def test_repeated_rows_matter() -> None:
     assert score("SELECT DISTINCT country FROM singer", "SELECT country FROM singer") == 0.0
     assert score("SELECT country FROM singer", "SELECT DISTINCT country FROM singer") == 0.0
 
@@ -122,7 +122,7 @@ def test_numbers_compare_by_value_with_a_tolerance_for_fractions() -> None:
     assert score("SELECT 10000001", "SELECT 10000002") == 0.0
 
 
-def test_an_empty_text_is_wrong_even_where_nothing_is_expected() -> None:
+def test_an_empty_text_scores_0_even_where_the_expected_result_is_empty() -> None:
     nothing = "SELECT name FROM singer WHERE age > 99"
     assert score(nothing, "SELECT name FROM singer WHERE age > 98") == 1.0
     assert score(nothing, "") == 0.0
@@ -186,7 +186,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_statement_is_refused_and_scores_nothing(
+def test_a_hostile_statement_is_refused_and_scores_0(
     attack: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -199,7 +199,7 @@ def test_a_hostile_statement_is_refused_and_scores_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_refused_statement_does_not_use_up_the_next_ones_budget() -> None:
+def test_every_statement_has_its_own_instruction_budget() -> None:
     with Sandbox({"singer": SINGERS}) as sandbox:
         for _ in range(3):
             with pytest.raises(StatementRefused):
@@ -207,16 +207,16 @@ def test_a_refused_statement_does_not_use_up_the_next_ones_budget() -> None:
             assert sandbox.run("SELECT COUNT(*) FROM singer a, singer b, singer c") == [(64,)]
 
 
-def test_two_statements_at_once_are_refused() -> None:
+def test_more_than_one_statement_is_refused() -> None:
     with Sandbox({"singer": SINGERS}) as sandbox, pytest.raises(StatementRefused):
         sandbox.run("SELECT 1; SELECT 2")
 
 
-def test_an_endless_result_is_cut_and_wrong() -> None:
+def test_an_endless_result_is_cut_off_and_scores_0() -> None:
     assert score("SELECT 1", COUNT_FOREVER + "SELECT x FROM c") == 0.0
 
 
-def test_larger_tables_get_a_larger_budget() -> None:
+def test_larger_tables_get_a_larger_instruction_budget() -> None:
     big = {"columns": [["n", "INTEGER"]], "rows": [[number] for number in range(20_000)]}
     with Sandbox({"big": big}) as sandbox:
         assert sandbox.run("SELECT COUNT(*), SUM(n) FROM big WHERE n >= 0") == [(20_000, 199_990_000)]
@@ -230,11 +230,11 @@ def test_long_stored_values_can_be_read() -> None:
 
 
 @given(st.text(max_size=80))
-def test_no_text_can_raise(text: str) -> None:
+def test_no_generated_text_raises(text: str) -> None:
     assert score("SELECT 'never'", text) in (0.0, 1.0)
 
 
-def test_names_with_quotes_and_blanks_are_loaded() -> None:
+def test_names_with_quotes_and_spaces_are_loaded() -> None:
     tables = {'odd "name"': {"columns": [['a "b"', "TEXT"], ["order", "INTEGER"]], "rows": [["x", 1]]}}
     with Sandbox(tables) as sandbox:
         assert sandbox.run('SELECT "a ""b""", "order" FROM "odd ""name"""') == [("x", 1)]

@@ -11,7 +11,7 @@ import pytest
 from runner.data.metrics import metric_named
 from runner.data.metrics.sandbox import Sandbox
 from tools.text_to_sql import generate
-from tools.text_to_sql.query import Condition, Query, is_telling
+from tools.text_to_sql.query import Condition, Query, is_discriminating
 
 COUNTS = {"train": 3000, "valid": 200, "test": 300}
 SPLITS = tuple(COUNTS)
@@ -19,7 +19,7 @@ SHARED_COLUMNS = {"id", "name"}
 
 
 def shipped(split: str) -> list[dict[str, Any]]:
-    lines = (generate.SET / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (generate.OUTPUT_FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -28,7 +28,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     return {split: shipped(split) for split in SPLITS}
 
 
-def names(rows: list[dict[str, Any]]) -> tuple[set[str], set[str]]:
+def table_and_column_names(rows: list[dict[str, Any]]) -> tuple[set[str], set[str]]:
     """Table names and column names, in lower case."""
     tables = {name.lower() for row in rows for name in row["tables"]}
     columns = {pair[0].lower() for row in rows for table in row["tables"].values() for pair in table["columns"]}
@@ -55,7 +55,7 @@ def test_every_row_is_well_formed(rows: dict[str, list[dict[str, Any]]], split: 
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_query_gives_a_result_and_counts_as_right(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
+def test_every_query_has_a_result_and_scores_1(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
     metric = metric_named("execution_accuracy")
     for row in rows[split]:
         with Sandbox(row["tables"]) as sandbox:
@@ -65,7 +65,7 @@ def test_every_query_gives_a_result_and_counts_as_right(rows: dict[str, list[dic
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_values_of_conditions_are_spelled_in_the_question(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
+def test_values_of_conditions_occur_in_the_question(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
     for row in rows[split]:
         question = row["prompt"].split("Question: ")[1].lower()
         for quoted in row["completion"].split("'")[1::2]:
@@ -73,7 +73,7 @@ def test_values_of_conditions_are_spelled_in_the_question(rows: dict[str, list[d
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_dropping_the_where_clause_is_always_wrong(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
+def test_every_query_without_its_where_clause_scores_0(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
     metric = metric_named("execution_accuracy")
     plain = [row for row in rows[split] if " WHERE " in row["completion"] and "(SELECT" not in row["completion"]]
     assert len(plain) > len(rows[split]) / 3
@@ -83,9 +83,9 @@ def test_dropping_the_where_clause_is_always_wrong(rows: dict[str, list[dict[str
         assert metric.score(row, head + (tail[min(ends) :] if ends else "")) == 0.0, row["completion"]
 
 
-def test_no_table_and_no_column_of_one_split_occurs_in_another(rows: dict[str, list[dict[str, Any]]]) -> None:
-    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        tables, columns = zip(names(rows[one]), names(rows[other]), strict=True)
+def test_splits_share_no_table_and_no_column(rows: dict[str, list[dict[str, Any]]]) -> None:
+    for left, right in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        tables, columns = zip(table_and_column_names(rows[left]), table_and_column_names(rows[right]), strict=True)
         assert not tables[0] & tables[1]
         assert columns[0] & columns[1] <= SHARED_COLUMNS
 
@@ -96,7 +96,7 @@ def test_no_prompt_occurs_twice(rows: dict[str, list[dict[str, Any]]]) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_split_covers_the_sql_that_the_set_teaches(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
+def test_every_split_covers_the_sql_constructs(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
     text = "\n".join(row["completion"] for row in rows[split])
     for words in ("COUNT(*)", "SUM(", "AVG(", "MIN(", "MAX(", "LIKE", "BETWEEN", " IN (", " OR ", " AND ", "<>"):
         assert words in text
@@ -108,10 +108,10 @@ def test_every_split_covers_the_sql_that_the_set_teaches(rows: dict[str, list[di
 
 @pytest.mark.parametrize("split", ["valid", "test", pytest.param("train", marks=pytest.mark.slow)])
 def test_the_generator_reproduces_the_shipped_bytes(split: str) -> None:
-    assert generate.rendered(split).encode() == (generate.SET / f"{split}.jsonl").read_bytes()
+    assert generate.render_split(split).encode() == (generate.OUTPUT_FOLDER / f"{split}.jsonl").read_bytes()
 
 
-def test_check_names_the_file_that_differs(
+def test_check_reports_the_file_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(generate, "ROWS", {"valid": 3, "test": 3})
@@ -119,8 +119,8 @@ def test_check_names_the_file_that_differs(
     assert generate.main(["--out", str(tmp_path), "--check"]) == 0
     (tmp_path / "test.jsonl").write_text("{}\n")
     assert generate.main(["--out", str(tmp_path), "--check"]) == 1
-    told = capsys.readouterr().err
-    assert "test.jsonl differs" in told and "valid.jsonl" not in told
+    error = capsys.readouterr().err
+    assert "test.jsonl differs" in error and "valid.jsonl" not in error
 
 
 def table(*ages: int) -> dict[str, object]:
@@ -128,15 +128,15 @@ def table(*ages: int) -> dict[str, object]:
     return {"singer": {"columns": columns, "rows": [[f"n{at}", age] for at, age in enumerate(ages)]}}
 
 
-def test_a_table_on_which_a_near_miss_agrees_is_refused() -> None:
+def test_tables_on_which_a_near_miss_agrees_are_rejected() -> None:
     query = Query("name", "singer", (Condition("age > 30", ("age >= 30",)),))
-    assert is_telling(query, table(20, 30, 40))
-    assert not is_telling(query, table(20, 25, 40))  # nobody is 30: >= would agree
-    assert not is_telling(query, table(40, 50))  # without the condition it would agree
-    assert not is_telling(query, table(10, 30))  # no result
+    assert is_discriminating(query, table(20, 30, 40))
+    assert not is_discriminating(query, table(20, 25, 40))  # nobody is 30: >= would agree
+    assert not is_discriminating(query, table(40, 50))  # without the condition it would agree
+    assert not is_discriminating(query, table(10, 30))  # no result
 
 
-def test_a_tie_in_the_order_is_refused() -> None:
+def test_tables_with_a_tie_in_the_order_are_rejected() -> None:
     query = Query("name", "singer", order="age", descending=True, limit=1)
-    assert is_telling(query, table(20, 30, 40))
-    assert not is_telling(query, table(20, 40, 40))
+    assert is_discriminating(query, table(20, 30, 40))
+    assert not is_discriminating(query, table(20, 40, 40))

@@ -1,1 +1,1 @@
-"""The default data set: questions about small tables, answered in SQL."""
+"""Generator of the default data set: questions about small tables, answered in SQL."""

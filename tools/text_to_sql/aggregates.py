@@ -1,11 +1,11 @@
-"""Questions about one table that count, add up or list the different values of a column."""
+"""Questions about one table with aggregate functions or DISTINCT."""
 
 from __future__ import annotations
 
 from tools.text_to_sql import templates
 from tools.text_to_sql.content import Scene, Table
 from tools.text_to_sql.draw import Draw
-from tools.text_to_sql.intents import Draft, Intent, about, ask, conditions, one, others
+from tools.text_to_sql.intents import Example, Intent, ask, base_slots, draw_conditions, other_columns, pick_column
 from tools.text_to_sql.query import Query
 from tools.text_to_sql.vocabulary import Column
 from tools.text_to_sql.wording import expand
@@ -20,7 +20,7 @@ YEARS = {"MAX": "[latest|most recent]", "MIN": "[earliest|first]"}
 
 
 def _aggregate(draw: Draw, column: Column) -> tuple[str, str]:
-    """A function that makes sense for the column, and its name in words."""
+    """Return an aggregate function that makes sense for the column, and its name in English."""
     if column.kind == "year":
         name = draw.pick(["MAX", "MIN"])
         return name, expand(draw, YEARS[name])
@@ -33,65 +33,67 @@ def _other_aggregates(table: Table, function: str, name: str) -> tuple[str, ...]
     return (*wrong, *(f"{function}({other})" for other, _ in table.numbers if other != name))
 
 
-def aggregate(scene: Scene) -> Draft:
+def aggregate(scene: Scene) -> Example:
     """SUM, AVG, MIN or MAX of a column over the whole table."""
     return _aggregated(scene, 0)
 
 
-def filtered_aggregate(scene: Scene) -> Draft:
-    """The same over the rows that a condition leaves."""
+def filtered_aggregate(scene: Scene) -> Example:
+    """SUM, AVG, MIN or MAX of a column over the rows that satisfy conditions."""
     return _aggregated(scene, scene.draw.pick([1, 1, 1, 2]))
 
 
-def _aggregated(scene: Scene, count: int) -> Draft:
+def _aggregated(scene: Scene, count: int) -> Example:
     draw, table = scene.draw, scene.main
-    name, column = one(draw, table.numbers)
-    said = conditions(draw, table, count, [name])
+    name, column = pick_column(draw, table.numbers)
+    phrases = draw_conditions(draw, table, count, [name])
     function, words = _aggregate(draw, column)
-    where = tuple(part.condition for part in said)
-    query = Query(f"{function}({name})", table.name, where, others=_other_aggregates(table, function, name))
-    slots = about(scene, said)
-    if not said:
+    where = tuple(part.condition for part in phrases)
+    query = Query(f"{function}({name})", table.name, where, wrong_selects=_other_aggregates(table, function, name))
+    slots = base_slots(scene, phrases)
+    if not phrases:
         slots["group"] = draw.pick(["all ", "the ", "all the ", "all "]) + scene.main.entity.nouns
-    return Draft(ask(draw, templates.AGGREGATE, **slots, agg=words, column=column.noun), query)
+    return Example(ask(draw, templates.AGGREGATE, **slots, agg=words, column=column.noun), query)
 
 
-def two_aggregates(scene: Scene) -> Draft:
+def two_aggregates(scene: Scene) -> Example:
     """Two aggregates of one column in one question."""
     draw, table = scene.draw, scene.main
-    name, column = one(draw, table.numbers)
-    said = conditions(draw, table, draw.pick([0, 1]), [name])
+    name, column = pick_column(draw, table.numbers)
+    phrases = draw_conditions(draw, table, draw.pick([0, 1]), [name])
     first, second = draw.pick([("MIN", "MAX"), ("MAX", "MIN")] + [("AVG", "MAX")] * (column.kind != "year"))
     names = YEARS if column.kind == "year" else AGGREGATES
-    query = Query(f"{first}({name}), {second}({name})", table.name, tuple(part.condition for part in said))
-    slots = about(scene, said)
+    query = Query(f"{first}({name}), {second}({name})", table.name, tuple(part.condition for part in phrases))
+    slots = base_slots(scene, phrases)
     style = draw.below(3)
     words = {
         slot: names[function].strip("[]").split("|")[style % len(names[function].split("|"))]
         for slot, function in (("agg", first), ("agg2", second))
     }
-    return Draft(ask(draw, templates.TWO_AGGREGATES, **slots, **words, column=column.noun), query)
+    return Example(ask(draw, templates.TWO_AGGREGATES, **slots, **words, column=column.noun), query)
 
 
-def distinct_values(scene: Scene) -> Draft:
-    """The different values of a column."""
-    name, column = one(scene.draw, [pair for pair in scene.main.categories if pair[1].nouns != pair[1].noun])
-    query = Query(name, scene.main.name, distinct=True, others=others(scene.main, name))
-    return Draft(ask(scene.draw, templates.DISTINCT, **about(scene), column=column.noun, columns=column.nouns), query)
+def distinct_values(scene: Scene) -> Example:
+    """The distinct values of a column."""
+    name, column = pick_column(scene.draw, [pair for pair in scene.main.categories if pair[1].nouns != pair[1].noun])
+    query = Query(name, scene.main.name, distinct=True, wrong_selects=other_columns(scene.main, name))
+    return Example(
+        ask(scene.draw, templates.DISTINCT, **base_slots(scene), column=column.noun, columns=column.nouns), query
+    )
 
 
-def count_distinct(scene: Scene) -> Draft:
-    """How many different values a column has."""
+def count_distinct(scene: Scene) -> Example:
+    """The number of distinct values of a column."""
     draw, table = scene.draw, scene.main
-    name, column = one(draw, [pair for pair in table.categories if pair[1].nouns != pair[1].noun])
-    said = conditions(draw, table, draw.pick([0, 0, 1]), [name])
-    where = tuple(part.condition for part in said)
-    wrong = (f"COUNT({name})", *(f"COUNT(DISTINCT {other})" for other in others(table, name)))
-    query = Query(f"COUNT(DISTINCT {name})", table.name, where, others=wrong)
-    slots = about(scene, said)
-    if not said:
+    name, column = pick_column(draw, [pair for pair in table.categories if pair[1].nouns != pair[1].noun])
+    phrases = draw_conditions(draw, table, draw.pick([0, 0, 1]), [name])
+    where = tuple(part.condition for part in phrases)
+    wrong = (f"COUNT({name})", *(f"COUNT(DISTINCT {other})" for other in other_columns(table, name)))
+    query = Query(f"COUNT(DISTINCT {name})", table.name, where, wrong_selects=wrong)
+    slots = base_slots(scene, phrases)
+    if not phrases:
         slots["group"] = "the " + table.entity.nouns
-    return Draft(ask(draw, templates.COUNT_DISTINCT, **slots, columns=column.nouns), query)
+    return Example(ask(draw, templates.COUNT_DISTINCT, **slots, columns=column.nouns), query)
 
 
 AGGREGATED: tuple[tuple[Intent, str, int], ...] = (

@@ -1,4 +1,4 @@
-"""Draws the tables of one row: spellings, a choice of columns, and values."""
+"""Draw the tables of one row: spellings of names, a selection of columns, and values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Cell = int | float | str
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A concrete table; `described` pairs each column that questions may name with its description."""
+    """A concrete table; `described` pairs the columns that questions may name with their descriptions."""
 
     name: str
     entity: Entity
@@ -21,11 +21,11 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
     def values(self, column: str) -> list[Cell]:
-        at = [name for name, _ in self.header].index(column)
-        return [row[at] for row in self.rows]
+        index = [name for name, _ in self.header].index(column)
+        return [row[index] for row in self.rows]
 
     def named(self, *kinds: str) -> list[tuple[str, Column]]:
-        """The described columns of these kinds."""
+        """Return the described columns of these kinds."""
         return [(name, column) for name, column in self.described if column.kind in kinds]
 
     @property
@@ -49,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one question can be about: `child` points to `main` by `foreign_key`."""
+    """The tables of one question; `child` refers to `main` by `foreign_key`."""
 
     draw: Draw
     main: Table
@@ -63,41 +63,41 @@ class Scene:
 
 
 def draw_single(draw: Draw, topic: Topic) -> Scene:
-    """One table of 9 to 12 rows."""
+    """Draw one table of 9 to 12 rows."""
     return Scene(draw, _table(draw, topic.entity, draw.between(9, 12), with_id=draw.chance(0.5)))
 
 
 def draw_pair(draw: Draw, topic: Topic, covered: bool) -> Scene:
-    """Two tables; if `covered`, every parent has at least one child, else some have none.
+    """Draw two tables; if `covered`, every parent has at least one child, else some have none.
 
     Raises:
         ValueError: the topic has no second table.
     """
     if topic.link is None:
         raise ValueError(f"{topic.entity.noun} has no second table")
-    main = _table(draw, topic.entity, 8, with_id=True, most=3)
+    main = _table(draw, topic.entity, 8, with_id=True, max_columns=3)
     parents = list(main.values("id"))
     wanted = draw.between(11, 12)
     pointed = parents if covered else draw.sample(parents, draw.between(5, 6))
     keys = draw.shuffled([*pointed, *(draw.pick(pointed) for _ in range(wanted - len(pointed)))])
     foreign_key = draw.pick(topic.link.keys)
-    child = _table(draw, topic.link.child, wanted, with_id=draw.chance(0.4), most=3)
-    at = 1 if child.header[0][0] == "id" else 0
-    header = (*child.header[:at], (foreign_key, "INTEGER"), *child.header[at:])
-    rows = tuple((*row[:at], key, *row[at:]) for row, key in zip(child.rows, keys, strict=True))
+    child = _table(draw, topic.link.child, wanted, with_id=draw.chance(0.4), max_columns=3)
+    position = 1 if child.header[0][0] == "id" else 0
+    header = (*child.header[:position], (foreign_key, "INTEGER"), *child.header[position:])
+    rows = tuple((*row[:position], key, *row[position:]) for row, key in zip(child.rows, keys, strict=True))
     child = Table(child.name, child.entity, header, child.described, rows)
     return Scene(draw, main, child, topic.link, foreign_key)
 
 
-def _table(draw: Draw, entity: Entity, count: int, with_id: bool, most: int = 5) -> Table:
-    """`most` bounds the columns besides the key; at least one category and one number stay, where there are any."""
+def _table(draw: Draw, entity: Entity, count: int, with_id: bool, max_columns: int = 5) -> Table:
+    """Draw a table; `max_columns` limits the columns besides the key, with a category and a number if there are any."""
     rest = [column for column in entity.columns if column.kind != "key"]
-    kept = [column for column in rest if draw.chance(0.8)][:most]
+    selected = [column for column in rest if draw.chance(0.8)][:max_columns]
     for kinds in (("cat",), NUMERIC):
         of_kind = [column for column in rest if column.kind in kinds]
-        if of_kind and not any(column in kept for column in of_kind):
-            kept.append(draw.pick(of_kind))
-    chosen = [column for column in entity.columns if column.kind == "key" or column in kept]
+        if of_kind and not any(column in selected for column in of_kind):
+            selected.append(draw.pick(of_kind))
+    chosen = [column for column in entity.columns if column.kind == "key" or column in selected]
     if draw.chance(0.35):
         chosen = draw.shuffled(chosen)
     described = tuple((draw.pick(column.names), column) for column in chosen)
@@ -111,12 +111,12 @@ def _table(draw: Draw, entity: Entity, count: int, with_id: bool, most: int = 5)
 
 
 def _values(draw: Draw, column: Column, count: int) -> list[Cell]:
-    """Keys and numbers never repeat, so that no order has ties; categories do."""
+    """Draw a column's values. Keys and numbers never repeat, so that no order has ties; categories do."""
     if column.kind == "key":
         return list(draw.sample(column.values, count))
     if column.kind == "cat":
         pool = draw.sample(column.values, draw.between(3, 5))
-        # The first is drawn more often: groups of unequal size.
+        # The first value is drawn more often, which gives groups of unequal size.
         return [draw.pick([pool[0], *pool]) for _ in range(count)]
     if column.kind == "real":
         tenths = range(round(column.low * 10), round(column.high * 10) + 1)

@@ -1,7 +1,7 @@
-"""Seeded draws whose results do not change between Python versions.
+"""Seeded random choices that are the same in every Python version.
 
-Only ``random.Random.random`` and its string seeding are promised to stay the same from one Python to the next, so
-every choice is built on them alone.
+Python guarantees reproducible results only for ``random.Random.random`` and string seeding, so every choice is built on
+these two.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 
 class Draw:
-    """A stream of choices; equal seeds give equal streams on every supported Python."""
+    """A stream of random choices; equal seeds give equal streams on every supported Python."""
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(seed)
 
     def below(self, bound: int) -> int:
-        """A whole number from 0 to `bound` - 1."""
+        """Return an integer from 0 to `bound` - 1."""
         return int(self._random.random() * bound)
 
     def between(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`, both included."""
+        """Return an integer from `low` to `high`, both included."""
         return low + self.below(high - low + 1)
 
     def chance(self, probability: float) -> bool:
@@ -34,7 +34,7 @@ class Draw:
         return items[self.below(len(items))]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """A Fisher-Yates shuffle of a copy."""
+        """Return a shuffled copy (Fisher-Yates)."""
         mixed = list(items)
         for last in range(len(mixed) - 1, 0, -1):
             other = self.below(last + 1)
@@ -42,5 +42,5 @@ class Draw:
         return mixed
 
     def sample(self, items: Sequence[T], count: int) -> list[T]:
-        """`count` different positions of `items`, in random order; all of them where there are fewer."""
+        """Return `count` of the items without replacement, in random order; all of them if there are fewer."""
         return self.shuffled(items)[:count]

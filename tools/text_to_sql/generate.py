@@ -1,9 +1,9 @@
-"""Writes the default data set: questions about small tables, and the SQL that answers them.
+"""Generate the default data set: questions about small tables, and the SQL that answers them.
 
     python -m tools.text_to_sql.generate [--out DIR]     # train.jsonl, valid.jsonl, test.jsonl
-    python -m tools.text_to_sql.generate --check         # do the shipped files equal what it writes?
+    python -m tools.text_to_sql.generate --check         # compare the shipped files with the generated rows
 
-The rows depend on `SEED` and the vocabulary alone. See README.md for what they hold.
+The rows depend on `SEED` and the vocabulary alone. README.md of the data set describes them.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from pathlib import Path
 from tools.text_to_sql.aggregates import AGGREGATED
 from tools.text_to_sql.content import Scene, draw_pair, draw_single
 from tools.text_to_sql.draw import Draw
-from tools.text_to_sql.intents import ONE_TABLE, Draft, Intent, NotHere
+from tools.text_to_sql.intents import ONE_TABLE, Example, Intent, NotApplicable
 from tools.text_to_sql.joined import JOINED
-from tools.text_to_sql.query import is_telling
+from tools.text_to_sql.query import is_discriminating
 from tools.text_to_sql.ranked import RANKED
 from tools.text_to_sql.vocabulary import Topic, read_topics
 
-SET = Path(__file__).resolve().parent.parent.parent / "runner" / "data" / "sets" / "text_to_sql"
+OUTPUT_FOLDER = Path(__file__).resolve().parent.parent.parent / "runner" / "data" / "sets" / "text_to_sql"
 SEED = "text-to-sql-1"
 ROWS = {"train": 3000, "valid": 200, "test": 300}
-TRIES = 40
-"""New tables for one intent before another intent is drawn."""
+MAX_TRIES = 40
+"""Tables that are drawn for one intent before another intent is drawn."""
 
 Row = dict[str, object]
 Choice = tuple[Intent, str, int, bool | None]
-"""Intent, difficulty, weight, and of two tables whether every parent needs a child."""
+"""Intent, difficulty, weight, and for two tables whether every parent needs a child (None for one table)."""
 
 
-def rows_of(split: str) -> Iterator[Row]:
-    """The rows of a split, its topics in turn; no two have the same prompt."""
+def generate_rows(split: str) -> Iterator[Row]:
+    """Yield the rows of a split, cycling through its topics; no two rows have the same prompt."""
     topics = read_topics(split)
     seen: set[str] = set()
     for number in range(ROWS[split]):
@@ -50,15 +50,15 @@ def _row(draw: Draw, topic: Topic) -> Row | None:
     intents: list[Choice] = [(*entry, None) for entry in (*ONE_TABLE, *AGGREGATED, *RANKED)]
     intents += JOINED if topic.link else ()
     intent, difficulty, _, covered = _weighted(draw, intents)
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         scene = draw_single(draw, topic) if covered is None else draw_pair(draw, topic, covered)
         try:
-            draft = intent(scene)
-        except NotHere:
+            example = intent(scene)
+        except NotApplicable:
             continue
         tables = {table.name: table.as_json() for table in scene.tables}
-        if is_telling(draft.query, tables):
-            return _as_row(draw, scene, draft, difficulty, tables)
+        if is_discriminating(example.query, tables):
+            return _as_row(draw, scene, example, difficulty, tables)
     return None
 
 
@@ -71,36 +71,40 @@ def _weighted(draw: Draw, intents: list[Choice]) -> Choice:
     raise AssertionError("the weights do not add up")
 
 
-def _as_row(draw: Draw, scene: Scene, draft: Draft, difficulty: str, tables: Mapping[str, object]) -> Row:
+def _as_row(draw: Draw, scene: Scene, example: Example, difficulty: str, tables: Mapping[str, object]) -> Row:
     schemas = [table.schema() for table in scene.tables]
     if draw.chance(0.5):
         schemas.reverse()
-    prompt = "\n".join([*schemas, f"Question: {draft.question}", "SQL:"])
-    return {"prompt": prompt, "completion": draft.query.sql(), "difficulty": difficulty, "tables": tables}
+    prompt = "\n".join([*schemas, f"Question: {example.question}", "SQL:"])
+    return {"prompt": prompt, "completion": example.query.sql(), "difficulty": difficulty, "tables": tables}
 
 
-def rendered(split: str) -> str:
-    """The split's file."""
-    return "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows_of(split))
+def render_split(split: str) -> str:
+    """Return the content of the split's file."""
+    return "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in generate_rows(split))
 
 
-def main(words: list[str] | None = None) -> int:
-    """Writes or compares the files; 0 if all is well, 1 if a shipped file differs."""
+def main(arguments: list[str] | None = None) -> int:
+    """Write the files, or compare them with --check; return 0, or 1 if a file differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=SET, help="folder to write into (default: the set that ships)")
+    parser.add_argument(
+        "--out", type=Path, default=OUTPUT_FOLDER, help="folder to write into (default: the set that ships)"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; compare with the files in --out")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     different = []
     for split in ROWS:
         path = options.out / f"{split}.jsonl"
-        data = rendered(split).encode()
+        data = render_split(split).encode()
         if not options.check:
             options.out.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         elif not path.is_file() or path.read_bytes() != data:
             different.append(str(path))
     for path in different:
-        print(f"{path} differs from what the generator writes; run it without --check.", file=sys.stderr)
+        print(
+            f"{path} differs from the generated rows; run the generator without --check to rewrite it.", file=sys.stderr
+        )
     return 1 if different else 0
 
 

@@ -1,7 +1,8 @@
-"""The sentences: for each intent, templates with ``[one|another]`` choices and ``{slots}``.
+"""Sentence templates of each intent, with ``[first|second]`` alternatives and ``{slots}``.
 
-``{nouns}`` and ``{noun}`` are the things ("singers", "singer"), ``{group}`` the things that conditions leave,
-``{each}`` the same after "each", ``{is}`` their predicate, ``{keys}`` and ``{key}`` what names them ("titles").
+``{nouns}`` and ``{noun}`` are the things ("singers", "singer"), ``{group}`` the things that satisfy the conditions,
+``{each}`` the same after "each", ``{is}`` the conditions as a predicate, ``{keys}`` and ``{key}`` the column that names
+the things ("titles").
 """
 
 from __future__ import annotations

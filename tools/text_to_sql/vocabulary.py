@@ -1,7 +1,7 @@
-"""Reads the topics that the questions are about from ``vocabulary/<split>.txt``.
+"""Read the topics of the questions from ``vocabulary/<split>.txt``.
 
-Syntax, a line each (``|`` parts fields, ``,`` parts items, ``/`` parts alternative spellings in the schema,
-``~`` parts a finite phrase, "are from {}", from the one that follows a noun, "from {}")::
+One entry per line. ``|`` separates fields, ``,`` items, ``/`` alternative spellings in the schema, and ``~`` a
+predicate ("are from {}") from the phrase that follows a noun ("from {}")::
 
     pool NAME = VALUE, VALUE, ...
     table NAMES | singular, plural | who or that
@@ -10,9 +10,9 @@ Syntax, a line each (``|`` parts fields, ``,`` parts items, ``/`` parts alternat
       COLUMN NAMES | cat VALUES or @pool                   | singular, plural | phrase & phrase
       COLUMN NAMES | int LOW-HIGH/STEP (int+, real, year)  | singular, plural | lead, unit | COMPARATIVES | SUPERLATIVES
 
-A phrase whose second half is ``pre`` puts the value before the noun ("jazz records"). ``int+`` may be summed. The
-comparatives and superlatives name the greater value first; a comparative that ends in `` -`` is only used between two
-rows, never with a number.
+A phrase whose second half is ``pre`` puts the value before the noun ("jazz records"). Columns of kind ``int+`` may be
+summed. Comparatives and superlatives name the greater value first; a comparative that ends in `` -`` is used only
+between two rows, never with a number.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUMERIC = ("int", "real", "year")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column and how people speak of it; `values` for text, `low`, `high` and `step` for numbers."""
+    """A column and its wording in English; `values` for text, `low`, `high` and `step` for numbers."""
 
     names: tuple[str, ...]
     kind: str
@@ -49,7 +49,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A kind of thing that has a table of its own."""
+    """A kind of thing that has its own table."""
 
     names: tuple[str, ...]
     noun: str
@@ -60,7 +60,7 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Child rows that point to a parent: "concerts by Ann" (`relation` is "by"), "Ann gave ..." (`verb`)."""
+    """A reference of child rows to a parent: "concerts by Ann" (`relation` "by"), "Ann gave …" (`verb` "gave")."""
 
     child: Entity
     keys: tuple[str, ...]
@@ -70,7 +70,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A table and, for some topics, a second one that points to it."""
+    """A table and, for some topics, a second table that refers to it."""
 
     entity: Entity
     link: Link | None
@@ -83,7 +83,7 @@ class _Block:
 
 
 def read_topics(split: str) -> list[Topic]:
-    """The topics of ``train``, ``valid`` or ``test``, in the order of the file."""
+    """Return the topics of ``train``, ``valid`` or ``test``, in the order of the file."""
     pools: dict[str, tuple[str, ...]] = {}
     blocks: list[_Block] = []
     for line in (FOLDER / f"{split}.txt").read_text(encoding="utf-8").splitlines():
@@ -96,7 +96,7 @@ def read_topics(split: str) -> list[Topic]:
             blocks[-1].columns.append(_column(line, pools))
         else:
             blocks.append(_Block(_fields(line)))
-    return [_topic(block, _next(blocks, at)) for at, block in enumerate(blocks) if _is(block, "table")]
+    return [_topic(block, _next(blocks, index)) for index, block in enumerate(blocks) if _is(block, "table")]
 
 
 def _topic(block: _Block, after: _Block | None) -> Topic:
@@ -157,8 +157,8 @@ def _halves(phrase: str) -> tuple[str, str]:
     return finite.strip(), after_noun.strip()
 
 
-def _next(blocks: list[_Block], at: int) -> _Block | None:
-    return blocks[at + 1] if at + 1 < len(blocks) else None
+def _next(blocks: list[_Block], index: int) -> _Block | None:
+    return blocks[index + 1] if index + 1 < len(blocks) else None
 
 
 def _is(block: _Block, word: str) -> bool:

@@ -1,4 +1,4 @@
-"""How conditions and groups of things are said in English."""
+"""English phrases for conditions and for the things that satisfy them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _GREATER = {"gt": (">", ">=", "<"), "lt": ("<", "<=", ">"), "ge": (">=", ">", "<
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One condition in the forms that a sentence may need.
+class Phrase:
+    """A condition in SQL and in the forms that a sentence may need.
 
-    ``after``: what follows the noun, "from France"; ``finite``: a predicate of the plural, "are from France";
-    ``clause``: for "whose ...", "country is France"; ``before``: what precedes the noun, "French", or empty.
+    ``after`` follows the noun ("from France"), ``finite`` is a predicate of the plural ("are from France"), ``clause``
+    follows "whose" ("country is France"), ``before`` precedes the noun ("French") or is empty.
     """
 
     condition: Condition
@@ -31,24 +31,24 @@ class Said:
 
 
 def expand(draw: Draw, template: str) -> str:
-    """Replaces every ``[a|b]``, innermost first, by one of its alternatives."""
+    """Replace every ``[a|b]``, innermost first, by a random one of its alternatives."""
     while found := _INNERMOST.search(template):
         template = template[: found.start()] + draw.pick(found[1].split("|")) + template[found.end() :]
     return " ".join(template.split())
 
 
 def literal(value: Cell) -> str:
-    """The value as SQL."""
+    """Return the value as an SQL literal."""
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
 def article(noun: str) -> str:
-    """The noun with a or an in front."""
+    """Return the noun with "a" or "an"."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def say_category(draw: Draw, sql: str, column: Column, values: Sequence[str], negated: bool = False) -> Said:
-    """``column = value``, or IN where there are two values, or ``<>``."""
+def phrase_category(draw: Draw, sql: str, column: Column, values: Sequence[str], negated: bool = False) -> Phrase:
+    """Phrase ``column = value``, IN for two values, or ``<>`` if `negated`."""
     spoken = " or ".join(values)
     quoted = [literal(value) for value in values]
     finite, after = draw.pick(column.phrases) if column.phrases else ("", "")
@@ -57,21 +57,21 @@ def say_category(draw: Draw, sql: str, column: Column, values: Sequence[str], ne
         condition = Condition(f"{sql} <> {quoted[0]}", (f"{sql} = {quoted[0]}",))
         clause = f"{column.noun} is not {spoken}"
         denied = _denied(finite.format(spoken)) or f"have {article(column.noun)} other than {spoken}"
-        return Said(condition, (f"whose {clause}",), denied, clause)
+        return Phrase(condition, (f"whose {clause}",), denied, clause)
     if len(values) > 1:
-        condition = Condition(f"{sql} IN ({', '.join(quoted)})", tuple(f"{sql} = {one}" for one in quoted))
+        condition = Condition(f"{sql} IN ({', '.join(quoted)})", tuple(f"{sql} = {value}" for value in quoted))
     else:
         condition = Condition(f"{sql} = {quoted[0]}", (f"{sql} <> {quoted[0]}",))
     clause = f"{column.noun} is {spoken}"
     whose = f"whose {clause}"
     if before:
-        return Said(condition, (whose,), finite.format(spoken), clause, spoken)
+        return Phrase(condition, (whose,), finite.format(spoken), clause, spoken)
     own = after.format(spoken)
-    return Said(condition, (own, own, own, own, whose), finite.format(spoken), clause)
+    return Phrase(condition, (own, own, own, own, whose), finite.format(spoken), clause)
 
 
 def _denied(finite: str) -> str:
-    """The predicate with a "not", or nothing where the verb stands in the past."""
+    """Return the negated predicate, or nothing where the verb is in the past tense."""
     verb, _, rest = finite.partition(" ")
     if verb in ("are", "were"):
         return f"{verb} not {rest}"
@@ -79,8 +79,8 @@ def _denied(finite: str) -> str:
     return "" if past or not verb else f"do not {finite}"
 
 
-def say_number(draw: Draw, sql: str, column: Column, how: str, value: Cell, upper: Cell = 0) -> Said:
-    """A comparison; `how` is gt, lt, ge, le, between (with `upper`) or eq."""
+def phrase_number(draw: Draw, sql: str, column: Column, how: str, value: Cell, upper: Cell = 0) -> Phrase:
+    """Phrase a comparison; `how` is gt, lt, ge, le, between (with `upper`) or eq."""
     if how == "between":
         condition = Condition(f"{sql} BETWEEN {value} AND {upper}", (f"{sql} >= {value}", f"{sql} <= {upper}"))
     elif how == "eq":
@@ -108,7 +108,7 @@ def say_number(draw: Draw, sql: str, column: Column, how: str, value: Cell, uppe
             comparison = f"{word} than {value}{unit}"
             forms += [comparison] * 3
             predicate = draw.pick([predicate, f"are {comparison}"])
-    return Said(condition, tuple(forms), predicate, clause)
+    return Phrase(condition, tuple(forms), predicate, clause)
 
 
 def _amount(column: Column, how: str, finite: str) -> str:
@@ -151,8 +151,8 @@ def _having(column: Column, how: str) -> str:
     }[how]  # fmt: skip
 
 
-def say_text(draw: Draw, sql: str, column: Column, how: str, part: str) -> Said:
-    """A LIKE; `how` is start, end or contain."""
+def phrase_text(draw: Draw, sql: str, column: Column, how: str, part: str) -> Phrase:
+    """Phrase a LIKE condition; `how` is start, end or contain."""
     pattern = {"start": f"{part}%", "end": f"%{part}", "contain": f"%{part}%"}[how]
     condition = Condition(f"{sql} LIKE '{pattern}'")
     verb, doing = expand(
@@ -165,35 +165,35 @@ def say_text(draw: Draw, sql: str, column: Column, how: str, part: str) -> Said:
     ).split("~")
     clause = f"{column.noun} {verb} '{part}'"
     after = (f"whose {clause}", f"with {article(column.noun)} {doing} '{part}'")
-    return Said(condition, after, f"have {article(column.noun)} {doing} '{part}'", clause)
+    return Phrase(condition, after, f"have {article(column.noun)} {doing} '{part}'", clause)
 
 
-def plural(draw: Draw, entity: Entity, said: Sequence[Said], glue: str = "AND") -> str:
-    """The things that the conditions leave: "singers from France who are older than 30"."""
+def plural(draw: Draw, entity: Entity, phrases: Sequence[Phrase], connective: str = "AND") -> str:
+    """Return the things that satisfy the conditions: "singers from France who are older than 30"."""
     nouns, who = entity.nouns, entity.who
-    if not said:
+    if not phrases:
         return nouns
-    if glue == "OR":
+    if connective == "OR":
         return draw.pick([
-            f"{nouns} {who} " + " or ".join(one.finite for one in said),
-            f"{nouns} {who} either " + " or ".join(one.finite for one in said),
-            f"{nouns} " + " or ".join(f"whose {one.clause}" for one in said),
+            f"{nouns} {who} " + " or ".join(phrase.finite for phrase in phrases),
+            f"{nouns} {who} either " + " or ".join(phrase.finite for phrase in phrases),
+            f"{nouns} " + " or ".join(f"whose {phrase.clause}" for phrase in phrases),
         ])  # fmt: skip
-    first, *rest = said
+    first, *rest = phrases
     if first.before and draw.chance(0.75):
         head, closed = f"{first.before} {nouns}", False
     elif draw.chance(0.2):
-        return f"{nouns} {who} " + listed([one.finite for one in said])
-    elif len(said) > 1 and draw.chance(0.2):
-        return f"{nouns} " + listed([f"whose {one.clause}" for one in said])
+        return f"{nouns} {who} " + listed([phrase.finite for phrase in phrases])
+    elif len(phrases) > 1 and draw.chance(0.2):
+        return f"{nouns} " + listed([f"whose {phrase.clause}" for phrase in phrases])
     else:
         after = draw.pick(first.after)
         head, closed = f"{nouns} {after}", after.startswith("whose")
     if not rest:
         return head
     if not closed and draw.chance(0.4):
-        return f"{head} {who} " + listed([one.finite for one in rest])
-    tails = [f"whose {one.clause}" if closed else draw.pick(one.after) for one in rest]
+        return f"{head} {who} " + listed([phrase.finite for phrase in rest])
+    tails = [f"whose {phrase.clause}" if closed else draw.pick(phrase.after) for phrase in rest]
     if len(tails) == 1 and not closed and head == f"{first.before} {nouns}":
         return f"{head} {tails[0]}"
     if len(tails) == 1 and not closed and not tails[0].startswith("whose") and draw.chance(0.5):
@@ -201,14 +201,14 @@ def plural(draw: Draw, entity: Entity, said: Sequence[Said], glue: str = "AND") 
     return f"{head} and " + listed(tails)
 
 
-def singular(draw: Draw, entity: Entity, said: Sequence[Said]) -> str:
-    """As `plural`, for "each ...": never a relative sentence, whose verb would be plural."""
-    return " ".join([entity.noun, listed([draw.pick(one.after) for one in said])]).strip()
+def singular(draw: Draw, entity: Entity, phrases: Sequence[Phrase]) -> str:
+    """Return a phrase for "each …", as `plural` but without a relative clause, whose verb would be plural."""
+    return " ".join([entity.noun, listed([draw.pick(phrase.after) for phrase in phrases])]).strip()
 
 
-def predicate(said: Sequence[Said], glue: str = "AND") -> str:
-    """What is said of the things, as the clause after their name."""
-    return f" {glue.lower()} ".join(one.finite for one in said)
+def predicate(phrases: Sequence[Phrase], connective: str = "AND") -> str:
+    """Return the conditions as a predicate of the plural."""
+    return f" {connective.lower()} ".join(phrase.finite for phrase in phrases)
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -216,10 +216,12 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
-def condition_on(draw: Draw, table: Table, name: str, column: Column, prefix: str = "") -> Said:
-    """A plain condition on one column: equality of a category, a comparison of a number."""
+def condition_on(draw: Draw, table: Table, name: str, column: Column, prefix: str = "") -> Phrase:
+    """Draw a condition on one column: equality for a category, a comparison for a number."""
     if column.kind == "cat":
-        return say_category(draw, prefix + name, column, [str(draw.pick(table.values(name)))])
+        return phrase_category(draw, prefix + name, column, [str(draw.pick(table.values(name)))])
     ordered = sorted(table.values(name), key=float)
     value = ordered[draw.between(1, len(ordered) - 2)]
-    return say_number(draw, prefix + name, column, draw.pick(["gt", "gt", "gt", "lt", "lt", "lt", "ge", "le"]), value)
+    return phrase_number(
+        draw, prefix + name, column, draw.pick(["gt", "gt", "gt", "lt", "lt", "lt", "ge", "le"]), value
+    )

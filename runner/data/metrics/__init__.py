@@ -1,6 +1,6 @@
-"""Metrics that a data set names: how right a generated answer is, row by row.
+"""Metrics that score generated answers row by row, chosen by `data.metric`.
 
-A metric is a small class with a ``name`` and a ``score``; it is listed in `METRICS` and chosen by that name.
+A metric is a small class with a ``name`` and a ``score``, registered in `METRICS` under its name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from runner.data.metrics.execution import ExecutionAccuracy
 
 
 class Metric(Protocol):
-    """Scores one generated text against the row that it answers."""
+    """Scores one generated text against its row."""
 
     name: str
 
     def score(self, row: Mapping[str, Any], text: str) -> float:
-        """1.0 for a right answer, 0.0 for a wrong one.
+        """Return 1.0 for a correct answer, 0.0 for a wrong one.
 
-        `row` is the whole JSON row of the data set, `text` what the model generated after its prompt.
+        `row` is the whole JSON row of the data set, `text` what the model generated for its prompt.
 
         Raises:
             DataError: the row lacks what this metric compares with.
@@ -36,7 +36,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
 
 
 def metric_named(name: str) -> Metric:
-    """A new metric of that name.
+    """Return a new metric of that name.
 
     Raises:
         ConfigError: no metric has that name.

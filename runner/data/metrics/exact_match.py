@@ -1,4 +1,4 @@
-"""The generated text equals the expected one, white space aside."""
+"""Exact match: the generated text equals the expected one up to whitespace."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from runner.common.errors import DataError
 
 
 class ExactMatch:
-    """1.0 where the texts agree after every run of white space counts as one blank."""
+    """Scores 1.0 where the texts are equal after collapsing runs of whitespace."""
 
     name: str = "exact_match"
 
     def score(self, row: Mapping[str, Any], text: str) -> float:
-        """1.0 or 0.0.
+        """Return 1.0 or 0.0.
 
         Raises:
-            DataError: the row holds no expected text.
+            DataError: the row has no expected text.
         """
         return float(expected_text(row).split() == text.split())
 
 
 def expected_text(row: Mapping[str, Any]) -> str:
-    """The row's ``completion``, or the content of the last assistant message of its ``messages``.
+    """Return the row's ``completion``, or the content of the last assistant message of its ``messages``.
 
     Raises:
         DataError: the row has neither.
@@ -38,5 +38,5 @@ def expected_text(row: Mapping[str, Any]) -> str:
             if isinstance(content, str):
                 return content
     raise DataError(
-        "This row has no answer to compare with: a metric needs 'completion', or 'messages' with an assistant's turn."
+        "This row has no answer to compare with: a metric needs 'completion', or 'messages' with an assistant turn."
     )

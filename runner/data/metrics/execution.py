@@ -1,4 +1,4 @@
-"""The generated SQL returns on the row's own tables what the expected SQL returns."""
+"""Execution accuracy: the generated SQL returns the same as the expected SQL on the tables of the row."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from runner.data.metrics.sandbox import Result, Sandbox, StatementRefused, Value
 from runner.data.metrics.sql_text import first_statement, is_ordered
 
 TOLERANCE = 1e-6
-"""Relative, of fractions; whole numbers among themselves compare exactly."""
+"""Relative tolerance for fractions; integers compare exactly."""
 
 
 class ExecutionAccuracy:
-    """1.0 where both statements return the same rows: in order if the expected one sorts, else in any order.
+    """Scores 1.0 where both statements return the same rows: in order if the expected one sorts, else in any order.
 
-    Column names do not count, the order of columns does. The row needs ``tables`` (see `Sandbox`) and the expected
+    Column names do not matter, the order of columns does. The row needs ``tables`` (see `Sandbox`) and the expected
     SQL as ``completion`` or as the last assistant turn of ``messages``. This is the execution accuracy of the
-    Spider and BIRD benchmarks, on the row's own small tables.
+    Spider and BIRD benchmarks, on small tables that each row brings along.
     """
 
     name: str = "execution_accuracy"
 
     def score(self, row: Mapping[str, Any], text: str) -> float:
-        """1.0 or 0.0; whatever `text` holds, it cannot write, leave the tables or run without end.
+        """Return 1.0 or 0.0. Whatever `text` contains, it can only read the tables, within limits.
 
         Raises:
             DataError: the row has no tables or no expected SQL, or the expected SQL does not run.
@@ -37,30 +37,30 @@ class ExecutionAccuracy:
         gold = first_statement(expected_text(row))
         with Sandbox(tables) as sandbox:
             try:
-                wanted = sandbox.run(gold)
+                expected = sandbox.run(gold)
             except StatementRefused as error:
                 raise DataError(f"The expected SQL of a row does not run: {error}. It is: {gold}") from error
             try:
-                # One row more than wanted is enough to know that the answer is wrong.
-                got = sandbox.run(first_statement(text), most_rows=len(wanted) + 1)
+                # One row more than expected is enough to know that the answer is wrong.
+                generated = sandbox.run(first_statement(text), max_rows=len(expected) + 1)
             except StatementRefused:
                 return 0.0
-        return float(same_result(wanted, got, ordered=is_ordered(gold)))
+        return float(same_result(expected, generated, ordered=is_ordered(gold)))
 
 
-def same_result(wanted: Result, got: Result, ordered: bool) -> bool:
-    """Whether two results hold equal rows, as lists if `ordered`, else as multisets."""
-    if len(wanted) != len(got):
+def same_result(expected: Result, generated: Result, ordered: bool) -> bool:
+    """Return whether two results have equal rows, as lists if `ordered`, else as multisets."""
+    if len(expected) != len(generated):
         return False
     if not ordered:
-        wanted, got = sorted(wanted, key=_sort_key), sorted(got, key=_sort_key)
+        expected, generated = sorted(expected, key=_sort_key), sorted(generated, key=_sort_key)
     return all(
-        len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
-        for left, right in zip(wanted, got, strict=True)
+        len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
+        for left, right in zip(expected, generated, strict=True)
     )
 
 
-def _same(left: Value, right: Value) -> bool:
+def _equal(left: Value, right: Value) -> bool:
     if isinstance(left, float) or isinstance(right, float):
         return (
             isinstance(left, int | float)
@@ -71,7 +71,7 @@ def _same(left: Value, right: Value) -> bool:
 
 
 def _sort_key(row: tuple[Value, ...]) -> tuple[tuple[int, Any], ...]:
-    """A total order over mixed types in which numbers that differ by rounding alone fall together."""
+    """Return a key of a total order over mixed types in which numbers that differ only by rounding are equal."""
     return tuple(_cell_key(value) for value in row)
 
 

@@ -1,4 +1,4 @@
-"""Finds the one SQL statement in a text that a model generated, and reads its shape without a parser."""
+"""Extracting the SQL statement from generated text and inspecting it without a parser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 _FENCE = re.compile(r"```[ \t]*(?:sqlite|sql)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _LABEL = re.compile(r"\A(?:sql|sqlite|query|answer)\s*:\s*", re.IGNORECASE)
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
-# Quoted text and comments, each a token of its own; one that is never closed runs to the end.
+# Quoted text and comments are one token each; an unclosed one extends to the end.
 _TOKEN = re.compile(
     r"'(?:[^']|'')*(?:'|\Z)|\"(?:[^\"]|\"\")*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
     r"|--[^\n]*|/\*.*?(?:\*/|\Z)|\w+|.",
@@ -18,70 +18,70 @@ _TOKEN = re.compile(
 
 
 def first_statement(text: str) -> str:
-    """The first SQL statement of a generated text, without its semicolon; empty where there is none.
+    """Return the first SQL statement of a generated text, without its semicolon; empty if there is none.
 
-    A code fence wins over the text around it; else a label such as ``SQL:`` is dropped and the text ends at the
-    first blank line. What follows the first semicolon outside quotes and comments is ignored.
+    The content of a code fence takes precedence; otherwise a label such as ``SQL:`` is dropped and the text ends at the
+    first blank line. Text after the first semicolon outside quotes and comments is ignored.
     """
     fenced = _FENCE.search(text)
     body = fenced.group(1) if fenced else _BLANK_LINE.split(_LABEL.sub("", text.strip()), maxsplit=1)[0]
-    kept = []
+    statement = []
     for token in _tokens(body):
         if token == ";":
             break
-        kept.append(token)
-    return "".join(kept).strip()
+        statement.append(token)
+    return "".join(statement).strip()
 
 
 def is_ordered(sql: str) -> bool:
-    """Whether the outermost query of `sql` has an ORDER BY."""
-    depth, before = 0, ""
-    for token in _words(sql):
+    """Return whether the outermost query of `sql` has an ORDER BY."""
+    depth, previous = 0, ""
+    for token in _significant_tokens(sql):
         depth += (token == "(") - (token == ")")
-        if depth == 0 and before == "ORDER" and token.upper() == "BY":
+        if depth == 0 and previous == "ORDER" and token.upper() == "BY":
             return True
-        before = token.upper()
+        previous = token.upper()
     return False
 
 
 def expansion(sql: str) -> int:
-    """An upper bound of the copies that the WITH clauses of `sql` unfold into.
+    """Return an upper bound of the copies that the WITH clauses of `sql` expand to.
 
-    The copies of one definition are at most its mentions times the copies of the definitions that mention it, so the
-    product of all mentions bounds them.
+    The copies of a definition are at most its mentions times the copies of the definitions that mention it, so the
+    product of all mentions is a bound.
     """
-    words = [_bare(token) for token in _words(sql)]
+    tokens = [_normalize(token) for token in _significant_tokens(sql)]
     copies = 1
-    for name, count in Counter(_defined(words)).items():
-        copies *= max(1, words.count(name) - count)
+    for name, count in Counter(_defined_names(tokens)).items():
+        copies *= max(1, tokens.count(name) - count)
     return copies
 
 
-def _defined(words: list[str]) -> Iterator[str]:
-    """The names before ``AS (``, with or without a list of columns between: those of WITH, and of windows."""
-    for at, word in enumerate(words):
-        if word != "as":
+def _defined_names(tokens: list[str]) -> Iterator[str]:
+    """Yield the names before ``AS (``, with or without a list of columns in between: those of WITH and of windows."""
+    for index, token in enumerate(tokens):
+        if token != "as":
             continue
-        after = at + 1
-        while words[after : after + 1] and words[after] in ("not", "materialized"):
+        after = index + 1
+        while tokens[after : after + 1] and tokens[after] in ("not", "materialized"):
             after += 1
-        if words[after : after + 1] != ["("]:
+        if tokens[after : after + 1] != ["("]:
             continue
-        before = at - 1
-        if before >= 0 and words[before] == ")":
-            while before >= 0 and words[before] != "(":
+        before = index - 1
+        if before >= 0 and tokens[before] == ")":
+            while before >= 0 and tokens[before] != "(":
                 before -= 1
             before -= 1
         if before >= 0:
-            yield words[before]
+            yield tokens[before]
 
 
-def _bare(token: str) -> str:
-    """A name as SQLite compares it: without its quotes, in lower case."""
+def _normalize(token: str) -> str:
+    """Return a name as SQLite compares it: without quotes, in lower case."""
     return token.strip("'\"`[]").lower() if token[0] in "'\"`[" else token.lower()
 
 
-def _words(sql: str) -> Iterator[str]:
+def _significant_tokens(sql: str) -> Iterator[str]:
     return (token for token in _tokens(sql) if not token.isspace() and not token.startswith(("--", "/*")))
 
 

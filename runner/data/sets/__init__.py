@@ -1,1 +1,1 @@
-"""Data sets that ship with the runner."""
+"""Data sets that ship with the package."""

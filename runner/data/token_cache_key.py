@@ -5,8 +5,8 @@ A larger one is hashed once, and the hash is stored together with the file's siz
 last change of content (mtime) and of anything (ctime); as long as all of these are the same, the stored hash is used.
 The hash is stored only if both times are at least `SETTLED_SECONDS` old when hashing begins, so that an edit of the
 same size within the resolution of the clock cannot go unnoticed: any later edit gets a different time. (A program may
-reset the mtime after an edit, but not the ctime.) While a file is tokenized it is hashed once more, and the tokens are stored
-only under that hash.
+reset the mtime after an edit, but not the ctime.) While a file is tokenized it is hashed once more, and the tokens are
+stored only under that hash.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What many tests need: runs of the tiny model in this process, and the program as a process of its own."""
+"""Fixtures for many tests: runs of the tiny model in this process, and the command line as a process of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ hypothesis_settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = ("time", "tokens_per_second", "peak_memory_gb")
-"""Fields of a metrics row that two equal runs may differ in."""
+"""Fields of a metrics row in which two equal runs may differ."""
 
 
 def changed(settings: Config, changes: dict[str, Any]) -> Config:
@@ -93,14 +93,14 @@ def train() -> Callable[..., Path]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder of the test's own."""
+    """An empty cache folder for this test."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("RUNNER_CACHE", str(folder))
     return folder
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The metrics rows of a run without the fields that time and memory decide."""
+    """Return the metrics rows of a run without the fields that depend on time and memory."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in VOLATILE} for line in lines]
 
@@ -141,36 +141,36 @@ def _rows() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 class CommandLine:
-    """The program as a user runs it, in a folder of its own."""
+    """The program as a user runs it, in the working directory `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "120"}
         self.environment.pop("RUNNER_TRACEBACK", None)
 
-    def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
-        """Start it and return the process."""
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """Start the program and return its process."""
         return subprocess.Popen(
-            [sys.executable, "-m", "runner", *words],
+            [sys.executable, "-m", "runner", *arguments],
             cwd=self.folder,
             env={**self.environment, **options.pop("env", {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # Where the tests themselves run in the background, Ctrl-C is ignored, and a child would inherit that.
+            # Tests that run in the background ignore Ctrl-C, which a child process would inherit.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **options,
         )
 
-    def __call__(self, *words: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
-        """Run it to its end; its output. The exit code has to be `expect`."""
-        process = self.start(*words, env=env or {})
-        out, _ = process.communicate(timeout=600)
-        assert process.returncode == expect, f"exit code {process.returncode}\n{out}"
-        return out
+    def __call__(self, *arguments: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
+        """Run the program to its end, assert that its exit code is `expect`, and return its output."""
+        process = self.start(*arguments, env=env or {})
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == expect, f"exit code {process.returncode}\n{output}"
+        return output
 
     def wait_for(self, run: Path, step: int, process: subprocess.Popen[str]) -> int:
-        """Until `run` has reported `step`; the pid that works on it."""
+        """Wait until `run` has reported `step`, and return the pid in its status."""
         for _ in range(6000):
             assert process.poll() is None, process.communicate()[0]
             try:
@@ -184,7 +184,7 @@ class CommandLine:
 
     @staticmethod
     def results(sweep: Path) -> dict[int, dict[str, str]]:
-        """The rows of a sweep's results.csv by job."""
+        """Return the rows of a sweep's results.csv by job number."""
         with (sweep / "results.csv").open() as lines:
             return {int(row["job"]): row for row in csv.DictReader(lines)}
 

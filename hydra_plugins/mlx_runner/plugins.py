@@ -63,7 +63,12 @@ class SerialLauncher(_Launcher):
         """Run the jobs."""
         from runner.sweeps.launchers.serial import launch
 
-        return launch(job_overrides, context=self.context, config=self.config, invocation=self.invocation)
+        return launch(
+            _with_folders(job_overrides, initial_job_idx),
+            context=self.context,
+            config=self.config,
+            invocation=self.invocation,
+        )
 
 
 class ProcessLauncher(_Launcher):
@@ -77,8 +82,21 @@ class ProcessLauncher(_Launcher):
         from runner.sweeps.launchers.process import launch
 
         return launch(
-            job_overrides, at_once=self._jobs, context=self.context, config=self.config, invocation=self.invocation
+            _with_folders(job_overrides, initial_job_idx),
+            at_once=self._jobs,
+            context=self.context,
+            config=self.config,
+            invocation=self.invocation,
         )
+
+
+def _with_folders(jobs: Sequence[Sequence[str]], first_number: int) -> list[list[str]]:
+    """Number the jobs of a third-party sweeper as Hydra's launchers do; GridSweeper names each job's folder itself."""
+    key = "hydra.sweep.subdir="
+    return [
+        list(job) if any(override.startswith(key) for override in job) else [*job, f"{key}{first_number + i}"]
+        for i, job in enumerate(jobs)
+    ]
 
 
 _MODULE = "hydra_plugins.mlx_runner.plugins"

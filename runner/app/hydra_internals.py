@@ -164,6 +164,8 @@ def print_requested(hydra: Hydra, config_name: str, flags: Namespace) -> None:
     if sum(asked) > 1:
         raise ConfigError("Only one of -m, --cfg, --info, --shell-completion and --hydra-help can be used at once.")
     if flags.hydra_help:
+        # It is composed without the primary config, which turns Hydra's own logging off.
+        flags.overrides += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
         hydra.hydra_help(config_name=config_name, args_parser=get_args_parser(), args=flags)
     elif flags.shell_completion:
         hydra.shell_completion(config_name=config_name, overrides=flags.overrides)

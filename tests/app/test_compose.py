@@ -12,7 +12,7 @@ from runner.config import schema
 from runner.config.groups import CONF_DIR, group_choices
 
 
-def compose(*words: str) -> schema.Config:
+def compose(*overrides: str) -> schema.Config:
     from hydra import compose, initialize_config_dir
 
     from runner.app.compose import register_schema
@@ -20,7 +20,7 @@ def compose(*words: str) -> schema.Config:
 
     register_schema()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return resolve_config(compose("config", overrides=list(words)))
+        return resolve_config(compose("config", overrides=list(overrides)))
 
 
 ALL = [(group, choice) for group in schema.GROUPS for choice in group_choices(group)]

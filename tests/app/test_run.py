@@ -14,8 +14,8 @@ def test_references_to_the_environment_are_stored_unresolved(cli):
     os.makedirs(cli.folder / secret)
     for split in ("train", "valid"):
         (cli.folder / secret / f"{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    words = ["experiment=smoke", "data.path=${oc.env:WHERE}", "train.iters=2", "hydra.run.dir=run"]
-    cli(*words, env={"WHERE": secret})
+    overrides = ["experiment=smoke", "data.path=${oc.env:WHERE}", "train.iters=2", "hydra.run.dir=run"]
+    cli(*overrides, env={"WHERE": secret})
     for file in Path(cli.folder / "run").rglob("*"):
         if file.is_file() and file.suffix in (".yaml", ".json", ".jsonl", ".log"):
             assert secret not in file.read_text(), file
@@ -40,7 +40,7 @@ def test_a_file_at_the_path_of_the_directory_is_refused_before_the_model_is_load
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "message"),
     [
         (["loggers=csv", "loggers.csv.file=config.yaml"], "ends in .csv"),
         (["objective.metric=test_loss"], "needs train.test=true"),
@@ -52,8 +52,8 @@ def test_a_file_at_the_path_of_the_directory_is_refused_before_the_model_is_load
         (["-m", "lora.rank=2,4", "hydra/launcher=process", "hydra.launcher.jobs=0"], "1 or more"),
     ],
 )
-def test_a_config_that_would_fail_later_is_refused_at_the_start(cli, words, says):
-    assert says in cli("experiment=smoke", *words, expect=2)
+def test_a_config_that_would_fail_later_is_refused_at_the_start(cli, arguments, message):
+    assert message in cli("experiment=smoke", *arguments, expect=2)
 
 
 def test_a_refused_logger_option_leaves_no_directory(cli):

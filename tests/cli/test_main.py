@@ -12,6 +12,15 @@ def test_cfg_job_prints_the_composed_settings(cli):
     assert list(cli.folder.iterdir()) == []
 
 
+def test_hydras_own_information_is_printed_and_nothing_written(cli):
+    assert "Hydra" in cli("--hydra-help")
+    assert "conf" in cli("--info", "searchpath")
+    assert "# @package hydra.job" in cli("--cfg", "hydra", "-p", "hydra.job")
+    assert "Only one of" in cli("--cfg", "job", "-m", expect=2)
+    assert "There is no setting 'lora.rnk'" in cli("--info", "config", "+lora.rnk=2", expect=2)
+    assert list(cli.folder.iterdir()) == []
+
+
 def test_shell_completion_completes_groups_and_settings(cli):
     installed = cli("-sc", "install=bash")
     assert "complete" in installed
@@ -22,7 +31,7 @@ def test_shell_completion_completes_groups_and_settings(cli):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "message"),
     [
         (["lora.rank=x"], "lora.rank=x is invalid: must be a whole number"),
         (["train.iters="], "train.iters= is invalid"),
@@ -32,9 +41,9 @@ def test_shell_completion_completes_groups_and_settings(cli):
         (["-m", "lora.rank=2,x", "model=tiny"], "lora.rank=x is invalid"),
     ],
 )
-def test_an_invalid_value_is_refused_before_anything_is_written(cli, words, says):
-    out = cli(*words, expect=2)
-    assert says in out and "Traceback" not in out
+def test_an_invalid_value_is_refused_before_anything_is_written(cli, arguments, message):
+    out = cli(*arguments, expect=2)
+    assert message in out and "Traceback" not in out
     assert not list(cli.folder.rglob("checkpoints"))
 
 
@@ -84,13 +93,13 @@ def test_a_closed_pipe_does_not_end_the_run(cli):
     import subprocess
     import sys
 
-    words = f"{sys.executable} -m runner experiment=smoke train.report_every=1 hydra.run.dir=run | head -n 2"
-    subprocess.run(["bash", "-c", words], cwd=cli.folder, env=cli.environment, capture_output=True, check=True)
+    command = f"{sys.executable} -m runner experiment=smoke train.report_every=1 hydra.run.dir=run | head -n 2"
+    subprocess.run(["bash", "-c", command], cwd=cli.folder, env=cli.environment, capture_output=True, check=True)
     assert "finished at step 20" in (cli.folder / "run/run.log").read_text()
 
 
 def test_every_minutes_saves_between_scheduled_updates(cli):
-    words = ("experiment=smoke", "train.iters=60", "checkpoint.every=null", "checkpoint.every_minutes=0.0005")
-    cli(*words, "checkpoint.keep_last=50", "checkpoint.keep_best=0", "hydra.run.dir=run")
+    overrides = ("experiment=smoke", "train.iters=60", "checkpoint.every=null", "checkpoint.every_minutes=0.0005")
+    cli(*overrides, "checkpoint.keep_last=50", "checkpoint.keep_best=0", "hydra.run.dir=run")
     steps = sorted(int(p.name[5:]) for p in (cli.folder / "run/checkpoints").glob("step-*"))
     assert len(steps) >= 3 and steps[-1] == 60 and steps[0] < 60

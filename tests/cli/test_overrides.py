@@ -15,7 +15,7 @@ from runner.config.invocation import Invocation
 
 
 @pytest.mark.parametrize(
-    ("word", "says"),
+    ("argument", "message"),
     [
         ("lora.rnk=3", "Did you mean 'lora.rank'"),
         ("learning_rate=3", "Did you mean 'optimizer.learning_rate'"),
@@ -48,27 +48,27 @@ from runner.config.invocation import Invocation
         ("resume", "needs a value: resume="),
     ],
 )
-def test_a_wrong_word_gets_a_sentence(word, says):
+def test_a_wrong_argument_is_refused_with_a_message(argument, message):
     with pytest.raises(ConfigError) as refused:
-        parse_arguments([word])
-    assert says in str(refused.value)
+        parse_arguments([argument])
+    assert message in str(refused.value)
 
 
-def test_known_words_pass_and_a_plus_on_a_known_setting_is_taken_off():
-    said = parse_arguments(["model=tiny", "+lora.rank=4", "++train.iters=3", "-m", "seed=1,2"])
-    assert said.arguments == ["-m", "model=tiny", "lora.rank=4", "train.iters=3", "seed=1,2"]
-    assert said.multirun and said.group_choices == {"model": "tiny"}
+def test_known_overrides_pass_and_a_plus_is_dropped():
+    invocation = parse_arguments(["model=tiny", "+lora.rank=4", "++train.iters=3", "-m", "seed=1,2"])
+    assert invocation.arguments == ["-m", "model=tiny", "lora.rank=4", "train.iters=3", "seed=1,2"]
+    assert invocation.multirun and invocation.group_choices == {"model": "tiny"}
 
 
 @pytest.mark.parametrize(
     "name", ["a b", "it's", 'say "x"', "a,b", "a=b", "(x)", "x{y}", "ü", "a:b", "back\\slash's", "end\\", "e\\\\"]
 )
-def test_raw_paths_come_through_hydras_grammar_as_they_are(name, tmp_path):
+def test_raw_paths_survive_hydras_grammar(name, tmp_path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     path = str(tmp_path / name)
-    (word,) = parse_arguments([f"data.path={path}"]).arguments
-    assert OverridesParser.create().parse_override(word).value() == path
+    (override,) = parse_arguments([f"data.path={path}"]).arguments
+    assert OverridesParser.create().parse_override(override).value() == path
 
 
 def test_resume_repeat_and_stop_at_belong_to_the_invocation_and_never_reach_hydra(tmp_path, monkeypatch):
@@ -86,14 +86,14 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     assert parse_arguments(["resume=~/run"]).resume == Path("/home/of me/run")
 
 
-def test_paths_with_commas_are_values_of_a_sweep_only_under_m(tmp_path):
+def test_commas_in_paths_separate_values_only_with_multirun(tmp_path):
     assert parse_arguments(["-m", "data.path=a,b"]).arguments == ["-m", "data.path=a,b"]
     assert parse_arguments(["data.path=a,b"]).arguments == ["data.path='a,b'"]
     (tmp_path / "a,b").mkdir()
     assert parse_arguments(["-m", f"data.path={tmp_path}/a,b"]).arguments[1] == f"data.path='{tmp_path}/a,b'"
 
 
-def test_own_groups_are_choices_too(tmp_path):
+def test_choices_of_config_dir_are_known(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 3\n")
     assert parse_arguments(["--config-dir", str(tmp_path), "experiment=mine"]).group_choices == {"experiment": "mine"}

@@ -21,23 +21,23 @@ def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
     return train(tiny(), tmp_path / "run")
 
 
-def test_a_run_means_its_result_and_the_step_that_it_is_of(run: Path) -> None:
-    place = find_adapter(run)
-    assert (place.run, place.folder, place.is_result) == (run, run / "adapters", True)
-    assert place.step == json.loads((run / "status.json").read_text())["result_step"]
-    assert place.adapters == (run / "adapters" / "adapters.safetensors").read_bytes()
-    assert find_adapter(run / "adapters") == place
+def test_a_run_means_its_result_with_its_step(run: Path) -> None:
+    source = find_adapter(run)
+    assert (source.run, source.folder, source.is_result) == (run, run / "adapters", True)
+    assert source.step == json.loads((run / "status.json").read_text())["result_step"]
+    assert source.adapters == (run / "adapters" / "adapters.safetensors").read_bytes()
+    assert find_adapter(run / "adapters") == source
 
 
 @pytest.mark.parametrize(("which", "step"), [("last", 12), ("best", 12), ("4", 4), ("step-0000008", 8)])
-def test_a_checkpoint_is_chosen_by_word_or_step_and_is_what_its_folder_means(run: Path, which: str, step: int) -> None:
-    place = find_adapter(run, which)
+def test_last_best_and_a_step_choose_a_checkpoint_as_its_folder_does(run: Path, which: str, step: int) -> None:
+    source = find_adapter(run, which)
     folder = run / "checkpoints" / f"step-{step:07d}"
-    assert (place.folder, place.step, place.is_result) == (folder, step, False)
-    assert find_adapter(folder) == place
+    assert (source.folder, source.step, source.is_result) == (folder, step, False)
+    assert find_adapter(folder) == source
 
 
-def test_best_is_the_lowest_finite_validation_loss_the_earlier_one_of_equals(run: Path) -> None:
+def test_best_is_the_lowest_finite_validation_loss_and_the_earlier_of_equals(run: Path) -> None:
     store = CheckpointStore(run / "checkpoints", json.loads((run / "status.json").read_text())["run_id"])
     files = store.load(store.folder / "step-0000012").files
     for step, loss in ((16, 0.5), (20, 0.1), (24, 0.1), (28, math.nan), (32, None)):
@@ -46,20 +46,18 @@ def test_best_is_the_lowest_finite_validation_loss_the_earlier_one_of_equals(run
     assert find_adapter(run, "last").step == 32
 
 
-def test_checkpoints_of_another_run_in_the_folder_are_not_the_runs_own(
-    run: Path, tiny: Callable, train: Callable, tmp_path: Path
-) -> None:
+def test_checkpoints_of_another_run_are_ignored(run: Path, tiny: Callable, train: Callable, tmp_path: Path) -> None:
     other = train(tiny(**{"train.iters": 16}), tmp_path / "other")
     shutil.copytree(other / "checkpoints" / "step-0000016", run / "checkpoints" / "step-0000016")
     assert find_adapter(run, "last").step == 12
 
 
 @pytest.mark.parametrize(
-    ("which", "said"),
+    ("which", "message"),
     [("lst", "Did you mean 'last'"), ("5", "no checkpoint step-0000005; it has 4, 8, 12"), ("-1", "last, best or")],
 )
-def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(run: Path, which: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_missing_checkpoint_is_answered_with_the_existing_ones(run: Path, which: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         find_adapter(run, which)
 
 
@@ -72,7 +70,7 @@ def test_without_an_evaluation_there_is_no_best(tiny: Callable, train: Callable,
         find_adapter(run, "best")
 
 
-def test_what_is_no_run_is_said(run: Path, tmp_path: Path) -> None:
+def test_a_path_without_an_adapter_is_refused_with_what_it_is(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such directory\. Did you mean 'run'"):
         find_adapter(tmp_path / "rum")
     with pytest.raises(ConfigError, match="not a run directory"):
@@ -89,14 +87,14 @@ def test_what_is_no_run_is_said(run: Path, tmp_path: Path) -> None:
         find_adapter(tmp_path / "step-0000004")
 
 
-def test_a_run_without_a_result_says_which_checkpoints_it_has(run: Path) -> None:
+def test_a_run_without_a_result_names_its_checkpoints(run: Path) -> None:
     shutil.rmtree(run / "adapters")
     with pytest.raises(ConfigError, match=r"no result .*: it is finished. Its checkpoints: 4, 8, 12; --checkpoint"):
         find_adapter(run)
 
 
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "optimizer.safetensors"])
-def test_a_flipped_bit_in_a_checkpoint_is_found(run: Path, name: str) -> None:
+def test_a_flipped_bit_in_a_checkpoint_is_refused(run: Path, name: str) -> None:
     path = run / "checkpoints" / "step-0000008" / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -106,7 +104,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(run: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "manifest.json"])
-def test_a_flipped_bit_in_the_result_is_found(run: Path, name: str) -> None:
+def test_a_flipped_bit_in_the_result_is_refused(run: Path, name: str) -> None:
     path = run / "adapters" / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -115,7 +113,7 @@ def test_a_flipped_bit_in_the_result_is_found(run: Path, name: str) -> None:
         find_adapter(run)
 
 
-def test_a_result_of_an_older_version_has_no_manifest_and_is_read(run: Path) -> None:
+def test_a_result_without_a_manifest_is_read(run: Path) -> None:
     new = find_adapter(run)
     (run / "adapters/manifest.json").unlink()
     old = find_adapter(run)
@@ -128,14 +126,14 @@ def test_a_result_of_an_older_version_has_no_manifest_and_is_read(run: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1, "a": 2}', '{"a": NaN}'])
-def test_an_adapter_config_that_is_no_plain_object_is_refused(run: Path, text: str) -> None:
+def test_a_malformed_adapter_config_is_refused(run: Path, text: str) -> None:
     (run / "adapters/manifest.json").unlink()  # which would find it first
     (run / "adapters" / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         find_adapter(run)
 
 
-def test_a_link_in_the_place_of_the_result_is_not_followed(run: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_to_the_result_is_refused(run: Path, tmp_path: Path) -> None:
     path = run / "adapters" / "adapters.safetensors"
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")

@@ -25,9 +25,9 @@ IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2]])
 QUANTIZED = {"model.quantize.bits": 4, "model.quantize.group_size": 32}
 
 
-def logits_of(run: Path, *words: str, checkpoint: str | None = None) -> mx.array:
+def logits_of(run: Path, *overrides: str, checkpoint: str | None = None) -> mx.array:
     return load_adapter(
-        adapter_source.find_adapter(run, checkpoint), stored_settings.read_settings(run, words), log=print
+        adapter_source.find_adapter(run, checkpoint), stored_settings.read_settings(run, overrides), log=print
     ).base.model(IDS)
 
 
@@ -54,7 +54,7 @@ def quantized_run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
     return train(tiny(**changes), tmp_path / "run")
 
 
-def test_an_adapter_folder_holds_the_runs_own_bytes_and_the_real_number_of_layers(
+def test_an_adapter_folder_holds_the_same_bytes_and_the_number_of_layers(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export.run([str(run), "--to", "mlx"]) == 0
@@ -64,7 +64,7 @@ def test_an_adapter_folder_holds_the_runs_own_bytes_and_the_real_number_of_layer
     assert "--with-base writes it" in capsys.readouterr().out
 
 
-def test_the_base_beside_it_makes_stock_mlx_lm_compute_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stock_mlx_lm_computes_the_same_with_the_exported_base(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export.run([str(run), "--to", "mlx", "--with-base"]) == 0
     base, adapter = run / "export-mlx-base", run / "export-mlx"
     assert mx.array_equal(stock(base, adapter), logits_of(run))
@@ -73,7 +73,7 @@ def test_the_base_beside_it_makes_stock_mlx_lm_compute_the_same(run: Path, capsy
     assert f"mlx_lm.generate --model {base} --adapter-path {adapter} --prompt" in out
 
 
-def test_a_base_that_stock_mlx_lm_loads_by_name_is_named(
+def test_the_command_names_a_base_that_stock_mlx_lm_can_load(
     quantized_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export.run([str(quantized_run), "--to", "mlx", "data.chat_template=false"]) == 0
@@ -81,7 +81,7 @@ def test_a_base_that_stock_mlx_lm_loads_by_name_is_named(
     assert expected in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_exported_as_itself(run: Path) -> None:
+def test_a_checkpoint_is_exported(run: Path) -> None:
     assert export.run([str(run), "--checkpoint", "4", "--to", "fused"]) == 0
     assert export.run([str(run / "checkpoints" / "step-0000004"), "--to", "mlx"]) == 0
     assert difference(stock(run / "export-fused-step-0000004"), logits_of(run, checkpoint="4")) < 1e-4
@@ -97,7 +97,7 @@ def test_a_fused_model_has_the_logits_of_base_and_adapter(run: Path) -> None:
     assert tokenizer.has_chat_template and tokenizer.eos_token_ids == {2}
 
 
-def test_a_quantized_base_stays_quantized_unless_it_is_to_be_expanded(quantized_run: Path) -> None:
+def test_a_quantized_base_stays_quantized_unless_dequantize_is_given(quantized_run: Path) -> None:
     run, ours = quantized_run, logits_of(quantized_run)
     assert export.run([str(run), "--to", "fused"]) == 0
     kept, _ = mlx_lm.load(str(run / "export-fused"))
@@ -121,7 +121,7 @@ def test_a_base_quantized_while_loading_is_written_as_it_was_trained_on(
 
 
 @pytest.mark.parametrize("to", ["mlx", "fused"])
-def test_what_is_there_is_not_replaced(run: Path, tmp_path: Path, to: str) -> None:
+def test_an_existing_target_is_not_replaced(run: Path, tmp_path: Path, to: str) -> None:
     target = tmp_path / "target"
     target.mkdir()
     for path in (target, run, run / "adapters"):
@@ -141,7 +141,7 @@ def test_what_is_there_is_not_replaced(run: Path, tmp_path: Path, to: str) -> No
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("[write] x"), KeyboardInterrupt()]
 )
-def test_an_export_that_fails_leaves_nothing(
+def test_a_failed_export_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def fail(base: Any, folder: Path) -> None:
@@ -150,13 +150,13 @@ def test_an_export_that_fails_leaves_nothing(
 
     monkeypatch.setattr(export_mlx, "write_model_folder", fail)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StorageError
-    for words in (["--to", "fused"], ["--to", "mlx", "--with-base"]):
+    for options in (["--to", "fused"], ["--to", "mlx", "--with-base"]):
         with pytest.raises(expected):
-            export.run([str(run), *words, "--out", str(tmp_path / "out" / "it")])
+            export.run([str(run), *options, "--out", str(tmp_path / "out" / "it")])
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_a_full_disk_is_seen_before_a_byte_is_written(
+def test_a_full_disk_is_detected_before_anything_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.export.mlx.FileSystem.free_space", lambda self, folder: 1000)
@@ -164,7 +164,7 @@ def test_a_full_disk_is_seen_before_a_byte_is_written(
         export.run([str(run), "--to", "fused"])
 
 
-def test_what_cannot_be_exported_is_refused(run: Path) -> None:
+def test_invalid_exports_are_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match="--with-base needs --to mlx"):
         export.run([str(run), "--to", "fused", "--with-base"])
     with pytest.raises(ConfigError, match="--dequantize changes a base"):
@@ -184,10 +184,15 @@ def test_what_cannot_be_exported_is_refused(run: Path) -> None:
         export.run([str(run), "--to", "mlx"])
 
 
-def test_an_exported_run_is_described_in_json(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_json_describes_the_export(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     capsys.readouterr()
     assert export.run([str(run), "--to", "fused", "--json", "--out", str(tmp_path / "a b")]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["to"], said["folder"], said["base"], said["step"]) == ("fused", str(tmp_path / "a b"), None, 12)
-    assert f"--model '{tmp_path / 'a b'}'" in said["command"]
+    document = json.loads(capsys.readouterr().out)
+    assert (document["to"], document["folder"], document["base"], document["step"]) == (
+        "fused",
+        str(tmp_path / "a b"),
+        None,
+        12,
+    )
+    assert f"--model '{tmp_path / 'a b'}'" in document["command"]
     shutil.rmtree(tmp_path / "a b")

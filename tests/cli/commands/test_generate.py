@@ -26,9 +26,9 @@ def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
     return train(tiny(), tmp_path / "run")
 
 
-def answered(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert generate.run([*words, "--json"]) == 0
+    assert generate.run([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -37,7 +37,7 @@ def plain(model: Any, tokenizer: Any, prompt: str) -> str:
     return mlx_lm.generate(model, tokenizer, tokens, max_tokens=12)
 
 
-def test_the_answer_is_greedy_mlx_lm_with_the_chat_template(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_answer_equals_greedy_mlx_lm_with_the_chat_template(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = load_adapter(adapter_source.find_adapter(run), stored_settings.read_settings(run), log=print)
     found = answered(capsys, str(run), "twice: sour", "--max-tokens", "12")
     assert [a["by"] for a in found["answers"]] == ["adapter"]
@@ -46,7 +46,7 @@ def test_the_answer_is_greedy_mlx_lm_with_the_chat_template(run: Path, capsys: p
     assert found["step"] == 12
 
 
-def test_the_base_is_asked_without_the_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_base_answers_without_the_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = models.load_base_model(schema.ModelConfig(path="builtin:tiny"))
     found = answered(capsys, str(run), "twice: sour", "--max-tokens", "12", "--compare-base")
     first, second = found["answers"]
@@ -59,13 +59,13 @@ def test_the_base_is_asked_without_the_adapter(run: Path, capsys: pytest.Capture
     assert out.index("--- base") < out.index("--- adapter (step 12)")
 
 
-def test_a_seed_decides_what_is_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(run), "a", "--temp", "1", "--top-p", "0.9", "--max-tokens", "12"]
-    texts = [answered(capsys, *words, "--seed", seed)["answers"][0]["text"] for seed in ("1", "1", "2")]
+def test_the_seed_decides_the_sample(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(run), "a", "--temp", "1", "--top-p", "0.9", "--max-tokens", "12"]
+    texts = [answered(capsys, *arguments, "--seed", seed)["answers"][0]["text"] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_template_is_left_out_where_the_run_had_none_and_takes_a_system_turn_where_it_had_one(
+def test_the_chat_template_is_used_as_in_training_with_a_system_turn(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert answered(capsys, str(run), "abc", "--max-tokens", "1")["prompt_tokens"] > 20
@@ -77,9 +77,7 @@ def test_the_template_is_left_out_where_the_run_had_none_and_takes_a_system_turn
         generate.run([str(run), "abc", "--system", "x", "data.chat_template=false"])
 
 
-def test_rows_of_plain_text_are_recognised_as_such(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_on_plain_text_get_no_template(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_text('{"text": "abc"}\n')
@@ -98,20 +96,20 @@ def test_a_prompt_may_come_from_standard_input_or_look_like_an_option(
     assert json.loads(capsys.readouterr().out)["prompt"] == "--seed"
 
 
-def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_character(
+def test_control_characters_in_an_answer_are_not_printed(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [str(run), "a", "--max-tokens", "60", "--temp", "5"]  # near random bytes
-    said = answered(capsys, *words)["answers"][0]["text"]
-    assert any(not c.isprintable() and c != "\n" for c in said)
-    assert generate.run(words) == 0
+    arguments = [str(run), "a", "--max-tokens", "60", "--temp", "5"]  # near random bytes
+    answer = answered(capsys, *arguments)["answers"][0]["text"]
+    assert any(not c.isprintable() and c != "\n" for c in answer)
+    assert generate.run(arguments) == 0
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out)
-    assert len(out) == len(said) + 1
+    assert len(out) == len(answer) + 1
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
         (["--max-tokens", "0"], "--max-tokens: 0 is invalid: must be 1 or more"),
         (["--temp", "-1"], "--temp: -1 is invalid"),
@@ -121,9 +119,9 @@ def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_character(
         (["--quiet"], "--quiet"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        generate.run([str(tmp_path), "a", *words])
+def test_an_invalid_option_is_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate.run([str(tmp_path), "a", *options])
 
 
 def test_an_empty_prompt_without_a_template_is_refused(run: Path) -> None:
@@ -142,7 +140,7 @@ def test_ctrl_c_ends_the_answer_quietly_with_130(run: Path, cli: Any) -> None:
 
 
 def test_loading_does_not_depend_on_the_random_state(run: Path) -> None:
-    place, chosen = adapter_source.find_adapter(run), stored_settings.read_settings(run)
-    first = load_adapter(place, chosen, log=print).base.model(mx.array([[1, 2, 3]]))
+    source, settings = adapter_source.find_adapter(run), stored_settings.read_settings(run)
+    first = load_adapter(source, settings, log=print).base.model(mx.array([[1, 2, 3]]))
     mx.random.seed(99)
-    assert mx.array_equal(load_adapter(place, chosen, log=print).base.model(mx.array([[1, 2, 3]])), first)
+    assert mx.array_equal(load_adapter(source, settings, log=print).base.model(mx.array([[1, 2, 3]])), first)

@@ -34,16 +34,16 @@ def old(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def test_each_old_setting_is_said_and_the_command_ends_it(old, capsys):
+def test_each_old_setting_is_listed_and_then_the_command(old, capsys):
     assert run([str(old)]) == 0
     out = capsys.readouterr().out
     assert "seed=0" in out and "same as our default" in out
     assert "learning_rate=0.0002" in out and "lr_schedule wins" in out
     assert "report_to=swanlab: not yet a logger" in out
     command = out[out.index("python -m runner") :]
-    words = shlex.split(command.replace("\\\n", ""))
-    assert words[:3] == ["python", "-m", "runner"]
-    assert "data.path=it's my data" in words and "schedule.iters=100" in words
+    arguments = shlex.split(command.replace("\\\n", ""))
+    assert arguments[:3] == ["python", "-m", "runner"]
+    assert "data.path=it's my data" in arguments and "schedule.iters=100" in arguments
 
 
 def test_json_is_one_document_with_the_same_command(old, capsys):
@@ -63,17 +63,17 @@ def test_a_recipe_composes_to_what_the_command_composes_to(old, cli, capsys):
     assert recipe == "python -m runner --config-dir mine experiment=old"
     text = Path("mine/experiment/old.yaml").read_text()
     assert text.startswith("# @package _global_\n")
-    outs = [cli(*words, "--cfg", "job") for words in (shlex.split(recipe)[3:], command["overrides"])]
+    outs = [cli(*overrides, "--cfg", "job") for overrides in (shlex.split(recipe)[3:], command["overrides"])]
     assert yaml.safe_load(outs[0]) == yaml.safe_load(outs[1]) | {"experiment": None}
 
 
-def test_nothing_is_overwritten_and_our_own_recipes_are_not_shadowed(old):
-    for target, says in (
+def test_no_file_is_overwritten_and_no_built_in_recipe_shadowed(old):
+    for target, message in (
         ("mine/old.yaml", "mine/experiment/old.yaml"),
         ("mine/experiment/smoke.yaml", "is built in"),
         ("mine/experiment/old.txt", "NAME.yaml"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=message):
             run(["--write", target, str(old)])
     run(["--write", "mine/experiment/old.yaml", str(old)])
     with pytest.raises(ConfigError, match="exists already"):
@@ -81,7 +81,7 @@ def test_nothing_is_overwritten_and_our_own_recipes_are_not_shadowed(old):
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         ([], "takes a YAML"),
         (["nowhere.yaml"], "There is no file nowhere.yaml"),
@@ -92,12 +92,12 @@ def test_nothing_is_overwritten_and_our_own_recipes_are_not_shadowed(old):
         (["old.yaml", "--", "mlx_lm.lora"], "takes a YAML"),
     ],
 )
-def test_a_wrong_word_gets_a_sentence(old, argv, says):
-    with pytest.raises(ConfigError, match=says):
+def test_a_wrong_argument_is_refused_with_a_message(old, argv, message):
+    with pytest.raises(ConfigError, match=message):
         run(argv)
 
 
-def test_what_an_old_file_holds_cannot_steer_the_terminal_and_secrets_are_not_shown(tmp_path, capsys):
+def test_control_characters_and_secrets_of_an_old_file_are_not_printed(tmp_path, capsys):
     token = "hf_" + "a1B2" * 8
     path = tmp_path / "old.yaml"
     path.write_text(json.dumps({"train": True, "bad\x1b[2J": "\x1b]0;x", "key": token, "data": "a\x1b[1m"}))
@@ -107,7 +107,7 @@ def test_what_an_old_file_holds_cannot_steer_the_terminal_and_secrets_are_not_sh
     assert "\x1b" not in out and token not in out
 
 
-def test_through_the_door(cli):
+def test_import_from_the_command_line(cli):
     out = cli("import", "--", "python", "lora.py", "--model", "m", "--train", "--add-eos-token", "0")
     assert "lora=query_value" in out and "add_eos_token=0: here every row ends" in out
     assert "usage: runner import" in cli("import", "--help")

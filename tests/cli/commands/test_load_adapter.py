@@ -22,10 +22,10 @@ from runner.models.lora import AdaptedModel
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2]])
 
 
-def load(run: Path, *words: str, any_base: bool = False, said: list[str] | None = None) -> LoadedAdapter:
-    log = (said if said is not None else []).append
+def load(run: Path, *overrides: str, any_base: bool = False, lines: list[str] | None = None) -> LoadedAdapter:
+    log = (lines if lines is not None else []).append
     return load_adapter(
-        adapter_source.find_adapter(run), stored_settings.read_settings(run, words), any_base=any_base, log=log
+        adapter_source.find_adapter(run), stored_settings.read_settings(run, overrides), any_base=any_base, log=log
     )
 
 
@@ -49,7 +49,7 @@ def other_base(tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
-def test_the_adapter_on_its_base_is_the_model_that_was_trained(run: Path) -> None:
+def test_the_loaded_model_has_the_trained_weights(run: Path) -> None:
     loaded = load(run)
     saved = parse_arrays((run / "adapters" / "adapters.safetensors").read_bytes(), source="")
     assert loaded.adapted is not None
@@ -59,7 +59,7 @@ def test_the_adapter_on_its_base_is_the_model_that_was_trained(run: Path) -> Non
     assert not loaded.base.model.training
 
 
-def test_taken_off_it_is_the_base_and_put_on_again_the_same_model(run: Path) -> None:
+def test_detaching_restores_the_base_and_attaching_the_model(run: Path) -> None:
     bare = models.load_base_model(schema.ModelConfig(path="builtin:tiny")).model(IDS)
     loaded = load(run)
     first = loaded.base.model(IDS)
@@ -70,35 +70,37 @@ def test_taken_off_it_is_the_base_and_put_on_again_the_same_model(run: Path) -> 
     assert mx.array_equal(loaded.base.model(IDS), first)
 
 
-def test_a_copy_of_the_base_elsewhere_is_the_same_base(run: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_base_is_accepted(run: Path, tmp_path: Path) -> None:
     write_model_folder(models.load_base_model(schema.ModelConfig(path="builtin:tiny")), tmp_path / "copy")
-    said: list[str] = []
-    there = load(run, f"model.path={tmp_path / 'copy'}", said=said)
-    assert mx.array_equal(there.base.model(IDS), load(run).base.model(IDS))
-    assert not said
+    lines: list[str] = []
+    copy = load(run, f"model.path={tmp_path / 'copy'}", lines=lines)
+    assert mx.array_equal(copy.base.model(IDS), load(run).base.model(IDS))
+    assert not lines
 
 
-def test_a_base_of_other_weights_is_refused_unless_any_base_is_said(run: Path, other_base: Path) -> None:
+def test_a_different_base_is_refused_without_any_base(run: Path, other_base: Path) -> None:
     with pytest.raises(ModelError, match=r"other weights than the base .*fingerprint .*--any-base"):
         load(run, f"model.path={other_base}")
-    said: list[str] = []
-    loaded = load(run, f"model.path={other_base}", any_base=True, said=said)
+    lines: list[str] = []
+    loaded = load(run, f"model.path={other_base}", any_base=True, lines=lines)
     assert not mx.array_equal(loaded.base.model(IDS), load(run).base.model(IDS))
-    assert any("other weights" in line for line in said)
+    assert any("other weights" in line for line in lines)
 
 
-@pytest.mark.parametrize("words", [["model.dtype=bfloat16"], ["model.quantize.bits=8", "model.quantize.group_size=32"]])
-def test_other_numbers_of_the_same_base_are_taken_and_another_base_still_refused(
-    run: Path, other_base: Path, words: list[str]
+@pytest.mark.parametrize(
+    "overrides", [["model.dtype=bfloat16"], ["model.quantize.bits=8", "model.quantize.group_size=32"]]
+)
+def test_another_dtype_of_the_base_is_accepted_and_a_different_base_refused(
+    run: Path, other_base: Path, overrides: list[str]
 ) -> None:
-    loaded = load(run, *words)
+    loaded = load(run, *overrides)
     difference = mx.abs(loaded.base.model(IDS).astype(mx.float32) - load(run).base.model(IDS)).max().item()
     assert 0 < difference < 0.2
     with pytest.raises(ModelError, match="other weights"):
-        load(run, *words, f"model.path={other_base}")
+        load(run, *overrides, f"model.path={other_base}")
 
 
-def test_an_adapter_that_names_no_base_is_refused(run: Path) -> None:
+def test_an_adapter_without_a_base_fingerprint_is_refused(run: Path) -> None:
     path = by_hand(run, "adapter_config.json")
     about = json.loads(path.read_text())
     del about["base_fingerprint"]
@@ -119,7 +121,7 @@ def test_an_adapter_config_that_contradicts_the_settings_is_refused(run: Path, k
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         ("missing", ModelError, "1 arrays are missing"),
         ("unknown", ModelError, "1 arrays fit nowhere, such as model.more"),
@@ -128,8 +130,8 @@ def test_an_adapter_config_that_contradicts_the_settings_is_refused(run: Path, k
         ("cut", CheckpointError, "adapters.safetensors"),
     ],
 )
-def test_weights_that_do_not_fit_are_named_and_leave_the_base_bare(
-    run: Path, monkeypatch: pytest.MonkeyPatch, change: str, error: type[Exception], said: str
+def test_weights_that_do_not_fit_are_named_and_detached(
+    run: Path, monkeypatch: pytest.MonkeyPatch, change: str, error: type[Exception], message: str
 ) -> None:
     path = by_hand(run, "adapters.safetensors")
     arrays = parse_arrays(path.read_bytes(), source="")
@@ -147,6 +149,6 @@ def test_weights_that_do_not_fit_are_named_and_leave_the_base_bare(
     removed: list[AdaptedModel] = []
     own = AdaptedModel.remove
     monkeypatch.setattr(AdaptedModel, "remove", lambda self: (removed.append(self), own(self))[1])
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         load(run)
     assert len(removed) == (error is ModelError)

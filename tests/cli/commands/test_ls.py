@@ -48,9 +48,9 @@ def outputs(
     return tmp_path / "outputs"
 
 
-def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     """The lines that `runner ls` prints."""
-    assert ls.run(list(words)) == 0
+    assert ls.run(list(arguments)) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -74,9 +74,9 @@ def test_a_sweep_with_its_runs(outputs: Path, capsys: pytest.CaptureFixture[str]
     assert "rank=16" in lines[4] and lines[5].endswith("failed: the disk is full")
 
 
-def test_other_orders_and_a_limit(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def names(*words: str) -> list[str]:
-        document = json.loads("\n".join(listed(capsys, "--json", *words)))
+def test_sort_and_limit(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*arguments: str) -> list[str]:
+        document = json.loads("\n".join(listed(capsys, "--json", *arguments)))
         return [Path(entry["path"]).name for entry in document["entries"]]
 
     assert names("--sort", "best") == ["11-00-00", "12-00-00", "10-00-00"]
@@ -88,9 +88,7 @@ def test_other_orders_and_a_limit(outputs: Path, capsys: pytest.CaptureFixture[s
     assert "rank" not in "\n".join(listed(capsys, "--limit", "1"))
 
 
-def test_the_document_holds_numbers_and_only_settings_that_differ(
-    outputs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_holds_numbers_and_only_settings_that_differ(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads("\n".join(listed(capsys, "--json", "--runs")))
     assert document["differing"] == ["lora.rank"]
     stopped, sweep, _ = document["entries"]
@@ -115,19 +113,19 @@ def test_damaged_runs_are_listed_with_the_reason(outputs: Path, capsys: pytest.C
     assert "\x1b" not in text
 
 
-def test_nothing_there_is_said_and_no_such_folder_is_refused(
+def test_an_empty_folder_is_reported_and_a_missing_one_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert listed(capsys) == ["No runs below outputs. The first one: python -m runner experiment=first_run"]
     assert json.loads("\n".join(listed(capsys, "--json")))["entries"] == []
-    for words, reason in (
+    for arguments, reason in (
         (["nowhere"], "no such folder"),
         (["--sort", "name"], "invalid choice"),
         (["--limit", "0"], "1"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            ls.run(words)
+            ls.run(arguments)
 
 
 @pytest.mark.parametrize("width", [80, 160])

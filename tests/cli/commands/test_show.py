@@ -27,9 +27,9 @@ def trained(
     return train(settings, tmp_path / "run")
 
 
-def page(capsys: pytest.CaptureFixture[str], path: Path | str, *words: str) -> str:
+def page(capsys: pytest.CaptureFixture[str], path: Path | str, *arguments: str) -> str:
     """What `runner show` prints."""
-    assert show.run([str(path), *words]) == 0
+    assert show.run([str(path), *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -53,7 +53,7 @@ def test_the_page_of_a_finished_run(trained: Path, capsys: pytest.CaptureFixture
     assert "python -m runner repeat=run lora.rank=8" in text
 
 
-def test_the_document_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(page(capsys, "run", "--json"))
     assert document["kind"] == "run" and document["state"] == "finished" and document["adapters_step"] == 12
     assert document["changed"]["lora.rank"] == {"value": 4, "default": 8}
@@ -77,7 +77,7 @@ def test_the_document_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]
         ("finished", ["resume=run train.iters=24", "resume=run/checkpoints/step-0000008"], ["resume=run\n", "kill"]),
     ],
 )
-def test_what_is_offered_follows_from_the_state(
+def test_the_commands_follow_from_the_state(
     trained: Path, capsys: pytest.CaptureFixture[str], state: str, offered: list[str], not_offered: list[str]
 ) -> None:
     status(trained, state=state, reason="so it is")
@@ -109,7 +109,7 @@ def test_a_damaged_run_has_a_page_with_the_reason(trained: Path, capsys: pytest.
     assert json.loads(page(capsys, "run", "--json"))["problem"]
 
 
-def test_what_a_file_says_cannot_steer_the_terminal(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_files_are_not_printed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status(trained, state="failed", reason="bad\x1b[2Jnews\nsecond\x07 line", parent="\x1b]0;title\x07")
     rows = [
         {"step": 12, "split": "\x1b[31m", "loss": 1.0},
@@ -144,7 +144,7 @@ def test_the_page_of_a_sweep(trained: Path, tmp_path: Path, capsys: pytest.Captu
     assert document["best"] == {"run": "1", "valid_loss": 1.0, "step": 12}
 
 
-def test_unfinished_jobs_of_a_sweep_can_be_gone_on_with(
+def test_unfinished_jobs_of_a_sweep_can_be_resumed(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained, tmp_path / "sweep/0")
@@ -162,7 +162,7 @@ def test_a_sweep_without_any_run_has_a_page(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(page(capsys, tmp_path, "--json"))["runs"] == []
 
 
-def test_what_is_neither_is_refused_with_what_it_is(trained: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_neither_is_refused_with_what_it_is(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases = {
         "rum": "no such folder. Did you mean 'run'",

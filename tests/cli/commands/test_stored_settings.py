@@ -31,16 +31,24 @@ def stored(tiny: Callable, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_without_changes_it_is_the_stored_config(stored: Callable[..., Path], tiny: Callable) -> None:
+def test_without_overrides_the_stored_config_is_returned(stored: Callable[..., Path], tiny: Callable) -> None:
     settings = read_settings(stored())
     assert settings.config == tiny()
     assert settings.trained_model == tiny().model
     assert not settings.typed
 
 
-def test_what_is_typed_takes_the_type_of_its_setting(stored: Callable[..., Path], tmp_path: Path) -> None:
-    words = ["data.max_length=64", "data.mask_prompt=false", "data.keys.text=1", "data.metric=null", "model.revision=7"]
-    settings = read_settings(stored(), [*words, f"data.path={tmp_path}", "train.batch_size=2", "model.quantize.bits=4"])
+def test_an_override_has_the_type_of_its_setting(stored: Callable[..., Path], tmp_path: Path) -> None:
+    overrides = [
+        "data.max_length=64",
+        "data.mask_prompt=false",
+        "data.keys.text=1",
+        "data.metric=null",
+        "model.revision=7",
+    ]
+    settings = read_settings(
+        stored(), [*overrides, f"data.path={tmp_path}", "train.batch_size=2", "model.quantize.bits=4"]
+    )
     data = settings.config.data
     assert (data.max_length, data.mask_prompt, data.keys.text, data.metric) == (64, False, "1", None)
     assert (settings.config.model.revision, settings.config.model.quantize.bits) == ("7", 4)
@@ -48,7 +56,7 @@ def test_what_is_typed_takes_the_type_of_its_setting(stored: Callable[..., Path]
     assert settings.config.train.batch_size == 2
 
 
-def test_other_numbers_are_told_apart_from_another_path(stored: Callable[..., Path]) -> None:
+def test_the_trained_model_keeps_its_dtype_and_has_the_typed_path(stored: Callable[..., Path]) -> None:
     settings = read_settings(stored(), ["model.dtype=bfloat16", "model.path=builtin:smollm2_135m"])
     assert settings.config.model.dtype == "bfloat16"
     assert (settings.trained_model.dtype, settings.trained_model.path) == ("auto", "builtin:smollm2_135m")
@@ -62,7 +70,7 @@ def test_a_data_group_replaces_the_section(stored: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("override", "message"),
     [
         ("lora.rank=4", "lora.rank belongs to how the run was trained"),
         ("seed=1", "seed belongs to how"),
@@ -79,12 +87,12 @@ def test_a_data_group_replaces_the_section(stored: Callable[..., Path]) -> None:
         ("train.batch_size=[", "cannot be read"),
     ],
 )
-def test_other_words_are_refused_with_a_sentence(stored: Callable[..., Path], word: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        read_settings(stored(), [word])
+def test_other_overrides_are_refused_with_a_message(stored: Callable[..., Path], override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings(stored(), [override])
 
 
-def test_the_environment_is_read_as_the_run_read_it(
+def test_references_to_the_environment_are_resolved(
     stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MY_ROOT", str(tmp_path))
@@ -104,7 +112,7 @@ def test_the_environment_is_read_as_the_run_read_it(
     assert (settings.model.revision, settings.data.format) == (None, "text")
 
 
-def test_a_variable_that_is_not_set_is_named(stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unset_variable_is_named(stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MY_OTHER", raising=False)
     with pytest.raises(ConfigError, match=r"data\.path is .*environment variable MY_OTHER is not set"):
         read_settings(stored(**{"data.path": "${oc.env:MY_OTHER}/data"}))

@@ -18,9 +18,9 @@ from runner.cli.commands.load_adapter import load_adapter
 from runner.common.errors import ConfigError, DataError
 
 
-def spoken(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+def run_test(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert test.run([*words, "--json"]) == 0
+    assert test.run([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -41,15 +41,15 @@ def test_the_loss_equals_mlx_lms_evaluation_on_rows_of_equal_length(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     # The tokenizer has a token a byte. Rows of one length need no padding, of which mlx-lm trains a token a row.
-    words = [f"{i:02d} grey owls flew over the {i * 7 % 90:02d} hills" for i in range(12)]
+    sentences = [f"{i:02d} grey owls flew over the {i * 7 % 90:02d} hills" for i in range(12)]
     if kind == "text":
-        rows = [{"text": text} for text in words]
+        rows = [{"text": text} for text in sentences]
     else:
-        rows = [{"prompt": text[:20], "completion": text[20:]} for text in words]
+        rows = [{"prompt": text[:20], "completion": text[20:]} for text in sentences]
     data = write_split(tmp_path / "data", "test", rows)
-    ours = spoken(capsys, str(run), f"data.path={data}", "train.batch_size=3")
-    place = adapter_source.find_adapter(run)
-    loaded = load_adapter(place, stored_settings.read_settings(run), log=print)
+    ours = run_test(capsys, str(run), f"data.path={data}", "train.batch_size=3")
+    source = adapter_source.find_adapter(run)
+    loaded = load_adapter(source, stored_settings.read_settings(run), log=print)
     dataset = CacheDataset(
         create_dataset(rows, loaded.base.tokenizer, SimpleNamespace(mask_prompt=kind == "completions"))
     )
@@ -63,45 +63,43 @@ def test_the_loss_equals_mlx_lms_evaluation_on_rows_of_equal_length(
 def test_the_loss_is_the_one_that_the_run_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     recorded = {row["split"]: row["loss"] for row in rows}
-    assert spoken(capsys, str(run), "train.eval_batches=1")["loss"] == recorded["test"]
-    valid = spoken(capsys, str(run), "--split", "valid", "train.eval_batches=1", "--checkpoint", "last")
+    assert run_test(capsys, str(run), "train.eval_batches=1")["loss"] == recorded["test"]
+    valid = run_test(capsys, str(run), "--split", "valid", "train.eval_batches=1", "--checkpoint", "last")
     assert valid["loss"] == recorded["valid"]
 
 
-def test_all_rows_count_whatever_the_run_evaluated_and_in_whatever_batches(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = [spoken(capsys, str(run), f"train.batch_size={size}") for size in (1, 3, 50)]
+def test_all_rows_count_for_any_eval_batches_and_batch_size(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [run_test(capsys, str(run), f"train.batch_size={size}") for size in (1, 3, 50)]
     assert len({row["supervised_tokens"] for row in found}) == 1
-    few = spoken(capsys, str(run), "train.eval_batches=1")
+    few = run_test(capsys, str(run), "train.eval_batches=1")
     assert [row["rows"] for row in (*found, few)] == [10, 10, 10, 4]
     assert few["supervised_tokens"] < found[0]["supervised_tokens"]
     assert max(row["loss"] for row in found) - min(row["loss"] for row in found) < 1e-5
 
 
 def test_a_checkpoint_gives_another_loss_than_the_result(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    early = spoken(capsys, str(run / "checkpoints" / "step-0000004"))
+    early = run_test(capsys, str(run / "checkpoints" / "step-0000004"))
     assert early["step"] == 4
-    assert early["loss"] > spoken(capsys, str(run))["loss"]
+    assert early["loss"] > run_test(capsys, str(run))["loss"]
 
 
 def test_the_metric_scores_as_many_rows_as_asked_and_shows_three(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = spoken(capsys, str(run), "--rows", "5")
+    found = run_test(capsys, str(run), "--rows", "5")
     assert (found["metric"], len(found["answers"])) == ("exact_match", 5)
     assert found["score"] == sum(answer["score"] for answer in found["answers"]) / 5
     assert test.run([str(run), "--rows", "5"]) == 0
     out = capsys.readouterr().out
     assert "exact_match on 5 held-out rows" in out
     assert out.count("expected") == out.count("[right]") + out.count("[wrong]") == 3
-    assert "metric" not in spoken(capsys, str(run))
+    assert "metric" not in run_test(capsys, str(run))
 
 
 def test_options_may_stand_before_and_after_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = spoken(capsys, "--split", "valid", str(run), "train.batch_size=2")
-    assert one["loss"] == spoken(capsys, str(run), "train.batch_size=2", "--split", "valid")["loss"]
+    one = run_test(capsys, "--split", "valid", str(run), "train.batch_size=2")
+    assert one["loss"] == run_test(capsys, str(run), "train.batch_size=2", "--split", "valid")["loss"]
 
 
-def test_what_cannot_be_tested_is_said_before_a_model_is_loaded(run: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused_before_a_model_is_loaded(run: Path, tmp_path: Path) -> None:
     data = write_split(tmp_path / "data", "train", [{"text": "a"}])
     with pytest.raises(DataError, match=r"has no test\.jsonl.*--split valid"):
         test.run([str(run), f"data.path={data}"])

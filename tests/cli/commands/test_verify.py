@@ -21,8 +21,8 @@ from runner.common.errors import ConfigError
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_cli) -> Path:
     cli = make_cli(tmp_path_factory.mktemp("trained"))
-    words = ("model=tiny", "data=tiny", "lora.dropout=0.1", "train.iters=30", "train.eval_every=10")
-    cli(*words, "checkpoint.every=10", "hydra.run.dir=run")
+    overrides = ("model=tiny", "data=tiny", "lora.dropout=0.1", "train.iters=30", "train.eval_every=10")
+    cli(*overrides, "checkpoint.every=10", "hydra.run.dir=run")
     return cli.folder / "run"
 
 
@@ -38,7 +38,7 @@ def flip(path: Path, at: int = -1) -> None:
     path.write_bytes(data)
 
 
-def test_what_is_whole_is_said_to_be_whole_without_loading_mlx(run, capsys):
+def test_intact_runs_are_reported_as_whole_without_loading_mlx(run, capsys):
     before = sys.modules.pop("mlx.core", None)
     try:
         assert verify.run(["run"]) == 0
@@ -52,7 +52,7 @@ def test_what_is_whole_is_said_to_be_whole_without_loading_mlx(run, capsys):
 
 
 @pytest.mark.parametrize("file", ["adapters.safetensors", "optimizer.safetensors", "train_state.json", "manifest.json"])
-def test_one_flipped_bit_is_found_and_the_way_back_is_told(run, capsys, file):
+def test_one_flipped_bit_is_found_and_the_recovery_named(run, capsys, file):
     flip(run / "checkpoints/step-0000030" / file, 100)
     assert verify.run(["run"]) == 5
     out = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_one_flipped_bit_is_found_and_the_way_back_is_told(run, capsys, file):
     assert "1 damaged" in out
 
 
-def test_the_result_the_rows_and_the_settings_are_looked_at_too(run, capsys):
+def test_the_result_the_rows_and_the_settings_are_checked_too(run, capsys):
     flip(run / "adapters/adapters.safetensors")
     rows = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_bytes(rows[:-40])
@@ -76,7 +76,7 @@ def test_the_result_the_rows_and_the_settings_are_looked_at_too(run, capsys):
     assert "lora.rank is 16, and the newest checkpoint was trained with 8" in damage
 
 
-def test_numbers_that_are_not_finite_are_damage_though_the_manifest_vouches_for_them(run, capsys):
+def test_nan_is_damage_even_with_a_valid_manifest(run, capsys):
     step = run / "checkpoints/step-0000020"
     reseal(step, lambda array: np.full_like(array, np.nan))
     assert verify.run(["run"]) == 5
@@ -84,17 +84,17 @@ def test_numbers_that_are_not_finite_are_damage_though_the_manifest_vouches_for_
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("name", "message"),
     [("config.yaml", "config.yaml is missing"), ("adapters", "missing, though the run is finished")],
 )
-def test_what_is_missing_is_damage(run, capsys, what, said):
-    path = run / what
+def test_missing_files_are_damage(run, capsys, name, message):
+    path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert verify.run(["."]) == 5
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
-def test_leftovers_torn_lines_and_strangers_are_noted_and_no_damage(run, capsys):
+def test_leftovers_and_torn_lines_are_notes_and_not_damage(run, capsys):
     (run / "checkpoints/.tmp-step-0000040-0123abcd").mkdir()
     with (run / "metrics.jsonl").open("a") as rows:
         rows.write('{"step": 31, "spl')
@@ -103,7 +103,7 @@ def test_leftovers_torn_lines_and_strangers_are_noted_and_no_damage(run, capsys)
     assert "1 leftovers of a save that was cut off" in out and "its last line is torn" in out
 
 
-def test_a_tree_a_sweep_and_a_checkpoint_can_be_named(run, tmp_path, capsys):
+def test_folders_sweeps_and_checkpoints_can_be_verified(run, tmp_path, capsys):
     sweep = tmp_path / "sweeps/one"
     sweep.mkdir(parents=True)
     (sweep / "multirun.yaml").write_text("hydra: {}\n")
@@ -120,7 +120,7 @@ def test_a_tree_a_sweep_and_a_checkpoint_can_be_named(run, tmp_path, capsys):
     assert verify.run(["sweeps/one/1/checkpoints/step-0000010"]) == 5
 
 
-def test_nothing_to_verify_is_an_error_and_no_success(tmp_path):
+def test_nothing_to_verify_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "nothing", Path(__file__)):
         with pytest.raises(ConfigError):
@@ -144,7 +144,7 @@ def verify_disk():
     return FileSystem()
 
 
-def test_a_stretch_that_is_trained_again_is_the_same_and_leaves_nothing(run, capsys, monkeypatch, tmp_path):
+def test_a_replay_reproduces_the_checkpoint_and_leaves_nothing(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert verify.run(["run", "--replay"]) == 0
@@ -156,14 +156,14 @@ def test_a_stretch_that_is_trained_again_is_the_same_and_leaves_nothing(run, cap
     assert not list((tmp_path / "cache").glob("replay-*"))
 
 
-def test_a_checkpoint_that_training_cannot_have_led_to_is_found_by_a_replay_alone(run, capsys):
+def test_only_a_replay_finds_a_forged_checkpoint(run, capsys):
     reseal(run / "checkpoints/step-0000030", lambda array: array * np.float32(1.0001))
     assert verify.run(["run"]) == 0
     assert verify.run(["run", "--replay"]) == 5
     assert "steps 20 to 30 trained again: NOT the same: adapters.safetensors differs" in capsys.readouterr().out
 
 
-def test_rows_that_were_rewritten_are_found_by_a_replay(run, capsys):
+def test_a_replay_finds_rewritten_rows(run, capsys):
     rows = (run / "metrics.jsonl").read_text()
     at = rows.index('"loss": ', rows.index('"step": 30')) + 8
     changed = rows[: at + 4] + ("1" if rows[at + 4] != "1" else "2") + rows[at + 5 :]
@@ -172,7 +172,7 @@ def test_rows_that_were_rewritten_are_found_by_a_replay(run, capsys):
     assert "loss of the train row of step 30 was" in capsys.readouterr().out
 
 
-def test_on_a_gpu_the_difference_is_judged_by_what_two_replays_differ_by(tmp_path, trained):
+def test_tensor_differences_are_relative_to_the_largest_value(tmp_path, trained):
     """No GPU here: the measure itself, on files."""
     from runner.cli.commands.replay import tensor_differences
 

@@ -16,7 +16,7 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.config import retired, schema, validation
 from runner.config.groups import CONF_DIR, config_dirs, group_choices
 from runner.config.invocation import Invocation
-from runner.config.quoting import quote_path, unquote
+from runner.config.quoting import quote_text, unquote
 
 _CONFIG_DIR = ("--config-dir", "-cd")
 _MULTIRUN = ("--multirun", "-m")
@@ -158,4 +158,4 @@ def _quote(path: str, multirun: bool) -> str:
         return path
     if multirun and "," in path and not os.path.exists(os.path.expanduser(path)):
         return ",".join(_quote(part, False) for part in path.split(","))
-    return quote_path(os.path.expanduser(path))
+    return quote_text(os.path.expanduser(path))

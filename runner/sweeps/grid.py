@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, RangeSweep
 
 from runner.common.errors import ConfigError
 from runner.config.invocation import Invocation
-from runner.config.quoting import quote_path
+from runner.config.quoting import quote_text
 
 MAX_JOBS = 10_000
 _NOT_STORED = ("stored", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode")
@@ -48,7 +48,7 @@ def expand_grid(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
 
 def stored_arguments(invocation: Invocation) -> list[str]:
     """Return what a sweep's manifest stores of the command line, so that the sweep can be finished without it."""
-    repeat = [] if invocation.repeat is None else [f"repeat={quote_path(str(invocation.repeat))}"]
+    repeat = [] if invocation.repeat is None else [f"repeat={quote_text(str(invocation.repeat))}"]
     arguments = [a for a in invocation.arguments if a not in ("-m", "--multirun") and _key(a) not in _NOT_STORED]
     return [*repeat, *arguments]
 

@@ -15,7 +15,7 @@ from runner.app.run import numbered
 from runner.common.errors import ConfigError
 from runner.config import validation
 from runner.config.invocation import Invocation
-from runner.config.quoting import quote_path, unquote
+from runner.config.quoting import quote_text, unquote
 from runner.runs import sweep_manifest
 from runner.sweeps import grid
 from runner.sweeps.job import JobTask
@@ -49,7 +49,7 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     return replace(
         invocation,
         flags=["-m", *flags],
-        overrides=[*overrides, f"hydra.sweep.dir={quote_path(str(folder))}"],
+        overrides=[*overrides, f"hydra.sweep.dir={quote_text(str(folder))}"],
         multirun=True,
         resume=None,
         repeat=repeat[0] if repeat else None,

@@ -132,6 +132,6 @@ def test_help_is_answered_without_importing_hydra_or_mlx():
 def test_a_path_that_looks_like_a_number_stays_text(name):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from runner.config.quoting import quote_path
+    from runner.config.quoting import quote_text
 
-    assert OverridesParser.create().parse_override(f"model.path={quote_path(name)}").value() == name
+    assert OverridesParser.create().parse_override(f"model.path={quote_text(name)}").value() == name

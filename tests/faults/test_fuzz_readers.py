@@ -26,8 +26,8 @@ from runner.common.filesystem import FileSystem
 from runner.config import schema
 from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset, load_dataset
-from runner.migrate.mapping import carry
-from runner.migrate.old import read_config
+from runner.migrate.mapping import import_config
+from runner.migrate.source import read_config
 from runner.models import tiny
 from runner.models.arrays import parse_arrays
 from runner.models.gguf import header as gguf_header
@@ -322,7 +322,7 @@ def test_an_old_config_is_imported_or_refused(cases, tmp_path):
     def read(data: Any) -> None:
         text = data if isinstance(data, bytes) else json.dumps(data).encode()  # which is YAML, too
         path.write_bytes(text)
-        carried = carry(read_config(path), our_defaults=False)
+        carried = import_config(read_config(path), our_defaults=False)
         "\n".join([*import_.report(carried), import_.recipe(carried, ["x"]), import_.wrap_command(carried.overrides)])
 
     fuzz(cases, read, ConfigError, damaged(yaml.safe_dump(OLD).encode()), altered(OLD))

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from runner.config import groups, schema
-from runner.migrate.carry import Carried
+from runner.migrate.result import ImportResult
 
 
-def compose(carried: Carried) -> schema.Config:
+def compose(carried: ImportResult) -> schema.Config:
     from hydra import compose, initialize_config_dir
 
     from runner.app.compose import register_schema
@@ -24,5 +24,5 @@ def compose(carried: Carried) -> schema.Config:
 
 
 @pytest.fixture(scope="session", name="compose")
-def _compose() -> Callable[[Carried], schema.Config]:
+def _compose() -> Callable[[ImportResult], schema.Config]:
     return compose

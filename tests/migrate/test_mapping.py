@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from runner.config import schema
 from runner.config.groups import CONF_DIR
-from runner.migrate.carry import GROUP_DEFAULTS
-from runner.migrate.mapping import carry
-from runner.migrate.old import EXAMPLES, MLX_LM, read_command, read_config
+from runner.migrate.mapping import import_config
+from runner.migrate.result import GROUP_DEFAULTS
+from runner.migrate.source import EXAMPLES, MLX_LM, read_command, read_config
 
 WHOLE = {"model": "org/model", "data": "my_data", "train": True}
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
@@ -28,11 +28,11 @@ def written(tmp_path: Path, **old) -> Path:
 
 
 def imported(tmp_path: Path, our_defaults: bool = False, **old):
-    return carry(read_config(written(tmp_path, **old)), our_defaults)
+    return import_config(read_config(written(tmp_path, **old)), our_defaults)
 
 
 def reasons(carried) -> dict[str, str]:
-    return {left.key: left.reason for left in carried.left}
+    return {left.key: left.reason for left in carried.skipped}
 
 
 def expected(name: str, value: object) -> object:
@@ -66,7 +66,7 @@ RICH = [
 
 @pytest.mark.parametrize("old", RICH, ids=lambda old: ",".join(old) or "nothing")
 @pytest.mark.parametrize("our_defaults", [False, True], ids=["their defaults", "our defaults"])
-def test_the_command_composes_to_exactly_what_was_carried(tmp_path, compose, monkeypatch, old, our_defaults):
+def test_the_command_composes_to_exactly_what_was_imported(tmp_path, compose, monkeypatch, old, our_defaults):
     monkeypatch.chdir(tmp_path)
     carried = imported(tmp_path, our_defaults, **old)
     flat = schema.flatten(compose(carried))
@@ -74,7 +74,7 @@ def test_the_command_composes_to_exactly_what_was_carried(tmp_path, compose, mon
         assert flat[name] == expected(name, value), name
 
 
-def test_what_an_empty_config_does_there_is_said_in_full_here(tmp_path, compose):
+def test_the_defaults_of_an_empty_config_are_imported(tmp_path, compose):
     found = compose(imported(tmp_path))
     assert (found.model.path, found.data.path, found.data.metric) == ("org/model", "my_data", None)
     assert found.data.mask_prompt is False
@@ -85,7 +85,7 @@ def test_what_an_empty_config_does_there_is_said_in_full_here(tmp_path, compose)
     assert found.checkpoint.result == "last"
 
 
-def test_our_defaults_carries_only_what_is_said(tmp_path):
+def test_our_defaults_imports_only_what_is_set(tmp_path):
     assert imported(tmp_path, our_defaults=True, seed=3, iters=1000).overrides == [
         "data=folder",
         "model.path=org/model",
@@ -97,7 +97,7 @@ def test_our_defaults_carries_only_what_is_said(tmp_path):
 def test_a_config_that_only_tests_is_told_that_the_command_trains(tmp_path):
     carried = imported(tmp_path, train=False, test=True)
     assert "runner test RUN" in reasons(carried)["test"]
-    assert "the command below trains" in {line.key: line.note for line in carried.lines}["train"]
+    assert "the command below trains" in {line.key: line.note for line in carried.imported}["train"]
 
 
 def test_micro_batches_become_updates(tmp_path, compose):
@@ -105,14 +105,14 @@ def test_micro_batches_become_updates(tmp_path, compose):
     found = compose(carried)
     assert (found.train.grad_accumulation, found.train.iters) == (4, 250)
     assert (found.train.report_every, found.train.eval_every, found.checkpoint.every) == (3, 50, 25)
-    notes = {line.key: line.note for line in carried.lines}
+    notes = {line.key: line.note for line in carried.imported}
     assert "1003 / 4" in notes["iters"] and "the last 3" in notes["iters"] and "rounded" in notes["steps_per_report"]
 
 
 def test_numbers_without_a_dot_are_numbers_as_in_mlx_lms_own_loader(tmp_path, compose):
     path = tmp_path / "old.yaml"
     path.write_text("train: true\nlearning_rate: 3e-5\nlora_parameters: {rank: 16, scale: 2e1, dropout: 5e-2}\n")
-    found = compose(carry(read_config(path)))
+    found = compose(import_config(read_config(path)))
     assert (found.optimizer.learning_rate, found.lora.scale, found.lora.dropout) == (3e-5, 20.0, 0.05)
 
 
@@ -124,7 +124,7 @@ def test_numbers_without_a_dot_are_numbers_as_in_mlx_lms_own_loader(tmp_path, co
         ({"optimizer": "adafactor"}, "optimizer", "learning rate of its own"),
         ({"report_to": "swanlab"}, "report_to", "not yet a logger"),
         ({"project_name": "p"}, "project_name", "hydra.run.dir"),
-        ({"trust_remote_code": True}, "trust_remote_code", "hears the flag only"),
+        ({"trust_remote_code": True}, "trust_remote_code", "reads the flag only"),
         ({"clear_cache_threshold": 10}, "clear_cache_threshold", "no effect in mlx-lm"),
         ({"hf_dataset": [{"path": "a/b"}, {"path": "c/d"}]}, "hf_dataset", "train.jsonl"),
         ({"test_batches": 7}, "test_batches", "runner test RUN"),
@@ -155,7 +155,7 @@ def test_numbers_without_a_dot_are_numbers_as_in_mlx_lms_own_loader(tmp_path, co
         ),
     ],
 )
-def test_what_cannot_be_carried_over_is_named_with_its_reason(tmp_path, compose, old, key, says):
+def test_what_cannot_be_imported_is_named_with_its_reason(tmp_path, compose, old, key, says):
     carried = imported(tmp_path, **old)
     assert says in reasons(carried)[key]
     compose(carried)
@@ -174,8 +174,8 @@ def test_layers_below_one_mean_all_as_in_mlx_lm(tmp_path, compose, layers, here)
 def test_flags_win_over_the_yaml(tmp_path, compose):
     path = written(tmp_path, iters=50, batch_size=2, train=False)
     words = ["python", "-m", "mlx_lm", "lora", "-c", str(path), "--iters=7", "--train", "--num-layers", "-1"]
-    found = carry(read_command(words))
-    assert not found.left
+    found = import_config(read_command(words))
+    assert not found.skipped
     settings_ = compose(found)
     assert (settings_.train.iters, settings_.train.batch_size, settings_.lora.num_layers) == (7, 2, -1)
 
@@ -194,22 +194,22 @@ def test_flags_win_over_the_yaml(tmp_path, compose):
 )
 def test_the_program_is_found_in_the_command(command, program):
     assert read_command(command.split()).program is program
-    assert read_command([command]).said == {"train": True}
+    assert read_command([command]).settings == {"train": True}
 
 
 def test_mlx_examples_command_becomes_what_it_fixed_in_its_code(compose):
     words = "python lora.py --model m --train --lora-layers 4 --iters 600 -p hello --temp 0 --adapter-file a.npz"
-    carried = carry(read_command(words.split()))
+    carried = import_config(read_command(words.split()))
     found = compose(carried)
-    assert not carried.left
+    assert not carried.skipped
     assert found.lora.keys == ["self_attn.q_proj", "self_attn.v_proj"] and found.lora.num_layers == 4
     assert (found.data.keys.completion, found.data.chat_template, found.data.path) == ("text", False, "data/")
     assert (found.optimizer.name, found.optimizer.bias_correction) == ("adam", False)
-    assert "no layer" in reasons(carry(read_command(["lora.py", "--lora-layers", "-1"])))["lora_layers"]
+    assert "no layer" in reasons(import_config(read_command(["lora.py", "--lora-layers", "-1"])))["lora_layers"]
 
 
 def test_unknown_flags_and_several_machines_are_named():
-    carried = carry(read_command(["mlx.launch", "-n", "2", "mlx_lm.lora", "--train", "--lora-rank", "8"]))
+    carried = import_config(read_command(["mlx.launch", "-n", "2", "mlx_lm.lora", "--train", "--lora-rank", "8"]))
     found = reasons(carried)
     assert "one process" in found["mlx.launch"] and "no such flag" in found["--lora-rank"]
 
@@ -275,21 +275,21 @@ OLD = st.builds(lambda wild, plausible: wild | plausible, WILD, PLAUSIBLE)
 
 @settings(max_examples=25, deadline=None)
 @given(old=OLD, our_defaults=st.booleans())
-def test_whatever_an_old_config_says_the_command_composes_to_what_was_carried(
+def test_whatever_an_old_config_says_the_command_composes_to_what_was_imported(
     tmp_path_factory, compose, old, our_defaults
 ):
     path = tmp_path_factory.mktemp("any") / "old.yaml"
     path.write_text(yaml.safe_dump(old, allow_unicode=True))
     found = read_config(path)
-    carried = carry(found, our_defaults)
+    carried = import_config(found, our_defaults)
     flat = schema.flatten(compose(carried))
     for name, value in carried.values.items():
         assert flat[name] == expected(name, value), name
-    told = {line.key.partition(".")[0] for line in carried.lines} | {
-        left.key.partition(".")[0] for left in carried.left
+    told = {line.key.partition(".")[0] for line in carried.imported} | {
+        left.key.partition(".")[0] for left in carried.skipped
     }
     empty = ("lora_parameters", "optimizer_config", "report_to")  # an empty one says nothing
-    for key, value in found.said.items():
+    for key, value in found.settings.items():
         assert key in told or (key in empty and (not value or isinstance(value, typing.Mapping))), key
 
 

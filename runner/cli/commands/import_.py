@@ -15,10 +15,11 @@ from runner.common.atomic_io import write_atomically
 from runner.common.errors import ConfigError
 from runner.common.text import printable
 from runner.config.groups import group_choices
-from runner.migrate.carry import Carried, Line
-from runner.migrate.mapping import carry
-from runner.migrate.old import is_program, read_command, read_config
-from runner.migrate.values import shown, yaml_value
+from runner.config.quoting import yaml_value
+from runner.migrate.convert import display
+from runner.migrate.mapping import import_config
+from runner.migrate.result import ImportedSetting, ImportResult
+from runner.migrate.source import is_program, read_command, read_config
 
 _COMMAND = ("python", "-m", "runner")
 _WIDTH = 100
@@ -45,33 +46,33 @@ def run(argv: list[str]) -> int:
     if bool(options.config) == bool(old_command):
         raise ConfigError("runner import takes a YAML of mlx_lm.lora, or a command line behind --. See --help.")
     old = read_command(old_command) if old_command else read_config(Path(options.config))
-    carried = carry(old, options.our_defaults)
-    command = [*_COMMAND, *carried.overrides]
+    result = import_config(old, options.our_defaults)
+    command = [*_COMMAND, *result.overrides]
     if options.write:
-        command = _write_recipe(carried, Path(options.write))
+        command = _write_recipe(result, Path(options.write))
     if options.json:
-        print(json.dumps(_to_dict(carried, command), indent=1, ensure_ascii=True, default=str))
+        print(json.dumps(_to_dict(result, command), indent=1, ensure_ascii=True, default=str))
     else:
-        print("\n".join([*report(carried), "", wrap_command(command)]))
+        print("\n".join([*report(result), "", wrap_command(command)]))
     return 0
 
 
-def report(carried: Carried) -> list[str]:
+def report(result: ImportResult) -> list[str]:
     """Return the lines that tell what becomes of each old setting."""
-    name = carried.old.program.name
-    lines = [f"from {shown(carried.old.where, 500)} ({name})"]
+    name = result.source.program.name
+    lines = [f"from {display(result.source.origin, 500)} ({name})"]
     for title, is_set in (
         ("set there", True),
         (f"defaults of {name} that differ from ours (--our-defaults leaves these out)", False),
     ):
-        settings = [line for line in carried.lines if line.said is is_set]
+        settings = [line for line in result.imported if line.explicit is is_set]
         if settings:
             lines += ["", title, *_table(settings)]
-    if carried.left:
+    if result.skipped:
         lines += ["", "not carried over"]
-        for left in carried.left:
-            value = shown(left.value)
-            old = f"{shown(left.key)}={value}" if value not in ("", "null") else shown(left.key)
+        for left in result.skipped:
+            value = display(left.value)
+            old = f"{display(left.key)}={value}" if value not in ("", "null") else display(left.key)
             reason = printable(left.reason)
             lines.append(f"  {old}: {reason}{'' if reason[-1] in '.?' else '.'}")
     return [*lines, "", "Other differences in meaning: docs/migrating.md."]
@@ -87,14 +88,14 @@ def wrap_command(command: Sequence[str]) -> str:
     return " \\\n".join(lines)
 
 
-def recipe(carried: Carried, command: Sequence[str]) -> str:
+def recipe(result: ImportResult, command: Sequence[str]) -> str:
     """Return the settings as a recipe for conf/experiment/ or a folder of the user's own; `command` runs it."""
-    lines = ["# @package _global_", f"# {shown(shlex.join(command), 500)}", f"# from {shown(carried.old.where, 500)}"]
-    if carried.groups:
+    lines = ["# @package _global_", f"# {display(shlex.join(command), 500)}", f"# from {display(result.source.origin, 500)}"]
+    if result.groups:
         lines.append("defaults:")
-        lines += [f"  - override /{group}: {yaml_value(choice)}" for group, choice in carried.groups.items()]
+        lines += [f"  - override /{group}: {yaml_value(choice)}" for group, choice in result.groups.items()]
     tree: dict[str, Any] = {}
-    for name, value in carried.values.items():
+    for name, value in result.values.items():
         *sections, last = name.split(".")
         target = tree
         for section in sections:
@@ -117,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(lines: Sequence[Line]) -> list[str]:
-    old = [f"{shown(line.key)}={shown(line.value)}" for line in lines]
+def _table(lines: Sequence[ImportedSetting]) -> list[str]:
+    old = [f"{display(line.key)}={display(line.value)}" for line in lines]
     width = min(44, max(map(len, old)))
     rows = []
     for left, line in zip(old, lines, strict=True):
@@ -132,30 +133,30 @@ def _table(lines: Sequence[Line]) -> list[str]:
     return rows
 
 
-def _to_dict(carried: Carried, command: Sequence[str]) -> dict[str, Any]:
+def _to_dict(result: ImportResult, command: Sequence[str]) -> dict[str, Any]:
     return {
-        "from": carried.old.where,
-        "program": carried.old.program.name,
+        "from": result.source.origin,
+        "program": result.source.program.name,
         "carried": [
             {
                 "key": line.key,
-                "value": shown(line.value, 1000),
-                "said": line.said,
+                "value": display(line.value, 1000),
+                "said": line.explicit,
                 "overrides": line.overrides,
                 "same_as_our_default": line.same,
                 "note": line.note,
             }
-            for line in carried.lines
+            for line in result.imported
         ],
         "not_carried": [
-            {"key": shown(left.key), "value": shown(left.value, 1000), "reason": left.reason} for left in carried.left
+            {"key": display(left.key), "value": display(left.value, 1000), "reason": left.reason} for left in result.skipped
         ],
-        "overrides": carried.overrides,
+        "overrides": result.overrides,
         "command": shlex.join(command),
     }
 
 
-def _write_recipe(carried: Carried, path: Path) -> list[str]:
+def _write_recipe(result: ImportResult, path: Path) -> list[str]:
     """Write the recipe to `path` and return the command that runs it."""
     name = path.stem
     if path.suffix != ".yaml" or not re.fullmatch(r"[A-Za-z]\w*", name):
@@ -174,7 +175,7 @@ def _write_recipe(carried: Carried, path: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"--write {path}: {path.parent} cannot be made: {error.strerror}.") from None
     command = [*_COMMAND, "--config-dir", str(path.parent.parent), f"experiment={name}"]
-    write_atomically(path, recipe(carried, command))
+    write_atomically(path, recipe(result, command))
     return command
 
 

@@ -25,7 +25,7 @@ from runner.backends.cpu.blas import thread_count
 from runner.common.cores import usable_cores
 from runner.common.errors import ConfigError, RunnerError
 from runner.config.invocation import Invocation
-from runner.config.quoting import quote_path
+from runner.config.quoting import quote_text
 from runner.runs.directory import RunDirectory
 from runner.sweeps.compose import JobComposer
 from runner.sweeps.launchers.memory import jobs_that_fit
@@ -154,14 +154,14 @@ def launch(
 def _start(job: PlannedJob, label: str, sweep: Path, threads: int, invocation: Invocation) -> JobProcess:
     folder = sweep / str(job.number)
     if job.resumes:
-        arguments = [f"resume={quote_path(str(folder))}"]
+        arguments = [f"resume={quote_text(str(folder))}"]
         arguments += [override for override in job.overrides if override.startswith("model.trust_remote_code=")]
     else:
         arguments = [override for override in job.overrides if not override.startswith("stored=")]
         # The mode is set, since an experiment file may say that it is a sweep.
-        arguments += ["hydra.mode=RUN", f"hydra.run.dir={quote_path(str(folder))}"]
+        arguments += ["hydra.mode=RUN", f"hydra.run.dir={quote_text(str(folder))}"]
         if invocation.repeat is not None:
-            arguments.append(f"repeat={quote_path(str(invocation.repeat))}")
+            arguments.append(f"repeat={quote_text(str(invocation.repeat))}")
     if invocation.stop_at is not None:
         arguments.append(f"train.stop_at={invocation.stop_at}")
     flags = [argument for argument in invocation.flags if argument.startswith("--config-dir=")]

@@ -38,7 +38,7 @@ def test_each_old_setting_is_listed_and_then_the_command(old, capsys):
     assert run([str(old)]) == 0
     out = capsys.readouterr().out
     assert "seed=0" in out and "same as our default" in out
-    assert "learning_rate=0.0002" in out and "lr_schedule wins" in out
+    assert "learning_rate=0.0002" in out and "overridden by lr_schedule" in out
     assert "report_to=swanlab: not yet a logger" in out
     command = out[out.index("python -m runner") :]
     arguments = shlex.split(command.replace("\\\n", ""))
@@ -86,7 +86,7 @@ def test_no_file_is_overwritten_and_no_built_in_recipe_shadowed(old):
         ([], "takes a YAML"),
         (["nowhere.yaml"], "There is no file nowhere.yaml"),
         (["mlx_lm.lora", "--train"], "behind --"),
-        (["--", "mlx_lm.generate", "--model", "m"], "no command that can be imported"),
+        (["--", "mlx_lm.generate", "--model", "m"], "This command cannot be imported"),
         (["--", "mlx_lm.lora", "--iters", "many"], "invalid int value: 'many'"),
         (["--wriet", "x", "old.yaml"], "unrecognized arguments"),
         (["old.yaml", "--", "mlx_lm.lora"], "takes a YAML"),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
-from runner.migrate.rates import scheduled
-from runner.migrate.values import Cannot
+from runner.migrate.convert import CannotImport
+from runner.migrate.schedules import scheduled
 from runner.training.lr_schedule import learning_rate
 
 
@@ -66,7 +66,7 @@ def test_an_exponential_decay_has_equal_rates_until_the_end_of_the_run(peak, fac
 
 @pytest.mark.parametrize("factor", [0.0, -0.5, 1e-300, 1e300])
 def test_an_exponential_decay_that_leaves_the_positive_numbers_is_refused_with_the_reason(factor):
-    with pytest.raises(Cannot, match="does not reach a positive rate"):
+    with pytest.raises(CannotImport, match="does not reach a positive rate"):
         scheduled({"name": "exponential_decay", "arguments": [1e-4, factor]}, 100)
 
 

@@ -1,4 +1,4 @@
-"""What an old config says: an mlx_lm.lora YAML or command line, or one of mlx-examples' lora.py, with its defaults.
+"""The config to import: an mlx_lm.lora YAML or command line, or one of mlx-examples' lora.py, with its defaults.
 
 Flags, defaults and their precedence are those of mlx-lm 0.32.2 (`mlx_lm/lora.py`) and of the last lora.py in
 mlx-examples.
@@ -50,13 +50,13 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Program:
-    """A program whose settings are imported."""
+    """A program whose settings can be imported."""
 
     name: str
     flags: dict[str, type]
-    """Flag, with underscores, to the type of its value; bool takes none."""
+    """Flag, with underscores, to the type of its value; a bool flag takes none."""
     defaults: dict[str, Any]
-    """What holds where nothing is said, as far as it decides what is trained."""
+    """Values of settings that are not given, as far as they decide what is trained."""
     short: dict[str, str] = field(default_factory=dict)
     yaml_only: tuple[str, ...] = ()
     """Keys of its YAML that have no flag."""
@@ -111,47 +111,47 @@ EXAMPLES = Program(
 
 
 @dataclass
-class Old:
-    """Everything an old config or command line says."""
+class SourceConfig:
+    """Everything that a config or command line of another program sets."""
 
     program: Program
-    said: dict[str, Any]
-    """Key, with underscores, to value; what is null is not said, as in mlx-lm."""
-    where: str
-    """The file or the command it comes from, for a person."""
-    flagged: set[str] = field(default_factory=set)
-    """Keys that a flag said, rather than the YAML."""
-    unknown: list[str] = field(default_factory=list)
-    """Words of the command line that the program does not know."""
-    before: list[str] = field(default_factory=list)
-    """Words before the program's name."""
+    settings: dict[str, Any]
+    """Key, with underscores, to value; a null is not set, as in mlx-lm."""
+    origin: str
+    """The file or command that it comes from, for messages."""
+    from_flags: set[str] = field(default_factory=set)
+    """Keys set by a flag rather than by the YAML."""
+    unknown_flags: list[str] = field(default_factory=list)
+    """Arguments that the program does not know."""
+    command_prefix: list[str] = field(default_factory=list)
+    """Arguments before the name of the program, such as those of mpirun."""
 
 
-def read_config(path: Path) -> Old:
-    """An mlx_lm.lora YAML.
+def read_config(path: Path) -> SourceConfig:
+    """Read an mlx_lm.lora YAML file.
 
     Raises:
         ConfigError: missing or not plain YAML.
     """
     try:
         data = load_yaml_file(path, missing=f"There is no file {path}.")
-    except ValueError as error:  # a date or a number that YAML takes for one and Python cannot hold
+    except ValueError as error:  # text that YAML resolves to a date or number which Python cannot represent
         raise ConfigError(f"{path} is not plain YAML: {error}.") from None
-    return Old(MLX_LM, {str(k): v for k, v in data.items() if v is not None}, str(path))
+    return SourceConfig(MLX_LM, {str(k): v for k, v in data.items() if v is not None}, str(path))
 
 
-def read_command(words: Sequence[str]) -> Old:
-    """A command line; where it names a YAML (-c), its flags win over the YAML, as in mlx-lm.
+def read_command(arguments: Sequence[str]) -> SourceConfig:
+    """Read a command line; its flags override those of a YAML that it names with -c, as in mlx-lm.
 
     Raises:
-        ConfigError: no known program in it, a flag with a wrong value, or a YAML that cannot be read.
+        ConfigError: no known program, a flag with an invalid value, or a YAML that cannot be read.
     """
-    if len(words) == 1 and " " in words[0]:
+    if len(arguments) == 1 and " " in arguments[0]:
         try:
-            words = shlex.split(words[0])
+            arguments = shlex.split(arguments[0])
         except ValueError as error:
-            raise ConfigError(f"The command cannot be split into words: {error}.") from None
-    program, before, rest = _program(words)
+            raise ConfigError(f"The command cannot be split into arguments: {error}.") from None
+    program, prefix, rest = _find_program(arguments)
     parser = _Flags(prog=program.name, add_help=False, argument_default=argparse.SUPPRESS)
     for name, kind in program.flags.items():
         flags = [f"--{name.replace('_', '-')}", *([program.short[name]] if name in program.short else [])]
@@ -160,16 +160,16 @@ def read_command(words: Sequence[str]) -> Old:
         else:
             parser.add_argument(*flags, type=kind, dest=name)
     known, unknown = parser.parse_known_args(list(rest))
-    flags_said = vars(known)
-    config = flags_said.pop("config", None)
-    said = read_config(Path(config)).said if config else {}
-    where = f"the command line and {config}" if config else "the command line"
-    return Old(program, said | flags_said, where, set(flags_said), unknown, before)
+    from_flags = vars(known)
+    config = from_flags.pop("config", None)
+    from_file = read_config(Path(config)).settings if config else {}
+    origin = f"the command line and {config}" if config else "the command line"
+    return SourceConfig(program, from_file | from_flags, origin, set(from_flags), unknown, prefix)
 
 
-def is_program(word: str) -> bool:
-    """Whether `word` of a command line names a program that is imported."""
-    return Path(word).name in ("mlx_lm", "mlx_lm.lora", "lora.py")
+def is_program(argument: str) -> bool:
+    """Return whether an argument of a command line names a program that can be imported."""
+    return Path(argument).name in ("mlx_lm", "mlx_lm.lora", "lora.py")
 
 
 class _Flags(argparse.ArgumentParser):
@@ -177,16 +177,17 @@ class _Flags(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}.")
 
 
-def _program(words: Sequence[str]) -> tuple[Program, list[str], Sequence[str]]:
-    for i, word in enumerate(words):
-        path, before = Path(word), list(words[:i])
+def _find_program(arguments: Sequence[str]) -> tuple[Program, list[str], Sequence[str]]:
+    """Return the program, the arguments before it and those after it."""
+    for i, argument in enumerate(arguments):
+        path, prefix = Path(argument), list(arguments[:i])
         if path.name == "mlx_lm.lora" or (path.name == "lora.py" and path.parent.name == "mlx_lm"):
-            return MLX_LM, before, words[i + 1 :]
+            return MLX_LM, prefix, arguments[i + 1 :]
         if path.name == "lora.py":
-            return EXAMPLES, before, words[i + 1 :]
-        if path.name == "mlx_lm" and list(words[i + 1 : i + 2]) == ["lora"]:
-            return MLX_LM, before, words[i + 2 :]
+            return EXAMPLES, prefix, arguments[i + 1 :]
+        if path.name == "mlx_lm" and list(arguments[i + 1 : i + 2]) == ["lora"]:
+            return MLX_LM, prefix, arguments[i + 2 :]
     raise ConfigError(
-        "This is no command that can be imported: expected mlx_lm.lora …, mlx_lm lora … or lora.py …, with or without "
+        "This command cannot be imported: expected mlx_lm.lora …, mlx_lm lora … or lora.py …, with or without "
         "python -m before it."
     )

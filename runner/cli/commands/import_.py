@@ -90,7 +90,11 @@ def wrap_command(command: Sequence[str]) -> str:
 
 def recipe(result: ImportResult, command: Sequence[str]) -> str:
     """Return the settings as a recipe for conf/experiment/ or a folder of the user's own; `command` runs it."""
-    lines = ["# @package _global_", f"# {display(shlex.join(command), 500)}", f"# from {display(result.source.origin, 500)}"]
+    lines = [
+        "# @package _global_",
+        f"# {display(shlex.join(command), 500)}",
+        f"# from {display(result.source.origin, 500)}",
+    ]
     if result.groups:
         lines.append("defaults:")
         lines += [f"  - override /{group}: {yaml_value(choice)}" for group, choice in result.groups.items()]
@@ -149,7 +153,8 @@ def _to_dict(result: ImportResult, command: Sequence[str]) -> dict[str, Any]:
             for line in result.imported
         ],
         "not_carried": [
-            {"key": display(left.key), "value": display(left.value, 1000), "reason": left.reason} for left in result.skipped
+            {"key": display(left.key), "value": display(left.value, 1000), "reason": left.reason}
+            for left in result.skipped
         ],
         "overrides": result.overrides,
         "command": shlex.join(command),

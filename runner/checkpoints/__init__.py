@@ -1,6 +1,6 @@
-"""Checkpoints: committed whole or not at all, verified before use, rotated by a pure policy.
+"""Checkpoints: committed whole or not at all, verified before use, retained by a pure policy.
 
-``store`` commits, repairs and rotates; ``verify`` reads; ``manifest`` is the file that seals a checkpoint;
-``disk`` touches the file system; ``retention`` and ``schedule`` decide; ``tensors`` is safetensors.
-Nothing here imports MLX or knows the training loop.
+``store`` commits, repairs and rotates; ``verify`` reads; ``manifest`` is the file that seals a checkpoint; ``mirror``
+keeps a backup; ``retention`` and ``save_policy`` decide; ``safetensors_file`` reads and writes tensors.
+Nothing here imports MLX or depends on the training loop.
 """

@@ -93,7 +93,7 @@ def write(manifest: CheckpointManifest) -> bytes:
 def read(data: bytes) -> CheckpointManifest:
     """Return the manifest in `data`. Raises ValueError with the reason where it is damaged or not a manifest."""
     _require(len(data) <= MAX_BYTES, f"it is larger than {MAX_BYTES:,} bytes")
-    record = unseal(data, most_values=_MAX_VALUES)
+    record = unseal(data, max_values=_MAX_VALUES)
     if record.get("schema") != _SCHEMA or isinstance(record["schema"], bool):
         raise ValueError(f"its schema is {quoted(record.get('schema'))}; this version reads {_SCHEMA}")
     _require(record.keys() == _KEYS, f"its keys are not {', '.join(sorted(_KEYS))}")

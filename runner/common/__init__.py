@@ -1,1 +1,1 @@
-"""What every package may use: errors, files, JSON, YAML, the cache directory."""
+"""What every package may use: errors, atomic files, caches, bounded JSON and YAML, text for messages."""

@@ -1,4 +1,4 @@
-"""The one folder outside output directories that runner writes to by itself. Imports nothing of its own."""
+"""The folder in which caches are kept: the only one outside output directories that is written by default."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """$RUNNER_CACHE, else mlx-runner/ in $XDG_CACHE_HOME (where that is an absolute path), else in ~/.cache."""
-    if own := os.environ.get("RUNNER_CACHE"):
-        return Path(own).expanduser().absolute()
+    """Return $RUNNER_CACHE, else mlx-runner/ in $XDG_CACHE_HOME (if that is an absolute path), else in ~/.cache."""
+    if path := os.environ.get("RUNNER_CACHE"):
+        return Path(path).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared and Path(shared).is_absolute() else Path.home() / ".cache") / "mlx-runner"

@@ -7,5 +7,5 @@ from datetime import UTC, datetime
 
 
 def utc_now() -> str:
-    """The time as text, UTC, to the second."""
+    """Return the time (UTC) as text, to the second: ``2026-11-24T10:00:00Z``."""
     return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

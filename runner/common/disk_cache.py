@@ -57,7 +57,7 @@ class DiskCache:
         path = self._record_path(key)
         try:
             with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                record = sealed_json.unseal(file.read(_MAX_RECORD_BYTES), most_values=_MAX_RECORD_VALUES)
+                record = sealed_json.unseal(file.read(_MAX_RECORD_BYTES), max_values=_MAX_RECORD_VALUES)
         except (OSError, ValueError):
             return None
         self.touch(path.name)

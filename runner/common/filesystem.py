@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from runner.common.errors import CheckpointError, StorageError
-from runner.common.storage_errors import read_error, storage_error, storage_errors
+from runner.common.storage_errors import NotRegularFile, read_error, storage_error, storage_errors
 
 Content = bytes | Sequence[bytes | memoryview]
 """The content of a file, in one piece or in several."""
@@ -168,13 +168,14 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Return a file descriptor of `path`; does not wait for the other end of a FIFO.
 
     Raises:
-        OSError: it cannot be opened, or it is a FIFO, a socket or a device.
+        OSError: it cannot be opened.
+        NotRegularFile: it is a FIFO, a socket or a device.
     """
     handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
     os.close(handle)
-    raise OSError("not a regular file")
+    raise NotRegularFile
 
 
 def size_of(content: Content) -> int:
@@ -205,9 +206,9 @@ def _open_for_reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             os.close(handle)
     except MemoryError:
         raise StorageError(f"{path}: does not fit into the memory of this machine") from None
+    except NotRegularFile as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
-        if error.errno is None:
-            raise CheckpointError(f"{path}: {error}") from None
         raise read_error(path, "read", error) from error
 
 

@@ -1,7 +1,7 @@
 """JSON from files that may be damaged or hostile: bounded in memory and time, without duplicate keys.
 
-Python's own parser keeps the last of two equal keys, takes NaN, and can be made to build many times the size
-of its input; here each of these is a reason to refuse.
+Python's own parser keeps the last of two equal keys, accepts NaN, and can be made to build many times the size of its
+input; here each of these is refused.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-_LONGEST_INTEGER = 20
-_LONGEST_FLOAT = 64
+_MAX_INTEGER_LENGTH = 20
+_MAX_FLOAT_LENGTH = 64
 
 
-def parse(text: bytes, *, most_values: int) -> Any:
-    """The value that `text` (UTF-8, no byte order mark) holds.
+def parse(text: bytes, *, max_values: int) -> Any:
+    """Return the value that `text` (UTF-8, no byte order mark) holds.
 
-    `most_values` bounds the number of commas and opening brackets, so that memory is bounded before anything
-    is built. Raises ValueError with the reason: not UTF-8, not JSON, a duplicate key, a number that is not
-    finite or is absurdly long, nesting too deep, too many values.
+    Args:
+        max_values: bound of the number of commas and opening brackets, checked before anything is built.
+
+    Raises:
+        ValueError: with the reason: not UTF-8, not JSON, a duplicate key, a number that is not finite or is too long,
+            nesting too deep, too many values.
     """
-    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > most_values:
-        raise ValueError(f"it holds more than {most_values:,} values")
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > max_values:
+        raise ValueError(f"it holds more than {max_values:,} values")
     try:
         return json.loads(
             text.decode("utf-8"),
@@ -38,31 +41,31 @@ def parse(text: bytes, *, most_values: int) -> Any:
         raise ValueError(f"it is not JSON: {error.msg} (character {error.pos})") from None
 
 
-def quoted(name: object) -> str:
-    """`name` quoted for a message: escaped, and cut where it is long."""
-    text = ascii(name)
+def quoted(value: object) -> str:
+    """Return `value` quoted for a message: escaped, and cut where it is long."""
+    text = ascii(value)
     return text if len(text) <= 80 else f"{text[:60]}…{text[-10:]}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        keys: set[str] = set()
         for key, _ in pairs:
-            if key in seen:
+            if key in keys:
                 raise ValueError(f"the key {quoted(key)} appears twice")
-            seen.add(key)
-    return found
+            keys.add(key)
+    return members
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _LONGEST_INTEGER:
+    if len(digits) > _MAX_INTEGER_LENGTH:
         raise ValueError(f"it holds an integer of {len(digits):,} digits")
     return int(digits)
 
 
 def _float(digits: str) -> float:
-    if len(digits) > _LONGEST_FLOAT:
+    if len(digits) > _MAX_FLOAT_LENGTH:
         raise ValueError(f"it holds a number of {len(digits):,} characters")
     value = float(digits)
     if value in (float("inf"), float("-inf")):
@@ -70,5 +73,5 @@ def _float(digits: str) -> float:
     return value
 
 
-def _constant(word: str) -> float:
-    raise ValueError(f"the number {word} is not finite")
+def _constant(name: str) -> float:
+    raise ValueError(f"the number {name} is not finite")

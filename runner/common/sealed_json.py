@@ -23,11 +23,11 @@ def seal(record: Mapping[str, Any]) -> bytes:
     return body + hashlib.sha256(body).hexdigest().encode() + _END
 
 
-def unseal(data: bytes, *, most_values: int) -> dict[str, Any]:
+def unseal(data: bytes, *, max_values: int) -> dict[str, Any]:
     """Return the record that `seal` was given.
 
     Args:
-        most_values: bound of the number of values in it, as of `safe_json.parse`.
+        max_values: bound of the number of values in it, as of `safe_json.parse`.
 
     Raises:
         ValueError: with the reason why it is not, byte for byte, what `seal` returned.
@@ -38,7 +38,7 @@ def unseal(data: bytes, *, most_values: int) -> dict[str, Any]:
         raise ValueError("it is cut short or has no checksum")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError("its own checksum does not match: it was changed or damaged")
-    record = safe_json.parse(data, most_values=most_values)
+    record = safe_json.parse(data, max_values=max_values)
     if not isinstance(record, dict):
         raise ValueError("it is not an object")
     del record["sha256"]

@@ -26,6 +26,16 @@ _DAMAGE = frozenset(
 )
 
 
+class NotRegularFile(OSError):
+    """Raised in place of opening a FIFO, a socket or a device."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EINVAL, "not a regular file")
+
+    def __str__(self) -> str:
+        return "not a regular file"
+
+
 def storage_error(path: Path, action: str, error: OSError, *, needed: int | None = None) -> StorageError:
     """Return the StorageError for an `error` that was raised when `path` was to be `action` ("written", "synced").
 
@@ -66,7 +76,7 @@ def storage_errors(path: Path, action: str, *, needed: int | None = None) -> Ite
 
 def os_error_reason(error: OSError) -> str:
     """Return the reason of an OSError in words, with its symbolic number: ``No space left on device (ENOSPC)``."""
-    if error.errno is None:
+    if error.errno is None or isinstance(error, NotRegularFile):
         return str(error)
-    reason = "a symbolic link, which is not followed" if error.errno == errno.ELOOP else os.strerror(error.errno)
+    reason = "a symbolic link, which is not followed" if error.errno == errno.ELOOP else error.strerror
     return f"{reason} ({errno.errorcode.get(error.errno, error.errno)})"

@@ -47,7 +47,7 @@ def read_entry(folder: Path, key: str) -> tuple[TokenSet, SplitStats]:
         OSError: a file is missing, unreadable or not a regular file.
     """
     with _open(folder / MANIFEST) as file:
-        manifest = sealed_json.unseal(file.read(_MAX_MANIFEST_BYTES), most_values=len(COLUMNS) * MAX_BLOCKS)
+        manifest = sealed_json.unseal(file.read(_MAX_MANIFEST_BYTES), max_values=len(COLUMNS) * MAX_BLOCKS)
     if manifest.get("layout") != LAYOUT or manifest.get("key") != key:
         raise ValueError("it is the entry of another key")
     stats = SplitStats(**manifest["stats"])

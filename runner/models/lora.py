@@ -188,7 +188,7 @@ def _trained_with(where: str) -> str:
     path = Path(where)
     about = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
     try:
-        found = safe_json.parse(FileSystem().read_file(about, _LARGEST_CONFIG), most_values=_MOST_VALUES)
+        found = safe_json.parse(FileSystem().read_file(about, _LARGEST_CONFIG), max_values=_MOST_VALUES)
         lora = found["lora_parameters"]
         told = f"rank {lora['rank']}, num_layers {found['num_layers']}, keys {lora.get('keys')}"
     except (RunnerError, ValueError, KeyError, TypeError, AttributeError):

@@ -173,7 +173,7 @@ def _require_finite(data: bytes, where: Path) -> None:
 
 def _parse(data: bytes, where: Path) -> dict[str, Any]:
     try:
-        found = safe_json.parse(data, most_values=_MOST_VALUES)
+        found = safe_json.parse(data, max_values=_MOST_VALUES)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
     if not isinstance(found, dict):

@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> SweepManifest:
         if not line.endswith(b"\n"):
             break
         try:
-            _apply(manifest, safe_json.parse(line, most_values=_MAX_VALUES_PER_LINE))
+            _apply(manifest, safe_json.parse(line, max_values=_MAX_VALUES_PER_LINE))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}, line {number} cannot be understood: {shorten(repr(error))}.") from None
         manifest.size += len(line)

@@ -129,7 +129,7 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
     try:
         params = read_params(loaded)
         optimizer = parse_arrays(loaded.files[OPTIMIZER], source=f"{path}/{OPTIMIZER}")
-        data = safe_json.parse(loaded.files[STATE], most_values=_MAX_VALUES)
+        data = safe_json.parse(loaded.files[STATE], max_values=_MAX_VALUES)
         if data["schema"] != SCHEMA:
             raise CheckpointError(f"{path}/{STATE} has schema {quoted(data['schema'])}; this version reads {SCHEMA}.")
         progress = Progress.from_dict(data["progress"])

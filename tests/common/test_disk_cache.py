@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_with_its_reason(
     assert cache.evict(newest=KEYS[0]) == []
 
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("runner.common.filesystem._write", full)
     with pytest.raises(CacheWriteError, match=r"No space left on device"):

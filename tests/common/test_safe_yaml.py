@@ -73,7 +73,7 @@ def test_says_why_a_file_is_not_a_mapping(tmp_path: Path) -> None:
         b"- 1\n- 2\n": "settings",
         b"": "settings",
         b"a: \xff\xfe": "utf-8",
-        b"# " + b"x" * safe_yaml.LIMIT: "larger",
+        b"# " + b"x" * safe_yaml.MAX_BYTES: "larger",
     }
     for i, (data, reason) in enumerate(cases.items()):
         path = tmp_path / f"{i}.yaml"
@@ -84,5 +84,5 @@ def test_says_why_a_file_is_not_a_mapping(tmp_path: Path) -> None:
 
 def test_a_fifo_does_not_make_it_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match="regular file"):
+    with pytest.raises(OSError, match="regular file"):
         safe_yaml.read_mapping(tmp_path / "config.yaml")

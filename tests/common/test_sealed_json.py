@@ -23,7 +23,7 @@ VALUES = st.recursive(
 
 @given(record=st.dictionaries(st.text().filter(lambda key: key != "sha256"), VALUES, min_size=1, max_size=4))
 def test_a_record_comes_back_as_it_was(record):
-    assert unseal(seal(record), most_values=10_000) == record
+    assert unseal(seal(record), max_values=10_000) == record
 
 
 def test_a_sealed_record_is_readable_json_with_its_checksum_last():
@@ -33,7 +33,7 @@ def test_a_sealed_record_is_readable_json_with_its_checksum_last():
 @pytest.mark.parametrize("cut", range(0, len(seal(RECORD))))
 def test_a_cut_record_is_refused(cut):
     with pytest.raises(ValueError, match="cut short"):
-        unseal(seal(RECORD)[:cut], most_values=100)
+        unseal(seal(RECORD)[:cut], max_values=100)
 
 
 def test_a_flipped_bit_is_found_anywhere():
@@ -42,4 +42,4 @@ def test_a_flipped_bit_is_found_anywhere():
         flipped = bytearray(data)
         flipped[position] ^= 4
         with pytest.raises(ValueError):
-            unseal(bytes(flipped), most_values=100)
+            unseal(bytes(flipped), max_values=100)

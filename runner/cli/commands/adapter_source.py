@@ -101,7 +101,7 @@ def _read_result(run: Path, folder: Path) -> AdapterSource:
 
 def _parse_config(data: bytes, folder: Path) -> dict[str, Any]:
     try:
-        config = safe_json.parse(data, most_values=_MAX_CONFIG_VALUES)
+        config = safe_json.parse(data, max_values=_MAX_CONFIG_VALUES)
         if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""Instruments for tests of checkpoints: a tape of system calls that can stop or fail, and a power cut.
+"""Instruments for tests of storage: a tape of system calls that can stop or fail, and a simulated power cut.
 
-`Tape` stands in for ``os`` inside ``runner.common.filesystem``; `read_tape` reads what the preloaded library of
+`Tape` replaces ``os`` inside ``runner.common.filesystem``; `read_tape` reads what the preloaded library of
 tests/faults recorded of a whole program. `PowerCut` replays either on a model of a disk that keeps only what was
-synced, or anything between that and all of it, after LevelDB's fault_injection_test. Loaded by path.
+synced, or anything between that and all of it, after LevelDB's fault_injection_test.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import runner.common.filesystem as disk_module
+from runner.common import filesystem
 
 
 class Killed(BaseException):
-    """The process ended here."""
+    """Raised where the process is killed."""
 
 
 class Unsynced:
-    """``os`` without the waiting for the disk."""
+    """The module ``os``, with an fsync that returns at once."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -36,8 +36,10 @@ class Unsynced:
 class Tape(Unsynced):
     """Counts and records the system calls that change the disk.
 
-    `stop_at`: that call (from 0) and all later ones do nothing but raise `Killed`; a write is cut in half first.
-    `fail_at` with `error`: that call fails with this errno; with `for_good` all later ones as well.
+    Args:
+        stop_at: this call (from 0) and all later ones raise `Killed`; a write is cut in half first.
+        fail_at: this call fails with the errno `error`; with `for_good` all later ones too.
+        piece: the most bytes that one write writes.
     """
 
     def __init__(
@@ -57,11 +59,11 @@ class Tape(Unsynced):
         self._paths: dict[int, str] = {}
 
     def __enter__(self) -> Tape:
-        self._before, disk_module.os = disk_module.os, self
+        self._before, filesystem.os = filesystem.os, self
         return self
 
     def __exit__(self, *_: object) -> None:
-        disk_module.os = self._before
+        filesystem.os = self._before
 
     def _change(self, name: str) -> None:
         at = len(self.calls)
@@ -147,7 +149,7 @@ class _Folder:
 
 
 class PowerCut:
-    """A disk that holds `root` as it is now, all of it synced, and then what `apply` tells it."""
+    """A model of a disk that holds the present content of `root`, all of it synced, and then what `apply` does."""
 
     def __init__(self, root: Path) -> None:
         self._base = str(root)
@@ -195,34 +197,34 @@ class PowerCut:
         else:
             folder.do(lambda names: names.pop(name, None))
 
-    def leave(self, folder: Path, luck: random.Random | None = None) -> None:
-        """Write to `folder` what survives: only what was synced, with `luck` some of the rest."""
-        self._leave(self._root, folder, luck)
+    def leave(self, folder: Path, rng: random.Random | None = None) -> None:
+        """Write to `folder` what survives a power cut: what was synced, and with `rng` a random part of the rest."""
+        self._leave(self._root, folder, rng)
 
-    def _leave(self, node: _Folder, folder: Path, luck: random.Random | None) -> None:
+    def _leave(self, node: _Folder, folder: Path, rng: random.Random | None) -> None:
         folder.mkdir()
         names = dict(node.synced)
-        if luck:
-            share = luck.choice([0.5, 0.9, 1.0])
+        if rng:
+            share = rng.choice([0.5, 0.9, 1.0])
             for change in node.pending:
-                if luck.random() < share:
+                if rng.random() < share:
                     change(names)
         for name, child in names.items():
             if isinstance(child, _Folder):
-                self._leave(child, folder / name, luck)
-            elif luck and child.data != child.synced:
-                # What was synced and not written over since is safe.
+                self._leave(child, folder / name, rng)
+            elif rng and child.data != child.synced:
+                # What was synced and not overwritten since is safe.
                 pairs = enumerate(zip(child.data, child.synced, strict=False))
                 safe = next((i for i, (a, b) in pairs if a != b), min(len(child.data), len(child.synced)))
-                cut = luck.randint(safe, len(child.data))
+                cut = rng.randint(safe, len(child.data))
                 zeros = child.data[:safe] + bytes(len(child.data) - safe)
-                (folder / name).write_bytes(luck.choice([child.synced, child.data, child.data[:cut], zeros]))
+                (folder / name).write_bytes(rng.choice([child.synced, child.data, child.data[:cut], zeros]))
             else:
                 (folder / name).write_bytes(child.synced)
 
 
 def read_tape(file: Path) -> list[tuple[Any, ...]]:
-    """The events that shim.c recorded: a line "call, path, other path, offset, size", then that many bytes."""
+    """Return the events that shim.c recorded: a line "call, path, other path, offset, size" each, then its bytes."""
     events: list[tuple[Any, ...]] = []
     with file.open("rb") as tape:
         while line := tape.readline():

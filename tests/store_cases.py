@@ -1,4 +1,4 @@
-"""What can be cut off in a store of checkpoints, and what must hold after it. Loaded by path."""
+"""Actions of a checkpoint store that a kill or a power cut interrupts, and what required hold afterwards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def commit_and_rotate(store: CheckpointStore) -> None:
     store.rotate({300, 400})
 
 
-# What is there before, what happens, what may be loaded if it is cut off, what must be loaded if it is not.
+# Steps saved before; the action; the marks that may load if it is interrupted; the mark that has to load if it is not.
 CASES: dict[str, tuple[list[int], Callable[[CheckpointStore], None], set[str | None], str]] = {
     "the first save": ([], first, {None, "new"}, "new"),
     "a further save": ([100], further, {"old 100", "new"}, "new"),
@@ -43,8 +43,8 @@ CASES: dict[str, tuple[list[int], Callable[[CheckpointStore], None], set[str | N
     "a rotation": ([100, 200, 300], rotate, {"old 300"}, "old 300"),
     "a save and a rotation": ([100, 200, 300], commit_and_rotate, {"old 300", "new"}, "new"),
 }
-# Besides the newest, rotation must leave these alone at every moment.
-KEPT = {"a rotation": 100, "a save and a rotation": 300}
+# Checkpoints that rotation required not touch at any moment, besides the newest.
+UNTOUCHED = {"a rotation": 100, "a save and a rotation": 300}
 
 
 def prepare(folder: Path, steps: list[int]) -> CheckpointStore:
@@ -57,15 +57,15 @@ def prepare(folder: Path, steps: list[int]) -> CheckpointStore:
 
 
 def check(store: CheckpointStore, case: str, *, completed: bool) -> None:
-    """The promise: after a repair the old or the new one loads, whole, and nothing is left over."""
-    _, _, may, must = CASES[case]
+    """Check that after a repair the old or the new checkpoint loads, whole, and nothing is left over."""
+    _, _, allowed, required = CASES[case]
     store.repair()
-    loaded, wrong = store.newest_valid()
+    loaded, problems = store.newest_valid()
     mark = loaded and loaded.files["train_state.json"].decode()
-    assert mark in ({must} if completed else may)
-    assert wrong == []
+    assert mark in ({required} if completed else allowed)
+    assert problems == []
     assert mark is None or loaded.files == files(mark)
-    if case in KEPT:
-        kept = store.load(store.folder / f"step-{KEPT[case]:07d}")
-        assert kept.files == files(f"old {KEPT[case]}")
+    if case in UNTOUCHED:
+        untouched = store.load(store.folder / f"step-{UNTOUCHED[case]:07d}")
+        assert untouched.files == files(f"old {UNTOUCHED[case]}")
     assert [name for name in os.listdir(store.folder) if not name.startswith("step-")] == []

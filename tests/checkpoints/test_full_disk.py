@@ -64,7 +64,7 @@ print(loaded.checkpoint.step, wrong)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs in a namespace of its own")
 @pytest.mark.parametrize("blind", ["", "blind"], ids=["asked before", "found while writing"])
-def test_a_full_disk_is_a_storage_error_at_each_file_and_the_old_one_stays(tmp_path: Path, blind: str) -> None:
+def test_a_full_disk_is_a_storage_error_at_each_file_and_the_old_checkpoint_stays(tmp_path: Path, blind: str) -> None:
     program = """
 for room in (0, 100_000, 300_000, 500_000, 700_000):
     (folder / "filler").write_bytes(b"")

@@ -59,7 +59,7 @@ def whole(shared, tiny, train) -> Path:
     return shared / "run" if (shared / "run").exists() else train(tiny(**HARD), shared / "run")
 
 
-def test_what_matters_is_mirrored_byte_for_byte_and_no_more(tiny, train, tmp_path, medium):
+def test_the_selected_checkpoints_and_files_are_mirrored_byte_for_byte_and_no_others(tiny, train, tmp_path, medium):
     run = train(tiny(**HARD, **{"checkpoint.backup": str(medium)}), tmp_path / "run")
     mirror = only(medium)
     best = json.loads((run / "status.json").read_text())["best"]["step"]
@@ -73,12 +73,12 @@ def test_what_matters_is_mirrored_byte_for_byte_and_no_more(tiny, train, tmp_pat
     assert json.loads((mirror / "backup.json").read_text())["run"] == str(run)
 
 
-def test_the_backup_changes_nothing_of_the_run(tiny, train, tmp_path, medium, whole, assert_equal_runs):
+def test_a_backup_does_not_change_the_run(tiny, train, tmp_path, medium, whole, assert_equal_runs):
     assert_equal_runs(whole, train(tiny(**HARD, **{"checkpoint.backup": str(medium)}), tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_a_run_whose_directory_is_gone_goes_on_from_its_backup_equal(cli, medium, assert_equal_runs, tmp_path):
+def test_a_run_whose_directory_is_lost_resumes_from_its_backup_equal(cli, medium, assert_equal_runs, tmp_path):
     words = ["model=tiny", "data=tiny", "schedule=cosine", "lora.dropout=0.2", "train.iters=20", "train.eval_every=5"]
     words += ["checkpoint.every=3", "checkpoint.keep_every=9"]
     cli(*words, "hydra.run.dir=whole")
@@ -103,7 +103,7 @@ def test_a_run_whose_directory_is_gone_goes_on_from_its_backup_equal(cli, medium
     assert_equal_runs(cli.folder / "whole", next((cli.folder / "outputs").glob("*/*")))
 
 
-def test_a_missing_medium_warns_once_stops_nothing_and_is_caught_up(tiny, train, tmp_path, whole, assert_equal_runs):
+def test_a_missing_backup_disk_warns_once_and_the_backup_catches_up(tiny, train, tmp_path, whole, assert_equal_runs):
     medium = tmp_path / "stick"
     settings = HARD | {"checkpoint.backup": str(medium)}
     run = train(tiny(**settings), tmp_path / "run", stop_at=11)
@@ -117,9 +117,7 @@ def test_a_missing_medium_warns_once_stops_nothing_and_is_caught_up(tiny, train,
     assert_equal_runs(whole, run)
 
 
-def test_a_finished_run_whose_medium_was_missing_is_mirrored_by_a_resume_that_trains_nothing(
-    tiny, train, tmp_path, capsys
-):
+def test_a_resume_of_a_finished_run_completes_its_backup_without_training(tiny, train, tmp_path, capsys):
     medium = tmp_path / "stick"
     settings = tiny(**HARD, **{"checkpoint.backup": str(medium)})
     run = train(settings, tmp_path / "run")
@@ -132,7 +130,7 @@ def test_a_finished_run_whose_medium_was_missing_is_mirrored_by_a_resume_that_tr
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_medium_that_comes_back_while_the_run_is_at_work_is_caught_up_then(tmp_path):
+def test_the_backup_catches_up_when_its_disk_returns_during_the_run(tmp_path):
     run, medium = tmp_path / "run", tmp_path / "stick"
     run.mkdir()
     store = CheckpointStore(run / "checkpoints", "0123456789abcdef")
@@ -159,7 +157,7 @@ def wait_until(true, seconds: float = 10.0) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs in a namespace of its own")
-def test_a_full_medium_warns_and_stops_nothing(cli, medium, assert_equal_runs):
+def test_a_full_backup_disk_warns_and_training_continues(cli, medium, assert_equal_runs):
     words = ["model=tiny", "data=tiny", "train.iters=20", "train.eval_every=5", "checkpoint.every=3"]
     cli(*words, "hydra.run.dir=whole")
     command = [
@@ -174,7 +172,7 @@ def test_a_full_medium_warns_and_stops_nothing(cli, medium, assert_equal_runs):
     assert_equal_runs(cli.folder / "whole", cli.folder / "run")
 
 
-def test_a_mirror_that_is_damaged_is_written_anew(tiny, train, tmp_path, medium):
+def test_a_damaged_checkpoint_in_a_backup_is_replaced(tiny, train, tmp_path, medium):
     settings = HARD | {"checkpoint.backup": str(medium)}
     run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     damaged = only(medium) / "checkpoints/step-0000009/optimizer.safetensors"
@@ -214,7 +212,9 @@ def test_a_backup_that_a_run_is_writing_is_not_restored(tiny, train, tmp_path, m
     holder.unlock()
 
 
-def test_where_every_checkpoint_of_the_run_is_damaged_its_backup_is_named(tiny, train, tmp_path, medium):
+def test_a_run_without_a_valid_checkpoint_is_refused_with_the_command_to_resume_its_backup(
+    tiny, train, tmp_path, medium
+):
     settings = HARD | {"checkpoint.backup": str(medium)}
     run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     for path in (run / "checkpoints").glob("step-*/train_state.json"):
@@ -223,13 +223,13 @@ def test_where_every_checkpoint_of_the_run_is_damaged_its_backup_is_named(tiny, 
         train(tiny(**settings), run, resume=run)
 
 
-def test_a_backup_with_other_contents_than_ours_is_refused(tmp_path):
+def test_a_backup_of_an_unknown_schema_is_refused(tmp_path):
     (tmp_path / "backup.json").write_text('{"schema": 2, "run_id": "x"}')
     with pytest.raises(ConfigError, match=r"backup.json cannot be understood: schema 2"):
         backup.restore(tmp_path, RunDirectory(tmp_path / "again"))
 
 
-def test_the_run_itself_cannot_be_its_own_backup(tmp_path):
+def test_a_run_cannot_be_its_own_backup(tmp_path):
     run = tmp_path / "a-run-01234567"
     run.mkdir()
     store = CheckpointStore(run / "checkpoints", "0123456789abcdef")
@@ -240,7 +240,7 @@ def test_the_run_itself_cannot_be_its_own_backup(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("what nobody thought of")], ids=repr)
-def test_a_medium_that_fails_in_any_way_is_told_and_nobody_waits_for_it(tmp_path, error):
+def test_any_failure_of_the_backup_disk_is_reported_and_the_run_does_not_wait(tmp_path, error):
     class Failing(FileSystem):
         def mkdir(self, folder: Path) -> None:
             raise error
@@ -257,7 +257,7 @@ def test_a_medium_that_fails_in_any_way_is_told_and_nobody_waits_for_it(tmp_path
     assert str(error.args[-1]) in str(mirror.problem)
 
 
-def test_what_a_killed_writer_left_in_a_backup_is_cleared(tmp_path):
+def test_drafts_of_a_killed_process_are_removed_from_a_backup(tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl", "backup.json", "config.yaml", "status.json"):
         (tmp_path / f".{name}.0123abcd.tmp").write_text("half")
     RunDirectory(tmp_path).lock()

@@ -73,7 +73,7 @@ def test_the_policy_retains_these_steps_for_these_reasons(
 
 
 @pytest.mark.parametrize("wrong", [(-1, 0, None), (0, -1, None), (0, 0, 0), (0, 0, -5)])
-def test_a_policy_of_negative_numbers_is_refused(wrong: tuple) -> None:
+def test_a_policy_with_negative_numbers_is_refused(wrong: tuple) -> None:
     with pytest.raises(ValueError, match="or more"):
         RetentionPolicy(*wrong)
 
@@ -113,7 +113,7 @@ _MORE = st.fixed_dictionaries({"source": st.none() | st.integers(1, 60)})
 
 
 @given(_SAVED, _POLICY, _MORE)
-def test_only_saved_steps_stay_each_with_a_reason_and_the_newest_among_them(saved, policy, more) -> None:
+def test_only_saved_steps_are_retained_each_with_a_reason_and_always_the_newest(saved, policy, more) -> None:
     stays = select_retained(saved, policy, **more)
     steps = {one.step for one in saved}
     assert stays.keys() <= steps
@@ -123,7 +123,7 @@ def test_only_saved_steps_stay_each_with_a_reason_and_the_newest_among_them(save
 
 
 @given(_SAVED, _POLICY, _MORE)
-def test_no_more_stay_for_a_reason_than_the_policy_says(saved, policy, more) -> None:
+def test_no_more_steps_are_retained_for_a_reason_than_the_policy_says(saved, policy, more) -> None:
     reasons = [reason for why in select_retained(saved, policy, **more).values() for reason in why]
     finite = sum(one.metric is not None and math.isfinite(one.metric) for one in saved)
     assert reasons.count(RetentionReason.LAST) == min(policy.keep_last, sum(one.scheduled for one in saved))
@@ -131,7 +131,7 @@ def test_no_more_stay_for_a_reason_than_the_policy_says(saved, policy, more) -> 
 
 
 @given(_SAVED, _POLICY, _MORE)
-def test_nothing_better_goes_while_a_best_stays(saved, policy, more) -> None:
+def test_no_removed_step_is_better_than_a_step_retained_as_best(saved, policy, more) -> None:
     stays = select_retained(saved, policy, **more)
     best = [one.metric for one in saved if RetentionReason.BEST in stays.get(one.step, [])]
     gone = [one.metric for one in saved if one.step not in stays and one.metric is not None]
@@ -155,7 +155,7 @@ def test_the_order_of_the_list_does_not_matter(both, policy, more) -> None:
 
 
 @given(_SAVED, _POLICY, _MORE)
-def test_what_stayed_stays_when_asked_again(saved, policy, more) -> None:
+def test_the_retained_steps_are_retained_when_asked_again(saved, policy, more) -> None:
     stays = select_retained(saved, policy, **more)
     left = [one for one in saved if one.step in stays]
     assert select_retained(left, policy, **more) == stays

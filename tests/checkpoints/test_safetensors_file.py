@@ -31,7 +31,7 @@ def _packed(metadata: dict[str, str] | None = None) -> bytes:
     return pack({name: Tensor.of(array) for name, array in ARRAYS.items()}, metadata)
 
 
-def test_what_is_packed_comes_back() -> None:
+def test_packed_tensors_are_unpacked_unchanged() -> None:
     found, metadata = unpack(_packed({"format": "mlx", "é": "\u4e2d"}), where="here")
     assert metadata == {"format": "mlx", "é": "\u4e2d"}
     assert found.keys() == ARRAYS.keys()
@@ -41,21 +41,21 @@ def test_what_is_packed_comes_back() -> None:
         assert found[name].array().shape == array.shape
 
 
-def test_the_formats_own_reader_reads_what_is_packed() -> None:
+def test_the_library_reads_what_is_packed() -> None:
     found = reference_load(_packed({"format": "mlx"}))
     assert found.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_what_the_formats_own_writer_writes_is_read() -> None:
+def test_what_the_library_writes_is_read() -> None:
     found, metadata = unpack(reference_save(dict(ARRAYS), metadata={"format": "np"}), where="here")
     assert metadata == {"format": "np"}
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name].array(), array)
 
 
-def test_mlx_reads_what_is_packed_and_is_read(tmp_path: Path) -> None:
+def test_mlx_reads_what_is_packed_and_what_mlx_writes_is_read(tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")
     bits = np.array([0x3F80, 0xC000, 0x0001], dtype=np.uint16)
     ours = {name: Tensor.of(array) for name, array in ARRAYS.items() if name != "naïve/\u4e2d"}
@@ -94,7 +94,7 @@ def test_big_endian_and_strided_arrays_are_stored_in_order() -> None:
     np.testing.assert_array_equal(found["a"].array(), array)
 
 
-def test_tensors_are_views_that_cannot_be_written_to() -> None:
+def test_unpacked_tensors_are_read_only_views() -> None:
     data = bytearray(_packed())
     found, _ = unpack(data, where="here")
     with pytest.raises(ValueError, match="read-only"):
@@ -103,7 +103,7 @@ def test_tensors_are_views_that_cannot_be_written_to() -> None:
         found["bytes"].data[0] = 1  # type: ignore[index]
 
 
-def test_an_array_that_the_format_lacks_is_refused() -> None:
+def test_an_array_of_a_type_that_safetensors_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be stored"):
         Tensor.of(np.array(["text"]))
     with pytest.raises(ValueError, match="cannot be stored as BF16"):
@@ -142,7 +142,7 @@ def test_finiteness_of_types_that_numpy_has() -> None:
         ({"__metadata__": Tensor("U8", (2,), b"12")}, "cannot be named"),
     ],
 )
-def test_what_would_not_be_read_is_not_packed(made: dict[str, Tensor], said: str) -> None:
+def test_tensors_that_could_not_be_read_back_are_not_packed(made: dict[str, Tensor], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         pack(made)
 
@@ -176,11 +176,11 @@ def test_a_header_is_read_from_a_regular_file_or_a_link_to_one_only(tmp_path: Pa
     st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
 )
 @settings(deadline=None)
-def test_any_tensors_come_back_and_pass_the_second_opinion(made: dict, metadata: dict[str, str]) -> None:
+def test_any_tensors_are_unpacked_unchanged_and_read_by_the_library(made: dict, metadata: dict[str, str]) -> None:
     packed = {}
-    for name, (dtype, shape, luck) in made.items():
+    for name, (dtype, shape, rng) in made.items():
         items = int(np.prod(shape, dtype=int))
-        data = bytes(items) if dtype == "BOOL" else luck.randbytes(items * ITEM_BYTES[dtype])
+        data = bytes(items) if dtype == "BOOL" else rng.randbytes(items * ITEM_BYTES[dtype])
         packed[name] = Tensor(dtype, tuple(shape), data)
     whole = pack(packed, metadata)
     found, told = unpack(whole, where="here")

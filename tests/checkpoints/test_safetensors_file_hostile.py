@@ -108,7 +108,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_with_where_and_why(name: str, tmp_path: Path) -> None:
+def test_a_hostile_file_is_refused_with_its_path_and_the_reason(name: str, tmp_path: Path) -> None:
     data, said = HOSTILE[name]
     (tmp_path / "a.safetensors").write_bytes(data)
     tracemalloc.start()
@@ -165,13 +165,13 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_random_damage_never_raises_anything_but_a_checkpoint_error() -> None:
-    luck, whole = random.Random(0), _packed({"format": "mlx"})
+    rng, whole = random.Random(0), _packed({"format": "mlx"})
     for _ in range(1500):
         data = bytearray(whole)
-        for _ in range(luck.randint(1, 6)):
-            at = luck.randrange(len(data))
-            data[at : at + luck.randint(0, 3)] = luck.choice(
-                [b"", b"[", b"}", b'"', b"9", b"-", bytes([luck.randrange(256)])]
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 3)] = rng.choice(
+                [b"", b"[", b"}", b'"', b"9", b"-", bytes([rng.randrange(256)])]
             )
         _refuses_or_reads(bytes(data))
 

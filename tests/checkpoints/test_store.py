@@ -86,7 +86,7 @@ def test_a_metric_that_is_not_finite_stays_not_finite(store: CheckpointStore) ->
     assert found["fine"] == 2.0
 
 
-def test_there_never_was_a_checkpoint_and_none_can_be_used_are_told_apart(store: CheckpointStore) -> None:
+def test_no_checkpoint_and_no_valid_checkpoint_are_distinguished(store: CheckpointStore) -> None:
     assert store.newest_valid() == (None, [])
     assert store.checkpoints() == []
     assert store.repair() == []
@@ -260,7 +260,7 @@ def test_leftovers_that_are_links_are_removed_themselves(store: CheckpointStore,
     assert sorted(os.listdir(store.folder)) == [".old-step-0000200-00000000", "step-0000100"]
 
 
-def test_names_that_only_resemble_a_checkpoints_are_left_alone(store: CheckpointStore) -> None:
+def test_names_that_only_resemble_those_of_checkpoints_are_ignored(store: CheckpointStore) -> None:
     store.commit(100, FILES)
     others = [
         "step-1",
@@ -287,7 +287,7 @@ def test_rotation_removes_all_but_those_to_keep(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("damage", ["manifest.json", "adapters.safetensors"])
-def test_the_newest_valid_one_stays_whatever_the_caller_says(store: CheckpointStore, damage: str) -> None:
+def test_the_newest_valid_checkpoint_stays_whatever_the_caller_says(store: CheckpointStore, damage: str) -> None:
     for step in (100, 200, 300):
         store.commit(step, _files(str(step)))
     file = store.folder / "step-0000300" / damage
@@ -300,7 +300,7 @@ def test_the_newest_valid_one_stays_whatever_the_caller_says(store: CheckpointSt
     assert not (store.folder / "step-0000100").exists()
 
 
-def test_where_none_is_valid_rotation_removes_nothing(store: CheckpointStore) -> None:
+def test_rotation_removes_nothing_if_no_checkpoint_is_valid(store: CheckpointStore) -> None:
     for step in (100, 200):
         (store.commit(step, FILES).path / "adapters.safetensors").write_bytes(b"")
     assert store.rotate(set()) == []

@@ -18,7 +18,9 @@ from runner.common.filesystem import FileSystem
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_after_a_kill_at_any_system_call_the_old_or_the_new_one_loads(tmp_path: Path, tape, killed, case: str) -> None:
+def test_after_a_kill_at_any_system_call_the_old_or_the_new_checkpoint_loads(
+    tmp_path: Path, tape, killed, case: str
+) -> None:
     steps, act, _, _ = CASES[case]
     for at in range(1000):
         store = prepare(tmp_path / f"{at}", steps)
@@ -31,7 +33,9 @@ def test_after_a_kill_at_any_system_call_the_old_or_the_new_one_loads(tmp_path: 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_after_a_kill_at_any_call_of_the_disk_the_old_or_the_new_one_loads(tmp_path: Path, killed, case: str) -> None:
+def test_after_a_kill_at_any_file_system_operation_the_old_or_the_new_checkpoint_loads(
+    tmp_path: Path, killed, case: str
+) -> None:
     steps, act, _, _ = CASES[case]
     for at in range(1000):
         store = prepare(tmp_path / f"{at}", steps)
@@ -64,7 +68,7 @@ class _MortalDisk(FileSystem):
 
 
 @pytest.mark.parametrize("case", ["a save in place of one", "a save and a rotation"])
-def test_a_repair_that_is_killed_is_repaired_by_the_next(tmp_path: Path, tape, killed, case: str) -> None:
+def test_a_killed_repair_is_completed_by_the_next(tmp_path: Path, tape, killed, case: str) -> None:
     steps, act, _, _ = CASES[case]
     store = prepare(tmp_path / "whole", steps)
     with tape() as calls:
@@ -87,7 +91,7 @@ def test_a_repair_that_is_killed_is_repaired_by_the_next(tmp_path: Path, tape, k
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_after_a_power_cut_at_any_moment_the_old_or_the_new_one_loads(
+def test_after_a_power_cut_at_any_moment_the_old_or_the_new_checkpoint_loads(
     tmp_path: Path, tape, power_cut, case: str
 ) -> None:
     steps, act, _, _ = CASES[case]
@@ -95,20 +99,22 @@ def test_after_a_power_cut_at_any_moment_the_old_or_the_new_one_loads(
     disk = power_cut(store.folder.parent)
     with tape(piece=150) as calls:
         act(store)
-    luck = random.Random(case)
+    rng = random.Random(case)
     for moment in range(len(calls.events) + 1):
         for attempt in range(5):
             after = tmp_path / f"{moment}-{attempt}"
-            disk.leave(after, luck if attempt else None)
+            disk.leave(after, rng if attempt else None)
             completed = moment == len(calls.events)
             check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=completed)
         if not completed:
             disk.apply(calls.events[moment])
 
 
-def test_after_a_kill_and_then_a_power_cut_inside_the_repair_one_loads(tmp_path: Path, tape, killed, power_cut) -> None:
+def test_after_a_kill_and_a_power_cut_inside_the_repair_a_checkpoint_loads(
+    tmp_path: Path, tape, killed, power_cut
+) -> None:
     """What a killed process renamed is not on the disk yet when the next one begins to repair."""
-    case, luck, cuts = "a save in place of one", random.Random(0), 0
+    case, rng, cuts = "a save in place of one", random.Random(0), 0
     steps, act, _, _ = CASES[case]
     for at in range(1000):
         store = prepare(tmp_path / f"{at}", steps)
@@ -124,7 +130,7 @@ def test_after_a_kill_and_then_a_power_cut_inside_the_repair_one_loads(tmp_path:
         for moment in range(len(repair.events) + 1):
             for attempt in range(3):
                 after = tmp_path / f"{at}-{moment}-{attempt}"
-                disk.leave(after, luck if attempt else None)
+                disk.leave(after, rng if attempt else None)
                 check(CheckpointStore(after / "checkpoints", "run-1"), case, completed=False)
                 cuts += 1
             if moment < len(repair.events):
@@ -136,7 +142,7 @@ def test_after_a_kill_and_then_a_power_cut_inside_the_repair_one_loads(tmp_path:
     ("error", "for_good"), [(errno.EIO, False), (errno.ENOSPC, True)], ids=["EIO once", "ENOSPC for good"]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_a_failing_call_is_a_storage_error_and_costs_no_checkpoint(
+def test_a_failing_call_is_a_storage_error_and_loses_no_checkpoint(
     tmp_path: Path, tape, case: str, error: int, for_good: bool
 ) -> None:
     steps, act, _, _ = CASES[case]
@@ -158,7 +164,7 @@ def test_a_failing_call_is_a_storage_error_and_costs_no_checkpoint(
     assert at > 5
 
 
-def test_a_failed_save_leaves_its_room_free_again(tmp_path: Path, tape) -> None:
+def test_a_failed_save_frees_its_space(tmp_path: Path, tape) -> None:
     store = prepare(tmp_path / "run", [100])
     with (
         tape(fail_at=4, error=errno.ENOSPC),
@@ -183,7 +189,7 @@ def test_a_replacement_that_fails_at_its_rename_is_undone_at_once(tmp_path: Path
     assert os.listdir(store.folder) == ["step-0000100"]
 
 
-def test_what_a_failing_disk_left_is_cleared_by_the_next_save(tmp_path: Path, tape) -> None:
+def test_leftovers_of_a_failing_disk_are_removed_by_the_next_save(tmp_path: Path, tape) -> None:
     store = prepare(tmp_path / "run", [100])
     with tape(fail_at=4, error=errno.EIO, for_good=True), pytest.raises(StorageError):
         store.commit(200, files("new"))
@@ -192,7 +198,7 @@ def test_what_a_failing_disk_left_is_cleared_by_the_next_save(tmp_path: Path, ta
     assert sorted(os.listdir(store.folder)) == ["step-0000100", "step-0000300"]
 
 
-def test_what_repair_did_is_told_and_a_second_time_there_is_nothing_to_do(tmp_path: Path) -> None:
+def test_repair_reports_what_it_did_and_does_nothing_the_second_time(tmp_path: Path) -> None:
     store = prepare(tmp_path / "run", [100, 200])
     (store.folder / "step-0000200").rename(store.folder / ".old-step-0000200-0123abcd")
     (store.folder / ".tmp-step-0000300-0123abcd").mkdir()
@@ -207,7 +213,7 @@ def test_what_repair_did_is_told_and_a_second_time_there_is_nothing_to_do(tmp_pa
     assert store.newest_valid()[0].checkpoint.step == 200
 
 
-def test_a_replacement_that_was_damaged_gives_way_to_what_it_replaced(tmp_path: Path) -> None:
+def test_a_damaged_replacement_is_replaced_by_the_checkpoint_that_it_replaced(tmp_path: Path) -> None:
     store = prepare(tmp_path / "run", [100])
     shutil.copytree(store.folder / "step-0000100", store.folder / ".old-step-0000100-0123abcd")
     (store.folder / "step-0000100" / "train_state.json").write_bytes(b"old 1OO")

@@ -43,14 +43,14 @@ def _reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "manifest.json").write_bytes(sealed_json.seal(record))
 
 
-def test_any_flipped_bit_of_any_file_is_found_and_the_one_before_is_used(store: CheckpointStore) -> None:
+def test_any_flipped_bit_of_any_file_is_detected_and_the_previous_checkpoint_is_used(store: CheckpointStore) -> None:
     store.commit(100, _files("old"))
     path = store.commit(200, _files("new"), reasons=[SaveReason.BEST], metrics={"valid_loss": 1.5}).path
-    luck = random.Random(0)
+    rng = random.Random(0)
     for name in [*FILES, "manifest.json"]:
         whole = (path / name).read_bytes()
         bits = list(range(len(whole) * 8))
-        for bit in bits if len(bits) <= 200 else luck.sample(bits, 200):
+        for bit in bits if len(bits) <= 200 else rng.sample(bits, 200):
             data = bytearray(whole)
             data[bit // 8] ^= 1 << bit % 8
             (path / name).write_bytes(data)
@@ -64,7 +64,7 @@ def test_any_flipped_bit_of_any_file_is_found_and_the_one_before_is_used(store: 
     assert _mark(store.newest_valid()[0]) == "new"
 
 
-def test_any_flipped_bit_of_a_manifest_is_found() -> None:
+def test_any_flipped_bit_of_a_manifest_is_detected() -> None:
     files = {"a": manifest.FileRecord(5, "0" * 64)}
     whole = manifest.write(manifest.CheckpointManifest("run-1", 100, "2026", ("best",), {"valid_loss": 1.5}, files))
     assert manifest.read(whole).step == 100
@@ -75,7 +75,7 @@ def test_any_flipped_bit_of_a_manifest_is_found() -> None:
             manifest.read(bytes(data))
 
 
-def test_any_truncation_or_growth_of_any_file_is_found(store: CheckpointStore) -> None:
+def test_any_truncation_or_growth_of_any_file_is_detected(store: CheckpointStore) -> None:
     store.commit(100, _files("old"))
     path = store.commit(200, _files("new")).path
     for name in [*FILES, "manifest.json"]:
@@ -106,9 +106,7 @@ def test_files_that_the_manifest_does_not_list_are_ignored(store: CheckpointStor
     assert store.load(path).files == FILES
 
 
-def test_a_copy_under_another_name_loads_and_under_another_step_does_not(
-    store: CheckpointStore, tmp_path: Path
-) -> None:
+def test_a_copy_loads_under_any_name_but_that_of_another_step(store: CheckpointStore, tmp_path: Path) -> None:
     path = store.commit(100, FILES).path
     shutil.copytree(path, tmp_path / "kept")
     assert store.load(tmp_path / "kept").files == FILES
@@ -119,7 +117,7 @@ def test_a_copy_under_another_name_loads_and_under_another_step_does_not(
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "sub/a", "a\0b", "", "\ud800"])
-def test_a_manifest_that_names_a_file_elsewhere_is_refused(store: CheckpointStore, name: str) -> None:
+def test_a_manifest_that_names_a_file_outside_the_checkpoint_is_refused(store: CheckpointStore, name: str) -> None:
     path = store.commit(100, FILES).path
     secret = store.folder / "secret"
     secret.write_bytes(b"secret")
@@ -165,7 +163,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(store: CheckpointStor
         ),
     ],
 )
-def test_a_manifest_of_another_shape_is_refused(store: CheckpointStore, change: Callable, said: str) -> None:
+def test_a_manifest_with_wrong_members_is_refused(store: CheckpointStore, change: Callable, said: str) -> None:
     path = store.commit(100, FILES).path
     _reseal(path, change)
     with pytest.raises(CheckpointError) as caught:
@@ -179,7 +177,7 @@ def test_a_manifest_of_another_shape_is_refused(store: CheckpointStore, change: 
     [b"", b"{}", b"[" * 100_000, b"\xff" * 100, b"null", b"\0" * 5000, b" " * ((1 << 20) + 1)],
     ids=["empty", "bare", "deep", "binary", "null", "zeros", "large"],
 )
-def test_what_is_no_manifest_is_refused(store: CheckpointStore, data: bytes) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused(store: CheckpointStore, data: bytes) -> None:
     path = store.commit(100, FILES).path
     (path / "manifest.json").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -187,7 +185,7 @@ def test_what_is_no_manifest_is_refused(store: CheckpointStore, data: bytes) -> 
     assert store.checkpoints() == []
 
 
-def test_a_sealed_manifest_with_a_key_twice_is_refused() -> None:
+def test_a_sealed_manifest_with_a_duplicate_key_is_refused() -> None:
     body = b'{"schema": 1, "schema": 1' + b',\n "sha256": "'
     with pytest.raises(ValueError, match="'schema' appears twice"):
         manifest.read(body + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n')

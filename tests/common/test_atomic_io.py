@@ -54,11 +54,11 @@ def test_after_a_power_cut_a_file_holds_the_old_or_the_new_content(
     disk = power_cut(folder)
     with tape(piece=4) as calls:
         write_atomically(target, "new content", durable=durable)
-    luck = random.Random(0)
+    rng = random.Random(0)
     for moment in range(len(calls.events) + 1):
         for attempt in range(5):
             after = tmp_path / f"{moment}-{attempt}"
-            disk.leave(after, luck if attempt else None)
+            disk.leave(after, rng if attempt else None)
             content = (after / "status.json").read_text()
             assert content in ("old content", "new content")
         if moment < len(calls.events):

@@ -56,7 +56,7 @@ def test_each_failure_of_a_write_names_path_and_reason(folder: Path, tape, call:
         assert "needs 2.0 kB, has " in said
 
 
-def test_no_handle_stays_open_after_a_failure(folder: Path, tape) -> None:
+def test_no_file_descriptor_stays_open_after_a_failure(folder: Path, tape) -> None:
     (folder / "sub").mkdir()
     lowest = os.dup(0)
     os.close(lowest)
@@ -88,7 +88,7 @@ def test_a_file_is_read_up_to_its_limit(folder: Path) -> None:
         (lambda path: path.symlink_to(path), "symbolic link"),
     ],
 )
-def test_what_is_not_a_regular_file_is_not_read(folder: Path, make: Callable[[Path], None], said: str) -> None:
+def test_only_regular_files_are_read(folder: Path, make: Callable[[Path], None], said: str) -> None:
     make(folder / "a")
     for read in (lambda path: FileSystem().read_file(path, 100), FileSystem().sha256):
         with pytest.raises(CheckpointError, match=said):
@@ -99,7 +99,9 @@ def test_what_is_not_a_regular_file_is_not_read(folder: Path, make: Callable[[Pa
     ("error", "kind"),
     [(errno.EIO, CheckpointError), (errno.EBADMSG, CheckpointError), (errno.EMFILE, StorageError)],
 )
-def test_a_bad_sector_is_damage_and_a_lack_of_handles_is_not(folder: Path, tape, error: int, kind: type) -> None:
+def test_a_bad_sector_is_damage_and_a_lack_of_file_descriptors_is_not(
+    folder: Path, tape, error: int, kind: type
+) -> None:
     (folder / "a").write_bytes(b"x")
 
     class Bad(tape):
@@ -110,7 +112,7 @@ def test_a_bad_sector_is_damage_and_a_lack_of_handles_is_not(folder: Path, tape,
         FileSystem().read_file(folder / "a", 1)
 
 
-def test_removing_a_tree_leaves_what_its_links_point_to(folder: Path) -> None:
+def test_removing_a_tree_does_not_touch_the_targets_of_its_links(folder: Path) -> None:
     outside = folder / "outside"
     (outside / "deep").mkdir(parents=True)
     (outside / "deep" / "file").write_bytes(b"mine")
@@ -128,7 +130,7 @@ def test_removing_a_tree_leaves_what_its_links_point_to(folder: Path) -> None:
     assert (outside / "deep" / "file").read_bytes() == b"mine"
 
 
-def test_a_tree_too_deep_to_remove_is_at_worst_a_sentence(folder: Path) -> None:
+def test_a_tree_too_deep_to_remove_is_removed_or_a_storage_error(folder: Path) -> None:
     (folder / "/".join(["d"] * 150)).mkdir(parents=True)
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 120)
@@ -155,7 +157,7 @@ def test_a_file_system_without_folder_sync_is_fine_and_a_failing_one_is_not(
 
 
 @pytest.mark.parametrize(("error", "calls"), [(0, []), (errno.ENOTSUP, ["fsync"]), (errno.EIO, [])])
-def test_a_mac_is_asked_to_empty_the_drives_own_cache(
+def test_on_a_mac_the_cache_of_the_drive_is_flushed(
     folder: Path, tape, monkeypatch: pytest.MonkeyPatch, error: int, calls: list[str]
 ) -> None:
     asked = []
@@ -177,7 +179,7 @@ def test_a_mac_is_asked_to_empty_the_drives_own_cache(
     assert used.calls == ["create", "write", *calls]
 
 
-def test_look_tells_kinds_apart_without_following(folder: Path) -> None:
+def test_lstat_distinguishes_kinds_without_following_links(folder: Path) -> None:
     (folder / "file").write_bytes(b"123")
     (folder / "link").symlink_to(folder / "file")
     os.mkfifo(folder / "fifo")
@@ -193,7 +195,7 @@ def test_look_tells_kinds_apart_without_following(folder: Path) -> None:
     assert FileSystem().lstat(folder).kind == "folder"
 
 
-def test_sizes_read_like_sizes() -> None:
+def test_sizes_are_formatted_with_units() -> None:
     assert [format_bytes(size) for size in (0, 999, 1000, 16_300_000, 2 * 10**15)] == [
         "0 bytes",
         "999 bytes",
@@ -203,7 +205,7 @@ def test_sizes_read_like_sizes() -> None:
     ]
 
 
-def test_the_package_needs_neither_mlx_nor_hydra_nor_the_training_loop() -> None:
+def test_checkpoints_import_neither_mlx_nor_hydra_nor_training() -> None:
     program = """
 import sys
 import runner.common.filesystem, runner.checkpoints.manifest, runner.checkpoints.retention

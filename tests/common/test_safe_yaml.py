@@ -56,7 +56,7 @@ HOSTILE = {
 
 
 @given(data=st.dictionaries(st.text(max_size=8), VALUES, max_size=6))
-def test_reads_what_we_write(data: dict[str, Any]) -> None:
+def test_what_pyyaml_writes_is_read_as_pyyaml_reads_it(data: dict[str, Any]) -> None:
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
     assert safe_yaml.parse(text) == yaml.load(text, Loader=PurePython)
 
@@ -68,7 +68,7 @@ def test_refuses_hostile_text_with_the_reason(name: str) -> None:
         safe_yaml.parse(text)
 
 
-def test_says_why_a_file_is_not_a_mapping(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_mapping_is_refused_with_the_reason(tmp_path: Path) -> None:
     cases = {
         b"- 1\n- 2\n": "settings",
         b"": "settings",
@@ -82,7 +82,7 @@ def test_says_why_a_file_is_not_a_mapping(tmp_path: Path) -> None:
             safe_yaml.read_mapping(path)
 
 
-def test_a_fifo_does_not_make_it_wait(tmp_path: Path) -> None:
+def test_reading_a_fifo_does_not_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
     with pytest.raises(OSError, match="regular file"):
         safe_yaml.read_mapping(tmp_path / "config.yaml")

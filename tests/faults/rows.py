@@ -11,7 +11,7 @@ ROWS = {
     8: "truncated files and flipped bits: all detected, the reason named, the one before used",
     9: "all checkpoints bad: refused, never a silent new start",
     10: "a named checkpoint is bad: error, no fallback",
-    11: "two runs in one directory: the second ends with the holder's pid; a killed holder lets go",
+    11: "two runs in one directory: the second ends with the holder's pid; a killed one holds no lock",
     12: "runs started in the same second: a directory each",
     13: "output directory read-only, missing or a file: refused before the model is loaded",
     14: "SIGTERM or Ctrl-C while stepping, saving, evaluating: saved, 143 or 130, Equal; the second ends at once",
@@ -26,7 +26,7 @@ ROWS = {
     23: "YAML bombs, python tags, _target_, pickles: nothing executes, refused in under a second",
     24: "best outside the last K, ties, stale higher steps: best, newest and the resume source survive",
     25: "a save that fails in the background: the run stops at the next step, not with 0",
-    26: "one job of a sweep fails, diverges or is killed: the others finish, told, not 0",
+    26: "one job of a sweep fails, diverges or is killed: the others finish, it is reported, not 0",
     27: "the sweep is killed: finished jobs stay, interrupted go on, failed again, diverged not; Equal",
     28: "secrets in environment or config: in no file that a run writes",
 }

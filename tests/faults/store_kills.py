@@ -32,7 +32,7 @@ cases = _cases()
 
 
 def killed(act: Callable[[CheckpointStore], None], store: CheckpointStore, at: int, do: str) -> bool:
-    """Whether a child that did `act` was killed at call `at`; False: it came to its end before."""
+    """Return whether a child that did `act` was killed at call `at`; False if it ended before."""
     child = os.fork()
     if child == 0:
         os.environ["FAULT_UNDER"] = str(store.folder)
@@ -53,7 +53,7 @@ def killed(act: Callable[[CheckpointStore], None], store: CheckpointStore, at: i
 
 
 def at_each_call(folder: Path, case: str, do: str) -> int:
-    """Kill the case at each of its calls; how often."""
+    """Kill the case at each of its calls; return the number of kills."""
     steps, act, _, _ = cases.CASES[case]
     at = 0
     while True:
@@ -67,34 +67,36 @@ def at_each_call(folder: Path, case: str, do: str) -> int:
 
 
 def repairs(folder: Path, case: str, every: int) -> int:
-    """Kill the case at each of its calls (one in `every`), then the repair at each of its own; how often."""
+    """Kill the case at each of its calls (one in `every`), then the repair at each of its calls; return the kills."""
     steps, act, _, _ = cases.CASES[case]
     at = kills = 0
     while True:
         store = cases.prepare(folder / f"{at}", steps)
         if not killed(act, store, at, "kill"):
             return kills
-        second, going_on = 0, True
-        while going_on:
+        second, was_killed = 0, True
+        while was_killed:
             again = folder / f"{at}-{second}"
             shutil.copytree(store.folder.parent, again)
-            going_on = killed(
+            was_killed = killed(
                 lambda one: one.repair() and None, CheckpointStore(again / "checkpoints", "run-1"), second, "kill"
             )
             cases.check(CheckpointStore(again / "checkpoints", "run-1"), case, completed=False)
             shutil.rmtree(again)
-            kills, second = kills + going_on, second + 1
+            kills, second = kills + was_killed, second + 1
         at += every
 
 
 def main() -> int:
     folder, do, how_many = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    told = {}
+    kills_by_case = {}
     for number, case in enumerate(cases.CASES):
-        place = folder / str(number)
+        case_folder = folder / str(number)
         every = 1 if how_many == "all" else 7
-        told[case] = repairs(place, case, every) if do == "repair" else at_each_call(place, case, do)
-    print(json.dumps(told))
+        kills_by_case[case] = (
+            repairs(case_folder, case, every) if do == "repair" else at_each_call(case_folder, case, do)
+        )
+    print(json.dumps(kills_by_case))
     return 0
 
 

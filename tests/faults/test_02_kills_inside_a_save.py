@@ -1,4 +1,4 @@
-"""SIGKILL at every system call of a save: the newest valid checkpoint is the old one or the new one."""
+"""SIGKILL at every system call of a save: the newest valid checkpoint is the previous or the new one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(2))
-def test_a_run_killed_at_any_call_of_its_second_save_has_the_old_or_the_new_one_and_ends_equal(
+def test_a_run_killed_at_any_call_of_a_save_keeps_the_old_or_the_new_checkpoint_and_resumes_equal(
     make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
 ):
-    overrides = (*overrides, "checkpoint.keep_last=9")  # all states stay to be compared with
-    whole, calls = logged(*overrides)
+    overrides = (*overrides, "checkpoint.keep_last=9")  # so that all states can be compared
+    reference, calls = logged(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     new = [i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path]
     assert len(new) > 20
@@ -34,25 +34,25 @@ def test_a_run_killed_at_any_call_of_its_second_save_has_the_old_or_the_new_one_
         cli = make_cli(tmp_path / f"{at}-{do}")
         run = cli.folder / "run"
         cli(*overrides, "hydra.run.dir=run", expect=-9, env=faulty(run / "checkpoints", at=at, do=do))
-        found = newest(run)
-        assert found.checkpoint.step == (4 if at > committed else 2), calls[at]
-        assert_same_state(found, whole)
+        loaded = newest(run)
+        assert loaded.checkpoint.step == (4 if at > committed else 2), calls[at]
+        assert_same_state(loaded, reference)
         cli("resume=run")
-        ended_equal(whole, run)
+        ended_equal(reference, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
 
 @pytest.mark.parametrize("do", ["kill", "half", "repair"])
-def test_a_process_that_saves_killed_at_any_call_leaves_the_old_or_the_new_one(tmp_path, faulty, cases, do):
-    """A small process for each case: first saves, further ones, replacements, rotations; and repairs of them."""
+def test_a_store_killed_at_any_call_of_a_save_keeps_the_old_or_the_new_checkpoint(tmp_path, faulty, cases, do):
+    """One small process for each case: first and further saves, replacements, rotations, and repairs of them."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "LD_PRELOAD": faulty()["LD_PRELOAD"]}
     command = [sys.executable, str(HERE / "store_kills.py"), str(tmp_path.resolve()), do]
     command.append("all" if cases.full else "some")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    kills = json.loads(done.stdout)
     if do == "half":
-        assert told.pop("a rotation") == 0  # it writes nothing
-    assert min(told.values()) >= 2, told
-    cases.done(sum(told.values()))
+        assert kills.pop("a rotation") == 0  # it writes nothing
+    assert min(kills.values()) >= 2, kills
+    cases.done(sum(kills.values()))

@@ -1,4 +1,5 @@
-"""A full disk, a limit on file sizes, EIO: exit 74 with the path and the room, the checkpoint before intact, Equal."""
+"""A full disk, a file size limit, EIO: exit code 74 with path and space, the previous checkpoint intact, and an equal
+run after a resume."""
 
 from __future__ import annotations
 
@@ -22,18 +23,18 @@ pytestmark = [pytest.mark.fault(7), pytest.mark.slow]
 KEEP_ALL = "checkpoint.keep_last=9"
 
 
-def assert_told(out, path, *, room):
-    """One sentence for a person: which path, what was needed and there; no traceback."""
+def assert_reported(out, path, *, space):
+    """Check that the message names the path, and what space is needed and free, without a traceback."""
     assert "Traceback" not in out and str(path) in out, out
-    assert not room or re.search(r"needs [\d.,]+ \w+, has [\d.,]+ \w+", out), out
+    assert not space or re.search(r"needs [\d.,]+ \w+, has [\d.,]+ \w+", out), out
 
 
 @pytest.mark.parametrize("chunk", range(2))
-def test_a_failing_call_inside_a_save_ends_the_run_with_74_and_the_resumed_one_ends_equal(
+def test_a_failing_call_inside_a_save_exits_with_74_and_the_run_resumes_equal(
     make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
 ):
-    every_state, _ = logged(*overrides, KEEP_ALL)
-    overrides = (*overrides, "checkpoint.keep_last=1")  # so that the second save lets one go
+    all_states, _ = logged(*overrides, KEEP_ALL)
+    overrides = (*overrides, "checkpoint.keep_last=1")  # so that the second save removes the first
     whole, calls = logged(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     begins = next(i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path)
@@ -47,11 +48,11 @@ def test_a_failing_call_inside_a_save_ends_the_run_with_74_and_the_resumed_one_e
         cli = make_cli(tmp_path / f"{at}-{number}")
         run = cli.folder / "run"
         out = cli(*overrides, "hydra.run.dir=run", expect=74, env=faulty(run / "checkpoints", at=at, do=number))
-        assert_told(out, run / "checkpoints", room=number == errno.ENOSPC and calls[at][0] == "write")
+        assert_reported(out, run / "checkpoints", space=number == errno.ENOSPC and calls[at][0] == "write")
         assert errno.errorcode[number] in out
         found = newest(run)
         assert found.checkpoint.step == (4 if at > committed else 2), calls[at]
-        assert_same_state(found, every_state, but=("hyperparameters",))
+        assert_same_state(found, all_states, but=("hyperparameters",))
         cli("resume=run")
         ended_equal(whole, run)
         shutil.rmtree(cli.folder)
@@ -59,7 +60,7 @@ def test_a_failing_call_inside_a_save_ends_the_run_with_74_and_the_resumed_one_e
 
 
 @pytest.mark.long
-def test_a_limit_on_file_sizes_ends_the_run_with_74_and_without_it_the_run_ends_equal(
+def test_a_file_size_limit_exits_with_74_and_the_run_resumes_equal_without_it(
     make_cli, tmp_path, overrides, logged, newest, assert_same_state, ended_equal, cases
 ):
     whole, _ = logged(*overrides, KEEP_ALL)
@@ -76,7 +77,7 @@ def test_a_limit_on_file_sizes_ends_the_run_with_74_and_without_it_the_run_ends_
             preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
         )
         assert done.returncode == 74, done.stderr
-        assert_told(done.stderr, run / "checkpoints", room=True)
+        assert_reported(done.stderr, run / "checkpoints", space=True)
         assert "ulimit -f" in done.stderr
         found = newest(run)
         assert found.checkpoint.step == 2
@@ -87,7 +88,7 @@ def test_a_limit_on_file_sizes_ends_the_run_with_74_and_without_it_the_run_ends_
 
 
 class SmallDisk:
-    """A real tmpfs of a few pages in a mount namespace of its own, which a process that sleeps holds open."""
+    """A tmpfs of 400 kB in a mount namespace of its own, which a sleeping process keeps alive."""
 
     def __init__(self, place: Path) -> None:
         place.mkdir()
@@ -98,11 +99,11 @@ class SmallDisk:
         )
         if self.holder.stdout.readline() != "mounted\n":
             pytest.skip("no small disk can be mounted here")
-        self.seen = Path(f"/proc/{self.holder.pid}/root{place}")
-        """The same folder as it is reached from here."""
+        self.visible = Path(f"/proc/{self.holder.pid}/root{place}")
+        """The path of the same folder from outside the namespace."""
 
     def start(self, cli, *overrides, env=None):
-        """The program, on this disk."""
+        """Start the program inside the namespace."""
         command = f"cd {shlex.quote(str(cli.folder))} && exec {sys.executable} -m runner {shlex.join(overrides)}"
         return subprocess.Popen(
             [
@@ -122,8 +123,8 @@ class SmallDisk:
         )
 
     def fill(self, leave):
-        """Fill it up to `leave` bytes."""
-        with (self.seen / "filler").open("wb", buffering=0) as filler:
+        """Fill the disk up to `leave` bytes."""
+        with (self.visible / "filler").open("wb", buffering=0) as filler:
             try:
                 while filler.write(bytes(4096)):
                     pass
@@ -131,8 +132,8 @@ class SmallDisk:
                 assert error.errno == errno.ENOSPC
             filler.truncate(max(0, filler.tell() - leave))
 
-    def make_room(self):
-        (self.seen / "filler").unlink()
+    def free_space(self):
+        (self.visible / "filler").unlink()
 
     def __enter__(self):
         return self
@@ -142,7 +143,7 @@ class SmallDisk:
         self.holder.communicate()
 
 
-def wait_until_it_stopped_itself(process):
+def wait_until_stopped(process):
     while process.poll() is None:
         if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
             return
@@ -151,10 +152,10 @@ def wait_until_it_stopped_itself(process):
 
 
 SAVE = "checkpoints/.tmp-step-0000004"
-# When the disk fills up: the call at which the program stops itself for that long, and the bytes that are left then.
-# Of a row that is written while a save may be under way, it may be that one or the next that finds no room.
+# The call at which the disk fills up (the program stops itself there until it has), and the bytes that are left then.
+# A row may be written during a save, so that either of them may find the disk full.
 FULL = [
-    (SAVE, "open", 0, 0),  # no room for the adapters
+    (SAVE, "open", 0, 0),  # no space for the adapters
     (SAVE, "open", 1, 0),  # for the adapter's config
     (SAVE, "open", 2, 0),  # for the optimizer
     (SAVE, "open", 2, 8192),  # for more than half of it
@@ -170,29 +171,29 @@ FULL = [
     reason="mounts a tmpfs in a namespace of its own",
 )
 @pytest.mark.parametrize("chunk", range(2))
-def test_a_disk_that_fills_up_ends_the_run_with_74_and_with_room_again_the_run_ends_equal(
+def test_a_full_disk_exits_with_74_and_the_run_resumes_equal_once_there_is_space(
     make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
 ):
     whole, _ = logged(*overrides, KEEP_ALL)
     for number, (name, call, at, leave) in enumerate(cases.some(FULL, quick=2)[chunk::2]):
         cli = make_cli(tmp_path.resolve() / f"{number}")
         with SmallDisk(cli.folder / "disk") as disk:
-            run, seen = disk.place / "run", disk.seen / "run"
+            run, visible = disk.place / "run", disk.visible / "run"
             fault = faulty(run, name=name, calls=call, at=at, do=f"+{signal.SIGSTOP:d}")
             process = disk.start(cli, *overrides, KEEP_ALL, f"hydra.run.dir={run}", env=fault)
-            wait_until_it_stopped_itself(process)
+            wait_until_stopped(process)
             disk.fill(leave)
             os.kill(process.pid, signal.SIGCONT)
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 74, out
-            # Training goes on while it saves: a row or the status may be what meets the full disk first.
-            assert_told(out, run, room=True)
-            found = newest(seen)
+            # Training continues during a save: a row or the status may be the first to find the disk full.
+            assert_reported(out, run, space=True)
+            found = newest(visible)
             assert found.checkpoint.step in ((2,) if name == SAVE else (2, 4))
             assert_same_state(found, whole)
-            disk.make_room()
+            disk.free_space()
             process = disk.start(cli, f"resume={run}")
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0, out
-            ended_equal(whole, seen)
+            ended_equal(whole, visible)
         cases.done()

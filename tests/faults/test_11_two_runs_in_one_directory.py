@@ -1,4 +1,4 @@
-"""A second process in a directory that one works in ends at once and names the holder; a killed holder lets go."""
+"""A second process in the directory of a running one exits at once and names the holder; a killed one holds no lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = [pytest.mark.fault(11), pytest.mark.slow]
 
-WORDS = (
+OVERRIDES = (
     "model=tiny",
     "data=tiny",
     "train.iters=1000000",
@@ -28,7 +28,7 @@ WORDS = (
 @pytest.fixture
 def holder(cli):
     """A run that trains in `runs/run`, past its first checkpoint, and is killed at the end."""
-    process = cli.start(*WORDS, "hydra.run.dir=runs/run")
+    process = cli.start(*OVERRIDES, "hydra.run.dir=runs/run")
     first = cli.folder / "runs/run/checkpoints/step-0000020"
     while not first.exists() and process.poll() is None:
         time.sleep(0.05)
@@ -38,8 +38,8 @@ def holder(cli):
     process.communicate()
 
 
-class Second:
-    """The program, started where another works: what it said, the seconds it took, and whether it loaded MLX."""
+class SecondProcess:
+    """The program, started where another is running: output, duration in seconds, and imported modules."""
 
     def __init__(self, cli, *arguments: str) -> None:
         begun = time.perf_counter()
@@ -58,39 +58,39 @@ class Second:
         self.imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
 
 
-def test_the_second_ends_at_once_and_names_pid_host_and_since_when_by_whatever_path_it_came(cli, holder):
+def test_a_second_process_exits_at_once_and_names_the_holder_whatever_path_it_was_given(cli, holder):
     (cli.folder / "link").symlink_to("runs")
     (cli.folder / "direct").symlink_to("runs/run")
-    took = []
+    durations = []
     for arguments in (
         ("resume=runs/run",),
         ("resume=link/run",),
         ("resume=direct",),
-        (*WORDS, "hydra.run.dir=runs/run"),
-        (*WORDS, "hydra.run.dir=link/run"),
+        (*OVERRIDES, "hydra.run.dir=runs/run"),
+        (*OVERRIDES, "hydra.run.dir=link/run"),
     ):
-        second = Second(cli, *arguments)
+        second = SecondProcess(cli, *arguments)
         assert second.code == 3, second.out
         assert f"in use by pid {holder.pid} on {socket.gethostname()} since 20" in second.out
-        assert "hydra.main" in str(second.imported)  # the list is one: else the next line could not fail
+        assert "hydra.main" in str(second.imported)  # the list is not empty: else the next line could not fail
         assert not {name for name in second.imported if name.split(".")[0] in ("mlx", "mlx_lm", "transformers")}
-        took.append(second.seconds)
-    assert min(took) < 2  # of which starting Python takes most; the slowest is the busy machine's
+        durations.append(second.seconds)
+    assert min(durations) < 2  # mostly the start of Python; the slowest depends on the load of the machine
     assert holder.poll() is None
 
 
-def test_the_first_goes_on_as_if_nothing_had_been(cli, holder):
+def test_the_first_process_is_not_affected(cli, holder):
     metrics = cli.folder / "runs/run/metrics.jsonl"
-    assert Second(cli, "resume=runs/run", "train.report_every=1").code == 3
-    seen = metrics.stat().st_size
+    assert SecondProcess(cli, "resume=runs/run", "train.report_every=1").code == 3
+    size = metrics.stat().st_size
     end = time.monotonic() + 60
-    while metrics.stat().st_size == seen and time.monotonic() < end:
+    while metrics.stat().st_size == size and time.monotonic() < end:
         time.sleep(0.05)
     steps = [json.loads(line)["step"] for line in metrics.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
-    assert metrics.stat().st_size > seen and steps == [0, *range(10, 10 * len(steps), 10)]
+    assert metrics.stat().st_size > size and steps == [0, *range(10, 10 * len(steps), 10)]
 
 
-def test_a_killed_holder_lets_go_by_itself(cli, holder):
+def test_a_killed_process_holds_no_lock(cli, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert f"pid {holder.pid} " in (cli.folder / "runs/run/.lock").read_text()  # the text stays, the lock does not

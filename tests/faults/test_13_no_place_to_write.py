@@ -1,4 +1,4 @@
-"""A directory that cannot be written is told before the model is loaded, with its path."""
+"""A directory that cannot be written is reported with its path before the model is loaded."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 pytestmark = pytest.mark.fault(13)
 
-# A model that is not there: whoever gets as far as loading it says so.
-WORDS = ("model.path=nowhere/base.gguf", "data=tiny")
+# A model that does not exist: loading it is an error.
+OVERRIDES = ("model.path=nowhere/base.gguf", "data=tiny")
 
 
 @pytest.fixture
 def read_only(cli):
-    """`read_only(*arguments)`: the program where `place` is a file system mounted read-only, with what `place` held."""
+    """`read_only(*arguments)`: run the program with the folder `place` mounted read-only."""
 
     def start(*arguments: str) -> tuple[int, str]:
         script = (
@@ -36,67 +36,67 @@ def read_only(cli):
     return start
 
 
-def assert_told(code: int, out: str, path: str) -> None:
+def assert_reported(code: int, out: str, path: str) -> None:
     assert code == 74, out
     assert path in out and "Traceback" not in out
     assert "nowhere/base.gguf" not in out and "model  " not in out
 
 
-def test_the_same_words_reach_the_model_where_there_is_a_place(cli):
-    assert "nowhere/base.gguf" in cli(*WORDS, "hydra.run.dir=place/run", expect=2)
+def test_the_same_command_loads_the_model_in_a_writable_directory(cli):
+    assert "nowhere/base.gguf" in cli(*OVERRIDES, "hydra.run.dir=place/run", expect=2)
 
 
-def test_a_read_only_file_system_is_told_for_a_new_run(cli, read_only):
-    code, out = read_only(*WORDS, "hydra.run.dir=place/run")
-    assert_told(code, out, "place/run")
+def test_a_read_only_file_system_is_reported_for_a_new_run(cli, read_only):
+    code, out = read_only(*OVERRIDES, "hydra.run.dir=place/run")
+    assert_reported(code, out, "place/run")
     assert "Read-only" in out
 
 
 @pytest.mark.slow
-def test_a_read_only_file_system_is_told_for_a_resume_and_the_run_is_as_it_was(cli, read_only, stopped, contents):
+def test_a_read_only_file_system_is_reported_for_a_resume_and_the_run_is_unchanged(cli, read_only, stopped, contents):
     (cli.folder / "place").mkdir()
     stopped.rename(cli.folder / "place/run")
     before = contents(cli.folder / "place/run")
-    code, out = read_only("resume=place/run", WORDS[0])
-    assert_told(code, out, "place/run")
+    code, out = read_only("resume=place/run", OVERRIDES[0])
+    assert_reported(code, out, "place/run")
     assert "Read-only" in out
     assert contents(cli.folder / "place/run") == before
 
 
-def test_a_read_only_file_system_is_told_for_a_sweep(cli, read_only):
-    code, out = read_only("-m", *WORDS, "seed=1,2", "hydra.sweep.dir=place/sweep")
+def test_a_read_only_file_system_is_reported_for_a_sweep(cli, read_only):
+    code, out = read_only("-m", *OVERRIDES, "seed=1,2", "hydra.sweep.dir=place/sweep")
     assert code in (2, 74) and "place/sweep" in out and "Traceback" not in out
     assert "nowhere/base.gguf" not in out
 
 
 @pytest.mark.parametrize("path", ["file", "file/run", "file/deep/run", "dangling"])
-def test_a_file_in_the_place_or_above_it_is_told(cli, path):
+def test_a_file_in_place_of_the_directory_or_above_it_is_reported(cli, path):
     (cli.folder / "file").write_text("precious")
     (cli.folder / "dangling").symlink_to("nothing")
-    out = cli(*WORDS, f"hydra.run.dir={path}", expect=74)
-    assert_told(74, out, path)
+    out = cli(*OVERRIDES, f"hydra.run.dir={path}", expect=74)
+    assert_reported(74, out, path)
     assert (cli.folder / "file").read_text() == "precious" and not (cli.folder / "nothing").exists()
 
 
-def test_a_file_where_the_checkpoints_go_is_told_for_a_new_run(cli):
+def test_a_file_in_place_of_the_checkpoints_is_reported_for_a_new_run(cli):
     (cli.folder / "run").mkdir()
     (cli.folder / "run/saved").write_text("precious")
-    out = cli(*WORDS, "hydra.run.dir=run", "checkpoint.dir=saved", expect=74)
-    assert_told(74, out, "run/saved")
+    out = cli(*OVERRIDES, "hydra.run.dir=run", "checkpoint.dir=saved", expect=74)
+    assert_reported(74, out, "run/saved")
     assert (cli.folder / "run/saved").read_text() == "precious"
 
 
 @pytest.mark.slow
-def test_a_file_where_the_checkpoints_were_is_told_for_a_resume(cli, stopped, contents):
+def test_a_file_in_place_of_the_checkpoints_is_reported_for_a_resume(cli, stopped, contents):
     (stopped / "checkpoints").rename(cli.folder / "moved")
     (stopped / "checkpoints").write_text("precious")
     before = contents(stopped, but=(".lock",))
-    out = cli("resume=run", WORDS[0], expect=74)
-    assert_told(74, out, "run/checkpoints")
+    out = cli("resume=run", OVERRIDES[0], expect=74)
+    assert_reported(74, out, "run/checkpoints")
     assert contents(stopped, but=(".lock",)) == before
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl", "adapters", "Adapters", "run.log"])
-def test_checkpoints_cannot_take_the_name_of_something_else(cli, name):
-    out = cli(*WORDS, "hydra.run.dir=run", f"checkpoint.dir={name}", expect=2)
+def test_the_checkpoints_folder_cannot_have_the_name_of_another_file_of_the_run(cli, name):
+    out = cli(*OVERRIDES, "hydra.run.dir=run", f"checkpoint.dir={name}", expect=2)
     assert f"checkpoint.dir={name} is invalid" in out and not (cli.folder / "run").exists()

@@ -26,7 +26,7 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "U8
 
 
 def file(path: Path, header: Any, data: bytes = b"", *, claims: int | None = None, size: int | None = None) -> None:
-    """A file whose header is `header`, or `claims` to be of another length, made `size` bytes long by a hole."""
+    """Write a file with `header`, whose stated length may be `claims`, extended to `size` bytes by a hole."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     with path.open("wb") as out:
         out.write((len(text) if claims is None else claims).to_bytes(8, "little") + text + data)
@@ -40,12 +40,12 @@ def _many(count: int) -> bytes:
 
 
 SOUND = "as many tensors as fit a header"
-"""In itself: only who knows the model can refuse it."""
+"""A well-formed file: only a check against the model can refuse it."""
 HOSTILE: dict[str, Callable[[Path], None]] = {
     "a header of 99,999,999 bytes": lambda path: file(path, b"{", claims=99_999_999, size=100_000_007),
     "a header of 8 exabytes": lambda path: file(path, b"{}", claims=(1 << 63) - 1),
-    "a header of 2 GB that is there": lambda path: file(path, b"{", claims=(2 << 30) - 8, size=2 << 30),
-    "two tensors at one place": lambda path: file(path, {"a": entry(0, 4), "b": entry(0, 4)}, b"1234"),
+    "a header of 2 GB in a sparse file": lambda path: file(path, b"{", claims=(2 << 30) - 8, size=2 << 30),
+    "two tensors at the same offsets": lambda path: file(path, {"a": entry(0, 4), "b": entry(0, 4)}, b"1234"),
     "an overlap": lambda path: file(path, {"a": entry(0, 3), "b": entry(2, 4)}, b"1234"),
     "a hole": lambda path: file(path, {"a": entry(0, 1), "b": entry(3, 4)}, b"1234"),
     "a hole of 2 GB at the end": lambda path: file(path, {"a": entry(0, 1)}, b"1", size=2 << 30),
@@ -63,13 +63,13 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "a number of nine million digits": lambda path: file(path, b'{"a":' + b"7" * 9_000_000 + b"}"),
     "a name of nine million letters": lambda path: file(path, {"a" * 9_000_000: entry(0, 1)}, b"1"),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Canary(path.with_name("ran")))),
-    "bytes that mean nothing": lambda path: path.write_bytes(bytes(range(256)) * 4),
-    "nothing": lambda path: path.write_bytes(b""),
+    "arbitrary bytes": lambda path: path.write_bytes(bytes(range(256)) * 4),
+    "an empty file": lambda path: path.write_bytes(b""),
 }
 
 
 class Canary:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class Canary:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Callable[[str], Path]:
-    """The hostile file of that name, made once; those of gigabytes are holes."""
+    """`made(name)`: the hostile file of that name; those of gigabytes are sparse."""
     folder = tmp_path_factory.mktemp("hostile")
 
     def make(name: str) -> Path:
@@ -102,7 +102,7 @@ def run(tmp_path_factory, make_cli) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The tiny model as a folder of the hub."""
+    """The tiny model as a model folder."""
     from runner.config.schema import ModelConfig
     from runner.export.mlx import write_model_folder
     from runner.models.load import load_base_model
@@ -113,13 +113,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 def put(source: Path, target: Path) -> None:
-    """Another name for the same bytes: no copy of gigabytes."""
+    """Link `source` at `target`, without copying its bytes."""
     target.unlink(missing_ok=True)
     target.hardlink_to(source)
 
 
 def resealed(folder: Path, name: str, source: Path) -> None:
-    """Put `source` as `name` into the folder and seal it again, as a stranger would."""
+    """Put `source` as `name` into the folder and write a matching manifest, as an attacker would."""
     put(source, folder / name)
     sealed = folder / manifest.NAME
     if not sealed.exists():
@@ -203,7 +203,7 @@ def test_every_hostile_file_is_refused_within_a_second_and_200_mb(
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_the_command_says_so_and_ends_with_2_or_5(cases, cli, made, run, folder, entry_point):
+def test_the_command_reports_the_file_and_exits_with_2_or_5(cases, cli, made, run, folder, entry_point):
     _, prepare, arguments = ENTRY_POINTS[entry_point]
     mine = list(ENTRY_POINTS).index(entry_point)
     names = [name for name in HOSTILE if not (name == SOUND and entry_point in ("export", "verify"))]
@@ -269,7 +269,9 @@ ARCHIVES = {
 }
 
 
-def test_an_npz_to_start_from_runs_nothing_unpacks_nothing_and_is_refused_at_once(cases, cli, run, tmp_path, hostile):
+def test_a_hostile_npz_for_a_warm_start_is_refused_at_once_and_nothing_is_executed_or_unpacked(
+    cases, cli, run, tmp_path, hostile
+):
     names = list(unpack((run / "adapters/adapters.safetensors").read_bytes(), where="here")[0])
     paths = []
     for number, make in enumerate(ARCHIVES.values()):

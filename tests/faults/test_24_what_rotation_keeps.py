@@ -1,4 +1,5 @@
-"""Rotation keeps the best wherever it lies, of equal ones the first, the newest, the resume's source, and strangers."""
+"""Rotation retains the best checkpoint (of equal ones the first), the newest, the source of a resume, and those of
+another run."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from runner.training.run_writer import RunWriter
 pytestmark = [pytest.mark.fault(24), pytest.mark.slow]
 
 
-def kept(run):
+def saved_steps(run):
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
 
 
@@ -26,8 +27,8 @@ def status(run):
     return json.loads((run / "status.json").read_text())
 
 
-def least(rows):
-    """The step above 0 of the lowest validation loss."""
+def best_step(rows):
+    """Return the step above 0 of the lowest validation loss."""
     return min((row["loss"], row["step"]) for row in rows if row["split"] == "valid" and row["step"] > 0)[1]
 
 
@@ -37,41 +38,41 @@ def assert_result_is(run, step):
     assert (run / "adapters/adapters.safetensors").read_bytes() == saved
 
 
-def test_the_best_stays_outside_the_last_ones_and_becomes_the_result(cli, rows):
+def test_the_best_checkpoint_is_retained_and_becomes_the_result_although_it_is_not_among_the_last(cli, rows):
     run = cli.folder / "run"
     overrides = ("train.iters=11", "train.eval_every=1", "checkpoint.every=1", "checkpoint.keep_last=2")
-    for split, letter in (("train", "a"), ("valid", "b")):  # what is learned is wrong for what is validated
+    for split, letter in (("train", "a"), ("valid", "b")):  # training makes the validation loss worse
         (cli.folder / f"{split}.jsonl").write_text(json.dumps({"text": letter * 60}) + "\n")
     cli("model=tiny", "data=folder", "data.path=.", *overrides, "optimizer.learning_rate=0.01", "hydra.run.dir=run")
-    best = least(rows(run))
-    assert best < 10, "the run is to have its best outside the last two"
-    assert kept(run) == [best, 10, 11] and status(run)["best"]["step"] == best
+    best = best_step(rows(run))
+    assert best < 10, "the best step must not be among the last two"
+    assert saved_steps(run) == [best, 10, 11] and status(run)["best"]["step"] == best
     assert_result_is(run, best)
     cli("resume=run", "train.iters=12")  # rotates once more, in another process
-    best = least(rows(run))
-    assert kept(run) == sorted({best, 11, 12}) and status(run)["best"]["step"] == best
+    best = best_step(rows(run))
+    assert saved_steps(run) == sorted({best, 11, 12}) and status(run)["best"]["step"] == best
     assert_result_is(run, best)
 
 
-def test_of_equal_losses_the_first_is_the_best_and_stays(cli, rows):
+def test_of_equal_losses_the_first_is_the_best_and_is_retained(cli, rows):
     run = cli.folder / "run"
     overrides = ("train.iters=6", "train.eval_every=1", "checkpoint.every=1", "checkpoint.keep_last=1")
     cli("model=tiny", "data=tiny", *overrides, "optimizer.learning_rate=1e-30", "hydra.run.dir=run")
     assert len({row["loss"] for row in rows(run) if row["split"] == "valid"}) == 1
-    assert kept(run) == [1, 6]
+    assert saved_steps(run) == [1, 6]
     assert_result_is(run, 1)
 
 
-def test_the_checkpoint_that_a_process_resumed_from_stays_while_it_lives(cli, stopped):
+def test_the_checkpoint_that_a_process_resumed_from_is_retained_while_it_runs(cli, stopped):
     cli("resume=run", "checkpoint.every=1", "checkpoint.keep_last=1", "train.stop_at=7")
-    assert kept(stopped) == [6, 7]
+    assert saved_steps(stopped) == [6, 7]
     cli("resume=run")
-    assert kept(stopped) == [7, 8]  # and goes with the next, which came from another
+    assert saved_steps(stopped) == [7, 8]  # removed by the next process, which resumed from another
 
 
 @pytest.fixture
-def strangers(cli, stopped, undisturbed, overrides, reseal):
-    """Checkpoints of another run in the folder: higher than any of its own, and better by what they say."""
+def other_checkpoints(cli, stopped, undisturbed, overrides, reseal):
+    """Checkpoints of another run in the folder: of higher steps than its own, with a lower loss in their manifests."""
     other = undisturbed(*overrides)
     folders = []
     for step, name in ((8, "step-0000008"), (900, "step-0000900")):
@@ -82,20 +83,22 @@ def strangers(cli, stopped, undisturbed, overrides, reseal):
     return folders
 
 
-def test_stale_higher_steps_of_another_run_are_neither_used_nor_removed_nor_best(
-    cli, stopped, strangers, contents, undisturbed, overrides, ended_equal
+def test_higher_steps_of_another_run_are_neither_used_nor_removed_nor_the_best(
+    cli, stopped, other_checkpoints, contents, undisturbed, overrides, ended_equal
 ):
-    before = contents(strangers[1])
+    before = contents(other_checkpoints[1])
     out = cli("resume=run", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
     assert "step-0000900: left by another run" in out and "step-0000006 at step 6" in out
-    assert contents(strangers[1]) == before
-    assert kept(stopped) == [6, 8, 900]  # its own step 8 took the place of the other's
+    assert contents(other_checkpoints[1]) == before
+    assert saved_steps(stopped) == [6, 8, 900]  # its own step 8 replaced that of the other run
     assert_result_is(stopped, 8)
-    shutil.rmtree(strangers[1])
+    shutil.rmtree(other_checkpoints[1])
     ended_equal(undisturbed(*overrides), stopped)
 
 
-def test_where_the_status_is_lost_too_nobody_guesses_whose_run_it_is(cli, stopped, strangers, contents):
+def test_without_a_status_the_owner_of_checkpoints_of_two_runs_is_not_guessed(
+    cli, stopped, other_checkpoints, contents
+):
     (stopped / "status.json").unlink()
     before = contents(stopped, but=(".lock",))
     out = cli("resume=run", expect=5)
@@ -105,37 +108,37 @@ def test_where_the_status_is_lost_too_nobody_guesses_whose_run_it_is(cli, stoppe
     assert "step-0000006 at step 6" in out
 
 
-def test_whatever_comes_newest_best_source_and_strangers_survive_every_rotation(tmp_path, cases):
-    """Random runs on a real disk: losses that tie or are NaN, unevaluated saves, resumes, replaced steps."""
+def test_every_rotation_retains_the_newest_the_best_the_source_and_those_of_another_run(tmp_path, cases):
+    """Random runs on a real disk: equal and non-finite losses, unevaluated saves, resumes, replaced steps."""
     for case in range(cases.of(full=300, quick=15)):
-        luck = random.Random(case)
+        rng = random.Random(case)
         directory = RunDirectory(tmp_path / f"{case}")
-        stranger = CheckpointStore(directory.checkpoints, "other").commit(luck.randrange(1, 60), {"a": b"other"})
-        policy = RetentionPolicy(luck.randrange(3), luck.randrange(1, 3), luck.choice([None, None, 7]))
+        other = CheckpointStore(directory.checkpoints, "other").commit(rng.randrange(1, 60), {"a": b"other"})
+        policy = RetentionPolicy(rng.randrange(3), rng.randrange(1, 3), rng.choice([None, None, 7]))
         store = CheckpointStore(directory.checkpoints, "own")
-        record, step, ever = RunWriter(directory, store, policy), 0, {}
-        for _ in range(luck.randrange(3, 9)):
-            if ever and luck.random() < 0.3:  # another process goes on from the newest
-                record = RunWriter(directory, store, policy)
-                record.source_step = step
-            step += luck.randrange(0 if ever else 1, 8)
-            if step_name(step) == stranger.path.name:
+        writer, step, losses = RunWriter(directory, store, policy), 0, {}
+        for _ in range(rng.randrange(3, 9)):
+            if losses and rng.random() < 0.3:  # another process resumes from the newest
+                writer = RunWriter(directory, store, policy)
+                writer.source_step = step
+            step += rng.randrange(0 if losses else 1, 8)
+            if step_name(step) == other.path.name:
                 step += 1
             # The same step again has the same loss: a run is a function of its settings.
-            loss = ever.setdefault(step, luck.choice([None, math.nan, math.inf, 1.0, 1.0, 2.0, 0.5]))
-            reason = luck.choice([SaveReason.UPDATES, SaveReason.BEST, SaveReason.SIGTERM])
+            loss = losses.setdefault(step, rng.choice([None, math.nan, math.inf, 1.0, 1.0, 2.0, 0.5]))
+            reason = rng.choice([SaveReason.UPDATES, SaveReason.BEST, SaveReason.SIGTERM])
             store.commit(
                 step, {"a": bytes([step])}, reasons=[reason], metrics={} if loss is None else {"valid_loss": loss}
             )
-            store.rotate(set(record.retained_steps()))
+            store.rotate(set(writer.retained_steps()))
             there = {found.step: found for found in store.checkpoints() if found.run_id == "own"}
             assert step in there
-            assert record.source_step in (None, *there)
-            finite = sorted((v, one) for one, v in ever.items() if v is not None and math.isfinite(v))
+            assert writer.source_step in (None, *there)
+            finite = sorted((v, one) for one, v in losses.items() if v is not None and math.isfinite(v))
             if finite:
-                assert finite[0][1] in there and record.result_step("best") == finite[0][1]
+                assert finite[0][1] in there and writer.result_step("best") == finite[0][1]
             else:
-                assert record.result_step("best") == step
+                assert writer.result_step("best") == step
             assert all(store.load(found.path).files == {"a": bytes([one])} for one, found in there.items())
-            assert store.load(stranger.path).files == {"a": b"other"}
+            assert store.load(other.path).files == {"a": b"other"}
         cases.done()

@@ -23,21 +23,21 @@ def test_a_directory_is_claimed_once(tmp_path):
         RunDirectory(tmp_path / "run").claim()
 
 
-def test_a_directory_with_other_things_is_never_claimed(tmp_path):
+def test_a_directory_that_holds_other_files_is_not_claimed(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
         RunDirectory(tmp_path).claim()
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_files_of_a_desktop_do_not_make_an_empty_directory_a_foreign_one(tmp_path):
+def test_a_directory_that_holds_only_desktop_files_is_claimed(tmp_path):
     for name in (".DS_Store", "._run.log", "Thumbs.db", "desktop.ini"):
         (tmp_path / name).write_bytes(b"\0")
     RunDirectory(tmp_path).claim()
     assert (tmp_path / "checkpoints").is_dir()
 
 
-def test_fifty_processes_claim_one_directory_and_one_gets_it(tmp_path):
+def test_of_fifty_processes_that_claim_a_directory_one_succeeds(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
         "from runner.runs.directory import RunDirectory; from runner.common.errors import ConfigError, DirectoryInUse\n"
@@ -53,7 +53,7 @@ def test_fifty_processes_claim_one_directory_and_one_gets_it(tmp_path):
     assert sorted(p.wait() for p in processes) == [0] + [9] * 49
 
 
-def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
+def test_the_lock_names_its_holder_and_is_released_when_it_dies(tmp_path):
     code = (
         "import sys; from runner.runs.directory import RunDirectory; from pathlib import Path\n"
         "RunDirectory(Path(sys.argv[1])).lock(); print('held', flush=True); sys.stdin.read()"
@@ -73,7 +73,7 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     directory.unlock()
 
 
-def test_running_without_a_holder_reads_as_interrupted(tmp_path):
+def test_the_state_running_without_a_lock_reads_as_interrupted(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.write_status({"state": "running", "step": 3})
     assert directory.read_status()["state"] == "interrupted"
@@ -83,7 +83,7 @@ def test_running_without_a_holder_reads_as_interrupted(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "odd"}', "\x00"])
-def test_a_status_that_cannot_be_read_is_unknown_and_no_crash(tmp_path, text):
+def test_a_status_that_cannot_be_read_has_the_state_unknown(tmp_path, text):
     directory = RunDirectory(tmp_path)
     directory.status.write_text(text)
     assert directory.read_status()["state"] in ("unknown", "interrupted")
@@ -101,13 +101,13 @@ def test_a_status_that_cannot_be_read_is_unknown_and_no_crash(tmp_path, text):
     ],
     ids=["alias", "object", "list", "broken", "deep", "large"],
 )
-def test_a_hostile_yaml_is_refused_by_name(tmp_path, text):
+def test_a_hostile_config_is_refused_with_its_path(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="config.yaml"):
         load_yaml_file(tmp_path / "config.yaml", missing="")
 
 
-def test_a_start_that_was_cut_off_before_its_config_leaves_the_directory_to_the_next(tmp_path):
+def test_a_directory_left_by_a_start_that_was_killed_before_its_config_is_claimed(tmp_path):
     first = RunDirectory(tmp_path / "run")
     first.claim()
     (first.path / ".hydra").mkdir()

@@ -20,11 +20,9 @@ def test_a_damaged_checkpoint_given_to_resume_is_an_error_and_nothing_is_trained
         assert f"checkpoints/step-0000006/{name}" in out and "Traceback" not in out
         assert "valid loss" not in out and "step-0000004" not in out
         assert contents(stopped) == before
-        left = {path.name for path in branch.iterdir()}
-        assert left <= {".hydra", ".lock", "checkpoints"} and not list((branch / "checkpoints").iterdir())
+        assert not branch.exists()
         file.write_bytes(original)
         cases.done()
-    # The directory of the refused branch can be used by the next one.
     out = cli("resume=run/checkpoints/step-0000004", "hydra.run.dir=branch")
     assert "step-0000004 at step 4" in out
 

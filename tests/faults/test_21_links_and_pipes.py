@@ -113,11 +113,15 @@ def test_checkpoints_outside_the_run_directory_are_refused(cli, stopped, outside
     text = (stopped / "config.yaml").read_text()
     for name in cases.some(["../outside", "/tmp", "a/b", ".", "..", ".hidden"], quick=2):
         out = cli("model=tiny", "data=tiny", f"checkpoint.dir={name}", "hydra.run.dir=new", expect=2)
-        assert "checkpoint.dir=" in out and "plain folder name" in out and not (cli.folder / "new").exists()
+        assert (
+            "checkpoint.dir=" in out
+            and "name of a folder inside the run directory" in out
+            and not (cli.folder / "new").exists()
+        )
         (stopped / "config.yaml").write_text(text.replace("  dir: checkpoints\n", f"  dir: {name}\n"))
         before = contents(stopped)
         out = cli("resume=run", expect=2)
-        assert "plain folder name" in out and "Traceback" not in out
+        assert "name of a folder inside the run directory" in out and "Traceback" not in out
         assert contents(stopped) == before
         cases.done()
 

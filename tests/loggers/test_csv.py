@@ -19,7 +19,7 @@ RUN = (
     "train.report_every=2",
     "train.eval_every=2",
     "checkpoint.every=2",
-    "train.keep_baseline=false",
+    "train.cache_baseline=false",
     "train.test=true",
     "loggers=csv",
 )

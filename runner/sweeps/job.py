@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from runner.app.compose import stored_settings
 from runner.app.resolve import resolve_config, stored_config
 from runner.config.invocation import Invocation
+from runner.config.schema import Config
 from runner.config.validation import validate_stop_at
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
@@ -55,7 +57,8 @@ def run_job(
 ) -> float | None:
     """Run the job of the composed `cfg` in `folder` and return its objective.
 
-    A folder with a config.yaml resumes from its newest checkpoint. Any other is claimed, and `on_claim` is called then.
+    A folder with a config.yaml resumes from its newest checkpoint, with its stored config. Any other is claimed, and
+    `on_claim` is called then.
 
     Raises:
         RunnerError: the job failed or diverged; its status says why.
@@ -66,14 +69,28 @@ def run_job(
     report = blas.load_blas()  # before MLX is imported
     from runner.training.run import run
 
+    source = ResumeSource(run=folder) if has_begun(folder) else None
+    if source is not None:
+        cfg = _stored_config(source, cfg)
     config = resolve_config(cfg)
     validate_stop_at(stop_at, config)
-    config.experiment = experiment
+    config.experiment = config.experiment or experiment
     directory = RunDirectory(folder, config.checkpoint.dir)
-    source = ResumeSource(run=folder) if has_begun(folder) else None
     if source is None:
         directory.claim()
         if on_claim is not None:
             on_claim()
     stored = stored_config(cfg, config)
     return run(RunSpec(config, stored, directory, source, new_run_id(), stop_at, label), report, shared)
+
+
+def _stored_config(source: ResumeSource, composed: DictConfig) -> DictConfig:
+    """Return the stored config of the run to resume: the files and defaults that it was composed from may have changed.
+
+    Trust in a model's code is never stored, so it is taken from the `composed` config.
+    """
+    settings = stored_settings(Invocation(resume=source.run), source)
+    config = OmegaConf.merge(OmegaConf.structured(Config), settings)
+    assert isinstance(config, DictConfig)
+    config.model.trust_remote_code = composed.model.trust_remote_code
+    return config

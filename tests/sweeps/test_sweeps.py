@@ -134,6 +134,23 @@ def test_a_job_killed_before_it_wrote_its_config_starts_again_whatever_its_check
     assert_equal_runs(job, finished)
 
 
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.slow)])
+def test_a_resumed_job_keeps_its_stored_config_where_the_files_that_it_was_composed_from_changed(cli, launcher):
+    (cli.folder / "mine/experiment").mkdir(parents=True)
+    text = (
+        "# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /data: tiny\n"
+        "train: {iters: 6}\nlora: {dropout: %s}\n"
+    )
+    (cli.folder / "mine/experiment/mine.yaml").write_text(text % 0.1)
+    arguments = ("--config-dir=mine", "experiment=mine", "seed=1,2", f"hydra/launcher={launcher}")
+    cli("-m", *arguments, "train.stop_at=3", "hydra.sweep.dir=s")
+    before = (cli.folder / "s/0/config.yaml").read_text()
+    (cli.folder / "mine/experiment/mine.yaml").write_text(text % 0.2)
+    cli("resume=s")
+    assert [row["state"] for row in cli.results(cli.folder / "s").values()] == ["finished"] * 2
+    assert (cli.folder / "s/0/config.yaml").read_text() == before
+
+
 def test_a_job_never_starts_in_a_link_that_leads_out_of_the_sweep(cli):
     cli("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
     shutil.rmtree(cli.folder / "s/1")

@@ -1,4 +1,4 @@
-"""The checkpoints of a run as a person wants to see them: which there are, why each stays, which is the result."""
+"""The checkpoints of a run for a person: which there are, why each is retained, which one is the result."""
 
 from __future__ import annotations
 
@@ -16,107 +16,118 @@ from runner.config.schema import CheckpointConfig
 from runner.runs.inspect import RunInfo, folder_size
 from runner.runs.layout import ADAPTERS
 
-_MOST_HASHED = 256_000_000  # bytes: a fraction of a second
+_MAX_HASHED_BYTES = 256_000_000
+"""An adapter of this size is hashed in a fraction of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """One checkpoint, by its manifest; its other files are not verified."""
+    """One checkpoint as its manifest describes it; its other files are not verified."""
 
     step: int
     path: Path
     valid_loss: float | None = None
     size_bytes: int = 0
     kept_for: tuple[str, ...] = ()
-    """Why the retention keeps it; empty: the next save lets it go, or it is not this run's to remove."""
+    """Why it is retained; empty if the next save removes it, or if it belongs to another run."""
     problem: str | None = None
-    """Why it is none of this run's sound checkpoints."""
+    """Why the run cannot resume from it."""
 
 
 def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
-    """The checkpoints in a run's directory, by step."""
-    disk, folder = FileSystem(), checkpoints_folder(run)
-    manifests: dict[int, CheckpointManifest] = {}
+    """Return the checkpoints in a run's directory, by step."""
+    filesystem, folder = FileSystem(), checkpoints_folder(run)
+    try:
+        paths = step_folders(folder, filesystem.listdir(folder)) if _is_folder(folder, filesystem) else []
+    except RunnerError:
+        return []
+    manifests: dict[Path, CheckpointManifest] = {}
     problems: dict[Path, str] = {}
-    for path in _folders(folder, disk):
+    for path in paths:
         try:
-            record = verify.read_manifest(path, disk)
-            manifests[record.step] = record
+            manifests[path] = verify.read_manifest(path, filesystem)
         except RunnerError as error:
             problems[path] = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
-    run_id = run.status.get("run_id") or (manifests[max(manifests)].run_id if manifests else None)
-    own = {step: record for step, record in manifests.items() if record.run_id == run_id}
-    policy = _policy(run)
-    reasons = select_retained([SavedStep.of(record) for record in own.values()], policy)
-    found = []
-    for path in _folders(folder, disk):
-        step = int(path.name.removeprefix("step-"))
-        problem = problems.get(path) or (None if step in own else "left by another run")
-        found.append(
+    run_id = run.status.get("run_id") or next((manifests[p].run_id for p in reversed(paths) if p in manifests), None)
+    problems |= {path: "left by another run" for path, found in manifests.items() if found.run_id != run_id}
+    policy = _retention_policy(run)
+    of_run = {found.step: SavedStep.of(found) for path, found in manifests.items() if path not in problems}
+    reasons = select_retained(list(of_run.values()), policy)
+    checkpoints = []
+    for path in paths:
+        step = _step_of(path)
+        retained = reasons.get(step, []) if path not in problems else []
+        checkpoints.append(
             CheckpointInfo(
                 step=step,
                 path=path,
-                valid_loss=valid_loss(manifests[step]) if step in manifests else None,
+                valid_loss=valid_loss(manifests[path]) if path in manifests else None,
                 size_bytes=folder_size(path),
-                kept_for=tuple(_reason_text(reason, policy) for reason in reasons.get(step, ())),
-                problem=problem,
+                kept_for=tuple(_reason_text(reason, policy) for reason in retained),
+                problem=problems.get(path),
             )
         )
-    return found
+    return checkpoints
 
 
 def result_step(run: RunInfo, checkpoints: list[CheckpointInfo]) -> int | None:
-    """The step that adapters/ was made from: as status.json says, else the checkpoint with the same adapter."""
+    """Return the step of the adapter in adapters/: from status.json, else that of the checkpoint of equal content."""
     adapter = run.path / "adapters" / ADAPTERS
-    disk = FileSystem()
+    filesystem = FileSystem()
     try:
-        there = disk.lstat(adapter)
-        if there is None or there.kind != "file":
+        entry = filesystem.lstat(adapter)
+        if entry is None or entry.kind != "file":
             return None
-        told = run.status.get("result_step")
-        if type(told) is int:
-            return told
-        if there.size > _MOST_HASHED:
+        recorded = run.status.get("result_step")
+        if type(recorded) is int:
+            return recorded
+        if entry.size > _MAX_HASHED_BYTES:
             return None
-        _, digest = disk.sha256(adapter)
-        for one in checkpoints:
-            if one.problem is None and verify.read_manifest(one.path, disk).files[ADAPTERS].sha256 == digest:
-                return one.step
+        _, digest = filesystem.sha256(adapter)
+        for checkpoint in checkpoints:
+            if checkpoint.problem is None:
+                manifest = verify.read_manifest(checkpoint.path, filesystem)
+                if manifest.files[ADAPTERS].sha256 == digest:
+                    return checkpoint.step
     except (RunnerError, KeyError):
         return None
     return None
 
 
 def checkpoints_folder(run: RunInfo) -> Path:
-    """Where the run keeps its checkpoints; a name that would lead out of its directory is not followed."""
+    """Return the folder of the run's checkpoints; a stored name that leads out of the run's directory is ignored."""
     name = run.settings.get("checkpoint.dir")
-    plain = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
-    return run.path / (str(name) if plain else CheckpointConfig().dir)
+    is_plain = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+    return run.path / (str(name) if is_plain else CheckpointConfig().dir)
 
 
-def _folders(folder: Path, disk: FileSystem) -> list[Path]:
-    try:
-        there = disk.lstat(folder)
-        if there is None or there.kind != "folder":
-            return []
-        names = [name for name in disk.listdir(folder) if STEP_NAME.fullmatch(name)]
-    except RunnerError:
-        return []
-    return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("step-")))]
+def step_folders(folder: Path, names: list[str]) -> list[Path]:
+    """Return the paths of those `names` in `folder` that are checkpoints, by step."""
+    return sorted((folder / name for name in names if STEP_NAME.fullmatch(name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _is_folder(path: Path, filesystem: FileSystem) -> bool:
+    entry = filesystem.lstat(path)
+    return entry is not None and entry.kind == "folder"
 
 
 def _reason_text(reason: RetentionReason, policy: RetentionPolicy) -> str:
     return f"every {policy.keep_every}" if reason is RetentionReason.EVERY else reason.value
 
 
-def _policy(run: RunInfo) -> RetentionPolicy:
+def _retention_policy(run: RunInfo) -> RetentionPolicy:
+    """Return the run's policy; invalid values are replaced by the defaults."""
     defaults = CheckpointConfig()
 
-    def chosen(name: str) -> Any:
+    def setting(name: str) -> Any:
         value = run.settings.get(f"checkpoint.{name}", getattr(defaults, name))
         return value if type(value) is int or value is None else getattr(defaults, name)
 
     try:
-        return RetentionPolicy(chosen("keep_last") or 0, chosen("keep_best") or 0, chosen("keep_every"))
+        return RetentionPolicy(setting("keep_last") or 0, setting("keep_best") or 0, setting("keep_every"))
     except ValueError:
         return RetentionPolicy(defaults.keep_last, defaults.keep_best, defaults.keep_every)

@@ -68,11 +68,11 @@ def export() -> Callable[[Path], Any]:
 def audit() -> Callable[[Path], Any]:
     """`runner verify RUN`: damage is raised."""
     from runner.common.errors import CheckpointError
-    from runner.reports import audit
+    from runner.reports.audit import audit_run
     from runner.runs.inspect import read_run
 
     def check(path: Path) -> None:
-        if damage := audit.of_run(read_run(path)).damage:
+        if damage := audit_run(read_run(path)).damage:
             raise CheckpointError("\n".join(damage))
 
     return check

@@ -32,7 +32,7 @@ from runner.models import tiny
 from runner.models.arrays import parse_arrays
 from runner.models.gguf import header as gguf_header
 from runner.models.gguf import load as gguf
-from runner.reports import audit
+from runner.reports.audit import audit_run
 from runner.reports.run_page import print_run_page, read_run_page, run_page_fields
 from runner.reports.screen import Screen
 from runner.reports.sweep_page import print_sweep_page
@@ -245,7 +245,7 @@ def test_a_run_with_any_metrics_and_status_is_shown(cases, real, tmp_path):
         for other in names:
             (run / other).write_bytes(whole[other])
         (run / name).write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
-        audit.of_run(read_run(run))
+        audit_run(read_run(run))
         page = read_run_page(read_run(run))
         print_run_page(page, Screen(io.StringIO()))
         json.dumps(run_page_fields(page), default=str)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run as a person sees them: why each stays, which is the result, what is wrong."""
+"""The list of a run's checkpoints says why each is retained, which one is the result, and which cannot be used."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def commit(path: Path, run_id: str, losses: Losses) -> None:
         store.commit(step, files, reasons=[SaveReason.UPDATES], metrics={} if loss is None else {"valid_loss": loss})
 
 
-def test_each_checkpoint_is_told_with_its_reasons(run: Callable[..., Path]) -> None:
+def test_each_checkpoint_has_the_reasons_why_it_is_retained(run: Callable[..., Path]) -> None:
     path = run({100: 3.0, 200: 1.0, 300: 2.0, 400: None}, "checkpoint: {keep_last: 2, keep_best: 1, keep_every: 400}\n")
-    told = {one.step: (one.valid_loss, one.kept_for) for one in list_checkpoints(read_run(path))}
-    assert told == {
+    checkpoints = list_checkpoints(read_run(path))
+    assert {c.step: (c.valid_loss, c.kept_for) for c in checkpoints} == {
         100: (3.0, ()),
         200: (1.0, ("best",)),
         300: (2.0, ("last",)),
@@ -52,19 +52,19 @@ def test_each_checkpoint_is_told_with_its_reasons(run: Callable[..., Path]) -> N
     }
 
 
-def test_a_damaged_one_and_one_of_another_run_are_named(run: Callable[..., Path]) -> None:
+def test_damaged_checkpoints_and_those_of_another_run_are_named(run: Callable[..., Path]) -> None:
     path = run({100: 3.0, 200: 2.0})
     commit(path, "other", {300: 1.0})
     (path / "checkpoints/step-0000200/manifest.json").write_text("{}")
     (path / "checkpoints/step-0000400").symlink_to(path / "checkpoints/step-0000100")
-    problems = {one.step: one.problem or "" for one in list_checkpoints(read_run(path))}
+    problems = {checkpoint.step: checkpoint.problem or "" for checkpoint in list_checkpoints(read_run(path))}
     assert problems[100] == ""
     assert "manifest.json: it is cut short" in problems[200]
     assert problems[300] == "left by another run"
     assert "a symbolic link" in problems[400]
 
 
-def test_the_result_is_what_the_status_says_else_the_checkpoint_of_the_same_adapter(run: Callable[..., Path]) -> None:
+def test_the_result_step_comes_from_the_status_or_the_checkpoint_of_the_same_adapter(run: Callable[..., Path]) -> None:
     path = run({100: 3.0, 200: 2.0}, result_step=100)
     info = read_run(path)
     assert result_step(info, list_checkpoints(info)) is None  # there is no adapters/
@@ -85,20 +85,23 @@ def test_a_stored_folder_name_cannot_lead_out_of_the_run(run: Callable[..., Path
 
 
 @pytest.mark.parametrize("value", ["many", "-3", "[1]", "1.5"])
-def test_a_policy_that_makes_no_sense_is_read_as_the_default(run: Callable[..., Path], value: str) -> None:
+def test_invalid_retention_settings_are_replaced_by_the_defaults(run: Callable[..., Path], value: str) -> None:
     path = run({100: 2.0, 200: 1.0}, f"checkpoint: {{keep_last: {value}}}\n")
-    assert [one.kept_for for one in list_checkpoints(read_run(path))] == [("last",), ("newest", "last", "best")]
+    assert [checkpoint.kept_for for checkpoint in list_checkpoints(read_run(path))] == [
+        ("last",),
+        ("newest", "last", "best"),
+    ]
 
 
-def test_a_real_run_keeps_what_its_own_policy_says(
+def test_a_trained_run_retains_what_its_policy_says(
     tiny: Callable[..., Config], train: Callable[..., Path], tmp_path: Path
 ) -> None:
     settings = tiny(**{"checkpoint.every": 2, "checkpoint.keep_last": 1, "checkpoint.keep_every": 6})
     run = read_run(train(settings, tmp_path / "run"))
-    told = list_checkpoints(run)
-    assert {one.step: one.kept_for for one in told} == {
+    checkpoints = list_checkpoints(run)
+    assert {checkpoint.step: checkpoint.kept_for for checkpoint in checkpoints} == {
         6: ("every 6",),
         12: ("newest", "last", "best", "every 6"),
     }
-    assert all(one.problem is None and one.size_bytes > 1000 for one in told)
-    assert result_step(run, told) == 12
+    assert all(checkpoint.problem is None and checkpoint.size_bytes > 1000 for checkpoint in checkpoints)
+    assert result_step(run, checkpoints) == 12

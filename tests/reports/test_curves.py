@@ -1,4 +1,4 @@
-"""Curves in a terminal: every point lies where its axes say, whatever the points are."""
+"""Curves in a terminal: every point lies where its axes say, for any points."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_falling_line_goes_from_the_upper_left_to_the_lower_right() -> None:
     assert lines[-1].split() == ["0", "step", "20"]
 
 
-def test_the_exact_picture_of_a_small_plot() -> None:
+def test_a_small_plot_is_drawn_exactly() -> None:
     assert plot([Series("a", [(0, 1.0), (4, 0.0)])], width=20, height=3) == [
         "     loss:  ⠤⠤ a",
         "  1 ┤⠉⠒⠤⢄⣀",
@@ -58,13 +58,13 @@ def test_the_axis_is_logarithmic_where_the_loss_falls_tenfold() -> None:
     assert "log scale" not in plot([Series("a", [(0, 5.0), (1, 0.0)])])[0]
 
 
-def test_one_point_is_one_mark_with_its_values() -> None:
+def test_a_single_point_is_one_mark_with_its_values() -> None:
     lines = plot([Series("valid", [(7, 0.25)], mark="o")], width=40, height=5)
     assert "".join(area(lines)).count("o") == 1
     assert lines[3].startswith("0.25 ┤") and lines[-1].split() == ["step", "7"]
 
 
-def test_a_constant_is_a_level_line() -> None:
+def test_a_constant_curve_is_a_horizontal_line() -> None:
     rows = area(plot([Series("a", [(0, 3.0), (5, 3.0), (9, 3.0)], mark="x")], width=40, height=5))
     assert [row.count("x") for row in rows] == [0, 0, 3, 0, 0]
 
@@ -86,13 +86,13 @@ def test_the_first_series_lies_on_top() -> None:
     assert "b" not in "".join(area(lines)) and "".join(area(lines)).count("a") == 2
 
 
-def test_ascii_needs_nothing_but_ascii() -> None:
+def test_ascii_only_plots_contain_only_ascii() -> None:
     lines = plot([Series("a", [(0, 2.0), (5, 1.0)]), Series("b", [(0, 1.0), (5, 2.0)], mark="o")], ascii_only=True)
     assert all(line.isascii() for line in lines) and any("." in row for row in area(lines))
 
 
 @given(first=POINTS, second=POINTS, width=st.integers(30, 200), height=st.integers(3, 30), ascii_only=st.booleans())
-def test_any_points_fit_into_the_size_that_was_asked_for(
+def test_any_points_fit_into_the_requested_size(
     first: list[tuple[int, float]], second: list[tuple[int, float]], width: int, height: int, ascii_only: bool
 ) -> None:
     series = [Series("a", first), Series("b", second, mark="o")]

@@ -14,7 +14,7 @@ POINTS = st.lists(st.tuples(st.integers(0, 10_000), FINITE), max_size=12).map(so
 
 
 @given(st.lists(st.tuples(st.text(max_size=20).filter(str.isprintable), POINTS), max_size=20))
-def test_the_picture_is_well_formed_and_every_point_lies_inside(series):
+def test_the_image_is_well_formed_and_every_point_lies_inside(series):
     tree = ElementTree.fromstring(plot("a <title> & more", series))
     width, height = map(float, tree.attrib["viewBox"].split()[2:])
     lines = [e for e in tree.iter() if e.tag.endswith("polyline")]

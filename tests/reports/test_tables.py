@@ -1,4 +1,4 @@
-"""Tables: aligned, within the width, one line a row where there is no terminal, and never steering one."""
+"""Tables are aligned and within the width, one line a row without a terminal, and cannot control a terminal."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_columns_are_aligned_and_nothing_is_cut_without_a_width() -> None:
     ]
 
 
-def test_the_long_column_is_cut_to_the_width() -> None:
+def test_the_flexible_column_is_cut_to_the_width() -> None:
     lines = text(COLUMNS, [TableRow(["a", "1", "rank=16 " * 30])], 40)
     assert len(lines) == 2 and len(lines[1]) == 40 and lines[1].endswith("…")
 
 
-def test_where_no_room_is_left_the_long_column_goes_below_its_row() -> None:
+def test_the_flexible_column_goes_below_its_row_where_too_little_width_is_left() -> None:
     lines = text(COLUMNS, [TableRow(["a" * 30, "1", "rank=8 num_layers=16 dropout=0.1"], notes=["failed: why"])], 44)
     assert lines == [
         f"{'run':<30}  step",
@@ -45,7 +45,7 @@ def test_where_no_room_is_left_the_long_column_goes_below_its_row() -> None:
     ]
 
 
-def test_then_a_path_is_cut_where_it_says_least() -> None:
+def test_a_path_is_cut_at_its_start() -> None:
     columns = [Column("run", keep_end=True), Column("step", right=True), Column("settings", cut=True)]
     lines = text(columns, [TableRow(["sweeps/2026-11-24/10-00-00", "1000/1000", ""])], 30)
     assert lines[1] == "…026-11-24/10-00-00  1000/1000"
@@ -63,26 +63,26 @@ def test_no_line_is_wider_than_the_terminal(cells: list[tuple[str, str, str]], n
         assert display_width(whole) <= width and whole.isprintable()
 
 
-@given(words=st.text(max_size=50), width=st.integers(0, 60))
-def test_cut_text_fits(words: str, width: int) -> None:
-    assert display_width(cut(words, width)) <= width
-    if display_width(words) <= width:
-        assert cut(words, width) == words
+@given(content=st.text(max_size=50), width=st.integers(0, 60))
+def test_cut_text_fits(content: str, width: int) -> None:
+    assert display_width(cut(content, width)) <= width
+    if display_width(content) <= width:
+        assert cut(content, width) == content
 
 
-def test_wide_letters_count_twice() -> None:
+def test_wide_characters_count_as_two_columns() -> None:
     assert display_width("模型") == 4 and display_width("é") == 1
     rows = [TableRow(["模型", "1", ""]), TableRow(["abcd", "1", ""])]
     assert [display_width(line) for line in text(COLUMNS, rows, None)][1:] == [10, 10]
 
 
-def test_what_is_printed_cannot_steer_the_terminal() -> None:
+def test_printed_text_cannot_control_the_terminal() -> None:
     out = io.StringIO()
     Screen(out).line("a\x1b[31m\r\nb", ("\x07", "red"))
     assert out.getvalue() == "a·[31m· b·\n"
 
 
-def test_a_document_is_json_whatever_it_holds() -> None:
+def test_a_json_document_is_valid_for_any_values() -> None:
     data = {"a": math.nan, "b": [math.inf, 1.5, True, None], "c": Path("x/y"), 3: {"d": {1, 2}.__class__}}
     read = json.loads(json_document(data))
     assert read["a"] is None and read["b"] == [None, 1.5, True, None] and read["c"] == "x/y" and "3" in read

@@ -1,4 +1,4 @@
-"""What a run's directory tells of it, whole or damaged; the settings that tell runs apart."""
+"""A run is read from its directory, whole or damaged; runs and sweeps are found; differing settings are named."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def copy(trained: Path, tmp_path: Path) -> Callable[..., Path]:
     return do
 
 
-def test_a_finished_run_is_told_from_its_directory(trained: Path) -> None:
+def test_a_finished_run_is_read_from_its_directory(trained: Path) -> None:
     run = read_run(trained)
     status = json.loads((trained / "status.json").read_text())
     assert (run.state, run.step, run.iters, run.reason, run.problem) == ("finished", 6, 6, None, None)
@@ -66,7 +66,7 @@ def test_a_finished_run_is_told_from_its_directory(trained: Path) -> None:
     assert run.size_bytes == sum(p.stat().st_size for p in trained.rglob("*") if p.is_file())
 
 
-def test_running_without_a_holder_is_interrupted_and_with_one_is_running(copy: Callable[..., Path]) -> None:
+def test_a_running_run_that_no_process_holds_is_interrupted(copy: Callable[..., Path]) -> None:
     path = copy("run", state="running", step=4)
     assert read_run(path).state == "interrupted"
     directory = RunDirectory(path)
@@ -105,7 +105,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_read(
 
 
 @pytest.mark.parametrize("value", ["7", -1, 1.5, True, 10**30, [], {}])
-def test_values_of_a_wrong_type_in_the_status_do_not_count(copy: Callable[..., Path], value: Any) -> None:
+def test_status_values_of_a_wrong_type_are_ignored(copy: Callable[..., Path], value: Any) -> None:
     path = copy("run", step=value, iters=value, best=value, updated=value, reason=[value], pid=value)
     run = read_run(path)
     assert (run.state, run.reason, run.iters) == ("finished", None, None)
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_never_best(copy: Callable[..., Path]) -> N
     assert read_run(path).best_loss is None
 
 
-def test_rows_that_are_torn_or_no_rows_are_left_out(copy: Callable[..., Path]) -> None:
+def test_torn_and_damaged_rows_are_left_out(copy: Callable[..., Path]) -> None:
     path = copy("run")
     rows = ['{"step": 1, "split": "train", "loss": 2.0}', "not json", "[1]", '{"split": "train"}', "[" * 99_999]
     rows += ['{"step": 2, "split": "train", "loss": NaN}', '{"step": 3, "split": "train", "loss": 1.0}']
@@ -153,14 +153,14 @@ def test_runs_and_sweeps_are_found_newest_first_and_links_are_not_followed(
     assert sweep.size_bytes == sum(run.size_bytes for run in sweep.runs)
 
 
-def test_the_best_of_a_sweep_is_its_lowest_loss(copy: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_best_run_of_a_sweep_has_its_lowest_loss(copy: Callable[..., Path], tmp_path: Path) -> None:
     for number, loss in enumerate([3.0, 1.0, 1.0, None]):
         copy(f"sweep/{number}", best={"valid_loss": loss, "step": 3})
     best = read_sweep(tmp_path / "sweep").best
     assert best is not None and best.path.name == "1"
 
 
-def test_jobs_of_the_manifest_without_a_folder_wait(copy: Callable[..., Path], tmp_path: Path) -> None:
+def test_jobs_of_the_manifest_without_a_folder_are_waiting(copy: Callable[..., Path], tmp_path: Path) -> None:
     copy("sweep/0")
     lines = [{"schema": 1, "words": ["lora.rank=2,4,8"], "time": "2026-11-24T10:00:00Z"}]
     lines += [{"job": i, "id": f"id{i}", "overrides": [f"lora.rank={2 << i}"]} for i in range(3)]
@@ -172,7 +172,7 @@ def test_jobs_of_the_manifest_without_a_folder_wait(copy: Callable[..., Path], t
     assert isinstance(sweep, SweepInfo) and "sweep.jsonl, line 1" in (sweep.problem or "") and len(sweep.runs) == 1
 
 
-def test_only_settings_that_differ_and_do_not_belong_to_one_invocation_are_named() -> None:
+def test_differing_settings_are_those_that_differ_without_provenance() -> None:
     one = {"seed": 0, "lora.rank": 8, "experiment": "a", "lora.dropout": 0.0, "loggers": {}}
     other = {"seed": 0, "lora.rank": 4, "experiment": "b", "loggers": {"csv": {}}}
     assert differing_settings([_info(one), _info(other), _info({})]) == ["lora.rank", "loggers"]
@@ -182,7 +182,7 @@ def test_only_settings_that_differ_and_do_not_belong_to_one_invocation_are_named
     ]  # 0.0 where not stored
 
 
-def test_what_decides_the_result_comes_first() -> None:
+def test_settings_that_change_the_result_come_first() -> None:
     names = ["model.path", "train.report_every", "checkpoint.every", "lora.rank", "train.iters", "seed"]
     assert settings_text.by_importance(names) == [
         "lora.rank",
@@ -194,7 +194,7 @@ def test_what_decides_the_result_comes_first() -> None:
     ]
 
 
-def test_settings_are_shortened_to_what_tells_them_apart() -> None:
+def test_settings_are_shortened_to_what_distinguishes_them() -> None:
     assert settings_text.shortened(["/data/a/sql", "/data/b/sql", "/other/chat", "org/model"]) == [
         "…/a/sql",
         "…/b/sql",
@@ -224,7 +224,7 @@ def test_the_size_of_a_folder_does_not_follow_links(tmp_path: Path) -> None:
     assert 10 <= folder_size(tmp_path / "run") < 10_000
 
 
-def test_defaults_are_those_of_the_optimizer_and_schedule_that_were_chosen(tiny: Callable[..., Config]) -> None:
+def test_defaults_are_those_of_the_chosen_optimizer_and_schedule(tiny: Callable[..., Config]) -> None:
     from runner.config import schema
 
     def changed(**changes: Any) -> dict[str, Any]:

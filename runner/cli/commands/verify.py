@@ -13,8 +13,7 @@ from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.ls import DEFAULT
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, ConfigError, did_you_mean
 from runner.common.text import format_bytes, relative_path
-from runner.reports import audit
-from runner.reports.audit import Audit
+from runner.reports.audit import Audit, audit_checkpoint, audit_result, audit_run
 from runner.reports.next_commands import for_damaged_run
 from runner.reports.screen import Screen, json_document
 from runner.runs.find import find_runs, looks_like_run
@@ -72,21 +71,21 @@ def _audits(path: Path) -> Iterator[Audit]:
     if not path.is_dir():
         raise ConfigError(f"{path}: a file; name a checkpoint (step-0000100), a run, a sweep or a folder above them.")
     if STEP_NAME.fullmatch(path.name):
-        yield audit.of_checkpoint(path)
+        yield audit_checkpoint(path)
     elif path.name == "adapters" and not looks_like_run(p.name for p in path.iterdir()):
-        yield audit.of_result(path)
+        yield audit_result(path)
     elif (path / "config.yaml").is_file() or mirror.is_backup(path):  # also if config.yaml is all that is left
-        yield audit.of_run(read_run(path))
+        yield audit_run(read_run(path))
     else:
         found = find_runs(path)
         if not found:
             raise ConfigError(f"{path}: no checkpoint, run or sweep is there or below.")
         for info in reversed(found):
             if isinstance(info, RunInfo):
-                yield audit.of_run(info)
+                yield audit_run(info)
             else:
                 yield Audit(info.path, "sweep", damage=[info.problem] if info.problem else [])
-                yield from map(audit.of_run, info.runs)
+                yield from map(audit_run, info.runs)
 
 
 def _print_audit(screen: Screen, audited: Audit) -> None:

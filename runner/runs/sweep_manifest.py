@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 from runner.common import safe_json
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
+from runner.common.filesystem import open_regular
 from runner.common.text import shorten
 from runner.config import retired
 from runner.runs.directory import RunDirectory, unexpected_names
@@ -129,15 +128,12 @@ def read_manifest(folder: Path) -> SweepManifest:
 def _read_bytes(path: Path) -> bytes:
     """Return the content of a manifest; nothing where there is none."""
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{path} is not a regular file.")
+        with open(open_regular(path), "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
     if len(data) > _MAX_BYTES:
         raise ConfigError(f"{path} is larger than {_MAX_BYTES:,} bytes, so it is no manifest.")
     return data

@@ -53,6 +53,8 @@ class Audit:
     """Number of checkpoints verified."""
     size_bytes: int = 0
     """Size of the checkpoints and the result."""
+    has_settings: bool = True
+    """Whether config.yaml can be read, without which a run can be neither resumed nor repeated."""
     backup: Path | None = None
     """The backup of a damaged run."""
 
@@ -78,6 +80,7 @@ def audit_run(run: RunInfo) -> Audit:
     directory = RunDirectory(run.path, checkpoints_folder(run).name)
     is_locked = directory.is_locked()
     audit = Audit(run.path, "backup" if mirror.is_backup(run.path) else "run", run.state)
+    audit.has_settings = bool(run.settings)
     if run.problem:
         audit.damage += [f"{run.path}: {problem}" for problem in run.problem.split("; ")]
     checkpoints = _verify_checkpoints(run, directory.checkpoints, audit, is_locked)

@@ -95,10 +95,18 @@ def result_step(run: RunInfo, checkpoints: list[CheckpointInfo]) -> int | None:
 
 
 def checkpoints_folder(run: RunInfo) -> Path:
-    """Return the folder of the run's checkpoints; a stored name that leads out of the run's directory is ignored."""
+    """Return the folder of the run's checkpoints; a stored name that leads out of the run's directory is ignored.
+
+    Where config.yaml is lost, it is the folder in which checkpoints are found.
+    """
     name = run.settings.get("checkpoint.dir")
-    is_plain = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
-    return run.path / (str(name) if is_plain else CheckpointConfig().dir)
+    if isinstance(name, str) and Path(name).name == name and name not in ("", ".", ".."):
+        return run.path / name
+    default = run.path / CheckpointConfig().dir
+    if run.settings or default.is_dir():
+        return default
+    found = sorted(path.parent for path in run.path.glob("*/step-*") if STEP_NAME.fullmatch(path.name))
+    return next((folder for folder in found if not folder.is_symlink()), default)
 
 
 def step_folders(folder: Path, names: list[str]) -> list[Path]:

@@ -87,14 +87,14 @@ def after_sweep(folder: Path, *, finished: bool, varied: Sequence[str]) -> list[
     return [Command("extend the sweep", f"{_resume(folder).line} {varied[0]}=…")] if varied else []
 
 
-def for_damaged_run(run: Path, *, resumable: bool, backup: Path | None, is_backup: bool) -> list[Command]:
+def for_damaged_run(run: Path, *, resumable: bool, repeatable: bool, backup: Path | None) -> list[Command]:
     """Return the ways to recover a run: its newest valid checkpoint, its backup, or else its settings alone."""
     commands = []
     if resumable:
         commands.append(_resume(run, "resume from the newest valid checkpoint"))
     if backup is not None:
         commands.append(Command("verify its backup", f"{_PROGRAM} verify {shell_path(backup)}"))
-    if not commands and not is_backup:
+    if not commands and repeatable:
         commands.append(Command("train again with its settings", _repeat(run)))
     return commands
 

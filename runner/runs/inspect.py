@@ -1,4 +1,4 @@
-"""One run as its directory describes it: what `ls`, `show`, `verify` and the results of sweeps are made from.
+"""One run as its directory describes it: the source of `ls`, `show`, `verify` and the results of sweeps.
 
 Nothing here raises for a damaged run: what can be read is read, and `RunInfo.problem` names what cannot.
 """

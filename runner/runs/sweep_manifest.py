@@ -71,6 +71,7 @@ class SweepManifest:
         lines: list[dict[str, Any]] = []
         if list(arguments) != self.arguments:
             self.arguments = list(arguments)
+            # The key "words" is part of the format of every sweep made so far.
             lines.append({"schema": SCHEMA, "words": self.arguments, "time": utc_now()})
         for overrides in overrides_of_jobs:
             identity = job_id(overrides)

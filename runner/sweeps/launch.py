@@ -40,8 +40,8 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     if not manifest.arguments:
         raise ConfigError(f"resume={folder}: {sweep_manifest.NAME} holds no overrides: there is nothing to finish.")
     guard.check_sweep_manifest(manifest, invocation.settings)
-    repeat = [Path(unquote(word.partition("=")[2])) for word in manifest.arguments if word.startswith("repeat=")]
-    stored = [word for word in manifest.arguments if not word.startswith("repeat=")]
+    repeat = [Path(unquote(a.partition("=")[2])) for a in manifest.arguments if a.startswith("repeat=")]
+    stored = [argument for argument in manifest.arguments if not argument.startswith("repeat=")]
     typed = [argument for argument in invocation.arguments if argument not in ("-m", "--multirun")]
     merged = grid.merge_arguments(stored, typed)
     flags = [argument for argument in merged if argument.startswith("-")]
@@ -85,9 +85,9 @@ def _task_overrides(config: DictConfig) -> Sequence[str]:
 
 
 def _claim(path: Path, is_named: bool) -> Path:
-    """Make `path` for a new sweep, or take over what is left of one that ended before it recorded a job.
+    """Create `path` for a new sweep, or take over the remains of one that ended before it recorded a job.
 
-    A path that was made from the time gets -2, -3, … where another sweep started in the same second.
+    A path that was derived from the time gets -2, -3, … where another sweep started in the same second.
     """
     for candidate in numbered(path):
         try:
@@ -100,5 +100,5 @@ def _claim(path: Path, is_named: bool) -> Path:
                 hint = f" To finish the sweep in it: resume={candidate}" if is_stored_sweep(candidate) else ""
                 raise ConfigError(f"{candidate} exists already: choose another hydra.sweep.dir.{hint}") from None
         except OSError as error:
-            raise ConfigError(f"{candidate} cannot be made: {error.strerror}.") from None
+            raise ConfigError(f"{candidate} cannot be created: {error.strerror}.") from None
     raise AssertionError("numbered() is endless")

@@ -12,6 +12,7 @@ import pytest
 from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore
 from runner.config.schema import Config
+from runner.reports.audit import audit_run
 from runner.reports.checkpoint_list import checkpoints_folder, list_checkpoints, result_step
 from runner.runs.inspect import read_run
 
@@ -75,6 +76,18 @@ def test_the_result_step_comes_from_the_status_or_the_checkpoint_of_the_same_ada
     assert result_step(info, list_checkpoints(info)) == 200
     (path / "adapters/adapters.safetensors").write_text("something else")
     assert result_step(info, list_checkpoints(info)) is None
+
+
+def test_checkpoints_in_a_folder_of_another_name_are_found_although_the_config_is_lost(
+    run: Callable[..., Path],
+) -> None:
+    path = run({100: 2.0})
+    (path / "checkpoints").rename(path / "saved")
+    (path / "config.yaml").unlink()
+    info = read_run(path)
+    assert checkpoints_folder(info) == path / "saved" and [c.step for c in list_checkpoints(info)] == [100]
+    found = audit_run(info)
+    assert not any("none is whole" in damage for damage in found.damage) and not found.has_settings
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc", "..", ".", "", "[1]"])

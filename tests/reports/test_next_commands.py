@@ -55,12 +55,12 @@ def test_every_command_at_the_end_of_a_run_is_also_on_its_page() -> None:
 
 def test_a_damaged_run_is_recovered_from_what_is_left_of_it() -> None:
     backup = Path("/backup/r")
-    everything = for_damaged_run(Path("r"), resumable=True, backup=backup, is_backup=False)
-    assert lines(everything) == ["python -m runner resume=r", "python -m runner verify /backup/r"]
-    assert lines(for_damaged_run(Path("r"), resumable=False, backup=None, is_backup=False)) == [
+    both = for_damaged_run(Path("r"), resumable=True, repeatable=True, backup=backup)
+    assert lines(both) == ["python -m runner resume=r", "python -m runner verify /backup/r"]
+    assert lines(for_damaged_run(Path("r"), resumable=False, repeatable=True, backup=None)) == [
         "python -m runner repeat=r"
     ]
-    assert for_damaged_run(Path("r"), resumable=False, backup=None, is_backup=True) == []
+    assert for_damaged_run(Path("r"), resumable=False, repeatable=False, backup=None) == []
 
 
 def test_a_sweep_is_finished_before_it_is_extended() -> None:

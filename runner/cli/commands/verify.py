@@ -109,8 +109,12 @@ def _recovery(audited: Audit) -> list[str]:
     if audited.whole:
         best = f"; best of them {audited.best}" if audited.best is not None else ""
         lines.append(f"whole: step {', '.join(str(step) for step in audited.whole)}{best}")
-    is_backup = audited.kind == "backup"
-    commands = for_damaged_run(audited.path, resumable=bool(audited.whole), backup=audited.backup, is_backup=is_backup)
+    commands = for_damaged_run(
+        audited.path,
+        resumable=bool(audited.whole) and audited.has_settings,
+        repeatable=audited.has_settings and audited.kind == "run",
+        backup=audited.backup,
+    )
     return [*lines, *(f"{command.purpose}: {command.line}" for command in commands)]
 
 

@@ -333,7 +333,7 @@ def test_an_adapter_config_is_read_or_refused(cases, checkpoint, real, tmp_path)
     whole = checkpoint.files["adapter_config.json"]
 
     def read(data: Any) -> None:
-        adapter_source._about(data if isinstance(data, bytes) else json.dumps(data).encode(), tmp_path)
+        adapter_source._parse_config(data if isinstance(data, bytes) else json.dumps(data).encode(), tmp_path)
 
     fuzz(cases, read, RunnerError, damaged(whole), altered(json.loads(whole)), JSON)
 

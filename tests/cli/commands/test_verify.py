@@ -100,7 +100,7 @@ def test_leftovers_and_torn_lines_are_notes_and_not_damage(run, capsys):
         rows.write('{"step": 31, "spl')
     assert verify.run(["run"]) == 0
     out = capsys.readouterr().out
-    assert "1 leftovers of a save that was cut off" in out and "its last line is torn" in out
+    assert "1 temporary folders of an interrupted save" in out and "its last line is torn" in out
 
 
 def test_folders_sweeps_and_checkpoints_can_be_verified(run, tmp_path, capsys):

@@ -170,7 +170,14 @@ class ImportResult:
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={quote_value(value)}" for name, value in settings.items()]
+    return [
+        f"{name}={value if _is_quoted_later(name, value) else quote_value(value)}" for name, value in settings.items()
+    ]
+
+
+def _is_quoted_later(name: str, value: Any) -> bool:
+    """Return whether the command line quotes `value` itself, as it does with paths that are typed as they are."""
+    return name in schema.path_settings() and value != "null" and value[0] not in "'\"[~"
 
 
 def _problem(groups: Mapping[str, Any], values: Mapping[str, Any]) -> str:

@@ -52,8 +52,8 @@ def test_a_file_size_limit_of_the_process_is_a_storage_error(tmp_path: Path) -> 
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 save(2, files)
-loaded, wrong = store.newest_valid()
-print(loaded.checkpoint.step, wrong)
+loaded, problems = store.newest_valid()
+print(loaded.checkpoint.step, problems)
 """
     first, second, third = _run(program, str(tmp_path))
     assert first == "saved"
@@ -71,8 +71,8 @@ for room in (0, 100_000, 300_000, 500_000, 700_000):
     free = store._filesystem.__class__.__mro__[-2]().free_space(folder)
     (folder / "filler").write_bytes(bytes(free - room))
     save(2, files)
-    loaded, wrong = store.newest_valid()
-    print(loaded.checkpoint.step, wrong, sorted(path.name for path in store.folder.iterdir()))
+    loaded, problems = store.newest_valid()
+    print(loaded.checkpoint.step, problems, sorted(path.name for path in store.folder.iterdir()))
 """
     mount = ["unshare", "--mount", "--map-root-user", "--user", "sh", "-c"]
     mount.append(f'mount -t tmpfs -o size=2m tmpfs "{tmp_path}" && exec "$@"')

@@ -43,7 +43,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def medium(tmp_path: Path) -> Path:
+def backup_disk(tmp_path: Path) -> Path:
     found = tmp_path / "second disk"
     found.mkdir()
     return found
@@ -59,9 +59,11 @@ def whole(shared, tiny, train) -> Path:
     return shared / "run" if (shared / "run").exists() else train(tiny(**HARD), shared / "run")
 
 
-def test_the_selected_checkpoints_and_files_are_mirrored_byte_for_byte_and_no_others(tiny, train, tmp_path, medium):
-    run = train(tiny(**HARD, **{"checkpoint.backup": str(medium)}), tmp_path / "run")
-    mirror = only(medium)
+def test_the_selected_checkpoints_and_files_are_mirrored_byte_for_byte_and_no_others(
+    tiny, train, tmp_path, backup_disk
+):
+    run = train(tiny(**HARD, **{"checkpoint.backup": str(backup_disk)}), tmp_path / "run")
+    mirror = only(backup_disk)
     best = json.loads((run / "status.json").read_text())["best"]["step"]
     assert steps(mirror) == sorted({9, 18, 20, best})
     for step in steps(mirror):
@@ -73,17 +75,17 @@ def test_the_selected_checkpoints_and_files_are_mirrored_byte_for_byte_and_no_ot
     assert json.loads((mirror / "backup.json").read_text())["run"] == str(run)
 
 
-def test_a_backup_does_not_change_the_run(tiny, train, tmp_path, medium, whole, assert_equal_runs):
-    assert_equal_runs(whole, train(tiny(**HARD, **{"checkpoint.backup": str(medium)}), tmp_path / "run"))
+def test_a_backup_does_not_change_the_run(tiny, train, tmp_path, backup_disk, whole, assert_equal_runs):
+    assert_equal_runs(whole, train(tiny(**HARD, **{"checkpoint.backup": str(backup_disk)}), tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_a_run_whose_directory_is_lost_resumes_from_its_backup_equal(cli, medium, assert_equal_runs, tmp_path):
+def test_a_run_whose_directory_is_lost_resumes_from_its_backup_equal(cli, backup_disk, assert_equal_runs, tmp_path):
     words = ["model=tiny", "data=tiny", "schedule=cosine", "lora.dropout=0.2", "train.iters=20", "train.eval_every=5"]
     words += ["checkpoint.every=3", "checkpoint.keep_every=9"]
     cli(*words, "hydra.run.dir=whole")
-    cli(*words, f"checkpoint.backup={medium}", "train.stop_at=10", "hydra.run.dir=run")
-    mirror = only(medium)
+    cli(*words, f"checkpoint.backup={backup_disk}", "train.stop_at=10", "hydra.run.dir=run")
+    mirror = only(backup_disk)
     assert steps(mirror)[-1] == 10
     shutil.rmtree(cli.folder / "run")
     before = files(mirror)
@@ -94,7 +96,7 @@ def test_a_run_whose_directory_is_lost_resumes_from_its_backup_equal(cli, medium
     }
     cli("resume=again")
     assert_equal_runs(cli.folder / "whole", cli.folder / "again")
-    assert only(medium) == mirror, "the restored run is the same run and keeps its backup"
+    assert only(backup_disk) == mirror, "the restored run is the same run and keeps its backup"
     assert steps(mirror)[-1] == 20
     # Without a named directory it gets one made of the time, and a finished run is restored whole.
     shutil.rmtree(cli.folder / "again")
@@ -104,48 +106,48 @@ def test_a_run_whose_directory_is_lost_resumes_from_its_backup_equal(cli, medium
 
 
 def test_a_missing_backup_disk_warns_once_and_the_backup_catches_up(tiny, train, tmp_path, whole, assert_equal_runs):
-    medium = tmp_path / "stick"
-    settings = HARD | {"checkpoint.backup": str(medium)}
+    backup_disk = tmp_path / "stick"
+    settings = HARD | {"checkpoint.backup": str(backup_disk)}
     run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     log = (run / "run.log").read_text()
-    assert log.count(f"{medium}: there is no such folder; is its disk mounted?") == 2, "at first, and at the end"
-    assert not medium.exists(), "a folder must not take the place of a disk that is not mounted"
-    medium.mkdir()
+    assert log.count(f"{backup_disk}: there is no such folder; is its disk mounted?") == 2, "at first, and at the end"
+    assert not backup_disk.exists(), "a folder must not take the place of a disk that is not mounted"
+    backup_disk.mkdir()
     train(tiny(**settings), run, resume=run)
     assert "mirrored to" in (run / "run.log").read_text()
-    assert steps(only(medium))[-1] == 20
+    assert steps(only(backup_disk))[-1] == 20
     assert_equal_runs(whole, run)
 
 
 def test_a_resume_of_a_finished_run_completes_its_backup_without_training(tiny, train, tmp_path, capsys):
-    medium = tmp_path / "stick"
-    settings = tiny(**HARD, **{"checkpoint.backup": str(medium)})
+    backup_disk = tmp_path / "stick"
+    settings = tiny(**HARD, **{"checkpoint.backup": str(backup_disk)})
     run = train(settings, tmp_path / "run")
     assert "to complete it, resume= this run" in (run / "run.log").read_text()
-    medium.mkdir()
+    backup_disk.mkdir()
     before = (run / "metrics.jsonl").read_bytes()
     train(settings, run, resume=run)
-    assert f"mirrored to {only(medium)}" in capsys.readouterr().out
-    assert steps(only(medium))[-1] == 20 and files(only(medium) / "adapters") == files(run / "adapters")
+    assert f"mirrored to {only(backup_disk)}" in capsys.readouterr().out
+    assert steps(only(backup_disk))[-1] == 20 and files(only(backup_disk) / "adapters") == files(run / "adapters")
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_the_backup_catches_up_when_its_disk_returns_during_the_run(tmp_path):
-    run, medium = tmp_path / "run", tmp_path / "stick"
+    run, backup_disk = tmp_path / "run", tmp_path / "stick"
     run.mkdir()
     store = CheckpointStore(run / "checkpoints", "0123456789abcdef")
-    mirror = backup.BackupMirror(medium, RunDirectory(run), store, lambda: [c.step for c in store.checkpoints()])
+    mirror = backup.BackupMirror(backup_disk, RunDirectory(run), store, lambda: [c.step for c in store.checkpoints()])
     store.commit(1, {"a": b"1"})
     mirror.wake()
     wait_until(lambda: mirror.problem is not None)
     assert "each save tries again" in mirror.new_messages()[0]
     store.commit(2, {"a": b"2"})
     mirror.wake()
-    medium.mkdir()
+    backup_disk.mkdir()
     store.commit(3, {"a": b"3"})
     assert mirror.finish(lambda: True)
-    assert mirror.new_messages() == [f"backup: caught up in {only(medium)}"]
-    assert steps(only(medium)) == [1, 2, 3]
+    assert mirror.new_messages() == [f"backup: caught up in {only(backup_disk)}"]
+    assert steps(only(backup_disk)) == [1, 2, 3]
 
 
 def wait_until(true, seconds: float = 10.0) -> None:
@@ -157,13 +159,13 @@ def wait_until(true, seconds: float = 10.0) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs in a namespace of its own")
-def test_a_full_backup_disk_warns_and_training_continues(cli, medium, assert_equal_runs):
+def test_a_full_backup_disk_warns_and_training_continues(cli, backup_disk, assert_equal_runs):
     words = ["model=tiny", "data=tiny", "train.iters=20", "train.eval_every=5", "checkpoint.every=3"]
     cli(*words, "hydra.run.dir=whole")
     command = [
         *("unshare", "--mount", "--map-root-user", "--user", "sh", "-c"),
-        f'mount -t tmpfs -o size=300k tmpfs "{medium}" && exec "$@"',
-        *("sh", sys.executable, "-m", "runner", *words, f"checkpoint.backup={medium}", "hydra.run.dir=run"),
+        f'mount -t tmpfs -o size=300k tmpfs "{backup_disk}" && exec "$@"',
+        *("sh", sys.executable, "-m", "runner", *words, f"checkpoint.backup={backup_disk}", "hydra.run.dir=run"),
     ]
     done = subprocess.run(command, cwd=cli.folder, env=cli.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -172,24 +174,24 @@ def test_a_full_backup_disk_warns_and_training_continues(cli, medium, assert_equ
     assert_equal_runs(cli.folder / "whole", cli.folder / "run")
 
 
-def test_a_damaged_checkpoint_in_a_backup_is_replaced(tiny, train, tmp_path, medium):
-    settings = HARD | {"checkpoint.backup": str(medium)}
+def test_a_damaged_checkpoint_in_a_backup_is_replaced(tiny, train, tmp_path, backup_disk):
+    settings = HARD | {"checkpoint.backup": str(backup_disk)}
     run = train(tiny(**settings), tmp_path / "run", stop_at=11)
-    damaged = only(medium) / "checkpoints/step-0000009/optimizer.safetensors"
+    damaged = only(backup_disk) / "checkpoints/step-0000009/optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0\1")
     train(tiny(**settings), run, resume=run)
-    assert files(only(medium) / "checkpoints/step-0000009") == files(run / "checkpoints/step-0000009")
+    assert files(only(backup_disk) / "checkpoints/step-0000009") == files(run / "checkpoints/step-0000009")
 
 
-def test_the_damaged_checkpoints_of_a_backup_are_left_out_and_named(tiny, train, tmp_path, medium):
-    train(tiny(**HARD, **{"checkpoint.backup": str(medium)}), tmp_path / "run")
-    mirror = only(medium)
+def test_the_damaged_checkpoints_of_a_backup_are_left_out_and_named(tiny, train, tmp_path, backup_disk):
+    train(tiny(**HARD, **{"checkpoint.backup": str(backup_disk)}), tmp_path / "run")
+    mirror = only(backup_disk)
     last = mirror / "checkpoints/step-0000020"
     (last / "train_state.json").write_bytes(b"{}")
     directory = RunDirectory(tmp_path / "again")
     directory.claim()
-    said = backup.restore(mirror, directory)
-    assert len(said) == 1 and "step-0000020/train_state.json" in said[0]
+    messages = backup.restore(mirror, directory)
+    assert len(messages) == 1 and "step-0000020/train_state.json" in messages[0]
     assert steps(tmp_path / "again") == steps(mirror)[:-1]
     for step in steps(mirror):
         (mirror / f"checkpoints/step-{step:07d}/adapters.safetensors").write_bytes(b"")
@@ -201,21 +203,21 @@ def test_the_damaged_checkpoints_of_a_backup_are_left_out_and_named(tiny, train,
     assert not (tmp_path / "third").exists()
 
 
-def test_a_backup_that_a_run_is_writing_is_not_restored(tiny, train, tmp_path, medium):
-    train(tiny(**HARD, **{"checkpoint.backup": str(medium)}), tmp_path / "run")
-    holder = RunDirectory(only(medium))
+def test_a_backup_that_a_run_is_writing_is_not_restored(tiny, train, tmp_path, backup_disk):
+    train(tiny(**HARD, **{"checkpoint.backup": str(backup_disk)}), tmp_path / "run")
+    holder = RunDirectory(only(backup_disk))
     holder.lock()
     directory = RunDirectory(tmp_path / "again")
     directory.claim()
     with pytest.raises(DirectoryInUse, match="pid"):
-        backup.restore(only(medium), directory)
+        backup.restore(only(backup_disk), directory)
     holder.unlock()
 
 
 def test_a_run_without_a_valid_checkpoint_is_refused_with_the_command_to_resume_its_backup(
-    tiny, train, tmp_path, medium
+    tiny, train, tmp_path, backup_disk
 ):
-    settings = HARD | {"checkpoint.backup": str(medium)}
+    settings = HARD | {"checkpoint.backup": str(backup_disk)}
     run = train(tiny(**settings), tmp_path / "run", stop_at=11)
     for path in (run / "checkpoints").glob("step-*/train_state.json"):
         path.write_bytes(b"")
@@ -245,12 +247,12 @@ def test_any_failure_of_the_backup_disk_is_reported_and_the_run_does_not_wait(tm
         def mkdir(self, folder: Path) -> None:
             raise error
 
-    run, medium = tmp_path / "run", tmp_path / "stick"
+    run, backup_disk = tmp_path / "run", tmp_path / "stick"
     run.mkdir()
-    medium.mkdir()
+    backup_disk.mkdir()
     store = CheckpointStore(run / "checkpoints", "0123456789abcdef")
     store.commit(1, {"a": b"1"})
-    mirror = backup.BackupMirror(medium, RunDirectory(run), store, lambda: [1], Failing())
+    mirror = backup.BackupMirror(backup_disk, RunDirectory(run), store, lambda: [1], Failing())
     end = time.monotonic() + 20
     assert not mirror.finish(lambda: time.monotonic() < end)
     assert time.monotonic() < end
@@ -286,17 +288,17 @@ def test_a_kill_at_any_moment_of_mirroring_leaves_a_backup_that_restores(tmp_pat
     for step in (10, 20):
         store.commit(step, {"adapters.safetensors": b"x" * 1000, "train_state.json": b"%d" % step})
     for calls in range(200):
-        medium = tmp_path / f"medium-{calls}"
-        medium.mkdir()
+        backup_disk = tmp_path / f"backup_disk-{calls}"
+        backup_disk.mkdir()
         disk = Dying()
         disk.left = calls
-        first = backup.BackupMirror(medium, RunDirectory(run), store, lambda: [10, 20], disk)
+        first = backup.BackupMirror(backup_disk, RunDirectory(run), store, lambda: [10, 20], disk)
         done = first.finish(lambda: True)
-        again = backup.BackupMirror(medium, RunDirectory(run), store, lambda: [10, 20])
+        again = backup.BackupMirror(backup_disk, RunDirectory(run), store, lambda: [10, 20])
         assert again.finish(lambda: True)
         directory = RunDirectory(tmp_path / f"again-{calls}")
         directory.claim()
-        assert backup.restore(only(medium), directory) == []
+        assert backup.restore(only(backup_disk), directory) == []
         assert steps(directory.path) == [10, 20]
         directory.unlock()
         if done:

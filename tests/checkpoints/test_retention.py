@@ -72,10 +72,10 @@ def test_the_policy_retains_these_steps_for_these_reasons(
     assert list(select_retained(saved, policy, **more)) == sorted(stays)
 
 
-@pytest.mark.parametrize("wrong", [(-1, 0, None), (0, -1, None), (0, 0, 0), (0, 0, -5)])
-def test_a_policy_with_negative_numbers_is_refused(wrong: tuple) -> None:
+@pytest.mark.parametrize("invalid", [(-1, 0, None), (0, -1, None), (0, 0, 0), (0, 0, -5)])
+def test_a_policy_with_negative_numbers_is_refused(invalid: tuple) -> None:
     with pytest.raises(ValueError, match="or more"):
-        RetentionPolicy(*wrong)
+        RetentionPolicy(*invalid)
 
 
 def test_a_step_that_appears_twice_is_refused() -> None:

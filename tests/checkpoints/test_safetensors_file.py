@@ -134,7 +134,7 @@ def test_finiteness_of_types_that_numpy_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "message"),
     [
         ({"a": Tensor("U8", (2,), b"123")}, "needs 2 bytes, its offsets span 3"),
         ({"a": Tensor("X9", (2,), b"12")}, "unknown dtype"),
@@ -142,8 +142,8 @@ def test_finiteness_of_types_that_numpy_has() -> None:
         ({"__metadata__": Tensor("U8", (2,), b"12")}, "cannot be named"),
     ],
 )
-def test_tensors_that_could_not_be_read_back_are_not_packed(made: dict[str, Tensor], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_tensors_that_could_not_be_read_back_are_not_packed(made: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         pack(made)
 
 
@@ -158,8 +158,8 @@ def test_a_header_is_read_from_a_regular_file_or_a_link_to_one_only(tmp_path: Pa
         name: whole[span.begin : span.end] for name, span in spans.items()
     }
     os.mkfifo(tmp_path / "fifo")
-    for wrong, said in (("fifo", "not a regular"), ("none", "no such file"), (".", "not a regular")):
-        with pytest.raises(CheckpointError, match=said):
+    for wrong, message in (("fifo", "not a regular"), ("none", "no such file"), (".", "not a regular")):
+        with pytest.raises(CheckpointError, match=message):
             read_header(tmp_path / wrong)
 
 

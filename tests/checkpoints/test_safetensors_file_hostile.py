@@ -109,7 +109,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_with_its_path_and_the_reason(name: str, tmp_path: Path) -> None:
-    data, said = HOSTILE[name]
+    data, message = HOSTILE[name]
     (tmp_path / "a.safetensors").write_bytes(data)
     tracemalloc.start()
     try:
@@ -120,8 +120,8 @@ def test_a_hostile_file_is_refused_with_its_path_and_the_reason(name: str, tmp_p
         tracemalloc.stop()
     with pytest.raises(CheckpointError, match=r"a\.safetensors: ") as again:
         read_header(tmp_path / "a.safetensors")
-    assert said in str(caught.value)
-    assert said in str(again.value)
+    assert message in str(caught.value)
+    assert message in str(again.value)
     assert len(str(caught.value)) < 500
     assert str(caught.value).isprintable()
     assert peak < 200e6

@@ -39,10 +39,10 @@ def test_a_save_is_due_for_the_reasons_that_apply(
     assert policy.due(step, **{"minutes_since_save": 0.0} | more) == reasons
 
 
-@pytest.mark.parametrize("wrong", [(0, None), (-1, None), (None, 0), (None, -1.0), (None, math.nan)])
-def test_an_interval_that_is_not_positive_is_refused(wrong: tuple) -> None:
+@pytest.mark.parametrize("invalid", [(0, None), (-1, None), (None, 0), (None, -1.0), (None, math.nan)])
+def test_an_interval_that_is_not_positive_is_refused(invalid: tuple) -> None:
     with pytest.raises(ValueError, match="is invalid: must be"):
-        SavePolicy(*wrong)
+        SavePolicy(*invalid)
 
 
 def test_only_intervals_count_as_scheduled_and_only_stop_reasons_as_the_end() -> None:

@@ -93,17 +93,17 @@ def test_no_checkpoint_and_no_valid_checkpoint_are_distinguished(store: Checkpoi
     assert store.rotate({1}) == []
     made = store.commit(1, FILES)
     (made.path / "manifest.json").unlink()
-    loaded, wrong = store.newest_valid()
+    loaded, problems = store.newest_valid()
     assert loaded is None
-    assert len(wrong) == 1
-    assert str(made.path) in wrong[0]
+    assert len(problems) == 1
+    assert str(made.path) in problems[0]
 
 
 def test_committing_a_step_again_replaces_it(store: CheckpointStore) -> None:
     store.commit(100, _files("old"))
     store.commit(100, _files("new") | {"more.json": b"{}"})
-    loaded, wrong = store.newest_valid()
-    assert (_mark(loaded), wrong) == ("new", [])
+    loaded, problems = store.newest_valid()
+    assert (_mark(loaded), problems) == ("new", [])
     assert os.listdir(store.folder) == ["step-0000100"]
 
 
@@ -127,7 +127,7 @@ def test_steps_of_more_than_seven_digits_sort_as_numbers(store: CheckpointStore)
 
 
 @pytest.mark.parametrize(
-    ("step", "files", "said"),
+    ("step", "files", "message"),
     [
         (-1, FILES, "step"),
         (10**18, FILES, "step"),
@@ -147,9 +147,9 @@ def test_steps_of_more_than_seven_digits_sort_as_numbers(store: CheckpointStore)
     ],
 )
 def test_what_a_manifest_cannot_hold_is_refused_before_anything_is_written(
-    store: CheckpointStore, step: int, files: dict[str, bytes], said: str
+    store: CheckpointStore, step: int, files: dict[str, bytes], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         store.commit(step, files)
     assert not store.folder.exists()
 
@@ -171,10 +171,10 @@ def test_each_bad_checkpoint_is_named_and_the_newest_good_one_is_loaded(store: C
         store.commit(step, _files(str(step)))
     (store.folder / "step-0000400" / "manifest.json").write_bytes(b"{}")
     (store.folder / "step-0000300" / "optimizer.safetensors").unlink()
-    loaded, wrong = store.newest_valid()
+    loaded, problems = store.newest_valid()
     assert _mark(loaded) == "200"
-    assert ["0000400" in wrong[0], "0000300" in wrong[1], len(wrong)] == [True, True, 2]
-    assert "optimizer.safetensors: missing" in wrong[1]
+    assert ["0000400" in problems[0], "0000300" in problems[1], len(problems)] == [True, True, 2]
+    assert "optimizer.safetensors: missing" in problems[1]
 
 
 def test_the_callers_check_can_refuse_a_checkpoint(store: CheckpointStore) -> None:
@@ -185,9 +185,9 @@ def test_the_callers_check_can_refuse_a_checkpoint(store: CheckpointStore) -> No
         if _mark(loaded) == "200":
             raise CheckpointError("lora_a is not finite")
 
-    loaded, wrong = store.newest_valid(check)
+    loaded, problems = store.newest_valid(check)
     assert _mark(loaded) == "100"
-    assert wrong == [f"{store.folder}/step-0000200: lora_a is not finite"]
+    assert problems == [f"{store.folder}/step-0000200: lora_a is not finite"]
 
 
 def test_checkpoints_of_another_run_are_named_not_used_and_not_removed(store: CheckpointStore) -> None:
@@ -195,9 +195,9 @@ def test_checkpoints_of_another_run_are_named_not_used_and_not_removed(store: Ch
     assert store.newest_valid()[0] is None
     for step in (100, 200):
         store.commit(step, _files(str(step)))
-    loaded, wrong = store.newest_valid()
+    loaded, problems = store.newest_valid()
     assert _mark(loaded) == "200"
-    assert wrong == [f"{store.folder}/step-0000900: left by another run (run-0; this one is run-1)"]
+    assert problems == [f"{store.folder}/step-0000900: left by another run (run-0; this one is run-1)"]
     assert store.rotate({900}) == [100]
     assert [(found.step, found.run_id) for found in store.checkpoints()] == [(200, "run-1"), (900, "run-0")]
 
@@ -207,9 +207,9 @@ def test_a_linked_checkpoint_is_not_loaded_not_listed_and_not_removed(store: Che
     for step in (100, 200):
         store.commit(step, _files(str(step)))
     (store.folder / "step-0000900").symlink_to(outside)
-    loaded, wrong = store.newest_valid()
+    loaded, problems = store.newest_valid()
     assert _mark(loaded) == "200"
-    assert "step-0000900: a symbolic link" in wrong[0]
+    assert "step-0000900: a symbolic link" in problems[0]
     assert [found.step for found in store.checkpoints()] == [100, 200]
     assert store.rotate(set()) == [100]
     assert (store.folder / "step-0000900").is_symlink()

@@ -184,8 +184,8 @@ def test_a_replacement_that_fails_at_its_rename_is_undone_at_once(tmp_path: Path
     store = prepare(tmp_path / "run", [100])
     with pytest.raises(StorageError, match="no room for a name"):
         CheckpointStore(store.folder, "run-1", Full()).commit(100, files("new"))
-    loaded, wrong = store.newest_valid()
-    assert (loaded.files, wrong) == (files("old 100"), [])
+    loaded, problems = store.newest_valid()
+    assert (loaded.files, problems) == (files("old 100"), [])
     assert os.listdir(store.folder) == ["step-0000100"]
 
 
@@ -203,12 +203,12 @@ def test_repair_reports_what_it_did_and_does_nothing_the_second_time(tmp_path: P
     (store.folder / "step-0000200").rename(store.folder / ".old-step-0000200-0123abcd")
     (store.folder / ".tmp-step-0000300-0123abcd").mkdir()
     (store.folder / ".del-step-0000050-0123abcd").mkdir()
-    loaded, wrong = store.newest_valid()
+    loaded, problems = store.newest_valid()
     assert loaded.checkpoint.step == 100
-    assert wrong == [f"{store.folder}/.old-step-0000200-0123abcd: moved aside by a replacement that was interrupted"]
-    said = store.repair()
-    assert len(said) == 3
-    assert "step-0000200: put back from .old-step-0000200-0123abcd" in said[0]
+    assert problems == [f"{store.folder}/.old-step-0000200-0123abcd: moved aside by a replacement that was interrupted"]
+    message = store.repair()
+    assert len(message) == 3
+    assert "step-0000200: put back from .old-step-0000200-0123abcd" in message[0]
     assert store.repair() == []
     assert store.newest_valid()[0].checkpoint.step == 200
 

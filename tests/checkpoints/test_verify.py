@@ -56,10 +56,10 @@ def test_any_flipped_bit_of_any_file_is_detected_and_the_previous_checkpoint_is_
             (path / name).write_bytes(data)
             with pytest.raises(CheckpointError, match=name):
                 store.load(path)
-        loaded, wrong = store.newest_valid()
+        loaded, problems = store.newest_valid()
         assert _mark(loaded) == "old"
-        assert len(wrong) == 1
-        assert str(path / name) in wrong[0]
+        assert len(problems) == 1
+        assert str(path / name) in problems[0]
         (path / name).write_bytes(whole)
     assert _mark(store.newest_valid()[0]) == "new"
 
@@ -90,12 +90,12 @@ def test_any_truncation_or_growth_of_any_file_is_detected(store: CheckpointStore
             with pytest.raises(CheckpointError, match=name):
                 store.load(path)
         (path / name).write_bytes(whole + b"\0")
-        loaded, wrong = store.newest_valid()
-        assert (_mark(loaded), len(wrong)) == ("old", 1)
+        loaded, problems = store.newest_valid()
+        assert (_mark(loaded), len(problems)) == ("old", 1)
         (path / name).unlink()
-        loaded, wrong = store.newest_valid()
-        assert (_mark(loaded), len(wrong)) == ("old", 1)
-        assert name in wrong[0]
+        loaded, problems = store.newest_valid()
+        assert (_mark(loaded), len(problems)) == ("old", 1)
+        assert name in problems[0]
         (path / name).write_bytes(whole)
 
 
@@ -129,7 +129,7 @@ def test_a_manifest_that_names_a_file_outside_the_checkpoint_is_refused(store: C
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda record: record.update(schema=2), "its schema is 2; this version reads 1"),
         (lambda record: record.update(schema=True), "its schema is True"),
@@ -163,12 +163,12 @@ def test_a_manifest_that_names_a_file_outside_the_checkpoint_is_refused(store: C
         ),
     ],
 )
-def test_a_manifest_with_wrong_members_is_refused(store: CheckpointStore, change: Callable, said: str) -> None:
+def test_a_manifest_with_wrong_members_is_refused(store: CheckpointStore, change: Callable, message: str) -> None:
     path = store.commit(100, FILES).path
     _reseal(path, change)
     with pytest.raises(CheckpointError) as caught:
         store.load(path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
@@ -204,6 +204,6 @@ def test_a_link_or_a_fifo_in_a_checkpoint_is_refused(
         os.mkfifo(path / name)
     else:
         (path / name).symlink_to(outside / name)
-    loaded, wrong = store.newest_valid()
+    loaded, problems = store.newest_valid()
     assert loaded is None
-    assert str(path / name) in wrong[0]
+    assert str(path / name) in problems[0]

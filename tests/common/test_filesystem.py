@@ -48,12 +48,12 @@ def test_each_failure_of_a_write_names_path_and_reason(folder: Path, tape, call:
     at = ["create", "write", "fsync", "close"].index(call)
     with tape(fail_at=at, error=error), pytest.raises(StorageError) as caught:
         FileSystem().write_file(folder / "a", b"x" * 2000)
-    said = str(caught.value)
-    assert str(folder / "a") in said
-    assert errno.errorcode[error] in said
-    assert os.strerror(error) in said
+    message = str(caught.value)
+    assert str(folder / "a") in message
+    assert errno.errorcode[error] in message
+    assert os.strerror(error) in message
     if error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        assert "needs 2.0 kB, has " in said
+        assert "needs 2.0 kB, has " in message
 
 
 def test_no_file_descriptor_stays_open_after_a_failure(folder: Path, tape) -> None:
@@ -79,7 +79,7 @@ def test_a_file_is_read_up_to_its_limit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda path: None, "No such file"),
         (lambda path: path.mkdir(), "not a regular file"),
@@ -88,10 +88,10 @@ def test_a_file_is_read_up_to_its_limit(folder: Path) -> None:
         (lambda path: path.symlink_to(path), "symbolic link"),
     ],
 )
-def test_only_regular_files_are_read(folder: Path, make: Callable[[Path], None], said: str) -> None:
+def test_only_regular_files_are_read(folder: Path, make: Callable[[Path], None], message: str) -> None:
     make(folder / "a")
     for read in (lambda path: FileSystem().read_file(path, 100), FileSystem().sha256):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             read(folder / "a")
 
 

@@ -10,21 +10,21 @@ if not CONF_DIR.is_dir():  # a clone or an editable install: the wheel carries c
     CONF_DIR = Path(__file__).parent.parent.parent / "conf"
 
 
-def config_dirs(words: Sequence[str]) -> list[Path]:
-    """The folders that --config-dir names."""
-    found = []
-    for i, word in enumerate(words):
-        if word in ("--config-dir", "-cd") and i + 1 < len(words):
-            found.append(Path(words[i + 1]))
-        elif word.startswith("--config-dir="):
-            found.append(Path(word.partition("=")[2]))
-    return found
+def config_dirs(arguments: Sequence[str]) -> list[Path]:
+    """Return the folders that --config-dir adds."""
+    folders = []
+    for i, argument in enumerate(arguments):
+        if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):
+            folders.append(Path(arguments[i + 1]))
+        elif argument.startswith("--config-dir="):
+            folders.append(Path(argument.partition("=")[2]))
+    return folders
 
 
 def group_choices(group: str, folders: Sequence[Path] = (CONF_DIR,)) -> list[str]:
-    """The names that `group` can be set to: its YAML files in every config folder, sorted."""
-    found = set()
+    """Return the choices of `group`, sorted: its YAML files in every config folder."""
+    choices = set()
     for folder in folders:
         base = folder / group
-        found |= {str(p.relative_to(base).with_suffix("")) for p in base.rglob("*.yaml")} if base.is_dir() else set()
-    return sorted(found)
+        choices |= {str(p.relative_to(base).with_suffix("")) for p in base.rglob("*.yaml")} if base.is_dir() else set()
+    return sorted(choices)

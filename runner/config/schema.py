@@ -346,7 +346,7 @@ def choice_options(section_name: str, choice: str) -> dict[str, Any]:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name to value for every leaf of a config section (the free dict of loggers is one leaf)."""
+    """Return dotted name to value for every setting of a config or a section; loggers is one setting."""
     out: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value, name = getattr(config, f.name), f"{prefix}{f.name}"
@@ -355,7 +355,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flatten_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name to value for every leaf of nested dicts, empty ones included."""
+    """Return dotted name to value for every leaf of nested dicts, empty dicts included."""
     out: dict[str, Any] = {}
     for key, value in data.items():
         nested = isinstance(value, Mapping) and value
@@ -364,12 +364,12 @@ def flatten_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars."""
+    """Return the config as plain dicts, lists and scalars."""
     return dataclasses.asdict(config)
 
 
 def default_settings() -> dict[str, Any]:
-    """Dotted name to default for every setting."""
+    """Return dotted name to default for every setting."""
     return flatten(Config())
 
 
@@ -379,7 +379,7 @@ def section_names() -> set[str]:
 
 
 def from_dict(data: Mapping[str, Any], where: str) -> Config:
-    """A Config from plain nested dicts, such as a stored config.yaml; every key and type is checked.
+    """Return the Config of plain nested dicts, such as a stored config.yaml; every key and type is checked.
 
     Raises:
         ConfigError: an unknown key or a value of a wrong type; names `where`.
@@ -407,7 +407,7 @@ def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, str) and "${oc.env:" in value:
-        return value  # as it was typed; Hydra resolves it and checks its type
+        return value  # a reference to the environment, whose value Hydra checks
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
@@ -416,12 +416,12 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < _LARGEST_FLOAT else math.inf  # which the checks refuse
+        return float(value) if abs(value) < _LARGEST_FLOAT else math.inf  # refused by validation
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {shorten(format_value(value))}.")
 
 
 def format_value(value: Any) -> str:
-    """A value as one would type it."""
+    """Return a value as it is typed."""
     return "null" if value is None else str(value)

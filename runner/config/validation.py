@@ -16,7 +16,7 @@ from runner.config.schema import DEFAULT_LORA_SCALE, Config, LoraConfig, Optimiz
 from runner.config.setting import MISSING, PathKind, Setting, is_valid_path, metadata_of
 
 _SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(?:"  # at the beginning of a word: risk-assessment is none
+    r"(?<![A-Za-z0-9])(?:"  # at the beginning of a word: not in risk-assessment
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.)"
 )
@@ -69,14 +69,14 @@ def fill_defaults(config: Config) -> Config:
 
 
 def lora_scale(lora: LoraConfig) -> float:
-    """The factor of the update: `scale`, else alpha / rank, with rslora alpha / sqrt(rank)."""
+    """Return the factor of the update: `scale`, or alpha / rank, with rslora alpha / sqrt(rank)."""
     if lora.alpha is None:
         return DEFAULT_LORA_SCALE if lora.scale is None else lora.scale
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
 def secrets_in(value: Any, where: str = "") -> Iterator[str]:
-    """Dotted names below `value` whose text looks like a token or a private key."""
+    """Yield the dotted names in `value` whose text looks like a token or a private key."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from secrets_in(item, f"{where}.{key}" if where else str(key))
@@ -88,7 +88,7 @@ def secrets_in(value: Any, where: str = "") -> Iterator[str]:
 
 
 def refuse_secrets(value: Any, where: str = "") -> None:
-    """Refuse a config in which any text looks like a token: it would be stored in the run directory.
+    """Refuse a config in which a text looks like a token: it would be stored in the run directory.
 
     `where` is the dotted name of `value` itself.
 

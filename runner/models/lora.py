@@ -1,4 +1,4 @@
-"""Adapters on a base model: putting LoRA layers on it, taking them off, their config, and weights from elsewhere."""
+"""LoRA adapters of a base model: adding and removing the layers, their config, and weights from other tools."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from runner.models.dropout import DropoutKeys, KeyedDropout
 from runner.models.load import BaseModel
 from runner.runs.layout import ADAPTER_CONFIG
 
-_LARGEST_CONFIG = 1 << 20  # bytes of an adapter_config.json
-_MOST_VALUES = 10_000
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_VALUES = 10_000
 Params = dict[str, mx.array]
 """Trainable arrays by their dotted path in the model."""
 
 
 class AdaptedModel:
-    """A base model with an adapter on it. The base can be had back as it was with `remove`."""
+    """A base model with an adapter; `remove` restores the base."""
 
     def __init__(self, base: BaseModel, lora: schema.LoraConfig, seed: int, source: str | None = None) -> None:
-        """Put LoRA layers on the last `lora.num_layers` blocks (or all, where there are fewer).
+        """Add LoRA layers to the last `lora.num_layers` blocks, or to all if there are fewer.
 
-        A is drawn from `seed` alone, B is zero. `source` is how adapter_config.json names the base.
+        A is a function of `seed` alone, B is zero. `source` is the base model's name in adapter_config.json.
 
         Raises:
-            ModelError: keys that name no layer in a block.
+            ModelError: `lora.keys` names a layer that no block has.
         """
         self.base = base
         self.source = source or base.source
@@ -49,7 +49,7 @@ class AdaptedModel:
         keys = _checked_keys(self.model, lora.keys)
         scale = validation.lora_scale(lora)
         self.shape = {"rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}
-        # MLX draws the factors from its global state: seeded here, and nowhere else used.
+        # mlx-lm draws the factors from MLX's global random state, which nothing else uses.
         mx.random.seed(seed)
         linear_to_lora_layers(self.model, self.num_layers, {**self.shape, "keys": set(keys)})
         for _, module in self._adapters():
@@ -59,17 +59,17 @@ class AdaptedModel:
         self._dtypes = {name: _dtype_of(module) for name, module in self._adapters()} if lora.dtype == "model" else {}
 
     def place(self, params: Params) -> None:
-        """Put `params` into the model, in the numbers that the adapter computes in; gradients pass through the cast."""
+        """Set the model's adapter to `params`, cast to the dtype it computes in; gradients pass through the cast."""
         if self._dtypes:
             params = {name: array.astype(self._dtypes[name.rpartition(".")[0]]) for name, array in params.items()}
         self.model.update(tree_unflatten(list(params.items())))
 
     def params(self) -> Params:
-        """The trainable arrays as they are now."""
+        """Return the current trainable arrays."""
         return dict(sorted(tree_flatten(self.model.trainable_parameters())))
 
     def adapter_config(self) -> dict[str, Any]:
-        """What stock mlx-lm reads from adapter_config.json."""
+        """Return the content of adapter_config.json as mlx-lm reads it."""
         return {
             "model": self.source,
             "fine_tune_type": "lora",
@@ -79,9 +79,9 @@ class AdaptedModel:
         }
 
     def remove(self) -> None:
-        """Take the adapter off: the base's own layers are back."""
-        own = [(name, m.embedding if "embedding" in m else m.linear) for name, m in self._adapters()]
-        self.model.update_modules(tree_unflatten(own))
+        """Remove the adapter and restore the base model's own layers."""
+        base_layers = [(name, m.embedding if "embedding" in m else m.linear) for name, m in self._adapters()]
+        self.model.update_modules(tree_unflatten(base_layers))
         self.model.freeze()
         self.model.eval()
 
@@ -90,26 +90,26 @@ class AdaptedModel:
 
 
 def _dtype_of(module: nn.Module) -> mx.Dtype:
-    """The numbers that the layer below an adapter computes in."""
-    own = module.embedding if "embedding" in module else module.linear
-    return own.scales.dtype if "scales" in own else own.weight.dtype
+    """Return the dtype that the layer with an adapter computes in."""
+    layer = module.embedding if "embedding" in module else module.linear
+    return layer.scales.dtype if "scales" in layer else layer.weight.dtype
 
 
 def trainable_share(adapted: AdaptedModel) -> tuple[int, int]:
-    """Parameters of the adapter, and of the whole model (quantized weights counted unpacked)."""
+    """Return the numbers of trainable parameters and of all parameters (quantized weights counted unpacked)."""
     from mlx_lm.utils import get_total_parameters
 
     return sum(a.size for a in adapted.params().values()), get_total_parameters(adapted.model)
 
 
 def read_weights(path: Path, fitting: Params | None = None) -> dict[str, mx.array]:
-    """Adapter weights from an mlx-examples .npz, an mlx-lm .safetensors, or a folder with adapters.safetensors.
+    """Return adapter weights from an mlx-examples .npz, an mlx-lm .safetensors, or a folder with adapters.safetensors.
 
-    Names and shapes are compared with those of `fitting`, where given, before any of the weights is read.
+    Names and shapes are compared with those of `fitting`, if given, before any weights are read.
 
     Raises:
         ModelError: missing, of another kind, unreadable, or not fitting; a pickle inside an .npz is never loaded.
-        CheckpointError: a .safetensors that is not sound.
+        CheckpointError: an invalid .safetensors file.
     """
     file = _weights_file(path)
     if file.suffix == ".npz":
@@ -152,26 +152,26 @@ def _read_npz(file: Path, path: Path, fitting: Params | None) -> dict[str, mx.ar
 
 
 def warm_start(params: Params, weights: dict[str, mx.array], where: str) -> Params:
-    """`params` replaced by `weights`, which must have the same names and shapes.
+    """Return `weights` in the dtypes of `params`, whose names and shapes they must have.
 
     Raises:
-        ModelError: names the arrays that are missing, unknown or of another shape, and what to set.
+        ModelError: names arrays that are missing, unknown, of another shape or not finite, and what to set.
     """
     _require_fit(params, {name: array.shape for name, array in weights.items()}, where)
     for name in sorted(params):
         if not mx.all(mx.isfinite(weights[name])).item():
-            raise _unfit(where, [f"{name} holds values that are not finite"])
+            raise _unfit(where, [f"{name} has NaN or Inf"])
     return {name: weights[name].astype(params[name].dtype) for name in params}
 
 
 def _require_fit(params: Params, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> None:
-    """Names and shapes (None: not known yet) have to be those of `params`."""
+    """Raise ModelError unless names and shapes (None: not known yet) are those of `params`."""
     missing, unknown = sorted(set(params) - set(shapes)), sorted(set(shapes) - set(params))
     problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
-    problems += [f"{len(unknown)} arrays fit nowhere, such as {shorten(unknown[0])}"] if unknown else []
+    problems += [f"{len(unknown)} arrays are unknown, such as {shorten(unknown[0])}"] if unknown else []
     for name in sorted(set(params) & set(shapes)):
         if shapes[name] is not None and params[name].shape != shapes[name]:
-            problems.append(f"{name} has shape {shorten(shapes[name])}, here {params[name].shape}")
+            problems.append(f"{name} has shape {shorten(shapes[name])}, expected {params[name].shape}")
             break
     if problems:
         raise _unfit(where, problems)
@@ -185,19 +185,20 @@ def _unfit(where: str, problems: list[str]) -> ModelError:
 
 
 def _trained_with(where: str) -> str:
+    """Return the shape of the adapter in parentheses, if its adapter_config.json can be read."""
     path = Path(where)
-    about = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
+    file = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
     try:
-        found = safe_json.parse(FileSystem().read_file(about, _LARGEST_CONFIG), max_values=_MOST_VALUES)
-        lora = found["lora_parameters"]
-        told = f"rank {lora['rank']}, num_layers {found['num_layers']}, keys {lora.get('keys')}"
+        config = safe_json.parse(FileSystem().read_file(file, _MAX_CONFIG_BYTES), max_values=_MAX_CONFIG_VALUES)
+        lora = config["lora_parameters"]
+        shape = f"rank {lora['rank']}, num_layers {config['num_layers']}, keys {lora.get('keys')}"
     except (RunnerError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    return f" ({shorten(told, 1000)})"
+    return f" ({shorten(shape, 1000)})"
 
 
 def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:
-    """The layers that can be adapted inside a block, or those of them that `keys` names."""
+    """Return the names of a block's layers that can have an adapter, or those of them that `keys` names."""
     known: set[str] = set()
     for block in model.layers:
         for name, module in block.named_modules():

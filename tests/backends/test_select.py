@@ -1,4 +1,4 @@
-"""That a model's parts and the engine agree with the model is found out once, and believed only for the same of all."""
+"""Probes of the model's parts and the engine: cached under everything that they depend on, and never without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT = {"train.iters": 1, "checkpoint.every": None}
 
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was probed since it was last emptied."""
+    """Names of the probes that ran since the list was last cleared."""
     seen: list[str] = []
 
     def watched(name: str, own: Callable) -> Callable:
@@ -31,7 +31,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_the_same_is_probed_once(tiny, train, tmp_path, cache, probed):
+def test_equal_models_and_settings_are_probed_once(tiny, train, tmp_path, cache, probed):
     first = train(tiny(**SHORT), tmp_path / "first")
     assert set(probed) == {"parts", "engine"}
     probed.clear()
@@ -52,14 +52,14 @@ def test_the_same_is_probed_once(tiny, train, tmp_path, cache, probed):
     ],
     ids=str,
 )
-def test_what_differs_is_probed_again(tiny, train, tmp_path, probed, other):
+def test_other_models_and_settings_are_probed_again(tiny, train, tmp_path, probed, other):
     train(tiny(**SHORT), tmp_path / "first")
     probed.clear()
     train(tiny(**SHORT, **other), tmp_path / "second")
     assert set(probed) == {"parts", "engine"}
 
 
-def test_other_code_is_probed_again(tiny, train, tmp_path, probed, monkeypatch):
+def test_changed_code_is_probed_again(tiny, train, tmp_path, probed, monkeypatch):
     train(tiny(**SHORT), tmp_path / "first")
     probed.clear()
     monkeypatch.setattr(select, "code_digest", lambda: "other")
@@ -68,7 +68,7 @@ def test_other_code_is_probed_again(tiny, train, tmp_path, probed, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", [lambda file: file.write_text("{}"), lambda file: file.unlink()], ids=["cut", "gone"])
-def test_a_damaged_finding_is_made_again(tiny, train, tmp_path, cache, probed, harm):
+def test_a_damaged_cache_entry_is_probed_again(tiny, train, tmp_path, cache, probed, harm):
     train(tiny(**SHORT), tmp_path / "first")
     (file,) = (cache / "checks").iterdir()
     before = file.read_bytes()
@@ -78,13 +78,13 @@ def test_a_damaged_finding_is_made_again(tiny, train, tmp_path, cache, probed, h
     assert set(probed) == {"parts", "engine"} and file.read_bytes() == before
 
 
-def test_what_did_not_agree_is_not_kept(tiny, train, tmp_path, cache, monkeypatch):
+def test_a_failed_probe_is_not_cached(tiny, train, tmp_path, cache, monkeypatch):
     monkeypatch.setattr(probe, "agrees", lambda engine, adapted, forward: False)
     run = train(tiny(**SHORT), tmp_path / "run")
     assert "CPU engine not used: it does not give this model's own gradients" in (run / "run.log").read_text()
     assert not (cache / "checks").exists()
 
 
-def test_with_cache_probes_off_nothing_is_kept(tiny, train, tmp_path, cache):
+def test_with_cache_probes_off_nothing_is_cached(tiny, train, tmp_path, cache):
     train(tiny(**SHORT, **{"train.cache_probes": False}), tmp_path / "run")
     assert not (cache / "checks").exists()

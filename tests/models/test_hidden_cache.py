@@ -1,4 +1,4 @@
-"""The trunk computed once: the same bits whatever the cache held, and a cache that is never trusted blindly."""
+"""The hidden-state cache: bitwise the same training whatever it contains, and damage is never trusted."""
 
 from __future__ import annotations
 
@@ -50,26 +50,28 @@ def states(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**32, (5, 2), dtype=np.uint32)
 
 
-def kept(made: HiddenStateStore, row: int) -> bool:
+def is_cached(made: HiddenStateStore, row: int) -> bool:
     found = made.fetch(row)
-    assert found is None or bytes(found) == states(row).tobytes(), "other bytes than were kept"
+    assert found is None or bytes(found) == states(row).tobytes(), "other bytes than were stored"
     return found is not None
 
 
 @pytest.mark.parametrize(("memory", "disk", "left"), [(120, 0, 3), (80, 0, 2), (0, 10**6, 3), (40, 80, 2), (0, 0, 0)])
-def test_rows_come_back_as_they_were_kept_up_to_the_limits(tmp_path: Path, memory: int, disk: int, left: int) -> None:
+def test_rows_are_read_back_as_they_were_stored_up_to_the_limits(
+    tmp_path: Path, memory: int, disk: int, left: int
+) -> None:
     made = store(tmp_path / "k", memory=memory, disk=disk)
     for row in range(3):
-        assert not kept(made, row)
+        assert not is_cached(made, row)
         made.put(row, states(row))
-    assert sum(kept(made, row) for row in range(3)) == left
+    assert sum(is_cached(made, row) for row in range(3)) == left
     made.close()
     again = store(tmp_path / "k", disk=disk)
-    assert sum(kept(again, row) for row in range(3)) == min(3, disk // 40)
+    assert sum(is_cached(again, row) for row in range(3)) == min(3, disk // 40)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "sums cut", "sums gone", "states gone"])
-def test_a_damaged_file_loses_rows_and_never_gives_other_bytes(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_loses_rows_and_never_returns_other_bytes(tmp_path: Path, damage: str) -> None:
     made = store(tmp_path / "k")
     for row in range(3):
         made.put(row, states(row))
@@ -86,7 +88,7 @@ def test_a_damaged_file_loses_rows_and_never_gives_other_bytes(tmp_path: Path, d
     else:
         (sums if damage.startswith("sums") else data).unlink()
     again = store(tmp_path / "k")
-    found = [kept(again, row) for row in range(3)]
+    found = [is_cached(again, row) for row in range(3)]
     assert (
         found
         == {
@@ -99,10 +101,10 @@ def test_a_damaged_file_loses_rows_and_never_gives_other_bytes(tmp_path: Path, d
     )
     for row in range(3):
         again.put(row, states(row))
-    assert all(kept(again, row) for row in range(3))
+    assert all(is_cached(again, row) for row in range(3))
 
 
-def test_two_that_write_the_same_rows_at_once_agree(tmp_path: Path) -> None:
+def test_two_stores_may_write_the_same_rows_at_once(tmp_path: Path) -> None:
     both = [store(tmp_path / "k", rows=200) for _ in range(2)]
 
     def fill(made: HiddenStateStore) -> None:
@@ -117,17 +119,17 @@ def test_two_that_write_the_same_rows_at_once_agree(tmp_path: Path) -> None:
     assert all(kept(store(tmp_path / "k", rows=200), row) for row in range(200))
 
 
-def test_a_folder_that_cannot_be_used_is_said_once_and_costs_the_disk_only(tmp_path: Path) -> None:
+def test_an_unusable_folder_is_logged_once_and_memory_is_still_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said: list[str] = []
     made = store(tmp_path / "file" / "k", memory=40, say=said.append)
     made.put(0, states(0))
     made.put(1, states(1))
-    assert kept(made, 0) and not kept(made, 1)
+    assert is_cached(made, 0) and not is_cached(made, 1)
     assert len(said) == 1 and "memory only" in said[0]
 
 
-def test_a_disk_that_fails_while_rows_are_written_is_said_once(tmp_path: Path) -> None:
+def test_a_disk_that_fails_while_rows_are_written_is_logged_once(tmp_path: Path) -> None:
     said: list[str] = []
     made = store(tmp_path / "k", say=said.append)
     assert made._files is not None
@@ -136,10 +138,10 @@ def test_a_disk_that_fails_while_rows_are_written_is_said_once(tmp_path: Path) -
     for row in range(3):
         made.put(row, states(row))
     assert len(said) == 1 and "No space left" in said[0]
-    assert not any(kept(made, row) for row in range(3))
+    assert not any(is_cached(made, row) for row in range(3))
 
 
-def test_what_was_not_used_for_longest_makes_room_and_nothing_else_is_touched(tmp_path: Path) -> None:
+def test_the_least_recently_used_cache_is_evicted_and_other_folders_stay(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/precious").write_text("mine")
     rows = np.arange(4, dtype=np.int64) * 8192
@@ -156,7 +158,7 @@ def test_what_was_not_used_for_longest_makes_room_and_nothing_else_is_touched(tm
     assert (tmp_path / "notes/precious").read_text() == "mine"
 
 
-def test_the_parts_of_the_model_give_the_whole_bit_for_bit() -> None:
+def test_the_split_forward_pass_equals_the_whole_bitwise() -> None:
     base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
     ids = mx.array([[1, 70, 71, 72, 3, 100, 259, 2] * 8])
     for cut in range(1, len(base.model.layers)):
@@ -165,7 +167,7 @@ def test_the_parts_of_the_model_give_the_whole_bit_for_bit() -> None:
         assert mx.array_equal(forward.logits(ids), forward.logits(forward.below(ids)))
 
 
-def test_a_model_that_treats_its_blocks_by_position_is_not_cut() -> None:
+def test_a_model_that_treats_its_blocks_by_position_has_no_cut() -> None:
     base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
     trunk = base.model.model
     own = type(trunk)
@@ -211,7 +213,7 @@ def rows(tiny: Callable) -> HiddenStates:
     return load_dataset("builtin:tiny", base.tokenizer, EncodeOptions.from_config(settings.data)).train
 
 
-def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, tmp_path: Path) -> None:
+def test_hidden_states_depend_on_the_row_alone(rows, tmp_path: Path) -> None:
     backend = mlx_backend()
     trunk, forward = caches(backend, disk_gb=0).of(rows), backend.forward
     chosen = np.argsort(rows.lengths)[[0, 1, len(rows) // 2, -1]]
@@ -226,10 +228,10 @@ def test_states_are_a_function_of_the_row_whatever_was_computed_beside_it(rows, 
     assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
 
 
-def test_where_rows_are_computed_together_a_batch_that_is_all_in_the_cache_needs_no_model(
+def test_a_fully_cached_batch_needs_no_weights_where_rows_are_computed_together(
     rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, which is not here: only what depends on the device's name is other."""
+    """As on a GPU, in what depends on the device's name."""
     monkeypatch.setattr(hidden_cache, "on_cpu", lambda: False)
     backend = mlx_backend()
     trunk = caches(backend, disk_gb=1, folder=str(tmp_path)).of(rows)
@@ -246,7 +248,7 @@ def test_where_rows_are_computed_together_a_batch_that_is_all_in_the_cache_needs
     assert np.array_equal(feed(np.arange(3)).hidden, first)
 
 
-def test_an_entry_of_other_tokens_or_another_base_is_another_file(rows, tmp_path: Path) -> None:
+def test_another_base_has_another_file(rows, tmp_path: Path) -> None:
     backend = mlx_backend()
     for identity in ({"base": "a"}, {"base": "b"}, {"base": "a"}):
         caches(backend, identity, disk_gb=1, folder=str(tmp_path)).of(rows).compute([0])
@@ -260,7 +262,7 @@ def reference(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> Pat
 
 
 @pytest.mark.parametrize("kind", ["disk", "nothing", "little memory", "warm"])
-def test_no_state_of_the_cache_changes_a_bit(
+def test_the_content_of_the_cache_does_not_change_training(
     tiny: Callable, train: Callable, tmp_path: Path, reference: Path, cut: dict, assert_equal_runs: Callable, kind: str
 ) -> None:
     limits = {
@@ -279,7 +281,7 @@ def test_no_state_of_the_cache_changes_a_bit(
 
 
 @pytest.mark.parametrize("between", ["deleted", "filled", "elsewhere", "damaged", "filled and damaged"])
-def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
+def test_a_resume_is_exact_whatever_happened_to_the_cache(
     tiny: Callable,
     train: Callable,
     tmp_path: Path,
@@ -309,7 +311,7 @@ def test_a_resume_goes_on_with_the_same_bits_whatever_became_of_the_cache(
 @pytest.mark.parametrize(
     "other", [{"train.hidden_cache.free_frozen_weights": False}, {"data.metric_rows": 2, "data.metric": "exact_match"}]
 )
-def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
+def test_weights_are_not_freed_if_set_so_or_if_answers_are_generated(
     tiny: Callable, train: Callable, tmp_path: Path, cut: dict, other: dict
 ) -> None:
     changes = {**cut, "train.iters": 1, "train.hidden_cache.folder": str(tmp_path / "cache")}
@@ -318,7 +320,7 @@ def test_weights_stay_where_it_is_said_or_where_answers_are_generated(
     assert "are freed" not in (run / "run.log").read_text()
 
 
-def test_another_model_in_its_place_is_no_base_to_go_on_with(
+def test_reloading_released_weights_from_a_changed_model_is_refused(
     tiny: Callable, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from runner.export.mlx import write_model_folder
@@ -346,13 +348,15 @@ def test_another_model_in_its_place_is_no_base_to_go_on_with(
         train(tiny(**changes), tmp_path / "run")
 
 
-def test_switching_it_off_on_resume_is_named(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> None:
+def test_switching_the_cache_off_on_resume_is_logged(
+    tiny: Callable, train: Callable, tmp_path: Path, cut: dict
+) -> None:
     run = train(tiny(**cut), tmp_path / "run", stop_at=5)
     train(tiny(**cut, **{"train.hidden_cache.enabled": False}), run, resume=run)
     assert "trunk was 3, is 0" in (run / "run.log").read_text()
 
 
-def test_an_evaluation_s_batches_are_made_when_they_are_asked_for(rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_an_evaluation_are_built_lazily(rows, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     feed = BatchBuilder(rows, 16)
     own = feed.prepare
@@ -364,7 +368,7 @@ def test_an_evaluation_s_batches_are_made_when_they_are_asked_for(rows, monkeypa
     assert made == [3, 2, 3, 2]
 
 
-def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
+def test_neighbouring_batches_are_joined_up_to_the_limit_in_order() -> None:
     lengths = np.array([5, 6, 9, 17, 17, 30, 200])
     chosen = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5]), np.array([6])]
     whole = join_batches(chosen, lengths, LengthBuckets(16), 10**6)
@@ -373,7 +377,7 @@ def test_neighbours_are_joined_up_to_the_limit_and_stay_in_order() -> None:
     assert [g.tolist() for g in join_batches(chosen, lengths, LengthBuckets(16), 1)] == [c.tolist() for c in chosen]
 
 
-def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
+def test_jobs_share_a_baseline_only_if_it_is_computed_in_the_same_way(tiny: Callable) -> None:
     from runner.backends.cpu import blas
     from runner.backends.select import select_backend
     from runner.training.shared import SharedComponents
@@ -398,8 +402,8 @@ def test_jobs_share_no_value_that_another_way_computed(tiny: Callable) -> None:
     assert all(baseline(**other) is not own for other in others)
 
 
-def test_jobs_that_compute_otherwise_share_no_states(tiny: Callable, train: Callable, tmp_path: Path) -> None:
-    """In one process, as the jobs of a sweep: by C, then by NumPy, whose numbers are others."""
+def test_jobs_with_other_kernels_share_no_hidden_states(tiny: Callable, train: Callable, tmp_path: Path) -> None:
+    """In one process, as jobs of a sweep: native kernels, then NumPy's, whose last digits differ."""
     settings = {**CUT, "train.hidden_cache.folder": str(tmp_path / "cache"), "train.iters": 1}
     shared, kept = SharedComponents(), [0]
     for cpu_native in (True, False, True):

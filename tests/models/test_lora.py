@@ -95,7 +95,7 @@ def test_a_warm_started_run_resumes_without_loading_its_start_again(tiny, train,
 
 def test_a_warm_start_that_does_not_fit_says_what_it_was_trained_with(trained):
     weights = read_weights(trained / "adapters")
-    for lora, says in ((LoraConfig(rank=8), "has shape"), (LoraConfig(rank=4, num_layers=2), "fit nowhere")):
+    for lora, says in ((LoraConfig(rank=8), "has shape"), (LoraConfig(rank=4, num_layers=2), "are unknown")):
         with pytest.raises(ModelError, match=rf"(?s){says}.*rank 4, num_layers 4"):
             warm_start(AdaptedModel(base(), lora, seed=0).params(), weights, str(trained / "adapters"))
     fewer = {n: a for n, a in weights.items() if "layers.0" not in n}

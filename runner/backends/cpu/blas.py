@@ -1,8 +1,8 @@
-"""Give MLX's CPU backend a fast BLAS before MLX is loaded. Knows no MLX.
+"""Load a fast BLAS for MLX's CPU backend, before MLX is imported.
 
-The ``mlx-cpu`` wheel links the netlib reference BLAS, many times slower than OpenBLAS on the same cores. The
-dynamic linker asks the global scope first: a BLAS loaded there before ``libmlx.so`` wins. macOS (Accelerate,
-Metal) and the CUDA packages bring their own and are left alone.
+The ``mlx-cpu`` wheel links the netlib reference BLAS, many times slower than OpenBLAS on the same cores. The dynamic
+linker searches the global scope first, so a BLAS that is loaded there before ``libmlx.so`` takes its place. macOS
+(Accelerate, Metal) and the CUDA packages bring their own, and nothing is loaded there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runner.backends.cpu.blas_library import BlasError, LoadedBlas
 from runner.common.cores import usable_cores
 
 SLOW = "MLX runs on its reference BLAS here, 15 times slower or more"
-# BLIS comes after the wheel's OpenBLAS, which is faster where both were measured.
+# BLIS is tried after the OpenBLAS of the wheel, which is faster where both were measured.
 SYSTEM_NAMES = (
     "libopenblasp.so.0",
     "libopenblas.so.0",
@@ -32,57 +32,58 @@ SYSTEM_NAMES = (
     "libmkl_rt.so",
 )
 BLIS_NAMES = ("libblis-mt.so.4", "libblis.so.4")
-# OpenBLAS's idle threads spin before they sleep: 2^26 times as shipped, which takes a core from MLX's own
-# single-threaded work and from other processes. At 2^12 a step took as long on two idle cores with a quarter less
-# CPU time, and was 1.3 times as fast with another process on one of them.
+# OpenBLAS's idle threads spin before they sleep, by default 2^26 times, which takes a core from MLX's single-threaded
+# work and from other processes. With 2^12 a step took the same time on two idle cores and a quarter less CPU time, and
+# was 1.3 times as fast with another process on one of them.
 SPIN = {"OPENBLAS_THREAD_TIMEOUT": "12"}
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlasReport:
-    """Which BLAS this process multiplies with."""
+    """The BLAS of this process."""
 
     kind: str
     """native (macOS, CUDA), missing (MLX without a backend), preloaded, named, system, wheel or reference."""
     library: str | None = None
     """Path of the library that was loaded."""
     version: str | None = None
-    """What the library says about itself."""
+    """Version string of the library."""
     core: str | None = None
-    """The CPU kernels that it chose, where it tells."""
+    """CPU kernels that it selected, if it reports them."""
     threads: int | None = None
-    """Threads of one product; None where MLX's own backend decides."""
+    """Threads of one matrix product; None where MLX's own backend decides."""
     advice: str | None = None
-    """One line for a person: what is slow or missing, and what to install."""
+    """One line for the user: what is slow or missing, and what to install."""
 
 
 _report: BlasReport | None = None
+"""A library that was loaded into the global scope stays there: this is a fact about the process, not state of a run."""
 
 
 def load_blas(jobs: int = 1) -> BlasReport:
     """Load the fastest BLAS found for the whole process; call it before the first ``import mlx.core``.
 
-    `jobs` is how many such processes share the machine: each gets its part of the usable cores, unless
-    ``OPENBLAS_NUM_THREADS`` says otherwise. ``RUNNER_BLAS`` names a library, or ``off``. Never raises: a slow
-    run is better than none, and `advice` tells why. A second call returns the first one's report.
+    `jobs` such processes share the machine: each uses its share of the usable cores, unless ``OPENBLAS_NUM_THREADS``
+    is set. ``RUNNER_BLAS`` names a library, or ``off``. Never raises: without a library the run is slow, and `advice`
+    gives the reason. A second call returns the report of the first.
     """
     global _report
     if _report is None:
         try:
-            _report = _prepare(jobs)
+            _report = _load_best(jobs)
         except Exception as error:
             _report = _reference(f"{SLOW}: {type(error).__name__}: {error}")
     return _report
 
 
 def blas_identity(report: BlasReport) -> dict[str, str | int | None]:
-    """What the bits of a float32 product depend on: ``{"library", "threads", "core"}``, for a checkpoint."""
+    """Return what the last digits of a float32 product depend on: library, threads and core."""
     return {"library": report.version or report.kind, "threads": report.threads, "core": report.core}
 
 
 def thread_count(jobs: int, cores: int) -> int:
-    """``OPENBLAS_NUM_THREADS``, else ``OMP_NUM_THREADS``, else `cores` / `jobs`, at least 1."""
+    """Return ``OPENBLAS_NUM_THREADS``, else ``OMP_NUM_THREADS``, else `cores` / `jobs`, at least 1."""
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "").strip()
         if value.isdecimal() and int(value) > 0:
@@ -90,39 +91,39 @@ def thread_count(jobs: int, cores: int) -> int:
     return max(1, cores // max(1, jobs))
 
 
-def _prepare(jobs: int) -> BlasReport:
+def _load_best(jobs: int) -> BlasReport:
     backend = _backend()
     if backend != "mlx-cpu":
         advice = "MLX has no backend here: pip install 'mlx-runner[cpu]', or 'mlx-runner[cuda]' for NVIDIA"
         return BlasReport(kind=backend, advice=advice if backend == "missing" else None)
     choice = os.environ.get("RUNNER_BLAS", "").strip()
     if choice.lower() == "off":
-        return _reference(f"{SLOW}, as RUNNER_BLAS=off asks")
+        return _reference(f"{SLOW}: RUNNER_BLAS=off is set")
     if "mlx.core" in sys.modules:
         return _reference(f"{SLOW}: MLX was imported before load_blas()")
     threads = thread_count(jobs, usable_cores())
     with _threads_in_environment(threads):
-        return _load(choice, threads)
+        return _load_first(choice, threads)
 
 
-def _load(choice: str, threads: int) -> BlasReport:
-    if not choice and (library := blas_library.owner("cblas_sgemm")):
-        return _loaded("preloaded", library, blas_library.describe(ctypes.CDLL(None)), threads)
+def _load_first(choice: str, threads: int) -> BlasReport:
+    if not choice and (path := blas_library.owner("cblas_sgemm")):
+        return _report_of("preloaded", path, blas_library.describe(ctypes.CDLL(None)), threads)
     reasons: dict[str, str] = {}
     for kind, path in _candidates(choice):
         try:
-            found = blas_library.open_for_process(path)
+            library = blas_library.open_for_process(path)
         except BlasError as error:
             reasons[kind] = str(error)
             continue
-        advice = f"RUNNER_BLAS was passed over: {reasons['named']}" if "named" in reasons else None
-        return _loaded(kind, path, found, threads, advice)
+        advice = f"RUNNER_BLAS is not used: {reasons['named']}" if "named" in reasons else None
+        return _report_of(kind, path, library, threads, advice)
     return _reference(_advice(reasons))
 
 
-def _loaded(kind: str, path: str, found: LoadedBlas, threads: int, advice: str | None = None) -> BlasReport:
-    count = found.threads or threads
-    return BlasReport(kind=kind, library=path, version=found.version, core=found.core, threads=count, advice=advice)
+def _report_of(kind: str, path: str, library: LoadedBlas, threads: int, advice: str | None = None) -> BlasReport:
+    count = library.threads or threads
+    return BlasReport(kind=kind, library=path, version=library.version, core=library.core, threads=count, advice=advice)
 
 
 def _candidates(choice: str) -> Iterator[tuple[str, str]]:
@@ -141,8 +142,8 @@ def _system_libraries(names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _system_folders() -> list[Path]:
-    named = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
-    usual = (
+    configured = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    standard = (
         f"{sys.prefix}/lib",
         f"/usr/lib/{platform.machine()}-linux-gnu",
         "/usr/lib64",
@@ -152,7 +153,7 @@ def _system_folders() -> list[Path]:
         "/opt/OpenBLAS/lib",
         "/opt/intel/oneapi/mkl/latest/lib",
     )
-    return [Path(folder) for folder in dict.fromkeys([*named, *usual])]
+    return [Path(folder) for folder in dict.fromkeys([*configured, *standard])]
 
 
 def _advice(reasons: dict[str, str]) -> str:
@@ -163,8 +164,8 @@ def _advice(reasons: dict[str, str]) -> str:
         remedy = f"install a C compiler (Debian: apt-get install gcc) or OpenBLAS ({debian})"
     else:
         remedy = f"install OpenBLAS (Debian: {debian}) or name one with RUNNER_BLAS=<path>"
-    because = "; ".join(" ".join(reason.split()) for reason in reasons.values())
-    return f"{SLOW}: {remedy}" + (f" [{because}]" if because else "")
+    details = "; ".join(" ".join(reason.split()) for reason in reasons.values())
+    return f"{SLOW}: {remedy}" + (f" [{details}]" if details else "")
 
 
 def _reference(advice: str) -> BlasReport:
@@ -172,7 +173,7 @@ def _reference(advice: str) -> BlasReport:
 
 
 def _backend() -> str:
-    """mlx-cpu, or native (nothing to do), or missing (Linux's bare ``mlx``, without its library)."""
+    """Return mlx-cpu, native (nothing to load), or missing (the bare ``mlx`` package of Linux, without a backend)."""
     if sys.platform != "linux" or _installed("mlx-cuda-12") or _installed("mlx-cuda-13"):
         return "native"
     if _installed("mlx-cpu"):
@@ -190,10 +191,10 @@ def _installed(name: str) -> importlib.metadata.Distribution | None:
 
 @contextmanager
 def _threads_in_environment(threads: int) -> Iterator[None]:
-    """Set the thread variables while a library loads; afterwards a child process counts for itself again."""
-    wanted = {**{name: str(threads) for name in THREAD_VARIABLES}, **SPIN}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({name: value for name, value in wanted.items() if not before[name]})
+    """Set the thread variables while a library loads; child processes started later see the former values."""
+    variables = {**{name: str(threads) for name in THREAD_VARIABLES}, **SPIN}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update({name: value for name, value in variables.items() if not before[name]})
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""Open a BLAS for the whole process: prove that it multiplies, give it the plain names, describe it.
+"""Open a BLAS for the whole process: verify its results, export its functions under the plain names, describe it.
 
 OpenBLAS, MKL and BLIS export ``cblas_sgemm``; such a library only has to be loaded with RTLD_GLOBAL. The
 ``scipy-openblas32`` wheel exports ``scipy_cblas_sgemm``, so that it never collides: a small shim of jump
-instructions, compiled once with the machine's C compiler, gives it the plain names. Jumps leave registers and
-stack as they are, which makes them right for every signature, hidden Fortran arguments included.
+instructions, compiled once with the machine's C compiler, adds the plain names. Jumps leave registers and stack
+unchanged, so they are right for every signature, hidden Fortran arguments included.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from runner.backends.cpu.c_library import CompileError, compiled, digest
 from runner.common.cache_dir import cache_dir
 
 PREFIX = "scipy_"
-# What libmlx.so of mlx-cpu 0.32 leaves undefined, and zgemm, so that no complex product is split between two.
+# The undefined symbols of libmlx.so in mlx-cpu 0.32; and zgemm, so that complex products come from one library.
 FORWARDED = (
     *(f"cblas_{kind}gemm" for kind in "sdcz"),
     *(f"{kind}{name}_" for kind in "sdc" for name in ("geev", "gesdd")),
     *(f"{kind}{name}_" for kind in "sd" for name in ("geqrf", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri")),
     "cheevd_",
 )
-# A landing pad (for CPUs that check indirect branches), then the jump.
+# A landing pad, for CPUs that check indirect branches, then the jump.
 JUMPS = {"x86_64": "endbr64\\n jmp {}@PLT", "aarch64": "hint #34\\n b {}"}
 
 
 class BlasError(Exception):
-    """This library cannot be used, and why; the next candidate is tried."""
+    """Raised where a library cannot be used, with the reason; the next candidate is tried."""
 
 
 @dataclass(frozen=True)
 class LoadedBlas:
-    """A library that now answers ``cblas_sgemm`` for the whole process."""
+    """The library that provides ``cblas_sgemm`` for the whole process."""
 
     version: str
     core: str | None
@@ -48,23 +48,24 @@ class LoadedBlas:
 
 
 def open_for_process(path: str) -> LoadedBlas:
-    """Load `path` so that every library loaded later finds its BLAS names here.
+    """Load `path` so that every library loaded later resolves its BLAS symbols to it.
 
-    It is proved in a child process first, once per file, because a BLAS that does not fit the machine ends
-    the process (illegal instruction, MKL without its threading layer) rather than report an error.
+    It is verified in a child process first, once per file: a BLAS that does not fit the machine kills the process
+    (illegal instruction, MKL without its threading layer) instead of reporting an error.
 
-    Raises BlasError where the file is missing, not a BLAS, computes wrong results or comes second to another.
+    Raises:
+        BlasError: the file is missing, not a BLAS, computes wrong results, or another library's symbols come first.
     """
-    mark = _proof_mark(path)
-    if not (mark and mark.exists()):
-        _try_in_child(path)
-        if mark:
-            _touch(mark)
+    marker = _verified_marker(path)
+    if not (marker and marker.exists()):
+        _verify_in_child(path)
+        if marker:
+            _touch(marker)
     return open_here(path)
 
 
 def open_here(path: str, size: int = 12) -> LoadedBlas:
-    """`open_for_process` without the child: proved in this process, on `size` x `size` matrices."""
+    """Load `path` as `open_for_process` does, without the child process; verified on `size` x `size` matrices."""
     library = _open(path)
     prefix = "" if hasattr(library, "cblas_sgemm") else PREFIX
     if not hasattr(library, f"{prefix}cblas_sgemm"):
@@ -78,10 +79,10 @@ def open_here(path: str, size: int = 12) -> LoadedBlas:
             names = tuple(name for name in FORWARDED if hasattr(library, PREFIX + name))
             path = stack.enter_context(_shim(_shim_source(names), loaded.version))
             library = _open(path)
-        _prove(library.cblas_sgemm, path, size)
-        # Only what has proved right becomes global: until here no other library can meet it.
+        _verify(library.cblas_sgemm, path, size)
+        # Only a verified library becomes global: until here no other library resolves symbols to it.
         _open(path, ctypes.RTLD_GLOBAL)
-    # MKL's entry library loads its parts globally itself: one of those may come first.
+    # MKL's entry library loads its parts globally itself, and one of those may come first.
     if os.path.dirname(owner("cblas_sgemm") or "") != os.path.dirname(path):
         raise BlasError("another library's cblas_sgemm comes first in this process")
     return loaded
@@ -99,16 +100,16 @@ class _DlInfo(ctypes.Structure):
 
 
 def owner(name: str) -> str | None:
-    """Path of the library in which the global scope finds `name` now, or None where nothing has it."""
-    everything, found = ctypes.CDLL(None), _DlInfo()
-    if not hasattr(everything, name):
+    """Return the path of the library that the global scope resolves `name` to, or None."""
+    process, info = ctypes.CDLL(None), _DlInfo()
+    if not hasattr(process, name):
         return None
-    everything.dladdr(ctypes.cast(getattr(everything, name), ctypes.c_void_p), ctypes.byref(found))
-    return os.fsdecode(found.file or b"")
+    process.dladdr(ctypes.cast(getattr(process, name), ctypes.c_void_p), ctypes.byref(info))
+    return os.fsdecode(info.file or b"")
 
 
 def describe(library: ctypes.CDLL, prefix: str = "") -> LoadedBlas:
-    """Version, kernel type and thread count as OpenBLAS, MKL or BLIS itself tells them."""
+    """Return version, kernel type and thread count as OpenBLAS, MKL or BLIS report them."""
     if version := _text(library, f"{prefix}openblas_get_config"):
         core = _text(library, f"{prefix}openblas_get_corename")
         return LoadedBlas(version, core, _number(library, f"{prefix}openblas_get_num_threads"))
@@ -119,7 +120,7 @@ def describe(library: ctypes.CDLL, prefix: str = "") -> LoadedBlas:
         return LoadedBlas(version, None, _number(library, "MKL_Get_Max_Threads"))
     if version := _text(library, "bli_info_get_version_str"):
         return LoadedBlas(f"BLIS {version}", None, _number(library, "bli_thread_get_num_threads"))
-    return LoadedBlas("BLAS of unknown make", None, None)
+    return LoadedBlas("unknown BLAS", None, None)
 
 
 def _text(library: ctypes.CDLL, name: str) -> str | None:
@@ -142,8 +143,8 @@ def _open(path: str, mode: int = 0) -> ctypes.CDLL:
         raise BlasError(str(error)) from None
 
 
-def _prove(sgemm: Callable[..., object], whose: str, size: int) -> None:
-    """Check C = A B and C = A B^T of whole numbers, exact in float32, by C v = A (B v) (Freivalds 1977)."""
+def _verify(sgemm: Callable[..., object], path: str, size: int) -> None:
+    """Check C = A B and C = A B^T of integers, exact in float32, by C v = A (B v) (Freivalds, 1977)."""
     count = size * size
     a = [(i * 7 + 3) % 11 - 5 for i in range(count)]
     b = [(i * 5 + 1) % 13 - 6 for i in range(count)]
@@ -157,7 +158,7 @@ def _prove(sgemm: Callable[..., object], whose: str, size: int) -> None:
         columns: list[Sequence[float]] = [b[j::size] for j in range(size)]
         rows = columns if flag == transposed else _rows(b, size)
         if _times(_rows(list(product), size), v) != _times(_rows(a, size), _times(rows, v)):
-            raise BlasError(f"{whose} computes a wrong product")
+            raise BlasError(f"{path} computes a wrong product")
 
 
 def _rows(values: Sequence[float], size: int) -> list[Sequence[float]]:
@@ -168,35 +169,39 @@ def _times(rows: list[Sequence[float]], vector: Sequence[float]) -> list[float]:
     return [sum(map(operator.mul, row, vector)) for row in rows]
 
 
-def _try_in_child(path: str) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import runner.backends.cpu.blas_library as b; b.try_out(sys.argv[2])"
+def _verify_in_child(path: str) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "from runner.backends.cpu import blas_library; blas_library.verify_and_exit(sys.argv[2])"
+    )
     root = str(Path(__file__).resolve().parents[3])
     try:
         child = subprocess.run(
             [sys.executable, "-c", code, root, path], capture_output=True, text=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BlasError(f"{path} could not be tried: {error}") from None
+        raise BlasError(f"{path} could not be verified: {error}") from None
     if child.returncode != 0:
-        said = (child.stderr.strip() or child.stdout.strip() or f"ended with {child.returncode}").splitlines()
-        raise BlasError(f"{path}: {said[-1]}" if path not in said[-1] else said[-1])
+        output = child.stderr.strip() or child.stdout.strip() or f"exited with {child.returncode}"
+        reason = output.splitlines()[-1]
+        raise BlasError(reason if path in reason else f"{path}: {reason}")
 
 
-def try_out(path: str) -> None:
-    """What the child process does: open `path` and end with the reason where that fails."""
+def verify_and_exit(path: str) -> None:
+    """Open `path`; exit with the reason where that fails. Runs in the child process."""
     try:
         open_here(path, size=64)
     except BlasError as error:
         raise SystemExit(str(error)) from None
 
 
-def _proof_mark(path: str) -> Path | None:
-    """The empty cache file that says that this very file was proved on this machine; None for a bare name."""
+def _verified_marker(path: str) -> Path | None:
+    """Return the empty cache file that records that this file was verified on this machine; None for a bare name."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    facts = (os.path.realpath(path), found.st_size, found.st_mtime_ns, _machine())
+    facts = (os.path.realpath(path), status.st_size, status.st_mtime_ns, _machine())
     return cache_dir() / f"blas-proved-{digest(facts)}"
 
 
@@ -222,7 +227,7 @@ def _shim_source(names: tuple[str, ...]) -> str:
 
 @contextmanager
 def _shim(source: str, version: str) -> Iterator[str]:
-    """Path of the compiled shim."""
+    """Yield the path of the compiled shim."""
     try:
         with compiled(source, f"blas-shim-{digest((source, version, _machine()))}") as path:
             yield path

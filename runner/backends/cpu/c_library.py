@@ -1,4 +1,4 @@
-"""C source to a shared library, by the machine's own compiler, once. Imports nothing but the cache's place."""
+"""Shared libraries compiled from C source by the machine's compiler, once, and cached."""
 
 from __future__ import annotations
 
@@ -16,53 +16,52 @@ from pathlib import Path
 from runner.common.cache_dir import cache_dir
 
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
-_LARGEST = 10_000_000
+_MAX_BYTES = 10_000_000
 
 
 class CompileError(Exception):
-    """There is no library, and why."""
+    """Raised where there is no library, with the reason."""
 
 
 @contextmanager
 def compiled(source: str, name: str, flags: Sequence[str] = ()) -> Iterator[str]:
-    """Path of `source` compiled, kept as `name` in the cache, or where that cannot be written, or nothing there be
-    run, in a passing folder.
+    """Yield the path of the library compiled from `source`, cached under `name`.
 
-    `name` tells all that the result depends on. What is mapped while the path holds outlives the file.
+    Where the cache cannot be written, or code in it cannot be executed, the library is in a temporary folder instead;
+    a process that has loaded it does not need the file any more. `name` has to differ where the result would.
 
     Raises:
         CompileError: no compiler, or it failed.
     """
     with ExitStack() as stack:
         try:
-            found = _in(cache_dir(), source, name, flags)
+            library = _find_or_compile(cache_dir(), source, name, flags)
         except (OSError, CompileError):
-            passing = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-runner-"))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-runner-"))
             try:
-                found = _in(Path(passing), source, name, flags)
+                library = _find_or_compile(Path(folder), source, name, flags)
             except OSError as error:
-                raise CompileError(f"{passing}: {error.strerror or error}") from None
-        yield str(found)
+                raise CompileError(f"{folder}: {error.strerror or error}") from None
+        yield str(library)
 
 
-def _in(folder: Path, source: str, name: str, flags: Sequence[str]) -> Path:
+def _find_or_compile(folder: Path, source: str, name: str, flags: Sequence[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{name}.*.so"):
-        if _is_whole(path) and _loads(path):
+        if _is_intact(path) and _loads(path):
             return path
-    made = _compile(source, folder, name, flags)
-    if not _loads(made):
-        raise CompileError(f"{made} cannot be loaded")
-    return made
+    library = _compile(source, folder, name, flags)
+    if not _loads(library):
+        raise CompileError(f"{library} cannot be loaded")
+    return library
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a library is as it was compiled: what of a damaged one is missing would end the process that calls it.
-    Its name tells its sum."""
+def _is_intact(path: Path) -> bool:
+    """Return whether a library has the SHA-256 in its name: calling into a damaged one would kill the process."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode) or about.st_size > _LARGEST:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
                 return False
             return hashlib.sha256(file.read()).hexdigest() == path.name.split(".")[-2]
     except OSError:
@@ -70,7 +69,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def digest(facts: tuple) -> str:
-    """Short text that differs where `facts` do."""
+    """Return a short name that differs where `facts` do."""
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
@@ -82,21 +81,21 @@ def _loads(library: Path) -> bool:
 
 
 def _compile(source: str, folder: Path, name: str, flags: Sequence[str]) -> Path:
-    """Compile in `folder`, sync, rename: a second process at work sees all of it or nothing."""
+    """Compile in `folder`, sync and rename, so that another process finds a complete library or none."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise CompileError("no C compiler (cc, gcc, clang) on PATH")
     handle, built = tempfile.mkstemp(prefix=name, suffix=".tmp", dir=folder)
     try:
         # Without start files and libc: a compiler without the C library's headers is enough.
-        words = [compiler, "-x", "c", *flags, "-shared", "-fPIC", "-nostdlib", "-o", built, "-"]
+        command = [compiler, "-x", "c", *flags, "-shared", "-fPIC", "-nostdlib", "-o", built, "-"]
         done = subprocess.run(
-            words, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False
+            command, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False
         )
         if done.returncode != 0:
-            said = (done.stderr.strip() or "?").splitlines()[-1]
-            raise CompileError(f"{compiler} could not build {name.rpartition('-')[0]}: {said}")
-        os.fchmod(handle, 0o755)  # a cache may be shared
+            reason = (done.stderr.strip() or "?").splitlines()[-1]
+            raise CompileError(f"{compiler} could not build {name.rpartition('-')[0]}: {reason}")
+        os.fchmod(handle, 0o755)  # users may share a cache
         os.fsync(handle)
         target = folder / f"{name}.{hashlib.sha256(Path(built).read_bytes()).hexdigest()}.so"
         os.replace(built, target)

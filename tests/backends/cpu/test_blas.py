@@ -229,7 +229,7 @@ def test_whatever_fails_gives_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(blas, "_report", None)
-    monkeypatch.setattr(blas, "_prepare", fail)
+    monkeypatch.setattr(blas, "_load_best", fail)
     report = blas.load_blas()
     assert report.kind == "reference" and "no such thing" in str(report.advice)
 

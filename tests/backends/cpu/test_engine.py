@@ -1,4 +1,4 @@
-"""The CPU's engine against MLX's own differentiation, and what is refused to it."""
+"""The CPU engine against MLX's differentiation, and the models and settings that fall back to MLX."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def adapted(model, **lora) -> AdaptedModel:
     mx.random.seed(1)
     model.update(tree_unflatten([(n, mx.random.normal(a.shape) * 0.2) for n, a in tree_flatten(model.parameters())]))
     model.freeze()
-    made = AdaptedModel(
+    adapted_model = AdaptedModel(
         BaseModel(model, None, {}, "none", "none"), schema.LoraConfig(**{"num_layers": 2, "rank": 4, **lora}), seed=0
     )
-    params = {n: mx.random.normal(a.shape) * 0.1 for n, a in made.params().items()}
-    made.model.update(tree_unflatten(list(params.items())))
-    mx.eval(made.model.parameters())
-    return made
+    params = {n: mx.random.normal(a.shape) * 0.1 for n, a in adapted_model.params().items()}
+    adapted_model.model.update(tree_unflatten(list(params.items())))
+    mx.eval(adapted_model.model.parameters())
+    return adapted_model
 
 
 def batch(lengths, trunk=None, prompt=0):
@@ -76,22 +76,22 @@ def batch(lengths, trunk=None, prompt=0):
     return BatchBuilder(rows, 16, trunk)(np.arange(len(lengths)))
 
 
-def by_mlx(made: AdaptedModel, ready):
+def by_mlx(adapted_model: AdaptedModel, device_batch):
     """Loss and gradients by MLX's own differentiation."""
-    made.model.eval()
-    value, grads = MlxBackend(made, Forward(made.model), chunk=256).loss_and_grads(
-        made.params(), ready, mx.random.key(0)
+    adapted_model.model.eval()
+    value, grads = MlxBackend(adapted_model, Forward(adapted_model.model), chunk=256).loss_and_grads(
+        adapted_model.params(), device_batch, mx.random.key(0)
     )
     mx.eval(value, grads)
     return value.item(), {name: view(grad) for name, grad in grads.items()}
 
 
-def numpy_params(made: AdaptedModel):
-    return {name: view(array) for name, array in made.params().items()}
+def numpy_params(adapted_model: AdaptedModel):
+    return {name: view(array) for name, array in adapted_model.params().items()}
 
 
-def assert_close(made: AdaptedModel, found, ready) -> None:
-    value, grads = by_mlx(made, ready)
+def assert_close(adapted_model: AdaptedModel, found, device_batch) -> None:
+    value, grads = by_mlx(adapted_model, device_batch)
     assert found[0] == pytest.approx(value, rel=1e-5)
     assert set(found[1]) == set(grads)
     for name, grad in grads.items():
@@ -102,24 +102,24 @@ def assert_close(made: AdaptedModel, found, ready) -> None:
 
 @pytest.fixture(params=["numpy", "native"])
 def ops(request) -> Ops:
-    """What the engine computes with beside products."""
+    """The kernels of the engine."""
     if request.param == "numpy":
         return Ops()
-    found, why = native.load()
-    if found is None and "compiler" in why:
-        pytest.skip(why)
-    assert found is not None, why
+    found, reason = native.load()
+    if found is None and "compiler" in reason:
+        pytest.skip(reason)
+    assert found is not None, reason
     return found
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int, ops) -> None:
-    made = adapted(MODELS[name]())
-    ready = batch([9, 30, 2, 17])
-    engine = Engine(made.model, threads=count, recompute=recompute, chunk=16, ops=ops)
-    assert_close(made, engine.loss_and_grads(numpy_params(made), *packed(ready)), ready)
+def test_loss_and_gradients_equal_those_of_mlx(name: str, recompute: bool, count: int, ops) -> None:
+    adapted_model = adapted(MODELS[name]())
+    device_batch = batch([9, 30, 2, 17])
+    engine = Engine(adapted_model.model, threads=count, recompute=recompute, chunk=16, ops=ops)
+    assert_close(adapted_model, engine.loss_and_grads(numpy_params(adapted_model), *packed(device_batch)), device_batch)
 
 
 @pytest.mark.parametrize(
@@ -132,84 +132,97 @@ def test_loss_and_gradients_are_mlx_s_own(name: str, recompute: bool, count: int
         {"alpha": 3.0},
     ],
 )
-def test_any_shape_of_adapter(lora: dict, ops) -> None:
-    made = adapted(MODELS["tied"](), **lora)
-    ready = batch([20, 33])
-    assert_close(made, Engine(made.model, chunk=256, ops=ops).loss_and_grads(numpy_params(made), *packed(ready)), ready)
-
-
-def test_rows_longer_than_a_tile_of_attention(ops) -> None:
-    made = adapted(MODELS["tied"]())
-    ready = batch([130, 300, 129])
+def test_adapters_of_any_shape_equal_those_of_mlx(lora: dict, ops) -> None:
+    adapted_model = adapted(MODELS["tied"](), **lora)
+    device_batch = batch([20, 33])
     assert_close(
-        made,
-        Engine(made.model, threads=2, chunk=256, ops=ops).loss_and_grads(numpy_params(made), *packed(ready)),
-        ready,
+        adapted_model,
+        Engine(adapted_model.model, chunk=256, ops=ops).loss_and_grads(
+            numpy_params(adapted_model), *packed(device_batch)
+        ),
+        device_batch,
+    )
+
+
+def test_rows_longer_than_an_attention_tile_equal_those_of_mlx(ops) -> None:
+    adapted_model = adapted(MODELS["tied"]())
+    device_batch = batch([130, 300, 129])
+    assert_close(
+        adapted_model,
+        Engine(adapted_model.model, threads=2, chunk=256, ops=ops).loss_and_grads(
+            numpy_params(adapted_model), *packed(device_batch)
+        ),
+        device_batch,
     )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_where_a_thread_has_nothing_to_predict(layers: int, recompute: bool, ops) -> None:
-    made = adapted(MODELS["tied"](), num_layers=layers)
-    ready = batch([60, 60, 60], prompt=130)
-    engine, params = Engine(made.model, threads=3, recompute=recompute, chunk=16, ops=ops), numpy_params(made)
-    found = engine.loss_and_grads(params, *packed(ready))
-    assert_close(made, found, ready)
-    assert engine.loss(params, *packed(ready)) == found[0]
+def test_a_partition_without_supervised_tokens_contributes_nothing(layers: int, recompute: bool, ops) -> None:
+    adapted_model = adapted(MODELS["tied"](), num_layers=layers)
+    device_batch = batch([60, 60, 60], prompt=130)
+    engine, params = (
+        Engine(adapted_model.model, threads=3, recompute=recompute, chunk=16, ops=ops),
+        numpy_params(adapted_model),
+    )
+    found = engine.loss_and_grads(params, *packed(device_batch))
+    assert_close(adapted_model, found, device_batch)
+    assert engine.loss(params, *packed(device_batch)) == found[0]
 
 
-def test_more_threads_than_words_and_a_word_that_there_is_not(ops) -> None:
+def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) -> None:
     small = {**SMALL, "vocab_size": 3}
-    made = adapted(llama.Model(llama.ModelArgs("llama", **small, tie_word_embeddings=False)))
+    adapted_model = adapted(llama.Model(llama.ModelArgs("llama", **small, tie_word_embeddings=False)))
     numbers = np.random.default_rng(2)
     tokens, offsets = numbers.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
     rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
-    ready = BatchBuilder(rows, 16)(np.arange(2))
-    engine, params = Engine(made.model, threads=4, chunk=16, ops=ops), numpy_params(made)
-    assert_close(made, engine.loss_and_grads(params, *packed(ready)), ready)
-    inputs, lengths, positions, targets, weights = packed(ready)
+    device_batch = BatchBuilder(rows, 16)(np.arange(2))
+    engine, params = Engine(adapted_model.model, threads=4, chunk=16, ops=ops), numpy_params(adapted_model)
+    assert_close(adapted_model, engine.loss_and_grads(params, *packed(device_batch)), device_batch)
+    inputs, lengths, positions, targets, weights = packed(device_batch)
     with pytest.raises(ModelError, match="token 3, but the model's vocabulary has 3"):
         engine.loss(params, inputs, lengths, positions, np.where(np.arange(len(targets)) == 7, 3, targets), weights)
-    assert_close(made, engine.loss_and_grads(params, *packed(ready)), ready)
+    assert_close(adapted_model, engine.loss_and_grads(params, *packed(device_batch)), device_batch)
 
 
-def test_logits_too_far_apart_for_an_exponential(ops) -> None:
-    """The first and the last words differ by hundreds: in a thread's own part of the vocabulary nothing says so."""
-    made = adapted(MODELS["own head"]())
-    weight = np.array(made.model.lm_head.weight)
+def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
+    """Logits of different partitions of the vocabulary differ by hundreds."""
+    adapted_model = adapted(MODELS["own head"]())
+    weight = np.array(adapted_model.model.lm_head.weight)
     weight[200:] *= 300
-    made.model.lm_head.weight = mx.array(weight)
-    ready = batch([20, 33])
-    value, grads = Engine(made.model, threads=2, chunk=256, ops=ops).loss_and_grads(numpy_params(made), *packed(ready))
-    theirs, their_grads = by_mlx(made, ready)
-    assert value == pytest.approx(theirs, rel=1e-5) and theirs > 1000
-    for name, grad in their_grads.items():
+    adapted_model.model.lm_head.weight = mx.array(weight)
+    device_batch = batch([20, 33])
+    value, grads = Engine(adapted_model.model, threads=2, chunk=256, ops=ops).loss_and_grads(
+        numpy_params(adapted_model), *packed(device_batch)
+    )
+    expected, expected_grads = by_mlx(adapted_model, device_batch)
+    assert value == pytest.approx(expected, rel=1e-5) and expected > 1000
+    for name, grad in expected_grads.items():
         assert np.linalg.norm(grads[name] - grad) < 1e-3 * np.linalg.norm(grad), name
 
 
-def test_memory_that_is_used_again_leaves_nothing_behind(ops) -> None:
-    made = adapted(MODELS["biases"]())
-    engine, params = Engine(made.model, chunk=256, ops=ops), numpy_params(made)
-    ready = batch([20, 9])
-    first = engine.loss_and_grads(params, *packed(ready))
+def test_reused_buffers_do_not_change_results(ops) -> None:
+    adapted_model = adapted(MODELS["biases"]())
+    engine, params = Engine(adapted_model.model, chunk=256, ops=ops), numpy_params(adapted_model)
+    device_batch = batch([20, 9])
+    first = engine.loss_and_grads(params, *packed(device_batch))
     engine.loss_and_grads(params, *packed(batch([200, 40, 3])))
-    assert engine.loss(params, *packed(ready)) == first[0]
-    again = engine.loss_and_grads(params, *packed(ready))
+    assert engine.loss(params, *packed(device_batch)) == first[0]
+    again = engine.loss_and_grads(params, *packed(device_batch))
     assert first[0] == again[0]
     assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
 
 
-def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_those_of_one(ops) -> None:
-    made = adapted(MODELS["tied"]())
-    params, found = numpy_params(made), []
+def test_results_are_bitwise_reproducible_for_each_number_of_threads_and_nearly_equal_between_them(ops) -> None:
+    adapted_model = adapted(MODELS["tied"]())
+    params, found = numpy_params(adapted_model), []
     batches = [batch(lengths) for lengths in ([150, 40, 90], [33], [20, 20, 21, 22])]
     for count in (1, 2, 3):
-        engine = Engine(made.model, threads=count, chunk=256, ops=ops)
-        found.append([engine.loss_and_grads(params, *packed(ready)) for ready in batches])
-        for _ in range(20):  # whichever thread comes first
-            for ready, (loss, grads) in zip(batches, found[-1], strict=True):
-                again = engine.loss_and_grads(params, *packed(ready))
+        engine = Engine(adapted_model.model, threads=count, chunk=256, ops=ops)
+        found.append([engine.loss_and_grads(params, *packed(device_batch)) for device_batch in batches])
+        for _ in range(20):  # in any order of the threads
+            for device_batch, (loss, grads) in zip(batches, found[-1], strict=True):
+                again = engine.loss_and_grads(params, *packed(device_batch))
                 assert again[0] == loss
                 assert all(np.array_equal(again[1][name], grad) for name, grad in grads.items())
     for several in found[1:]:
@@ -219,10 +232,14 @@ def test_threads_that_divide_a_batch_give_the_same_bits_each_time_and_nearly_tho
                 assert np.linalg.norm(grads[name] - grad) < 1e-5 * np.linalg.norm(grad)
 
 
-def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkeypatch) -> None:
-    made = adapted(MODELS["tied"]())
-    engine, params, ready = Engine(made.model, threads=3, chunk=256), numpy_params(made), batch([150, 40, 90])
-    before = engine.loss_and_grads(params, *packed(ready))
+def test_an_error_in_one_thread_ends_all_threads_and_the_next_batch_is_unaffected(monkeypatch) -> None:
+    adapted_model = adapted(MODELS["tied"]())
+    engine, params, device_batch = (
+        Engine(adapted_model.model, threads=3, chunk=256),
+        numpy_params(adapted_model),
+        batch([150, 40, 90]),
+    )
+    before = engine.loss_and_grads(params, *packed(device_batch))
     own, calls = kernels.swiglu, []
 
     def fails(*args):
@@ -233,15 +250,15 @@ def test_an_error_in_one_thread_ends_them_all_and_the_next_batch_is_whole(monkey
 
     monkeypatch.setattr(kernels, "swiglu", fails)
     with pytest.raises(MemoryError, match="no room"):
-        engine.loss_and_grads(params, *packed(ready))
+        engine.loss_and_grads(params, *packed(device_batch))
     monkeypatch.undo()
-    after = engine.loss_and_grads(params, *packed(ready))
+    after = engine.loss_and_grads(params, *packed(device_batch))
     assert before[0] == after[0] and all(np.array_equal(before[1][name], after[1][name]) for name in before[1])
 
 
-def test_from_the_cut_on_it_is_the_same_bit_for_bit(ops) -> None:
-    made = adapted(MODELS["tied"]())
-    engine, params = Engine(made.model, chunk=256, ops=ops), numpy_params(made)
+def test_hidden_states_at_the_cut_give_bitwise_the_same_gradients_as_token_ids(ops) -> None:
+    adapted_model = adapted(MODELS["tied"]())
+    engine, params = Engine(adapted_model.model, chunk=256, ops=ops), numpy_params(adapted_model)
     ids, lengths, *rest = packed(batch([60, 60]))
     states = engine.below(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
     assert engine.cut == 1
@@ -253,40 +270,40 @@ def test_from_the_cut_on_it_is_the_same_bit_for_bit(ops) -> None:
     assert all(np.array_equal(whole[1][name], part[1][name]) for name in whole[1])
 
 
-def test_an_evaluation_by_the_engine_is_that_of_mlx(ops) -> None:
-    made = adapted(MODELS["tied"]())
-    forward, batches = Forward(made.model), [batch([20, 40]), batch([9])]
-    theirs = validate(MlxBackend(made, forward, chunk=256), made.params(), batches)
-    engine = Engine(made.model, chunk=256, ops=ops)
-    ours = validate(CpuBackend(engine, forward, blas=None), made.params(), batches)
-    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
-    assert (ours.tokens, ours.supervised) == (theirs.tokens, theirs.supervised)
+def test_validation_loss_equals_that_of_mlx(ops) -> None:
+    adapted_model = adapted(MODELS["tied"]())
+    forward, batches = Forward(adapted_model.model), [batch([20, 40]), batch([9])]
+    expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
+    engine = Engine(adapted_model.model, chunk=256, ops=ops)
+    result = validate(CpuBackend(engine, forward, blas=None), adapted_model.params(), batches)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert (result.tokens, result.supervised) == (expected.tokens, expected.supervised)
 
 
-def test_an_evaluation_of_more_rows_than_are_computed_at_once_is_that_of_mlx(ops) -> None:
-    made = adapted(MODELS["tied"]())
-    forward, batches = Forward(made.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
-    theirs = validate(MlxBackend(made, forward, chunk=256), made.params(), batches)
-    engine = Engine(made.model, threads=2, chunk=256, ops=ops)
-    ours = validate(CpuBackend(engine, forward, blas=None), made.params(), batches)
-    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+def test_validation_loss_of_more_rows_than_are_computed_at_once_equals_that_of_mlx(ops) -> None:
+    adapted_model = adapted(MODELS["tied"]())
+    forward, batches = Forward(adapted_model.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
+    expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
+    engine = Engine(adapted_model.model, threads=2, chunk=256, ops=ops)
+    result = validate(CpuBackend(engine, forward, blas=None), adapted_model.params(), batches)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     groups = _group_rows([150, 40, 260, 90, 500, 3, 381, 4], 384)
     assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
 
 
-def selected(made: AdaptedModel) -> Backend:
-    """The backend that is chosen for `made`, with NumPy's kernels."""
+def selected(adapted_model: AdaptedModel) -> Backend:
+    """The backend that is chosen for `adapted_model`, with NumPy's kernels."""
     config = schema.Config()
     config.train.cache_probes = config.train.cpu_native = False
-    return select_backend(made, config, BlasReport(kind="named", threads=1))
+    return select_backend(adapted_model, config, BlasReport(kind="named", threads=1))
 
 
 def test_a_supported_model_gets_the_engine_and_keeps_its_adapter() -> None:
-    made = adapted(MODELS["tied"]())
-    before = {name: array + 0 for name, array in made.params().items()}
-    backend = selected(made)
+    adapted_model = adapted(MODELS["tied"]())
+    before = {name: array + 0 for name, array in adapted_model.params().items()}
+    backend = selected(adapted_model)
     assert isinstance(backend, CpuBackend) and backend.fallback_reason is None
-    assert all(mx.array_equal(array, before[name]) for name, array in made.params().items())
+    assert all(mx.array_equal(array, before[name]) for name, array in adapted_model.params().items())
 
 
 @pytest.mark.parametrize("kernel", ["rms_norm", "swiglu", "rope"])
@@ -354,8 +371,8 @@ def test_a_setting_that_the_engine_does_not_support_falls_back_to_mlx_with_the_r
     settings = schema.Config()
     settings.model.path = "builtin:tiny"
     setattr(getattr(settings, section), name, value)
-    made = AdaptedModel(load_base_model(settings.model), settings.lora, seed=0)
-    backend = select_backend(made, settings, BlasReport(kind="named", threads=1))
+    adapted_model = AdaptedModel(load_base_model(settings.model), settings.lora, seed=0)
+    backend = select_backend(adapted_model, settings, BlasReport(kind="named", threads=1))
     assert isinstance(backend, CpuBackend if value is True else MlxBackend)
     if reason is None:
         assert backend.fallback_reason is None

@@ -1,4 +1,4 @@
-"""How work is divided among threads, and where arrays lie."""
+"""The division of work among threads, and the addresses of arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def partitions(lengths: list[int], count: int) -> list[Partition]:
 
 
 @given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=12), parts=st.integers(1, 9), count=st.integers(1, 8))
-def test_each_piece_of_each_row_is_done_once_and_no_lane_has_much_more_than_its_share(lengths, parts, count):
+def test_each_head_of_each_row_belongs_to_one_partition_and_no_share_is_much_larger_than_the_others(
+    lengths, parts, count
+):
     shares = [part.attention_shares(parts) for part in partitions(lengths, count)]
     done = sorted(
         (start, part) for share in shares for s in share for start, part in ((s.start, part) for part in s.heads)
@@ -32,7 +34,7 @@ def test_each_piece_of_each_row_is_done_once_and_no_lane_has_much_more_than_its_
     assert max(costs) <= sum(length**2 for length in lengths) * parts / count + max(lengths) ** 2
 
 
-def test_at_most_one_row_is_divided_between_a_lane_and_the_next():
+def test_at_most_one_row_is_divided_between_neighbouring_partitions():
     shares = [part.attention_shares(3) for part in partitions([50, 60, 70, 80], 2)]
     rows = [{s.start for s in share} for share in shares]
     assert len(rows[0] & rows[1]) <= 1
@@ -49,6 +51,6 @@ def test_at_most_one_row_is_divided_between_a_lane_and_the_next():
     ],
     ids=["line", "transposed", "part", "empty", "read-only"],
 )
-def test_an_arrays_address_is_what_numpy_says(array):
+def test_the_fast_address_of_an_array_is_the_documented_one(array):
     assert array_address.fast_address(array) == array_address.documented_address(array)
     assert array_address.address is array_address.fast_address

@@ -124,7 +124,7 @@ def test_an_adapter_config_that_contradicts_the_settings_is_refused(run: Path, k
     ("change", "error", "message"),
     [
         ("missing", ModelError, "1 arrays are missing"),
-        ("unknown", ModelError, "1 arrays fit nowhere, such as model.more"),
+        ("unknown", ModelError, "1 arrays are unknown, such as model.more"),
         ("shape", ModelError, r"has shape \(64, 4\), but must have \(64, 8\)"),
         ("nan", CheckpointError, "contains NaN or Inf"),
         ("cut", CheckpointError, "adapters.safetensors"),

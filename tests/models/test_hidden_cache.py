@@ -116,7 +116,7 @@ def test_two_stores_may_write_the_same_rows_at_once(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(kept(store(tmp_path / "k", rows=200), row) for row in range(200))
+    assert all(is_cached(store(tmp_path / "k", rows=200), row) for row in range(200))
 
 
 def test_an_unusable_folder_is_logged_once_and_memory_is_still_used(tmp_path: Path) -> None:

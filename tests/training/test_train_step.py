@@ -1,4 +1,4 @@
-"""The step computes what mlx-lm computes where the batch is the same, and weights accumulation by tokens."""
+"""The training step: equal to mlx-lm's on equal batches, accumulation weighted by tokens, clipping, finite checks."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_accumulation_weights_micro_batches_by_their_tokens():
         assert mx.allclose(whole.params[name], parts.params[name], atol=1e-5).item()
 
 
-def test_clipping_limits_the_norm_and_reports_the_one_before():
+def test_clipping_limits_the_norm_and_the_norm_before_is_returned():
     made = adapted()
     rows = token_set([20, 20])
     batch = [batch_of(rows, np.arange(2), 16)]
@@ -142,7 +142,7 @@ def test_clipping_limits_the_norm_and_reports_the_one_before():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_update(poison):
+def test_a_loss_that_is_not_finite_raises_before_the_update(poison):
     made = adapted()
     one = member(made)
     name = next(iter(one.params))
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(poison):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_gives_the_same_bits_and_leaves_no_trace_on_the_class(dropout, compiled):
+def test_gradient_checkpointing_is_bitwise_equal_and_leaves_the_class_unchanged(dropout, compiled):
     made = adapted(dropout=dropout)
     batch = [batch_of(token_set([30, 25]), np.arange(2), 16)]
     block, own = type(made.model.layers[0]), type(made.model.layers[0]).__call__
@@ -185,7 +185,7 @@ def test_dropout_depends_on_seed_update_and_micro_batch_alone():
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_evaluation_draws_nothing_and_ignores_dropout():
+def test_evaluation_ignores_dropout():
     made = adapted(dropout=0.5)
     batch = batch_of(token_set([30]), np.array([0]), 16)
     made.dropout.set_key(dropout_key(1, 1, 0))

@@ -65,7 +65,7 @@ def library_from(source: str, target: Path) -> str:
 
 
 @shim
-def test_the_wheels_library_answers_for_the_whole_process(tmp_path: Path) -> None:
+def test_the_library_of_the_wheel_serves_the_whole_process(tmp_path: Path) -> None:
     code = REPORT.replace(
         "print(",
         "from runner.backends.cpu.blas_library import owner, FORWARDED; owners = [owner(n) for n in FORWARDED]\nprint(",
@@ -116,20 +116,20 @@ print(json.dumps({"kind": kind, "far_off": far_off}))
 
 
 @cpu_build
-def test_off_keeps_the_reference_and_says_so(tmp_path: Path) -> None:
+def test_off_keeps_the_reference_blas_with_advice(tmp_path: Path) -> None:
     report = said(child(REPORT, tmp_path, RUNNER_BLAS="off"))
     assert (report["kind"], report["threads"], report["library"]) == ("reference", 1, None)
     assert "RUNNER_BLAS=off" in report["advice"] and not list(tmp_path.iterdir())
 
 
 @cpu_build
-def test_a_name_that_does_not_exist_is_passed_over_with_a_line(tmp_path: Path) -> None:
+def test_a_named_library_that_does_not_exist_is_skipped_with_advice(tmp_path: Path) -> None:
     report = said(child(REPORT, tmp_path, RUNNER_BLAS=str(tmp_path / "libnone.so")))
     assert report["kind"] != "named" and "libnone.so" in report["advice"] and "\n" not in report["advice"]
 
 
 @shim
-def test_a_library_that_crashes_or_computes_wrong_is_passed_over(tmp_path: Path) -> None:
+def test_a_library_that_crashes_or_computes_wrong_results_is_skipped(tmp_path: Path) -> None:
     crash = "__attribute__((constructor)) void die(void) { __builtin_trap(); } void cblas_sgemm(void) {}"
     for name, source in {"crash": crash, "wrong": "void cblas_sgemm(void) {}"}.items():
         library = library_from(source, tmp_path / f"{name}.so")
@@ -186,7 +186,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
 
 
 @cpu_build
-def test_after_mlx_is_imported_it_says_that_it_came_too_late(tmp_path: Path) -> None:
+def test_loading_after_mlx_was_imported_gives_advice(tmp_path: Path) -> None:
     report = said(child("import mlx.core\n" + REPORT, tmp_path))
     assert report["kind"] == "reference" and "before load_blas()" in report["advice"]
 
@@ -207,7 +207,7 @@ def test_with_the_cuda_package_nothing_happens(tmp_path: Path) -> None:
     assert report["kind"] == "native" and not (tmp_path / "cache").exists()
 
 
-def test_mlx_without_a_backend_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mlx_without_a_backend_is_recognised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Bare:
         def locate_file(self, name: str) -> Path:
             return tmp_path / name
@@ -224,7 +224,7 @@ def test_a_second_call_returns_the_first_report(tmp_path: Path) -> None:
     assert said(child(code, tmp_path)) == 1
 
 
-def test_whatever_fails_gives_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_results_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(jobs: int) -> blas.BlasReport:
         raise RuntimeError("no such thing")
 
@@ -248,7 +248,7 @@ def test_whatever_fails_gives_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "3"}, 1, 8, 2),
     ],
 )
-def test_threads_are_cores_by_jobs_unless_the_environment_says(
+def test_threads_are_cores_divided_by_jobs_unless_set_in_the_environment(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], jobs: int, cores: int, threads: int
 ) -> None:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -259,7 +259,7 @@ def test_threads_are_cores_by_jobs_unless_the_environment_says(
 
 
 @shim
-def test_the_thread_count_holds_in_the_library_and_is_not_left_to_children(tmp_path: Path) -> None:
+def test_the_thread_count_is_set_in_the_library_and_not_inherited_by_children(tmp_path: Path) -> None:
     code = REPORT.replace("load_blas()", "load_blas(jobs=64)").replace(
         '{"identity"', '{"left": dict(os.environ), "identity"'
     )
@@ -271,7 +271,7 @@ def test_the_thread_count_holds_in_the_library_and_is_not_left_to_children(tmp_p
 
 @shim
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
-def test_every_blas_and_lapack_name_that_mlx_asks_for_is_forwarded() -> None:
+def test_every_blas_and_lapack_symbol_of_mlx_is_forwarded() -> None:
     libmlx = importlib.metadata.distribution("mlx-cpu").locate_file("mlx/lib/libmlx.so")
     listed = subprocess.run(["nm", "-D", "--undefined-only", str(libmlx)], capture_output=True, text=True, check=True)
     names = {line.split()[-1] for line in listed.stdout.splitlines()}

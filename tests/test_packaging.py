@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_config_data_set_and_plugin_file(wheel: Path) -> None:
     shipped = set(zipfile.ZipFile(wheel).namelist())
+    assert not any(name.startswith(("tools/", "tests/", "benchmarks/")) for name in shipped)
     here = {f"runner/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     here |= {str(path.relative_to(ROOT)) for path in (ROOT / "runner").rglob("*.py")}
     here |= {str(path.relative_to(ROOT)) for path in (ROOT / "runner" / "data" / "sets").rglob("*.jsonl")}

@@ -92,12 +92,13 @@ bench: setup ## against stock mlx_lm.lora, side by side (ten minutes; leave the 
 bench-full: setup ## all rows and rounds of it (hours)
 	@"$(RUN)" -m benchmarks.against_mlx_lm --full $(ARGS)
 
-check: setup ## formatting, lint, types, and docs in step with the code
+check: setup ## formatting, lint, types, layers, and docs and conf/ in step with the code
 	@"$(RUN)" -m ruff format --check .
 	@"$(RUN)" -m ruff check .
 	@"$(RUN)" -m mypy
+	@"$(VENV)/bin/lint-imports" --no-logo
 	@"$(RUN)" -m runner.config.reference --check
 
 clean: ## remove virtual environments, caches and built files; outputs/ stays
-	rm -rf "$(VENV)" "$(REFERENCE_VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" "$(REFERENCE_VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,7 +87,7 @@ class DataConfig:
     """What happens to a longer row; error names its file and line."""
     pad_to: int | None = setting(None, at_least=1, at_most=65_536)
     """Pad batches to a multiple of this many tokens; null chooses the 32 widths that pad the data least."""
-    window: int | None = setting(8, at_least=1)
+    window: int | None = setting(1, at_least=1)
     """Number of batches whose rows are sorted by length together: more means less padding and less shuffling; 1 sorts
     none. Runs of earlier versions that have null keep the window of their checkpoints."""
     metric: str | None = setting(None, choices=("execution_accuracy", "exact_match"), on_resume=FREE)

@@ -190,7 +190,7 @@ def _header_length(prefix: bytes, size: int) -> int:
 
 
 def _parse_header(header: bytes, size: int) -> tuple[dict[str, Span], dict[str, str]]:
-    """Return the positions and the metadata in the header of a file of `size` bytes. Raises ValueError with the reason."""
+    """Return positions and metadata from the header of a file of `size` bytes. Raises ValueError with the reason."""
     if not header.startswith(b"{"):
         raise ValueError("its header does not start with '{'")
     record = safe_json.parse(header, max_values=_MAX_VALUES)

@@ -38,7 +38,7 @@ class SaveReason(Enum):
 
 
 def parse_save_reasons(why: Iterable[str]) -> frozenset[SaveReason]:
-    """Return the reasons that a manifest holds as text, of this version or an earlier one; unknown ones are left out."""
+    """Return the reasons that a manifest holds as text, from any version; unknown ones are left out."""
     values = {reason.value for reason in SaveReason}
     reasons = set()
     for text in why:

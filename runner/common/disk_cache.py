@@ -1,7 +1,7 @@
 """Caches on disk: entries named by a key, complete or absent, removed by least recent use.
 
-An entry is a file with one sealed JSON record (``<key>.json``) or a folder (``<key>``). Its modification time is that of
-its last use. Reading and housekeeping never raise: a damaged entry is a missing one. Writing raises CacheWriteError,
+An entry is a file with one sealed JSON record (``<key>.json``) or a folder (``<key>``). Its modification time is that
+of its last use. Reading and housekeeping never raise: a damaged entry is a missing one. Writing raises CacheWriteError,
 after which the caller does without the cache.
 """
 

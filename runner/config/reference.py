@@ -1,4 +1,4 @@
-"""Generates docs/config.md and the YAML files in conf/ that show defaults: `python -m runner.config.reference [--check]`.
+"""Generate docs/config.md and the defaults in conf/ from the schema: `python -m runner.config.reference [--check]`.
 
 Everything comes from the schema: names, defaults, bounds, choices, and the docstrings of the fields.
 """

@@ -61,7 +61,7 @@ def _copy_sections(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pop(config: dict[str, Any], name: str) -> tuple[bool, Any]:
-    """Remove the dotted `name`, and the sections that this leaves empty; returns whether it was there, and its value."""
+    """Remove the dotted `name` and the sections that this leaves empty; return whether it was there, and its value."""
     key, _, rest = name.partition(".")
     if not rest:
         return key in config, config.pop(key, None)

@@ -1,4 +1,4 @@
-"""The settings of mlx-lm and of mlx-examples' lora.py as ours, key by key; docs/migrating.md has the same as a table."""
+"""The settings of mlx-lm and of mlx-examples' lora.py as ours, key by key; docs/migrating.md shows them as a table."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ ComputeHidden = Callable[[np.ndarray], np.ndarray]
 
 
 class HiddenStates:
-    """The hidden states (length, width) of each row of one token set; `length` is that of the row less its last token."""
+    """The hidden states (length, width) of each row of one token set; `length` is the row length minus 1."""
 
     def __init__(
         self, compute: ComputeHidden, rows: TokenSet, store: HiddenStateStore, dtype: np.dtype, width: int

@@ -213,9 +213,10 @@ def _compare_settings(run: RunInfo, state: Mapping[str, Any], audit: Audit) -> N
     if not isinstance(trained, dict):
         return
     for name in schema.default_settings():
-        if name in trained and name in run.settings and not resume_policy.is_free_on_resume(name):
-            if trained[name] != run.settings[name]:
-                stored, used = (shorten(schema.format_value(value)) for value in (run.settings[name], trained[name]))
-                audit.damage.append(
-                    f"{run.path / 'config.yaml'}: {name} is {stored}, but the newest checkpoint was trained with {used}"
-                )
+        if name not in trained or name not in run.settings or resume_policy.is_free_on_resume(name):
+            continue
+        if trained[name] != run.settings[name]:
+            stored, used = (shorten(schema.format_value(value)) for value in (run.settings[name], trained[name]))
+            audit.damage.append(
+                f"{run.path / 'config.yaml'}: {name} is {stored}, but the newest checkpoint was trained with {used}"
+            )

@@ -1,4 +1,4 @@
-"""The results of a sweep: a table ranked by the objective, results.csv and curves.svg, all from the runs' directories."""
+"""The results of a sweep, from its run directories: a table ranked by the objective, results.csv and curves.svg."""
 
 from __future__ import annotations
 

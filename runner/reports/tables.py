@@ -24,7 +24,7 @@ _INDENT = 4
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table. Where the table is too wide, the `cut` column is shortened first, then the `keep_end` one."""
+    """A column of a table. If the table is too wide, the `cut` column is shortened first, then the `keep_end` one."""
 
     title: str
     right: bool = False
@@ -44,7 +44,7 @@ class TableRow:
 
 
 def table(columns: Sequence[Column], rows: Sequence[TableRow], width: int | None) -> list[Line]:
-    """Return the lines of a table, the titles first. Only cells of `cut` and `keep_end` columns are shortened to `width`.
+    """Return the lines of a table, titles first. Only cells of `cut` and `keep_end` columns are shortened to `width`.
 
     Where little is left for the `cut` column, its text goes on a line below the row. Without a width nothing is cut,
     and a row with its notes is one line.

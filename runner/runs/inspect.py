@@ -102,7 +102,7 @@ def differing_settings(runs: Sequence[RunInfo]) -> list[str]:
 
 
 def objective_value(rows: Sequence[Mapping[str, Any]], best_loss: float | None, metric: str) -> float | None:
-    """Return the value that jobs of a sweep are compared by: the best validation loss, or the last test loss or score."""
+    """Return the value that ranks the jobs of a sweep: the best validation loss, or the last test loss or score."""
     if metric == "valid_loss":
         return best_loss
     if metric == "test_loss":

@@ -38,7 +38,7 @@ class ResumeSource:
 
     @property
     def branch(self) -> bool:
-        """Whether the run continues in a new directory: from one named checkpoint, so that the source stays as it is."""
+        """Whether the run continues in a new directory, from one named checkpoint; the source stays unchanged."""
         return self.checkpoint is not None
 
 
@@ -97,6 +97,10 @@ def _environment_references(values: Any, stored: Any) -> Iterator[tuple[str, str
     if isinstance(values, Mapping) and isinstance(stored, Mapping):
         for key, value in values.items():
             yield from _environment_references(value, stored.get(key))
-    elif isinstance(values, str) and isinstance(stored, str) and "${oc.env:" in stored:
-        if len(values) >= _MIN_SECRET_LENGTH:
-            yield values, stored
+    elif (
+        isinstance(values, str)
+        and isinstance(stored, str)
+        and "${oc.env:" in stored
+        and len(values) >= _MIN_SECRET_LENGTH
+    ):
+        yield values, stored

@@ -1,4 +1,4 @@
-"""The manifest of a sweep, sweep.jsonl: an append-only file of its jobs, and of the arguments that it was started with."""
+"""The manifest of a sweep, sweep.jsonl: an append-only file of its jobs and of the arguments that started it."""
 
 from __future__ import annotations
 

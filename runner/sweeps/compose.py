@@ -1,4 +1,4 @@
-"""Configs of a sweep's jobs. Each set of group choices is composed once; jobs that differ in values are copies of it."""
+"""Configs of a sweep's jobs. Each set of group choices is composed once; jobs that differ in values copy it."""
 
 from __future__ import annotations
 

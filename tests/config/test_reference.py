@@ -47,7 +47,7 @@ def test_the_default_choice_of_every_group_and_every_optimizer_and_schedule_show
 
 @pytest.mark.parametrize("path", sorted(CONF_DIR.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF_DIR)))
 def test_every_file_begins_with_its_launch_command(path: Path):
-    first, *rest = path.read_text().removeprefix("# @package _global_\n").splitlines()
+    first, *_ = path.read_text().removeprefix("# @package _global_\n").splitlines()
     assert first.startswith("# python -m runner")
     if path.name != "config.yaml" and path.parent.name != "experiment":
         assert f"{path.parent.name}={path.stem}" in first

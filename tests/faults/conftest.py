@@ -243,7 +243,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, make_cli: Any) -> Call
 
 @pytest.fixture(scope="session")
 def logged(tmp_path_factory: pytest.TempPathFactory, make_cli: Any, faulty: Any) -> Callable[..., Any]:
-    """`logged(*overrides)`: an undisturbed run, made once, and its calls that `faulty` could hit: kind, path in the run."""
+    """`logged(*overrides)`: an undisturbed run, made once, and its calls that `faulty` could hit (kind, path)."""
     made: dict[tuple[str, ...], tuple[Path, list[tuple[str, str]]]] = {}
 
     def run(*overrides: str) -> tuple[Path, list[tuple[str, str]]]:

@@ -68,7 +68,7 @@ def live(store, held, instruments, rng):
 
 
 def marks_after_repair(folder):
-    """Return the marks in the store after the repair of the next start, by step, and check that nothing else is left."""
+    """Return the marks in the store after the next start repaired it, by step; nothing else may be left."""
     store = CheckpointStore(folder / "checkpoints", "run-1")
     store.repair()
     found = {one.step: store.load(one.path).files for one in store.checkpoints()}

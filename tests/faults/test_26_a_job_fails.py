@@ -1,4 +1,4 @@
-"""One job of a sweep fails, diverges or is killed: the others finish, the results say which and why, exit code not 0."""
+"""One job of a sweep fails, diverges or is killed: the others finish, the results say why, the exit code is not 0."""
 
 from __future__ import annotations
 

@@ -220,7 +220,10 @@ def test_mlx_without_a_backend_is_recognised(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_second_call_returns_the_first_report(tmp_path: Path) -> None:
-    code = "from runner.backends.cpu import blas\nfirst = blas.load_blas(jobs=1)\nprint(int(blas.load_blas(jobs=64) is first))"
+    code = (
+        "from runner.backends.cpu import blas\nfirst = blas.load_blas(jobs=1)\n"
+        "print(int(blas.load_blas(jobs=64) is first))"
+    )
     assert said(child(code, tmp_path)) == 1
 
 

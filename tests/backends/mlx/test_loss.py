@@ -131,7 +131,7 @@ def training(base):
 
 
 def test_chunks_take_no_more_memory_than_the_whole_at_once(base, training):
-    """Arrays that are evaluated within a differentiation live until its end: evaluated chunks took 1.8 times as much."""
+    """Arrays evaluated within a differentiation live until its end: evaluated chunks took 1.8 times as much."""
     whole = peak_memory(chunked_loss(base, "chunks", 1024), training)
     for compiled in (False, True):
         assert peak_memory(chunked_loss(base, "chunks", 64), training, compiled=compiled) < 1.1 * whole

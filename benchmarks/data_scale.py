@@ -86,7 +86,7 @@ def _write(folder: Path, rows: int, characters: int) -> int:
 
 
 def _one(begun: float, folder: str, updates: int) -> None:
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()
     from runner.training.trainer import Trainer

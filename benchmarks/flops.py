@@ -105,7 +105,7 @@ def evaluating(shape: Shape, *, tokens: int, supervised: int, times: int) -> int
 
 def peak(seconds: float = 4.0) -> dict[str, Any]:
     """The fastest float32 product of square matrices in `seconds`, in GFLOP/s, and the BLAS that made it."""
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     report = blas.load_blas()
     import mlx.core as mx

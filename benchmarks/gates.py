@@ -66,7 +66,7 @@ def equal(model: str, data: str) -> dict[str, Any]:
 
 
 def _load(model: str, data: str) -> tuple[Any, Any]:
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()
     from benchmarks.workloads import SPLITS, reading
@@ -116,8 +116,8 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.tuner.trainer import default_loss
 
+    from runner.backends.blas import load_blas
     from runner.backends.cpu.backend import CpuBackend
-    from runner.backends.cpu.blas import load_blas
     from runner.backends.mlx.backend import MlxBackend
     from runner.backends.select import select_backend
     from runner.config.schema import Config

@@ -18,7 +18,7 @@ HUB, FLOAT32 = "hub", "float32"
 
 def folders() -> dict[str, str]:
     """Path of each folder by its name; those that are not there yet are written."""
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()
     from runner.config import schema

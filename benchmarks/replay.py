@@ -113,7 +113,7 @@ def ours(job: dict[str, Any], data: Any) -> Counted:
 
 def main(jobs: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Count each job: stock ones have ``config`` and ``sorted``, ours the settings that `ours` reads."""
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()
     from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset

@@ -64,7 +64,7 @@ def _line(one: dict[str, Any]) -> str:
 
 
 def _one(size: int, background: bool, updates: int, every: int) -> None:
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()
     from runner.checkpoints.store import CheckpointStore

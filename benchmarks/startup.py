@@ -24,7 +24,7 @@ from benchmarks.sides import ROWS, Work
 
 LOAD = """
 import sys
-from runner.backends.cpu import blas
+from runner.backends import blas
 blas.load_blas()
 import mlx.core as mx, mlx_lm
 model, _ = mlx_lm.load(sys.argv[1])

@@ -14,7 +14,7 @@ def main(words: list[str]) -> None:
     """Change what the flags before ``--`` say, then run mlx-lm with the words after it."""
     flags, rest = words[: words.index("--")], words[words.index("--") + 1 :]
     if "--blas" in flags:
-        from runner.backends.cpu import blas
+        from runner.backends import blas
 
         blas.load_blas()
     if "--sort" in flags:

@@ -18,7 +18,7 @@ from pathlib import Path
 INSIDE = """
 import json, sys, time
 begun = time.perf_counter()
-from runner.backends.cpu import blas; blas.load_blas()
+from runner.backends import blas; blas.load_blas()
 from runner.__main__ import main
 from runner.sweeps import compose, sweep
 from runner.training import run as module

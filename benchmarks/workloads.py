@@ -138,7 +138,7 @@ def _mixed(train: int, valid: int, encoder: Any) -> dict[str, list[dict[str, str
 
 def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
     """Write the data set `name` once; its ``folder`` and, by split, its statistics."""
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()
     from mlx_lm.utils import load_tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from runner.backends.cpu import blas
+from runner.backends import blas
 from runner.config import schema, validation
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory

@@ -37,7 +37,7 @@ def start_run(invocation: Invocation, hydra: HydraSession, config: DictConfig) -
     directory, source = _open_directory(invocation, hydra.source, config, checkpoints)
 
     def train(job_config: DictConfig) -> float | None:
-        from runner.backends.cpu import blas
+        from runner.backends import blas
 
         report = blas.load_blas()  # before MLX is imported
         from runner.training.run import run

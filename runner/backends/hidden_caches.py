@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runner.backends.cpu.blas import BlasReport, blas_identity
+from runner.backends.blas import BlasReport, blas_identity
 from runner.backends.protocol import Backend
 from runner.config.schema import Config
 from runner.models.hidden_cache import HiddenStateCaches, numeric_platform

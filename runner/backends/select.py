@@ -8,9 +8,9 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from runner.backends.blas import BlasReport, blas_identity
 from runner.backends.cpu import native, probe
 from runner.backends.cpu.backend import CpuBackend
-from runner.backends.cpu.blas import BlasReport, blas_identity
 from runner.backends.cpu.engine import Engine
 from runner.backends.cpu.linear import UnsupportedModel
 from runner.backends.cpu.ops import Ops

@@ -64,7 +64,7 @@ def run_job(
         RunnerError: the job failed or diverged; its status says why.
         SystemExit: the process was asked to stop; the job saved and can be resumed.
     """
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     report = blas.load_blas()  # before MLX is imported
     from runner.training.run import run

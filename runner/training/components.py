@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from runner.backends.cpu.blas import BlasReport
+from runner.backends.blas import BlasReport
 from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
 from runner.common.errors import ConfigError, ModelError

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, suppress
 
 import mlx.core as mx
 
-from runner.backends.cpu.blas import BlasReport
+from runner.backends.blas import BlasReport
 from runner.common.clock import utc_now
 from runner.common.errors import Diverged, RunnerError, StorageError
 from runner.models.device import on_cpu

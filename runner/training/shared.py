@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
 
-from runner.backends.cpu.blas import BlasReport
+from runner.backends.blas import BlasReport
 from runner.backends.hidden_caches import hidden_caches
 from runner.backends.protocol import Backend
 from runner.config import schema

@@ -26,7 +26,7 @@ POINTS = {
 
 def main() -> int:
     point, count, actions, *arguments = sys.argv[1:]
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()
     module_name, path = POINTS[point]

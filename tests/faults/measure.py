@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from runner.backends.cpu import blas
+from runner.backends import blas
 from runner.checkpoints import safetensors_file, verify
 from runner.common import safe_yaml
 from runner.common.filesystem import FileSystem

@@ -378,7 +378,7 @@ def test_neighbouring_batches_are_joined_up_to_the_limit_in_order() -> None:
 
 
 def test_jobs_share_a_baseline_only_if_it_is_computed_in_the_same_way(tiny: Callable) -> None:
-    from runner.backends.cpu import blas
+    from runner.backends import blas
     from runner.backends.select import select_backend
     from runner.training.shared import SharedComponents
 

@@ -58,7 +58,7 @@ def test_a_hub_id_is_read_from_the_hubs_offline_cache(folder, tmp_path):
     (cache / "refs/main").write_text(commit)
     code = (
         "import json\n"
-        "from runner.backends.cpu import blas; blas.load_blas()\n"
+        "from runner.backends import blas; blas.load_blas()\n"
         "from runner.config.schema import ModelConfig as Model\n"
         "from runner.models.load import load_base_model as load\n"
         "print(json.dumps([load(Model(path='someone/tiny', revision=r)).fingerprint for r in (None, 'main')]))\n"

@@ -21,7 +21,7 @@ from runner.runs.inspect import RunInfo, differing_settings, folder_size, read_r
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tiny model that finished; copy it before changing it."""
-    from runner.backends.cpu import blas
+    from runner.backends import blas
     from runner.config import schema, validation
     from runner.runs.run_spec import RunSpec, new_run_id
     from runner.training.run import run

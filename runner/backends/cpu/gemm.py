@@ -15,7 +15,7 @@ _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 
 @cache
 def _sgemm() -> Callable[..., None] | None:
-    """Return `cblas_sgemm` of the global scope, where `runner.backends.cpu.blas` loads the fast one; None without."""
+    """Return `cblas_sgemm` of the global scope, where `runner.backends.blas` loads the fast one; None without."""
     try:
         function = ctypes.CDLL(None).cblas_sgemm
     except (AttributeError, OSError):

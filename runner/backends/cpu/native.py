@@ -15,9 +15,9 @@ from threading import Barrier
 
 import numpy as np
 
+from runner.backends.c_library import CompileError, compiled, digest
 from runner.backends.cpu.array_address import address
 from runner.backends.cpu.attention import HeadLayout
-from runner.backends.cpu.c_library import CompileError, compiled, digest
 from runner.backends.cpu.gemm import sgemm_address
 from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import PackedRows, Partition

@@ -7,7 +7,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from runner.backends.cpu import blas
+from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.cli.commands.adapter_source import AdapterSource
 from runner.cli.commands.stored_settings import StoredSettings

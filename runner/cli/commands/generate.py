@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.backends.cpu import blas
+from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.common.errors import ConfigError, DataError
 from runner.common.text import printable

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.backends.cpu.blas import THREAD_VARIABLES
+from runner.backends.blas import THREAD_VARIABLES
 from runner.checkpoints import verify
 from runner.checkpoints.safetensors_file import Tensor, unpack
 from runner.checkpoints.store import step_name
@@ -163,7 +163,7 @@ class _Trained:
 
 def _train(run: Path, checkpoints: Path, first: int, last: int, scratch: Path, window: int | None) -> _Trained:
     """Train `run` from step `first` to `last` in the folder `scratch`."""
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     report = blas.load_blas()  # before MLX is imported
     from runner.training.run import run as train

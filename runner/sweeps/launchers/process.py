@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.text import Text
 
 from runner.app.resolve import resolve_config
-from runner.backends.cpu.blas import thread_count
+from runner.backends.blas import thread_count
 from runner.common.cores import usable_cores
 from runner.common.errors import ConfigError, RunnerError
 from runner.config.invocation import Invocation

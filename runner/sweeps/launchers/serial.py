@@ -31,7 +31,7 @@ def launch(
     Raises:
         SystemExit: a signal stopped the process; the job in progress has saved.
     """
-    from runner.backends.cpu import blas
+    from runner.backends import blas
 
     blas.load_blas()  # before MLX is imported
     from runner.training.shared import SharedComponents

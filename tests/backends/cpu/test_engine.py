@@ -8,9 +8,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama, qwen2
 
+from runner.backends.blas import BlasReport
 from runner.backends.cpu import kernels, native
 from runner.backends.cpu.backend import CpuBackend, packed
-from runner.backends.cpu.blas import BlasReport
 from runner.backends.cpu.engine import Engine, _group_rows
 from runner.backends.cpu.linear import view
 from runner.backends.cpu.ops import Ops

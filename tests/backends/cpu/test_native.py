@@ -15,9 +15,10 @@ from threading import Barrier
 import numpy as np
 import pytest
 
-from runner.backends.cpu import c_library, native
+from runner.backends import c_library
+from runner.backends.c_library import COMPILERS
+from runner.backends.cpu import native
 from runner.backends.cpu.attention import HeadLayout
-from runner.backends.cpu.c_library import COMPILERS
 from runner.backends.cpu.native import NativeOps
 from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import PackedRows, Partition
@@ -186,7 +187,7 @@ def test_results_are_bitwise_independent_of_compiler_and_vector_width(
 CHILD = """
 import json
 import os
-from runner.backends.cpu import blas
+from runner.backends import blas
 blas.load_blas()
 from runner.backends.cpu import native
 found, why = native.load()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.backends.cpu import blas
-from runner.backends.cpu.blas_library import FORWARDED
+from runner.backends import blas
+from runner.backends.blas_library import FORWARDED
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 CPU_BUILD = sys.platform == "linux" and blas._backend() == "mlx-cpu"
 WHEEL = blas._installed("scipy-openblas32")
 WHEEL_LIBRARY = str(WHEEL.locate_file("scipy_openblas32/lib/libscipy_openblas.so")) if WHEEL else ""
@@ -29,7 +29,7 @@ shim = pytest.mark.skipif(
 
 REPORT = """
 import dataclasses, json, os, sys
-from runner.backends.cpu import blas
+from runner.backends import blas
 report = blas.load_blas()
 print(json.dumps(dataclasses.asdict(report) | {"identity": blas.blas_identity(report)}))
 """
@@ -68,7 +68,7 @@ def library_from(source: str, target: Path) -> str:
 def test_the_library_of_the_wheel_serves_the_whole_process(tmp_path: Path) -> None:
     code = REPORT.replace(
         "print(",
-        "from runner.backends.cpu.blas_library import owner, FORWARDED; owners = [owner(n) for n in FORWARDED]\nprint(",
+        "from runner.backends.blas_library import owner, FORWARDED; owners = [owner(n) for n in FORWARDED]\nprint(",
     ).replace('{"identity"', '{"owners": owners, "identity"')
     report = said(child(code, tmp_path, RUNNER_BLAS=WHEEL_LIBRARY))
     assert report["kind"] == "named" and report["library"] == WHEEL_LIBRARY and report["advice"] is None
@@ -86,7 +86,7 @@ def test_the_library_of_the_wheel_serves_the_whole_process(tmp_path: Path) -> No
 def test_mlx_multiplies_and_factors_as_numpy_does(tmp_path: Path, choice: str) -> None:
     code = """
 import json, sys
-from runner.backends.cpu import blas
+from runner.backends import blas
 kind = blas.load_blas().kind
 assert "mlx" not in sys.modules and "mlx.core" not in sys.modules
 import numpy as np, mlx.core as mx
@@ -221,8 +221,7 @@ def test_mlx_without_a_backend_is_recognised(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_second_call_returns_the_first_report(tmp_path: Path) -> None:
     code = (
-        "from runner.backends.cpu import blas\nfirst = blas.load_blas(jobs=1)\n"
-        "print(int(blas.load_blas(jobs=64) is first))"
+        "from runner.backends import blas\nfirst = blas.load_blas(jobs=1)\nprint(int(blas.load_blas(jobs=64) is first))"
     )
     assert said(child(code, tmp_path)) == 1
 

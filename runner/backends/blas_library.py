@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.backends.cpu.c_library import CompileError, compiled, digest
+from runner.backends.c_library import CompileError, compiled, digest
 from runner.common.cache_dir import cache_dir
 
 PREFIX = "scipy_"
@@ -172,9 +172,9 @@ def _times(rows: list[Sequence[float]], vector: Sequence[float]) -> list[float]:
 def _verify_in_child(path: str) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); "
-        "from runner.backends.cpu import blas_library; blas_library.verify_and_exit(sys.argv[2])"
+        "from runner.backends import blas_library; blas_library.verify_and_exit(sys.argv[2])"
     )
-    root = str(Path(__file__).resolve().parents[3])
+    root = str(Path(__file__).resolve().parents[2])
     try:
         child = subprocess.run(
             [sys.executable, "-c", code, root, path], capture_output=True, text=True, timeout=60, check=False

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.backends.cpu import blas_library
-from runner.backends.cpu.blas_library import BlasError, LoadedBlas
+from runner.backends import blas_library
+from runner.backends.blas_library import BlasError, LoadedBlas
 from runner.common.cores import usable_cores
 
 SLOW = "MLX runs on its reference BLAS here, 15 times slower or more"

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 from runner.backends import blas
-from runner.config import schema, validation
+from runner.config import serialize, validation
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec, find_resume_source, new_run_id
@@ -84,7 +84,7 @@ def train() -> Callable[..., Path]:
         directory = RunDirectory(folder, settings.checkpoint.dir)
         if source is None or source.branch:
             directory.claim()
-        start = RunSpec(settings, schema.to_dict(settings), directory, source, new_run_id(), stop_at=stop_at)
+        start = RunSpec(settings, serialize.to_dict(settings), directory, source, new_run_id(), stop_at=stop_at)
         run(start, blas.load_blas(), shared=shared)
         return folder
 

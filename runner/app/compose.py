@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.app import guard, hydra_internals
 from runner.common.errors import ConfigError
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.config.groups import CONF_DIR
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
@@ -100,7 +100,7 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
     if source is None:
         assert invocation.repeat is not None
         source = ResumeSource(invocation.repeat)
-    settings = schema.to_dict(schema.from_dict(source.config, str(source.run / "config.yaml")))
+    settings = serialize.to_dict(serialize.from_dict(source.config, str(source.run / "config.yaml")))
     # A resumed run keeps its provenance, but for the adapter that it started from: its checkpoint holds the weights.
     dropped = ["adapter"] if invocation.resume else schema.provenance_settings()
     for name in (*invocation.group_choices, *dropped):

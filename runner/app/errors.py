@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner.common.errors import ConfigError, RunnerError, StorageError, did_you_mean
-from runner.config import retired, schema
+from runner.config import retired, schema, serialize
 
 _TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 """What OmegaConf calls a type, and what a user calls it."""
@@ -110,7 +110,7 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if re.search(r"Key '[^']*' (is )?not in|is not in struct", text):
         if explanation := retired.explain(name):
             return explanation
-        known = [*schema.default_settings(), *schema.section_names(), *schema.GROUPS]
+        known = [*serialize.default_settings(), *schema.section_names(), *schema.GROUPS]
         return f"There is no setting '{name}'.{did_you_mean(name, known)}"
     if "is not Optional" in text:
         return f"{name}=null is invalid: must have a value."

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import loggers
 from runner.common.errors import ConfigError
-from runner.config import environment, schema, validation
+from runner.config import environment, serialize, validation
 from runner.config.paths import make_paths_absolute
 from runner.config.schema import Config
 
@@ -46,6 +46,6 @@ def require_adapter(settings: Config) -> None:
 
 def stored_config(config: DictConfig, settings: Config) -> dict[str, Any]:
     """Return what config.yaml holds: the resolved `settings`, but references to the environment as written."""
-    stored = schema.to_dict(settings)
+    stored = serialize.to_dict(settings)
     environment.keep_references(stored, OmegaConf.to_container(config, resolve=False))
     return stored

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runner import loggers
 from runner.common.errors import ConfigError, did_you_mean
-from runner.config import retired, schema, validation
+from runner.config import retired, schema, serialize, validation
 from runner.config.groups import CONF_DIR, config_dirs, group_choices
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_text, unquote
@@ -109,12 +109,12 @@ def _set_on_invocation(invocation: Invocation, key: str, value: str) -> None:
 
 
 def _known_names() -> list[str]:
-    return [*schema.default_settings(), *schema.GROUPS, *retired.OF_THE_INVOCATION]
+    return [*serialize.default_settings(), *schema.GROUPS, *retired.OF_THE_INVOCATION]
 
 
 def _check_name(key: str, value: str, sign: str) -> None:
     """Refuse `key` unless it is a setting, a section with a mapping as its value, or a logger with its option."""
-    settings = schema.default_settings()
+    settings = serialize.default_settings()
     if key in ("optimizer.name", "schedule.name"):
         group = key.partition(".")[0]
         raise ConfigError(f"{key} is set by its group: type {group}={value} instead.")

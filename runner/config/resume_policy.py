@@ -8,7 +8,8 @@ from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.config import schema
-from runner.config.schema import Config, flatten, format_value
+from runner.config.schema import Config
+from runner.config.serialize import flatten, format_value
 from runner.config.setting import OnResume
 
 

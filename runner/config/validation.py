@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.config.schema import DEFAULT_LORA_SCALE, Config, LoraConfig, OptimizerConfig, ScheduleConfig
 from runner.config.setting import MISSING, PathKind, Setting, is_valid_path, metadata_of
 
@@ -28,7 +28,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: one sentence per problem, all problems at once.
     """
-    values = schema.flatten(config)
+    values = serialize.flatten(config)
     problems = [
         problem for name, found in schema.metadata().items() for problem in _setting_problems(name, values[name], found)
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.common.errors import ConfigError
-from runner.config import schema, validation
+from runner.config import schema, serialize, validation
 from runner.config.quoting import quote_value
 from runner.migrate.convert import CannotImport
 from runner.migrate.source import SourceConfig
@@ -166,7 +166,7 @@ class ImportResult:
         section, _, option = name.partition(".")
         choice = (GROUP_DEFAULTS | self.groups).get(section)
         options = schema.choice_options(section, choice) if isinstance(choice, str) else {}
-        return options.get(option, schema.default_settings()[name])
+        return options.get(option, serialize.default_settings()[name])
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
@@ -192,7 +192,7 @@ def _problem(groups: Mapping[str, Any], values: Mapping[str, Any]) -> str:
             section = section.setdefault(section_name, {})
         section[last] = value
     try:
-        validation.validate(schema.from_dict(config, "here"))
+        validation.validate(serialize.from_dict(config, "here"))
     except ConfigError as error:
         return " ".join(str(error).split()).rstrip(".")
     return ""

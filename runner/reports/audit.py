@@ -19,7 +19,7 @@ from runner.common import safe_json
 from runner.common.errors import CheckpointError, RunnerError
 from runner.common.filesystem import FileSystem
 from runner.common.text import shorten
-from runner.config import resume_policy, schema
+from runner.config import resume_policy, serialize
 from runner.reports.checkpoint_list import checkpoints_folder, step_folders
 from runner.runs.directory import RunDirectory
 from runner.runs.inspect import RunInfo
@@ -212,11 +212,11 @@ def _compare_settings(run: RunInfo, state: Mapping[str, Any], audit: Audit) -> N
     trained = state.get("hyperparameters")
     if not isinstance(trained, dict):
         return
-    for name in schema.default_settings():
+    for name in serialize.default_settings():
         if name not in trained or name not in run.settings or resume_policy.is_free_on_resume(name):
             continue
         if trained[name] != run.settings[name]:
-            stored, used = (shorten(schema.format_value(value)) for value in (run.settings[name], trained[name]))
+            stored, used = (shorten(serialize.format_value(value)) for value in (run.settings[name], trained[name]))
             audit.damage.append(
                 f"{run.path / 'config.yaml'}: {name} is {stored}, but the newest checkpoint was trained with {used}"
             )

@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runner.common.text import relative_path
-from runner.config import schema, validation
+from runner.config import schema, serialize, validation
 from runner.config.resume_policy import is_free_on_resume
-from runner.config.schema import Config, format_value
+from runner.config.schema import Config
+from runner.config.serialize import format_value
 from runner.config.setting import Setting
 from runner.runs.inspect import RunInfo
 
@@ -21,7 +22,7 @@ def changed_from_defaults(settings: Mapping[str, Any]) -> dict[str, tuple[Any, A
 
     The defaults are those of the run's optimizer and schedule; settings that are always shown are included.
     """
-    defaults, metadata = schema.flatten(_defaults_for(settings)), schema.metadata()
+    defaults, metadata = serialize.flatten(_defaults_for(settings)), schema.metadata()
     names = [*defaults, *(name for name in settings if name not in defaults)]
     return {
         name: (settings[name], defaults.get(name))
@@ -45,7 +46,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
     `lora.rank` becomes `rank` and `train.batch_size` `batch_size`, but `train.iters` and `checkpoint.every` stay.
     """
-    last_parts = [name.rpartition(".")[2] for name in dict.fromkeys([*schema.default_settings(), *names])]
+    last_parts = [name.rpartition(".")[2] for name in dict.fromkeys([*serialize.default_settings(), *names])]
 
     def short(name: str) -> str:
         section, _, last = name.rpartition(".")
@@ -103,7 +104,7 @@ def pairs(groups: Sequence[Sequence[RunInfo]], names: Sequence[str]) -> list[str
     labels = short_names(names)
     texts_by_group: list[list[str]] = [[] for _ in groups]
     for name in names:
-        default = schema.default_settings().get(name)
+        default = serialize.default_settings().get(name)
         values = [[run.settings.get(name, default) for run in group if run.settings] for group in groups]
         texts = iter(texts_of(name, [value for group in values for value in group]))
         for group, pair_texts in zip(values, texts_by_group, strict=True):

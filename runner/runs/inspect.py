@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common import safe_yaml
-from runner.config import retired, schema
+from runner.config import retired, schema, serialize
 from runner.runs.directory import RunDirectory
 from runner.runs.layout import BEST_METRIC
 from runner.runs.rows import count_or_none, read_rows
@@ -92,7 +92,7 @@ def differing_settings(runs: Sequence[RunInfo]) -> list[str]:
     Runs whose config cannot be read are left out; a setting that an older run did not store has its default.
     """
     readable = [run.settings for run in runs if run.settings]
-    defaults = schema.default_settings()
+    defaults = serialize.default_settings()
     names = []
     for name in dict.fromkeys([*defaults, *(name for settings in readable for name in settings)]):
         values = [settings.get(name, defaults.get(name)) for settings in readable]
@@ -141,7 +141,7 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
     try:
         config = retired.upgrade_config(safe_yaml.read_mapping(path / "config.yaml"))
         loggers = {"loggers": config.pop("loggers")} if "loggers" in config else {}
-        return schema.flatten_dict(config) | loggers, None
+        return serialize.flatten_dict(config) | loggers, None
     except FileNotFoundError:
         return {}, "config.yaml is missing"
     except OSError as error:

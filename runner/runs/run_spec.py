@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
-from runner.config.schema import Config, to_dict
+from runner.config.schema import Config
+from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
 
 _MIN_SECRET_LENGTH = 4

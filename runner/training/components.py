@@ -12,7 +12,7 @@ from runner.backends.blas import BlasReport
 from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
 from runner.common.errors import ConfigError, ModelError
-from runner.config import resume_policy, schema
+from runner.config import resume_policy, serialize
 from runner.config.schema import Config
 from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset
@@ -85,7 +85,7 @@ def load_components(
             "config": resume_policy.frozen_fingerprint(config),
         },
         environment=backend.numeric_environment(),
-        hyperparameters=schema.flatten_dict(stored),
+        hyperparameters=serialize.flatten_dict(stored),
     )
     baseline = shared.baseline(config, base, data, identity.environment)
     return Components(base, data, options, adapted, backend, caches, identity, baseline)

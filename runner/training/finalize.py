@@ -12,7 +12,7 @@ import mlx.core as mx
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.store import step_name
 from runner.common.clock import utc_now
-from runner.config import schema
+from runner.config import serialize
 from runner.reports import next_commands, run_summary
 from runner.runs.inspect import RunInfo
 from runner.runs.run_spec import RunSpec
@@ -121,7 +121,7 @@ def _print_summary(trainer: Trainer, spec: RunSpec, stop: StopReason, result_ste
     best_loss = "" if progress.best_loss is None else f"valid loss {progress.best_loss:.4f}"
     display.job_line(f"{state:<9} {progress.step:>6}/{trainer.plan.iters}  {best_loss}")
     display.line("")
-    run = RunInfo(path=spec.directory.path, state=state, settings=schema.flatten_dict(spec.stored))
+    run = RunInfo(path=spec.directory.path, state=state, settings=serialize.flatten_dict(spec.stored))
     for line in run_summary.summary_lines(
         spec.directory.path,
         state=state,

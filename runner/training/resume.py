@@ -14,7 +14,7 @@ from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint
 from runner.common.atomic_io import repair_replaced_folder
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
-from runner.config import resume_policy, schema, validation
+from runner.config import resume_policy, serialize, validation
 from runner.config.schema import Config
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
@@ -160,8 +160,8 @@ def _backup_commands(spec: RunSpec) -> list[str]:
 def _previous_config(spec: RunSpec) -> Config:
     """Return the config that the source run has stored, with values of the environment resolved as in this run."""
     assert spec.source is not None
-    resolved = _resolve_environment(spec.source.config, spec.stored, schema.to_dict(spec.config))
-    return validation.fill_defaults(schema.from_dict(resolved, str(spec.source.run / "config.yaml")))
+    resolved = _resolve_environment(spec.source.config, spec.stored, serialize.to_dict(spec.config))
+    return validation.fill_defaults(serialize.from_dict(resolved, str(spec.source.run / "config.yaml")))
 
 
 def _keep_warm_start(spec: RunSpec, previous: Config) -> None:
@@ -228,5 +228,5 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
 
 def _flatten_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted name to value as in config.yaml; the options of the loggers are one value."""
-    flat = schema.flatten_dict({key: value for key, value in stored.items() if key != "loggers"})
+    flat = serialize.flatten_dict({key: value for key, value in stored.items() if key != "loggers"})
     return flat | {"loggers": stored.get("loggers", {})}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.config.paths import make_paths_absolute
 from runner.config.setting import PathKind
 
@@ -27,10 +27,10 @@ def test_output_folders_become_absolute_and_inputs_only_where_they_exist(tiny, t
     assert config.checkpoint.backup == f"{tmp_path}/second/disk"
     assert config.train.hidden_cache.folder == f"{tmp_path.parent}/hidden"
     assert config.checkpoint.dir == "checkpoints"
-    before = schema.to_dict(config)
+    before = serialize.to_dict(config)
     monkeypatch.chdir("/")
     make_paths_absolute(config)
-    assert schema.to_dict(config) == before
+    assert serialize.to_dict(config) == before
 
 
 def test_every_path_of_the_schema_has_its_kind():

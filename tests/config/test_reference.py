@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.config import reference, schema
+from runner.config import reference, schema, serialize
 from runner.config.groups import CONF_DIR, group_choices
 from runner.config.invocation import Invocation
 
@@ -27,7 +27,7 @@ def compose(*overrides: str) -> dict:
 
 def with_defaults(group: str, choice: str) -> dict:
     """The section as the schema states it for this choice."""
-    section = schema.to_dict(schema.Config())[group]
+    section = serialize.to_dict(schema.Config())[group]
     return section | schema.choice_options(group, choice) | reference.SHOWN[f"{group}/{choice}"]
 
 
@@ -66,7 +66,7 @@ def test_the_page_and_the_files_are_up_to_date_and_a_difference_is_named(tmp_pat
 def test_the_page_shows_defaults_by_choice_bounds_and_what_a_resume_may_change():
     page = reference.reference_page()
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 6}
-    assert set(rows) == set(schema.default_settings())
+    assert set(rows) == set(serialize.default_settings())
     assert "| `0.01` (adamw), `0.0` (sgd) | 0 or more. | frozen |" in rows["optimizer.weight_decay"]
     assert "| `8` | From 1 to 16,384. | frozen |" in rows["lora.rank"]
     assert "frozen" not in rows["train.iters"] and "by its group" in rows["model.path"]
@@ -75,7 +75,7 @@ def test_the_page_shows_defaults_by_choice_bounds_and_what_a_resume_may_change()
 
 def test_every_setting_and_every_field_of_an_invocation_is_documented():
     documented = dict(reference.documented_settings())
-    assert set(documented) == set(schema.default_settings())
+    assert set(documented) == set(serialize.default_settings())
     assert all(found.doc.endswith(".") for found in documented.values())
     assert set(reference.field_docstrings(Invocation)) == set(Invocation.__dataclass_fields__)
 

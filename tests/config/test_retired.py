@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from runner.config import retired, schema
+from runner.config import retired, serialize
 
 
 def test_renames_lead_from_names_that_are_gone_to_settings_that_exist():
-    present = schema.default_settings()
+    present = serialize.default_settings()
     assert set(retired.RENAMED.values()) <= set(present)
     assert not (set(retired.RENAMED) | set(retired.OF_THE_INVOCATION)) & set(present)
 

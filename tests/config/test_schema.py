@@ -7,13 +7,13 @@ import math
 import pytest
 
 from runner.common.errors import ConfigError
-from runner.config import resume_policy, schema, validation
+from runner.config import resume_policy, schema, serialize, validation
 from runner.config.schema import Config
 from runner.config.setting import Setting
 
 
 def test_the_default_of_every_setting_is_valid_by_its_metadata():
-    defaults = schema.default_settings()
+    defaults = serialize.default_settings()
     for name, metadata in schema.metadata().items():
         for default in (defaults[name], *metadata.defaults_by.values()):
             assert default in (None, schema.MISSING) or metadata.accepts(default), name
@@ -126,7 +126,7 @@ def test_an_exponential_schedule_needs_an_end_above_zero(tiny):
 
 def test_the_stored_form_reads_back_as_the_same_config(tiny):
     settings = tiny(**{"lora.keys": ["self_attn.q_proj"], "loggers": {"csv": {"file": "m.csv"}}})
-    assert schema.from_dict(schema.to_dict(settings), "x") == settings
+    assert serialize.from_dict(serialize.to_dict(settings), "x") == settings
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_the_stored_form_reads_back_as_the_same_config(tiny):
 )
 def test_a_stored_config_of_wrong_shape_is_refused_with_its_file(change, says):
     with pytest.raises(ConfigError, match=f"stored.yaml: .*{says}"):
-        schema.from_dict(change, "stored.yaml")
+        serialize.from_dict(change, "stored.yaml")
 
 
 def test_secrets_are_refused_by_name_and_never_shown():
@@ -150,7 +150,7 @@ def test_secrets_are_refused_by_name_and_never_shown():
         with pytest.raises(ConfigError) as refused:
             validation.refuse_secrets(data)
         assert token not in str(refused.value)
-    validation.refuse_secrets(schema.to_dict(Config()))
+    validation.refuse_secrets(serialize.to_dict(Config()))
 
 
 def test_the_frozen_fingerprint_of_a_config_stays_what_earlier_versions_stored_in_checkpoints(tiny):
@@ -162,7 +162,7 @@ def test_the_frozen_fingerprint_of_a_config_stays_what_earlier_versions_stored_i
 
 
 def test_frozen_and_free_settings_together_are_all_settings():
-    free = {n for n in schema.default_settings() if resume_policy.is_free_on_resume(n)}
-    frozen = set(schema.default_settings()) - free
+    free = {n for n in serialize.default_settings() if resume_policy.is_free_on_resume(n)}
+    frozen = set(serialize.default_settings()) - free
     assert {"seed", "lora.rank", "optimizer.learning_rate", "train.batch_size", "train.grad_accumulation"} <= frozen
     assert {"train.iters", "train.eval_every", "checkpoint.every", "loggers", "model.path", "data.path"} <= free

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from runner.common.errors import ConfigError
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.config.resume_policy import is_free_on_resume
 
 pytestmark = pytest.mark.fault(18)
@@ -136,7 +136,7 @@ def change(config, name, value):
 
 
 def test_the_lists_contain_all_settings():
-    names = set(schema.default_settings())
+    names = set(serialize.default_settings())
     assert set(FROZEN) == {name for name in names if not is_free_on_resume(name)}
     assert set(FREE) | BY_FINGERPRINT | set(schema.provenance_settings()) == {
         name for name in names if is_free_on_resume(name)
@@ -146,7 +146,7 @@ def test_the_lists_contain_all_settings():
 @pytest.mark.parametrize("name", FROZEN)
 def test_a_changed_frozen_setting_is_refused_and_nothing_is_written(config, train, run, contents, name):
     needed, value = FROZEN[name] if isinstance(FROZEN[name], tuple) else ({}, FROZEN[name])
-    old = schema.flatten(config)[name]
+    old = serialize.flatten(config)[name]
     for needed_name, needed_value in needed.items():
         change(config, needed_name, needed_value)
     change(config, name, value)
@@ -164,10 +164,10 @@ def test_a_changed_free_setting_is_applied_logged_and_stored(tiny, train, run, t
     run = shutil.copytree(run, tmp_path / "run")
     (tmp_path / "second").mkdir()
     changes = {**FREE, "checkpoint.backup": str(tmp_path / "second")}
-    before = schema.flatten(tiny(**{"train.iters": 8}))
+    before = serialize.flatten(tiny(**{"train.iters": 8}))
     train(tiny(**changes), run, resume=run)
     log = (run / "run.log").read_text()
-    stored = schema.flatten(schema.from_dict(yaml.safe_load((run / "config.yaml").read_text()), "config.yaml"))
+    stored = serialize.flatten(serialize.from_dict(yaml.safe_load((run / "config.yaml").read_text()), "config.yaml"))
     for name, value in changes.items():
         assert f"changed on resume: {name} {before[name]} -> {value}\n" in log
         assert stored[name] == value != before[name], name

@@ -23,7 +23,7 @@ from runner.cli.commands import stored_settings as verb_settings
 from runner.common import safe_yaml, sealed_json
 from runner.common.errors import CheckpointError, ConfigError, DataError, ModelError, RunnerError
 from runner.common.filesystem import FileSystem
-from runner.config import schema
+from runner.config import serialize
 from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset, load_dataset
 from runner.migrate.mapping import import_config
@@ -294,7 +294,7 @@ def test_a_stored_config_is_read_or_refused(cases, real, tmp_path):
         if isinstance(data, bytes):
             safe_yaml.parse(data.decode("utf-8", errors="replace"))
         else:
-            schema.from_dict(data, "here")
+            serialize.from_dict(data, "here")
 
     def both(data: Any) -> None:
         with contextlib.suppress(ValueError, ConfigError):

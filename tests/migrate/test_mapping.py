@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.config.groups import CONF_DIR
 from runner.migrate.mapping import import_config
 from runner.migrate.result import GROUP_DEFAULTS
@@ -69,7 +69,7 @@ RICH = [
 def test_the_command_composes_to_exactly_what_was_imported(tmp_path, compose, monkeypatch, old, our_defaults):
     monkeypatch.chdir(tmp_path)
     carried = imported(tmp_path, our_defaults, **old)
-    flat = schema.flatten(compose(carried))
+    flat = serialize.flatten(compose(carried))
     for name, value in carried.values.items():
         assert flat[name] == expected(name, value), name
 
@@ -282,7 +282,7 @@ def test_whatever_an_old_config_says_the_command_composes_to_what_was_imported(
     path.write_text(yaml.safe_dump(old, allow_unicode=True))
     found = read_config(path)
     carried = import_config(found, our_defaults)
-    flat = schema.flatten(compose(carried))
+    flat = serialize.flatten(compose(carried))
     for name, value in carried.values.items():
         assert flat[name] == expected(name, value), name
     told = {line.key.partition(".")[0] for line in carried.imported} | {

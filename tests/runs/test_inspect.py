@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from runner.config import serialize
 from runner.config.schema import Config
 from runner.reports import settings_text
 from runner.runs.directory import RunDirectory
@@ -22,7 +23,7 @@ from runner.runs.inspect import RunInfo, differing_settings, folder_size, read_r
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tiny model that finished; copy it before changing it."""
     from runner.backends import blas
-    from runner.config import schema, validation
+    from runner.config import validation
     from runner.runs.run_spec import RunSpec, new_run_id
     from runner.training.run import run
 
@@ -36,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     directory = RunDirectory(folder)
     directory.claim()
-    run(RunSpec(settings, schema.to_dict(settings), directory, None, new_run_id()), blas.load_blas())
+    run(RunSpec(settings, serialize.to_dict(settings), directory, None, new_run_id()), blas.load_blas())
     return folder
 
 
@@ -228,7 +229,7 @@ def test_defaults_are_those_of_the_chosen_optimizer_and_schedule(tiny: Callable[
     from runner.config import schema
 
     def changed(**changes: Any) -> dict[str, Any]:
-        flat = schema.flatten(tiny(**{"data.max_length": 2048, "optimizer.learning_rate": 1e-4, **changes}))
+        flat = serialize.flatten(tiny(**{"data.max_length": 2048, "optimizer.learning_rate": 1e-4, **changes}))
         told = settings_text.changed_from_defaults(flat)
         return {name: value for name, (value, _) in told.items() if not name.startswith(("train.", "checkpoint."))}
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from runner.cli.commands.adapter_source import AdapterSource
 from runner.cli.commands.stored_settings import NUMERIC_SETTINGS, StoredSettings
 from runner.common.errors import ModelError
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.models.arrays import parse_arrays
 from runner.models.device import on_cpu
 from runner.models.load import BaseModel, load_base_model
@@ -106,7 +106,7 @@ def _load_base(
 
 
 def _numerics(model: schema.ModelConfig) -> list[object]:
-    flat = schema.flatten(model, "model.")
+    flat = serialize.flatten(model, "model.")
     return [flat[name] for name in NUMERIC_SETTINGS]
 
 

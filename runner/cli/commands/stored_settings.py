@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_yaml import load_yaml_file
-from runner.config import environment, groups, schema, validation
+from runner.config import environment, groups, schema, serialize, validation
 from runner.config.paths import make_paths_absolute
 from runner.config.schema import Config, ModelConfig
 from runner.runs.directory import RunDirectory
@@ -23,7 +23,7 @@ CHANGEABLE = (
     "model.revision",
     "model.trust_remote_code",
     *NUMERIC_SETTINGS,
-    *(name for name in schema.default_settings() if name.startswith("data.")),
+    *(name for name in serialize.default_settings() if name.startswith("data.")),
     "train.batch_size",
     "train.eval_batches",
 )
@@ -62,13 +62,13 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
             _require_changeable(name)
             typed[name] = environment.parse_value(name, value)
     where = str(run / "config.yaml")
-    trained = schema.from_dict(environment.resolve(stored, where), where)
+    trained = serialize.from_dict(environment.resolve(stored, where), where)
     config = copy.deepcopy(trained)
     for name, value in typed.items():
         _set(config, name, value)
         if name not in NUMERIC_SETTINGS:
             _set(trained, name, value)
-    config = schema.from_dict(schema.to_dict(config), "the command line")  # checks the types of what was typed
+    config = serialize.from_dict(serialize.to_dict(config), "the command line")  # checks the types of what was typed
     validation.validate(config)
     make_paths_absolute(trained)
     make_paths_absolute(config)
@@ -78,7 +78,7 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
 def _require_changeable(name: str) -> None:
     if name in CHANGEABLE:
         return
-    if name in schema.default_settings():
+    if name in serialize.default_settings():
         raise ConfigError(
             f"{name} belongs to how the run was trained and cannot change here. These can: model.path and the other "
             "settings of the base model, data.…, train.batch_size, train.eval_batches. A new run with it: repeat=RUN."

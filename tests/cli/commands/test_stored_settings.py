@@ -12,7 +12,7 @@ import pytest
 
 from runner.cli.commands.stored_settings import read_settings
 from runner.common.errors import ConfigError
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.runs.directory import RunDirectory
 
 
@@ -21,7 +21,7 @@ def stored(tiny: Callable, tmp_path: Path) -> Callable[..., Path]:
     """`stored(**{"data.path": "${oc.env:X}"})`: a run directory with this in its config.yaml."""
 
     def write(**changes: Any) -> Path:
-        data = schema.to_dict(tiny())
+        data = serialize.to_dict(tiny())
         for name, value in changes.items():
             section, _, key = name.rpartition(".")
             (data[section] if section else data)[key] = value

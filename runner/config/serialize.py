@@ -1,0 +1,94 @@
+"""A config as nested dicts, as flat dotted names and back: every key and type of what is read is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from runner.common.errors import ConfigError, did_you_mean
+from runner.common.text import shorten
+from runner.config.schema import Config
+
+_LARGEST_FLOAT = 10**300
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted name to value for every setting of a config or a section; loggers is one setting."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value, name = getattr(config, f.name), f"{prefix}{f.name}"
+        out.update(flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value})
+    return out
+
+
+def flatten_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted name to value for every leaf of nested dicts, empty dicts included."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, Mapping) and value
+        out.update(flatten_dict(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return out
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as plain dicts, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def default_settings() -> dict[str, Any]:
+    """Return dotted name to default for every setting."""
+    return flatten(Config())
+
+
+def from_dict(data: Mapping[str, Any], where: str) -> Config:
+    """Return the Config of plain nested dicts, such as a stored config.yaml; every key and type is checked.
+
+    Raises:
+        ConfigError: an unknown key or a value of a wrong type; names `where`.
+    """
+    return _build(Config, data, where, "")
+
+
+def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
+    if not isinstance(data, Mapping):
+        what = prefix.rstrip(".") or "the file"
+        raise ConfigError(f"{where}: {what} has to hold settings, not {shorten(format_value(data))}.")
+    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+    known = {f.name for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(f"{where}: there is no setting {prefix}{shorten(key)}.{did_you_mean(str(key), known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), value, where, f"{prefix}{key}.")
+        else:
+            values[key] = _coerce(hint, value, f"{where}: {prefix}{key}")
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(value, str) and "${oc.env:" in value:
+        return value  # a reference to the environment, whose value Hydra checks
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is list and isinstance(value, list):
+        return [_coerce(args[0], v, where) for v in value]
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if abs(value) < _LARGEST_FLOAT else math.inf  # refused by validation
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} has to be {getattr(hint, '__name__', hint)}, not {shorten(format_value(value))}.")
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is typed."""
+    return "null" if value is None else str(value)

@@ -105,6 +105,9 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
     dropped = ["adapter"] if invocation.resume else schema.provenance_settings()
     for name in (*invocation.group_choices, *dropped):
         settings.pop(name, None)
+    # A new run takes the default where earlier versions stored null: the window that their backend chose.
+    if invocation.repeat and settings.get("data", {}).get("window", 0) is None:
+        del settings["data"]["window"]
     # lora.scale and lora.alpha exclude each other: the typed one replaces the stored one.
     for name, alternative in (("scale", "alpha"), ("alpha", "scale")):
         typed = f"lora.{name}" in invocation.settings and f"lora.{alternative}" not in invocation.settings

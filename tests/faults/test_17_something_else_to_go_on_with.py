@@ -53,7 +53,7 @@ def test_other_rows_are_refused_with_their_fingerprints_and_the_right_ones_go_on
         file.write_text("\n".join(change(own.splitlines())) + "\n")
         out = assert_refused("data.path=data")
         assert f"the {'training' if split == 'train' else 'validation'} data changed" in out
-        assert f"fingerprint {state['fingerprints'][f'data_{split}'][:16]} then, " in out
+        assert f"the fingerprint was {state['fingerprints'][f'data_{split}'][:16]} and is " in out
         file.write_text(own)
         cases.done()
     cli("resume=run")  # with the data that the first start named: a refusal leaves nothing behind

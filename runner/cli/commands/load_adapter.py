@@ -135,7 +135,7 @@ def _different_base(source: AdapterSource, settings: StoredSettings) -> str:
 def _compare_shapes(params: Params, weights: dict[str, mx.array]) -> None:
     missing, unknown = sorted(set(params) - set(weights)), sorted(set(weights) - set(params))
     problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
-    problems += [f"{len(unknown)} arrays fit nowhere, such as {unknown[0]}"] if unknown else []
+    problems += [f"{len(unknown)} arrays are unknown, such as {unknown[0]}"] if unknown else []
     for name in sorted(set(params) & set(weights)):
         if weights[name].shape != params[name].shape:
             problems.append(f"{name} has shape {weights[name].shape}, but must have {params[name].shape}")

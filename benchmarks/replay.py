@@ -96,15 +96,15 @@ def ours(job: dict[str, Any], data: Any) -> Counted:
 
     counted = Counted()
     order = BatchOrder(data.train.lengths, job["batch_size"], job["seed"], job["window"])
-    widths = LengthBuckets.from_lengths(data.train.lengths, job["pad_to"])
+    buckets = LengthBuckets.from_lengths(data.train.lengths, job["pad_to"])
     for rows in order.next_batches(DataPosition(), job["iters"])[0]:
-        batch = collate(data.train, rows, widths)
+        batch = collate(data.train, rows, buckets)
         counted.add(batch.inputs, data.train.lengths[rows], batch.supervised)
     if job["packed"]:
         counted.positions = counted.tokens
     evaluated = Counted()
     for rows in evaluation_batches(data.valid.lengths, job["batch_size"]):
-        batch = collate(data.valid, rows, widths)
+        batch = collate(data.valid, rows, buckets)
         evaluated.add(batch.inputs, data.valid.lengths[rows], batch.supervised)
     counted.valid_tokens, counted.valid_supervised = evaluated.tokens, evaluated.supervised
     counted.evaluations = 1 + sum(u % job["eval_every"] == 0 or u == job["iters"] for u in range(1, job["iters"] + 1))

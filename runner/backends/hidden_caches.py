@@ -28,7 +28,7 @@ def hidden_caches(
     return HiddenStateCaches(
         backend.hidden_below,
         dtype=forward.hidden_dtype,
-        width=forward.hidden_width,
+        hidden_size=forward.hidden_size,
         identity=identity,
         config=config.train.hidden_cache,
         log=log,

@@ -24,8 +24,8 @@ class DeviceBatch:
 
     batch: Batch
     hidden: np.ndarray | None = None
-    """Hidden states (batch, length, width) at the cut, as the hidden-state cache holds them (bfloat16 as uint16); None
-    where the frozen trunk has to be computed from `batch.inputs`."""
+    """Hidden states (batch, length, hidden_size) at the cut, as the hidden-state cache holds them (bfloat16 as uint16);
+    None where the frozen blocks have to be computed from `batch.inputs`."""
 
 
 class Backend(Protocol):
@@ -53,7 +53,7 @@ class Backend(Protocol):
         """
 
     def hidden_below(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the hidden states (batch, length, width) at the cut of token ids (batch, length), as
+        """Return the hidden states (batch, length, hidden_size) at the cut of token ids (batch, length), as
         `DeviceBatch.hidden` holds them.
 
         Weights that were released are loaded again first.

@@ -29,13 +29,13 @@ class Batch:
     """(n,) float32: 1, and 0 for the padding of n to a multiple of 64 (its position and target are 0)."""
     supervised: int
     """Number of supervised tokens: the sum of `weights`."""
-    lengths: np.ndarray
+    input_lengths: np.ndarray
     """(batch,) int64: inputs of each row without padding."""
 
     @property
     def real_tokens(self) -> int:
         """Number of input tokens without padding."""
-        return int(self.lengths.sum())
+        return int(self.input_lengths.sum())
 
 
 def collate(tokens: TokenSet, indices: np.ndarray, buckets: LengthBuckets) -> Batch:
@@ -49,7 +49,7 @@ def collate(tokens: TokenSet, indices: np.ndarray, buckets: LengthBuckets) -> Ba
         raise ValueError("a batch needs at least one row")
     starts = tokens.offsets[indices]
     counts = tokens.offsets[indices + 1] - starts - 1
-    length = buckets.width_for(int(counts.max()))
+    length = buckets.padded_length(int(counts.max()))
     real_tokens = int(counts.sum())
     row = np.repeat(np.arange(len(indices)), counts)
     column = np.arange(real_tokens) - np.repeat(np.cumsum(counts) - counts, counts)

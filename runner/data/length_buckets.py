@@ -6,44 +6,47 @@ from bisect import bisect_left
 
 import numpy as np
 
-_MAX_WIDTHS = 32
+_MAX_BUCKETS = 32
 """With a median of 60 tokens and a 90th percentile of 500, in batches sorted by length, 95 % of the positions then hold
-a token; with 24 widths, 94 %."""
+a token; with 24 buckets, 94 %."""
 _BEYOND_MULTIPLE = 32
-"""A row longer than every chosen width is padded to a multiple of this."""
+"""A row longer than every bucket is padded to a multiple of this."""
 _MAX_DISTINCT_LENGTHS = 512
-"""Lengths are rounded up to at most this many values: the time to choose widths grows with the square of it."""
+"""Lengths are rounded up to at most this many values: the time to choose the buckets grows with the square of it."""
 
 
 class LengthBuckets:
-    """The padded widths for the rows of one split."""
+    """The padded lengths for the rows of one split."""
 
-    def __init__(self, multiple: int, widths: tuple[int, ...] = ()) -> None:
-        """Use `widths`, in ascending order, and multiples of `multiple` beyond the last of them."""
-        self.widths, self._multiple = widths, multiple
+    def __init__(self, multiple: int, lengths: tuple[int, ...] = ()) -> None:
+        """Use `lengths`, in ascending order, and multiples of `multiple` beyond the last of them."""
+        self.lengths, self._multiple = lengths, multiple
 
     @classmethod
-    def from_lengths(cls, lengths: np.ndarray, pad_to: int | None) -> LengthBuckets:
-        """Return multiples of `pad_to`; where it is None, the widths that minimize the padding of rows of `lengths`.
+    def from_lengths(cls, row_lengths: np.ndarray, pad_to: int | None) -> LengthBuckets:
+        """Return multiples of `pad_to`; where it is None, the lengths that minimize the padding of the rows.
 
-        `lengths`: (rows,), in tokens.
+        `row_lengths`: (rows,), in tokens.
         """
         if pad_to is not None:
             return cls(pad_to)
-        return cls(_BEYOND_MULTIPLE, minimize_padding(np.asarray(lengths) - 1, _MAX_WIDTHS))
+        return cls(_BEYOND_MULTIPLE, minimize_padding(np.asarray(row_lengths) - 1, _MAX_BUCKETS))
 
-    def width_for(self, count: int) -> int:
-        """Return the smallest width that holds `count` positions."""
-        index = bisect_left(self.widths, count)
-        return self.widths[index] if index < len(self.widths) else max(1, -(-count // self._multiple)) * self._multiple
+    def padded_length(self, count: int) -> int:
+        """Return the smallest length that holds `count` positions."""
+        index = bisect_left(self.lengths, count)
+        return (
+            self.lengths[index] if index < len(self.lengths) else max(1, -(-count // self._multiple)) * self._multiple
+        )
 
 
-def minimize_padding(counts: np.ndarray, max_widths: int) -> tuple[int, ...]:
-    """Return at most `max_widths` widths that minimize the total size of rows padded to the next width.
+def minimize_padding(counts: np.ndarray, max_buckets: int) -> tuple[int, ...]:
+    """Return at most `max_buckets` lengths that minimize the total size of rows padded to the next length.
 
-    `counts`: (rows,), positions of each row. The widths ascend and end with the largest count; empty without rows.
-    Exact where there are at most 512 distinct counts, else for counts rounded up to so many. The widths are the optimal
-    partition of the sorted counts into segments, by dynamic programming over the number of segments (Bellman, 1957).
+    `counts`: (rows,), positions of each row. The lengths ascend and end with the largest count; empty without rows.
+    Exact where there are at most 512 distinct counts, else for counts rounded up to so many. The lengths are the
+    optimal partition of the sorted counts into segments, by dynamic programming over the number of segments (Bellman,
+    1957).
     """
     if len(counts) == 0:
         return ()
@@ -60,13 +63,13 @@ def minimize_padding(counts: np.ndarray, max_widths: int) -> tuple[int, ...]:
     )
     cost[0, 0] = 0
     best, previous = cost[0], [np.zeros(len(rows_below), np.int64)]
-    for _ in range(1, min(max_widths, len(values))):
+    for _ in range(1, min(max_buckets, len(values))):
         candidates = best[:, None] + cost
         previous.append(candidates.argmin(axis=0))
         best = candidates.min(axis=0)
-    widths, end = [], len(values)
+    lengths, end = [], len(values)
     for segment_starts in reversed(previous):
         if end:
-            widths.append(int(values[end - 1]))
+            lengths.append(int(values[end - 1]))
             end = int(segment_starts[end])
-    return tuple(reversed(widths))
+    return tuple(reversed(lengths))

@@ -46,10 +46,6 @@ class BatchOrder:
         """Batches in one epoch, including the smaller last one."""
         return -(-len(self.lengths) // self.batch_size)
 
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        """Return all batches of an epoch, each an array of row indices (int64)."""
-        return [self._batch(epoch, index) for index in range(self.batches_per_epoch)]
-
     def next_batches(self, position: DataPosition, count: int) -> tuple[list[np.ndarray], DataPosition]:
         """Return `count` batches from `position` on, across epochs, and the position after them.
 

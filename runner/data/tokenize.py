@@ -31,8 +31,8 @@ class TokenizedDataset:
     train: TokenSet
     valid: TokenSet
     test: TokenSet
-    rows: dict[str, LazyRows]
-    """The raw rows of each split's file, including those that were left out; read at the first access."""
+    raw_rows: dict[str, LazyRows]
+    """The rows of each split's file as read, including those that were left out; read at the first access."""
     stats: dict[str, SplitStats]
     folder: Path
     """The folder in which the files were found."""
@@ -84,7 +84,7 @@ def load_dataset(
             )
     return TokenizedDataset(
         **{split: tokens for split, (tokens, _) in loaded.items()},
-        rows={split: LazyRows(files.get(split)) for split in SPLITS},
+        raw_rows={split: LazyRows(files.get(split)) for split in SPLITS},
         stats={split: stats for split, (_, stats) in loaded.items()},
         folder=folder,
         notes=token_cache.notes if token_cache else [],

@@ -42,21 +42,21 @@ class Forward:
             self._below, self._above, self.cut = below, above, cut
             hidden = below(mx.zeros((1, 1), mx.int32))  # not evaluated
             self.hidden_dtype: mx.Dtype = hidden.dtype
-            self.hidden_width: int = hidden.shape[-1]
+            self.hidden_size: int = hidden.shape[-1]
 
     def below(self, token_ids: mx.array) -> mx.array:
-        """Return the hidden states (batch, length, width) at the cut, a function of the frozen base alone."""
+        """Return the hidden states (batch, length, hidden_size) at the cut, a function of the frozen base alone."""
         return self._below(token_ids)
 
     def hidden(self, inputs: mx.array) -> mx.array:
-        """Return the hidden states (batch, length, width) that the head reads; needs `split`.
+        """Return the hidden states (batch, length, hidden_size) that the head reads; needs `split`.
 
-        `inputs` are token ids (batch, length), or hidden states (batch, length, width) at the cut.
+        `inputs` are token ids (batch, length), or hidden states (batch, length, hidden_size) at the cut.
         """
         return self._above(inputs) if inputs.ndim == 3 else self.model.model(inputs)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Return float32 logits (..., vocabulary) of hidden states (..., width); needs `split`."""
+        """Return float32 logits (..., vocabulary) of hidden states (..., hidden_size); needs `split`."""
         return self._head(hidden).astype(mx.float32)
 
     def logits(self, inputs: mx.array) -> mx.array:

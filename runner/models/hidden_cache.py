@@ -35,22 +35,22 @@ _NUMPY_DTYPES = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np
 """NumPy has no bfloat16: such states are held as their bits."""
 
 ComputeHidden = Callable[[np.ndarray], np.ndarray]
-"""Token ids (batch, length) to hidden states (batch, length, width): `Backend.hidden_below`."""
+"""Token ids (batch, length) to hidden states (batch, length, hidden_size): `Backend.hidden_below`."""
 
 
 class HiddenStates:
-    """The hidden states (length, width) of each row of one token set; `length` is the row length minus 1."""
+    """The hidden states (length, hidden_size) of each row of one token set; `length` is the row length minus 1."""
 
     def __init__(
-        self, compute: ComputeHidden, rows: TokenSet, store: HiddenStateStore, dtype: np.dtype, width: int
+        self, compute: ComputeHidden, token_set: TokenSet, store: HiddenStateStore, dtype: np.dtype, hidden_size: int
     ) -> None:
-        self.compute_hidden, self._rows, self._store = compute, rows, store
-        self.dtype, self.width = dtype, width
+        self.compute_hidden, self._token_set, self._store = compute, token_set, store
+        self.dtype, self.hidden_size = dtype, hidden_size
 
     def cached(self, row: int) -> np.ndarray | None:
         """Return the cached states of a row, or None. Computes nothing; any thread may call it."""
         data = self._store.fetch(row)
-        return None if data is None else data.view(self.dtype).reshape(-1, self.width)
+        return None if data is None else data.view(self.dtype).reshape(-1, self.hidden_size)
 
     def complete(self) -> bool:
         """Return whether every row is cached on disk."""
@@ -64,7 +64,7 @@ class HiddenStates:
         return [states for group in groups for states in self._compute_together(group)]
 
     def _compute_together(self, rows: list[int]) -> list[np.ndarray]:
-        tokens = [self._rows.row(row)[0][:-1] for row in rows]
+        tokens = [self._token_set.row(row)[0][:-1] for row in rows]
         longest = max(_MIN_LENGTH, *(len(t) for t in tokens))
         inputs = np.zeros((len(rows), -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
         for padded, ids in zip(inputs, tokens, strict=True):
@@ -84,31 +84,31 @@ class HiddenStateCaches:
         compute: ComputeHidden,
         *,
         dtype: mx.Dtype,
-        width: int,
+        hidden_size: int,
         identity: Mapping[str, Any],
         config: HiddenCacheConfig,
         log: Callable[[str], None],
     ) -> None:
         """`identity`: everything but the tokens that the states depend on, such as the base model's contents."""
-        self._compute, self._dtype, self._width = compute, dtype, width
+        self._compute, self._dtype, self._hidden_size = compute, dtype, hidden_size
         self._identity, self._log = identity, log
         self._folder = Path(config.folder).expanduser() if config.folder else cache_dir() / "trunk"
         self._memory, self._disk_bytes = Budget(int(config.memory_gb * GB)), int(config.disk_gb * GB)
         self._states: dict[str, tuple[HiddenStates, HiddenStateStore]] = {}
 
-    def use(self, compute: ComputeHidden) -> None:
+    def set_compute(self, compute: ComputeHidden) -> None:
         """Compute with the backend of the next job from now on; that of the last one can be freed."""
         self._compute = compute
         for states, _ in self._states.values():
             states.compute_hidden = compute
 
-    def of(self, rows: TokenSet) -> HiddenStates:
-        """Return the hidden states of `rows`, the same object for equal rows."""
-        if rows.fingerprint not in self._states:
-            key = {**self._identity, "tokens": rows.fingerprint, "dtype": str(self._dtype), "version": _FORMAT}
+    def for_token_set(self, token_set: TokenSet) -> HiddenStates:
+        """Return the hidden states of `token_set`, the same object for equal token sets."""
+        if token_set.fingerprint not in self._states:
+            key = {**self._identity, "tokens": token_set.fingerprint, "dtype": str(self._dtype), "version": _FORMAT}
             name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
-            offsets = (rows.offsets - np.arange(len(rows.offsets))) * self._width * self._dtype.size
-            location = self.disk_location(rows)
+            offsets = (token_set.offsets - np.arange(len(token_set.offsets))) * self._hidden_size * self._dtype.size
+            location = self.disk_location(token_set)
             store = HiddenStateStore(
                 offsets,
                 memory=self._memory,
@@ -117,13 +117,16 @@ class HiddenStateCaches:
                 log=self._log,
             )
             dtype = np.dtype(_NUMPY_DTYPES[self._dtype])
-            self._states[rows.fingerprint] = (HiddenStates(self._compute, rows, store, dtype, self._width), store)
-        return self._states[rows.fingerprint][0]
+            self._states[token_set.fingerprint] = (
+                HiddenStates(self._compute, token_set, store, dtype, self._hidden_size),
+                store,
+            )
+        return self._states[token_set.fingerprint][0]
 
-    def disk_location(self, rows: TokenSet) -> tuple[Path, int] | None:
-        """Return the folder that caches the states of `rows`, and the bytes that they take there at most; None where
-        they are cached in memory alone."""
-        size = (len(rows.tokens) - len(rows)) * self._width * self._dtype.size
+    def disk_location(self, token_set: TokenSet) -> tuple[Path, int] | None:
+        """Return the folder that caches the states of `token_set`, and the bytes that they take there at most; None
+        where they are cached in memory alone."""
+        size = (len(token_set.tokens) - len(token_set)) * self._hidden_size * self._dtype.size
         on_disk = self._disk_bytes and size >= MIN_BYTES_ON_DISK
         return (self._folder, min(size, self._disk_bytes)) if on_disk else None
 

@@ -54,7 +54,7 @@ def compare_answers(trainer: Trainer, metric: str) -> list[str]:
 def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResult:
     components, split = trainer.components, config.metric_split
     assert config.metric is not None
-    rows = [row.value for row in components.data.rows[split].first(config.metric_rows)]
+    rows = [row.value for row in components.data.raw_rows[split].first(config.metric_rows)]
     trainer.stops.check()
     trainer.components.adapted.place(trainer.state.params)
     trainer.display.line(f"generating {len(rows)} {split} rows {when} training")

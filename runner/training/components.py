@@ -100,7 +100,7 @@ def release_frozen_blocks(config: Config, components: Components, display: Displ
     if caches is None or not config.train.hidden_cache.free_frozen_weights or config.data.metric_rows:
         return
     splits = [data.train, data.valid, *([data.test] if config.train.test else [])]
-    if not all(caches.of(rows).complete() for rows in splits if len(rows)):
+    if not all(caches.for_token_set(token_set).complete() for token_set in splits if len(token_set)):
         return
 
     def reload() -> nn.Module:

@@ -23,19 +23,19 @@ from runner.models.hidden_cache import HiddenStateCaches, HiddenStates
 @dataclass(slots=True)
 class _PreparedBatch:
     batch: Batch
-    rows: np.ndarray
+    indices: np.ndarray
     hidden: np.ndarray | None
     missing: list[int]
-    """Indices into `rows` whose hidden states are not cached."""
+    """Positions in `indices` of the rows whose hidden states are not cached."""
 
 
 class BatchBuilder:
     """Builds batches of rows of one token set."""
 
-    def __init__(self, rows: TokenSet, pad_to: int | None, hidden: HiddenStates | None = None) -> None:
+    def __init__(self, token_set: TokenSet, pad_to: int | None, hidden: HiddenStates | None = None) -> None:
         """`pad_to` as the setting `data.pad_to`."""
-        self.rows, self._hidden = rows, hidden
-        self.widths = LengthBuckets.from_lengths(rows.lengths, pad_to)
+        self.token_set, self._hidden = token_set, hidden
+        self.buckets = LengthBuckets.from_lengths(token_set.lengths, pad_to)
 
     def __call__(self, indices: np.ndarray) -> DeviceBatch:
         """Return the batch of the rows `indices`. For the training thread."""
@@ -43,25 +43,25 @@ class BatchBuilder:
 
     def prepare(self, indices: np.ndarray) -> _PreparedBatch:
         """Collate the rows and read the cache. Any thread may call it."""
-        batch = collate(self.rows, indices, self.widths)
+        batch = collate(self.token_set, indices, self.buckets)
         if self._hidden is None:
             return _PreparedBatch(batch, indices, None, [])
         missing = []
-        hidden = np.zeros((*batch.inputs.shape, self._hidden.width), self._hidden.dtype)
-        for index, row in enumerate(indices):
+        hidden = np.zeros((*batch.inputs.shape, self._hidden.hidden_size), self._hidden.dtype)
+        for position, row in enumerate(indices):
             cached = self._hidden.cached(int(row))
             if cached is None:
-                missing.append(index)
+                missing.append(position)
             else:
-                hidden[index, : len(cached)] = cached
+                hidden[position, : len(cached)] = cached
         return _PreparedBatch(batch, indices, hidden, missing)
 
     def finish(self, prepared: _PreparedBatch) -> DeviceBatch:
         """Compute the hidden states that are not cached. For the training thread."""
         if self._hidden is not None and prepared.hidden is not None:
-            computed = self._hidden.compute([int(prepared.rows[index]) for index in prepared.missing])
-            for index, states in zip(prepared.missing, computed, strict=True):
-                prepared.hidden[index, : len(states)] = states
+            computed = self._hidden.compute([int(prepared.indices[position]) for position in prepared.missing])
+            for position, states in zip(prepared.missing, computed, strict=True):
+                prepared.hidden[position, : len(states)] = states
         return DeviceBatch(prepared.batch, prepared.hidden)
 
 
@@ -76,7 +76,7 @@ class EvaluationLoader:
         return (self._builder(indices) for indices in self._batches)
 
     @property
-    def rows(self) -> int:
+    def row_count(self) -> int:
         """Number of rows in a pass."""
         return sum(map(len, self._batches))
 
@@ -112,20 +112,22 @@ class PrefetchingLoader:
         return [self._builder.prepare(indices) for indices in batches], after
 
 
-def batch_builder(rows: TokenSet, config: Config, caches: HiddenStateCaches | None) -> BatchBuilder:
-    """Return the builder of batches of `rows`."""
-    return BatchBuilder(rows, config.data.pad_to, caches.of(rows) if caches and len(rows) else None)
+def batch_builder(token_set: TokenSet, config: Config, caches: HiddenStateCaches | None) -> BatchBuilder:
+    """Return the builder of batches of `token_set`."""
+    return BatchBuilder(
+        token_set, config.data.pad_to, caches.for_token_set(token_set) if caches and len(token_set) else None
+    )
 
 
-def evaluation_loader(rows: TokenSet, config: Config, caches: HiddenStateCaches | None) -> EvaluationLoader:
+def evaluation_loader(token_set: TokenSet, config: Config, caches: HiddenStateCaches | None) -> EvaluationLoader:
     """Return the batches of an evaluation: rows chosen in batches of training's size, computed in larger ones."""
-    t, builder = config.train, batch_builder(rows, config, caches)
-    batches = evaluation_batches(rows.lengths, t.batch_size, t.eval_batches)
-    return EvaluationLoader(builder, join_batches(batches, rows.lengths, builder.widths, t.eval_tokens))
+    t, builder = config.train, batch_builder(token_set, config, caches)
+    batches = evaluation_batches(token_set.lengths, t.batch_size, t.eval_batches)
+    return EvaluationLoader(builder, join_batches(batches, token_set.lengths, builder.buckets, t.eval_tokens))
 
 
 def join_batches(
-    batches: list[np.ndarray], lengths: np.ndarray, widths: LengthBuckets, max_positions: int
+    batches: list[np.ndarray], lengths: np.ndarray, buckets: LengthBuckets, max_positions: int
 ) -> list[np.ndarray]:
     """Return neighbouring `batches` joined while they have at most `max_positions` positions, padding included.
 
@@ -134,8 +136,8 @@ def join_batches(
     groups: list[list[np.ndarray]] = []
     count = 0
     for rows in batches:
-        width = widths.width_for(int(lengths[rows].max()) - 1)
-        if groups and (count + len(rows)) * width <= max_positions:
+        length = buckets.padded_length(int(lengths[rows].max()) - 1)
+        if groups and (count + len(rows)) * length <= max_positions:
             groups[-1].append(rows)
             count += len(rows)
         else:

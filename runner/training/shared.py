@@ -79,7 +79,7 @@ class SharedComponents:
             self._close_caches()
             self._caches = (key, hidden_caches(backend, base, config, blas, print_line))
         elif self._caches[1]:
-            self._caches[1].use(backend.hidden_below)
+            self._caches[1].set_compute(backend.hidden_below)
         return self._caches[1]
 
     def baseline(

@@ -145,7 +145,7 @@ class Trainer:
 
     def show_evaluation(self, step: int) -> Iterator[DeviceBatch]:
         """Yield the validation batches and show how many rows are done; log a line if the first evaluation is slow."""
-        start, done, total = time.monotonic(), 0, self.valid_batches.rows
+        start, done, total = time.monotonic(), 0, self.valid_batches.row_count
         notice_due = step == 0
         for device_batch in self.valid_batches:
             self.display.busy(f"{step}/{self.plan.iters}  evaluating, {done}/{total} rows")
@@ -153,7 +153,7 @@ class Trainer:
                 self.display.line(f"evaluating {total:,} rows before training")
                 notice_due = False
             yield device_batch
-            done += len(device_batch.batch.lengths)
+            done += len(device_batch.batch.input_lengths)
 
     def evaluate_pending(self) -> None:
         """Evaluate before the next update: at step 0, or where a stop prevented the evaluation that was due."""

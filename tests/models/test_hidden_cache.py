@@ -196,7 +196,7 @@ def caches(backend: MlxBackend, identity: dict | None = None, **config) -> Hidde
     return HiddenStateCaches(
         backend.hidden_below,
         dtype=forward.hidden_dtype,
-        width=forward.hidden_width,
+        hidden_size=forward.hidden_size,
         identity=identity or {},
         config=config,
         log=print,
@@ -215,7 +215,7 @@ def rows(tiny: Callable) -> HiddenStates:
 
 def test_hidden_states_depend_on_the_row_alone(rows, tmp_path: Path) -> None:
     backend = mlx_backend()
-    trunk, forward = caches(backend, disk_gb=0).of(rows), backend.forward
+    trunk, forward = caches(backend, disk_gb=0).for_token_set(rows), backend.forward
     chosen = np.argsort(rows.lengths)[[0, 1, len(rows) // 2, -1]]
     together = trunk.compute([int(r) for r in chosen])
     alone = [trunk.compute([int(r)])[0] for r in reversed(chosen)][::-1]
@@ -234,7 +234,7 @@ def test_a_fully_cached_batch_needs_no_weights_where_rows_are_computed_together(
     """As on a GPU, in what depends on the device's name."""
     monkeypatch.setattr(hidden_cache, "on_cpu", lambda: False)
     backend = mlx_backend()
-    trunk = caches(backend, disk_gb=1, folder=str(tmp_path)).of(rows)
+    trunk = caches(backend, disk_gb=1, folder=str(tmp_path)).for_token_set(rows)
     feed = BatchBuilder(rows, 16, trunk)
     first = feed(np.arange(3)).hidden
     assert not trunk.complete()
@@ -251,7 +251,7 @@ def test_a_fully_cached_batch_needs_no_weights_where_rows_are_computed_together(
 def test_another_base_has_another_file(rows, tmp_path: Path) -> None:
     backend = mlx_backend()
     for identity in ({"base": "a"}, {"base": "b"}, {"base": "a"}):
-        caches(backend, identity, disk_gb=1, folder=str(tmp_path)).of(rows).compute([0])
+        caches(backend, identity, disk_gb=1, folder=str(tmp_path)).for_token_set(rows).compute([0])
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -362,7 +362,7 @@ def test_batches_of_an_evaluation_are_built_lazily(rows, monkeypatch: pytest.Mon
     own = feed.prepare
     monkeypatch.setattr(feed, "prepare", lambda indices: made.append(len(indices)) or own(indices))
     fixed = EvaluationLoader(feed, [np.arange(3), np.arange(3, 5)])
-    assert (made, fixed.rows) == ([], 5)
+    assert (made, fixed.row_count) == ([], 5)
     for _ in range(2):  # as often as it is evaluated
         assert [len(ready.batch.inputs) for ready in fixed] == [3, 2]
     assert made == [3, 2, 3, 2]

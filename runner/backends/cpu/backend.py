@@ -68,10 +68,10 @@ class CpuBackend:
 def packed(batch: DeviceBatch) -> EngineBatch:
     """Return a batch without its padding: rows one after the other, and positions counted along them."""
     b = batch.batch
-    real = np.arange(b.inputs.shape[1]) < b.lengths[:, None]
+    real = np.arange(b.inputs.shape[1]) < b.input_lengths[:, None]
     packed_position = np.cumsum(real.reshape(-1)) - 1
     inputs = b.inputs if batch.hidden is None else batch.hidden
-    return inputs[real], b.lengths, packed_position[b.positions], b.targets, b.weights
+    return inputs[real], b.input_lengths, packed_position[b.positions], b.targets, b.weights
 
 
 def _views(params: Params) -> dict[str, np.ndarray]:

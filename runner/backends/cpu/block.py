@@ -1,6 +1,6 @@
 """One transformer block: RMSNorm, causal attention, RMSNorm, gated MLP, with LoRA on any of its linear layers.
 
-Shapes: n positions (the rows of a batch one after the other), m of them selected, d the model's width.
+Shapes: n positions (the rows of a batch one after the other), m of them selected, d the hidden size.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class ChunkedLoss:
         return cross_entropy(logits.reshape(-1, logits.shape[-1])[positions], targets, weights)
 
     def _chunks_with_grad(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the loss and its gradient by `hidden` (n, width)."""
+        """Return the loss and its gradient by `hidden` (n, hidden_size)."""
         total = mx.array(0.0)
         grads: list[mx.array] = []
         for start in range(0, len(targets), self.chunk):

@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
         "step": source.step,
         "data": config.data.path,
         "split": options.split,
-        "rows": batches.rows,
+        "rows": batches.row_count,
         "loss": tested.loss,
         "perplexity": perplexity,
         "supervised_tokens": tested.supervised,
@@ -76,7 +76,7 @@ def run(argv: list[str]) -> int:
     if not options.json:
         print(
             f"{options.split} loss {tested.loss:.4f}, perplexity {perplexity:.3f}: {source.name}, "
-            f"{tested.supervised:,} tokens of {batches.rows:,} rows, {tested.seconds:.1f} s"
+            f"{tested.supervised:,} tokens of {batches.row_count:,} rows, {tested.seconds:.1f} s"
         )
     if metric_rows:
         scored = _generate(loaded, data, config, options.split, metric_rows)
@@ -106,7 +106,7 @@ def _generate(
     from runner.data.metrics import metric_named
     from runner.training.generate import generate
 
-    values = [row.value for row in data.rows[split].first(count)]
+    values = [row.value for row in data.raw_rows[split].first(count)]
     arguments.print_note(f"generating {len(values)} {split} rows")
     assert config.data.metric is not None
     return generate(

@@ -140,11 +140,11 @@ def test_chunks_take_no_more_memory_than_the_whole_at_once(base, training):
 @pytest.mark.parametrize(("compiled", "share"), [(False, 0.5), (True, 0.65)])
 def test_logits_of_all_chunks_never_exist_at_once(compiled, share):
     """Without dependencies between the chunks, these take 0.9 and 1.5 times the size of all logits."""
-    vocabulary, count, width = 20_000, 1024, 16
-    weight, key = mx.random.normal((vocabulary, width), key=mx.random.key(0)), mx.random.key(1)
+    vocabulary, count, hidden_size = 20_000, 1024, 16
+    weight, key = mx.random.normal((vocabulary, hidden_size), key=mx.random.key(0)), mx.random.key(1)
     forward = SimpleNamespace(split=True, hidden=lambda x: x * forward.factor, head=lambda h: h @ weight.T)
     loss = ChunkedLoss(forward=forward, chunk=64, all_positions=False)
-    inputs = mx.random.normal((count, width), key=key)[None]
+    inputs = mx.random.normal((count, hidden_size), key=key)[None]
     args = mx.arange(count), mx.arange(count), mx.ones(count)
 
     def step(factor, inputs):

@@ -1,8 +1,9 @@
 """The schema: every setting of a run with its type, its default, its metadata and its meaning.
 
-The dataclasses are the one place where a default lives; the string under a field is its documentation. The default
-files in conf/ and docs/config.md are generated from them (`python -m runner.config.reference`). Plain Python: no
-Hydra, no MLX.
+A field holds the default of its setting, also the defaults that depend on the optimizer or the schedule; the string
+under it is its documentation. docs/config.md and the default files of conf/ are generated from the fields and from
+`reference.GENERATED_CHOICES`, which adds the model and the data of the default run (`python -m
+runner.config.reference`). Plain Python: no Hydra, no MLX.
 """
 
 from __future__ import annotations
@@ -79,14 +80,15 @@ class DataConfig:
     max_length: int = setting(2048, at_least=2)
     """Maximum length of a row, in tokens."""
     on_too_long: str = setting("truncate", choices=("truncate", "drop", "error"))
-    """What happens to a longer row; error names its file and line."""
+    """What to do with a longer row: cut it, leave it out, or refuse the data set."""
     pad_to: int | None = setting(None, at_least=1, at_most=65_536)
     """Pad batches to a multiple of this many tokens; null chooses the 32 widths that pad the data least."""
+    # null only in runs of earlier versions: they keep the window of their checkpoints.
     window: int | None = setting(1, at_least=1)
-    """Number of batches whose rows are sorted by length together: more means less padding and less shuffling; 1 sorts
-    none. Runs of earlier versions that have null keep the window of their checkpoints."""
+    """Number of batches within which rows are sorted by length: a larger window pads less and shuffles less; 1 does not
+    sort."""
     metric: str | None = setting(None, choices=("execution_accuracy", "exact_match"), on_resume=FREE)
-    """Metric for generated answers; null has none."""
+    """Metric for generated answers; null scores nothing."""
     metric_split: str = setting("test", choices=("test", "valid"), on_resume=FREE)
     """Split whose prompts are answered for the metric."""
     metric_rows: int = setting(0, at_least=0, minus_one_is_all=True, on_resume=FREE)
@@ -180,7 +182,8 @@ class HiddenCacheConfig:
     """Cache of the hidden states that the frozen blocks below the first adapted block compute for each row."""
 
     enabled: bool = setting(True, on_resume=FREE)
-    """Compute the frozen blocks once per row and cache their output (without effect with lora.num_layers=-1)."""
+    """Compute the frozen blocks once per row and cache their output (no effect if all blocks are
+    adapted: lora.num_layers=-1)."""
     memory_gb: float = setting(0.25, at_least=0, on_resume=FREE)
     """Size limit in memory, in GB."""
     disk_gb: float = setting(8.0, at_least=0, on_resume=FREE)
@@ -210,18 +213,18 @@ class TrainConfig:
     report_every: int = setting(10, at_least=1, on_resume=FREE)
     """Updates between reports of the training loss."""
     eval_every: int = setting(200, at_least=1, on_resume=FREE)
-    """Updates between evaluations, beside those before the first update and at the end."""
+    """Updates between evaluations, in addition to one before the first update and one at the end."""
     eval_batches: int = setting(-1, at_least=1, minus_one_is_all=True, on_resume=FREE)
     """Number of validation batches of an evaluation."""
     eval_tokens: int = setting(2048, at_least=1, on_resume=FREE)
-    """Maximum size of a joined validation batch, in tokens: batches of similar length are evaluated together."""
+    """Maximum tokens (padding included) of a validation batch; smaller batches are merged up to it."""
     cache_baseline: bool = setting(True, on_resume=FREE)
     """Cache the validation loss before training: runs on the same base model and data compute it once."""
     cache_probes: bool = setting(True, on_resume=FREE)
-    """Cache the result of the checks that fast paths compute what the model computes, for the same base model,
-    settings, machine and code."""
+    """Cache whether the optimized code paths passed their comparison with the plain model, per base model, settings,
+    machine and code."""
     head: str = setting("supervised", choices=("supervised", "all"), on_resume=FREE)
-    """Positions for which logits and loss are computed: the supervised ones, or all."""
+    """Positions whose logits are computed: supervised, or all (more memory)."""
     loss_chunk: int = setting(256, at_least=1, on_resume=FREE)
     """Number of supervised positions whose logits are in memory at a time."""
     hidden_cache: HiddenCacheConfig = section(HiddenCacheConfig)
@@ -267,7 +270,8 @@ class ObjectiveConfig:
     """The value by which the jobs of a sweep are compared."""
 
     metric: str = setting("valid_loss", choices=("valid_loss", "test_loss", "score"), on_resume=FREE)
-    """valid_loss is the best one; test_loss needs train.test=true, score needs data.metric_rows."""
+    """valid_loss means the lowest validation loss of the run; test_loss needs train.test=true; score needs
+    data.metric_rows."""
     direction: str = setting("minimize", choices=("minimize", "maximize"), on_resume=FREE)
     """Whether a lower or a higher value is better."""
 

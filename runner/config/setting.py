@@ -29,7 +29,7 @@ class OnResume(Enum):
     FREE = "free"
     """May change; the change is logged."""
     PROVENANCE = "provenance"
-    """Records where the settings came from: neither compared nor inherited by a later resume or repeat."""
+    """Records where the settings came from: not compared on resume; a resume keeps it, a repeat does not."""
 
 
 class PathKind(Enum):
@@ -59,11 +59,11 @@ class Setting:
     path: PathKind | None = None
     on_resume: OnResume = OnResume.FROZEN
     defaults_by: Mapping[str, Any] = field(default_factory=dict)
-    """Option of some choices of the section's `name` only: choice to default."""
+    """For an option that only some optimizers or schedules have: their names, each with the option's default there."""
     importance: int = 0
     """Place in reports: sections and settings with a higher number come first."""
     decides_result: bool = False
-    """Whether reports count it among what decides the result, although a resume may change it."""
+    """Whether reports list it as a setting that affects the result, although it may change on resume."""
     always_shown: bool = False
     """Whether reports show it even where it has its default."""
     short_names: bool = False

@@ -28,10 +28,10 @@ def compose(*overrides: str) -> dict:
 def with_defaults(group: str, choice: str) -> dict:
     """The section as the schema states it for this choice."""
     section = serialize.to_dict(schema.Config())[group]
-    return section | schema.choice_options(group, choice) | reference.SHOWN[f"{group}/{choice}"]
+    return section | schema.choice_options(group, choice) | reference.GENERATED_CHOICES[f"{group}/{choice}"]
 
 
-@pytest.mark.parametrize("name", reference.SHOWN)
+@pytest.mark.parametrize("name", reference.GENERATED_CHOICES)
 def test_a_choice_that_shows_its_settings_composes_to_the_defaults_of_the_schema(name):
     group, choice = name.split("/")
     assert compose(f"{group}={choice}")[group] == with_defaults(group, choice)
@@ -42,7 +42,7 @@ def test_the_default_choice_of_every_group_and_every_optimizer_and_schedule_show
     chosen = {f"{group}/{choice}" for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
     shown = {name for name in chosen if name.split("/")[0] in schema.GROUPS and (CONF_DIR / f"{name}.yaml").is_file()}
     shown |= {f"{group}/{choice}" for group in ("optimizer", "schedule") for choice in group_choices(group)}
-    assert shown == set(reference.SHOWN)
+    assert shown == set(reference.GENERATED_CHOICES)
 
 
 @pytest.mark.parametrize("path", sorted(CONF_DIR.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF_DIR)))

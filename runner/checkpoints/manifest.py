@@ -45,8 +45,8 @@ class CheckpointManifest:
     step: int
     created: str
     """When it was saved (UTC); only informs."""
-    why: tuple[str, ...]
-    """Why it was saved, as text: see `save_policy.parse_save_reasons`."""
+    save_reasons: tuple[str, ...]
+    """Why it was saved, as text ("why" in the file): see `save_policy.parse_save_reasons`."""
     metrics: Mapping[str, float]
     files: Mapping[str, FileRecord]
 
@@ -55,7 +55,7 @@ class CheckpointManifest:
         _require(_is_count(self.step), f"the step {quoted(self.step)} is not a whole number from 0")
         _require(_is_text(self.run_id) and self.run_id != "", "the run id is not a short text")
         _require(_is_text(self.created), "'created' is not a short text")
-        _require(all(_is_text(reason) for reason in self.why), "'why' is not a list of short texts")
+        _require(all(_is_text(reason) for reason in self.save_reasons), "'why' is not a list of short texts")
         for name, value in self.metrics.items():
             _require(_is_text(name) and isinstance(value, float), f"the metric {quoted(name)} is not a number")
         _require(len(self.files) > 0, "it lists no files")
@@ -81,7 +81,7 @@ def write(manifest: CheckpointManifest) -> bytes:
             "run_id": manifest.run_id,
             "step": manifest.step,
             "created": manifest.created,
-            "why": list(manifest.why),
+            "why": list(manifest.save_reasons),
             "metrics": {key: value if math.isfinite(value) else None for key, value in manifest.metrics.items()},
             "files": {name: asdict(record) for name, record in manifest.files.items()},
         }
@@ -104,7 +104,7 @@ def read(data: bytes) -> CheckpointManifest:
         run_id=record["run_id"],
         step=record["step"],
         created=record["created"],
-        why=tuple(record["why"]),
+        save_reasons=tuple(record["why"]),
         metrics={name: _metric(name, value) for name, value in record["metrics"].items()},
         files={name: _file_record(name, value) for name, value in record["files"].items()},
     )

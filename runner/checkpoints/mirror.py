@@ -243,7 +243,7 @@ def restore(backup: Path, directory: RunDirectory) -> list[str]:
 
 def _restore_checkpoints(source: CheckpointStore, target: CheckpointStore, backup: Path) -> list[str]:
     """Copy the valid checkpoints; return a message for each that is left out. Raises CheckpointError if all are."""
-    records = [record for record in source.checkpoints() if record.run_id == source.run_id]
+    records = [record for record in source.checkpoints() if record.manifest.run_id == source.run_id]
     readable = {record.path.name for record in records}
     names = FileSystem().listdir(source.folder) if source.folder.is_dir() else []
     messages = [

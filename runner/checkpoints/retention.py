@@ -10,8 +10,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeVar
 
+from runner.checkpoints.manifest import CheckpointManifest
 from runner.checkpoints.save_policy import parse_save_reasons
 from runner.runs.layout import BEST_METRIC
 
@@ -35,46 +35,15 @@ class RetentionPolicy:
     keep_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a negative count or an interval below 1."""
-        if self.keep_last < 0 or self.keep_best < 0:
-            raise ValueError("keep_last and keep_best are invalid: must be 0 or more checkpoints")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError("keep_every is invalid: must be 1 or more updates")
-
-
-class Saved(Protocol):
-    """What this module reads of a checkpoint: a CheckpointRecord or a CheckpointManifest."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
-    @property
-    def why(self) -> tuple[str, ...]: ...
-
-
-SavedT = TypeVar("SavedT", bound=Saved)
-
-
-@dataclass(frozen=True, slots=True)
-class SavedStep:
-    """One checkpoint: whether an interval asked for it, and its metric if it was evaluated at its step."""
-
-    step: int
-    scheduled: bool
-    metric: float | None = None
-
-    @classmethod
-    def of(cls, checkpoint: Saved) -> SavedStep:
-        """Return what retention needs to know of `checkpoint`."""
-        scheduled = any(reason.is_scheduled for reason in parse_save_reasons(checkpoint.why))
-        return cls(checkpoint.step, scheduled, valid_loss(checkpoint))
+        # A negative count would become a slice from the end: everything but that many would be retained.
+        assert self.keep_last >= 0 and self.keep_best >= 0
+        assert self.keep_every is None or self.keep_every >= 1
 
 
 def select_retained(
-    saved: Sequence[SavedStep], policy: RetentionPolicy, *, source: int | None = None
+    checkpoints: Sequence[CheckpointManifest], policy: RetentionPolicy, *, source: int | None = None
 ) -> dict[int, list[RetentionReason]]:
-    """Return the steps to retain, in order, each with its reasons; the order of `saved` does not matter.
+    """Return the steps to retain, in order, each with its reasons; the order of `checkpoints` does not matter.
 
     Args:
         source: the step that the run was resumed from; it need not be there any more.
@@ -82,21 +51,20 @@ def select_retained(
     Raises:
         ValueError: a step appears twice.
     """
-    by_step = {checkpoint.step: checkpoint for checkpoint in saved}
-    if len(by_step) != len(saved):
+    steps = sorted(checkpoint.step for checkpoint in checkpoints)
+    if len(set(steps)) != len(steps):
         raise ValueError("a step appears twice among the saved checkpoints")
-    steps = sorted(by_step)
-    scheduled = [step for step in steps if by_step[step].scheduled]
+    scheduled = sorted(checkpoint.step for checkpoint in checkpoints if _is_scheduled(checkpoint))
     every = policy.keep_every
     selected: dict[RetentionReason, Collection[int | None]] = {
         RetentionReason.NEWEST: steps[-1:],
         RetentionReason.LAST: scheduled[max(0, len(scheduled) - policy.keep_last) :],
-        RetentionReason.BEST: _ranked(saved)[: policy.keep_best],
+        RetentionReason.BEST: [checkpoint.step for checkpoint in _ranked(checkpoints)[: policy.keep_best]],
         RetentionReason.EVERY: [step for step in steps if step % every == 0] if every is not None else [],
         RetentionReason.SOURCE: [source],
     }
-    reasons = {step: [reason for reason, chosen in selected.items() if step in chosen] for step in steps}
-    return {step: why for step, why in reasons.items() if why}
+    retained = {step: [reason for reason, chosen in selected.items() if step in chosen] for step in steps}
+    return {step: reasons for step, reasons in retained.items() if reasons}
 
 
 def select_mirrored(retained: Mapping[int, Collection[RetentionReason]], ends: Collection[int]) -> list[int]:
@@ -110,19 +78,22 @@ def select_mirrored(retained: Mapping[int, Collection[RetentionReason]], ends: C
     return sorted(mirrored) or sorted(retained)[-1:]
 
 
-def best_checkpoint(checkpoints: Iterable[SavedT]) -> SavedT | None:
+def best_checkpoint(checkpoints: Iterable[CheckpointManifest]) -> CheckpointManifest | None:
     """Return the checkpoint of the lowest validation loss; None if none was evaluated at its step."""
-    by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints}
-    ranked = _ranked([SavedStep.of(checkpoint) for checkpoint in by_step.values()])
-    return by_step[ranked[0]] if ranked else None
+    return next(iter(_ranked(checkpoints)), None)
 
 
-def valid_loss(checkpoint: Saved) -> float | None:
+def valid_loss(checkpoint: CheckpointManifest) -> float | None:
     """Return the validation loss at the step of `checkpoint`; None if it was not evaluated there, or is not finite."""
     loss = checkpoint.metrics.get(BEST_METRIC, math.nan)
     return loss if math.isfinite(loss) else None
 
 
-def _ranked(saved: Iterable[SavedStep]) -> list[int]:
-    measured = [(s.metric, s.step) for s in saved if s.metric is not None and math.isfinite(s.metric)]
-    return [step for _, step in sorted(measured)]
+def _is_scheduled(checkpoint: CheckpointManifest) -> bool:
+    return any(reason.is_scheduled for reason in parse_save_reasons(checkpoint.save_reasons))
+
+
+def _ranked(checkpoints: Iterable[CheckpointManifest]) -> list[CheckpointManifest]:
+    """Return the checkpoints that have a validation loss, the best first."""
+    losses = [(loss, c.step, c) for c in checkpoints if (loss := valid_loss(c)) is not None]
+    return [checkpoint for _, _, checkpoint in sorted(losses, key=lambda entry: entry[:2])]

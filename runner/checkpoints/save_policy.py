@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -37,11 +36,11 @@ class SaveReason(Enum):
         return not self.is_scheduled and self is not SaveReason.BEST
 
 
-def parse_save_reasons(why: Iterable[str]) -> frozenset[SaveReason]:
+def parse_save_reasons(texts: Iterable[str]) -> frozenset[SaveReason]:
     """Return the reasons that a manifest holds as text, from any version; unknown ones are left out."""
     values = {reason.value for reason in SaveReason}
     reasons = set()
-    for text in why:
+    for text in texts:
         if text in values:
             reasons.add(SaveReason(text))
         elif _EVERY_MINUTES.fullmatch(text):
@@ -57,13 +56,6 @@ class SavePolicy:
 
     every: int | None
     every_minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an interval that is not positive."""
-        if self.every is not None and self.every < 1:
-            raise ValueError("checkpoint.every is invalid: must be 1 or more updates")
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            raise ValueError("checkpoint.every_minutes is invalid: must be more than 0 minutes")
 
     def due(
         self, step: int, *, minutes_since_save: float, best: bool = False, stopping: SaveReason | None = None
@@ -86,22 +78,3 @@ class SavePolicy:
         if stopping is not None:
             reasons.append(stopping)
         return tuple(reasons)
-
-
-class SaveTimer:
-    """Minutes since the last save, by a clock that a change of the date does not affect."""
-
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        """Start at 0 minutes; `monotonic` returns seconds."""
-        self._monotonic = monotonic
-        self._start = monotonic()
-
-    def restart(self) -> None:
-        """Start again at 0 minutes, after a save."""
-        self._start = self._monotonic()
-
-    def minutes(self) -> float:
-        """Return the minutes since the last `restart`; a clock that went back counts from where it went."""
-        now = self._monotonic()
-        self._start = min(self._start, now)
-        return (now - self._start) / 60

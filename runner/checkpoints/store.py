@@ -38,18 +38,6 @@ def step_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
-def manifest_of(checkpoint: CheckpointRecord, files: Mapping[str, Content]) -> CheckpointManifest:
-    """Return the manifest of `files`, some or all of those of `checkpoint`."""
-    return CheckpointManifest(
-        checkpoint.run_id,
-        checkpoint.step,
-        checkpoint.created,
-        checkpoint.why,
-        checkpoint.metrics,
-        _file_records(files),
-    )
-
-
 class CheckpointStore:
     """The checkpoints of the run `run_id` in `folder`, which is created at the first commit."""
 
@@ -72,7 +60,7 @@ class CheckpointStore:
         step: int,
         files: Mapping[str, Content],
         *,
-        reasons: Iterable[SaveReason] = (),
+        save_reasons: Iterable[SaveReason] = (),
         metrics: Mapping[str, float] | None = None,
     ) -> CheckpointRecord:
         """Save `files` as the checkpoint of `step`, replacing an existing one, and sync it.
@@ -85,15 +73,15 @@ class CheckpointStore:
             run_id=self.run_id,
             step=step,
             created=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
-            why=tuple(reason.value for reason in reasons),
+            save_reasons=tuple(reason.value for reason in save_reasons),
             metrics={name: float(value) for name, value in (metrics or {}).items()},
-            files=_file_records(files),
+            files=file_records(files),
         )
         return self._commit(manifest, files)
 
     def copy(self, loaded: LoadedCheckpoint) -> CheckpointRecord:
         """Save a verified checkpoint of another folder unchanged, its manifest included. Raises as `commit`."""
-        return self._commit(manifest_of(loaded.checkpoint, loaded.files), loaded.files)
+        return self._commit(loaded.checkpoint.manifest, loaded.files)
 
     def _commit(self, manifest: CheckpointManifest, files: Mapping[str, Content]) -> CheckpointRecord:
         contents = {**files, manifests.NAME: manifests.write(manifest)}  # the manifest is written last
@@ -107,7 +95,7 @@ class CheckpointStore:
             raise StorageError(
                 f"step {manifest.step} was not saved; the checkpoints before it are untouched. {error}"
             ) from error
-        return verify.record_from_manifest(target, manifest)
+        return CheckpointRecord(target, manifest)
 
     def _write(self, target: Path, contents: Mapping[str, Content]) -> None:
         filesystem, temporary = self._filesystem, self._aside("tmp", target.name)
@@ -192,7 +180,7 @@ class CheckpointStore:
         """
         if not self._has_folder():
             return []
-        steps = [checkpoint.step for checkpoint in self.checkpoints() if checkpoint.run_id == self.run_id]
+        steps = [checkpoint.step for checkpoint in self.checkpoints() if checkpoint.manifest.run_id == self.run_id]
         if not set(steps) - keep:
             return []
         whole = (s for s in reversed(steps) if verify.is_whole(self.folder / step_name(s), self._filesystem))
@@ -220,7 +208,7 @@ class CheckpointStore:
         for step in self._steps():
             path = self.folder / step_name(step)
             with suppress(CheckpointError):
-                records.append(verify.record_from_manifest(path, verify.read_manifest(path, self._filesystem)))
+                records.append(CheckpointRecord(path, verify.read_manifest(path, self._filesystem)))
         return records
 
     def load(self, path: Path) -> LoadedCheckpoint:
@@ -296,5 +284,6 @@ class CheckpointStore:
         return self.folder / f".{kind}-{name}-{secrets.token_hex(4)}"
 
 
-def _file_records(files: Mapping[str, Content]) -> dict[str, FileRecord]:
+def file_records(files: Mapping[str, Content]) -> dict[str, FileRecord]:
+    """Return size and SHA-256 of each of `files`, as a manifest lists them."""
     return {name: FileRecord(size_of(content), sha256_of(content)) for name, content in files.items()}

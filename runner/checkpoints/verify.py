@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +24,15 @@ _KINDS = {"link": "a symbolic link", "file": "a file", "other": "a FIFO, a socke
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """What a manifest says of its checkpoint; `metrics` may hold NaN, `created` (UTC) only informs."""
+    """A checkpoint on disk: its folder and its manifest."""
 
-    step: int
     path: Path
-    metrics: Mapping[str, float]
-    why: tuple[str, ...]
-    run_id: str
-    created: str
+    manifest: CheckpointManifest
+
+    @property
+    def step(self) -> int:
+        """The update after which it was saved."""
+        return self.manifest.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, filesystem: FileSystem) -> LoadedCheckpoint:
         data = filesystem.read_file(path / name, record.size)
         _compare(path / name, record, len(data), hashlib.sha256(data).hexdigest())
         files[name] = data
-    return LoadedCheckpoint(record_from_manifest(path, manifest), files)
+    return LoadedCheckpoint(CheckpointRecord(path, manifest), files)
 
 
 def is_whole(path: Path, filesystem: FileSystem) -> bool:
@@ -95,11 +95,6 @@ def read_manifest(path: Path, filesystem: FileSystem) -> CheckpointManifest:
     if step_name and int(step_name[1]) != manifest.step:
         raise CheckpointError(f"{file}: it is of step {manifest.step}, but the folder is named {path.name}")
     return manifest
-
-
-def record_from_manifest(path: Path, manifest: CheckpointManifest) -> CheckpointRecord:
-    """Return the record of the checkpoint in the folder `path` that has this `manifest`."""
-    return CheckpointRecord(manifest.step, path, manifest.metrics, manifest.why, manifest.run_id, manifest.created)
 
 
 def kind_text(kind: str) -> str:

@@ -30,11 +30,8 @@ class BatchOrder:
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, window_batches: int) -> None:
-        """`lengths`: (rows,), in tokens. Raises ValueError without rows, or for a size below 1."""
-        if len(lengths) == 0:
-            raise ValueError("an order needs at least one row")
-        if batch_size < 1 or window_batches < 1:
-            raise ValueError(f"batch_size {batch_size} and window_batches {window_batches} must be 1 or more")
+        """`lengths`: (rows,), at least one, in tokens."""
+        assert len(lengths) > 0 and batch_size > 0 and window_batches > 0
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
         self.seed = seed

@@ -85,7 +85,7 @@ def audit_run(run: RunInfo) -> Audit:
         audit.damage += [f"{run.path}: {problem}" for problem in run.problem.split("; ")]
     checkpoints = _verify_checkpoints(run, directory.checkpoints, audit, is_locked)
     audit.whole = [checkpoint.step for checkpoint, _ in checkpoints]
-    best = best_checkpoint(checkpoint for checkpoint, _ in checkpoints)
+    best = best_checkpoint(checkpoint.manifest for checkpoint, _ in checkpoints)
     audit.best = best.step if best else None
     newest_state = checkpoints[-1][1] if checkpoints else {}
     _verify_rows(directory.metrics, newest_state.get("metrics_offset"), audit, is_locked)
@@ -127,7 +127,7 @@ def _verify_checkpoints(
         audit.checkpoints += 1
         if checkpoint is None:
             continue
-        if isinstance(run_id, str) and checkpoint.run_id != run_id:
+        if isinstance(run_id, str) and checkpoint.manifest.run_id != run_id:
             audit.notes.append(f"{path}: left by another run")
         else:
             checkpoints.append((checkpoint, state))

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest
-from runner.checkpoints.retention import RetentionPolicy, RetentionReason, SavedStep, select_retained, valid_loss
+from runner.checkpoints.retention import RetentionPolicy, RetentionReason, select_retained, valid_loss
 from runner.checkpoints.verify import STEP_NAME
 from runner.common.errors import RunnerError
 from runner.common.filesystem import FileSystem
@@ -51,7 +51,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
     run_id = run.status.get("run_id") or next((manifests[p].run_id for p in reversed(paths) if p in manifests), None)
     problems |= {path: "left by another run" for path, found in manifests.items() if found.run_id != run_id}
     policy = _retention_policy(run)
-    of_run = {found.step: SavedStep.of(found) for path, found in manifests.items() if path not in problems}
+    of_run = {found.step: found for path, found in manifests.items() if path not in problems}
     reasons = select_retained(list(of_run.values()), policy)
     checkpoints = []
     for path in paths:
@@ -131,11 +131,9 @@ def _retention_policy(run: RunInfo) -> RetentionPolicy:
     """Return the run's policy; invalid values are replaced by the defaults."""
     defaults = CheckpointConfig()
 
-    def setting(name: str) -> Any:
-        value = run.settings.get(f"checkpoint.{name}", getattr(defaults, name))
-        return value if type(value) is int or value is None else getattr(defaults, name)
+    def setting(name: str, minimum: int) -> Any:
+        default = getattr(defaults, name)
+        value = run.settings.get(f"checkpoint.{name}", default)
+        return value if value is None or (type(value) is int and value >= minimum) else default
 
-    try:
-        return RetentionPolicy(setting("keep_last") or 0, setting("keep_best") or 0, setting("keep_every"))
-    except ValueError:
-        return RetentionPolicy(defaults.keep_last, defaults.keep_best, defaults.keep_every)
+    return RetentionPolicy(setting("keep_last", 0) or 0, setting("keep_best", 0) or 0, setting("keep_every", 1))

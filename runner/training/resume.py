@@ -114,13 +114,13 @@ def _stored_run_id(spec: RunSpec) -> str:
     if isinstance(run_id, str):
         return run_id
     checkpoints = CheckpointStore(spec.directory.checkpoints, "").checkpoints()
-    if len({checkpoint.run_id for checkpoint in checkpoints}) > 1:
-        names = ", ".join(f"{checkpoint.path.name} of {checkpoint.run_id}" for checkpoint in checkpoints)
+    if len({checkpoint.manifest.run_id for checkpoint in checkpoints}) > 1:
+        names = ", ".join(f"{checkpoint.path.name} of {checkpoint.manifest.run_id}" for checkpoint in checkpoints)
         raise CheckpointError(
             f"{spec.directory.status} is lost, and the checkpoints are of several runs: {names}. "
             f"Name the one to resume from: resume={shlex.quote(str(checkpoints[-1].path))}"
         )
-    return checkpoints[-1].run_id if checkpoints else spec.run_id
+    return checkpoints[-1].manifest.run_id if checkpoints else spec.run_id
 
 
 def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | None, list[str]]:

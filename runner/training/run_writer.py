@@ -7,23 +7,22 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoints import manifest
+from runner.checkpoints.manifest import CheckpointManifest
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.retention import (
     RetentionPolicy,
     RetentionReason,
-    SavedStep,
     best_checkpoint,
     select_mirrored,
     select_retained,
 )
 from runner.checkpoints.save_policy import SaveReason, parse_save_reasons
-from runner.checkpoints.store import CheckpointStore, manifest_of, step_name
-from runner.checkpoints.verify import CheckpointRecord
+from runner.checkpoints.store import CheckpointStore, file_records, step_name
 from runner.common.atomic_io import replace_folder, write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError, StorageError
@@ -124,7 +123,7 @@ class RunWriter:
         self,
         step: int,
         files: Mapping[str, Content | Callable[[], Content]],
-        reasons: Sequence[SaveReason],
+        save_reasons: Sequence[SaveReason],
         valid_loss: float | None,
     ) -> None:
         """Start to commit a checkpoint and to remove those that the retention policy does not keep.
@@ -140,7 +139,7 @@ class RunWriter:
             self._samples.sync()
             contents = {name: content() if callable(content) else content for name, content in files.items()}
             metrics = {} if valid_loss is None else {BEST_METRIC: valid_loss}
-            self.store.commit(step, contents, reasons=reasons, metrics=metrics)
+            self.store.commit(step, contents, save_reasons=save_reasons, metrics=metrics)
             self._saved_step = step
             self.store.rotate(set(self.retained_steps()))
             if self.backup:
@@ -166,8 +165,7 @@ class RunWriter:
 
     def retained_steps(self) -> dict[int, list[RetentionReason]]:
         """Return the steps whose checkpoints are retained, each with the reasons."""
-        saved = [SavedStep.of(checkpoint) for checkpoint in self._checkpoints()]
-        return select_retained(saved, self.policy, source=self.source_step)
+        return select_retained(self._checkpoints(), self.policy, source=self.source_step)
 
     def result_step(self, which: str) -> int | None:
         """Return the step of the checkpoint that becomes the result: the best (`which` is best), else the last."""
@@ -181,7 +179,8 @@ class RunWriter:
         """Replace adapters/ by the adapter of the checkpoint of `step`, atomically."""
         loaded = self.store.load(self.store.folder / step_name(step))
         files = {name: loaded.files[name] for name in (ADAPTERS, ADAPTER_CONFIG)}
-        with_manifest = {**files, manifest.NAME: manifest.write(manifest_of(loaded.checkpoint, files))}
+        sealed = replace(loaded.checkpoint.manifest, files=file_records(files))
+        with_manifest = {**files, manifest.NAME: manifest.write(sealed)}
         replace_folder(self.directory.result, with_manifest, FileSystem())
 
     def finish_rows(self) -> None:
@@ -206,12 +205,13 @@ class RunWriter:
         for logger in self.loggers:
             logger.close()
 
-    def _checkpoints(self) -> list[CheckpointRecord]:
-        """Return this run's checkpoints; the folder may hold those of another run too."""
-        return [c for c in self.store.checkpoints() if c.run_id == self.store.run_id]
+    def _checkpoints(self) -> list[CheckpointManifest]:
+        """Return the manifests of this run's checkpoints; the folder may hold those of another run too."""
+        manifests = [checkpoint.manifest for checkpoint in self.store.checkpoints()]
+        return [manifest for manifest in manifests if manifest.run_id == self.store.run_id]
 
     def _mirrored_steps(self) -> list[int]:
-        ends = {c.step for c in self.store.checkpoints() if any(r.is_end for r in parse_save_reasons(c.why))}
+        ends = {c.step for c in self._checkpoints() if any(r.is_end for r in parse_save_reasons(c.save_reasons))}
         return select_mirrored(self.retained_steps(), ends)
 
     def _remove_empty_samples(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.backends.protocol import DeviceBatch
-from runner.checkpoints.save_policy import SavePolicy, SaveReason, SaveTimer
+from runner.checkpoints.save_policy import SavePolicy, SaveReason
 from runner.common.errors import Diverged
 from runner.data.order import BatchOrder
 from runner.reports.progress import Display
@@ -45,7 +45,8 @@ class Trainer:
     writer: RunWriter
     stops: StopSignals
     display: Display
-    since_save: SaveTimer = field(default_factory=SaveTimer)
+    saved_at: float = field(default_factory=time.monotonic)
+    """When it last saved, or else started, by `time.monotonic`."""
     train_seconds: float = 0.0
     """Time spent in updates since the last report, without evaluating and saving."""
 
@@ -170,13 +171,13 @@ class Trainer:
     def save_if_due(self, is_best: bool, stop: StopReason | None) -> None:
         """Save once at this step if the schedule, a new best loss or the end of the loop asks for it."""
         progress, components = self.state.progress, self.components
-        reasons = self.save_policy.due(
+        save_reasons = self.save_policy.due(
             progress.step,
-            minutes_since_save=self.since_save.minutes(),
+            minutes_since_save=(time.monotonic() - self.saved_at) / 60,
             best=is_best and self.writer.policy.keep_best > 0,
             stopping=SaveReason(stop.value) if stop else None,
         )
-        if not reasons:
+        if not save_reasons:
             return
         files = state_files.checkpoint_files(
             self.state,
@@ -186,8 +187,8 @@ class Trainer:
             identity=components.identity,
             adapter_config=components.adapted.adapter_config(),
         )
-        self.writer.save_checkpoint(progress.step, files, reasons, progress.current_valid_loss)
-        self.since_save.restart()
+        self.writer.save_checkpoint(progress.step, files, save_reasons, progress.current_valid_loss)
+        self.saved_at = time.monotonic()
 
     def log_backup_messages(self) -> None:
         """Print what the backup reports, such as a missing disk; each message comes once."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.checkpoints.save_policy import SavePolicy, SaveReason, SaveTimer, parse_save_reasons
+from runner.checkpoints.save_policy import SavePolicy, SaveReason, parse_save_reasons
 from runner.training.plan import StopReason
 
 UPDATES, MINUTES, BEST = SaveReason.UPDATES, SaveReason.MINUTES, SaveReason.BEST
@@ -39,12 +39,6 @@ def test_a_save_is_due_for_the_reasons_that_apply(
     assert policy.due(step, **{"minutes_since_save": 0.0} | more) == reasons
 
 
-@pytest.mark.parametrize("invalid", [(0, None), (-1, None), (None, 0), (None, -1.0), (None, math.nan)])
-def test_an_interval_that_is_not_positive_is_refused(invalid: tuple) -> None:
-    with pytest.raises(ValueError, match="is invalid: must be"):
-        SavePolicy(*invalid)
-
-
 def test_only_intervals_count_as_scheduled_and_only_stop_reasons_as_the_end() -> None:
     assert {reason for reason in SaveReason if reason.is_scheduled} == {UPDATES, MINUTES}
     assert {reason for reason in SaveReason if reason.is_end} == set(SaveReason) - {UPDATES, MINUTES, BEST}
@@ -60,42 +54,6 @@ def test_the_reasons_of_old_and_new_manifests_are_understood() -> None:
 
 def test_every_reason_to_stop_is_a_reason_to_save() -> None:
     assert all(SaveReason(stop.value).is_end for stop in StopReason)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.now = 5 * YEAR
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_minutes_count_from_the_last_save() -> None:
-    clock = _Clock()
-    since = SaveTimer(clock)
-    clock.now += 90
-    assert since.minutes() == 1.5
-    since.restart()
-    assert since.minutes() == 0
-
-
-def test_a_clock_that_jumps_forward_a_year_costs_one_save() -> None:
-    clock, schedule = _Clock(), SavePolicy(None, 10)
-    since = SaveTimer(clock)
-    clock.now += YEAR
-    assert schedule.due(1, minutes_since_save=since.minutes())
-    since.restart()
-    clock.now += 60
-    assert not schedule.due(2, minutes_since_save=since.minutes())
-
-
-def test_a_clock_that_jumps_back_a_year_delays_a_save_by_one_interval_at_most() -> None:
-    clock, schedule = _Clock(), SavePolicy(None, 10)
-    since = SaveTimer(clock)
-    clock.now -= YEAR
-    assert not schedule.due(1, minutes_since_save=since.minutes())
-    clock.now += 601
-    assert schedule.due(2, minutes_since_save=since.minutes())
 
 
 @given(st.integers(1, 50), st.integers(1, 400))

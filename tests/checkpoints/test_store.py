@@ -38,12 +38,12 @@ def _mark(loaded: Any) -> str | None:
 
 
 def test_what_is_committed_is_loaded_with_its_reasons_and_metrics(store: CheckpointStore) -> None:
-    made = store.commit(100, FILES, reasons=[SaveReason.UPDATES, SaveReason.BEST], metrics={"valid_loss": 1.25})
+    made = store.commit(100, FILES, save_reasons=[SaveReason.UPDATES, SaveReason.BEST], metrics={"valid_loss": 1.25})
     assert made.path == store.folder / "step-0000100"
     loaded = store.load(made.path)
     assert loaded.files == FILES
     assert loaded.checkpoint == made == store.checkpoints()[0]
-    assert (made.step, made.why, made.metrics, made.run_id) == (
+    assert (made.step, made.manifest.save_reasons, made.manifest.metrics, made.manifest.run_id) == (
         100,
         ("every N updates", "best"),
         {"valid_loss": 1.25},
@@ -80,7 +80,7 @@ def test_the_manifest_is_written_last_and_everything_is_synced_in_order(store: C
 
 def test_a_metric_that_is_not_finite_stays_not_finite(store: CheckpointStore) -> None:
     store.commit(1, FILES, metrics={"nan": math.nan, "inf": math.inf, "fine": 2})
-    found = store.checkpoints()[0].metrics
+    found = store.checkpoints()[0].manifest.metrics
     assert math.isnan(found["nan"])
     assert math.isnan(found["inf"])
     assert found["fine"] == 2.0
@@ -199,7 +199,7 @@ def test_checkpoints_of_another_run_are_named_not_used_and_not_removed(store: Ch
     assert _mark(loaded) == "200"
     assert problems == [f"{store.folder}/step-0000900: left by another run (run-0; this one is run-1)"]
     assert store.rotate({900}) == [100]
-    assert [(found.step, found.run_id) for found in store.checkpoints()] == [(200, "run-1"), (900, "run-0")]
+    assert [(found.step, found.manifest.run_id) for found in store.checkpoints()] == [(200, "run-1"), (900, "run-0")]
 
 
 def test_a_linked_checkpoint_is_not_loaded_not_listed_and_not_removed(store: CheckpointStore, folder: Path) -> None:

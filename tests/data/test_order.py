@@ -103,7 +103,7 @@ def test_a_position_outside_an_epoch_is_refused(position):
 
 @pytest.mark.parametrize(("rows", "batch_size", "window"), [(0, 4, 32), (4, 0, 32), (4, 4, 0)])
 def test_invalid_arguments_are_refused(rows, batch_size, window):
-    with pytest.raises(ValueError, match=r"must be 1 or more|at least one row"):
+    with pytest.raises(AssertionError):
         BatchOrder(np.full(rows, 5), batch_size, 0, window)
 
 

@@ -33,7 +33,7 @@ def test_a_run_killed_inside_a_rotation_keeps_its_retained_checkpoints_and_ends_
         assert found.checkpoint.step == newest_step, calls[at]
         assert_same_state(found, reference, but=("hyperparameters",))
         if keep_last == 2:
-            previous = CheckpointStore(run / "checkpoints", found.checkpoint.run_id).load(
+            previous = CheckpointStore(run / "checkpoints", found.checkpoint.manifest.run_id).load(
                 run / f"checkpoints/step-000000{newest_step - 2}"
             )
             assert_same_state(previous, reference, but=("hyperparameters",))

@@ -128,10 +128,10 @@ def test_every_rotation_retains_the_newest_the_best_the_source_and_those_of_anot
             loss = losses.setdefault(step, rng.choice([None, math.nan, math.inf, 1.0, 1.0, 2.0, 0.5]))
             reason = rng.choice([SaveReason.UPDATES, SaveReason.BEST, SaveReason.SIGTERM])
             store.commit(
-                step, {"a": bytes([step])}, reasons=[reason], metrics={} if loss is None else {"valid_loss": loss}
+                step, {"a": bytes([step])}, save_reasons=[reason], metrics={} if loss is None else {"valid_loss": loss}
             )
             store.rotate(set(writer.retained_steps()))
-            there = {found.step: found for found in store.checkpoints() if found.run_id == "own"}
+            there = {found.step: found for found in store.checkpoints() if found.manifest.run_id == "own"}
             assert step in there
             assert writer.source_step in (None, *there)
             finite = sorted((v, one) for one, v in losses.items() if v is not None and math.isfinite(v))

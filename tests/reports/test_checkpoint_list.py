@@ -39,7 +39,9 @@ def commit(path: Path, run_id: str, losses: Losses) -> None:
     store = CheckpointStore(path / "checkpoints", run_id)
     for step, loss in losses.items():
         files = {"adapters.safetensors": f"weights of {step}".encode()}
-        store.commit(step, files, reasons=[SaveReason.UPDATES], metrics={} if loss is None else {"valid_loss": loss})
+        store.commit(
+            step, files, save_reasons=[SaveReason.UPDATES], metrics={} if loss is None else {"valid_loss": loss}
+        )
 
 
 def test_each_checkpoint_has_the_reasons_why_it_is_retained(run: Callable[..., Path]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runner.checkpoints.manifest import write
-from runner.checkpoints.store import manifest_of
+from runner.checkpoints.store import file_records
 from runner.checkpoints.verify import load_checkpoint
 from runner.cli.commands.replay import replay
 from runner.common.errors import ConfigError
@@ -27,7 +28,9 @@ def rewrite_state(checkpoint: Path, edit) -> None:
     edit(state)
     loaded.files["train_state.json"] = json.dumps(state).encode()
     (checkpoint / "train_state.json").write_bytes(loaded.files["train_state.json"])
-    (checkpoint / "manifest.json").write_bytes(write(manifest_of(loaded.checkpoint, loaded.files)))
+    (checkpoint / "manifest.json").write_bytes(
+        write(replace(loaded.checkpoint.manifest, files=file_records(loaded.files)))
+    )
 
 
 def store_null(run: Path, window: int) -> None:

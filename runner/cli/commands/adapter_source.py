@@ -114,22 +114,22 @@ def _choose_checkpoint(run: Path, choice: str) -> Path:
     checkpoints = _checkpoints(run)
     if not checkpoints:
         raise ConfigError(f"{run} has no checkpoints.")
+    paths = {checkpoint.step: checkpoint.path for checkpoint in checkpoints}
     if choice == "last":
         return checkpoints[-1].path
     if choice == "best":
-        best = best_checkpoint(checkpoints)
+        best = best_checkpoint(checkpoint.manifest for checkpoint in checkpoints)
         if best is None:
             raise ConfigError(f"--checkpoint best: no checkpoint of {run} was evaluated. Try --checkpoint last.")
-        return best.path
+        return paths[best.step]
     match = re.fullmatch(r"(?:step-)?(\d{1,18})", choice)
     if match is None:
         hint = did_you_mean(choice, ["last", "best"])
         raise ConfigError(f"--checkpoint {choice} is invalid: must be last, best or a step.{hint}")
     step = int(match[1])
-    for checkpoint in checkpoints:
-        if checkpoint.step == step:
-            return checkpoint.path
-    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
+    if step in paths:
+        return paths[step]
+    steps = ", ".join(map(str, paths))
     raise ConfigError(f"{run} has no checkpoint {step_name(step)}; it has {steps}.")
 
 
@@ -140,7 +140,7 @@ def _checkpoints(run: Path) -> list[CheckpointRecord]:
     name = section.get("dir") if isinstance(section, dict) else None
     store = CheckpointStore(run / (name if isinstance(name, str) else "checkpoints"), "")
     run_id = directory.read_status().get("run_id")
-    return [c for c in store.checkpoints() if not isinstance(run_id, str) or c.run_id == run_id]
+    return [c for c in store.checkpoints() if not isinstance(run_id, str) or c.manifest.run_id == run_id]
 
 
 def _run_above(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from runner.checkpoints.manifest import write
 from runner.checkpoints.safetensors_file import Tensor, pack, unpack
-from runner.checkpoints.store import manifest_of
+from runner.checkpoints.store import file_records
 from runner.checkpoints.verify import load_checkpoint
 from runner.cli.commands import verify
 from runner.common.errors import ConfigError
@@ -135,7 +136,7 @@ def reseal(step: Path, change) -> None:
     loaded.files["adapters.safetensors"] = pack(changed, metadata)
     for name, data in loaded.files.items():
         (step / name).write_bytes(data)
-    (step / "manifest.json").write_bytes(write(manifest_of(loaded.checkpoint, loaded.files)))
+    (step / "manifest.json").write_bytes(write(replace(loaded.checkpoint.manifest, files=file_records(loaded.files))))
 
 
 def verify_disk():

@@ -125,7 +125,7 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
 
     model, config = adapted.model, Config()
     backend = select_backend(adapted, config, load_blas())
-    backends = {"mlx": MlxBackend(adapted, backend.forward, chunk=config.train.loss_chunk)}
+    backends = {"mlx": MlxBackend(adapted, backend.split_model, chunk=config.train.loss_chunk)}
     if isinstance(backend, CpuBackend):
         backends["engine"] = backend
     params = {
@@ -164,9 +164,9 @@ def _in_float64(adapted: Any, params: dict, batch: Any) -> tuple[Any, dict]:
     import mlx.core as mx
     import numpy as np
 
-    from runner.models.forward import Forward
+    from runner.models.split_model import SplitModel
 
-    forward, names = Forward(adapted.model), list(params)
+    forward, names = SplitModel(adapted.model), list(params)
     adapted.model.train()
 
     def logits(*arrays: Any) -> Any:
@@ -208,11 +208,11 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
     from runner.backends.mlx.backend import MlxBackend
     from runner.config.schema import TrainConfig
     from runner.data.order import evaluation_batches
-    from runner.models.forward import Forward
+    from runner.models.split_model import SplitModel
     from runner.training.dataloader import BatchBuilder, EvaluationLoader
     from runner.training.validate import validate
 
-    backend = MlxBackend(adapted, Forward(adapted.model), chunk=TrainConfig.loss_chunk)
+    backend = MlxBackend(adapted, SplitModel(adapted.model), chunk=TrainConfig.loss_chunk)
     chosen = evaluation_batches(tokens.valid.lengths, Work(0, 0).batch_size)
     batches = EvaluationLoader(BatchBuilder(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
     params, losses = adapted.params(), []

@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 
 from runner import __version__
-from runner.models.forward import Forward
+from runner.models.split_model import SplitModel
 
 
-def common_environment(forward: Forward, blas: dict[str, Any] | None) -> dict[str, Any]:
+def common_environment(split_model: SplitModel, blas: dict[str, Any] | None) -> dict[str, Any]:
     """Return versions, device, BLAS and the number of blocks whose hidden states come from the cache."""
     return {
         "runner": __version__,
@@ -22,5 +22,5 @@ def common_environment(forward: Forward, blas: dict[str, Any] | None) -> dict[st
         "machine": platform.machine(),
         "device": str(mx.default_device()),
         "blas": blas,
-        "trunk": forward.cut,
+        "trunk": split_model.frozen_blocks,
     }

@@ -1,4 +1,4 @@
-"""The hidden-state cache of a backend's frozen trunk."""
+"""The hidden-state cache of a backend's frozen blocks."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from runner.models.load import BaseModel
 def hidden_caches(
     backend: Backend, base: BaseModel, config: Config, blas: BlasReport, log: Callable[[str], None]
 ) -> HiddenStateCaches | None:
-    """Return the cache of the hidden states that `backend` computes below its cut, or None where it has no cut."""
-    forward = backend.forward
-    if not forward.cut:
+    """Return the cache of the hidden states that `backend` computes after its frozen blocks, or None
+    where it has none."""
+    split_model = backend.split_model
+    if not split_model.frozen_blocks:
         return None
-    identity = {
+    cache_key_parts = {
         "base": base.content_hash,
-        "cut": forward.cut,
+        "cut": split_model.frozen_blocks,
         "blas": blas_identity(blas),
-        "engine": backend.identity,
+        "engine": backend.kernel_version,
         **numeric_platform(),
     }
     return HiddenStateCaches(
-        backend.hidden_below,
-        dtype=forward.hidden_dtype,
-        hidden_size=forward.hidden_size,
-        identity=identity,
+        backend.run_frozen_blocks,
+        dtype=split_model.hidden_dtype,
+        hidden_size=split_model.hidden_size,
+        cache_key_parts=cache_key_parts,
         config=config.train.hidden_cache,
         log=log,
     )

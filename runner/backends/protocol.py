@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 
 from runner.data.batch import Batch
-from runner.models.forward import Forward
 from runner.models.lora import Params
+from runner.models.split_model import SplitModel
 
 Gradients = Mapping[str, mx.array] | Mapping[str, np.ndarray]
 """Gradients by parameter name, in the array type that the backend computes with."""
@@ -24,20 +24,20 @@ class DeviceBatch:
 
     batch: Batch
     hidden: np.ndarray | None = None
-    """Hidden states (batch, length, hidden_size) at the cut, as the hidden-state cache holds them (bfloat16 as uint16);
-    None where the frozen blocks have to be computed from `batch.inputs`."""
+    """Hidden states (batch, length, hidden_size) after the frozen blocks, as the hidden-state cache holds them
+    (bfloat16 as uint16); None where the frozen blocks have to be computed from `batch.inputs`."""
 
 
 class Backend(Protocol):
-    """Loss, gradients and frozen-trunk states of one adapted model."""
+    """Loss, gradients and hidden states of the frozen blocks of one adapted model."""
 
-    forward: Forward
+    split_model: SplitModel
     """How the model is split."""
     fallback_reason: str | None
     """Why a faster way to compute is not used, for one line of the log; None where nothing is lost."""
 
     @property
-    def identity(self) -> str | None:
+    def kernel_version(self) -> str | None:
         """Version of hand-written kernels, on which the last digits depend; None where MLX computes."""
 
     def numeric_environment(self) -> dict[str, Any]:
@@ -52,13 +52,13 @@ class Backend(Protocol):
         `key` decides the dropout masks of this micro-batch.
         """
 
-    def hidden_below(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the hidden states (batch, length, hidden_size) at the cut of token ids (batch, length), as
-        `DeviceBatch.hidden` holds them.
+    def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the hidden states (batch, length, hidden_size) after the frozen blocks for token ids (batch, length),
+        as `DeviceBatch.hidden` holds them.
 
-        Weights that were released are loaded again first.
+        Weights that were freed are loaded again first.
         """
 
-    def release_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
-        """Free the weights of the blocks below the cut and return their bytes; `reload` loads the base again, should
-        `hidden_below` need them."""
+    def free_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
+        """Free the weights of the frozen blocks and return their bytes; `reload` loads the base again, should
+        `run_frozen_blocks` need them."""

@@ -16,13 +16,13 @@ from runner.backends.cpu.linear import UnsupportedModel
 from runner.backends.cpu.ops import Ops
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.protocol import Backend
-from runner.common.fact_cache import Fact
+from runner.common.result_cache import CachedResult
 from runner.config.schema import Config, TrainConfig
-from runner.models import dropout, forward, lora
+from runner.models import dropout, lora, split_model
 from runner.models.device import on_cpu
-from runner.models.forward import Forward
 from runner.models.hidden_cache import numeric_platform
 from runner.models.lora import AdaptedModel
+from runner.models.split_model import SplitModel
 
 _VERIFIED = {"agrees": True}
 _UNSUPPORTED = (UnsupportedModel, AttributeError)  # another version of mlx-lm may rename parts of its models
@@ -39,12 +39,12 @@ def select_backend(adapted: AdaptedModel, config: Config, blas: BlasReport) -> B
     ops, ops_reason = _ops(t) if t.cpu_engine and on_cpu() else (None, "")
     fact = _probe_fact(adapted, cut, config, blas, ops) if t.cache_probes else None
     verified = fact is not None and fact.load() == _VERIFIED
-    parts = Forward(adapted.model, cut, verified=verified)
+    parts = SplitModel(adapted.model, cut, verified=verified)
     engine, reason = None, None
     if ops is not None:
         engine, reason = _engine(adapted, parts, config, blas, ops, verified)
     # A failure is not cached: its cause may be gone at the next start.
-    if fact and not verified and parts.split and parts.cut == cut and reason is None:
+    if fact and not verified and parts.has_separate_head and parts.frozen_blocks == cut and reason is None:
         fact.store(_VERIFIED)
     if engine is not None:
         note = f"CPU engine without native code: {ops_reason}; NumPy computes its kernels" if ops_reason else None
@@ -54,7 +54,7 @@ def select_backend(adapted: AdaptedModel, config: Config, blas: BlasReport) -> B
         parts,
         chunk=t.loss_chunk,
         all_positions=t.head == "all",
-        recompute=t.grad_checkpoint,
+        grad_checkpoint=t.grad_checkpoint,
         compiled=t.compile == "always" or (t.compile == "auto" and not on_cpu()),
         fallback_reason=None if reason is None else f"CPU engine not used: {reason}; MLX computes",
         blas=blas_identity(blas),
@@ -73,14 +73,14 @@ def window_of_earlier_versions(backend: Backend, config: Config) -> int:
     if not (t.cpu_engine and on_cpu() and dropout_alone):
         return 64
     try:
-        Engine(backend.forward.model, chunk=t.loss_chunk)
+        Engine(backend.split_model.model, chunk=t.loss_chunk)
     except _UNSUPPORTED:
         return 64
     return 1
 
 
 def _engine(
-    adapted: AdaptedModel, parts: Forward, config: Config, blas: BlasReport, ops: Ops, verified: bool
+    adapted: AdaptedModel, parts: SplitModel, config: Config, blas: BlasReport, ops: Ops, verified: bool
 ) -> tuple[Engine | None, str | None]:
     """Return the engine, or None and the reason."""
     t = config.train
@@ -88,13 +88,13 @@ def _engine(
         "lora.dropout is above 0": config.lora.dropout > 0,
         "train.compile=always": t.compile == "always",
         "train.head=all": t.head == "all",
-        "this model's head cannot be computed apart": not parts.split,
+        "this model's head cannot be computed apart": not parts.has_separate_head,
     }
     if reason := next((reason for reason, holds in unsupported.items() if holds), None):
         return None, reason
     try:
         engine = Engine(
-            adapted.model, chunk=t.loss_chunk, threads=blas.threads or 1, recompute=t.grad_checkpoint, ops=ops
+            adapted.model, chunk=t.loss_chunk, threads=blas.threads or 1, grad_checkpoint=t.grad_checkpoint, ops=ops
         )
     except _UNSUPPORTED as error:
         return None, f"this model has a part that it does not implement: {error}"
@@ -109,10 +109,10 @@ def _ops(t: TrainConfig) -> tuple[Ops, str]:
     return kernels or Ops(), reason
 
 
-def _probe_fact(adapted: AdaptedModel, cut: int, config: Config, blas: BlasReport, ops: Ops | None) -> Fact:
+def _probe_fact(adapted: AdaptedModel, cut: int, config: Config, blas: BlasReport, ops: Ops | None) -> CachedResult:
     """Return the cached fact that the parts compute what the whole model does, keyed by all that this depends on."""
     t = config.train
-    return Fact.of(
+    return CachedResult.of(
         "checks",
         {
             "base": adapted.base.content_hash,
@@ -133,7 +133,7 @@ def code_digest() -> str:
     """Return the SHA-256 of the modules that compute."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
-    ours = [Path(str(module.__file__)) for module in (forward, lora, dropout)]
+    ours = [Path(str(module.__file__)) for module in (split_model, lora, dropout)]
     for file in sorted((*package.rglob("*.py"), *package.rglob("*.c"), *ours)):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner.common.fact_cache import Fact
+from runner.common.result_cache import CachedResult
 from runner.data.formats import EncodeOptions
 from runner.data.token_cache_key import code_identity
 
@@ -30,7 +30,7 @@ class LazyTokenizer:
         """`folder` contains everything that `load` reads; None where something else decides too, such as code."""
         self._load, self._folder = load, folder
         self._loaded: Any = None
-        self._fact_before_load: Fact | None = None
+        self._fact_before_load: CachedResult | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -56,12 +56,12 @@ class LazyTokenizer:
         if self._fact_before_load and self._fact_before_load == self._identity_fact(options):
             self._fact_before_load.store({"identity": identity})
 
-    def _identity_fact(self, options: EncodeOptions) -> Fact | None:
+    def _identity_fact(self, options: EncodeOptions) -> CachedResult | None:
         """Return the fact of the identity, keyed by everything that decides it and whether tokens can be cached."""
         files = _hash_files(self._folder) if self._folder else None
         if files is None:
             return None
-        return Fact.of("tokenizers", {"files": files, "options": asdict(options), "code": code_identity()})
+        return CachedResult.of("tokenizers", {"files": files, "options": asdict(options), "code": code_identity()})
 
 
 def resolve_tokenizer(tokenizer: Any) -> Any:

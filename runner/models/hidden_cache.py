@@ -1,4 +1,4 @@
-"""Hidden states of the frozen trunk, by row, from a cache or computed by a backend.
+"""Hidden states after the frozen blocks, by row, from a cache or computed by a backend.
 
 On the CPU a row is always computed alone, at a length rounded up to a multiple of 16 and at least 48, so its states are
 a function of its tokens, the base and the BLAS alone: whether they come from a cache that was filled before a stop, in
@@ -35,7 +35,7 @@ _NUMPY_DTYPES = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np
 """NumPy has no bfloat16: such states are held as their bits."""
 
 ComputeHidden = Callable[[np.ndarray], np.ndarray]
-"""Token ids (batch, length) to hidden states (batch, length, hidden_size): `Backend.hidden_below`."""
+"""Token ids (batch, length) to hidden states (batch, length, hidden_size): `Backend.run_frozen_blocks`."""
 
 
 class HiddenStates:
@@ -77,7 +77,10 @@ class HiddenStates:
 
 
 class HiddenStateCaches:
-    """The hidden states of one base model at one cut, by token set; jobs of a sweep in one process share them."""
+    """The hidden states of one base model after its frozen blocks, by token set.
+
+    The jobs of a sweep in one process share them.
+    ."""
 
     def __init__(
         self,
@@ -85,13 +88,13 @@ class HiddenStateCaches:
         *,
         dtype: mx.Dtype,
         hidden_size: int,
-        identity: Mapping[str, Any],
+        cache_key_parts: Mapping[str, Any],
         config: HiddenCacheConfig,
         log: Callable[[str], None],
     ) -> None:
-        """`identity`: everything but the tokens that the states depend on, such as the base model's contents."""
+        """`cache_key_parts`: everything but the tokens that the states depend on, such as the base model's contents."""
         self._compute, self._dtype, self._hidden_size = compute, dtype, hidden_size
-        self._identity, self._log = identity, log
+        self._cache_key_parts, self._log = cache_key_parts, log
         self._folder = Path(config.folder).expanduser() if config.folder else cache_dir() / "trunk"
         self._memory, self._disk_bytes = Budget(int(config.memory_gb * GB)), int(config.disk_gb * GB)
         self._states: dict[str, tuple[HiddenStates, HiddenStateStore]] = {}
@@ -105,7 +108,12 @@ class HiddenStateCaches:
     def for_token_set(self, token_set: TokenSet) -> HiddenStates:
         """Return the hidden states of `token_set`, the same object for equal token sets."""
         if token_set.fingerprint not in self._states:
-            key = {**self._identity, "tokens": token_set.fingerprint, "dtype": str(self._dtype), "version": _FORMAT}
+            key = {
+                **self._cache_key_parts,
+                "tokens": token_set.fingerprint,
+                "dtype": str(self._dtype),
+                "version": _FORMAT,
+            }
             name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
             offsets = (token_set.offsets - np.arange(len(token_set.offsets))) * self._hidden_size * self._dtype.size
             location = self.disk_location(token_set)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runner.common.fact_cache import Fact
+from runner.common.result_cache import CachedResult
 from runner.training.generate import GenerationResult
 from runner.training.validate import ValidationResult
 
@@ -22,7 +22,7 @@ class Baseline:
 
     validation: ValidationResult | None = None
     generation: GenerationResult | None = None
-    fact: Fact | None = None
+    fact: CachedResult | None = None
     """Cache entry of the validation result; None if it is not cached on disk."""
 
     def store_validation(self, result: ValidationResult) -> None:
@@ -34,7 +34,7 @@ class Baseline:
 
 def load_baseline(key: Mapping[str, Any]) -> Baseline:
     """Return the baseline cached under `key`, which has to contain everything that the loss depends on."""
-    fact = Fact.of("baselines", key)
+    fact = CachedResult.of("baselines", key)
     return Baseline(_validation_result(fact.load() or {}), fact=fact)
 
 

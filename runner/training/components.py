@@ -73,7 +73,7 @@ def load_components(
         if backend.fallback_reason:
             display.line(backend.fallback_reason)
         caches = shared.hidden_caches(backend, base, config, blas, display.line)
-        _describe_trunk(config, data, adapted, backend, caches, display)
+        _describe_hidden_cache(config, data, adapted, backend, caches, display)
     except BaseException:
         adapted.remove()
         raise
@@ -91,7 +91,7 @@ def load_components(
     return Components(base, data, options, adapted, backend, caches, identity, baseline)
 
 
-def release_frozen_blocks(config: Config, components: Components, display: Display) -> None:
+def free_frozen_weights(config: Config, components: Components, display: Display) -> None:
     """Free the weights of the frozen blocks if no row needs them: every hidden state is on disk and nothing generates.
 
     Not for a base model that other jobs share.
@@ -104,15 +104,15 @@ def release_frozen_blocks(config: Config, components: Components, display: Displ
         return
 
     def reload() -> nn.Module:
-        display.line("trunk  a row is not in the cache: the base model is loaded again", "yellow")
+        display.line("cache  a row is not in the cache: the base model is loaded again", "yellow")
         fresh = load_base_model(config.model)
         if fresh.content_hash != components.base.content_hash:
             raise ModelError(f"model.path={config.model.path} has changed since the run began.")
         return fresh.model
 
-    freed_bytes = components.backend.release_frozen_weights(reload)
+    freed_bytes = components.backend.free_frozen_weights(reload)
     mx.clear_cache()
-    display.line(f"trunk  every row is on disk: the weights of these blocks are freed, {freed_bytes / 1e9:.2f} GB")
+    display.line(f"cache  every row is on disk: the weights of the frozen blocks are freed, {freed_bytes / 1e9:.2f} GB")
 
 
 def _require_splits(config: Config, data: TokenizedDataset) -> None:
@@ -150,7 +150,7 @@ def _describe(
         display.line("data   no valid.jsonl: no validation, the last checkpoint is the result", "yellow")
 
 
-def _describe_trunk(
+def _describe_hidden_cache(
     config: Config,
     data: TokenizedDataset,
     adapted: AdaptedModel,
@@ -162,6 +162,7 @@ def _describe_trunk(
     if caches:
         on_disk = caches.disk_location(data.train)
         location = f", up to {on_disk[1] / 1e9:.1f} GB cached in {on_disk[0]}" if on_disk else ""
-        display.line(f"trunk  the first {backend.forward.cut} blocks are computed once per row{location}")
+        count = backend.split_model.frozen_blocks
+        display.line(f"cache  hidden states of the first {count} blocks are computed once per row{location}")
     elif frozen and config.train.hidden_cache.enabled:
-        display.line(f"trunk  the first {frozen} blocks of this model cannot be computed apart: they run in each step")
+        display.line(f"cache  the first {frozen} blocks of this model cannot be computed apart: they run in each step")

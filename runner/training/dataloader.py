@@ -1,4 +1,4 @@
-"""Batches for the training step and for evaluation: token ids, or cached hidden states of the frozen trunk.
+"""Batches for the training step and for evaluation: token ids, or cached hidden states after the frozen blocks.
 
 Collating a batch and reading the cache need no MLX: a thread does both for the next update while this one runs.
 """

@@ -18,7 +18,7 @@ from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
 from runner.training.answers import record_answers_before_training
 from runner.training.build import build_trainer, build_writer, open_writer
-from runner.training.components import load_components, release_frozen_blocks
+from runner.training.components import free_frozen_weights, load_components
 from runner.training.finalize import finalize, finish_backup
 from runner.training.resume import ResumePoint, find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
@@ -88,7 +88,7 @@ def _train(
             components = load_components(config, spec.stored, blas, shared, display, stops)
         try:
             if not is_job:
-                release_frozen_blocks(config, components, display)
+                free_frozen_weights(config, components, display)
             trainer = build_trainer(spec, point, components, writer, stops, display)
             with closing(trainer.batches):
                 record_answers_before_training(trainer, config.data)

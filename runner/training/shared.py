@@ -73,13 +73,14 @@ class SharedComponents:
         blas: BlasReport,
         print_line: Callable[[str], None],
     ) -> HiddenStateCaches | None:
-        """Return the hidden-state caches of `backend`'s frozen trunk; the last job's if it had the same."""
-        key = (base.fingerprint, backend.forward.cut, backend.identity, astuple(config.train.hidden_cache))
+        """Return the hidden-state caches of `backend`'s frozen blocks; the last job's if it had the same."""
+        frozen_blocks = backend.split_model.frozen_blocks
+        key = (base.fingerprint, frozen_blocks, backend.kernel_version, astuple(config.train.hidden_cache))
         if self._caches is None or self._caches[0] != key:
             self._close_caches()
             self._caches = (key, hidden_caches(backend, base, config, blas, print_line))
         elif self._caches[1]:
-            self._caches[1].set_compute(backend.hidden_below)
+            self._caches[1].set_compute(backend.run_frozen_blocks)
         return self._caches[1]
 
     def baseline(

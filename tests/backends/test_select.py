@@ -8,7 +8,7 @@ import pytest
 
 from runner.backends import select
 from runner.backends.cpu import probe
-from runner.models import forward
+from runner.models import split_model
 
 pytestmark = pytest.mark.usefixtures("cache")
 SHORT = {"train.iters": 1, "checkpoint.every": None}
@@ -27,7 +27,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     monkeypatch.setattr(probe, "agrees", watched("engine", probe.agrees))
-    monkeypatch.setattr(forward, "_agrees", watched("parts", forward._agrees))
+    monkeypatch.setattr(split_model, "_agrees", watched("parts", split_model._agrees))
     return seen
 
 

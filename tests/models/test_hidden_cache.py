@@ -18,11 +18,11 @@ from runner.common.errors import ModelError
 from runner.config import schema
 from runner.data.length_buckets import LengthBuckets
 from runner.models import hidden_cache
-from runner.models.forward import Forward
 from runner.models.hidden_cache import HiddenStateCaches, HiddenStates
 from runner.models.hidden_store import Budget, HiddenStateStore
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
+from runner.models.split_model import SplitModel
 from runner.training.dataloader import BatchBuilder, EvaluationLoader, join_batches
 from runner.training.shared import SharedComponents
 
@@ -162,9 +162,9 @@ def test_the_split_forward_pass_equals_the_whole_bitwise() -> None:
     base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
     ids = mx.array([[1, 70, 71, 72, 3, 100, 259, 2] * 8])
     for cut in range(1, len(base.model.layers)):
-        forward = Forward(base.model, cut)
-        assert forward.cut == cut
-        assert mx.array_equal(forward.logits(ids), forward.logits(forward.below(ids)))
+        split_model = SplitModel(base.model, cut)
+        assert split_model.frozen_blocks == cut
+        assert mx.array_equal(split_model.logits(ids), split_model.logits(split_model.run_frozen_blocks(ids)))
 
 
 def test_a_model_that_treats_its_blocks_by_position_has_no_cut() -> None:
@@ -180,24 +180,24 @@ def test_a_model_that_treats_its_blocks_by_position_has_no_cut() -> None:
             return self.norm(h)
 
     trunk.__class__ = ByPosition
-    made = Forward(base.model, 1)
-    assert made.split and made.cut == 0
+    made = SplitModel(base.model, 1)
+    assert made.has_separate_head and made.frozen_blocks == 0
 
 
 def mlx_backend() -> MlxBackend:
     """MLX on the tiny model, cut above its first block."""
     base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
     adapted = AdaptedModel(base, schema.LoraConfig(num_layers=len(base.model.layers) - 1), seed=0)
-    return MlxBackend(adapted, Forward(adapted.model, 1), chunk=256)
+    return MlxBackend(adapted, SplitModel(adapted.model, 1), chunk=256)
 
 
-def caches(backend: MlxBackend, identity: dict | None = None, **config) -> HiddenStateCaches:
-    forward, config = backend.forward, schema.HiddenCacheConfig(memory_gb=0, **config)
+def caches(backend: MlxBackend, cache_key_parts: dict | None = None, **config) -> HiddenStateCaches:
+    split_model, config = backend.split_model, schema.HiddenCacheConfig(memory_gb=0, **config)
     return HiddenStateCaches(
-        backend.hidden_below,
-        dtype=forward.hidden_dtype,
-        hidden_size=forward.hidden_size,
-        identity=identity or {},
+        backend.run_frozen_blocks,
+        dtype=split_model.hidden_dtype,
+        hidden_size=split_model.hidden_size,
+        cache_key_parts=cache_key_parts or {},
         config=config,
         log=print,
     )
@@ -215,14 +215,14 @@ def rows(tiny: Callable) -> HiddenStates:
 
 def test_hidden_states_depend_on_the_row_alone(rows, tmp_path: Path) -> None:
     backend = mlx_backend()
-    trunk, forward = caches(backend, disk_gb=0).for_token_set(rows), backend.forward
+    trunk, split_model = caches(backend, disk_gb=0).for_token_set(rows), backend.split_model
     chosen = np.argsort(rows.lengths)[[0, 1, len(rows) // 2, -1]]
     together = trunk.compute([int(r) for r in chosen])
     alone = [trunk.compute([int(r)])[0] for r in reversed(chosen)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
     fed, plain = BatchBuilder(rows, 16, trunk)(chosen), BatchBuilder(rows, 16)(chosen)
     own, ours = (
-        forward.logits(inputs).reshape(-1, 320)[mx.array(plain.batch.positions)]
+        split_model.logits(inputs).reshape(-1, 320)[mx.array(plain.batch.positions)]
         for inputs in (mx.array(plain.batch.inputs), mx.array(fed.hidden))
     )
     assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
@@ -244,7 +244,7 @@ def test_a_fully_cached_batch_needs_no_weights_where_rows_are_computed_together(
     def reload():
         raise AssertionError("the base is not needed")
 
-    assert backend.release_frozen_weights(reload) > 0
+    assert backend.free_frozen_weights(reload) > 0
     assert np.array_equal(feed(np.arange(3)).hidden, first)
 
 
@@ -332,18 +332,18 @@ def test_reloading_released_weights_from_a_changed_model_is_refused(
     train(tiny(**changes), tmp_path / "first")
     for file in (tmp_path / "cache").rglob("states.bin"):
         file.write_bytes(bytes(file.stat().st_size))
-    own = Forward.release_below
+    own = SplitModel.free_frozen_weights
 
-    def changes_meanwhile(forward: Forward, reload: Callable) -> int:
+    def changes_meanwhile(split_model: SplitModel, reload: Callable) -> int:
         base = load_base_model(schema.ModelConfig(path=changes["model.path"]))
         tokenizer = base.tokenizer
         other = base.model.layers[0].mlp.up_proj
         other.weight = other.weight * 2
         shutil.rmtree(tmp_path / "model")
         write_model_folder(BaseModel(base.model, tokenizer, base.config, "", ""), tmp_path / "model")
-        return own(forward, reload)
+        return own(split_model, reload)
 
-    monkeypatch.setattr(Forward, "release_below", changes_meanwhile)
+    monkeypatch.setattr(SplitModel, "free_frozen_weights", changes_meanwhile)
     with pytest.raises(ModelError, match="has changed since the run began"):
         train(tiny(**changes), tmp_path / "run")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.common import fact_cache, sealed_json
+from runner.common import result_cache, sealed_json
 from runner.training import baseline
 from runner.training.validate import ValidationResult
 
@@ -84,7 +84,7 @@ def test_an_unusable_cache_folder_does_not_fail_the_run(
 
 
 def test_old_entries_are_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fact_cache, "_MAX_FACTS", 10)
+    monkeypatch.setattr(result_cache, "_MAX_FACTS", 10)
     for number in range(11):
         baseline.load_baseline({"number": number}).store_validation(ValidationResult(1.0, 2, 3, 4.0))
     assert len(list((cache / "baselines").iterdir())) == 10

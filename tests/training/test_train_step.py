@@ -14,9 +14,9 @@ from runner.common.errors import Diverged
 from runner.config import schema, validation
 from runner.data.token_set import TokenSet
 from runner.models.dropout import dropout_key
-from runner.models.forward import Forward
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
+from runner.models.split_model import SplitModel
 from runner.training import optimizer
 from runner.training.dataloader import BatchBuilder
 from runner.training.train_state import TrainState
@@ -43,7 +43,7 @@ def adapted(dropout: float = 0.0, bits: int | None = None) -> AdaptedModel:
 
 
 def mlx(made: AdaptedModel, **options) -> MlxBackend:
-    return MlxBackend(made, Forward(made.model), chunk=256, **options)
+    return MlxBackend(made, SplitModel(made.model), chunk=256, **options)
 
 
 def loss_of(made: AdaptedModel, batch) -> float:
@@ -67,7 +67,7 @@ def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bi
     rows = token_set([17, 17, 17])
     batch = batch_of(rows, np.arange(3), 16)
     backend = mlx(made)
-    assert backend.forward.split
+    assert backend.split_model.has_separate_head
     # mlx-lm trains positions `offset` to `length`: the first supervised target is token `prompt`.
     tokens = mx.array(rows.tokens.reshape(3, 17))
     lengths = mx.array([[4, 17]] * 3)
@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_split_gives_the_same_logits_whole():
     rows = token_set([20, 20])
     batch = batch_of(rows, np.arange(2), 16)
     backend, whole = mlx(made), mlx(made)
-    whole.forward.split = False
+    whole.split_model.has_separate_head = False
     params = made.params()
     assert whole.loss(params, batch) == pytest.approx(backend.loss(params, batch), abs=1e-4)
 
@@ -111,7 +111,7 @@ def test_a_model_with_capped_logits_is_not_split():
             return 0.1 * mx.tanh(own.__call__(self, *args) / 0.1)
 
     made.model.__class__ = Capped
-    assert not Forward(made.model).split
+    assert not SplitModel(made.model).has_separate_head
 
 
 def test_accumulation_weights_micro_batches_by_their_tokens():
@@ -163,7 +163,7 @@ def test_gradient_checkpointing_is_bitwise_equal_and_leaves_the_class_unchanged(
     plain, recomputed = member(made), member(made)
     results = []
     for one, on in ((plain, False), (recomputed, True)):
-        step = TrainStep(mlx(made, recompute=on, compiled=compiled), grad_clip=None)
+        step = TrainStep(mlx(made, grad_checkpoint=on, compiled=compiled), grad_clip=None)
         results.append([step.update(one, batch, 1e-3), step.update(one, batch, 1e-3)])
     assert results[0] == results[1]
     assert all(mx.array_equal(plain.params[n], recomputed.params[n]).item() for n in plain.params)

@@ -13,30 +13,35 @@ from runner.backends.cpu.engine import Engine, EngineBatch
 from runner.backends.cpu.linear import view
 from runner.backends.environment import common_environment
 from runner.backends.protocol import DeviceBatch
-from runner.models.forward import Forward
 from runner.models.lora import Params
+from runner.models.split_model import SplitModel
 
 
 class CpuBackend:
     """Implements `runner.backends.protocol.Backend` for float32 models of the engine's architectures."""
 
     def __init__(
-        self, engine: Engine, forward: Forward, *, blas: dict[str, Any] | None, fallback_reason: str | None = None
+        self,
+        engine: Engine,
+        split_model: SplitModel,
+        *,
+        blas: dict[str, Any] | None,
+        fallback_reason: str | None = None,
     ) -> None:
         """`blas`: identity of the BLAS in use, for the numeric environment."""
-        self.engine, self.forward, self.fallback_reason = engine, forward, fallback_reason
+        self.engine, self.split_model, self.fallback_reason = engine, split_model, fallback_reason
         self._blas = blas
 
     @property
-    def identity(self) -> str:
+    def kernel_version(self) -> str:
         """Version of the engine and of the kernels it uses."""
-        return self.engine.identity
+        return self.engine.kernel_version
 
     def numeric_environment(self) -> dict[str, Any]:
         """Return what the last digits depend on."""
         return {
-            **common_environment(self.forward, self._blas),
-            "engine": self.identity,
+            **common_environment(self.split_model, self._blas),
+            "engine": self.kernel_version,
             "compiled": False,
             "loss_piece": self.engine.head.chunk,
             "head": "supervised",
@@ -53,16 +58,16 @@ class CpuBackend:
         loss, grads = self.engine.loss_and_grads(_views(params), *packed(batch))
         return mx.array(loss), grads
 
-    def hidden_below(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the hidden states at the cut."""
-        if self.forward.restore_below():
-            self.engine.restore_lower_blocks(self.forward.model)
-        return self.engine.below(inputs)
+    def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the hidden states after the frozen blocks."""
+        if self.split_model.reload_frozen_weights():
+            self.engine.reload_frozen_weights(self.split_model.model)
+        return self.engine.run_frozen_blocks(inputs)
 
-    def release_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
-        """Free the weights below the cut and return their bytes."""
-        self.engine.release_lower_blocks()
-        return self.forward.release_below(reload)
+    def free_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
+        """Free the weights of the frozen blocks and return their bytes."""
+        self.engine.free_frozen_weights()
+        return self.split_model.free_frozen_weights(reload)
 
 
 def packed(batch: DeviceBatch) -> EngineBatch:

@@ -38,10 +38,10 @@ class Engine:
     """A model whose last blocks have an adapter."""
 
     def __init__(
-        self, model: nn.Module, *, chunk: int, threads: int = 1, recompute: bool = False, ops: Ops | None = None
+        self, model: nn.Module, *, chunk: int, threads: int = 1, grad_checkpoint: bool = False, ops: Ops | None = None
     ) -> None:
-        """`chunk`: positions whose logits exist at once. `recompute` stores a block's input alone, and computes the
-        block again in the backward pass. `ops`: the kernels, NumPy's by default.
+        """`chunk`: positions whose logits exist at once. `grad_checkpoint` stores a block's input alone, and computes
+        the block again in the backward pass. `ops`: the kernels, NumPy's by default.
 
         Raises:
             UnsupportedModel: the model has a part that is not implemented here.
@@ -52,7 +52,7 @@ class Engine:
             raise UnsupportedModel("no BLAS to call")
         if any(getattr(block, "use_sliding", False) for block in model.layers):
             raise UnsupportedModel("sliding window")
-        self._recompute, self._ops = recompute, ops or Ops()
+        self._grad_checkpoint, self._ops = grad_checkpoint, ops or Ops()
         self._rope = _Rope(model.layers[0].self_attn.rope)
         blocks = self._blocks(model.layers)
         embedding, head = model.model.embed_tokens, getattr(model, "lm_head", None)
@@ -65,31 +65,31 @@ class Engine:
         if self.embedding.dtype != np.float32 or weight.dtype != np.float32:
             raise UnsupportedModel("not float32")
         self.head = Head(weight, norm_parameters(model.model.norm), chunk, self._ops)
-        self.cut = next((i for i, block in enumerate(blocks) if block.has_adapter), len(blocks))
+        self.frozen_blocks = next((i for i, block in enumerate(blocks) if block.has_adapter), len(blocks))
         """Number of blocks before the first with an adapter."""
-        self._lower, self._upper = blocks[: self.cut], blocks[self.cut :]
+        self._frozen, self._trained = blocks[: self.frozen_blocks], blocks[self.frozen_blocks :]
         self.partitioner = Partitioner(threads)
 
     @property
-    def identity(self) -> str:
+    def kernel_version(self) -> str:
         """Version of the results' last digits."""
         return f"{VERSION}, {self._ops.name}"
 
-    def release_lower_blocks(self) -> None:
-        """Drop the blocks before the first with an adapter."""
-        self._lower = []
+    def free_frozen_weights(self) -> None:
+        """Drop the frozen blocks."""
+        self._frozen = []
 
-    def restore_lower_blocks(self, model: nn.Module) -> None:
-        """Use those blocks of `model` again."""
-        self._lower = self._blocks(model.layers[: self.cut])
+    def reload_frozen_weights(self, model: nn.Module) -> None:
+        """Use the frozen blocks of `model` again."""
+        self._frozen = self._blocks(model.layers[: self.frozen_blocks])
 
-    def below(self, inputs: np.ndarray) -> np.ndarray:
+    def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
         """Return the hidden states (batch, length, d) before the first adapted block, of ids (batch, length)."""
         rows = PackedRows([inputs.shape[1]] * len(inputs))
         out = np.empty((inputs.size, self.embedding.shape[1]), np.float32)
 
         def work(part: Partition) -> None:
-            out[part.span] = self._lower_forward(inputs.reshape(-1)[part.span], part)
+            out[part.span] = self._frozen_forward(inputs.reshape(-1)[part.span], part)
 
         self.partitioner.run(work, rows)
         return out.reshape(*inputs.shape, -1)
@@ -140,8 +140,8 @@ class Engine:
     ) -> tuple[float, Grads]:
         """Return the weighted sum of -log p(target), and its gradients by `params`.
 
-        `inputs`: ids (m,) int32, or hidden states (m, d) as `below` returns them, of rows of `lengths` one after the
-        other; positions, targets (n,) int32 and weights (n,) float32, those of weight 0 last.
+        `inputs`: ids (m,) int32, or hidden states (m, d) as `run_frozen_blocks` returns them, of rows of `lengths` one
+        after the other; positions, targets (n,) int32 and weights (n,) float32, those of weight 0 last.
         """
         self._load(params)
 
@@ -152,12 +152,12 @@ class Engine:
             grad = part.local.buffer("grad_last", *last.shape)
             loss = self.head.loss(last, part, local, grad)
             grads: Grads = {}
-            for i, block in reversed(list(enumerate(self._upper))):
+            for i, block in reversed(list(enumerate(self._trained))):
                 x = entering.pop()
                 selected = self._selected(i, local.local_positions)
-                if self._recompute:
+                if self._grad_checkpoint:
                     block.forward(x, part, part.local.buffer("recomputed", *grad.shape), _REUSED, selected)
-                slot = _REUSED if self._recompute else str(i)
+                slot = _REUSED if self._grad_checkpoint else str(i)
                 grad = block.backward(x, part, grad, slot, grads, selected, needs_grad_x=i > 0)
             return loss, grads
 
@@ -172,39 +172,39 @@ class Engine:
         return [Block(module, f"model.layers.{i}", self._rope, self._ops) for i, module in enumerate(modules)]
 
     def _load(self, params: Mapping[str, np.ndarray]) -> None:
-        for block in self._upper:
+        for block in self._trained:
             for group in block.groups:
                 group.load(params)
 
     def _selected(self, index: int, positions: np.ndarray) -> np.ndarray | None:
-        """Return the positions whose output of an upper block is needed: the supervised ones after the last; None for
+        """Return the positions whose output of a trained block is needed: the supervised ones after the last; None for
         all."""
-        return positions if index == len(self._upper) - 1 else None
+        return positions if index == len(self._trained) - 1 else None
 
     def _forward(
         self, inputs: np.ndarray, part: Partition, positions: np.ndarray, *, keep: bool
     ) -> Iterator[np.ndarray]:
-        """Yield the input of each upper block, and the output of the last at `positions`.
+        """Yield the input of each trained block, and the output of the last at `positions`.
 
         Without `keep` each is overwritten after the next one.
         """
-        x = self._lower_forward(inputs[part.span], part) if inputs.ndim == 1 else inputs[part.span]
-        if not self._upper:
+        x = self._frozen_forward(inputs[part.span], part) if inputs.ndim == 1 else inputs[part.span]
+        if not self._trained:
             x = x[positions]
         yield x
-        for i, block in enumerate(self._upper):
+        for i, block in enumerate(self._trained):
             selected = self._selected(i, positions)
             shape = x.shape if selected is None else (len(selected), x.shape[1])
             out = part.local.buffer(f"{i}.out", *shape) if keep else self._alternate(x, part, *shape)
-            block.forward(x, part, out, str(i) if keep and not self._recompute else _REUSED, selected)
+            block.forward(x, part, out, str(i) if keep and not self._grad_checkpoint else _REUSED, selected)
             yield out
             x = out
 
-    def _lower_forward(self, ids: np.ndarray, part: Partition) -> np.ndarray:
-        """Return the hidden states (n, d) after the embedding and the lower blocks."""
+    def _frozen_forward(self, ids: np.ndarray, part: Partition) -> np.ndarray:
+        """Return the hidden states (n, d) after the embedding and the frozen blocks."""
         x = part.local.buffer("even", ids.size, self.embedding.shape[1])
         np.take(self.embedding, ids, axis=0, out=x)
-        for block in self._lower:
+        for block in self._frozen:
             out = self._alternate(x, part, *x.shape)
             block.forward(x, part, out, _REUSED)
             x = out

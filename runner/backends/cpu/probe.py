@@ -11,15 +11,15 @@ from mlx.utils import tree_flatten
 from runner.backends.cpu.engine import Engine
 from runner.backends.cpu.linear import view
 from runner.backends.mlx.loss import ChunkedLoss
-from runner.models.forward import Forward
 from runner.models.lora import AdaptedModel
+from runner.models.split_model import SplitModel
 
 TOLERANCE = 1e-3
 """Largest relative difference of the loss, and of each gradient by its norm; float32 noise is a hundredth of it."""
 _POSITIONS = 8
 
 
-def agrees(engine: Engine, adapted: AdaptedModel, forward: Forward) -> bool:
+def agrees(engine: Engine, adapted: AdaptedModel, split_model: SplitModel) -> bool:
     """Return whether `engine` gives the loss and the gradients that MLX gives, on eight tokens."""
     model = adapted.model
     initial = dict(tree_flatten(model.trainable_parameters()))
@@ -36,11 +36,11 @@ def agrees(engine: Engine, adapted: AdaptedModel, forward: Forward) -> bool:
     weights = ((positions > 3) & (positions < 7)).astype(np.float32)
     batch = positions, inputs[0], weights
 
-    loss = ChunkedLoss(forward=forward, chunk=engine.head.chunk, all_positions=False)
+    loss = ChunkedLoss(split_model=split_model, chunk=engine.head.chunk, all_positions=False)
     training, min_positions, chunk = model.training, engine.partitioner.min_positions, engine.head.chunk
     try:
         model.eval()
-        expected, expected_grads = loss.with_grads(adapted.place, params, *map(mx.array, (inputs, *batch)))
+        expected, expected_grads = loss.loss_and_grads(adapted.place, params, *map(mx.array, (inputs, *batch)))
         mx.eval(expected, expected_grads)
         engine.partitioner.min_positions, engine.head.chunk = 1, 2
         arrays = {name: view(array) for name, array in params.items()}

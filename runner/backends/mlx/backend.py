@@ -10,11 +10,11 @@ import mlx.nn as nn
 import numpy as np
 
 from runner.backends.environment import common_environment
+from runner.backends.mlx.gradient_checkpointing import gradient_checkpointing
 from runner.backends.mlx.loss import ChunkedLoss
-from runner.backends.mlx.recompute import recomputed
 from runner.backends.protocol import DeviceBatch
-from runner.models.forward import Forward
 from runner.models.lora import AdaptedModel, Params
+from runner.models.split_model import SplitModel
 
 _BITS = {mx.bfloat16: mx.uint16}
 """NumPy has no bfloat16: the hidden-state cache holds its bits."""
@@ -23,32 +23,32 @@ _BITS = {mx.bfloat16: mx.uint16}
 class MlxBackend:
     """Implements `runner.backends.protocol.Backend` for every model and device."""
 
-    identity = None
+    kernel_version = None
 
     def __init__(
         self,
         adapted: AdaptedModel,
-        forward: Forward,
+        split_model: SplitModel,
         *,
         chunk: int,
         all_positions: bool = False,
-        recompute: bool = False,
+        grad_checkpoint: bool = False,
         compiled: bool = False,
         fallback_reason: str | None = None,
         blas: dict[str, Any] | None = None,
     ) -> None:
-        """`chunk`, `all_positions`: see `ChunkedLoss`. `recompute` activations in the backward pass. `blas`: identity
-        of the BLAS in use, for the numeric environment."""
-        self.forward, self.fallback_reason = forward, fallback_reason
-        self._adapted, self._recompute, self._blas = adapted, recompute, blas
-        self._loss = ChunkedLoss(forward=forward, chunk=chunk, all_positions=all_positions)
+        """`chunk`, `all_positions`: see `ChunkedLoss`. `grad_checkpoint` recomputes activations in the backward pass.
+        `blas`: identity of the BLAS in use, for the numeric environment."""
+        self.split_model, self.fallback_reason = split_model, fallback_reason
+        self._adapted, self._grad_checkpoint, self._blas = adapted, grad_checkpoint, blas
+        self._loss = ChunkedLoss(split_model=split_model, chunk=chunk, all_positions=all_positions)
         self._compiled = compiled
-        self._differentiate = mx.compile(self._differentiated) if compiled else self._differentiated
+        self._step = mx.compile(self._loss_and_grads) if compiled else self._loss_and_grads
 
     def numeric_environment(self) -> dict[str, Any]:
         """Return what the last digits depend on."""
         return {
-            **common_environment(self.forward, self._blas),
+            **common_environment(self.split_model, self._blas),
             "engine": None,
             "compiled": self._compiled,
             "loss_piece": self._loss.chunk,
@@ -67,22 +67,22 @@ class MlxBackend:
     def loss_and_grads(self, params: Params, batch: DeviceBatch, key: mx.array) -> tuple[mx.array, Params]:
         """Return the summed loss and its gradients by `params`, not evaluated."""
         self._set_training(True)
-        loss, grads = self._differentiate(params, *self._arrays(batch), key)
+        loss, grads = self._step(params, *self._arrays(batch), key)
         self._adapted.dropout.set_key(None)
         self._adapted.place(params)  # tracing left its own arrays in the model
         return loss, grads
 
-    def hidden_below(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the hidden states at the cut."""
-        self.forward.restore_below()
-        hidden = self.forward.below(mx.array(inputs))
+    def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the hidden states after the frozen blocks."""
+        self.split_model.reload_frozen_weights()
+        hidden = self.split_model.run_frozen_blocks(mx.array(inputs))
         return np.array(hidden.view(_BITS.get(hidden.dtype, hidden.dtype)), copy=False)
 
-    def release_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
-        """Free the weights below the cut and return their bytes."""
-        return self.forward.release_below(reload)
+    def free_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
+        """Free the weights of the frozen blocks and return their bytes."""
+        return self.split_model.free_frozen_weights(reload)
 
-    def _differentiated(
+    def _loss_and_grads(
         self,
         params: Params,
         inputs: mx.array,
@@ -92,13 +92,13 @@ class MlxBackend:
         key: mx.array,
     ) -> tuple[mx.array, Params]:
         self._adapted.dropout.set_key(key)
-        with recomputed(self._adapted.model.layers, self._recompute):
-            return self._loss.with_grads(self._adapted.place, params, inputs, positions, targets, weights)
+        with gradient_checkpointing(self._adapted.model.layers, self._grad_checkpoint):
+            return self._loss.loss_and_grads(self._adapted.place, params, inputs, positions, targets, weights)
 
     def _arrays(self, batch: DeviceBatch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """Return inputs (token ids or hidden states), positions, targets and weights."""
         b = batch.batch
-        hidden = None if batch.hidden is None else mx.array(batch.hidden).view(self.forward.hidden_dtype)
+        hidden = None if batch.hidden is None else mx.array(batch.hidden).view(self.split_model.hidden_dtype)
         inputs = mx.array(b.inputs) if hidden is None else hidden
         return inputs, mx.array(b.positions), mx.array(b.targets), mx.array(b.weights)
 

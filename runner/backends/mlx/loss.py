@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from runner.models.forward import Forward
 from runner.models.lora import Params
+from runner.models.split_model import SplitModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkedLoss:
     """The sum over supervised tokens of -log p(target), float32.
 
-    Arguments of its methods: `inputs` as in `Forward.hidden`; `positions`, `targets`, `weights` (n,), where positions
-    are indices into the flattened (batch * length) and padding has weight 0.
+    Arguments of its methods: `inputs` as in `SplitModel.hidden`; `positions`, `targets`, `weights` (n,), where
+    positions are indices into the flattened (batch * length) and padding has weight 0.
     """
 
-    forward: Forward
+    split_model: SplitModel
     chunk: int
     """Positions whose logits exist at once."""
     all_positions: bool
@@ -40,10 +40,10 @@ class ChunkedLoss:
         for start in range(0, len(targets), self.chunk):
             part = slice(start, start + self.chunk)
             h = mx.depends(hidden[part], [total]) if start else hidden[part]
-            total = total + cross_entropy(self.forward.head(h), targets[part], weights[part])
+            total = total + cross_entropy(self.split_model.head(h), targets[part], weights[part])
         return total
 
-    def with_grads(
+    def loss_and_grads(
         self,
         place: Callable[[Params], None],
         params: Params,
@@ -57,7 +57,7 @@ class ChunkedLoss:
         The model holds tracers afterwards: place its parameters again.
         """
 
-        def differentiated(params: Params) -> tuple[mx.array, mx.array]:
+        def surrogate(params: Params) -> tuple[mx.array, mx.array]:
             place(params)
             if not self._chunked:
                 loss = self._in_one(inputs, positions, targets, weights)
@@ -67,19 +67,19 @@ class ChunkedLoss:
             # A scalar whose gradient by the hidden states is `grad_hidden`: the backward pass begins with it.
             return (hidden.astype(mx.float32) * grad_hidden.astype(mx.float32)).sum(), mx.stop_gradient(loss)
 
-        (_, loss), grads = mx.value_and_grad(differentiated)(params)
+        (_, loss), grads = mx.value_and_grad(surrogate)(params)
         return loss, grads
 
     @property
     def _chunked(self) -> bool:
-        return self.forward.split and not self.all_positions
+        return self.split_model.has_separate_head and not self.all_positions
 
     def _selected(self, inputs: mx.array, positions: mx.array) -> mx.array:
-        hidden = self.forward.hidden(inputs)
+        hidden = self.split_model.hidden(inputs)
         return hidden.reshape(-1, hidden.shape[-1])[positions]
 
     def _in_one(self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        logits = self.forward.logits(inputs)
+        logits = self.split_model.logits(inputs)
         return cross_entropy(logits.reshape(-1, logits.shape[-1])[positions], targets, weights)
 
     def _chunks_with_grad(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
@@ -92,8 +92,8 @@ class ChunkedLoss:
             # MLX evaluates a graph in an order of its own, and all chunks' logits could exist at once: each chunk waits
             # for the one before it.
             h = mx.depends(h, [total, grads[-1]]) if start else h
-            loss, grad_logits = cross_entropy_and_grad(self.forward.head(h), t, w)
-            grad = mx.vjp(self.forward.head, [h], [grad_logits])[1][0]
+            loss, grad_logits = cross_entropy_and_grad(self.split_model.head(h), t, w)
+            grad = mx.vjp(self.split_model.head, [h], [grad_logits])[1][0]
             total = total + loss
             grads.append(grad)
         return total, mx.concatenate(grads)

@@ -20,9 +20,9 @@ from runner.backends.select import select_backend
 from runner.common.errors import ModelError
 from runner.config import schema
 from runner.data.token_set import TokenSet
-from runner.models.forward import Forward
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel
+from runner.models.split_model import SplitModel
 from runner.training.dataloader import BatchBuilder
 from runner.training.validate import validate
 
@@ -79,7 +79,7 @@ def batch(lengths, trunk=None, prompt=0):
 def by_mlx(adapted_model: AdaptedModel, device_batch):
     """Loss and gradients by MLX's own differentiation."""
     adapted_model.model.eval()
-    value, grads = MlxBackend(adapted_model, Forward(adapted_model.model), chunk=256).loss_and_grads(
+    value, grads = MlxBackend(adapted_model, SplitModel(adapted_model.model), chunk=256).loss_and_grads(
         adapted_model.params(), device_batch, mx.random.key(0)
     )
     mx.eval(value, grads)
@@ -113,12 +113,12 @@ def ops(request) -> Ops:
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_loss_and_gradients_equal_those_of_mlx(name: str, recompute: bool, count: int, ops) -> None:
+def test_loss_and_gradients_equal_those_of_mlx(name: str, grad_checkpoint: bool, count: int, ops) -> None:
     adapted_model = adapted(MODELS[name]())
     device_batch = batch([9, 30, 2, 17])
-    engine = Engine(adapted_model.model, threads=count, recompute=recompute, chunk=16, ops=ops)
+    engine = Engine(adapted_model.model, threads=count, grad_checkpoint=grad_checkpoint, chunk=16, ops=ops)
     assert_close(adapted_model, engine.loss_and_grads(numpy_params(adapted_model), *packed(device_batch)), device_batch)
 
 
@@ -156,13 +156,13 @@ def test_rows_longer_than_an_attention_tile_equal_those_of_mlx(ops) -> None:
     )
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_partition_without_supervised_tokens_contributes_nothing(layers: int, recompute: bool, ops) -> None:
+def test_a_partition_without_supervised_tokens_contributes_nothing(layers: int, grad_checkpoint: bool, ops) -> None:
     adapted_model = adapted(MODELS["tied"](), num_layers=layers)
     device_batch = batch([60, 60, 60], prompt=130)
     engine, params = (
-        Engine(adapted_model.model, threads=3, recompute=recompute, chunk=16, ops=ops),
+        Engine(adapted_model.model, threads=3, grad_checkpoint=grad_checkpoint, chunk=16, ops=ops),
         numpy_params(adapted_model),
     )
     found = engine.loss_and_grads(params, *packed(device_batch))
@@ -260,8 +260,8 @@ def test_hidden_states_at_the_cut_give_bitwise_the_same_gradients_as_token_ids(o
     adapted_model = adapted(MODELS["tied"]())
     engine, params = Engine(adapted_model.model, chunk=256, ops=ops), numpy_params(adapted_model)
     ids, lengths, *rest = packed(batch([60, 60]))
-    states = engine.below(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
-    assert engine.cut == 1
+    states = engine.run_frozen_blocks(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
+    assert engine.frozen_blocks == 1
     whole, part = (
         engine.loss_and_grads(params, ids, lengths, *rest),
         engine.loss_and_grads(params, states, lengths, *rest),
@@ -272,7 +272,7 @@ def test_hidden_states_at_the_cut_give_bitwise_the_same_gradients_as_token_ids(o
 
 def test_validation_loss_equals_that_of_mlx(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
-    forward, batches = Forward(adapted_model.model), [batch([20, 40]), batch([9])]
+    forward, batches = SplitModel(adapted_model.model), [batch([20, 40]), batch([9])]
     expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, chunk=256, ops=ops)
     result = validate(CpuBackend(engine, forward, blas=None), adapted_model.params(), batches)
@@ -282,7 +282,7 @@ def test_validation_loss_equals_that_of_mlx(ops) -> None:
 
 def test_validation_loss_of_more_rows_than_are_computed_at_once_equals_that_of_mlx(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
-    forward, batches = Forward(adapted_model.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
+    forward, batches = SplitModel(adapted_model.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
     expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, threads=2, chunk=256, ops=ops)
     result = validate(CpuBackend(engine, forward, blas=None), adapted_model.params(), batches)

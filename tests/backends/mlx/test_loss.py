@@ -11,9 +11,9 @@ import pytest
 
 from runner.backends.mlx.loss import ChunkedLoss, cross_entropy
 from runner.config import schema
-from runner.models.forward import Forward
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
+from runner.models.split_model import SplitModel
 
 N = 192
 
@@ -50,9 +50,9 @@ def expected(base, factor):
 
 
 def chunked_loss(base, path: str, chunk: int) -> ChunkedLoss:
-    forward = Forward(base.model)
-    forward.split = path != "unsplit model"
-    return ChunkedLoss(forward=forward, chunk=chunk, all_positions=path == "all positions")
+    split_model = SplitModel(base.model)
+    split_model.has_separate_head = path != "unsplit model"
+    return ChunkedLoss(split_model=split_model, chunk=chunk, all_positions=path == "all positions")
 
 
 @pytest.mark.parametrize("chunk", [1000, 192, 64, 50])
@@ -75,7 +75,7 @@ def test_loss_and_gradient_are_those_of_the_textbook(base, path, chunk):
             Scaled.factor = params["factor"]
 
         def step(params):
-            return loss.with_grads(place, params, *args)
+            return loss.loss_and_grads(place, params, *args)
 
         value_found, grads = (mx.compile(step) if path == "compiled" else step)({"factor": factor})
         gradient_found = grads["factor"]
@@ -112,7 +112,7 @@ def peak_memory(loss: ChunkedLoss, adapted: AdaptedModel, *, compiled: bool = Fa
     params = adapted.params()
 
     def step(params, *args):
-        return loss.with_grads(adapted.place, params, *args)
+        return loss.loss_and_grads(adapted.place, params, *args)
 
     mx.eval(params, args)
     before = mx.get_active_memory()
@@ -142,14 +142,16 @@ def test_logits_of_all_chunks_never_exist_at_once(compiled, share):
     """Without dependencies between the chunks, these take 0.9 and 1.5 times the size of all logits."""
     vocabulary, count, hidden_size = 20_000, 1024, 16
     weight, key = mx.random.normal((vocabulary, hidden_size), key=mx.random.key(0)), mx.random.key(1)
-    forward = SimpleNamespace(split=True, hidden=lambda x: x * forward.factor, head=lambda h: h @ weight.T)
-    loss = ChunkedLoss(forward=forward, chunk=64, all_positions=False)
+    split_model = SimpleNamespace(
+        has_separate_head=True, hidden=lambda x: x * split_model.factor, head=lambda h: h @ weight.T
+    )
+    loss = ChunkedLoss(split_model=split_model, chunk=64, all_positions=False)
     inputs = mx.random.normal((count, hidden_size), key=key)[None]
     args = mx.arange(count), mx.arange(count), mx.ones(count)
 
     def step(factor, inputs):
-        return loss.with_grads(
-            lambda params: setattr(forward, "factor", params["factor"]), {"factor": factor}, inputs, *args
+        return loss.loss_and_grads(
+            lambda params: setattr(split_model, "factor", params["factor"]), {"factor": factor}, inputs, *args
         )
 
     call = mx.compile(step) if compiled else step

@@ -18,14 +18,14 @@ _MAX_FACTS = 1000  # of one kind
 
 
 @dataclass(frozen=True)
-class Fact:
+class CachedResult:
     """A mapping of JSON values that depends on the parts of its key alone."""
 
     kind: str
     key: str
 
     @classmethod
-    def of(cls, kind: str, parts: Mapping[str, Any]) -> Fact:
+    def of(cls, kind: str, parts: Mapping[str, Any]) -> CachedResult:
         """Return the fact of a `kind` (the name of its folder) that depends on `parts`."""
         return cls(kind, cache_key(parts))
 

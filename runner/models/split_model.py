@@ -1,4 +1,4 @@
-"""A model split into its frozen trunk, the blocks above it, and the head."""
+"""A model split into its frozen blocks, the trained blocks above them, and the head."""
 
 from __future__ import annotations
 
@@ -13,83 +13,83 @@ _PROBE_TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest logit, of parts that compute what the whole model does."""
 
 
-class Forward:
-    """The forward pass of a model, in parts where these give the model's own logits.
+class SplitModel:
+    """The forward pass of a model, in parts where these give the model's own logits."""
 
-    `split`: the head can be computed at chosen positions alone. `cut` above 0: the embedding and the first `cut` blocks
-    can be computed apart, as `below`.
-    """
+    has_separate_head: bool
+    """Whether the head can be computed at chosen positions alone."""
+    frozen_blocks: int
+    """Number of blocks that `run_frozen_blocks` computes apart, with the embedding; 0 where that is not possible."""
 
-    def __init__(self, model: nn.Module, cut: int = 0, *, verified: bool = False) -> None:
-        """Compare the parts with the whole model on a probe; where they differ, `split` is False or `cut` is 0.
+    def __init__(self, model: nn.Module, frozen_blocks: int = 0, *, verified: bool = False) -> None:
+        """Compare the parts with the whole model on a probe, and use only those that agree.
 
         `verified`: an earlier run has compared them already.
         """
-        self.model = model
-        self.cut = 0
+        self.model, self.frozen_blocks = model, 0
         self._reload: Callable[[], nn.Module] | None = None
         head = _head_of(model)
-        self.split = head is not None
+        self.has_separate_head = head is not None
         if head is None:
             return
         self._head = head
         whole = None if verified else _logits_or_none(model)
-        self.split = verified or _agrees(lambda ids: head(model.model(ids)), whole)
-        if not (cut and self.split):
+        self.has_separate_head = verified or _agrees(lambda ids: head(model.model(ids)), whole)
+        if not (frozen_blocks and self.has_separate_head):
             return
-        below, above = _parts(model.model, cut)
-        if verified or _agrees(lambda ids: head(above(below(ids))), whole):
-            self._below, self._above, self.cut = below, above, cut
-            hidden = below(mx.zeros((1, 1), mx.int32))  # not evaluated
+        frozen, trained = _split_decoder(model.model, frozen_blocks)
+        if verified or _agrees(lambda ids: head(trained(frozen(ids))), whole):
+            self._frozen, self._trained, self.frozen_blocks = frozen, trained, frozen_blocks
+            hidden = frozen(mx.zeros((1, 1), mx.int32))  # not evaluated
             self.hidden_dtype: mx.Dtype = hidden.dtype
             self.hidden_size: int = hidden.shape[-1]
 
-    def below(self, token_ids: mx.array) -> mx.array:
-        """Return the hidden states (batch, length, hidden_size) at the cut, a function of the frozen base alone."""
-        return self._below(token_ids)
+    def run_frozen_blocks(self, token_ids: mx.array) -> mx.array:
+        """Return the hidden states (batch, length, hidden_size) after the frozen blocks."""
+        return self._frozen(token_ids)
 
     def hidden(self, inputs: mx.array) -> mx.array:
-        """Return the hidden states (batch, length, hidden_size) that the head reads; needs `split`.
+        """Return the hidden states (batch, length, hidden_size) that the head reads; needs `has_separate_head`.
 
-        `inputs` are token ids (batch, length), or hidden states (batch, length, hidden_size) at the cut.
+        `inputs` are token ids (batch, length), or what `run_frozen_blocks` returns for them.
         """
-        return self._above(inputs) if inputs.ndim == 3 else self.model.model(inputs)
+        return self._trained(inputs) if inputs.ndim == 3 else self.model.model(inputs)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Return float32 logits (..., vocabulary) of hidden states (..., hidden_size); needs `split`."""
+        """Return float32 logits (..., vocabulary) of hidden states (..., hidden_size); needs `has_separate_head`."""
         return self._head(hidden).astype(mx.float32)
 
     def logits(self, inputs: mx.array) -> mx.array:
         """Return float32 logits (batch, length, vocabulary); `inputs` as in `hidden`."""
-        return self.head(self.hidden(inputs)) if self.split else self.model(inputs).astype(mx.float32)
+        return self.head(self.hidden(inputs)) if self.has_separate_head else self.model(inputs).astype(mx.float32)
 
-    def release_below(self, reload: Callable[[], nn.Module]) -> int:
-        """Free the weights below the cut and return their bytes; `reload` gives the base again to `restore_below`."""
+    def free_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
+        """Free the weights of the frozen blocks and return their bytes; `reload` loads the base model again."""
         size = 0
-        for block in self.model.model.layers[: self.cut]:
+        for block in self.model.model.layers[: self.frozen_blocks]:
             size += sum(array.nbytes for _, array in tree_flatten(block.parameters()))
             block.update(tree_map(lambda array: mx.zeros((0,), array.dtype), block.parameters()))
         self._reload = reload
         return size
 
-    def restore_below(self) -> bool:
-        """Load weights that were released again; return whether there were any."""
+    def reload_frozen_weights(self) -> bool:
+        """Load the weights again if they were freed; return whether they were."""
         if self._reload is None:
             return False
         fresh, self._reload = self._reload(), None
-        for block, other in zip(self.model.model.layers[: self.cut], fresh.model.layers, strict=False):
+        for block, other in zip(self.model.model.layers[: self.frozen_blocks], fresh.model.layers, strict=False):
             block.update(other.parameters())
         return True
 
 
 def _head_of(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
     """Return what maps hidden states to logits in mlx-lm's models, or None in a model of another structure."""
-    trunk = getattr(model, "model", None)
-    if not isinstance(trunk, nn.Module):
+    decoder = getattr(model, "model", None)
+    if not isinstance(decoder, nn.Module):
         return None
     if isinstance(getattr(model, "lm_head", None), nn.Module):
         return model.lm_head
-    return getattr(getattr(trunk, "embed_tokens", None), "as_linear", None)
+    return getattr(getattr(decoder, "embed_tokens", None), "as_linear", None)
 
 
 def _probe() -> mx.array:
@@ -122,12 +122,12 @@ class _Identity(nn.Module):
         return x
 
 
-def _parts(trunk: nn.Module, cut: int) -> tuple[nn.Module, nn.Module]:
-    """Return two shallow copies of `trunk` that share its blocks: the first `cut` ones, and the others."""
-    below, above = _shallow_copy(trunk), _shallow_copy(trunk)
-    below.layers, above.layers = trunk.layers[:cut], trunk.layers[cut:]
-    below.norm = above.embed_tokens = _Identity()
-    return below, above
+def _split_decoder(decoder: nn.Module, count: int) -> tuple[nn.Module, nn.Module]:
+    """Return two shallow copies of `decoder` that share its blocks: the first `count` ones, and the others."""
+    frozen, trained = _shallow_copy(decoder), _shallow_copy(decoder)
+    frozen.layers, trained.layers = decoder.layers[:count], decoder.layers[count:]
+    frozen.norm = trained.embed_tokens = _Identity()
+    return frozen, trained
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 
 @contextmanager
-def recomputed(blocks: Sequence[nn.Module], on: bool = True) -> Iterator[None]:
+def gradient_checkpointing(blocks: Sequence[nn.Module], on: bool = True) -> Iterator[None]:
     """Recompute each block's activations in the backward pass of what is traced inside this context.
 
     mlx-lm's `grad_checkpoint` replaces the method of the model's class for good; here each block gets a subclass for

@@ -1,8 +1,8 @@
 """Storage for the hidden states of rows: memory and one file a token set, each up to its limit. Imports no MLX.
 
 A file belongs to one key (base model, numeric environment, tokens, frozen blocks: see `runner.models.hidden_cache`) and
-has a fixed place for every row, so processes that write the same rows at once write the same bytes. A row counts only with
-its checksum, which is written after it: a row that a kill, a full disk or a bad one left incomplete is recomputed.
+has a fixed place for every row, so processes that write the same rows at once write the same bytes. A row counts only
+with its checksum, which is written after it: a row that a kill, a full disk or a bad one left incomplete is recomputed.
 """
 
 from __future__ import annotations

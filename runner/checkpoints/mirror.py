@@ -21,9 +21,10 @@ from runner.checkpoints.store import CheckpointStore, step_name
 from runner.common.atomic_io import repair_replaced_folder, replace_folder, write_atomically
 from runner.common.errors import CheckpointError, ConfigError, RunnerError, StorageError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import BACKUP, STEP_NAME
 from runner.runs.directory import RunDirectory
 
-NAME = "backup.json"
+NAME = BACKUP
 _SCHEMA = 1
 _MAX_ROWS_BYTES = 1 << 40
 _MAX_BACKUP_JSON_BYTES = 100_000
@@ -249,7 +250,7 @@ def _restore_checkpoints(source: CheckpointStore, target: CheckpointStore, backu
     messages = [
         f"{source.folder / name}: damaged, left out"
         for name in names
-        if verify.STEP_NAME.fullmatch(name) and name not in readable
+        if STEP_NAME.fullmatch(name) and name not in readable
     ]
     copied = 0
     for record in reversed(records):

@@ -13,7 +13,7 @@ from enum import Enum
 
 from runner.checkpoints.manifest import CheckpointManifest
 from runner.checkpoints.save_policy import parse_save_reasons
-from runner.runs.layout import BEST_METRIC
+from runner.common.layout import BEST_METRIC
 
 
 class RetentionReason(Enum):

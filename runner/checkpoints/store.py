@@ -22,12 +22,13 @@ from runner.checkpoints import manifest as manifests
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest, FileRecord
 from runner.checkpoints.save_policy import SaveReason
-from runner.checkpoints.verify import STEP_NAME, CheckpointRecord, LoadedCheckpoint, kind_text
+from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint, kind_text
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import Content, FileSystem, sha256_of, size_of
+from runner.common.layout import STEP_NAME
 from runner.common.storage_errors import insufficient_space
 
-_REPLACED_NAME = re.compile(r"\.old-(step-[0-9]{7,18})-[0-9a-f]{8}")
+_REPLACED_NAME = re.compile(rf"\.old-({STEP_NAME.pattern})-[0-9a-f]{{8}}")
 _DISK_BLOCK = 4096  # bytes: what a file occupies is rounded up to it
 
 Check = Callable[[LoadedCheckpoint], None]

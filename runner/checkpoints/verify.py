@@ -7,7 +7,6 @@ and special files are refused wherever they are, so nothing outside the checkpoi
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from runner.checkpoints import safetensors_file
 from runner.checkpoints.manifest import CheckpointManifest, FileRecord
 from runner.common.errors import CheckpointError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import STEP_NAME
 
-STEP_NAME = re.compile(r"step-([0-9]{7,18})")
 _MAX_UNCHECKED_BYTES = 1 << 26
 _KINDS = {"link": "a symbolic link", "file": "a file", "other": "a FIFO, a socket or a device"}
 

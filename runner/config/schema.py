@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from runner.common.layout import CHECKPOINTS
 from runner.config.setting import MISSING, OnResume, PathKind, Setting, metadata_of, section, setting
 
 FREE, PROVENANCE = OnResume.FREE, OnResume.PROVENANCE
@@ -257,7 +258,7 @@ class CheckpointConfig:
     """Retain every checkpoint at a multiple of this many updates."""
     result: str = setting("best", choices=("best", "last"), on_resume=FREE)
     """Checkpoint that becomes adapters/: the best by validation loss, or the last (also without validation rows)."""
-    dir: str = setting("checkpoints", path=PathKind.RUN_SUBFOLDER)
+    dir: str = setting(CHECKPOINTS, path=PathKind.RUN_SUBFOLDER)
     """Folder of the checkpoints inside the run directory."""
     background: bool = setting(True, on_resume=FREE)
     """Write checkpoints while training continues; false makes the step wait for its save."""

@@ -14,11 +14,21 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from runner.common import layout
+
 MISSING = "???"
 """Default of a setting that a group has to set (OmegaConf's own mark)."""
 _METADATA = "runner"
 # Names that the run directory has other uses for; compared without case, which some file systems fold.
-_RUN_FILES = ("adapters", "run.log", "config.yaml", "status.json", "metrics.jsonl", "samples.jsonl", "backup.json")
+_RESERVED_NAMES = {
+    layout.RESULT,
+    layout.LOG,
+    layout.CONFIG,
+    layout.STATUS,
+    layout.METRICS,
+    layout.SAMPLES,
+    layout.BACKUP,
+}
 
 
 class OnResume(Enum):
@@ -121,7 +131,7 @@ def metadata_of(dataclass_field: dataclasses.Field[Any]) -> Setting:
 def is_valid_path(text: str, kind: PathKind) -> bool:
     """Return whether the operating system accepts `text` as a path; of a run subfolder, whether the name is free."""
     if kind is PathKind.RUN_SUBFOLDER:
-        return bool(re.fullmatch(r"\w[\w.-]*", text)) and text.lower() not in _RUN_FILES
+        return bool(re.fullmatch(r"\w[\w.-]*", text)) and text.lower() not in _RESERVED_NAMES
     size = len(text.encode(errors="surrogatepass"))
     longest = max(len(part.encode(errors="surrogatepass")) for part in text.split("/"))
     unknown_user = text.startswith("~") and os.path.expanduser(text) == text

@@ -98,7 +98,7 @@ def refuse_secrets(value: Any, where: str = "") -> None:
     for name in secrets_in(value, where):
         raise ConfigError(
             f"{name or 'A word on the command line'} looks like a secret and would be written into the run directory. "
-            "Set it in the environment instead: backends read their own variables (HF_TOKEN and the like)."
+            "Set it in the environment instead: the libraries read their own variables, such as HF_TOKEN."
         )
 
 

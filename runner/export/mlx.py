@@ -15,9 +15,9 @@ from runner.checkpoints.safetensors_file import unpack
 from runner.common.atomic_io import create_folder_atomically
 from runner.common.errors import CheckpointError, ModelError, StorageError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.storage_errors import insufficient_space, storage_errors
 from runner.models.load import BaseModel
-from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
 _COPIED_FILES = ("*.py", "generation_config.json")
 """Files of a model folder that loading it needs and that neither mlx-lm nor the tokenizer writes."""

@@ -1,4 +1,4 @@
-"""Loggers: where metrics rows go besides metrics.jsonl. A backend is one file with one class and one line here."""
+"""Loggers: where metrics rows go besides metrics.jsonl. A logger is one file with one class and one line here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 
-BACKENDS = {"csv": "runner.loggers.csv:CsvLogger"}
+LOGGERS = {"csv": "runner.loggers.csv:CsvLogger"}
 """Name in conf/loggers/ to the class that is imported when it is chosen."""
 
 
 class Logger(Protocol):
-    """A backend. Its constructor takes the options of its section in the config as keyword arguments."""
+    """A logger. Its constructor takes the options of its section in the config as keyword arguments."""
 
     def open(self, run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Open the logger for the run in the directory `run`.
@@ -37,29 +37,29 @@ def build(settings: Mapping[str, Any]) -> list[Logger]:
     """Build the loggers that the config names. Nothing is opened, so that this also checks the config.
 
     Raises:
-        ConfigError: an unknown backend or option.
+        ConfigError: an unknown logger or option.
     """
     loggers: list[Logger] = []
     for name, options in settings.items():
-        backend = _load(name)
+        logger_class = _load(name)
         if not isinstance(options, Mapping | None):
             raise ConfigError(f"loggers.{name}={shorten(options)} is invalid: must be a section of options.")
         options = dict(options or {})
         try:
-            inspect.signature(backend).bind(**options)
+            inspect.signature(logger_class).bind(**options)
         except TypeError as error:
             for option in options:
                 require_option(name, option)
             raise ConfigError(f"loggers.{name}: {error}.") from None
-        loggers.append(backend(**options))
+        loggers.append(logger_class(**options))
     return loggers
 
 
 def require_option(name: str, option: str | None = None) -> None:
-    """Refuse an option that the backend `name` does not have; without an option, check the name alone.
+    """Refuse an option that the logger `name` does not have; without an option, check the name alone.
 
     Raises:
-        ConfigError: an unknown backend or option.
+        ConfigError: an unknown logger or option.
     """
     known = [f"loggers.{name}.{parameter}" for parameter in inspect.signature(_load(name)).parameters]
     typed = f"loggers.{name}.{option}"
@@ -70,10 +70,10 @@ def require_option(name: str, option: str | None = None) -> None:
 
 
 def _load(name: str) -> Callable[..., Logger]:
-    if name not in BACKENDS:
+    if name not in LOGGERS:
         raise ConfigError(
-            f"loggers.{shorten(name)} is not a logger: {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}"
+            f"loggers.{shorten(name)} is not a logger: {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}"
         )
-    module, _, cls = BACKENDS[name].partition(":")
-    backend: Callable[..., Logger] = getattr(importlib.import_module(module), cls)
-    return backend
+    module, _, cls = LOGGERS[name].partition(":")
+    logger_class: Callable[..., Logger] = getattr(importlib.import_module(module), cls)
+    return logger_class

@@ -15,13 +15,13 @@ from runner.checkpoints.safetensors_file import read_header
 from runner.common import safe_json
 from runner.common.errors import ModelError, RunnerError, did_you_mean
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTER_CONFIG
 from runner.common.text import shorten
 from runner.config import schema, validation
 from runner.models import npz
 from runner.models.arrays import parse_arrays
 from runner.models.dropout import DropoutKeys, KeyedDropout
 from runner.models.load import BaseModel
-from runner.runs.layout import ADAPTER_CONFIG
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_CONFIG_VALUES = 10_000

@@ -18,12 +18,12 @@ from runner.checkpoints.verify import CheckpointRecord
 from runner.common import safe_json
 from runner.common.errors import CheckpointError, RunnerError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTERS
 from runner.common.text import shorten
 from runner.config import resume_policy, serialize
 from runner.reports.checkpoint_list import checkpoints_folder, step_folders
 from runner.runs.directory import RunDirectory
 from runner.runs.inspect import RunInfo
-from runner.runs.layout import ADAPTERS
 from runner.runs.rows import scan_rows
 
 _MAX_ADAPTER_BYTES = 1 << 40

@@ -9,12 +9,11 @@ from typing import Any
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest
 from runner.checkpoints.retention import RetentionPolicy, RetentionReason, select_retained, valid_loss
-from runner.checkpoints.verify import STEP_NAME
 from runner.common.errors import RunnerError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTERS, STEP_NAME
 from runner.config.schema import CheckpointConfig
 from runner.runs.inspect import RunInfo, folder_size
-from runner.runs.layout import ADAPTERS
 
 _MAX_HASHED_BYTES = 256_000_000
 """An adapter of this size is hashed in a fraction of a second."""

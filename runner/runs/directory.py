@@ -15,14 +15,15 @@ from typing import Any
 
 import yaml
 
+from runner.common import layout
 from runner.common.atomic_io import is_draft, write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError, DirectoryInUse, StorageError
 from runner.common.filesystem import FileSystem, open_regular
+from runner.common.layout import STATES
 from runner.common.safe_yaml import load_yaml_file
 from runner.common.storage_errors import storage_error, storage_errors
 from runner.config import retired
-from runner.runs.layout import STATES
 
 _MAX_STATUS_BYTES = 1_000_000  # a real status.json has about 500
 _CONFIG_HEADER = "# The resolved settings of this run. Again with changes: runner repeat=THIS_FOLDER key=value\n"
@@ -33,16 +34,16 @@ _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 class RunDirectory:
     """The files of one run; see docs/run-directory.md."""
 
-    def __init__(self, path: Path, checkpoints: str = "checkpoints") -> None:
+    def __init__(self, path: Path, checkpoints: str = layout.CHECKPOINTS) -> None:
         """`checkpoints` is the name of the folder of its checkpoints (checkpoint.dir)."""
         self.path = path
-        self.config = path / "config.yaml"
-        self.status = path / "status.json"
-        self.metrics = path / "metrics.jsonl"
-        self.samples = path / "samples.jsonl"
-        self.log = path / "run.log"
+        self.config = path / layout.CONFIG
+        self.status = path / layout.STATUS
+        self.metrics = path / layout.METRICS
+        self.samples = path / layout.SAMPLES
+        self.log = path / layout.LOG
         self.checkpoints = path / checkpoints
-        self.result = path / "adapters"
+        self.result = path / layout.RESULT
         self._lock: int | None = None
 
     def claim(self) -> None:
@@ -56,10 +57,10 @@ class RunDirectory:
         """
         with storage_errors(self.path, "created"):
             self.path.mkdir(parents=True, exist_ok=True)
-            for path in (self.path / ".hydra", self.log, self.checkpoints):
+            for path in (self.path / layout.HYDRA, self.log, self.checkpoints):
                 if path.is_symlink():
                     raise ConfigError(f"{path} is a symbolic link, which a run does not follow: {_CHOOSE_ANOTHER}.")
-            expected = {".lock", ".hydra", "run.log", self.checkpoints.name}
+            expected = {layout.LOCK, layout.HYDRA, layout.LOG, self.checkpoints.name}
             if not self.config.exists() and unexpected_names(self.path, expected):
                 raise ConfigError(f"{self.path} is not empty and not a run: {_CHOOSE_ANOTHER}.")
             self.lock()
@@ -80,7 +81,7 @@ class RunDirectory:
         """Unlock a claimed directory and remove it, unless something was stored in it."""
         self.unlock()
         with suppress(OSError):
-            (self.path / ".lock").unlink()
+            (self.path / layout.LOCK).unlink()
             self.checkpoints.rmdir()
             self.path.rmdir()
 
@@ -93,7 +94,7 @@ class RunDirectory:
         if self._lock is not None:
             return
         with storage_errors(self.path, "locked"):
-            handle = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            handle = open_regular(self.path / layout.LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -121,7 +122,7 @@ class RunDirectory:
     def is_locked(self) -> bool:
         """Return whether a process holds the lock."""
         try:
-            handle = open_regular(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
+            handle = open_regular(self.path / layout.LOCK, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             return False
         try:

@@ -8,14 +8,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.common import layout
 from runner.common.errors import RunnerError
+from runner.common.layout import STATES
 from runner.runs import sweep_manifest
 from runner.runs.inspect import RunInfo, modified_time, read_run
-from runner.runs.layout import STATES
 
 _SWEEP_FILES = ("multirun.yaml", sweep_manifest.NAME)
 """Either of them makes a folder a sweep; its runs are its numbered subfolders."""
-_RUN_FILES = {"config.yaml", "status.json", ".lock", "metrics.jsonl", "run.log", "checkpoints", ".hydra"}
+_SIGNS_OF_A_RUN = {
+    layout.CONFIG,
+    layout.STATUS,
+    layout.LOCK,
+    layout.METRICS,
+    layout.LOG,
+    layout.CHECKPOINTS,
+    layout.HYDRA,
+}
 
 
 @dataclass(kw_only=True)
@@ -88,7 +97,7 @@ def looks_like_run(names: Iterable[str]) -> bool:
 
     Two files of a run are required, since other programs write a config.yaml as well.
     """
-    return len(_RUN_FILES & set(names)) >= 2
+    return len(_SIGNS_OF_A_RUN & set(names)) >= 2
 
 
 def is_sweep(path: Path) -> bool:

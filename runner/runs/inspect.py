@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runner.common import safe_yaml
+from runner.common import layout, safe_yaml
+from runner.common.layout import BEST_METRIC
 from runner.config import retired, schema, serialize
 from runner.runs.directory import RunDirectory
-from runner.runs.layout import BEST_METRIC
 from runner.runs.rows import count_or_none, read_rows
 
 _MAX_INTEGER = 10**15
@@ -52,7 +52,7 @@ class RunInfo:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, read at first use; damaged lines are left out."""
-        return read_rows(self.path / "metrics.jsonl")
+        return read_rows(self.path / layout.METRICS)
 
     def losses(self, split: str) -> list[tuple[int, float]]:
         """Return (step, loss) of the rows of a split, where the loss is finite."""
@@ -139,7 +139,7 @@ def modified_time(path: Path) -> float:
 def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
     """Return the stored settings by dotted name, or none and why config.yaml cannot be read."""
     try:
-        config = retired.upgrade_config(safe_yaml.read_mapping(path / "config.yaml"))
+        config = retired.upgrade_config(safe_yaml.read_mapping(path / layout.CONFIG))
         loggers = {"loggers": config.pop("loggers")} if "loggers" in config else {}
         return serialize.flatten_dict(config) | loggers, None
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def _read_status(path: Path) -> tuple[dict[str, Any], str | None]:
         status = {"state": "unknown"}
     if len(status) > 1:
         return status, None
-    missing = not os.path.lexists(path / "status.json")
+    missing = not os.path.lexists(path / layout.STATUS)
     return status, "status.json is missing" if missing else "status.json cannot be understood"
 
 
@@ -169,7 +169,7 @@ def _last_update(run: RunInfo) -> float:
         recorded = datetime.fromisoformat(str(run.status.get("updated"))).replace(tzinfo=UTC).timestamp()
     if recorded and run.state != "running":
         return recorded
-    written = max(modified_time(run.path / name) for name in ("metrics.jsonl", "status.json", "config.yaml"))
+    written = max(modified_time(run.path / name) for name in (layout.METRICS, layout.STATUS, layout.CONFIG))
     return max(recorded, written) or modified_time(run.path)
 
 

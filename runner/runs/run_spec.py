@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.common.layout import STEP_NAME
 from runner.config.schema import Config
 from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
@@ -76,7 +76,7 @@ def find_resume_source(path: Path) -> ResumeSource:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"resume={path}: there is no such directory.")
-    if re.fullmatch(r"step-\d{7,}", path.name):
+    if STEP_NAME.fullmatch(path.name):
         for parent in path.parents:
             if (parent / "config.yaml").is_file():
                 return ResumeSource(run=parent.absolute(), checkpoint=path.absolute())

@@ -27,9 +27,9 @@ from runner.common.atomic_io import replace_folder, write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import Content, FileSystem
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
 from runner.loggers import Logger
 from runner.runs.directory import RunDirectory
-from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
 from runner.runs.rows import RowFile, read_rows
 from runner.training.async_saver import AsyncSaver
 

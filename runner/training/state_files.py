@@ -16,12 +16,12 @@ from runner.checkpoints.verify import LoadedCheckpoint
 from runner.common import safe_json
 from runner.common.errors import CheckpointError, Diverged
 from runner.common.filesystem import Content
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.safe_json import quoted
 from runner.data.order import DataPosition
 from runner.models.arrays import parse_arrays
 from runner.models.dropout import dropout_seed
 from runner.models.lora import Params
-from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.training.optimizer import NonFiniteArray, require_same_arrays
 from runner.training.run_writer import WriterState
 from runner.training.train_state import MAX_COUNT, Progress, TrainState

@@ -11,12 +11,12 @@ from runner.checkpoints import manifest, verify
 from runner.checkpoints.retention import best_checkpoint
 from runner.checkpoints.safetensors_file import read_header
 from runner.checkpoints.store import CheckpointStore, step_name
-from runner.checkpoints.verify import STEP_NAME, CheckpointRecord
+from runner.checkpoints.verify import CheckpointRecord
 from runner.common import safe_json
 from runner.common.errors import CheckpointError, ConfigError, did_you_mean
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS, CHECKPOINTS, STEP_NAME
 from runner.runs.directory import RunDirectory
-from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
 _MAX_ADAPTER_BYTES = 1 << 40
 _MAX_CONFIG_BYTES = 1 << 20
@@ -138,7 +138,7 @@ def _checkpoints(run: Path) -> list[CheckpointRecord]:
     directory = RunDirectory(run)
     section = directory.read_config().get("checkpoint")
     name = section.get("dir") if isinstance(section, dict) else None
-    store = CheckpointStore(run / (name if isinstance(name, str) else "checkpoints"), "")
+    store = CheckpointStore(run / (name if isinstance(name, str) else CHECKPOINTS), "")
     run_id = directory.read_status().get("run_id")
     return [c for c in store.checkpoints() if not isinstance(run_id, str) or c.manifest.run_id == run_id]
 

@@ -13,9 +13,9 @@ from runner.cli.commands.adapter_source import AdapterSource
 from runner.cli.commands.stored_settings import StoredSettings
 from runner.common.errors import ConfigError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.text import relative_path
 from runner.config.schema import Config
-from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
 _LARGEST_CONFIG = 1 << 20  # bytes of adapter_config.json
 

@@ -10,12 +10,12 @@ import mlx.core as mx
 from runner.cli.commands.adapter_source import AdapterSource
 from runner.cli.commands.stored_settings import NUMERIC_SETTINGS, StoredSettings
 from runner.common.errors import ModelError
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.config import schema, serialize
 from runner.models.arrays import parse_arrays
 from runner.models.device import on_cpu
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, Params
-from runner.runs.layout import ADAPTER_CONFIG, ADAPTERS
 
 _BASE_FIELDS = ("model", "base_fingerprint")
 """Fields of adapter_config.json that describe the base model, which is compared by its weights."""

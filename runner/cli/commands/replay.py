@@ -27,10 +27,10 @@ from runner.cli.commands import stored_settings
 from runner.common.cache_dir import cache_dir
 from runner.common.errors import ConfigError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTERS
 from runner.config import validation
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
-from runner.runs.layout import ADAPTERS
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runner.checkpoints.verify import STEP_NAME
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.common.errors import ConfigError, did_you_mean
+from runner.common.layout import STEP_NAME
 from runner.common.text import relative_path
 from runner.reports.screen import Screen, json_document
 from runner.runs.find import find_runs, is_sweep, looks_like_run, read_sweep

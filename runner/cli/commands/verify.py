@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.checkpoints import mirror
-from runner.checkpoints.verify import STEP_NAME
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.ls import DEFAULT
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, ConfigError, did_you_mean
+from runner.common.layout import STEP_NAME
 from runner.common.text import format_bytes, relative_path
 from runner.reports.audit import Audit, audit_checkpoint, audit_result, audit_run
 from runner.reports.next_commands import for_damaged_run

@@ -1,0 +1,26 @@
+"""Names of the files and folders of a run, the metric that ranks its checkpoints, and its states."""
+
+from __future__ import annotations
+
+import re
+
+CONFIG = "config.yaml"
+STATUS = "status.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+LOG = "run.log"
+LOCK = ".lock"
+HYDRA = ".hydra"
+BACKUP = "backup.json"
+CHECKPOINTS = "checkpoints"
+"""Default of checkpoint.dir."""
+RESULT = "adapters"
+"""The folder of a run's result."""
+STEP_NAME = re.compile(r"step-([0-9]{7,18})")
+"""The folder of a checkpoint."""
+ADAPTERS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+BEST_METRIC = "valid_loss"
+"""The metric that ranks checkpoints; lower is better."""
+STATES = ("running", "finished", "stopped", "failed", "diverged", "interrupted")
+"""The values of "state" in status.json, and "interrupted" for a run that was killed."""

@@ -78,14 +78,14 @@ def train() -> Callable[..., Path]:
     def do(
         settings: Config, folder: Path, resume: Path | None = None, shared: Any = None, stop_at: int | None = None
     ) -> Path:
-        from runner.training.run import run
+        from runner.training.run import train_run
 
         source = find_resume_source(resume) if resume else None
         directory = RunDirectory(folder, settings.checkpoint.dir)
         if source is None or source.branch:
             directory.claim()
         start = RunSpec(settings, serialize.to_dict(settings), directory, source, new_run_id(), stop_at=stop_at)
-        run(start, blas.load_blas(), shared=shared)
+        train_run(start, blas.load_blas(), shared=shared)
         return folder
 
     return do

@@ -40,7 +40,7 @@ class HydraSession:
         return self.flags.config_name or "config"
 
     def compose(self) -> DictConfig:
-        """Compose the config, with Hydra's node; `is_sweep` tells whether it is that of a sweep.
+        """Compose the config, with Hydra's node; `is_multirun` tells whether it is that of a sweep.
 
         Raises:
             ConfigError, HydraException, OmegaConfBaseException: the config is wrong; see `errors.translate_error`.
@@ -84,7 +84,7 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def is_sweep(config: DictConfig) -> bool:
+def is_multirun(config: DictConfig) -> bool:
     """Return whether `config` is that of a sweep: -m was typed, or a file sets hydra.mode."""
     return config.hydra.mode == RunMode.MULTIRUN
 

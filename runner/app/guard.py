@@ -1,7 +1,7 @@
 """Checks on configs that someone else may have written: a recipe from --config-dir, a stored run or sweep.
 
 Hydra calls whatever a `_target_` names, configures logging by class names and sets environment variables before the
-first line of a run. Such settings count where they are typed on the command line; from a file they are refused.
+first line of a run. Such settings are accepted when typed on the command line and refused when they come from a file.
 """
 
 from __future__ import annotations

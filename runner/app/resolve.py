@@ -23,7 +23,7 @@ def resolve_config(config: DictConfig) -> Config:
     validation.refuse_secrets(OmegaConf.to_container(config, resolve=False))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ConfigError("\n".join(f"{m} has no value: choose {m.split('.')[0]}=NAME or set it." for m in missing))
+        raise ConfigError("\n".join(map(validation.missing_value, missing)))
     settings = OmegaConf.to_object(config)
     if not isinstance(settings, Config):
         raise ConfigError("The config is not checked by the schema: its defaults list must start with `- schema`.")
@@ -44,7 +44,7 @@ def require_adapter(settings: Config) -> None:
         raise ConfigError(f"adapter={settings.adapter}: there is no such file or folder.")
 
 
-def stored_config(config: DictConfig, settings: Config) -> dict[str, Any]:
+def config_to_store(config: DictConfig, settings: Config) -> dict[str, Any]:
     """Return what config.yaml holds: the resolved `settings`, but references to the environment as written."""
     stored = serialize.to_dict(settings)
     environment.keep_references(stored, OmegaConf.to_container(config, resolve=False))

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app.compose import HydraSession, set_hydra, without_hydra
 from runner.app.hydra_internals import job_error
-from runner.app.resolve import require_adapter, resolve_config, stored_config
+from runner.app.resolve import config_to_store, require_adapter, resolve_config
 from runner.checkpoints import mirror
 from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
 from runner.config import validation
@@ -23,7 +23,7 @@ from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 
-def start_run(invocation: Invocation, hydra: HydraSession, config: DictConfig) -> None:
+def start_run(invocation: Invocation, session: HydraSession, config: DictConfig) -> None:
     """Start or resume the run of the composed `config`, and train it to its end.
 
     Whatever the config alone is refused for is refused before a directory is claimed.
@@ -33,24 +33,24 @@ def start_run(invocation: Invocation, hydra: HydraSession, config: DictConfig) -
         SystemExit: a signal stopped the run; it can be resumed.
     """
     checkpoints = check(invocation, config).checkpoint.dir
-    context = hydra.context(config)
-    directory, source = _open_directory(invocation, hydra.source, config, checkpoints)
+    context = session.context(config)
+    directory, source = _open_directory(invocation, session.source, config, checkpoints)
 
     def train(job_config: DictConfig) -> float | None:
         from runner.backends import blas
 
         report = blas.load_blas()  # before MLX is imported
-        from runner.training.run import run
+        from runner.training.run import train_run
 
         settings = resolve_config(job_config)
         settings.experiment = settings.experiment or HydraConfig.get().runtime.choices.get("experiment")
-        stored = stored_config(job_config, settings)
-        return run(RunSpec(settings, stored, directory, source, new_run_id(), stop_at=invocation.stop_at), report)
+        stored = config_to_store(job_config, settings)
+        return train_run(RunSpec(settings, stored, directory, source, new_run_id(), stop_at=invocation.stop_at), report)
 
     with _removed_unless_begun(directory, config.hydra.output_subdir):
-        context.callbacks.on_run_start(config=config, config_name=hydra.config_name)
+        context.callbacks.on_run_start(config=config, config_name=session.config_name)
         job = run_job(train, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
-        context.callbacks.on_run_end(config=config, config_name=hydra.config_name, job_return=job)
+        context.callbacks.on_run_end(config=config, config_name=session.config_name, job_return=job)
         if error := job_error(job):
             raise error
 

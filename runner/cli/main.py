@@ -72,15 +72,15 @@ def _train(arguments: list[str]) -> None:
     from runner.app import compose, run
     from runner.sweeps import launch
 
-    if invocation.resume and launch.is_stored_sweep(invocation.resume) and not invocation.prints_only:
+    if invocation.resume and launch.has_sweep_manifest(invocation.resume) and not invocation.prints_only:
         invocation = launch.resume_sweep(invocation)
-    with compose.open_session(invocation) as hydra:
+    with compose.open_session(invocation) as session:
         if invocation.prints_only:
-            hydra.print_requested()
+            session.print_requested()
             return
-        config = hydra.compose()
-        start = launch.start_sweep if compose.is_sweep(config) else run.start_run
-        start(invocation, hydra, config)
+        config = session.compose()
+        start = launch.start_sweep if compose.is_multirun(config) else run.start_run
+        start(invocation, session, config)
 
 
 def _report(error: RunnerError, cause: BaseException) -> int:

@@ -14,16 +14,15 @@ from pathlib import Path
 from runner import loggers
 from runner.common.errors import ConfigError, did_you_mean
 from runner.config import retired, schema, serialize, validation
-from runner.config.groups import CONF_DIR, config_dirs, group_choices
+from runner.config.groups import CONF_DIR, CONFIG_DIR_FLAGS, config_dirs, group_choices
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_text, unquote
 
-_CONFIG_DIR = ("--config-dir", "-cd")
 _MULTIRUN = ("--multirun", "-m")
 _COMPLETION = ("--shell-completion", "-sc")
 _PRINTING = ("--cfg", "-c", "--info", "-i", "--hydra-help", *_COMPLETION)
 _WITH_VALUE = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp")
-_FLAGS = {*_CONFIG_DIR, *_MULTIRUN, *_PRINTING, *_WITH_VALUE, "--run", "-r", "--resolve", "--version"}
+_FLAGS = {*CONFIG_DIR_FLAGS, *_MULTIRUN, *_PRINTING, *_WITH_VALUE, "--run", "-r", "--resolve", "--version"}
 _HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir")
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[A-Za-z_][\w./-]*)(?P<package>@[\w.:@]*)?=(?P<value>.*)", re.DOTALL)
 _SWEEP_FUNCTION = re.compile(r"\w+\(.*\)", re.DOTALL)
@@ -56,7 +55,7 @@ def _parse_flag(flag: str, remaining: Iterator[str]) -> list[str]:
     name, equals, value = flag.partition("=")
     if name not in _FLAGS:
         raise ConfigError(f"'{name}' is not a flag.{did_you_mean(name, _FLAGS)} python -m runner --help lists them.")
-    if name in _CONFIG_DIR:
+    if name in CONFIG_DIR_FLAGS:
         folder = value if equals else next(remaining, None)
         if not folder:
             raise ConfigError(f"{name} needs a folder: --config-dir DIR.")
@@ -67,8 +66,10 @@ def _parse_flag(flag: str, remaining: Iterator[str]) -> list[str]:
 
 
 def _parse_override(argument: str, invocation: Invocation, folders: list[Path]) -> str | None:
-    """Note the override `argument` in `invocation`; return it for Hydra, or None if only the invocation keeps it."""
-    validation.refuse_secrets({argument.partition("=")[0] if "=" in argument else "": argument})
+    """Record the override in `invocation`. Return it in Hydra's form, or None for resume=, repeat= and train.stop_at=,
+    which Hydra must not see."""
+    name, equals, _ = argument.partition("=")
+    validation.refuse_secrets({name if equals else "": argument})
     match = _OVERRIDE.fullmatch(argument)
     if argument.startswith("~") and not argument.startswith(("~hydra.", "~hydra/")):
         raise ConfigError(f"'{argument}' would remove a setting: every setting must be there. Set it to null instead.")

@@ -9,15 +9,17 @@ CONF_DIR = Path(__file__).parent.parent / "conf"
 if not CONF_DIR.is_dir():  # a clone or an editable install: the wheel carries conf/ inside the package
     CONF_DIR = Path(__file__).parent.parent.parent / "conf"
 
+CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
+
 
 def config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Return the folders that --config-dir adds."""
+    """Return the folders that --config-dir adds: `--config-dir DIR`, `--config-dir=DIR`, `-cd DIR` or `-cd=DIR`."""
     folders = []
-    for i, argument in enumerate(arguments):
-        if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):
-            folders.append(Path(arguments[i + 1]))
-        elif argument.startswith("--config-dir="):
-            folders.append(Path(argument.partition("=")[2]))
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name in CONFIG_DIR_FLAGS and (folder := value if equals else next(remaining, "")):
+            folders.append(Path(folder))
     return folders
 
 

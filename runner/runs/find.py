@@ -100,7 +100,7 @@ def looks_like_run(names: Iterable[str]) -> bool:
     return len(_SIGNS_OF_A_RUN & set(names)) >= 2
 
 
-def is_sweep(path: Path) -> bool:
+def is_sweep_folder(path: Path) -> bool:
     """Return whether the folder is a sweep."""
     return any((path / name).is_file() for name in _SWEEP_FILES)
 

@@ -1,4 +1,4 @@
-"""What one run is started with: its config, its directory and the checkpoint that it resumes from."""
+"""RunSpec, everything training needs to start or resume a run; ResumeSource, the checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from runner.common.layout import STEP_NAME
 from runner.config.schema import Config
 from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
+from runner.runs.find import is_sweep_folder
 
 _MIN_SECRET_LENGTH = 4
 """A shorter value is no secret, and replacing it would change unrelated text."""
@@ -83,7 +84,7 @@ def find_resume_source(path: Path) -> ResumeSource:
         raise ConfigError(f"resume={path}: no run directory (with a config.yaml) lies above this checkpoint.")
     if (path / "config.yaml").is_file():
         return ResumeSource(run=path.absolute())
-    if (path / "multirun.yaml").is_file():
+    if is_sweep_folder(path):
         raise ConfigError(f"resume={path}: this is a sweep; resume its runs one by one, such as resume={path}/0.")
     raise ConfigError(f"resume={path}: not a run directory (no config.yaml) and not a checkpoint (step-0000100).")
 

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from runner.app.compose import stored_settings
-from runner.app.resolve import resolve_config, stored_config
+from runner.app.resolve import config_to_store, resolve_config
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
 from runner.config.validation import validate_stop_at
@@ -36,7 +36,7 @@ class JobTask:
         """Run the job that Hydra set up in this process, and return its objective."""
         hydra = HydraConfig.get()
         overrides = [override for override in hydra.overrides.task if not override.startswith("stored=")]
-        return run_job(
+        return train_job(
             cfg,
             Path(hydra.runtime.output_dir),
             label=f"job {hydra.job.num}  {' '.join(overrides)}",
@@ -45,7 +45,7 @@ class JobTask:
         )
 
 
-def run_job(
+def train_job(
     cfg: DictConfig,
     folder: Path,
     *,
@@ -67,11 +67,11 @@ def run_job(
     from runner.backends import blas
 
     report = blas.load_blas()  # before MLX is imported
-    from runner.training.run import run
+    from runner.training.run import train_run
 
     source = ResumeSource(run=folder) if has_begun(folder) else None
     if source is not None:
-        cfg = _stored_config(source, cfg)
+        cfg = _config_of_resumed_job(source, cfg)
     config = resolve_config(cfg)
     validate_stop_at(stop_at, config)
     config.experiment = config.experiment or experiment
@@ -80,11 +80,11 @@ def run_job(
         directory.claim()
         if on_claim is not None:
             on_claim()
-    stored = stored_config(cfg, config)
-    return run(RunSpec(config, stored, directory, source, new_run_id(), stop_at, label), report, shared)
+    stored = config_to_store(cfg, config)
+    return train_run(RunSpec(config, stored, directory, source, new_run_id(), stop_at, label), report, shared)
 
 
-def _stored_config(source: ResumeSource, composed: DictConfig) -> DictConfig:
+def _config_of_resumed_job(source: ResumeSource, composed: DictConfig) -> DictConfig:
     """Return the stored config of the run to resume: the files and defaults that it was composed from may have changed.
 
     Trust in a model's code is never stored, so it is taken from the `composed` config.

@@ -21,7 +21,7 @@ from runner.sweeps import grid
 from runner.sweeps.job import JobTask
 
 
-def is_stored_sweep(path: Path) -> bool:
+def has_sweep_manifest(path: Path) -> bool:
     """Return whether `path` is the directory of a sweep that recorded its jobs."""
     return (path / sweep_manifest.NAME).is_file()
 
@@ -57,7 +57,7 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     )
 
 
-def start_sweep(invocation: Invocation, hydra: HydraSession, config: DictConfig) -> None:
+def start_sweep(invocation: Invocation, session: HydraSession, config: DictConfig) -> None:
     """Run the sweep of the composed `config` with the sweeper and launcher that it names, also third-party ones.
 
     Raises:
@@ -67,15 +67,15 @@ def start_sweep(invocation: Invocation, hydra: HydraSession, config: DictConfig)
     if invocation.resume is not None:
         raise ConfigError("resume=RUN continues one run: leave out -m. To vary a run: repeat=RUN with -m.")
     validation.refuse_secrets(OmegaConf.to_container(config, resolve=False))
-    context = hydra.context(config)
+    context = session.context(config)
     sweeper = Plugins.instance().instantiate_sweeper(
         hydra_context=context, task_function=JobTask(invocation), config=config
     )
     folder = invocation.sweep or _claim(Path(config.hydra.sweep.dir), "hydra.sweep.dir" in invocation.hydra_settings)
     set_hydra(config, "sweep.dir", str(folder.absolute()))
-    context.callbacks.on_multirun_start(config=config, config_name=hydra.config_name)
+    context.callbacks.on_multirun_start(config=config, config_name=session.config_name)
     sweeper.sweep(arguments=_task_overrides(config))
-    context.callbacks.on_multirun_end(config=config, config_name=hydra.config_name)
+    context.callbacks.on_multirun_end(config=config, config_name=session.config_name)
 
 
 def _task_overrides(config: DictConfig) -> Sequence[str]:
@@ -97,7 +97,7 @@ def _claim(path: Path, is_named: bool) -> Path:
             if is_named and sweep_manifest.is_abandoned(candidate):
                 return candidate
             if is_named:
-                hint = f" To finish the sweep in it: resume={candidate}" if is_stored_sweep(candidate) else ""
+                hint = f" To finish the sweep in it: resume={candidate}" if has_sweep_manifest(candidate) else ""
                 raise ConfigError(f"{candidate} exists already: choose another hydra.sweep.dir.{hint}") from None
         except OSError as error:
             raise ConfigError(f"{candidate} cannot be created: {error.strerror}.") from None

@@ -24,19 +24,19 @@ class PlannedJob:
 
     def launch_overrides(self) -> list[str]:
         """Return the overrides for a launcher of Hydra: the folder, and whether Hydra may write its own record."""
-        hydra = [f"hydra.sweep.subdir={self.number}"]
+        hydra_overrides = [f"hydra.sweep.subdir={self.number}"]
         if self.resumes:
-            hydra.append("hydra.output_subdir=null")  # .hydra/ stays that of the first start
-        return [*self.overrides, *hydra]
+            hydra_overrides.append("hydra.output_subdir=null")  # .hydra/ stays that of the first start
+        return [*self.overrides, *hydra_overrides]
 
     @classmethod
     def parse(cls, launch_overrides: Sequence[str]) -> PlannedJob:
         """Return the job whose `launch_overrides` these are."""
-        hydra = dict(override.split("=", 1) for override in launch_overrides if override.startswith("hydra."))
+        hydra_overrides = dict(override.split("=", 1) for override in launch_overrides if override.startswith("hydra."))
         return cls(
-            number=int(hydra["hydra.sweep.subdir"]),
+            number=int(hydra_overrides["hydra.sweep.subdir"]),
             overrides=tuple(override for override in launch_overrides if not override.startswith("hydra.")),
-            resumes=hydra.get("hydra.output_subdir") == "null",
+            resumes=hydra_overrides.get("hydra.output_subdir") == "null",
         )
 
 

@@ -25,7 +25,7 @@ from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import SweepManifest, job_id
 from runner.sweeps import grid
-from runner.sweeps.compose import JobComposer
+from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.plan import PlannedJob, plan_jobs
 
 

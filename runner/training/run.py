@@ -26,7 +26,7 @@ from runner.training.shared import SharedComponents
 from runner.training.signals import StopRequested, StopSignals
 
 
-def run(spec: RunSpec, blas: BlasReport, shared: SharedComponents | None = None) -> float | None:
+def train_run(spec: RunSpec, blas: BlasReport, shared: SharedComponents | None = None) -> float | None:
     """Train the run that `spec` describes, in its directory, and return its objective if it has one.
 
     Jobs of a sweep in one process pass the components that they share.

@@ -135,3 +135,13 @@ def test_a_path_that_looks_like_a_number_stays_text(name):
     from runner.config.quoting import quote_text
 
     assert OverridesParser.create().parse_override(f"model.path={quote_text(name)}").value() == name
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"], ["-cd=mine"]])
+def test_every_form_of_config_dir_adds_its_choices(tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/data").mkdir(parents=True)
+    (tmp_path / "mine/data/foo.yaml").write_text("path: foo\n")
+    invocation = parse_arguments([*flag, "data=foo"])
+    assert invocation.flags == [f"--config-dir={tmp_path / 'mine'}"]
+    assert invocation.group_choices == {"data": "foo"}

@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from runner.backends import blas
     from runner.config import validation
     from runner.runs.run_spec import RunSpec, new_run_id
-    from runner.training.run import run
+    from runner.training.run import train_run
 
     settings = Config()
     settings.model.path = settings.data.path = "builtin:tiny"
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     directory = RunDirectory(folder)
     directory.claim()
-    run(RunSpec(settings, serialize.to_dict(settings), directory, None, new_run_id()), blas.load_blas())
+    train_run(RunSpec(settings, serialize.to_dict(settings), directory, None, new_run_id()), blas.load_blas())
     return folder
 
 

@@ -166,7 +166,7 @@ def _train(run: Path, checkpoints: Path, first: int, last: int, scratch: Path, w
     from runner.backends import blas
 
     report = blas.load_blas()  # before MLX is imported
-    from runner.training.run import run as train
+    from runner.training.run import train_run as train
 
     settings = _settings(run)
     if not first:  # an earlier version stored null where the backend chose: the checkpoint records it

@@ -9,7 +9,7 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.common.layout import STEP_NAME
 from runner.common.text import relative_path
 from runner.reports.screen import Screen, json_document
-from runner.runs.find import find_runs, is_sweep, looks_like_run, read_sweep
+from runner.runs.find import find_runs, is_sweep_folder, looks_like_run, read_sweep
 from runner.runs.inspect import read_run
 
 
@@ -53,7 +53,7 @@ def _holds_sweep(path: Path) -> bool:
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         problem = "it is not a folder" if path.exists() else "there is no such folder"
         raise ConfigError(f"{path}: {problem}.{did_you_mean(path.name, siblings)}")
-    if is_sweep(path):
+    if is_sweep_folder(path):
         return True
     try:
         names = [p.name for p in path.iterdir()]

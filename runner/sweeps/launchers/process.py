@@ -27,7 +27,7 @@ from runner.common.errors import ConfigError, RunnerError
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_text
 from runner.runs.directory import RunDirectory
-from runner.sweeps.compose import JobComposer
+from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.launchers.memory import jobs_that_fit
 from runner.sweeps.plan import PlannedJob, job_labels
 from runner.training.signals import StopSignals

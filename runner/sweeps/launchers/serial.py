@@ -14,8 +14,8 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.config.invocation import Invocation
-from runner.sweeps.compose import JobComposer
-from runner.sweeps.job import run_job
+from runner.sweeps.job import train_job
+from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.plan import PlannedJob, job_labels
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -49,7 +49,7 @@ def launch(
             result.cfg = composer.compose(job.overrides)
             hydra = composer.hydra_node(job.overrides)
             folder = sweep / str(job.number)
-            result.return_value = run_job(
+            result.return_value = train_job(
                 result.cfg,
                 folder,
                 label=f"job {job.number}  {labels[i]}",

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.app.compose import register_schema
 from runner.config.groups import CONF_DIR
-from runner.sweeps.compose import JobComposer
+from runner.sweeps.job_composer import JobComposer
 
 JOBS = [
     ["model=tiny", "data=tiny", "lora.rank=4"],

@@ -16,10 +16,10 @@ import yaml
 
 from runner.common.errors import ConfigError
 from runner.common.text import shorten
+from runner.config.references import has_environment_reference
 from runner.config.schema import Config
 
-_MARK = "${oc.env"
-_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^{}]*))?\}")
+_REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,([^{}]*))?\}")
 
 
 def resolve(settings: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
@@ -50,7 +50,7 @@ def keep_references(settings: dict[str, Any], written: Any) -> None:
     for key, value in written.items() if isinstance(written, Mapping) else ():
         if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
             keep_references(settings[key], value)
-        elif isinstance(value, str) and _MARK in value:
+        elif isinstance(value, str) and has_environment_reference(value):
             settings[key] = value
 
 
@@ -59,7 +59,7 @@ def referenced_values(settings: Any, written: Any) -> Iterator[tuple[str, str]]:
     if isinstance(settings, Mapping) and isinstance(written, Mapping):
         for key, value in settings.items():
             yield from referenced_values(value, written.get(key))
-    elif isinstance(settings, str) and isinstance(written, str) and _MARK in written:
+    elif isinstance(settings, str) and isinstance(written, str) and has_environment_reference(written):
         yield settings, written
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
+from runner.config.references import has_environment_reference
 from runner.config.schema import Config
 
 _LARGEST_FLOAT = 10**300
@@ -73,7 +74,7 @@ def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, str) and "${oc.env:" in value:
+    if isinstance(value, str) and has_environment_reference(value):
         return value  # a reference to the environment, whose value Hydra checks
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -11,6 +11,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.common.layout import STEP_NAME
+from runner.config.references import has_environment_reference
 from runner.config.schema import Config
 from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
@@ -102,7 +103,7 @@ def _environment_references(values: Any, stored: Any) -> Iterator[tuple[str, str
     elif (
         isinstance(values, str)
         and isinstance(stored, str)
-        and "${oc.env:" in stored
+        and has_environment_reference(stored)
         and len(values) >= _MIN_SECRET_LENGTH
     ):
         yield values, stored

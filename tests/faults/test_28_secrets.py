@@ -72,6 +72,14 @@ def secret_path(tmp_path_factory):
     return shutil.copytree(find_dataset("builtin:tiny"), place)
 
 
+@pytest.mark.parametrize("reference", ["${ oc.env:WHERE}", "${oc.env :WHERE}"])
+def test_a_reference_with_blanks_is_stored_as_written(cli, secret_path, reference):
+    env = {**KEYS, "WHERE": str(secret_path)}
+    out = cli(*SMALL, f"data.path='{reference}'", "data.metric=null", "hydra.run.dir=run", env=env)
+    assert "finished at step 4" in out
+    assert leaks(cli.folder, out) == []
+
+
 @pytest.mark.long
 def test_the_value_of_a_setting_from_the_environment_is_not_stored(cli, secret_path):
     env = {**KEYS, "WHERE": str(secret_path)}

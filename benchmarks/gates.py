@@ -69,7 +69,7 @@ def _load(model: str, data: str) -> tuple[Any, Any]:
     from runner.backends import blas
 
     blas.load_blas()
-    from benchmarks.workloads import SPLITS, reading
+    from benchmarks.workloads import SPLITS, encode_options
     from runner.config import schema
     from runner.data.tokenize import load_dataset
     from runner.models.load import load_base_model
@@ -78,7 +78,7 @@ def _load(model: str, data: str) -> tuple[Any, Any]:
     work = Work(0, 0)
     base = load_base_model(schema.ModelConfig(path=model))
     lora = schema.LoraConfig(rank=work.rank, scale=work.scale, num_layers=work.num_layers)
-    return AdaptedModel(base, lora, seed=0), load_dataset(data, base.tokenizer, reading(), SPLITS)
+    return AdaptedModel(base, lora, seed=0), load_dataset(data, base.tokenizer, encode_options(), SPLITS)
 
 
 def _differing(tokenizer: Any, tokens: Any, data: str) -> int:

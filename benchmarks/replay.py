@@ -121,7 +121,7 @@ def main(jobs: list[dict[str, Any]]) -> list[dict[str, int]]:
     from mlx_lm.utils import load_tokenizer
 
     from benchmarks.stock import repair_sort
-    from benchmarks.workloads import reading
+    from benchmarks.workloads import encode_options
     from runner.data.tokenize import load_dataset
 
     own_length = CacheDataset.itemlen
@@ -133,7 +133,7 @@ def main(jobs: list[dict[str, Any]]) -> list[dict[str, int]]:
         raw = [json.loads(line) for line in text.splitlines()]
         return CacheDataset(CompletionsDataset(raw, tokenizer(model), "prompt", "completion", True))
 
-    splits = cache(lambda model, data: load_dataset(data, tokenizer(model), reading(), ("train", "valid")))
+    splits = cache(lambda model, data: load_dataset(data, tokenizer(model), encode_options(), ("train", "valid")))
     counted = []
     for job in jobs:
         CacheDataset.itemlen = own_length

@@ -144,7 +144,7 @@ def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
     from mlx_lm.utils import load_tokenizer
 
     from benchmarks.models import cache, whole
-    from runner.data.chat_spans import TextEncoder
+    from runner.data.text_encoder import TextEncoder
 
     version = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode() + model.encode()).hexdigest()[:12]
     folder = cache() / "data" / f"{name}-{train}-{valid}-{version}"
@@ -173,7 +173,7 @@ def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
 
     from runner.data.tokenize import load_dataset
 
-    data = load_dataset(str(folder), tokenizer, reading(), SPLITS)
+    data = load_dataset(str(folder), tokenizer, encode_options(), SPLITS)
     found = {}
     for split in SPLITS:
         lengths, counts = getattr(data, split).lengths.tolist(), data.stats[split]
@@ -188,11 +188,12 @@ def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
     return found
 
 
-def reading() -> Any:
+def encode_options() -> Any:
     """How our side reads the rows: as stock mlx-lm does, answers only."""
+    from runner.config.schema import DataConfig
     from runner.data.formats import EncodeOptions
 
-    return EncodeOptions(format="completions", mask_prompt=True, max_length=MAX_LENGTH, on_too_long="truncate")
+    return EncodeOptions.from_config(DataConfig(format="completions", max_length=MAX_LENGTH))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def fill_defaults(config: Config) -> Config:
             if getattr(section, option) is None:
                 setattr(section, option, copy.copy(default))
     if config.lora.scale is None and config.lora.alpha is None:
-        config.lora.scale = DEFAULT_LORA_SCALE
+        config.lora.scale = lora_scale(config.lora)
     return config
 
 

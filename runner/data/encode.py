@@ -11,10 +11,11 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from runner.data.chat_spans import Span, TextEncoder
+from runner.data.chat_spans import Span
 from runner.data.formats import EncodeOptions, RowFormat
 from runner.data.jsonl import MAX_LINE_BYTES, parse_lines
 from runner.data.row_errors import RowError, RowErrors
+from runner.data.text_encoder import TextEncoder
 from runner.data.token_set import SplitStats, TokenSet
 
 CHUNK_BYTES = 1 << 20

@@ -6,16 +6,18 @@ supervised, not only the last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, Protocol
 
 from runner.common.errors import DataError, did_you_mean
 from runner.common.text import shorten
 from runner.config.schema import DataConfig, KeysConfig
-from runner.data.chat_spans import Conversation, Message, Span, TextEncoder, prompt_length
+from runner.data.chat_spans import Conversation, Span, prompt_length
 from runner.data.jsonl import JsonlRow, json_type
 from runner.data.row_errors import RowError
+from runner.data.text_encoder import Message, TextEncoder
 
 ROLES = (
     "system",
@@ -50,20 +52,13 @@ class EncodeOptions:
     mask_prompt: bool
     max_length: int
     on_too_long: str
-    keys: KeysConfig = field(default_factory=KeysConfig)
-    chat_template: bool = True
+    keys: KeysConfig
+    chat_template: bool
 
     @classmethod
     def from_config(cls, data: DataConfig) -> EncodeOptions:
-        """Return the options of the data settings."""
-        return cls(
-            format=data.format,
-            mask_prompt=data.mask_prompt,
-            max_length=data.max_length,
-            on_too_long=data.on_too_long,
-            keys=replace(data.keys),
-            chat_template=data.chat_template,
-        )
+        """Return the options of the data settings, which have the same names."""
+        return cls(**{field.name: copy(getattr(data, field.name)) for field in fields(cls)})
 
 
 class RowFormat(Protocol):

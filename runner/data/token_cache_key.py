@@ -34,7 +34,7 @@ ALWAYS_HASHED_BYTES = 16 << 20
 SETTLED_SECONDS = 3.0
 """FAT stores times with a resolution of 2 s, every other file system with a finer one."""
 PACKAGES = ("tokenizers", "transformers", "mlx-lm", "jinja2")
-CODE_FILES = ("jsonl.py", "formats.py", "chat_spans.py", "encode.py", "token_set.py")
+CODE_FILES = ("jsonl.py", "formats.py", "chat_spans.py", "text_encoder.py", "encode.py", "token_set.py")
 """Files of this package that decide tokens. The key contains their text rather than a version number, which somebody
 could forget to raise; the run would then train on tokens of the former code."""
 _TOKENIZER_SETTINGS = (

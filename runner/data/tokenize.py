@@ -12,13 +12,13 @@ from typing import Any
 
 from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
-from runner.data.chat_spans import TextEncoder
 from runner.data.encode import ChunkWriter, EncodeTask, TokenBuffer, read_chunks, tokenize_in_memory
 from runner.data.formats import EncodeOptions, choose_format
 from runner.data.jsonl import LazyRows, open_data_file, read_jsonl
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.data.row_errors import RowErrors
 from runner.data.source import EXPECTED_FILES, SPLITS, describe_content, find_dataset, find_split_files
+from runner.data.text_encoder import TextEncoder
 from runner.data.token_cache import TokenCache
 from runner.data.token_set import SplitStats, TokenSet
 from runner.data.tokenize_workers import encode_in_parallel, encode_serially, worker_count

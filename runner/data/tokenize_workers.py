@@ -13,9 +13,9 @@ from typing import Any
 
 from runner.common.cores import usable_cores
 from runner.common.errors import DataError, RunnerError
-from runner.data.chat_spans import TextEncoder
 from runner.data.encode import Chunk, EncodedChunk, EncodeTask, encode_chunk
 from runner.data.row_errors import RowErrors
+from runner.data.text_encoder import TextEncoder
 
 PARALLEL_MIN_BYTES = 8 << 20
 """Smallest file that is encoded in parallel. A worker takes two to three seconds to start, and one process encodes 0.3

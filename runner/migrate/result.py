@@ -162,7 +162,7 @@ class ImportResult:
     def _default(self, name: str) -> Any:
         """Return the default of our setting `name` with the choices made so far."""
         if name == "lora.scale":
-            return schema.DEFAULT_LORA_SCALE
+            return validation.lora_scale(schema.LoraConfig())
         section, _, option = name.partition(".")
         choice = (GROUP_DEFAULTS | self.groups).get(section)
         options = schema.choice_options(section, choice) if isinstance(choice, str) else {}

@@ -33,7 +33,7 @@ class BaseModel:
     """The tokenizer, or an object that loads it on first use; `tokenizer` returns the tokenizer itself."""
     config: dict[str, Any]
     """The model's configuration, in the format of the hub's config.json."""
-    source: str
+    model_path: str
     """`model.path`, which adapter_config.json names as the base model."""
     fingerprint: str = ""
     """Identity of the weights, stored in checkpoints: see `identity.weights_fingerprint`."""
@@ -165,5 +165,5 @@ def _quantize(base: BaseModel, quantize: schema.QuantizeConfig) -> None:
     from mlx_lm.utils import quantize_model
 
     if _is_quantized(base.model):
-        raise ModelError(f"model.quantize.bits={quantize.bits}: {base.source} is quantized already.")
+        raise ModelError(f"model.quantize.bits={quantize.bits}: {base.model_path} is quantized already.")
     base.model, base.config = quantize_model(base.model, base.config, quantize.group_size, quantize.bits)

@@ -32,26 +32,27 @@ Params = dict[str, mx.array]
 class AdaptedModel:
     """A base model with an adapter; `remove` restores the base."""
 
-    def __init__(self, base: BaseModel, lora: schema.LoraConfig, seed: int, source: str | None = None) -> None:
+    def __init__(self, base: BaseModel, lora: schema.LoraConfig, seed: int, model_path: str | None = None) -> None:
         """Add LoRA layers to the last `lora.num_layers` blocks, or to all if there are fewer.
 
-        A is a function of `seed` alone, B is zero. `source` is the base model's name in adapter_config.json.
+        A is a function of `seed` alone, B is zero. `model_path` is what adapter_config.json names as the base model, by
+        default the path that it was loaded from.
 
         Raises:
             ModelError: `lora.keys` names a layer that no block has.
         """
         self.base = base
-        self.source = source or base.source
+        self.model_path = model_path or base.model_path
         self.model = base.model
         self.dropout = DropoutKeys()
         depth = len(self.model.layers)
         self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
         keys = _checked_keys(self.model, lora.keys)
         scale = validation.lora_scale(lora)
-        self.shape = {"rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}
+        self.lora_parameters = {"rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}
         # mlx-lm draws the factors from MLX's global random state, which nothing else uses.
         mx.random.seed(seed)
-        linear_to_lora_layers(self.model, self.num_layers, {**self.shape, "keys": set(keys)})
+        linear_to_lora_layers(self.model, self.num_layers, {**self.lora_parameters, "keys": set(keys)})
         for _, module in self._adapters():
             if lora.dropout > 0:
                 module.dropout = KeyedDropout(lora.dropout, self.dropout)
@@ -71,10 +72,10 @@ class AdaptedModel:
     def adapter_config(self) -> dict[str, Any]:
         """Return the content of adapter_config.json as mlx-lm reads it."""
         return {
-            "model": self.source,
+            "model": self.model_path,
             "fine_tune_type": "lora",
             "num_layers": self.num_layers,
-            "lora_parameters": self.shape,
+            "lora_parameters": self.lora_parameters,
             "base_fingerprint": self.base.fingerprint,
         }
 

@@ -65,8 +65,8 @@ def load_components(
     _require_splits(config, data)
     if config.data.metric_rows:
         _ = base.tokenizer  # loaded now: a tokenizer that is missing must not fail the run after training
-    # The source is the path as written in the config: a path from the environment is not stored.
-    adapted = AdaptedModel(base, config.lora, config.seed, source=stored["model"]["path"])
+    # The path is the one written in the config: a path from the environment is not stored.
+    adapted = AdaptedModel(base, config.lora, config.seed, model_path=stored["model"]["path"])
     try:
         _describe(config, data, adapted, blas, display)
         backend = select_backend(adapted, config, blas)
@@ -129,7 +129,9 @@ def _describe(
 ) -> None:
     trainable, total = trainable_share(adapted)
     blocks = f"the last {adapted.num_layers} of {len(adapted.model.layers)} blocks"
-    display.line(f"model  {adapted.source}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.3f}M trained in {blocks}")
+    display.line(
+        f"model  {adapted.model_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.3f}M trained in {blocks}"
+    )
     product = f", {blas.kind} BLAS, {blas.threads} threads" if blas.threads and on_cpu() else ""
     display.line(f"device {'CPU' if on_cpu() else 'GPU'}{product}")
     for split, counts in data.stats.items():

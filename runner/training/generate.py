@@ -11,9 +11,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from runner.common.errors import DataError
-from runner.data.chat_spans import TextEncoder
 from runner.data.formats import EncodeOptions
 from runner.data.metrics import Metric
+from runner.data.text_encoder import TextEncoder
 
 BATCH_SIZE = 32
 """Rows decoded at once. On the CPU, the cost of a decoding step hardly grows up to this size."""

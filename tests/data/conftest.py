@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from runner.common.disk_cache import DiskCache
+from runner.config.schema import DataConfig
 from runner.data import token_cache
 from runner.data import tokenize as tokenize_module
 from runner.data.encode import TokenBuffer
@@ -91,8 +92,7 @@ def tokenizer(make_tokenizer: Callable[..., TokenizerWrapper]) -> TokenizerWrapp
 @pytest.fixture
 def make_options() -> Callable[..., EncodeOptions]:
     def make(**changes: Any) -> EncodeOptions:
-        defaults = {"format": "auto", "mask_prompt": True, "max_length": 2048, "on_too_long": "truncate"}
-        return EncodeOptions(**{**defaults, **changes})
+        return EncodeOptions.from_config(DataConfig(**changes))
 
     return make
 

@@ -9,10 +9,10 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
 from runner.common.errors import DataError
 from runner.config.schema import KeysConfig
-from runner.data.chat_spans import TextEncoder
 from runner.data.formats import FORMATS, choose_format
 from runner.data.jsonl import JsonlRow
 from runner.data.row_errors import RowError
+from runner.data.text_encoder import TextEncoder
 
 CONTENT = "What is two plus two? <b>äöü 漢字</b> 🦊 the quick brown fox "
 THREE_TURNS = [

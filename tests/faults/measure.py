@@ -91,13 +91,14 @@ def model() -> Callable[[Path], Any]:
 
 def data() -> Callable[[Path], Any]:
     """`data.path=PATH`."""
+    from runner.config.schema import DataConfig
     from runner.data.formats import EncodeOptions
     from runner.data.tokenize import load_dataset
     from runner.models import tiny
 
     tokenizer = tiny.build_tokenizer()
-    reading = EncodeOptions(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
-    return lambda path: load_dataset(str(path), tokenizer, reading)
+    options = EncodeOptions.from_config(DataConfig(max_length=64))
+    return lambda path: load_dataset(str(path), tokenizer, options)
 
 
 def stored() -> Callable[[Path], Any]:

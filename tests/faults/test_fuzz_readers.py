@@ -24,6 +24,7 @@ from runner.common import safe_yaml, sealed_json
 from runner.common.errors import CheckpointError, ConfigError, DataError, ModelError, RunnerError
 from runner.common.filesystem import FileSystem
 from runner.config import serialize
+from runner.config.schema import DataConfig
 from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset, load_dataset
 from runner.migrate.mapping import import_config
@@ -212,7 +213,7 @@ ROWS = [
 
 
 def _load_rows(folder: Path, tokenizer: Any) -> TokenizedDataset:
-    options = EncodeOptions(format="auto", mask_prompt=True, max_length=64, on_too_long="truncate")
+    options = EncodeOptions.from_config(DataConfig(max_length=64))
     return load_dataset(str(folder), tokenizer, options)
 
 

@@ -18,7 +18,7 @@ from runner.data.source import BUILTIN_PREFIX, find_dataset, find_split_files
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter
-    from runner.data.chat_spans import TextEncoder
+    from runner.data.text_encoder import TextEncoder
 
 
 def run(argv: list[str]) -> int:
@@ -91,7 +91,7 @@ def _number(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Ca
 
 def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: str | None) -> list[int]:
     """Encode the prompt as the run's rows were encoded: with the chat template if they were."""
-    from runner.data.chat_spans import TextEncoder
+    from runner.data.text_encoder import TextEncoder
 
     encoder = TextEncoder(loaded.base.tokenizer)
     try:

@@ -101,7 +101,7 @@ def _load_base(
     for note in base.notes:
         log(note)
     if any_base and base.fingerprint != fingerprint:
-        log(f"{base.source} has other weights than the base model that the adapter was trained on (--any-base)")
+        log(f"{base.model_path} has other weights than the base model that the adapter was trained on (--any-base)")
     return base
 
 

@@ -46,7 +46,7 @@ class CheckpointManifest:
     created: str
     """When it was saved (UTC); only informs."""
     save_reasons: tuple[str, ...]
-    """Why it was saved, as text ("why" in the file): see `save_policy.parse_save_reasons`."""
+    """Why it was saved ("why" in the file): see `save_policy.SavePolicy.due`."""
     metrics: Mapping[str, float]
     files: Mapping[str, FileRecord]
 

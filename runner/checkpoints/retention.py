@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from runner.checkpoints.manifest import CheckpointManifest
-from runner.checkpoints.save_policy import parse_save_reasons
+from runner.checkpoints.save_policy import is_scheduled
 from runner.common.layout import BEST_METRIC
 
 
@@ -54,7 +54,7 @@ def select_retained(
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
     if len(set(steps)) != len(steps):
         raise ValueError("a step appears twice among the saved checkpoints")
-    scheduled = sorted(checkpoint.step for checkpoint in checkpoints if _is_scheduled(checkpoint))
+    scheduled = sorted(c.step for c in checkpoints if is_scheduled(c.save_reasons))
     every = policy.keep_every
     selected: dict[RetentionReason, Collection[int | None]] = {
         RetentionReason.NEWEST: steps[-1:],
@@ -87,10 +87,6 @@ def valid_loss(checkpoint: CheckpointManifest) -> float | None:
     """Return the validation loss at the step of `checkpoint`; None if it was not evaluated there, or is not finite."""
     loss = checkpoint.metrics.get(BEST_METRIC, math.nan)
     return loss if math.isfinite(loss) else None
-
-
-def _is_scheduled(checkpoint: CheckpointManifest) -> bool:
-    return any(reason.is_scheduled for reason in parse_save_reasons(checkpoint.save_reasons))
 
 
 def _ranked(checkpoints: Iterable[CheckpointManifest]) -> list[CheckpointManifest]:

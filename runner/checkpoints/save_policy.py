@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-# Earlier versions recorded the interval: "every 100", "every 5 minutes".
-_EVERY_MINUTES = re.compile(r"every .* minutes")
-_EVERY_UPDATES = re.compile(r"every .*")
 
+class StopReason(Enum):
+    """Why training ended. The values are what status.json and the manifests of checkpoints hold."""
 
-class SaveReason(Enum):
-    """Why a checkpoint was saved. The values are what manifest.json holds; those of the end are of StopReason."""
-
-    UPDATES = "every N updates"
-    MINUTES = "every N minutes"
-    BEST = "best"
     FINISHED = "finished"
     EARLY_STOPPING = "early stopping"
     STOP_AT = "stop_at"
@@ -26,28 +18,9 @@ class SaveReason(Enum):
     SIGHUP = "SIGHUP"
 
     @property
-    def is_scheduled(self) -> bool:
-        """Whether an interval asked for the save, so that it counts for checkpoint.keep_last."""
-        return self in (SaveReason.UPDATES, SaveReason.MINUTES)
-
-    @property
-    def is_end(self) -> bool:
-        """Whether the checkpoint was saved because the loop ended there."""
-        return not self.is_scheduled and self is not SaveReason.BEST
-
-
-def parse_save_reasons(texts: Iterable[str]) -> frozenset[SaveReason]:
-    """Return the reasons that a manifest holds as text, from any version; unknown ones are left out."""
-    values = {reason.value for reason in SaveReason}
-    reasons = set()
-    for text in texts:
-        if text in values:
-            reasons.add(SaveReason(text))
-        elif _EVERY_MINUTES.fullmatch(text):
-            reasons.add(SaveReason.MINUTES)
-        elif _EVERY_UPDATES.fullmatch(text):
-            reasons.add(SaveReason.UPDATES)
-    return frozenset(reasons)
+    def is_completion(self) -> bool:
+        """Whether the run is complete; after any other reason it can be resumed."""
+        return self in (StopReason.FINISHED, StopReason.EARLY_STOPPING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +31,35 @@ class SavePolicy:
     every_minutes: float | None = None
 
     def due(
-        self, step: int, *, minutes_since_save: float, best: bool = False, stopping: SaveReason | None = None
-    ) -> tuple[SaveReason, ...]:
-        """Return why to save after update `step`; empty if no save is due. Step 0 is never saved.
+        self, step: int, *, minutes_since_save: float, best: bool = False, stop: StopReason | None = None
+    ) -> tuple[str, ...]:
+        """Return why to save after update `step`, as a manifest records it; empty if no save is due.
+
+        Step 0 is never saved.
 
         Args:
             best: whether the evaluation at this step is the best so far.
-            stopping: why the loop ends here: its last state is saved.
+            stop: why the loop ends here: its last state is saved.
         """
         if step < 1:
             return ()
         reasons = []
         if self.every is not None and step % self.every == 0:
-            reasons.append(SaveReason.UPDATES)
+            reasons.append(f"every {self.every} updates")
         if self.every_minutes is not None and minutes_since_save >= self.every_minutes:
-            reasons.append(SaveReason.MINUTES)
+            reasons.append(f"every {self.every_minutes:g} minutes")
         if best:
-            reasons.append(SaveReason.BEST)
-        if stopping is not None:
-            reasons.append(stopping)
+            reasons.append("best")
+        if stop is not None:
+            reasons.append(stop.value)
         return tuple(reasons)
+
+
+def is_scheduled(save_reasons: Collection[str]) -> bool:
+    """Return whether an interval asked for the save, so that it counts for checkpoint.keep_last."""
+    return any(reason.startswith("every ") for reason in save_reasons)  # earlier versions wrote "every 100"
+
+
+def is_end(save_reasons: Collection[str]) -> bool:
+    """Return whether the checkpoint was saved because the loop ended there."""
+    return any(stop.value in save_reasons for stop in StopReason)

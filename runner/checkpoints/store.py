@@ -21,7 +21,6 @@ from pathlib import Path
 from runner.checkpoints import manifest as manifests
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest, FileRecord
-from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint, kind_text
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import Content, FileSystem, sha256_of, size_of
@@ -61,7 +60,7 @@ class CheckpointStore:
         step: int,
         files: Mapping[str, Content],
         *,
-        save_reasons: Iterable[SaveReason] = (),
+        save_reasons: Sequence[str] = (),
         metrics: Mapping[str, float] | None = None,
     ) -> CheckpointRecord:
         """Save `files` as the checkpoint of `step`, replacing an existing one, and sync it.
@@ -74,7 +73,7 @@ class CheckpointStore:
             run_id=self.run_id,
             step=step,
             created=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
-            save_reasons=tuple(reason.value for reason in save_reasons),
+            save_reasons=tuple(save_reasons),
             metrics={name: float(value) for name, value in (metrics or {}).items()},
             files=file_records(files),
         )

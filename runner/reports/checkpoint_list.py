@@ -27,6 +27,8 @@ class CheckpointInfo:
     path: Path
     valid_loss: float | None = None
     size_bytes: int = 0
+    saved_for: tuple[str, ...] = ()
+    """Why it was saved, such as "every 100 updates"."""
     kept_for: tuple[str, ...] = ()
     """Why it is retained; empty if the next save removes it, or if it belongs to another run."""
     problem: str | None = None
@@ -62,6 +64,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
                 path=path,
                 valid_loss=valid_loss(manifests[path]) if path in manifests else None,
                 size_bytes=folder_size(path),
+                saved_for=manifests[path].save_reasons if path in manifests else (),
                 kept_for=tuple(_reason_text(reason, policy) for reason in retained),
                 problem=problems.get(path),
             )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.common.text import format_bytes, relative_path
+from runner.common.text import format_bytes, relative_path, shorten
 from runner.reports import checkpoint_list, curves, settings_text
 from runner.reports.cells import STATE_STYLES, format_age, format_time, run_fields
 from runner.reports.checkpoint_list import CheckpointInfo
@@ -106,6 +106,7 @@ def run_page_fields(page: RunPage) -> dict[str, Any]:
                 "path": checkpoint.path,
                 "valid_loss": checkpoint.valid_loss,
                 "size_bytes": checkpoint.size_bytes,
+                "saved_for": checkpoint.saved_for,
                 "kept_for": checkpoint.kept_for,
                 "problem": checkpoint.problem,
             }
@@ -207,6 +208,7 @@ def _print_checkpoints(page: RunPage, screen: Screen) -> None:
         Column("  step", right=True),
         Column("valid_loss", right=True),
         Column("size", right=True),
+        Column("saved for"),
         Column("retained as", cut=True),
     ]
     rows = []
@@ -216,9 +218,10 @@ def _print_checkpoints(page: RunPage, screen: Screen) -> None:
             str(checkpoint.step),
             _cell(checkpoint.valid_loss, ".4f"),
             format_bytes(checkpoint.size_bytes),
+            shorten(", ".join(checkpoint.saved_for), 60),
             checkpoint.problem or retained,
         ]
-        rows.append(TableRow(cells, {3: "red"} if checkpoint.problem else {}))
+        rows.append(TableRow(cells, {4: "red"} if checkpoint.problem else {}))
     if rows:
         screen.lines(table(columns, rows, screen.width))
     if has_result(page.run):

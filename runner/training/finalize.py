@@ -10,6 +10,7 @@ from contextlib import suppress
 import mlx.core as mx
 
 from runner.checkpoints.mirror import BackupMirror
+from runner.checkpoints.save_policy import StopReason
 from runner.checkpoints.store import step_name
 from runner.common.clock import utc_now
 from runner.config import serialize
@@ -19,7 +20,6 @@ from runner.runs.run_spec import RunSpec
 from runner.training import state_files
 from runner.training.answers import compare_answers, record_answers_after_training
 from runner.training.dataloader import evaluation_loader
-from runner.training.plan import StopReason
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
 from runner.training.validate import validate

@@ -4,23 +4,8 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from enum import Enum
 
-
-class StopReason(Enum):
-    """Why training ended. The values are what status.json and the manifests of checkpoints hold."""
-
-    FINISHED = "finished"
-    EARLY_STOPPING = "early stopping"
-    STOP_AT = "stop_at"
-    SIGTERM = "SIGTERM"
-    SIGINT = "SIGINT"
-    SIGHUP = "SIGHUP"
-
-    @property
-    def is_completion(self) -> bool:
-        """Whether the run is complete; after any other reason it can be resumed."""
-        return self in (StopReason.FINISHED, StopReason.EARLY_STOPPING)
+from runner.checkpoints.save_policy import StopReason
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from runner.checkpoints.retention import (
     select_mirrored,
     select_retained,
 )
-from runner.checkpoints.save_policy import SaveReason, parse_save_reasons
+from runner.checkpoints.save_policy import is_end
 from runner.checkpoints.store import CheckpointStore, file_records, step_name
 from runner.common.atomic_io import replace_folder, write_atomically
 from runner.common.clock import utc_now
@@ -123,7 +123,7 @@ class RunWriter:
         self,
         step: int,
         files: Mapping[str, Content | Callable[[], Content]],
-        save_reasons: Sequence[SaveReason],
+        save_reasons: Sequence[str],
         valid_loss: float | None,
     ) -> None:
         """Start to commit a checkpoint and to remove those that the retention policy does not keep.
@@ -211,7 +211,7 @@ class RunWriter:
         return [manifest for manifest in manifests if manifest.run_id == self.store.run_id]
 
     def _mirrored_steps(self) -> list[int]:
-        ends = {c.step for c in self._checkpoints() if any(r.is_end for r in parse_save_reasons(c.save_reasons))}
+        ends = {c.step for c in self._checkpoints() if is_end(c.save_reasons)}
         return select_mirrored(self.retained_steps(), ends)
 
     def _remove_empty_samples(self) -> None:

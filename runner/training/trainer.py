@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from runner.backends.protocol import DeviceBatch
-from runner.checkpoints.save_policy import SavePolicy, SaveReason
+from runner.checkpoints.save_policy import SavePolicy, StopReason
 from runner.common.errors import Diverged
 from runner.data.order import BatchOrder
 from runner.reports.progress import Display
 from runner.training import plan, state_files
 from runner.training.components import Components
 from runner.training.dataloader import EvaluationLoader, PrefetchingLoader
-from runner.training.plan import StopReason, TrainingPlan
+from runner.training.plan import TrainingPlan
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.train_state import ReportWindow, TrainState
@@ -175,7 +175,7 @@ class Trainer:
             progress.step,
             minutes_since_save=(time.monotonic() - self.saved_at) / 60,
             best=is_best and self.writer.policy.keep_best > 0,
-            stopping=SaveReason(stop.value) if stop else None,
+            stop=stop,
         )
         if not save_reasons:
             return

@@ -17,15 +17,14 @@ from runner.checkpoints.retention import (
     select_mirrored,
     select_retained,
 )
-from runner.checkpoints.save_policy import SaveReason
 
 NAN, INF = math.nan, math.inf
 
 
 def _manifest(step: int, metric: float | None = None, scheduled: bool = True) -> CheckpointManifest:
-    reason = SaveReason.UPDATES if scheduled else SaveReason.BEST
+    reason = "every 100 updates" if scheduled else "best"
     metrics = {} if metric is None else {"valid_loss": metric}
-    return CheckpointManifest("run", step, "", (reason.value,), metrics, {"a": FileRecord(0, "0" * 64)})
+    return CheckpointManifest("run", step, "", (reason,), metrics, {"a": FileRecord(0, "0" * 64)})
 
 
 def _saved(*rows: tuple[int, float | None] | tuple[int, float | None, bool]) -> list[CheckpointManifest]:
@@ -37,7 +36,7 @@ def _metric(checkpoint: CheckpointManifest) -> float | None:
 
 
 def _is_scheduled(checkpoint: CheckpointManifest) -> bool:
-    return checkpoint.save_reasons == (SaveReason.UPDATES.value,)
+    return checkpoint.save_reasons == ("every 100 updates",)
 
 
 HUNDREDS = _saved((100, 3.0), (200, 1.0), (300, 2.0), (400, 1.0), (500, 4.0))

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import FileSystem
@@ -38,14 +37,14 @@ def _mark(loaded: Any) -> str | None:
 
 
 def test_what_is_committed_is_loaded_with_its_reasons_and_metrics(store: CheckpointStore) -> None:
-    made = store.commit(100, FILES, save_reasons=[SaveReason.UPDATES, SaveReason.BEST], metrics={"valid_loss": 1.25})
+    made = store.commit(100, FILES, save_reasons=["every 100 updates", "best"], metrics={"valid_loss": 1.25})
     assert made.path == store.folder / "step-0000100"
     loaded = store.load(made.path)
     assert loaded.files == FILES
     assert loaded.checkpoint == made == store.checkpoints()[0]
     assert (made.step, made.manifest.save_reasons, made.manifest.metrics, made.manifest.run_id) == (
         100,
-        ("every N updates", "best"),
+        ("every 100 updates", "best"),
         {"valid_loss": 1.25},
         "run-1",
     )

@@ -11,7 +11,6 @@ import shutil
 import pytest
 
 from runner.checkpoints.retention import RetentionPolicy
-from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore, step_name
 from runner.runs.directory import RunDirectory
 from runner.training.run_writer import RunWriter
@@ -126,7 +125,7 @@ def test_every_rotation_retains_the_newest_the_best_the_source_and_those_of_anot
                 step += 1
             # The same step again has the same loss: a run is a function of its settings.
             loss = losses.setdefault(step, rng.choice([None, math.nan, math.inf, 1.0, 1.0, 2.0, 0.5]))
-            reason = rng.choice([SaveReason.UPDATES, SaveReason.BEST, SaveReason.SIGTERM])
+            reason = rng.choice(["every 10 updates", "best", "SIGTERM"])
             store.commit(
                 step, {"a": bytes([step])}, save_reasons=[reason], metrics={} if loss is None else {"valid_loss": loss}
             )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoints.save_policy import SaveReason
 from runner.checkpoints.store import CheckpointStore
 from runner.config.schema import Config
 from runner.reports.audit import audit_run
@@ -40,7 +39,7 @@ def commit(path: Path, run_id: str, losses: Losses) -> None:
     for step, loss in losses.items():
         files = {"adapters.safetensors": f"weights of {step}".encode()}
         store.commit(
-            step, files, save_reasons=[SaveReason.UPDATES], metrics={} if loss is None else {"valid_loss": loss}
+            step, files, save_reasons=["every 100 updates"], metrics={} if loss is None else {"valid_loss": loss}
         )
 
 
@@ -53,6 +52,7 @@ def test_each_checkpoint_has_the_reasons_why_it_is_retained(run: Callable[..., P
         300: (2.0, ("last",)),
         400: (None, ("newest", "last", "every 400")),
     }
+    assert {checkpoint.saved_for for checkpoint in checkpoints} == {("every 100 updates",)}
 
 
 def test_damaged_checkpoints_and_those_of_another_run_are_named(run: Callable[..., Path]) -> None:

@@ -8,8 +8,8 @@ import signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.checkpoints.save_policy import SaveReason
-from runner.training.plan import StopReason, TrainingPlan, is_evaluation_due, is_report_due, stop_reason
+from runner.checkpoints.save_policy import StopReason, is_end
+from runner.training.plan import TrainingPlan, is_evaluation_due, is_report_due, stop_reason
 
 PLAN = TrainingPlan(iters=100, report_every=10, eval_every=20, evaluates=True)
 
@@ -50,4 +50,4 @@ def test_a_signal_takes_precedence_and_leaves_the_run_to_be_resumed() -> None:
 
 
 def test_every_stop_reason_is_a_reason_to_save_the_last_state() -> None:
-    assert all(SaveReason(reason.value).is_end for reason in StopReason)
+    assert all(is_end([reason.value]) for reason in StopReason)

@@ -60,6 +60,7 @@ def test_json_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert document["settings"]["lora.dropout"] == 0.0
     assert [step for step, _ in document["valid"]] == [0, 6, 12]
     assert [one["step"] for one in document["checkpoints"]] == [4, 8, 12]
+    assert document["checkpoints"][-1]["saved_for"] == ["every 4 updates", "best", "finished"]
     assert document["checkpoints"][-1]["kept_for"] == ["newest", "last", "best"]
     (score,) = document["scores"]
     assert (score["metric"], score["rows"], score["split"]) == ("exact_match", 2, "test")

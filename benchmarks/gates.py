@@ -116,7 +116,6 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.tuner.trainer import default_loss
 
-    from runner.backends.blas import load_blas
     from runner.backends.cpu.backend import CpuBackend
     from runner.backends.mlx.backend import MlxBackend
     from runner.backends.select import select_backend
@@ -124,7 +123,7 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
     from runner.training.dataloader import BatchBuilder
 
     model, config = adapted.model, Config()
-    backend = select_backend(adapted, config, load_blas())
+    backend = select_backend(adapted, config)
     backends = {"mlx": MlxBackend(adapted, backend.split_model, chunk=config.train.loss_chunk)}
     if isinstance(backend, CpuBackend):
         backends["engine"] = backend

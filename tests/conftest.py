@@ -72,11 +72,11 @@ def tiny() -> Callable[..., Config]:
 
 @pytest.fixture
 def train() -> Callable[..., Path]:
-    """Train in this process: `train(settings, folder)`; `resume=path` goes on from there, and jobs of a sweep share
-    a `Shared`."""
+    """Train in this process: `train(settings, folder)`; `resume=path` continues from there, and jobs of a sweep share
+    a `ComponentLoader`."""
 
     def do(
-        settings: Config, folder: Path, resume: Path | None = None, shared: Any = None, stop_at: int | None = None
+        settings: Config, folder: Path, resume: Path | None = None, loader: Any = None, stop_at: int | None = None
     ) -> Path:
         from runner.training.run import train_run
 
@@ -85,7 +85,7 @@ def train() -> Callable[..., Path]:
         if source is None or source.branch:
             directory.claim()
         start = RunSpec(settings, serialize.to_dict(settings), directory, source, new_run_id(), stop_at=stop_at)
-        train_run(start, blas.load_blas(), shared=shared)
+        train_run(start, loader)
         return folder
 
     return do

@@ -39,13 +39,13 @@ def start_run(invocation: Invocation, session: HydraSession, config: DictConfig)
     def train(job_config: DictConfig) -> float | None:
         from runner.backends import blas
 
-        report = blas.load_blas()  # before MLX is imported
+        blas.load_blas()  # before MLX is imported
         from runner.training.run import train_run
 
         settings = resolve_config(job_config)
         settings.experiment = settings.experiment or HydraConfig.get().runtime.choices.get("experiment")
         stored = config_to_store(job_config, settings)
-        return train_run(RunSpec(settings, stored, directory, source, new_run_id(), stop_at=invocation.stop_at), report)
+        return train_run(RunSpec(settings, stored, directory, source, new_run_id(), stop_at=invocation.stop_at))
 
     with _removed_unless_begun(directory, config.hydra.output_subdir):
         context.callbacks.on_run_start(config=config, config_name=session.config_name)

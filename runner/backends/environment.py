@@ -9,10 +9,11 @@ from typing import Any
 import mlx.core as mx
 
 from runner import __version__
+from runner.backends import blas
 from runner.models.split_model import SplitModel
 
 
-def common_environment(split_model: SplitModel, blas: dict[str, Any] | None) -> dict[str, Any]:
+def common_environment(split_model: SplitModel) -> dict[str, Any]:
     """Return versions, device, BLAS and the number of blocks whose hidden states come from the cache."""
     return {
         "runner": __version__,
@@ -21,6 +22,6 @@ def common_environment(split_model: SplitModel, blas: dict[str, Any] | None) -> 
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": str(mx.default_device()),
-        "blas": blas,
+        "blas": blas.identity(),
         "trunk": split_model.frozen_blocks,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runner.backends.blas import BlasReport, blas_identity
+from runner.backends import blas
 from runner.backends.protocol import Backend
 from runner.config.schema import Config
 from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
@@ -12,17 +12,16 @@ from runner.models.load import BaseModel
 
 
 def hidden_caches(
-    backend: Backend, base: BaseModel, config: Config, blas: BlasReport, log: Callable[[str], None]
+    backend: Backend, base: BaseModel, config: Config, log: Callable[[str], None]
 ) -> HiddenStateCaches | None:
-    """Return the cache of the hidden states that `backend` computes after its frozen blocks, or None
-    where it has none."""
+    """Return the cache of the hidden states after the frozen blocks of `backend`, or None if it has none."""
     split_model = backend.split_model
     if not split_model.frozen_blocks:
         return None
     cache_key_parts = {
         "base": base.content_hash,
         "cut": split_model.frozen_blocks,
-        "blas": blas_identity(blas),
+        "blas": blas.identity(),
         "engine": backend.kernel_version,
         **numeric_platform(),
     }

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from runner.backends.blas import BlasReport, blas_identity
+from runner.backends import blas
 from runner.backends.cpu import native, probe
 from runner.backends.cpu.backend import CpuBackend
 from runner.backends.cpu.engine import Engine
@@ -28,7 +28,7 @@ _VERIFIED = {"agrees": True}
 _UNSUPPORTED = (UnsupportedModel, AttributeError)  # another version of mlx-lm may rename parts of its models
 
 
-def select_backend(adapted: AdaptedModel, config: Config, blas: BlasReport) -> Backend:
+def select_backend(adapted: AdaptedModel, config: Config) -> Backend:
     """Return the CPU engine where it can compute this run, else MLX.
 
     That the parts of the model and the engine compute what the whole model does is probed, and the result cached for
@@ -37,18 +37,18 @@ def select_backend(adapted: AdaptedModel, config: Config, blas: BlasReport) -> B
     t = config.train
     cut = len(adapted.model.layers) - adapted.num_layers if t.hidden_cache.enabled else 0
     ops, ops_reason = _ops(t) if t.cpu_engine and on_cpu() else (None, "")
-    fact = _probe_fact(adapted, cut, config, blas, ops) if t.cache_probes else None
+    fact = _probe_fact(adapted, cut, config, ops) if t.cache_probes else None
     verified = fact is not None and fact.load() == _VERIFIED
     parts = SplitModel(adapted.model, cut, verified=verified)
     engine, reason = None, None
     if ops is not None:
-        engine, reason = _engine(adapted, parts, config, blas, ops, verified)
+        engine, reason = _engine(adapted, parts, config, ops, verified)
     # A failure is not cached: its cause may be gone at the next start.
     if fact and not verified and parts.has_separate_head and parts.frozen_blocks == cut and reason is None:
         fact.store(_VERIFIED)
     if engine is not None:
         note = f"CPU engine without native code: {ops_reason}; NumPy computes its kernels" if ops_reason else None
-        return CpuBackend(engine, parts, blas=blas_identity(blas), fallback_reason=note)
+        return CpuBackend(engine, parts, fallback_reason=note)
     return MlxBackend(
         adapted,
         parts,
@@ -57,7 +57,6 @@ def select_backend(adapted: AdaptedModel, config: Config, blas: BlasReport) -> B
         grad_checkpoint=t.grad_checkpoint,
         compiled=t.compile == "always" or (t.compile == "auto" and not on_cpu()),
         fallback_reason=None if reason is None else f"CPU engine not used: {reason}; MLX computes",
-        blas=blas_identity(blas),
     )
 
 
@@ -80,7 +79,7 @@ def window_of_earlier_versions(backend: Backend, config: Config) -> int:
 
 
 def _engine(
-    adapted: AdaptedModel, parts: SplitModel, config: Config, blas: BlasReport, ops: Ops, verified: bool
+    adapted: AdaptedModel, parts: SplitModel, config: Config, ops: Ops, verified: bool
 ) -> tuple[Engine | None, str | None]:
     """Return the engine, or None and the reason."""
     t = config.train
@@ -94,7 +93,11 @@ def _engine(
         return None, reason
     try:
         engine = Engine(
-            adapted.model, chunk=t.loss_chunk, threads=blas.threads or 1, grad_checkpoint=t.grad_checkpoint, ops=ops
+            adapted.model,
+            chunk=t.loss_chunk,
+            threads=blas.load_blas().threads or 1,
+            grad_checkpoint=t.grad_checkpoint,
+            ops=ops,
         )
     except _UNSUPPORTED as error:
         return None, f"this model has a part that it does not implement: {error}"
@@ -109,7 +112,7 @@ def _ops(t: TrainConfig) -> tuple[Ops, str]:
     return kernels or Ops(), reason
 
 
-def _probe_fact(adapted: AdaptedModel, cut: int, config: Config, blas: BlasReport, ops: Ops | None) -> CachedResult:
+def _probe_fact(adapted: AdaptedModel, cut: int, config: Config, ops: Ops | None) -> CachedResult:
     """Return the cached fact that the parts compute what the whole model does, keyed by all that this depends on."""
     t = config.train
     return CachedResult.of(
@@ -120,7 +123,7 @@ def _probe_fact(adapted: AdaptedModel, cut: int, config: Config, blas: BlasRepor
             "lora": asdict(config.lora),
             "train": (t.cpu_engine, t.head, t.loss_chunk, t.grad_checkpoint, t.compile),
             "ops": ops and (ops.name, ops.build),
-            "blas": blas_identity(blas),
+            "blas": blas.identity(),
             "python": platform.python_version(),
             "code": code_digest(),
             **numeric_platform(),

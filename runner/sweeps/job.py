@@ -20,7 +20,7 @@ from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 from runner.sweeps.plan import has_begun
 
 if TYPE_CHECKING:
-    from runner.training.shared import SharedComponents
+    from runner.training.component_loader import ComponentLoader
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def train_job(
     label: str,
     experiment: str | None,
     stop_at: int | None = None,
-    shared: SharedComponents | None = None,
+    loader: ComponentLoader | None = None,
     on_claim: Callable[[], None] | None = None,
 ) -> float | None:
     """Run the job of the composed `cfg` in `folder` and return its objective.
@@ -66,7 +66,7 @@ def train_job(
     """
     from runner.backends import blas
 
-    report = blas.load_blas()  # before MLX is imported
+    blas.load_blas()  # before MLX is imported
     from runner.training.run import train_run
 
     source = ResumeSource(run=folder) if has_begun(folder) else None
@@ -81,7 +81,7 @@ def train_job(
         if on_claim is not None:
             on_claim()
     stored = config_to_store(cfg, config)
-    return train_run(RunSpec(config, stored, directory, source, new_run_id(), stop_at, label), report, shared)
+    return train_run(RunSpec(config, stored, directory, source, new_run_id(), stop_at, label), loader)
 
 
 def _config_of_resumed_job(source: ResumeSource, composed: DictConfig) -> DictConfig:

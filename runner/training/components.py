@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from runner.backends.blas import BlasReport
+from runner.backends import blas
 from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
 from runner.common.errors import ConfigError, ModelError
@@ -22,7 +22,7 @@ from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, trainable_share
 from runner.reports.progress import Display
 from runner.training.baseline import Baseline
-from runner.training.shared import SharedComponents
+from runner.training.component_loader import ComponentLoader
 from runner.training.signals import StopSignals
 from runner.training.state_files import RunIdentity
 
@@ -45,21 +45,20 @@ class Components:
 def load_components(
     config: Config,
     stored: dict[str, Any],
-    blas: BlasReport,
-    shared: SharedComponents,
+    loader: ComponentLoader,
     display: Display,
     stops: StopSignals,
 ) -> Components:
-    """Load the model and the data, or reuse the shared ones, and add the adapter.
+    """Load the model and the data, or reuse the loader's last ones, and add the adapter.
 
     Raises:
         ModelError, DataError: what is wrong and where.
         StopRequested: a signal arrived while the data was tokenized.
     """
-    base = shared.base(config.model)
+    base = loader.base(config.model)
     for note in base.notes:
         display.line(note)
-    data, options = shared.data(config.data, base, stops.check)
+    data, options = loader.data(config.data, base, stops.check)
     for note in data.notes:
         display.line(note, "yellow")
     _require_splits(config, data)
@@ -68,11 +67,11 @@ def load_components(
     # The path is the one written in the config: a path from the environment is not stored.
     adapted = AdaptedModel(base, config.lora, config.seed, model_path=stored["model"]["path"])
     try:
-        _describe(config, data, adapted, blas, display)
-        backend = select_backend(adapted, config, blas)
+        _describe(config, data, adapted, display)
+        backend = select_backend(adapted, config)
         if backend.fallback_reason:
             display.line(backend.fallback_reason)
-        caches = shared.hidden_caches(backend, base, config, blas, display.line)
+        caches = loader.hidden_caches(backend, base, config, display.line)
         _describe_hidden_cache(config, data, adapted, backend, caches, display)
     except BaseException:
         adapted.remove()
@@ -87,7 +86,7 @@ def load_components(
         environment=backend.numeric_environment(),
         hyperparameters=serialize.flatten_dict(stored),
     )
-    baseline = shared.baseline(config, base, data, identity.environment)
+    baseline = loader.baseline(config, base, data, identity.environment)
     return Components(base, data, options, adapted, backend, caches, identity, baseline)
 
 
@@ -124,15 +123,14 @@ def _require_splits(config: Config, data: TokenizedDataset) -> None:
         raise ConfigError(f"data.metric_rows={config.data.metric_rows}: the data has no {split} rows to answer.")
 
 
-def _describe(
-    config: Config, data: TokenizedDataset, adapted: AdaptedModel, blas: BlasReport, display: Display
-) -> None:
+def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, display: Display) -> None:
     trainable, total = trainable_share(adapted)
     blocks = f"the last {adapted.num_layers} of {len(adapted.model.layers)} blocks"
     display.line(
         f"model  {adapted.model_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.3f}M trained in {blocks}"
     )
-    product = f", {blas.kind} BLAS, {blas.threads} threads" if blas.threads and on_cpu() else ""
+    report = blas.load_blas()
+    product = f", {report.kind} BLAS, {report.threads} threads" if report.threads and on_cpu() else ""
     display.line(f"device {'CPU' if on_cpu() else 'GPU'}{product}")
     for split, counts in data.stats.items():
         exceptions = [

@@ -19,7 +19,7 @@ from runner.config.references import has_environment_reference
 from runner.config.schema import Config
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
-from runner.training.shared import SharedComponents
+from runner.training.component_loader import ComponentLoader
 from runner.training.signals import StopSignals
 from runner.training.state_files import RunIdentity, SavedState
 
@@ -72,16 +72,16 @@ def is_already_finished(spec: RunSpec, point: ResumePoint) -> bool:
     return bool(status.get("ended")) and status["state"] == "finished"
 
 
-def require_same_inputs(config: Config, point: ResumePoint, shared: SharedComponents, stops: StopSignals) -> None:
-    """Load the model and the data, or reuse the shared ones, and refuse them if the checkpoint was trained on others.
+def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoader, stops: StopSignals) -> None:
+    """Load the model and the data, or reuse the loader's last ones, and refuse them if the checkpoint was trained on others.
 
     Raises:
         ConfigError: a fingerprint differs.
         ModelError, DataError: they cannot be loaded.
         StopRequested: a stop signal arrived meanwhile.
     """
-    base = shared.base(config.model)
-    data, _ = shared.data(config.data, base, stops.check)
+    base = loader.base(config.model)
+    data, _ = loader.data(config.data, base, stops.check)
     saved = point.saved.identity.fingerprints
     current = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
     problems = {

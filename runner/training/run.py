@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import mlx.core as mx
 
-from runner.backends.blas import BlasReport
+from runner.backends import blas
 from runner.common.clock import utc_now
 from runner.common.errors import Diverged, RunnerError, StorageError
 from runner.models.device import on_cpu
@@ -18,87 +18,62 @@ from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
 from runner.training.answers import record_answers_before_training
 from runner.training.build import build_trainer, build_writer, open_writer
+from runner.training.component_loader import ComponentLoader
 from runner.training.components import free_frozen_weights, load_components
 from runner.training.finalize import finalize, finish_backup
-from runner.training.resume import ResumePoint, find_resume_point, is_already_finished, require_same_inputs
+from runner.training.resume import find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
-from runner.training.shared import SharedComponents
 from runner.training.signals import StopRequested, StopSignals
+from runner.training.trainer import Trainer
 
 
-def train_run(spec: RunSpec, blas: BlasReport, shared: SharedComponents | None = None) -> float | None:
+def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | None:
     """Train the run that `spec` describes, in its directory, and return its objective if it has one.
 
-    Jobs of a sweep in one process pass the components that they share.
+    Jobs of a sweep in one process pass the loader that they share.
 
     Raises:
         RunnerError: with the documented exit code; status.json has the reason.
         SystemExit: 128 + the signal's number, after a stop signal.
     """
-    spec.directory.lock()
-    try:
-        with StopSignals() as stops:
-            point = find_resume_point(spec)
-            if point is not None and is_already_finished(spec, point):
-                _print_finished(spec, stops)
-                return _objective(spec, point.saved.progress.best_loss)
-            if shared is not None:
-                return _run(spec, blas, point, stops, shared, is_job=True)
-            with closing(SharedComponents()) as own_components:
-                return _run(spec, blas, point, stops, own_components, is_job=False)
-    finally:
-        spec.directory.unlock()
-
-
-def _run(
-    spec: RunSpec,
-    blas: BlasReport,
-    point: ResumePoint | None,
-    stops: StopSignals,
-    shared: SharedComponents,
-    *,
-    is_job: bool,
-) -> float | None:
-    if point is not None:
-        with _exit_on_stop(stops):
-            require_same_inputs(spec.config, point, shared, stops)  # a refused resume writes nothing
-    with closing(open_writer(spec, point)) as writer, _failure_recorded(spec, writer):
-        best_loss = _train(spec, blas, point, stops, shared, writer, is_job=is_job)
+    with ExitStack() as stack:
+        spec.directory.lock()
+        stack.callback(spec.directory.unlock)
+        stops = stack.enter_context(StopSignals())
+        point = find_resume_point(spec)
+        if point is not None and is_already_finished(spec, point):
+            _print_finished(spec, stops)
+            return _objective(spec, point.saved.progress.best_loss)
+        loader = shared or stack.enter_context(closing(ComponentLoader()))
+        if point is not None:
+            with _exit_on_stop(stops):
+                require_same_inputs(spec.config, point, loader, stops)  # a refused resume writes nothing
+        writer = stack.enter_context(closing(open_writer(spec, point)))
+        stack.enter_context(_failure_recorded(spec, writer))
+        stack.enter_context(_mlx_memory_limits(spec.config.train.cache_limit_gb))
+        display = stack.enter_context(_open_display(spec))
+        if advice := blas.load_blas().advice:
+            display.line(advice, "yellow")
+        with _exit_on_stop(stops, writer):
+            components = load_components(spec.config, spec.stored, loader, display, stops)
+        stack.callback(components.adapted.remove)
+        if shared is None:
+            free_frozen_weights(spec.config, components, display)
+        trainer = build_trainer(spec, point, components, writer, stops, display)
+        _train(trainer, spec)
         if stops.signal is not None:
             raise SystemExit(128 + stops.signal)
-        return _objective(spec, best_loss)
+        return _objective(spec, trainer.state.progress.best_loss)
 
 
-def _train(
-    spec: RunSpec,
-    blas: BlasReport,
-    point: ResumePoint | None,
-    stops: StopSignals,
-    shared: SharedComponents,
-    writer: RunWriter,
-    *,
-    is_job: bool,
-) -> float | None:
-    """Load, train and finalize; return the best validation loss."""
-    config = spec.config
-    with _mlx_memory(config.train.cache_limit_gb), _open_display(spec) as display:
-        if blas.advice:
-            display.line(blas.advice, "yellow")
-        with _exit_on_stop(stops, writer):
-            components = load_components(config, spec.stored, blas, shared, display, stops)
-        try:
-            if not is_job:
-                free_frozen_weights(config, components, display)
-            trainer = build_trainer(spec, point, components, writer, stops, display)
-            with closing(trainer.batches):
-                record_answers_before_training(trainer, config.data)
-                display.begin(trainer.state.progress.step, spec.stop_at)
-                stop = trainer.train()
-            display.stop()
-            finalize(trainer, spec, stop)
-            return trainer.state.progress.best_loss
-        finally:
-            components.adapted.remove()
+def _train(trainer: Trainer, spec: RunSpec) -> None:
+    """Train until the run ends, then write its result and report how it ended."""
+    with closing(trainer.batches):
+        record_answers_before_training(trainer, spec.config.data)
+        trainer.display.begin(trainer.state.progress.step, spec.stop_at)
+        stop = trainer.train()
+    trainer.display.stop()
+    finalize(trainer, spec, stop)
 
 
 def _print_finished(spec: RunSpec, stops: StopSignals) -> None:
@@ -151,8 +126,8 @@ def _failure_recorded(spec: RunSpec, writer: RunWriter) -> Iterator[None]:
 
 
 @contextmanager
-def _mlx_memory(cache_limit_gb: float | None) -> Iterator[None]:
-    """Count the peak memory of this run alone, limit MLX's cache of freed buffers, and empty it at the end."""
+def _mlx_memory_limits(cache_limit_gb: float | None) -> Iterator[None]:
+    """Set MLX's wired and cache limits, count peak memory from here, and empty the cache of freed buffers at the end."""
     mx.reset_peak_memory()
     previous = mx.set_cache_limit(int(cache_limit_gb * 1e9)) if cache_limit_gb is not None else None
     if not on_cpu():

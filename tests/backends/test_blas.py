@@ -31,7 +31,7 @@ REPORT = """
 import dataclasses, json, os, sys
 from runner.backends import blas
 report = blas.load_blas()
-print(json.dumps(dataclasses.asdict(report) | {"identity": blas.blas_identity(report)}))
+print(json.dumps(dataclasses.asdict(report) | {"identity": blas.identity()}))
 """
 
 

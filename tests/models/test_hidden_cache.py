@@ -23,8 +23,8 @@ from runner.models.hidden_store import Budget, HiddenStateStore
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
 from runner.models.split_model import SplitModel
+from runner.training.component_loader import ComponentLoader
 from runner.training.dataloader import BatchBuilder, EvaluationLoader, join_batches
-from runner.training.shared import SharedComponents
 
 CUT = {"lora.num_layers": 1, "train.grad_accumulation": 2}
 
@@ -378,20 +378,18 @@ def test_neighbouring_batches_are_joined_up_to_the_limit_in_order() -> None:
 
 
 def test_jobs_share_a_baseline_only_if_it_is_computed_in_the_same_way(tiny: Callable) -> None:
-    from runner.backends import blas
     from runner.backends.select import select_backend
-    from runner.training.shared import SharedComponents
 
-    shared, report = SharedComponents(), blas.load_blas()
-    base = shared.base(tiny().model)
-    data, _ = shared.data(tiny().data, base, lambda: None)
+    loader = ComponentLoader()
+    base = loader.base(tiny().model)
+    data, _ = loader.data(tiny().data, base, lambda: None)
 
     def baseline(**changes: object) -> object:
         settings = tiny(**changes)
         adapted = AdaptedModel(base, settings.lora, 0)
         try:
-            environment = select_backend(adapted, settings, report).numeric_environment()
-            return shared.baseline(settings, base, data, environment)
+            environment = select_backend(adapted, settings).numeric_environment()
+            return loader.baseline(settings, base, data, environment)
         finally:
             adapted.remove()
 
@@ -405,9 +403,9 @@ def test_jobs_share_a_baseline_only_if_it_is_computed_in_the_same_way(tiny: Call
 def test_jobs_with_other_kernels_share_no_hidden_states(tiny: Callable, train: Callable, tmp_path: Path) -> None:
     """In one process, as jobs of a sweep: native kernels, then NumPy's, whose last digits differ."""
     settings = {**CUT, "train.hidden_cache.folder": str(tmp_path / "cache"), "train.iters": 1}
-    shared, kept = SharedComponents(), [0]
+    loader, kept = ComponentLoader(), [0]
     for cpu_native in (True, False, True):
-        train(tiny(**settings, **{"train.cpu_native": cpu_native}), tmp_path / f"{len(kept)}", shared=shared)
+        train(tiny(**settings, **{"train.cpu_native": cpu_native}), tmp_path / f"{len(kept)}", loader=loader)
         kept.append(len(list((tmp_path / "cache").iterdir())))
     assert kept == [0, kept[1], 2 * kept[1], 2 * kept[1]] and kept[1] > 0
     states = [json.loads((tmp_path / f"{job}/checkpoints/step-0000001/train_state.json").read_text()) for job in (1, 2)]

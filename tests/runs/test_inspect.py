@@ -22,7 +22,6 @@ from runner.runs.inspect import RunInfo, differing_settings, folder_size, read_r
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tiny model that finished; copy it before changing it."""
-    from runner.backends import blas
     from runner.config import validation
     from runner.runs.run_spec import RunSpec, new_run_id
     from runner.training.run import train_run
@@ -37,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     directory = RunDirectory(folder)
     directory.claim()
-    train_run(RunSpec(settings, serialize.to_dict(settings), directory, None, new_run_id()), blas.load_blas())
+    train_run(RunSpec(settings, serialize.to_dict(settings), directory, None, new_run_id()))
     return folder
 
 

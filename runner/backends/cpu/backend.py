@@ -20,17 +20,8 @@ from runner.models.split_model import SplitModel
 class CpuBackend:
     """Implements `runner.backends.protocol.Backend` for float32 models of the engine's architectures."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        split_model: SplitModel,
-        *,
-        blas: dict[str, Any] | None,
-        fallback_reason: str | None = None,
-    ) -> None:
-        """`blas`: identity of the BLAS in use, for the numeric environment."""
+    def __init__(self, engine: Engine, split_model: SplitModel, *, fallback_reason: str | None = None) -> None:
         self.engine, self.split_model, self.fallback_reason = engine, split_model, fallback_reason
-        self._blas = blas
 
     @property
     def kernel_version(self) -> str:
@@ -40,7 +31,7 @@ class CpuBackend:
     def numeric_environment(self) -> dict[str, Any]:
         """Return what the last digits depend on."""
         return {
-            **common_environment(self.split_model, self._blas),
+            **common_environment(self.split_model),
             "engine": self.kernel_version,
             "compiled": False,
             "loss_piece": self.engine.head.chunk,

@@ -35,12 +35,10 @@ class MlxBackend:
         grad_checkpoint: bool = False,
         compiled: bool = False,
         fallback_reason: str | None = None,
-        blas: dict[str, Any] | None = None,
     ) -> None:
-        """`chunk`, `all_positions`: see `ChunkedLoss`. `grad_checkpoint` recomputes activations in the backward pass.
-        `blas`: identity of the BLAS in use, for the numeric environment."""
+        """`chunk`, `all_positions`: see `ChunkedLoss`. `grad_checkpoint` recomputes activations in the backward pass."""
         self.split_model, self.fallback_reason = split_model, fallback_reason
-        self._adapted, self._grad_checkpoint, self._blas = adapted, grad_checkpoint, blas
+        self._adapted, self._grad_checkpoint = adapted, grad_checkpoint
         self._loss = ChunkedLoss(split_model=split_model, chunk=chunk, all_positions=all_positions)
         self._compiled = compiled
         self._step = mx.compile(self._loss_and_grads) if compiled else self._loss_and_grads
@@ -48,7 +46,7 @@ class MlxBackend:
     def numeric_environment(self) -> dict[str, Any]:
         """Return what the last digits depend on."""
         return {
-            **common_environment(self.split_model, self._blas),
+            **common_environment(self.split_model),
             "engine": None,
             "compiled": self._compiled,
             "loss_piece": self._loss.chunk,

@@ -165,7 +165,7 @@ def _train(run: Path, checkpoints: Path, first: int, last: int, scratch: Path, w
     """Train `run` from step `first` to `last` in the folder `scratch`."""
     from runner.backends import blas
 
-    report = blas.load_blas()  # before MLX is imported
+    blas.load_blas()  # before MLX is imported
     from runner.training.run import train_run as train
 
     settings = _settings(run)
@@ -178,7 +178,7 @@ def _train(run: Path, checkpoints: Path, first: int, last: int, scratch: Path, w
     spec = RunSpec(settings, stored, directory, source, new_run_id(), stop_at=last, label="replay")
     with open(os.devnull, "w") as null, redirect_stdout(null):
         try:
-            train(spec, report)
+            train(spec)
         except SystemExit as stopped:  # by a signal
             raise KeyboardInterrupt from stopped
     return _Trained.load(directory.checkpoints / step_name(last))

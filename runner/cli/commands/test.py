@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
         raise DataError(
             f"{config.data.path} has no {options.split}.jsonl. Another split: --split valid. Other data: data.path=…"
         )
-    report = blas.load_blas()
+    blas.load_blas()
     from runner.backends.hidden_caches import hidden_caches
     from runner.backends.select import select_backend
     from runner.cli.commands.load_adapter import load_adapter
@@ -55,8 +55,8 @@ def run(argv: list[str]) -> int:
         arguments.print_note(note)
     rows = getattr(data, options.split)
     assert loaded.adapted is not None
-    backend = select_backend(loaded.adapted, config, report)
-    caches = hidden_caches(backend, loaded.base, config, report, arguments.print_note)
+    backend = select_backend(loaded.adapted, config)
+    caches = hidden_caches(backend, loaded.base, config, arguments.print_note)
     batches = evaluation_loader(rows, config, caches)
     tested = validate(backend, loaded.adapted.params(), batches)
     perplexity = math.exp(min(tested.loss, 700))  # beyond it a float overflows

@@ -34,9 +34,9 @@ def launch(
     from runner.backends import blas
 
     blas.load_blas()  # before MLX is imported
-    from runner.training.shared import SharedComponents
+    from runner.training.component_loader import ComponentLoader
 
-    composer, shared = JobComposer(context.config_loader, config), SharedComponents()
+    composer, loader = JobComposer(context.config_loader, config), ComponentLoader()
     sweep = Path(config.hydra.sweep.dir)
     HydraConfig.instance().set_config(config)  # for ${hydra:…} in a user's config
     jobs = [PlannedJob.parse(overrides) for overrides in job_overrides]
@@ -55,7 +55,7 @@ def launch(
                 label=f"job {job.number}  {labels[i]}",
                 experiment=hydra.runtime.choices.get("experiment"),
                 stop_at=invocation.stop_at,
-                shared=shared,
+                loader=loader,
                 on_claim=partial(_write_record, result.cfg, hydra, job, folder),
             )
             result.status = JobStatus.COMPLETED

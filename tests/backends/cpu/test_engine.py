@@ -8,7 +8,6 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama, qwen2
 
-from runner.backends.blas import BlasReport
 from runner.backends.cpu import kernels, native
 from runner.backends.cpu.backend import CpuBackend, packed
 from runner.backends.cpu.engine import Engine, _group_rows
@@ -275,7 +274,7 @@ def test_validation_loss_equals_that_of_mlx(ops) -> None:
     forward, batches = SplitModel(adapted_model.model), [batch([20, 40]), batch([9])]
     expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, chunk=256, ops=ops)
-    result = validate(CpuBackend(engine, forward, blas=None), adapted_model.params(), batches)
+    result = validate(CpuBackend(engine, forward), adapted_model.params(), batches)
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert (result.tokens, result.supervised) == (expected.tokens, expected.supervised)
 
@@ -285,7 +284,7 @@ def test_validation_loss_of_more_rows_than_are_computed_at_once_equals_that_of_m
     forward, batches = SplitModel(adapted_model.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
     expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, threads=2, chunk=256, ops=ops)
-    result = validate(CpuBackend(engine, forward, blas=None), adapted_model.params(), batches)
+    result = validate(CpuBackend(engine, forward), adapted_model.params(), batches)
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     groups = _group_rows([150, 40, 260, 90, 500, 3, 381, 4], 384)
     assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
@@ -295,7 +294,7 @@ def selected(adapted_model: AdaptedModel) -> Backend:
     """The backend that is chosen for `adapted_model`, with NumPy's kernels."""
     config = schema.Config()
     config.train.cache_probes = config.train.cpu_native = False
-    return select_backend(adapted_model, config, BlasReport(kind="named", threads=1))
+    return select_backend(adapted_model, config)
 
 
 def test_a_supported_model_gets_the_engine_and_keeps_its_adapter() -> None:
@@ -372,7 +371,7 @@ def test_a_setting_that_the_engine_does_not_support_falls_back_to_mlx_with_the_r
     settings.model.path = "builtin:tiny"
     setattr(getattr(settings, section), name, value)
     adapted_model = AdaptedModel(load_base_model(settings.model), settings.lora, seed=0)
-    backend = select_backend(adapted_model, settings, BlasReport(kind="named", threads=1))
+    backend = select_backend(adapted_model, settings)
     assert isinstance(backend, CpuBackend if value is True else MlxBackend)
     if reason is None:
         assert backend.fallback_reason is None

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep in one process share: base model, tokenized data, baselines and hidden-state caches."""
+"""Loads what the jobs of a sweep in one process share: base model, data, baselines and hidden-state caches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
 
-from runner.backends.blas import BlasReport
 from runner.backends.hidden_caches import hidden_caches
 from runner.backends.protocol import Backend
 from runner.config import schema
@@ -19,10 +18,10 @@ from runner.models.load import BaseModel, load_base_model
 from runner.training.baseline import Baseline, load_baseline
 
 
-class SharedComponents:
-    """Holds the last base model, the last data set and their baselines; a single run has an instance of its own.
+class ComponentLoader:
+    """Loads the base model and the data of runs, and returns the last ones again to a run that has the same.
 
-    Sharing does not change what a job computes: the base model is frozen and returned without its adapter, and a
+    The jobs of a sweep in one process share an instance; any other run has its own. Sharing does not change what a job computes: the base model is frozen and returned without its adapter, and a
     baseline equals what the job would compute.
     """
 
@@ -70,7 +69,6 @@ class SharedComponents:
         backend: Backend,
         base: BaseModel,
         config: schema.Config,
-        blas: BlasReport,
         print_line: Callable[[str], None],
     ) -> HiddenStateCaches | None:
         """Return the hidden-state caches of `backend`'s frozen blocks; the last job's if it had the same."""
@@ -78,7 +76,7 @@ class SharedComponents:
         key = (base.fingerprint, frozen_blocks, backend.kernel_version, astuple(config.train.hidden_cache))
         if self._caches is None or self._caches[0] != key:
             self._close_caches()
-            self._caches = (key, hidden_caches(backend, base, config, blas, print_line))
+            self._caches = (key, hidden_caches(backend, base, config, print_line))
         elif self._caches[1]:
             self._caches[1].set_compute(backend.run_frozen_blocks)
         return self._caches[1]

@@ -16,6 +16,7 @@ from runner.app.hydra_internals import job_error
 from runner.app.resolve import config_to_store, require_adapter, resolve_config
 from runner.checkpoints import mirror
 from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
+from runner.common.text import shell_path
 from runner.config import validation
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
@@ -92,7 +93,9 @@ def _open_directory(
         source = None
     if source is not None and not source.branch:
         if is_named:
-            raise ConfigError("resume=RUN continues in RUN itself; hydra.run.dir is for a branch or a new run.")
+            raise ConfigError(
+                f"resume={shell_path(source.run)} continues in that directory; hydra.run.dir is for a branch or a new run."
+            )
         directory = RunDirectory(source.run, checkpoints)
         directory.lock()
         set_hydra(config, "output_subdir", None)  # .hydra/ stays that of the first start

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.common.text import shell_path
 from runner.config import schema
 from runner.config.schema import Config
 from runner.config.serialize import flatten, format_value
 from runner.config.setting import OnResume
 
 
-def iters_may_change(config: Config) -> bool:
-    """Return whether train.iters may change on resume: if the learning rates of past updates do not depend on it."""
-    return config.schedule.name == "constant" or config.schedule.iters is not None
+def iters_may_change(settings: Mapping[str, Any]) -> bool:
+    """Return whether train.iters may change on resume: if the learning rates of past updates do not depend on it.
+
+    `settings` are those of the run: dotted name to value.
+    """
+    return settings.get("schedule.name") == "constant" or settings.get("schedule.iters") is not None
 
 
 def is_free_on_resume(name: str) -> bool:
@@ -30,8 +36,8 @@ def frozen_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def changes_on_resume(stored: Config, config: Config, step: int) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that `config` changes of a run stored at `step`: name to (stored value, new value).
+def changes_on_resume(stored: Config, config: Config, step: int, run: Path) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that `config` changes of the `run` stored at `step`: name to (stored value, new value).
 
     Raises:
         ConfigError: a frozen setting changed; shows the difference.
@@ -49,7 +55,7 @@ def changes_on_resume(stored: Config, config: Config, step: int) -> dict[str, tu
     ]
     if "train.iters" in changed:
         old, new = changed["train.iters"]
-        if not iters_may_change(stored):
+        if not iters_may_change(before):
             problems.append(
                 f"train.iters was {old} and cannot become {new}: the {stored.schedule.name} schedule ends at "
                 "train.iters, so the updates already made would have had other learning rates."
@@ -58,7 +64,8 @@ def changes_on_resume(stored: Config, config: Config, step: int) -> dict[str, tu
             problems.append(f"train.iters={new} is before update {step}, which the run has reached.")
     if problems:
         problems.append(
-            "For a new run with changed settings: repeat=RUN; to start it from these weights: adapter=RUN/adapters."
+            f"For a new run with changed settings: repeat={shell_path(run)}; "
+            f"to start it from these weights: adapter={shell_path(run / 'adapters')}."
         )
         raise ConfigError("\n".join(problems))
     return changed

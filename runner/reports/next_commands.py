@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.common.text import shell_path
+from runner.config.resume_policy import iters_may_change
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
@@ -47,7 +48,7 @@ def for_run(run: RunInfo, checkpoints: Sequence[CheckpointInfo], *, has_result: 
             commands.append(Command(f"stop (it saves first), on {host}", f"kill {pid}"))
     elif run.settings and run.state in _UNFINISHED:
         commands.append(_resume(run.path))
-    elif run.settings and run.state == "finished" and _may_grow(run) and run.iters and valid:
+    elif run.settings and run.state == "finished" and iters_may_change(run.settings) and run.iters and valid:
         commands.append(Command("train longer", f"{_resume(run.path).line} train.iters={2 * run.iters}"))
     if run.settings:
         commands += _slower(run, valid) if run.state == "diverged" else [_vary(run)]
@@ -152,8 +153,3 @@ def _slower(run: RunInfo, valid: Sequence[CheckpointInfo]) -> list[Command]:
         adapter = shell_path(valid[-1].path)
         commands.append(Command("the same from its last weights", f"{line} adapter={adapter}"))
     return commands
-
-
-def _may_grow(run: RunInfo) -> bool:
-    """Whether train.iters may grow: past learning rates must not depend on it."""
-    return run.settings.get("schedule.name") == "constant" or run.settings.get("schedule.iters") is not None

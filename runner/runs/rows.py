@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from runner.common.errors import StorageError
 from runner.common.filesystem import FileSystem, open_regular
 from runner.common.storage_errors import storage_errors
+from runner.common.text import shell_path
 
 _MAX_LINE_BYTES = 10_000_000
 _MAX_COUNT = 10**15
@@ -32,7 +33,7 @@ class RowFile:
                 os.close(self._file)
                 raise StorageError(
                     f"{path} has {size} bytes, fewer than the {offset} at the checkpoint: it was cut or replaced. "
-                    "An earlier checkpoint may still fit: resume=RUN/checkpoints/step-…"
+                    f"An earlier checkpoint may still fit; to list them: python -m runner show {shell_path(path.parent)}"
                 )
             os.ftruncate(self._file, offset)
         self.path = path

@@ -13,6 +13,7 @@ from runner.app import guard
 from runner.app.compose import HydraSession, set_hydra
 from runner.app.run import numbered
 from runner.common.errors import ConfigError
+from runner.common.text import shell_path
 from runner.config import validation
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_text, unquote
@@ -65,7 +66,8 @@ def start_sweep(invocation: Invocation, session: HydraSession, config: DictConfi
         SystemExit: a signal stopped it; it can be resumed.
     """
     if invocation.resume is not None:
-        raise ConfigError("resume=RUN continues one run: leave out -m. To vary a run: repeat=RUN with -m.")
+        run = shell_path(invocation.resume)
+        raise ConfigError(f"resume={run} continues one run: leave out -m. To vary a run: repeat={run} with -m.")
     validation.refuse_secrets(OmegaConf.to_container(config, resolve=False))
     context = session.context(config)
     sweeper = Plugins.instance().instantiate_sweeper(

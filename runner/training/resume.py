@@ -14,6 +14,7 @@ from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint
 from runner.common.atomic_io import repair_replaced_folder
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
+from runner.common.text import shell_path
 from runner.config import resume_policy, serialize, validation
 from runner.config.references import has_environment_reference
 from runner.config.schema import Config
@@ -95,7 +96,7 @@ def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoa
         if saved.get(name) != current[name]
     ]
     if lines:
-        lines.append("To start a new run on them from these weights: adapter=RUN/adapters.")
+        lines.append(f"To start a new run on them from these weights: adapter={shell_path(point.checkpoint.path)}.")
         raise ConfigError(f"{point.checkpoint.path} cannot be resumed:\n" + "\n".join(lines))
 
 
@@ -198,7 +199,9 @@ def _changed_settings(spec: RunSpec, previous: Config, saved: SavedState | None 
         window = saved.window if saved else None
         spec.config.data.window = spec.config.data.window or window
         previous = replace(previous, data=replace(previous.data, window=window or spec.config.data.window))
-    changes = resume_policy.changes_on_resume(previous, spec.config, saved.progress.step if saved else 0)
+    assert spec.source is not None
+    step = saved.progress.step if saved else 0
+    changes = resume_policy.changes_on_resume(previous, spec.config, step, spec.source.run)
     written = _flatten_stored(spec.stored)  # values from the environment are shown as they are written
     return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changes.items())]
 
@@ -224,7 +227,9 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
             f"The environment changed since the run was started: {', '.join(from_environment)} cannot change."
         )
     if problems:
-        raise ConfigError("\n".join([*problems, "A new run with changed settings: repeat=RUN."]))
+        assert spec.source is not None
+        advice = f"For a new run with changed settings: repeat={shell_path(spec.source.run)}."
+        raise ConfigError("\n".join([*problems, advice]))
 
 
 def _flatten_stored(stored: Mapping[str, Any]) -> dict[str, Any]:

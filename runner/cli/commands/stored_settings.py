@@ -11,6 +11,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_yaml import load_yaml_file
+from runner.common.text import shell_path
 from runner.config import environment, groups, schema, serialize, validation
 from runner.config.paths import make_paths_absolute
 from runner.config.schema import Config, ModelConfig
@@ -59,7 +60,7 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
         if name == "data":
             stored["data"] = _group_settings("data", value)
         else:
-            _require_changeable(name)
+            _require_changeable(name, run)
             typed[name] = environment.parse_value(name, value)
     where = str(run / "config.yaml")
     trained = serialize.from_dict(environment.resolve(stored, where), where)
@@ -75,13 +76,14 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
     return StoredSettings(config, trained.model, frozenset(typed))
 
 
-def _require_changeable(name: str) -> None:
+def _require_changeable(name: str, run: Path) -> None:
     if name in CHANGEABLE:
         return
     if name in serialize.default_settings():
         raise ConfigError(
             f"{name} belongs to how the run was trained and cannot change here. These can: model.path and the other "
-            "settings of the base model, data.…, train.batch_size, train.eval_batches. A new run with it: repeat=RUN."
+            "settings of the base model, data.…, train.batch_size, train.eval_batches. "
+            f"A new run with it: repeat={shell_path(run)}."
         )
     if name in schema.GROUPS:
         raise ConfigError(f"{name}= cannot be chosen here: only data=NAME can. For the model: model.path=…")

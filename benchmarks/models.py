@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 HUB, FLOAT32 = "hub", "float32"
@@ -21,6 +18,7 @@ def folders() -> dict[str, str]:
     from runner.backends import blas
 
     blas.load_blas()
+    from runner.common.atomic_io import create_folder_atomically
     from runner.config import schema
     from runner.export.mlx import write_model_folder
     from runner.models import fetch
@@ -36,8 +34,8 @@ def folders() -> dict[str, str]:
     for name, chosen in settings.items():
         folder = cache() / "models" / f"smollm2_135m-{name}-{version}"
         if not folder.is_dir():
-            with whole(folder) as fresh:
-                write_model_folder(load_base_model(chosen), fresh)
+            with create_folder_atomically(folder) as new_folder:
+                write_model_folder(load_base_model(chosen), new_folder)
         found[name] = str(folder)
     return found
 
@@ -47,23 +45,6 @@ def cache() -> Path:
     from runner.common.cache_dir import cache_dir
 
     return cache_dir() / "benchmarks"
-
-
-class whole:
-    """A folder that appears whole or not at all: made beside `target`, renamed to it at the end."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> Path:
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=self._target.parent))
-        return self._fresh
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None and not self._target.exists():
-            os.replace(self._fresh, self._target)
-        shutil.rmtree(self._fresh, ignore_errors=True)
 
 
 if __name__ == "__main__":

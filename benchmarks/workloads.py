@@ -143,7 +143,8 @@ def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
     blas.load_blas()
     from mlx_lm.utils import load_tokenizer
 
-    from benchmarks.models import cache, whole
+    from benchmarks.models import cache
+    from runner.common.atomic_io import create_folder_atomically
     from runner.data.text_encoder import TextEncoder
 
     version = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode() + model.encode()).hexdigest()[:12]
@@ -151,10 +152,10 @@ def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(Path(model))
     if not folder.is_dir():
         rows = _short(train, valid) if name == "short" else _mixed(train, valid, TextEncoder(tokenizer))
-        with whole(folder) as fresh:
+        with create_folder_atomically(folder) as new_folder:
             for split in SPLITS:
                 text = "".join(json.dumps(row) + "\n" for row in rows[split])
-                (fresh / f"{split}.jsonl").write_text(text, encoding="utf-8")
+                (new_folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     found = _statistics(folder, tokenizer)
     if name == "mixed" and train >= 20:
         check_mixed(found["train"])

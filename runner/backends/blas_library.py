@@ -77,7 +77,7 @@ def open_here(path: str, size: int = 12) -> LoadedBlas:
         if prefix:
             _open(path, ctypes.RTLD_GLOBAL)
             names = tuple(name for name in FORWARDED if hasattr(library, PREFIX + name))
-            path = stack.enter_context(_shim(_shim_source(names), loaded.version))
+            path = stack.enter_context(_compiled_shim(_shim_source(names), loaded.version))
             library = _open(path)
         _verify(library.cblas_sgemm, path, size)
         # Only a verified library becomes global: until here no other library resolves symbols to it.
@@ -201,8 +201,8 @@ def _verified_marker(path: str) -> Path | None:
         status = os.stat(path)
     except OSError:
         return None
-    facts = (os.path.realpath(path), status.st_size, status.st_mtime_ns, _machine())
-    return cache_dir() / f"blas-proved-{digest(facts)}"
+    identity = (os.path.realpath(path), status.st_size, status.st_mtime_ns, _machine())
+    return cache_dir() / f"blas-proved-{digest(identity)}"
 
 
 def _touch(path: Path) -> None:
@@ -226,8 +226,8 @@ def _shim_source(names: tuple[str, ...]) -> str:
 
 
 @contextmanager
-def _shim(source: str, version: str) -> Iterator[str]:
-    """Yield the path of the compiled shim."""
+def _compiled_shim(source: str, version: str) -> Iterator[str]:
+    """Yield the path of the shim, compiled from `source`."""
     try:
         with compiled(source, f"blas-shim-{digest((source, version, _machine()))}") as path:
             yield path

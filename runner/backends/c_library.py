@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from runner.common.atomic_io import write_atomically
 from runner.common.cache_dir import cache_dir
+from runner.common.errors import StorageError
 
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
 _MAX_BYTES = 10_000_000
@@ -36,12 +38,12 @@ def compiled(source: str, name: str, flags: Sequence[str] = ()) -> Iterator[str]
     with ExitStack() as stack:
         try:
             library = _find_or_compile(cache_dir(), source, name, flags)
-        except (OSError, CompileError):
+        except (OSError, StorageError, CompileError):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-runner-"))
             try:
                 library = _find_or_compile(Path(folder), source, name, flags)
-            except OSError as error:
-                raise CompileError(f"{folder}: {error.strerror or error}") from None
+            except (OSError, StorageError) as error:
+                raise CompileError(f"{folder}: {error}") from None
         yield str(library)
 
 
@@ -68,9 +70,9 @@ def _is_intact(path: Path) -> bool:
         return False
 
 
-def digest(facts: tuple) -> str:
-    """Return a short name that differs where `facts` do."""
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+def digest(parts: tuple) -> str:
+    """Return a short name that differs where `parts` do."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def _loads(library: Path) -> bool:
@@ -81,27 +83,24 @@ def _loads(library: Path) -> bool:
 
 
 def _compile(source: str, folder: Path, name: str, flags: Sequence[str]) -> Path:
-    """Compile in `folder`, sync and rename, so that another process finds a complete library or none."""
+    """Compile `source` to a library in `folder` with its SHA-256 in its name; another process finds all of it or none."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise CompileError("no C compiler (cc, gcc, clang) on PATH")
-    handle, built = tempfile.mkstemp(prefix=name, suffix=".tmp", dir=folder)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as build:
+        output = Path(build) / "library.so"
         # Without start files and libc: a compiler without the C library's headers is enough.
-        command = [compiler, "-x", "c", *flags, "-shared", "-fPIC", "-nostdlib", "-o", built, "-"]
-        done = subprocess.run(
-            command, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False
-        )
+        command = [compiler, "-x", "c", *flags, "-shared", "-fPIC", "-nostdlib", "-o", str(output), "-"]
+        try:
+            done = subprocess.run(
+                command, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise CompileError(f"{compiler} took over a minute") from None
         if done.returncode != 0:
             reason = (done.stderr.strip() or "?").splitlines()[-1]
             raise CompileError(f"{compiler} could not build {name.rpartition('-')[0]}: {reason}")
-        os.fchmod(handle, 0o755)  # users may share a cache
-        os.fsync(handle)
-        target = folder / f"{name}.{hashlib.sha256(Path(built).read_bytes()).hexdigest()}.so"
-        os.replace(built, target)
-        return target
-    except subprocess.TimeoutExpired:
-        raise CompileError(f"{compiler} took over a minute") from None
-    finally:
-        os.close(handle)
-        Path(built).unlink(missing_ok=True)
+        content = output.read_bytes()
+    target = folder / f"{name}.{hashlib.sha256(content).hexdigest()}.so"
+    write_atomically(target, content)
+    return target

@@ -20,7 +20,7 @@ def hidden_caches(
         return None
     cache_key_parts = {
         "base": base.content_hash,
-        "cut": split_model.frozen_blocks,
+        "cut": split_model.frozen_blocks,  # other names of the parts would leave all cached states unused
         "blas": blas.identity(),
         "engine": backend.kernel_version,
         **numeric_platform(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -12,13 +12,12 @@ from runner.backends import blas
 from runner.backends.cpu import native, probe
 from runner.backends.cpu.backend import CpuBackend
 from runner.backends.cpu.engine import Engine
+from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.linear import UnsupportedModel
-from runner.backends.cpu.ops import Ops
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.protocol import Backend
 from runner.common.result_cache import CachedResult
 from runner.config.schema import Config, TrainConfig
-from runner.models import dropout, lora, split_model
 from runner.models.device import on_cpu
 from runner.models.hidden_cache import numeric_platform
 from runner.models.lora import AdaptedModel
@@ -28,35 +27,77 @@ _VERIFIED = {"agrees": True}
 _UNSUPPORTED = (UnsupportedModel, AttributeError)  # another version of mlx-lm may rename parts of its models
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Whether the CPU engine computes a run, and if not, why."""
+
+    engine: Engine | None = None
+    """None where MLX computes."""
+    reason: str | None = None
+    """Why the engine cannot compute the run; None where it does or is not wanted."""
+
+
 def select_backend(adapted: AdaptedModel, config: Config) -> Backend:
     """Return the CPU engine where it can compute this run, else MLX.
 
-    That the parts of the model and the engine compute what the whole model does is probed, and the result cached for
-    the same model, settings, machine and code.
+    Two things are verified on a probe: that the parts of the split model compute what the whole model does, and that
+    the engine gives MLX's loss and gradients. The result is cached for the same model, settings, machine and code.
     """
     t = config.train
-    cut = len(adapted.model.layers) - adapted.num_layers if t.hidden_cache.enabled else 0
-    ops, ops_reason = _ops(t) if t.cpu_engine and on_cpu() else (None, "")
-    fact = _probe_fact(adapted, cut, config, ops) if t.cache_probes else None
-    verified = fact is not None and fact.load() == _VERIFIED
-    parts = SplitModel(adapted.model, cut, verified=verified)
-    engine, reason = None, None
-    if ops is not None:
-        engine, reason = _engine(adapted, parts, config, ops, verified)
+    frozen_blocks = len(adapted.model.layers) - adapted.num_layers if t.hidden_cache.enabled else 0
+    ops, not_native = _load_ops(t) if t.cpu_engine and on_cpu() else (None, "")
+    probe_result = _cached_probe_result(adapted, frozen_blocks, config, ops) if t.cache_probes else None
+    verified = probe_result is not None and probe_result.load() == _VERIFIED
+    split_model = SplitModel(adapted.model, frozen_blocks, verified=verified)
+    choice = _choose(adapted, split_model, config, ops, verified) if ops else Choice()
+    is_split = split_model.has_separate_head and split_model.frozen_blocks == frozen_blocks
     # A failure is not cached: its cause may be gone at the next start.
-    if fact and not verified and parts.has_separate_head and parts.frozen_blocks == cut and reason is None:
-        fact.store(_VERIFIED)
-    if engine is not None:
-        note = f"CPU engine without native code: {ops_reason}; NumPy computes its kernels" if ops_reason else None
-        return CpuBackend(engine, parts, fallback_reason=note)
+    if probe_result and not verified and is_split and choice.reason is None:
+        probe_result.store(_VERIFIED)
+    return _build(choice, adapted, split_model, config, not_native)
+
+
+def _choose(adapted: AdaptedModel, split_model: SplitModel, config: Config, ops: Ops, verified: bool) -> Choice:
+    """Decide whether the engine computes the run: by its settings, then by its model, then by the probe."""
+    t = config.train
+    unsupported = {
+        "lora.dropout is above 0": config.lora.dropout > 0,
+        "train.compile=always": t.compile == "always",
+        "train.head=all": t.head == "all",
+        "this model's head cannot be computed apart": not split_model.has_separate_head,
+    }
+    for reason, applies in unsupported.items():
+        if applies:
+            return Choice(reason=reason)
+    try:
+        engine = Engine(
+            adapted.model,
+            chunk=t.loss_chunk,
+            threads=blas.load_blas().threads or 1,
+            grad_checkpoint=t.grad_checkpoint,
+            ops=ops,
+        )
+    except _UNSUPPORTED as error:
+        return Choice(reason=f"this model has a part that it does not implement: {error}")
+    if not (verified or probe.agrees(engine, adapted, split_model)):
+        return Choice(reason="it does not give this model's own gradients")
+    return Choice(engine)
+
+
+def _build(choice: Choice, adapted: AdaptedModel, split_model: SplitModel, config: Config, not_native: str) -> Backend:
+    """Return the chosen backend; `not_native`: why NumPy computes the engine's kernels although C was asked for."""
+    t = config.train
+    if choice.engine is not None:
+        note = f"CPU engine without native code: {not_native}; NumPy computes its kernels" if not_native else None
+        return CpuBackend(choice.engine, split_model, fallback_reason=note)
     return MlxBackend(
         adapted,
-        parts,
+        split_model,
         chunk=t.loss_chunk,
         all_positions=t.head == "all",
         grad_checkpoint=t.grad_checkpoint,
         compiled=t.compile == "always" or (t.compile == "auto" and not on_cpu()),
-        fallback_reason=None if reason is None else f"CPU engine not used: {reason}; MLX computes",
+        fallback_reason=choice.reason and f"CPU engine not used: {choice.reason}; MLX computes",
     )
 
 
@@ -78,48 +119,20 @@ def window_of_earlier_versions(backend: Backend, config: Config) -> int:
     return 1
 
 
-def _engine(
-    adapted: AdaptedModel, parts: SplitModel, config: Config, ops: Ops, verified: bool
-) -> tuple[Engine | None, str | None]:
-    """Return the engine, or None and the reason."""
-    t = config.train
-    unsupported = {
-        "lora.dropout is above 0": config.lora.dropout > 0,
-        "train.compile=always": t.compile == "always",
-        "train.head=all": t.head == "all",
-        "this model's head cannot be computed apart": not parts.has_separate_head,
-    }
-    if reason := next((reason for reason, holds in unsupported.items() if holds), None):
-        return None, reason
-    try:
-        engine = Engine(
-            adapted.model,
-            chunk=t.loss_chunk,
-            threads=blas.load_blas().threads or 1,
-            grad_checkpoint=t.grad_checkpoint,
-            ops=ops,
-        )
-    except _UNSUPPORTED as error:
-        return None, f"this model has a part that it does not implement: {error}"
-    if not (verified or probe.agrees(engine, adapted, parts)):
-        return None, "it does not give this model's own gradients"
-    return engine, None
+def _load_ops(t: TrainConfig) -> tuple[Ops, str]:
+    """Return the kernels of the engine, and why these are NumPy's although native ones are wanted."""
+    native_ops, reason = native.load() if t.cpu_native else (None, "")
+    return native_ops or Ops(), reason
 
 
-def _ops(t: TrainConfig) -> tuple[Ops, str]:
-    """Return the kernels of the engine; where these are NumPy's although native ones are wanted, also the reason."""
-    kernels, reason = native.load() if t.cpu_native else (None, "")
-    return kernels or Ops(), reason
-
-
-def _probe_fact(adapted: AdaptedModel, cut: int, config: Config, ops: Ops | None) -> CachedResult:
-    """Return the cached fact that the parts compute what the whole model does, keyed by all that this depends on."""
+def _cached_probe_result(adapted: AdaptedModel, frozen_blocks: int, config: Config, ops: Ops | None) -> CachedResult:
+    """Return the cache entry of the probes' result, keyed by everything that it depends on."""
     t = config.train
     return CachedResult.of(
         "checks",
         {
             "base": adapted.base.content_hash,
-            "cut": cut,
+            "frozen_blocks": frozen_blocks,
             "lora": asdict(config.lora),
             "train": (t.cpu_engine, t.head, t.loss_chunk, t.grad_checkpoint, t.compile),
             "ops": ops and (ops.name, ops.build),
@@ -134,9 +147,9 @@ def _probe_fact(adapted: AdaptedModel, cut: int, config: Config, ops: Ops | None
 @cache
 def code_digest() -> str:
     """Return the SHA-256 of the modules that compute."""
-    digest = hashlib.sha256()
     package = Path(__file__).parent
-    ours = [Path(str(module.__file__)) for module in (split_model, lora, dropout)]
-    for file in sorted((*package.rglob("*.py"), *package.rglob("*.c"), *ours)):
+    models = (package.parent / "models" / name for name in ("split_model.py", "lora.py", "dropout.py"))
+    digest = hashlib.sha256()
+    for file in sorted((*package.rglob("*.py"), *package.rglob("*.c"), *models)):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -12,8 +12,8 @@ import mlx.nn as nn
 import numpy as np
 
 from runner.backends.cpu.attention import HeadLayout
+from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.linear import Grads, Linear, LinearGroup, UnsupportedModel, view
-from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import Partition
 
 Rope = Callable[[int], tuple[np.ndarray, np.ndarray]]

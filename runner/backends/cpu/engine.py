@@ -17,8 +17,8 @@ from mlx_lm.models.rope_utils import Llama3RoPE
 from runner.backends.cpu import gemm as blas
 from runner.backends.cpu.block import Block, norm_parameters
 from runner.backends.cpu.head import Head, Targets
+from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.linear import Grads, UnsupportedModel, view
-from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import PackedRows, Partition, Partitioner
 
 _ARCHITECTURES = ("llama", "qwen2")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runner.backends.cpu.gemm import gemm
-from runner.backends.cpu.ops import Ops
+from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.partitions import Partition
 from runner.common.errors import ModelError
 

@@ -1,6 +1,7 @@
-"""Elementwise kernels in NumPy, forward and backward, a few rows at a time. All arrays are float32.
+"""What the engine computes beside matrix products, in NumPy; `runner.backends.cpu.native` has the same in C.
 
-Each row is computed from that row alone, so its neighbours never change a bit of it.
+The elementwise kernels, forward and backward, take a few rows at a time. All arrays are float32. Each row is computed
+from that row alone, so its neighbours never change a bit of it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+
+from runner.backends.cpu.attention import attention, attention_backward
 
 _TILE = 98304
 """Elements at a time: few enough for a core's cache, enough to make the overhead of NumPy's calls small."""
@@ -106,3 +109,27 @@ def exp_minus_max(x: np.ndarray, maximum: np.ndarray, sums: np.ndarray) -> None:
             rows -= maximum[tile, None]
             np.exp(rows, out=rows)
             np.sum(rows, axis=1, out=sums[tile])
+
+
+def row_dots(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """Write `out` (n, heads) = sum over width of `a` times `b` (n, heads, width)."""
+    np.einsum("nhw,nhw->nh", a, b, out=out)
+
+
+class Ops:
+    """The set of kernels that an engine uses; this one is NumPy's."""
+
+    name = f"numpy {np.__version__}"
+    """Identity of the results' last digits."""
+    build: str = ""
+    """Identity of the compiled code, where there is any."""
+
+    rms_norm = staticmethod(rms_norm)
+    rms_norm_backward = staticmethod(rms_norm_backward)
+    swiglu = staticmethod(swiglu)
+    swiglu_backward = staticmethod(swiglu_backward)
+    rope = staticmethod(rope)
+    exp_minus_max = staticmethod(exp_minus_max)
+    row_dots = staticmethod(row_dots)
+    attention = staticmethod(attention)
+    attention_backward = staticmethod(attention_backward)

@@ -1,4 +1,4 @@
-"""`runner.backends.cpu.ops.Ops` in C, where this machine has a compiler: one pass over memory instead of one for each
+"""`runner.backends.cpu.kernels.Ops` in C, where this machine has a compiler: one pass over memory instead of one for each
 operation, and Python's global lock is released for a whole call."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runner.backends.c_library import CompileError, compiled, digest
 from runner.backends.cpu.array_address import address
 from runner.backends.cpu.attention import HeadLayout
 from runner.backends.cpu.gemm import sgemm_address
-from runner.backends.cpu.ops import Ops
+from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.partitions import PackedRows, Partition
 from runner.backends.cpu.workspace import Workspace
 

@@ -11,8 +11,8 @@ from mlx_lm.models import llama, qwen2
 from runner.backends.cpu import kernels, native
 from runner.backends.cpu.backend import CpuBackend, packed
 from runner.backends.cpu.engine import Engine, _group_rows
+from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.linear import view
-from runner.backends.cpu.ops import Ops
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
@@ -247,7 +247,7 @@ def test_an_error_in_one_thread_ends_all_threads_and_the_next_batch_is_unaffecte
             raise MemoryError("no room")
         own(*args)
 
-    monkeypatch.setattr(kernels, "swiglu", fails)
+    monkeypatch.setattr(Ops, "swiglu", staticmethod(fails))
     with pytest.raises(MemoryError, match="no room"):
         engine.loss_and_grads(params, *packed(device_batch))
     monkeypatch.undo()
@@ -313,7 +313,7 @@ def test_an_engine_with_another_loss_than_the_model_is_refused(monkeypatch: pyte
         right(x, *args, **kwargs)
         (x if kernel == "rope" else args[-1] if kernel == "swiglu" else args[2])[...] *= 1.01
 
-    monkeypatch.setattr(kernels, kernel, wrong)
+    monkeypatch.setattr(Ops, kernel, staticmethod(wrong))
     backend = selected(adapted(MODELS["tied"]()))
     assert isinstance(backend, MlxBackend) and "own gradients" in backend.fallback_reason
 
@@ -326,7 +326,7 @@ def test_an_engine_with_other_gradients_than_the_model_is_refused(monkeypatch: p
         right(x, *args, **kwargs)
         (x if kernel == "swiglu_backward" else args[-1])[...] *= 1.01
 
-    monkeypatch.setattr(kernels, kernel, wrong)
+    monkeypatch.setattr(Ops, kernel, staticmethod(wrong))
     assert isinstance(selected(adapted(MODELS["tied"]())), MlxBackend)
 
 

@@ -19,8 +19,8 @@ from runner.backends import c_library
 from runner.backends.c_library import COMPILERS
 from runner.backends.cpu import native
 from runner.backends.cpu.attention import HeadLayout
+from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.native import NativeOps
-from runner.backends.cpu.ops import Ops
 from runner.backends.cpu.partitions import PackedRows, Partition
 from runner.backends.cpu.workspace import Workspace
 

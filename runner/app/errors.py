@@ -110,7 +110,7 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if re.search(r"Key '[^']*' (is )?not in|is not in struct", text):
         if explanation := retired.explain(name):
             return explanation
-        known = [*serialize.default_settings(), *schema.section_names(), *schema.GROUPS]
+        known = [*serialize.default_settings(), *schema.section_metadata(), *schema.GROUPS]
         return f"There is no setting '{name}'.{did_you_mean(name, known)}"
     if "is not Optional" in text:
         return f"{name}=null is invalid: must have a value."

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from runner.common import safe_yaml
 from runner.common.errors import ConfigError
 from runner.common.text import shorten
+from runner.config import environment
 from runner.config.groups import CONF_DIR
 from runner.runs.sweep_manifest import SweepManifest
 
@@ -27,7 +28,6 @@ _SETTABLE_OF_PLUGINS = {"launcher": ("jobs", "n_jobs"), "sweeper": ("params",)}
 _MAX_REFERENCES = 20
 """References (${…}) in a config. Each can multiply the text before it, so that a few dozen fill any memory."""
 _MAX_CHARACTERS = 100_000
-_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^${}]*\}")
 _SUBFOLDER = re.compile(r"\.?\w[\w.-]*")
 
 
@@ -130,7 +130,7 @@ def _registered_plugin(plugin: str, hydra: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_references(settings: list[Any]) -> None:
     texts = list(_texts(settings))
-    references = sum(_ENVIRONMENT.sub("", text).count("${") for text in texts)
+    references = sum(environment.REFERENCE.sub("", text).count("${") for text in texts)
     characters = sum(map(len, texts))
     if references > _MAX_REFERENCES or characters > _MAX_CHARACTERS:
         raise ConfigError(

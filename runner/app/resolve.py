@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from runner import loggers
 from runner.common.errors import ConfigError
 from runner.config import environment, serialize, validation
-from runner.config.paths import make_paths_absolute
 from runner.config.schema import Config
 
 
@@ -30,7 +29,7 @@ def resolve_config(config: DictConfig) -> Config:
     validation.validate(settings)
     settings = validation.fill_defaults(settings)
     loggers.build(settings.loggers)  # opens nothing: refuses an unknown logger or option
-    make_paths_absolute(settings)
+    validation.make_paths_absolute(settings)
     return settings
 
 
@@ -47,5 +46,14 @@ def require_adapter(settings: Config) -> None:
 def config_to_store(config: DictConfig, settings: Config) -> dict[str, Any]:
     """Return what config.yaml holds: the resolved `settings`, but references to the environment as written."""
     stored = serialize.to_dict(settings)
-    environment.keep_references(stored, OmegaConf.to_container(config, resolve=False))
+    environment.keep_references(stored, _resolve_but_environment(config))
     return stored
+
+
+def _resolve_but_environment(config: DictConfig) -> Any:
+    """Return the composed settings, resolved but for texts with a reference to the environment, which stay as written.
+
+    So `data.path=${model.path}` becomes `${oc.env:DIR}` where `model.path=${oc.env:DIR}`.
+    """
+    written = OmegaConf.to_container(config, resolve=False)
+    return OmegaConf.to_container(OmegaConf.create(environment.escape_references(written)), resolve=True)

@@ -15,7 +15,7 @@ from runner import loggers
 from runner.common.errors import ConfigError, did_you_mean
 from runner.config import retired, schema, serialize, validation
 from runner.config.groups import CONF_DIR, CONFIG_DIR_FLAGS, config_dirs, group_choices
-from runner.config.invocation import Invocation
+from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
 from runner.config.quoting import quote_text, unquote
 
 _MULTIRUN = ("--multirun", "-m")
@@ -87,7 +87,7 @@ def _parse_override(argument: str, invocation: Invocation, folders: list[Path]) 
         _check_choices(key, value, folders, invocation.multirun)
         invocation.group_choices[key] = value
         return f"{key}{package}={value}"
-    if key in retired.OF_THE_INVOCATION:
+    if key in INVOCATION_ARGUMENTS:
         _set_on_invocation(invocation, key, value)
         return None
     _check_name(key, value, sign)
@@ -110,7 +110,7 @@ def _set_on_invocation(invocation: Invocation, key: str, value: str) -> None:
 
 
 def _known_names() -> list[str]:
-    return [*serialize.default_settings(), *schema.GROUPS, *retired.OF_THE_INVOCATION]
+    return [*serialize.default_settings(), *schema.GROUPS, *INVOCATION_ARGUMENTS]
 
 
 def _check_name(key: str, value: str, sign: str) -> None:
@@ -125,7 +125,7 @@ def _check_name(key: str, value: str, sign: str) -> None:
         return
     if key in settings:
         return
-    if key in schema.section_names():
+    if key in schema.section_metadata():
         if value.startswith("{"):
             return
         names = [name for name in settings if name.startswith(f"{key}.")]

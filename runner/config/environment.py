@@ -16,10 +16,16 @@ import yaml
 
 from runner.common.errors import ConfigError
 from runner.common.text import shorten
-from runner.config.references import has_environment_reference
 from runner.config.schema import Config
 
-_REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,([^{}]*))?\}")
+REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,([^{}]*))?\}")
+"""A reference without others inside it: the variable and its default."""
+_REFERENCE_START = re.compile(r"\$\{\s*oc\.env\s*:")  # OmegaConf allows the spaces
+
+
+def has_reference(text: str) -> bool:
+    """Return whether a part of `text` comes from the environment, so that its resolved form may be a secret."""
+    return _REFERENCE_START.search(text) is not None
 
 
 def resolve(settings: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
@@ -45,12 +51,23 @@ def resolve(settings: Mapping[str, Any], where: str, prefix: str = "") -> dict[s
     return resolved
 
 
+def escape_references(value: Any) -> Any:
+    """Return a copy of the nested `value` in which OmegaConf takes every text with a reference as it is written."""
+    if isinstance(value, Mapping):
+        return {key: escape_references(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape_references(item) for item in value]
+    if isinstance(value, str) and has_reference(value):
+        return re.sub(r"(?<!\\)\$\{", r"\\${", value)
+    return value
+
+
 def keep_references(settings: dict[str, Any], written: Any) -> None:
     """Put each reference of `written`, the settings before they were resolved, back into the resolved `settings`."""
     for key, value in written.items() if isinstance(written, Mapping) else ():
         if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
             keep_references(settings[key], value)
-        elif isinstance(value, str) and has_environment_reference(value):
+        elif isinstance(value, str) and has_reference(value):
             settings[key] = value
 
 
@@ -59,7 +76,7 @@ def referenced_values(settings: Any, written: Any) -> Iterator[tuple[str, str]]:
     if isinstance(settings, Mapping) and isinstance(written, Mapping):
         for key, value in settings.items():
             yield from referenced_values(value, written.get(key))
-    elif isinstance(settings, str) and isinstance(written, str) and has_environment_reference(written):
+    elif isinstance(settings, str) and isinstance(written, str) and has_reference(written):
         yield settings, written
 
 
@@ -92,8 +109,8 @@ def _replace_references(text: str, where: str) -> str:
             raise ConfigError(f"{where} is {shorten(text)}, and the environment variable {name} is not set.")
         return str(default).strip().strip("'\"")
 
-    if "${" in _REFERENCE.sub("", text):
+    if "${" in REFERENCE.sub("", text):
         raise ConfigError(
             f"{where} is {shorten(text)}, of which only ${{oc.env:NAME}} can be resolved here: type the setting."
         )
-    return _REFERENCE.sub(value_of, text)
+    return REFERENCE.sub(value_of, text)

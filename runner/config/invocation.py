@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+INVOCATION_ARGUMENTS = {"resume": "DIR", "repeat": "DIR", "train.stop_at": "N"}
+"""Arguments that are typed like settings but stored in no config, with a placeholder for their values."""
+
 
 @dataclass
 class Invocation:

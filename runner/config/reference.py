@@ -19,7 +19,8 @@ from typing import Any
 
 from runner.config import resume_policy, schema
 from runner.config.groups import CONF_DIR, group_choices
-from runner.config.invocation import Invocation
+from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
+from runner.config.quoting import yaml_value
 from runner.config.setting import Setting, metadata_of
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "config.md"
@@ -62,7 +63,6 @@ Typed like settings, but not stored in `config.yaml`, so that no later resume or
 
 | argument | meaning |
 |---|---|"""
-_INVOCATION_FIELDS = {"resume": "resume=DIR", "repeat": "repeat=DIR", "stop_at": "train.stop_at=N"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,10 @@ def reference_page() -> str:
         lines += [f"\n### {group}\n", f"| `{group}=` | what it is |", "|---|---|"]
         lines += [f"| `{choice}` | {_description(group, choice)} |" for choice in group_choices(group)]
     docs = field_docstrings(Invocation)
-    lines += [_INVOCATION, *(f"| `{text}` | {docs[name]} |" for name, text in _INVOCATION_FIELDS.items())]
+    lines += [
+        _INVOCATION,
+        *(f"| `{name}={value}` | {docs[name.rpartition('.')[2]]} |" for name, value in INVOCATION_ARGUMENTS.items()),
+    ]
     lines.append("\n## Settings by section")
     sections: dict[str, list[tuple[str, DocumentedField]]] = {}
     for name, found in documented_settings():
@@ -195,7 +198,7 @@ def _field_lines(found: DocumentedField, choice: str, values: dict[str, Any], in
     if found.is_section:
         return [*lines, f"{indent}{found.name}:", *_yaml_lines(found.default, choice, {}, f"{indent}  ")]
     value = values.get(found.name, found.metadata.defaults_by.get(choice, found.default))
-    return [*lines, f"{indent}{found.name}: {_yaml(value)}"]
+    return [*lines, f"{indent}{found.name}: {yaml_value(value)}"]
 
 
 def _values_text(found: DocumentedField) -> str:
@@ -213,8 +216,8 @@ def _default_text(found: DocumentedField) -> str:
     if found.default == schema.MISSING:
         return "by its group"
     if found.metadata.defaults_by:
-        return ", ".join(f"`{_yaml(value)}` ({choice})" for choice, value in found.metadata.defaults_by.items())
-    return f"`{_yaml(found.default)}`"
+        return ", ".join(f"`{yaml_value(value)}` ({choice})" for choice, value in found.metadata.defaults_by.items())
+    return f"`{yaml_value(found.default)}`"
 
 
 def _description(group: str, choice: str) -> str:
@@ -224,18 +227,6 @@ def _description(group: str, choice: str) -> str:
     command, _, description = line.removeprefix("# ").partition("      ")
     extra = re.sub(rf"^python -m runner {group}={re.escape(choice)} ?", "", command)
     return f"{description.strip()}" + (f" (with `{extra}`)" if extra else "")
-
-
-def _yaml(value: Any) -> str:
-    """Return a value as YAML 1.1 reads it, which takes 1e-08 for text."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(map(_yaml, value))}]"
-    if isinstance(value, float) and "e" in repr(value):
-        mantissa, exponent = repr(value).split("e")
-        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent):+}"
-    return "{}" if value == {} else str(value)
 
 
 if __name__ == "__main__":

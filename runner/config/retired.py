@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from runner.config.invocation import INVOCATION_ARGUMENTS
+
 RENAMED = {
     "train.trunk.cache": "train.hidden_cache.enabled",
     "train.trunk.memory_gb": "train.hidden_cache.memory_gb",
@@ -18,14 +20,12 @@ RENAMED = {
     "train.native_ops": "train.cpu_native",
 }
 """Old name to present name."""
-OF_THE_INVOCATION = ("resume", "repeat", "train.stop_at")
-"""Part of the stored config once; now fields of `Invocation`, typed only and stored nowhere."""
 
 
 def upgrade_config(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the nested `stored` config with present names and without retired settings; nothing else is checked."""
     config = _copy_sections(stored)
-    for name in OF_THE_INVOCATION:
+    for name in INVOCATION_ARGUMENTS:  # stored by earlier versions
         _pop(config, name)
     for old, new in RENAMED.items():
         found, value = _pop(config, old)
@@ -51,7 +51,7 @@ def explain(name: str) -> str | None:
     sections = {new.rpartition(".")[0] for old, new in RENAMED.items() if old.startswith(f"{name}.")}
     if len(sections) == 1:
         return f"{name} is now {sections.pop()}."
-    if name in OF_THE_INVOCATION:
+    if name in INVOCATION_ARGUMENTS:
         return f"{name} belongs to one invocation and cannot be stored in a config: type {name}=… on the command line."
     return None
 

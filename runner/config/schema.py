@@ -343,8 +343,3 @@ def choice_options(section_name: str, choice: str) -> dict[str, Any]:
         for name, found in metadata().items()
         if name.startswith(prefix) and choice in found.defaults_by
     }
-
-
-def section_names() -> set[str]:
-    """Return the dotted names of the sections."""
-    return set(section_metadata())

@@ -12,7 +12,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
-from runner.config.references import has_environment_reference
+from runner.config import environment
 from runner.config.schema import Config
 
 _LARGEST_FLOAT = 10**300
@@ -46,6 +46,15 @@ def default_settings() -> dict[str, Any]:
     return flatten(Config())
 
 
+def set_value(config: Config, name: str, value: Any) -> None:
+    """Set the setting with the dotted `name`; the value is not checked."""
+    *sections, last = name.split(".")
+    section: Any = config
+    for part in sections:
+        section = getattr(section, part)
+    setattr(section, last, value)
+
+
 def from_dict(data: Mapping[str, Any], where: str) -> Config:
     """Return the Config of plain nested dicts, such as a stored config.yaml; every key and type is checked.
 
@@ -74,7 +83,7 @@ def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, str) and has_environment_reference(value):
+    if isinstance(value, str) and environment.has_reference(value):
         return value  # a reference to the environment, whose value Hydra checks
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

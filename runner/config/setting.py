@@ -128,6 +128,12 @@ def metadata_of(dataclass_field: dataclasses.Field[Any]) -> Setting:
     return metadata
 
 
+def absolute_path(text: str, kind: PathKind) -> str:
+    """Return an output path absolute; an input path only where it exists, since it may be a hub id or builtin:NAME."""
+    expanded = os.path.expanduser(text)
+    return os.path.abspath(expanded) if kind is PathKind.OUTPUT or os.path.exists(expanded) else text
+
+
 def is_valid_path(text: str, kind: PathKind) -> bool:
     """Return whether the operating system accepts `text` as a path; of a run subfolder, whether the name is free."""
     if kind is PathKind.RUN_SUBFOLDER:

@@ -1,4 +1,4 @@
-"""Validation of a config before anything is loaded or written, and the defaults that depend on its choices."""
+"""A composed config checked before anything is loaded or written, and completed: dependent defaults, absolute paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 from runner.config import schema, serialize
 from runner.config.schema import DEFAULT_LORA_SCALE, Config, LoraConfig, OptimizerConfig, ScheduleConfig
-from runner.config.setting import MISSING, PathKind, Setting, is_valid_path, metadata_of
+from runner.config.setting import MISSING, PathKind, Setting, absolute_path, is_valid_path, metadata_of
 
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?:"  # at the beginning of a word: not in risk-assessment
@@ -66,6 +66,14 @@ def fill_defaults(config: Config) -> Config:
     if config.lora.scale is None and config.lora.alpha is None:
         config.lora.scale = lora_scale(config.lora)
     return config
+
+
+def make_paths_absolute(config: Config) -> None:
+    """Replace the paths of `config` in place, by their kind: a resume from another directory finds the same files."""
+    values = serialize.flatten(config)
+    for name, kind in schema.path_settings().items():
+        if values[name] is not None:
+            serialize.set_value(config, name, absolute_path(values[name], kind))
 
 
 def lora_scale(lora: LoraConfig) -> float:

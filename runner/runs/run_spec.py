@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.common.layout import STEP_NAME
-from runner.config.references import has_environment_reference
+from runner.config import environment
 from runner.config.schema import Config
 from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
@@ -63,9 +62,10 @@ class RunSpec:
 
     def redacted(self, text: str) -> str:
         """Return `text` with ${oc.env:NAME} in place of each value that a setting took from the environment."""
-        references = _environment_references(to_dict(self.config), self.stored)
+        references = environment.referenced_values(to_dict(self.config), self.stored)
         for value, reference in sorted(references, key=lambda pair: -len(pair[0])):
-            text = text.replace(value, reference)
+            if len(value) >= _MIN_SECRET_LENGTH:
+                text = text.replace(value, reference)
         return text
 
 
@@ -93,17 +93,3 @@ def find_resume_source(path: Path) -> ResumeSource:
 def new_run_id() -> str:
     """Return a random identity for a run, so that runs started in the same second differ."""
     return secrets.token_hex(8)
-
-
-def _environment_references(values: Any, stored: Any) -> Iterator[tuple[str, str]]:
-    """Yield (value, reference) for each text in `values` that is a ${oc.env:…} reference in `stored`."""
-    if isinstance(values, Mapping) and isinstance(stored, Mapping):
-        for key, value in values.items():
-            yield from _environment_references(value, stored.get(key))
-    elif (
-        isinstance(values, str)
-        and isinstance(stored, str)
-        and has_environment_reference(stored)
-        and len(values) >= _MIN_SECRET_LENGTH
-    ):
-        yield values, stored

@@ -17,6 +17,7 @@ from runner.common.errors import ConfigError
 from runner.common.filesystem import open_regular
 from runner.common.text import shorten
 from runner.config import retired
+from runner.config.invocation import INVOCATION_ARGUMENTS
 from runner.runs.directory import RunDirectory, unexpected_names
 from runner.runs.rows import RowFile
 
@@ -163,7 +164,7 @@ def _apply(manifest: SweepManifest, line: dict[str, Any]) -> None:
 
 
 def _belongs_to_invocation(override: str) -> bool:
-    return override.lstrip("+").partition("=")[0] in retired.OF_THE_INVOCATION
+    return override.lstrip("+").partition("=")[0] in INVOCATION_ARGUMENTS
 
 
 def _texts(value: object) -> tuple[str, ...]:

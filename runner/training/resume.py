@@ -15,8 +15,7 @@ from runner.common.atomic_io import repair_replaced_folder
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
 from runner.common.text import shell_path
-from runner.config import resume_policy, serialize, validation
-from runner.config.references import has_environment_reference
+from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
@@ -182,7 +181,7 @@ def _resolve_environment(
     for key, value in previous.items():
         if isinstance(value, Mapping) and isinstance(stored.get(key), Mapping):
             resolved[key] = _resolve_environment(value, stored[key], values[key])
-        elif isinstance(value, str) and has_environment_reference(value) and stored.get(key) == value:
+        elif isinstance(value, str) and environment.has_reference(value) and stored.get(key) == value:
             resolved[key] = values[key]
         else:
             resolved[key] = value
@@ -220,7 +219,7 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
     problems = [f"{name} was {then[name]} and cannot become {now[name]}." for name in known if then[name] != now[name]]
     if problems:
         problems.append(f"Step {saved.progress.step} was saved with the former value; config.yaml was edited since.")
-    from_environment = [f"{name}={now[name]}" for name in known if has_environment_reference(str(now[name]))]
+    from_environment = [f"{name}={now[name]}" for name in known if environment.has_reference(str(now[name]))]
     same = resume_policy.frozen_fingerprint(spec.config) == saved.identity.fingerprints.get("config")
     if from_environment and known == frozen and not problems and not same:
         problems.append(

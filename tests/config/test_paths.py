@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from runner.config import schema, serialize
-from runner.config.paths import make_paths_absolute
 from runner.config.setting import PathKind
+from runner.config.validation import make_paths_absolute
 
 
 def test_output_folders_become_absolute_and_inputs_only_where_they_exist(tiny, tmp_path, monkeypatch):

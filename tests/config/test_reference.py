@@ -10,6 +10,7 @@ import yaml
 from runner.config import reference, schema, serialize
 from runner.config.groups import CONF_DIR, group_choices
 from runner.config.invocation import Invocation
+from runner.config.quoting import yaml_value
 
 
 def compose(*overrides: str) -> dict:
@@ -82,4 +83,4 @@ def test_every_setting_and_every_field_of_an_invocation_is_documented():
 
 @pytest.mark.parametrize("value", [1e-8, 2.5e-7, 1e20, 0.5, 3, True, None, [0.9, 1e-9], "auto", {}])
 def test_values_are_written_as_yaml_reads_them_back(value):
-    assert yaml.safe_load(reference._yaml(value)) == value
+    assert yaml.safe_load(yaml_value(value)) == value

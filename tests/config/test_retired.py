@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from runner.config import retired, serialize
+from runner.config.invocation import INVOCATION_ARGUMENTS
 
 
 def test_renames_lead_from_names_that_are_gone_to_settings_that_exist():
     present = serialize.default_settings()
     assert set(retired.RENAMED.values()) <= set(present)
-    assert not (set(retired.RENAMED) | set(retired.OF_THE_INVOCATION)) & set(present)
+    assert not (set(retired.RENAMED) | set(INVOCATION_ARGUMENTS)) & set(present)
 
 
 def test_a_stored_config_with_settings_of_the_invocation_is_read_without_them():
@@ -37,7 +38,7 @@ def test_a_renamed_setting_or_section_is_explained_with_its_present_name():
     assert retired.explain("train.keep_checks") == "train.keep_checks is now train.cache_probes."
 
 
-@pytest.mark.parametrize("name", retired.OF_THE_INVOCATION)
+@pytest.mark.parametrize("name", INVOCATION_ARGUMENTS)
 def test_a_setting_of_the_invocation_in_a_config_is_explained(name):
     assert retired.explain(name) == (
         f"{name} belongs to one invocation and cannot be stored in a config: type {name}=… on the command line."

@@ -80,6 +80,16 @@ def test_a_reference_with_blanks_is_stored_as_written(cli, secret_path, referenc
     assert leaks(cli.folder, out) == []
 
 
+def test_a_reference_through_another_setting_is_stored_as_the_reference_to_the_environment(cli, secret_path):
+    env = {**KEYS, "WHERE": str(secret_path), "N": "3"}
+    indirect = ("data.path=${oc.env:WHERE}", "checkpoint.backup=${data.path}-backup", "data.metric=null")
+    out = cli(*SMALL, *indirect, "train.eval_every='${oc.decode:${oc.env:N}}'", "hydra.run.dir=run", env=env)
+    stored = (cli.folder / "run/config.yaml").read_text()
+    assert "finished at step 4" in out
+    assert "backup: ${oc.env:WHERE}-backup\n" in stored and "eval_every: ${oc.decode:${oc.env:N}}\n" in stored
+    assert leaks(cli.folder, out) == []
+
+
 @pytest.mark.long
 def test_the_value_of_a_setting_from_the_environment_is_not_stored(cli, secret_path):
     env = {**KEYS, "WHERE": str(secret_path)}

@@ -13,7 +13,6 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_yaml import load_yaml_file
 from runner.common.text import shell_path
 from runner.config import environment, groups, schema, serialize, validation
-from runner.config.paths import make_paths_absolute
 from runner.config.schema import Config, ModelConfig
 from runner.runs.directory import RunDirectory
 
@@ -66,13 +65,13 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
     trained = serialize.from_dict(environment.resolve(stored, where), where)
     config = copy.deepcopy(trained)
     for name, value in typed.items():
-        _set(config, name, value)
+        serialize.set_value(config, name, value)
         if name not in NUMERIC_SETTINGS:
-            _set(trained, name, value)
+            serialize.set_value(trained, name, value)
     config = serialize.from_dict(serialize.to_dict(config), "the command line")  # checks the types of what was typed
     validation.validate(config)
-    make_paths_absolute(trained)
-    make_paths_absolute(config)
+    validation.make_paths_absolute(trained)
+    validation.make_paths_absolute(config)
     return StoredSettings(config, trained.model, frozenset(typed))
 
 
@@ -98,11 +97,3 @@ def _group_settings(group: str, choice: str) -> dict[str, Any]:
             f"For files of your own: {group}.path=…"
         )
     return load_yaml_file(groups.CONF_DIR / group / f"{choice}.yaml", missing=f"{group}={choice} is not there.")
-
-
-def _set(config: Config, name: str, value: Any) -> None:
-    *path, last = name.split(".")
-    section: Any = config
-    for part in path:
-        section = getattr(section, part)
-    setattr(section, last, value)

@@ -220,7 +220,10 @@ def _last_use(path: Path) -> float:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes that an entry occupies: of a sparse file, those that were written."""
+    """Return the bytes that an entry occupies on the disk: of a sparse file, those that were written.
+
+    A file system may count blocks only once it allocates them, so an entry written seconds ago may be counted too low.
+    """
     try:
         files = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else [path]
         statuses = [file.lstat() for file in files]

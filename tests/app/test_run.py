@@ -23,6 +23,19 @@ def test_references_to_the_environment_are_stored_unresolved(cli):
     cli("resume=run", "train.iters=4", env={"WHERE": secret})
 
 
+def test_a_repeat_of_a_run_that_stored_no_window_gets_the_default_one(cli):
+    """Earlier versions stored null where the backend was to choose the window of batches."""
+    cli("experiment=smoke", "train.iters=1", "hydra.run.dir=run")
+    file = cli.folder / "run/config.yaml"
+    stored = yaml.safe_load(file.read_text())
+    window = stored["data"]["window"]
+    assert window is not None
+    stored["data"]["window"] = None
+    file.write_text(yaml.safe_dump(stored))
+    assert "finished at step 1" in cli("repeat=run", "hydra.run.dir=again")
+    assert yaml.safe_load((cli.folder / "again/config.yaml").read_text())["data"]["window"] == window
+
+
 def test_a_used_directory_is_refused_and_one_of_several_starts_gets_a_new_one(cli):
     first = cli("experiment=smoke", "train.iters=2", "hydra.run.dir=run")
     assert "finished at step 2" in first

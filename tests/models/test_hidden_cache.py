@@ -151,6 +151,9 @@ def test_the_least_recently_used_cache_is_evicted_and_other_folders_stay(tmp_pat
         for row in range(3):
             made.put(row, np.full(2048, row + 1, np.uint32))
         made.close()
+        for file in (tmp_path / name).iterdir():  # until it is written back, st_blocks may lack some of its blocks
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     size = sum(file.stat().st_size for file in (tmp_path / old).iterdir())
     HiddenStateStore(rows, memory=Budget(0), disk_bytes=2 * size, folder=tmp_path / third)

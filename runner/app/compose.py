@@ -101,8 +101,10 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
         assert invocation.repeat is not None
         source = ResumeSource(invocation.repeat)
     settings = serialize.to_dict(serialize.from_dict(source.config, str(source.run / "config.yaml")))
-    # A resumed run keeps its provenance, but for the adapter that it started from: its checkpoint holds the weights.
-    dropped = ["adapter"] if invocation.resume else schema.provenance_settings()
+    # A branch drops the adapter that its source started from, since its checkpoint holds the weights. A run that resumes
+    # in place keeps it: without a checkpoint it starts from that adapter again.
+    in_branch = ["adapter"] if source.branch else []
+    dropped = schema.provenance_settings() if invocation.repeat else in_branch
     for name in (*invocation.group_choices, *dropped):
         settings.pop(name, None)
     # A new run takes the default where earlier versions stored null: the window that their backend chose.

@@ -68,7 +68,10 @@ def check(invocation: Invocation, config: DictConfig) -> Config:
     HydraConfig.instance().set_config(config)
     settings = resolve_config(without_hydra(config))
     validation.validate_stop_at(invocation.stop_at, settings)
-    require_adapter(settings)
+    if (
+        invocation.resume is None or "adapter" in invocation.settings
+    ):  # a resumed run need not have its adapter any more
+        require_adapter(settings)
     return settings
 
 

@@ -44,7 +44,7 @@ class ResumeSource:
         return self.checkpoint is not None
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunSpec:
     """Everything that training needs to start or resume a run."""
 

@@ -22,7 +22,7 @@ from runner.training.components import Components
 from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluation_loader
 from runner.training.lr_schedule import learning_rate
 from runner.training.plan import TrainingPlan
-from runner.training.resume import ResumePoint, environment_differences
+from runner.training.resume import ResumePoint, numeric_differences
 from runner.training.run_writer import RunWriter, copy_rows
 from runner.training.signals import StopSignals
 from runner.training.train_state import TrainState
@@ -122,7 +122,7 @@ def build_trainer(
 
 def _restore(state: TrainState, point: ResumePoint, components: Components, display: Display) -> None:
     path = point.checkpoint.path
-    for line in [*point.messages, *environment_differences(point.saved.identity, components.identity)]:
+    for line in [*point.messages, *numeric_differences(point.saved.identity, components.identity)]:
         display.line(line, "yellow")
     state_files.restore(state, point.saved, str(path))
     display.line(f"resumed from {path} at step {state.progress.step}")

@@ -82,11 +82,11 @@ class ComponentLoader:
         return self._caches[1]
 
     def baseline(
-        self, config: schema.Config, base: BaseModel, data: TokenizedDataset, environment: Mapping[str, Any]
+        self, config: schema.Config, base: BaseModel, data: TokenizedDataset, numeric_environment: Mapping[str, Any]
     ) -> Baseline:
         """Return the baseline of `base` on `data`; a run with a warm start does not share its own.
 
-        `environment`: what the last digits depend on, as a checkpoint records it.
+        `numeric_environment`: what the last digits depend on, as a checkpoint records it.
         """
         if config.adapter:
             return Baseline()
@@ -95,7 +95,7 @@ class ComponentLoader:
             "base": base.content_hash,
             "rows": data.valid.fingerprint,
             "batches": (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to),
-            "environment": {**environment, **numeric_platform()},
+            "environment": {**numeric_environment, **numeric_platform()},
         }
         generation_key = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
         key = (json.dumps(validation_key, sort_keys=True, default=str), generation_key)

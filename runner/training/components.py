@@ -83,10 +83,10 @@ def load_components(
             "data_valid": data.valid.fingerprint,
             "config": resume_policy.frozen_fingerprint(config),
         },
-        environment=backend.numeric_environment(),
+        numeric_environment=backend.numeric_environment(),
         hyperparameters=serialize.flatten_dict(stored),
     )
-    baseline = loader.baseline(config, base, data, identity.environment)
+    baseline = loader.baseline(config, base, data, identity.numeric_environment)
     return Components(base, data, options, adapted, backend, caches, identity, baseline)
 
 

@@ -35,33 +35,37 @@ class ResumePoint:
     config_changed: bool
 
 
-def find_resume_point(spec: RunSpec) -> ResumePoint | None:
-    """Return the verified checkpoint to resume from; None if the run starts from the beginning.
+def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
+    """Return `spec`, completed from the run that it resumes, and the verified checkpoint to resume from.
 
-    A run that resumes in its own directory keeps its run id: `spec.run_id` is set.
+    A run that resumes in its own directory keeps its run id. Where an earlier version left data.window to the backend,
+    it is the one that the checkpoint records. Without a checkpoint (None) the run starts from the beginning.
 
     Raises:
         CheckpointError: there are checkpoints and none is valid, or the one that was named is damaged.
         ConfigError: a frozen setting changed, in the overrides or in config.yaml.
     """
     if spec.source is None:
-        return None
+        return spec, None
     previous = _previous_config(spec)
-    _keep_warm_start(spec, previous)
-    _changed_settings(spec, previous)  # before the checkpoints are read: their folder is a setting too
+    # Before the checkpoints are read: their folder is a setting too.
+    _changed_settings(spec, _with_window(previous, spec.config.data.window), step=0)
     messages: list[str] = []
     if spec.source.checkpoint is not None:
         loaded = verify.load_checkpoint(spec.source.checkpoint, FileSystem())
         saved = state_files.read_state(loaded)
     else:
-        spec.run_id = _stored_run_id(spec)
+        spec = replace(spec, run_id=_stored_run_id(spec))
         newest, messages = _newest_valid(spec)
         if newest is None:
-            return None
+            return spec, None
         loaded, saved = newest
-    changes = _changed_settings(spec, previous, saved)
+    if previous.data.window is None:
+        spec = replace(spec, config=_with_window(spec.config, saved.window))
+        previous = _with_window(previous, saved.window or spec.config.data.window)
+    changes = _changed_settings(spec, previous, saved.progress.step)
     _refuse_edited_config(spec, saved)
-    return ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
+    return spec, ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
 
 
 def is_already_finished(spec: RunSpec, point: ResumePoint) -> bool:
@@ -99,13 +103,13 @@ def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoa
         raise ConfigError(f"{point.checkpoint.path} cannot be resumed:\n" + "\n".join(lines))
 
 
-def environment_differences(saved: RunIdentity, current: RunIdentity) -> list[str]:
-    """Return a line for each difference that may change the last digits of results."""
+def numeric_differences(saved: RunIdentity, current: RunIdentity) -> list[str]:
+    """Return a line for each difference of the numeric environment, which may change the last digits of results."""
     return [
         f"results may differ in the last digits from an uninterrupted run: "
-        f"{name} was {saved.environment.get(name)}, is {value}"
-        for name, value in current.environment.items()
-        if saved.environment.get(name) != value
+        f"{name} was {saved.numeric_environment.get(name)}, is {value}"
+        for name, value in current.numeric_environment.items()
+        if saved.numeric_environment.get(name) != value
     ]
 
 
@@ -165,12 +169,9 @@ def _previous_config(spec: RunSpec) -> Config:
     return validation.fill_defaults(serialize.from_dict(resolved, str(spec.source.run / "config.yaml")))
 
 
-def _keep_warm_start(spec: RunSpec, previous: Config) -> None:
-    """Keep the run's `adapter` setting, which a resume does not repeat: without a checkpoint the run starts from it."""
-    assert spec.source is not None
-    if not spec.source.branch and spec.config.adapter is None:
-        spec.config.adapter = previous.adapter
-        spec.stored["adapter"] = spec.source.config.get("adapter")
+def _with_window(config: Config, window: int | None) -> Config:
+    """Return `config` with `window` as data.window where it is null."""
+    return replace(config, data=replace(config.data, window=config.data.window or window))
 
 
 def _resolve_environment(
@@ -188,25 +189,20 @@ def _resolve_environment(
     return resolved
 
 
-def _changed_settings(spec: RunSpec, previous: Config, saved: SavedState | None = None) -> list[str]:
-    """Return a line for each changed setting; without `saved`, as if no update was made.
+def _changed_settings(spec: RunSpec, previous: Config, step: int) -> list[str]:
+    """Return a line for each setting of `previous` that the run changes at `step`.
 
     Raises:
         ConfigError: the resume does not allow the change.
     """
-    if previous.data.window is None:  # earlier versions let the backend choose; the checkpoint has its choice
-        window = saved.window if saved else None
-        spec.config.data.window = spec.config.data.window or window
-        previous = replace(previous, data=replace(previous.data, window=window or spec.config.data.window))
     assert spec.source is not None
-    step = saved.progress.step if saved else 0
     changes = resume_policy.changes_on_resume(previous, spec.config, step, spec.source.run)
     written = _flatten_stored(spec.stored)  # values from the environment are shown as they are written
     return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changes.items())]
 
 
 def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
-    """Refuse a config.yaml that was edited and an environment that changed; the checkpoint has its config too.
+    """Refuse a config.yaml or an environment variable that changed; the checkpoint has its config too.
 
     Raises:
         ConfigError: a frozen setting differs from the checkpoint's.
@@ -223,7 +219,7 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
     same = resume_policy.frozen_fingerprint(spec.config) == saved.identity.fingerprints.get("config")
     if from_environment and known == frozen and not problems and not same:
         problems.append(
-            f"The environment changed since the run was started: {', '.join(from_environment)} cannot change."
+            f"An environment variable changed since the run was started: {', '.join(from_environment)} cannot change."
         )
     if problems:
         assert spec.source is not None

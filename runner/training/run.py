@@ -40,7 +40,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         spec.directory.lock()
         stack.callback(spec.directory.unlock)
         stops = stack.enter_context(StopSignals())
-        point = find_resume_point(spec)
+        spec, point = find_resume_point(spec)
         if point is not None and is_already_finished(spec, point):
             _print_finished(spec, stops)
             return _objective(spec, point.saved.progress.best_loss)

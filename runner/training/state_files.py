@@ -38,7 +38,7 @@ class RunIdentity:
 
     fingerprints: dict[str, str]
     """Of data_train, data_valid, model and config: a difference refuses the resume."""
-    environment: dict[str, Any]
+    numeric_environment: dict[str, Any]
     """Versions, device, BLAS and the like: a difference is logged, since results may differ in the last digits."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """The config, flat."""
@@ -99,7 +99,7 @@ def checkpoint_files(
         "samples_offset": written.samples_offset,
         "seconds": round(written.seconds, 3),
         "fingerprints": identity.fingerprints,
-        "environment": identity.environment,
+        "environment": identity.numeric_environment,
         "hyperparameters": identity.hyperparameters,
     }
     return {
@@ -145,7 +145,7 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
             written=WriterState(_count(data, "metrics_offset"), _count(data, "samples_offset"), _seconds(data)),
             identity=RunIdentity(
                 fingerprints={name: _text(value, name) for name, value in dict(data["fingerprints"]).items()},
-                environment=dict(data["environment"]),
+                numeric_environment=dict(data["environment"]),
                 hyperparameters=dict(data["hyperparameters"]),
             ),
         )

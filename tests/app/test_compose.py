@@ -79,3 +79,14 @@ def test_a_config_without_the_schema_is_refused():
 
     with pytest.raises(ConfigError, match="must start with `- schema`"):
         resolve_config(OmegaConf.create({"seed": 1}))
+
+
+def test_a_resume_in_place_keeps_the_warm_start_and_a_branch_starts_from_its_checkpoint(tmp_path):
+    from runner.app.compose import stored_settings
+    from runner.config.invocation import Invocation
+    from runner.runs.run_spec import ResumeSource
+
+    (tmp_path / "config.yaml").write_text("adapter: ${oc.env:FIRST}/adapters\n")
+    in_place, branch = ResumeSource(tmp_path), ResumeSource(tmp_path, tmp_path / "checkpoints/step-0000004")
+    assert stored_settings(Invocation(resume=tmp_path), in_place)["adapter"] == "${oc.env:FIRST}/adapters"
+    assert "adapter" not in stored_settings(Invocation(resume=branch.checkpoint), branch)

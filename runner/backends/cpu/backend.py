@@ -11,7 +11,7 @@ import numpy as np
 
 from runner.backends.cpu.engine import Engine, EngineBatch
 from runner.backends.cpu.linear import view
-from runner.backends.environment import common_environment
+from runner.backends.numeric_environment import common_environment
 from runner.backends.protocol import DeviceBatch
 from runner.models.lora import Params
 from runner.models.split_model import SplitModel

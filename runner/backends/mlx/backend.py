@@ -9,9 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from runner.backends.environment import common_environment
 from runner.backends.mlx.gradient_checkpointing import gradient_checkpointing
 from runner.backends.mlx.loss import ChunkedLoss
+from runner.backends.numeric_environment import common_environment
 from runner.backends.protocol import DeviceBatch
 from runner.models.lora import AdaptedModel, Params
 from runner.models.split_model import SplitModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_a_resume_keeps_the_stored_config(cli):
     cli("resume=run")
     after = yaml.safe_load((cli.folder / "run/config.yaml").read_text())
     assert after == before
+
+
+def test_a_run_with_a_checkpoint_resumes_without_the_adapter_that_it_started_from(cli):
+    cli("experiment=smoke", "train.iters=1", "hydra.run.dir=first")
+    cli("experiment=smoke", "adapter=first/adapters", "train.iters=4", "train.stop_at=2", "hydra.run.dir=run")
+    shutil.rmtree(cli.folder / "first")
+    cli("resume=run")
+    stored = yaml.safe_load((cli.folder / "run/config.yaml").read_text())
+    assert stored["adapter"] == str(cli.folder / "first/adapters")
+    assert "changed on resume" not in (cli.folder / "run/run.log").read_text()
 
 
 def test_a_refused_branch_leaves_no_directory(cli):

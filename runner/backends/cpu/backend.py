@@ -9,8 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from runner.backends.cpu.engine import Engine, EngineBatch
-from runner.backends.cpu.linear import view
+from runner.backends.cpu.engine import Engine
+from runner.backends.cpu.linear import as_numpy
+from runner.backends.cpu.partitions import PackedBatch, PackedRows
 from runner.backends.numeric_environment import common_environment
 from runner.backends.protocol import DeviceBatch
 from runner.models.lora import Params
@@ -40,13 +41,13 @@ class CpuBackend:
 
     def loss(self, params: Params, batch: DeviceBatch) -> float:
         """Return the summed loss."""
-        return self.engine.loss(_views(params), *packed(batch))
+        return self.engine.loss(_views(params), packed(batch))
 
     def loss_and_grads(
         self, params: Params, batch: DeviceBatch, key: mx.array
     ) -> tuple[mx.array, dict[str, np.ndarray]]:
         """Return the summed loss and its gradients by `params`; the engine has no dropout, so `key` is not used."""
-        loss, grads = self.engine.loss_and_grads(_views(params), *packed(batch))
+        loss, grads = self.engine.loss_and_grads(_views(params), packed(batch))
         return mx.array(loss), grads
 
     def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
@@ -61,14 +62,14 @@ class CpuBackend:
         return self.split_model.free_frozen_weights(reload)
 
 
-def packed(batch: DeviceBatch) -> EngineBatch:
-    """Return a batch without its padding: rows one after the other, and positions counted along them."""
+def packed(batch: DeviceBatch) -> PackedBatch:
+    """Return `batch` without its padding."""
     b = batch.batch
     real = np.arange(b.inputs.shape[1]) < b.input_lengths[:, None]
     packed_position = np.cumsum(real.reshape(-1)) - 1
     inputs = b.inputs if batch.hidden is None else batch.hidden
-    return inputs[real], b.input_lengths, packed_position[b.positions], b.targets, b.weights
+    return PackedBatch(inputs[real], PackedRows(b.input_lengths), packed_position[b.positions], b.targets, b.weights)
 
 
 def _views(params: Params) -> dict[str, np.ndarray]:
-    return {name: view(array) for name, array in params.items()}
+    return {name: as_numpy(array) for name, array in params.items()}

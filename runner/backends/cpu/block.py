@@ -13,7 +13,7 @@ import numpy as np
 
 from runner.backends.cpu.attention import HeadLayout
 from runner.backends.cpu.kernels import Ops
-from runner.backends.cpu.linear import Grads, Linear, LinearGroup, UnsupportedModel, view
+from runner.backends.cpu.linear import Grads, Linear, LinearGroup, UnsupportedModel, as_numpy
 from runner.backends.cpu.partitions import Partition
 
 Rope = Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -21,7 +21,12 @@ Rope = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
 class Block:
-    """A block that shares its weights with the model's own arrays."""
+    """A transformer block of the model, whose weights it shares.
+
+    `slot` names the buffers in which `forward` leaves what `backward` reads: one a block, or one for all where only
+    one block's activations exist at a time. `selected` (m,): positions whose output is needed, None for all n; after
+    attention only these are computed.
+    """
 
     def __init__(self, module: nn.Module, name: str, rope: Rope, ops: Ops) -> None:
         """Read the layers of `module`.
@@ -34,21 +39,21 @@ class Block:
             modules = {f"{name}.{owner}.{n}": getattr(getattr(module, owner), n) for n in names}
             return LinearGroup([Linear.from_module(m, path) for path, m in modules.items()], key)
 
-        self.qkv = group("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv")
-        self.o = group("self_attn", ("o_proj",), "o")
-        self.gate_up = group("mlp", ("gate_proj", "up_proj"), "gate_up")
-        self.down = group("mlp", ("down_proj",), "down")
+        self.qkv_proj = group("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv")
+        self.o_proj = group("self_attn", ("o_proj",), "o")
+        self.gate_up_proj = group("mlp", ("gate_proj", "up_proj"), "gate_up")
+        self.down_proj = group("mlp", ("down_proj",), "down")
         self.norms = [norm_parameters(module.input_layernorm), norm_parameters(module.post_attention_layernorm)]
         heads, kv_heads = module.self_attn.n_heads, module.self_attn.n_kv_heads
-        width = len(self.qkv.linears[0].weight) // heads
+        width = len(self.qkv_proj.linears[0].weight) // heads
         self.layout = HeadLayout(heads, kv_heads, width, float(module.self_attn.scale))
-        self.inner = len(self.gate_up.linears[0].weight)
+        self.inner = len(self.gate_up_proj.linears[0].weight)
         self._rope, self._ops = rope, ops
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         """All linear layers."""
-        return self.qkv, self.o, self.gate_up, self.down
+        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
 
     @property
     def has_adapter(self) -> bool:
@@ -58,14 +63,10 @@ class Block:
     def forward(
         self, x: np.ndarray, part: Partition, out: np.ndarray, slot: str, selected: np.ndarray | None = None
     ) -> None:
-        """Write `out` (m, d) from `x` (n, d), the positions of `part`.
-
-        `slot` names the buffers that the backward pass reads. `selected` (m,): positions whose output is needed, None
-        for all; after attention only they are computed.
-        """
+        """Write the output (m, d) to `out` from `x` (n, d), the positions of `part`."""
         qkv = self._shared(part, f"{slot}.qkv", self.layout.columns)
         qkv_span = qkv[part.span]
-        self.qkv.forward(self._norm(0, x, part, slot), self._split(qkv_span), part.local, slot)
+        self.qkv_proj.forward(self._norm(0, x, part, slot), self._split(qkv_span), part.local, slot)
         self._rotate(qkv_span, part)
         attended = self._shared(part, f"{slot}.attended", self.layout.heads * self.layout.width)
         log_sums = self._shared(part, f"{slot}.log_sums", self.layout.heads)
@@ -75,13 +76,13 @@ class Block:
         m = len(out)
         middle = part.local.buffer(f"{slot}.middle", *out.shape)
         middle[:] = x if selected is None else x[selected]
-        self.o.forward(self._attended(part, slot, selected), [middle], part.local, slot, add=True)
+        self.o_proj.forward(self._attended(part, slot, selected), [middle], part.local, slot, add=True)
         gate_up = part.local.buffer(f"{slot}.gate_up", m, 2 * self.inner)
-        self.gate_up.forward(self._norm(1, middle, part, slot), self._halves(gate_up), part.local, slot)
+        self.gate_up_proj.forward(self._norm(1, middle, part, slot), self._halves(gate_up), part.local, slot)
         inner = part.local.buffer("inner", m, self.inner)
         self._ops.swiglu(gate_up, inner)
         out[:] = middle
-        self.down.forward(inner, [out], part.local, slot, add=True)
+        self.down_proj.forward(inner, [out], part.local, slot, add=True)
 
     def backward(
         self,
@@ -94,10 +95,10 @@ class Block:
         *,
         needs_grad_x: bool,
     ) -> np.ndarray:
-        """Return the gradient by `x` (n, d) from that by the output (m, d), which is overwritten.
+        """Return the gradient by `x` (n, d), and add those of the adapters to `grads`.
 
-        Gradients of adapters go to `grads`; `slot` and `selected` as in `forward`. Where the gradient by `x` is not
-        needed, the returned array has no meaning.
+        `grad_out` (m, d), the gradient by the output, is overwritten. Where the gradient by `x` is not needed, the
+        returned array has no meaning.
         """
         n, (m, d) = len(x), grad_out.shape
         work, layout = part.local, self.layout
@@ -105,11 +106,11 @@ class Block:
         middle = work.buffer(f"{slot}.middle", m, d)
         grad_inner, inner = work.buffer("grad_inner", m, self.inner), work.buffer("inner", m, self.inner)
         grad_normed = work.buffer("grad_normed", m, d)
-        self.down.backward([grad_out], grad_inner, work, slot, grads)
+        self.down_proj.backward([grad_out], grad_inner, work, slot, grads)
         self._ops.swiglu_backward(gate_up, grad_inner, inner)
-        self.down.backward_a(inner, work, grads)
-        self.gate_up.backward(self._halves(gate_up), grad_normed, work, slot, grads)
-        self.gate_up.backward_a(self._norm(1, middle, part, slot), work, grads)
+        self.down_proj.backward_a(inner, work, grads)
+        self.gate_up_proj.backward(self._halves(gate_up), grad_normed, work, slot, grads)
+        self.gate_up_proj.backward_a(self._norm(1, middle, part, slot), work, grads)
         self._norm_backward(1, middle, grad_normed, grad_out, part, slot)
 
         columns = layout.heads * layout.width
@@ -117,8 +118,8 @@ class Block:
         qkv, grad_qkv = (self._shared(part, name, layout.columns) for name in (f"{slot}.qkv", "grad_qkv"))
         log_sums, deltas = (self._shared(part, name, layout.heads) for name in (f"{slot}.log_sums", "deltas"))
         grad_span = grad_attended[part.span] if selected is None else work.buffer("grad_selected", m, columns)
-        self.o.backward([grad_out], grad_span, work, slot, grads)
-        self.o.backward_a(attended, work, grads)
+        self.o_proj.backward([grad_out], grad_span, work, slot, grads)
+        self.o_proj.backward_a(attended, work, grads)
         by_head = m, layout.heads, layout.width
         deltas_span = deltas[part.span] if selected is None else np.empty(by_head[:2], np.float32)
         self._ops.row_dots(attended.reshape(by_head), grad_span.reshape(by_head), deltas_span)
@@ -132,8 +133,8 @@ class Block:
         part.synchronize()
         grad_qkv_span = grad_qkv[part.span]
         self._rotate(grad_qkv_span, part, inverse=True)
-        self.qkv.backward(self._split(grad_qkv_span), grad_normed if needs_grad_x else None, work, slot, grads)
-        self.qkv.backward_a(self._norm(0, x, part, slot), work, grads)
+        self.qkv_proj.backward(self._split(grad_qkv_span), grad_normed if needs_grad_x else None, work, slot, grads)
+        self.qkv_proj.backward_a(self._norm(0, x, part, slot), work, grads)
         if needs_grad_x:
             self._norm_backward(0, x, grad_normed, grad_out, part, slot)
         return grad_out
@@ -190,4 +191,4 @@ def norm_parameters(module: nn.Module) -> tuple[np.ndarray, float]:
     """
     if type(module) is not nn.RMSNorm or module.weight.dtype != mx.float32:
         raise UnsupportedModel(type(module).__name__)
-    return view(module.weight), float(module.eps)
+    return as_numpy(module.weight), float(module.eps)

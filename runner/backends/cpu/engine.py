@@ -18,8 +18,8 @@ from runner.backends.cpu import gemm as blas
 from runner.backends.cpu.block import Block, norm_parameters
 from runner.backends.cpu.head import Head, Targets
 from runner.backends.cpu.kernels import Ops
-from runner.backends.cpu.linear import Grads, UnsupportedModel, view
-from runner.backends.cpu.partitions import PackedRows, Partition, Partitioner
+from runner.backends.cpu.linear import Grads, UnsupportedModel, as_numpy
+from runner.backends.cpu.partitions import PackedBatch, PackedRows, Partition, Partitioner
 
 _ARCHITECTURES = ("llama", "qwen2")
 """Modules of mlx_lm.models whose blocks `runner.backends.cpu.block` implements; Mistral and SmolLM are llama there."""
@@ -30,12 +30,10 @@ _MAX_POSITIONS = 384
 _REUSED = "0"
 """Buffer slot of a block whose activations are not kept: that of the first block with an adapter, which overwrites its
 own with each batch."""
-EngineBatch = tuple[np.ndarray, Iterable[int], np.ndarray, np.ndarray, np.ndarray]
-"""`inputs`, `lengths`, `positions`, `targets` and `weights` of `Engine.loss_and_grads`."""
 
 
 class Engine:
-    """A model whose last blocks have an adapter."""
+    """Computes the loss of a model and the gradients of the adapter in its last blocks."""
 
     def __init__(
         self, model: nn.Module, *, chunk: int, threads: int = 1, grad_checkpoint: bool = False, ops: Ops | None = None
@@ -60,8 +58,8 @@ class Engine:
             head is not None and (type(head) is not nn.Linear or "bias" in head)
         ):
             raise UnsupportedModel("embedding or head")
-        self.embedding = view(embedding.weight)
-        weight = self.embedding if head is None else view(head.weight)
+        self.embedding = as_numpy(embedding.weight)
+        weight = self.embedding if head is None else as_numpy(head.weight)
         if self.embedding.dtype != np.float32 or weight.dtype != np.float32:
             raise UnsupportedModel("not float32")
         self.head = Head(weight, norm_parameters(model.model.norm), chunk, self._ops)
@@ -72,15 +70,15 @@ class Engine:
 
     @property
     def kernel_version(self) -> str:
-        """Version of the results' last digits."""
+        """Version of the engine and of its kernels, on which the last digits depend."""
         return f"{VERSION}, {self._ops.name}"
 
     def free_frozen_weights(self) -> None:
-        """Drop the frozen blocks."""
+        """Release the weights of the frozen blocks."""
         self._frozen = []
 
     def reload_frozen_weights(self, model: nn.Module) -> None:
-        """Use the frozen blocks of `model` again."""
+        """Take the weights of the frozen blocks from `model`."""
         self._frozen = self._blocks(model.layers[: self.frozen_blocks])
 
     def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
@@ -94,74 +92,42 @@ class Engine:
         self.partitioner.run(work, rows)
         return out.reshape(*inputs.shape, -1)
 
-    def loss(
-        self,
-        params: Mapping[str, np.ndarray],
-        inputs: np.ndarray,
-        lengths: Iterable[int],
-        positions: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray,
-    ) -> float:
-        """Return the weighted sum of -log p(target); arguments as in `loss_and_grads`."""
+    def loss(self, params: Mapping[str, np.ndarray], batch: PackedBatch) -> float:
+        """Return the weighted sum of -log p(target), computing some rows at a time."""
         self._load(params)
-        rows, total = PackedRows(lengths), np.float32(0)
-        for group in _group_rows(rows.lengths, _MAX_POSITIONS):
-            start, stop = rows.starts[group.start], rows.starts[group.stop - 1] + rows.lengths[group.stop - 1]
-            inside = np.flatnonzero((positions >= start) & (positions < stop))
-            total += self._loss(
-                inputs[start:stop],
-                PackedRows(rows.lengths[group]),
-                positions[inside] - np.int32(start),
-                targets[inside],
-                weights[inside],
-            )
-        return float(total)
+        groups = _group_rows(batch.rows.lengths, _MAX_POSITIONS)
+        return float(sum((self._loss(batch.select_rows(group)) for group in groups), np.float32(0)))
 
-    def _loss(
-        self, inputs: np.ndarray, rows: PackedRows, positions: np.ndarray, targets: np.ndarray, weights: np.ndarray
-    ) -> np.float32:
+    def _loss(self, batch: PackedBatch) -> np.float32:
         def work(part: Partition) -> np.float32:
-            local = Targets.of_partition(positions, targets, weights, len(self.head.weight), part)
-            for x in self._forward(inputs, part, local.local_positions, keep=False):
+            targets = Targets.of_partition(batch, part, len(self.head.weight))
+            for x in self._forward(batch.inputs, part, targets.positions, keep=False):
                 last = x
-            return self.head.loss(last, part, local, None)
+            return self.head.loss(last, part, targets, None)
 
-        return sum(self.partitioner.run(work, rows), np.float32(0))
+        return sum(self.partitioner.run(work, batch.rows), np.float32(0))
 
-    def loss_and_grads(
-        self,
-        params: Mapping[str, np.ndarray],
-        inputs: np.ndarray,
-        lengths: Iterable[int],
-        positions: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray,
-    ) -> tuple[float, Grads]:
-        """Return the weighted sum of -log p(target), and its gradients by `params`.
-
-        `inputs`: ids (m,) int32, or hidden states (m, d) as `run_frozen_blocks` returns them, of rows of `lengths` one
-        after the other; positions, targets (n,) int32 and weights (n,) float32, those of weight 0 last.
-        """
+    def loss_and_grads(self, params: Mapping[str, np.ndarray], batch: PackedBatch) -> tuple[float, Grads]:
+        """Return the weighted sum of -log p(target), and its gradients by `params`."""
         self._load(params)
 
         def work(part: Partition) -> tuple[np.float32, Grads]:
-            local = Targets.of_partition(positions, targets, weights, len(self.head.weight), part)
-            entering = list(self._forward(inputs, part, local.local_positions, keep=True))
-            last = entering.pop()
+            targets = Targets.of_partition(batch, part, len(self.head.weight))
+            block_inputs = list(self._forward(batch.inputs, part, targets.positions, keep=True))
+            last = block_inputs.pop()
             grad = part.local.buffer("grad_last", *last.shape)
-            loss = self.head.loss(last, part, local, grad)
+            loss = self.head.loss(last, part, targets, grad)
             grads: Grads = {}
             for i, block in reversed(list(enumerate(self._trained))):
-                x = entering.pop()
-                selected = self._selected(i, local.local_positions)
+                x = block_inputs.pop()
+                selected = self._selected(i, targets.positions)
                 if self._grad_checkpoint:
                     block.forward(x, part, part.local.buffer("recomputed", *grad.shape), _REUSED, selected)
                 slot = _REUSED if self._grad_checkpoint else str(i)
                 grad = block.backward(x, part, grad, slot, grads, selected, needs_grad_x=i > 0)
             return loss, grads
 
-        (loss, grads), *others = self.partitioner.run(work, PackedRows(lengths))
+        (loss, grads), *others = self.partitioner.run(work, batch.rows)
         for other_loss, other_grads in others:
             loss += other_loss
             for name, grad in other_grads.items():
@@ -240,7 +206,7 @@ class _Rope:
             periods = float(module.base) ** (np.arange(half) / half)
             self._frequencies = float(module.scale) / periods
         else:
-            self._frequencies = 1.0 / view(module._freqs).astype(np.float64)
+            self._frequencies = 1.0 / as_numpy(module._freqs).astype(np.float64)
         self._table: tuple[np.ndarray, np.ndarray] = (np.zeros((0, half)), np.zeros((0, half)))
 
     def __call__(self, length: int) -> tuple[np.ndarray, np.ndarray]:

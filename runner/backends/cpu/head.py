@@ -9,45 +9,43 @@ import numpy as np
 
 from runner.backends.cpu.gemm import gemm
 from runner.backends.cpu.kernels import Ops
-from runner.backends.cpu.partitions import Partition
+from runner.backends.cpu.partitions import PackedBatch, Partition
 from runner.common.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The supervised tokens of a batch, in the order of their positions, and those that a partition holds."""
+    """The n supervised tokens of a batch, in the order of their positions, and which m of them a partition has."""
 
     tokens: np.ndarray
     """(n,) int32."""
     weights: np.ndarray
     """(n,) float32, none of them zero."""
-    local: np.ndarray
-    """(m,): indices into the n whose positions lie in the partition, rising."""
-    local_positions: np.ndarray
-    """(m,): these positions, counted from the partition's first."""
+    indices: np.ndarray
+    """(m,): which of the n are in the partition, ascending."""
+    positions: np.ndarray
+    """(m,): their positions, counted from the partition's first."""
 
     @classmethod
-    def of_partition(
-        cls, positions: np.ndarray, tokens: np.ndarray, weights: np.ndarray, vocabulary: int, part: Partition
-    ) -> Targets:
-        """Return the targets of a batch, those of weight 0 left out; `positions` (n,) are counted along the batch.
+    def of_partition(cls, batch: PackedBatch, part: Partition, vocabulary: int) -> Targets:
+        """Return the targets of `batch` in a partition, those of weight 0 left out.
 
         Raises:
             ModelError: a token is outside the vocabulary.
         """
-        supervised = np.flatnonzero(weights)
-        if len(supervised) and not 0 <= tokens[supervised].min() <= tokens[supervised].max() < vocabulary:
+        supervised = np.flatnonzero(batch.weights)
+        tokens, positions, span = batch.targets[supervised], batch.positions[supervised], part.span
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary:
             raise ModelError(
-                f"The data contains token {tokens[supervised].max()}, but the model's vocabulary has {vocabulary:,} "
+                f"The data contains token {tokens.max()}, but the model's vocabulary has {vocabulary:,} "
                 "tokens: it was tokenized for another model."
             )
-        positions, span = positions[supervised], part.span
-        local = np.flatnonzero((positions >= span.start) & (positions < span.stop))
-        return cls(tokens[supervised], weights[supervised], local, positions[local] - span.start)
+        indices = np.flatnonzero((positions >= span.start) & (positions < span.stop))
+        return cls(tokens, batch.weights[supervised], indices, positions[indices] - span.start)
 
 
 class Head:
-    """From the last block's output to the loss, and back."""
+    """Computes the loss from the last block's output, and its gradient by that output."""
 
     def __init__(self, weight: np.ndarray, norm: tuple[np.ndarray, float], chunk: int, ops: Ops) -> None:
         """`weight`: (vocabulary, d); `norm`: weight (d,) and epsilon; `chunk`: positions whose logits exist at once."""
@@ -62,14 +60,14 @@ class Head:
         loss = np.float32(0)
         for start in range(0, len(targets.tokens), self.chunk):
             chunk = slice(start, start + self.chunk)
-            local = slice(*np.searchsorted(targets.local, (chunk.start, chunk.stop)))
+            inside = slice(*np.searchsorted(targets.indices, (chunk.start, chunk.stop)))
             loss += self._chunk_loss(
-                x[local],
+                x[inside],
                 part,
-                targets.local[local] - start,
+                targets.indices[inside] - start,
                 targets.tokens[chunk],
                 targets.weights[chunk],
-                None if grad_x is None else grad_x[local],
+                None if grad_x is None else grad_x[inside],
             )
         return loss
 
@@ -77,11 +75,12 @@ class Head:
         self,
         x: np.ndarray,
         part: Partition,
-        local: np.ndarray,
+        indices: np.ndarray,
         tokens: np.ndarray,
         weights: np.ndarray,
         grad_x: np.ndarray | None,
     ) -> np.float32:
+        """Return the loss of one chunk; `indices` (m,): which of its targets are in the partition, as the rows of `x`."""
         norm_weight, eps = self.norm
         count, work, shared, vocabulary = len(tokens), part.local, part.shared, len(self.weight)
         rows = slice(vocabulary * part.index // part.count, vocabulary * (part.index + 1) // part.count)
@@ -89,7 +88,7 @@ class Head:
         normed, scale = work.buffer("head.local", *x.shape), work.buffer("head.scale", len(x), 1)
         self._ops.rms_norm(x, norm_weight, eps, normed, scale)
         all_normed = shared.buffer("head.normed", count, x.shape[1])
-        all_normed[local] = normed
+        all_normed[indices] = normed
         part.synchronize()
         logits = gemm(all_normed, head.T, work.buffer("logits", count, len(head)))
         maxima, sums = (shared.buffer(f"head.{name}", part.count, count) for name in ("maxima", "sums"))
@@ -97,9 +96,9 @@ class Head:
         np.max(logits, axis=1, out=maxima[part.index], initial=-np.inf)
         part.synchronize()
         maximum, target_logits = maxima.max(axis=0), shared.buffer("head.target", count)
-        own = np.flatnonzero((tokens >= rows.start) & (tokens < rows.stop))
-        own_targets = own, tokens[own] - rows.start
-        target_logits[own] = logits[own_targets] - maximum[own]
+        in_rows = np.flatnonzero((tokens >= rows.start) & (tokens < rows.stop))
+        target_logit_at = in_rows, tokens[in_rows] - rows.start
+        target_logits[in_rows] = logits[target_logit_at] - maximum[in_rows]
         self._ops.exp_minus_max(logits, maximum, sums[part.index])
         part.synchronize()
         total = sums.sum(axis=0)
@@ -110,11 +109,11 @@ class Head:
             if grad_x is not None:
                 # Softmax minus target, times the sum of exponentials; dividing by it after the product touches fewer
                 # numbers.
-                logits[own_targets] -= total[own]
+                logits[target_logit_at] -= total[in_rows]
                 grads = shared.buffer("head.grad_normed", part.count, count, x.shape[1])
                 gemm(logits, head, grads[part.index])
                 part.synchronize()
-                grad_normed = grads[:, local].sum(axis=0) * (weights / total)[local, None]
+                grad_normed = grads[:, indices].sum(axis=0) * (weights / total)[indices, None]
                 grad_x[:] = 0
                 self._ops.rms_norm_backward(x, norm_weight, scale, grad_normed, grad_x)
         return loss

@@ -21,8 +21,8 @@ class UnsupportedModel(Exception):
     """Raised when the model has a part that the engine does not implement."""
 
 
-def view(array: mx.array) -> np.ndarray:
-    """Return an evaluated array as NumPy's, sharing its memory."""
+def as_numpy(array: mx.array) -> np.ndarray:
+    """Return the NumPy array that shares the memory of an MLX array, which has been evaluated."""
     return np.array(array, copy=False)
 
 
@@ -49,7 +49,7 @@ class Linear:
         base = module.linear if isinstance(module, LoRALinear) else module
         if type(base) is not nn.Linear or base.weight.dtype != mx.float32:
             raise UnsupportedModel(name)
-        return cls(name, view(base.weight), view(base.bias) if "bias" in base else None, scale)
+        return cls(name, as_numpy(base.weight), as_numpy(base.bias) if "bias" in base else None, scale)
 
 
 class LinearGroup:

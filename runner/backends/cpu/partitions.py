@@ -34,6 +34,34 @@ class PackedRows:
 
 
 @dataclass(frozen=True)
+class PackedBatch:
+    """A batch without padding: n positions, of which k are supervised."""
+
+    inputs: np.ndarray
+    """Token ids (n,) int32, or hidden states (n, d) after the frozen blocks."""
+    rows: PackedRows
+    positions: np.ndarray
+    """(k,): the supervised positions, counted along the batch."""
+    targets: np.ndarray
+    """(k,) int32: the token to predict at each."""
+    weights: np.ndarray
+    """(k,) float32: the weight of each in the loss; 0 for padding, which comes last."""
+
+    def select_rows(self, rows: slice) -> PackedBatch:
+        """Return the batch of some neighbouring rows."""
+        lengths, start = self.rows.lengths[rows], self.rows.starts[rows.start]
+        stop = start + sum(lengths)
+        inside = np.flatnonzero((self.positions >= start) & (self.positions < stop))
+        return PackedBatch(
+            self.inputs[start:stop],
+            PackedRows(lengths),
+            self.positions[inside] - np.int32(start),
+            self.targets[inside],
+            self.weights[inside],
+        )
+
+
+@dataclass(frozen=True)
 class AttentionShare:
     """Heads of one row that a partition computes attention for."""
 

@@ -9,7 +9,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from runner.backends.cpu.engine import Engine
-from runner.backends.cpu.linear import view
+from runner.backends.cpu.linear import as_numpy
+from runner.backends.cpu.partitions import PackedBatch, PackedRows
 from runner.backends.mlx.loss import ChunkedLoss
 from runner.models.lora import AdaptedModel
 from runner.models.split_model import SplitModel
@@ -43,8 +44,8 @@ def agrees(engine: Engine, adapted: AdaptedModel, split_model: SplitModel) -> bo
         expected, expected_grads = loss.loss_and_grads(adapted.place, params, *map(mx.array, (inputs, *batch)))
         mx.eval(expected, expected_grads)
         engine.partitioner.min_positions, engine.head.chunk = 1, 2
-        arrays = {name: view(array) for name, array in params.items()}
-        found, grads = engine.loss_and_grads(arrays, inputs[0], [_POSITIONS], *batch)
+        arrays = {name: as_numpy(array) for name, array in params.items()}
+        found, grads = engine.loss_and_grads(arrays, PackedBatch(inputs[0], PackedRows([_POSITIONS]), *batch))
     except (ValueError, AssertionError, KeyError):  # shapes that the engine does not accept
         return False
     finally:
@@ -55,6 +56,6 @@ def agrees(engine: Engine, adapted: AdaptedModel, split_model: SplitModel) -> bo
         return False
     return all(
         grads[name].shape == grad.shape
-        and np.linalg.norm(grads[name] - view(grad)) <= TOLERANCE * np.linalg.norm(view(grad))
+        and np.linalg.norm(grads[name] - as_numpy(grad)) <= TOLERANCE * np.linalg.norm(as_numpy(grad))
         for name, grad in expected_grads.items()
     )

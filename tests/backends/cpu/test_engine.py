@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from runner.backends.cpu import kernels, native
 from runner.backends.cpu.backend import CpuBackend, packed
 from runner.backends.cpu.engine import Engine, _group_rows
 from runner.backends.cpu.kernels import Ops
-from runner.backends.cpu.linear import view
+from runner.backends.cpu.linear import as_numpy
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
@@ -82,11 +84,11 @@ def by_mlx(adapted_model: AdaptedModel, device_batch):
         adapted_model.params(), device_batch, mx.random.key(0)
     )
     mx.eval(value, grads)
-    return value.item(), {name: view(grad) for name, grad in grads.items()}
+    return value.item(), {name: as_numpy(grad) for name, grad in grads.items()}
 
 
 def numpy_params(adapted_model: AdaptedModel):
-    return {name: view(array) for name, array in adapted_model.params().items()}
+    return {name: as_numpy(array) for name, array in adapted_model.params().items()}
 
 
 def assert_close(adapted_model: AdaptedModel, found, device_batch) -> None:
@@ -118,7 +120,7 @@ def test_loss_and_gradients_equal_those_of_mlx(name: str, grad_checkpoint: bool,
     adapted_model = adapted(MODELS[name]())
     device_batch = batch([9, 30, 2, 17])
     engine = Engine(adapted_model.model, threads=count, grad_checkpoint=grad_checkpoint, chunk=16, ops=ops)
-    assert_close(adapted_model, engine.loss_and_grads(numpy_params(adapted_model), *packed(device_batch)), device_batch)
+    assert_close(adapted_model, engine.loss_and_grads(numpy_params(adapted_model), packed(device_batch)), device_batch)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_adapters_of_any_shape_equal_those_of_mlx(lora: dict, ops) -> None:
     assert_close(
         adapted_model,
         Engine(adapted_model.model, chunk=256, ops=ops).loss_and_grads(
-            numpy_params(adapted_model), *packed(device_batch)
+            numpy_params(adapted_model), packed(device_batch)
         ),
         device_batch,
     )
@@ -149,7 +151,7 @@ def test_rows_longer_than_an_attention_tile_equal_those_of_mlx(ops) -> None:
     assert_close(
         adapted_model,
         Engine(adapted_model.model, threads=2, chunk=256, ops=ops).loss_and_grads(
-            numpy_params(adapted_model), *packed(device_batch)
+            numpy_params(adapted_model), packed(device_batch)
         ),
         device_batch,
     )
@@ -164,9 +166,9 @@ def test_a_partition_without_supervised_tokens_contributes_nothing(layers: int, 
         Engine(adapted_model.model, threads=3, grad_checkpoint=grad_checkpoint, chunk=16, ops=ops),
         numpy_params(adapted_model),
     )
-    found = engine.loss_and_grads(params, *packed(device_batch))
+    found = engine.loss_and_grads(params, packed(device_batch))
     assert_close(adapted_model, found, device_batch)
-    assert engine.loss(params, *packed(device_batch)) == found[0]
+    assert engine.loss(params, packed(device_batch)) == found[0]
 
 
 def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) -> None:
@@ -177,11 +179,12 @@ def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) 
     rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
     device_batch = BatchBuilder(rows, 16)(np.arange(2))
     engine, params = Engine(adapted_model.model, threads=4, chunk=16, ops=ops), numpy_params(adapted_model)
-    assert_close(adapted_model, engine.loss_and_grads(params, *packed(device_batch)), device_batch)
-    inputs, lengths, positions, targets, weights = packed(device_batch)
+    assert_close(adapted_model, engine.loss_and_grads(params, packed(device_batch)), device_batch)
+    good = packed(device_batch)
+    bad = replace(good, targets=np.where(np.arange(len(good.targets)) == 7, 3, good.targets))
     with pytest.raises(ModelError, match="token 3, but the model's vocabulary has 3"):
-        engine.loss(params, inputs, lengths, positions, np.where(np.arange(len(targets)) == 7, 3, targets), weights)
-    assert_close(adapted_model, engine.loss_and_grads(params, *packed(device_batch)), device_batch)
+        engine.loss(params, bad)
+    assert_close(adapted_model, engine.loss_and_grads(params, packed(device_batch)), device_batch)
 
 
 def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
@@ -192,7 +195,7 @@ def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
     adapted_model.model.lm_head.weight = mx.array(weight)
     device_batch = batch([20, 33])
     value, grads = Engine(adapted_model.model, threads=2, chunk=256, ops=ops).loss_and_grads(
-        numpy_params(adapted_model), *packed(device_batch)
+        numpy_params(adapted_model), packed(device_batch)
     )
     expected, expected_grads = by_mlx(adapted_model, device_batch)
     assert value == pytest.approx(expected, rel=1e-5) and expected > 1000
@@ -204,10 +207,10 @@ def test_reused_buffers_do_not_change_results(ops) -> None:
     adapted_model = adapted(MODELS["biases"]())
     engine, params = Engine(adapted_model.model, chunk=256, ops=ops), numpy_params(adapted_model)
     device_batch = batch([20, 9])
-    first = engine.loss_and_grads(params, *packed(device_batch))
-    engine.loss_and_grads(params, *packed(batch([200, 40, 3])))
-    assert engine.loss(params, *packed(device_batch)) == first[0]
-    again = engine.loss_and_grads(params, *packed(device_batch))
+    first = engine.loss_and_grads(params, packed(device_batch))
+    engine.loss_and_grads(params, packed(batch([200, 40, 3])))
+    assert engine.loss(params, packed(device_batch)) == first[0]
+    again = engine.loss_and_grads(params, packed(device_batch))
     assert first[0] == again[0]
     assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
 
@@ -218,10 +221,10 @@ def test_results_are_bitwise_reproducible_for_each_number_of_threads_and_nearly_
     batches = [batch(lengths) for lengths in ([150, 40, 90], [33], [20, 20, 21, 22])]
     for count in (1, 2, 3):
         engine = Engine(adapted_model.model, threads=count, chunk=256, ops=ops)
-        found.append([engine.loss_and_grads(params, *packed(device_batch)) for device_batch in batches])
+        found.append([engine.loss_and_grads(params, packed(device_batch)) for device_batch in batches])
         for _ in range(20):  # in any order of the threads
             for device_batch, (loss, grads) in zip(batches, found[-1], strict=True):
-                again = engine.loss_and_grads(params, *packed(device_batch))
+                again = engine.loss_and_grads(params, packed(device_batch))
                 assert again[0] == loss
                 assert all(np.array_equal(again[1][name], grad) for name, grad in grads.items())
     for several in found[1:]:
@@ -238,7 +241,7 @@ def test_an_error_in_one_thread_ends_all_threads_and_the_next_batch_is_unaffecte
         numpy_params(adapted_model),
         batch([150, 40, 90]),
     )
-    before = engine.loss_and_grads(params, *packed(device_batch))
+    before = engine.loss_and_grads(params, packed(device_batch))
     own, calls = kernels.swiglu, []
 
     def fails(*args):
@@ -249,21 +252,21 @@ def test_an_error_in_one_thread_ends_all_threads_and_the_next_batch_is_unaffecte
 
     monkeypatch.setattr(Ops, "swiglu", staticmethod(fails))
     with pytest.raises(MemoryError, match="no room"):
-        engine.loss_and_grads(params, *packed(device_batch))
+        engine.loss_and_grads(params, packed(device_batch))
     monkeypatch.undo()
-    after = engine.loss_and_grads(params, *packed(device_batch))
+    after = engine.loss_and_grads(params, packed(device_batch))
     assert before[0] == after[0] and all(np.array_equal(before[1][name], after[1][name]) for name in before[1])
 
 
 def test_hidden_states_at_the_cut_give_bitwise_the_same_gradients_as_token_ids(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
     engine, params = Engine(adapted_model.model, chunk=256, ops=ops), numpy_params(adapted_model)
-    ids, lengths, *rest = packed(batch([60, 60]))
-    states = engine.run_frozen_blocks(ids.reshape(2, -1)).reshape(len(ids), -1).copy()
+    with_ids = packed(batch([60, 60]))
+    states = engine.run_frozen_blocks(with_ids.inputs.reshape(2, -1)).reshape(len(with_ids.inputs), -1).copy()
     assert engine.frozen_blocks == 1
     whole, part = (
-        engine.loss_and_grads(params, ids, lengths, *rest),
-        engine.loss_and_grads(params, states, lengths, *rest),
+        engine.loss_and_grads(params, with_ids),
+        engine.loss_and_grads(params, replace(with_ids, inputs=states)),
     )
     assert whole[0] == part[0]
     assert all(np.array_equal(whole[1][name], part[1][name]) for name in whole[1])

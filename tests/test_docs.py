@@ -6,6 +6,7 @@ tiny ones are added behind it. Hub names are found in an offline cache in the hu
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -153,3 +154,12 @@ def test_make_train_ends_with_a_fine_tuned_model_and_a_clear_gain(make_cli, tmp_
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scores = [row["score"] for row in rows if "score" in row]
     assert len(scores) == 2 and scores[1] >= scores[0] + 0.05
+
+
+def test_reliability_lists_the_faults_that_the_tests_inject():
+    spec = importlib.util.spec_from_file_location("fault_rows", ROOT / "tests/faults/rows.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs/reliability.md").read_text()
+    assert {int(row): fault for row, fault in re.findall(r"^\| (\d+) \| (.*) \| [\d,]+ \|$", text, re.M)} == module.ROWS

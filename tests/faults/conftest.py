@@ -1,4 +1,4 @@
-"""Faults for real: a preloaded library, a driver that kills its own process, and a line a row at the end.
+"""Fixtures that inject faults, and a summary with one line for each row of rows.py at the end.
 
 `make faults` runs these tests with the full counts (RUNNER_FAULTS=full); `make test` runs fewer cases of each.
 """
@@ -89,30 +89,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    told = _tally(terminalreporter)
-    if not told:
+    tally = _tally(terminalreporter)
+    if not tally:
         return
     terminalreporter.section("faults, " + ("full counts" if FULL else "small counts"))
     terminalreporter.write_line("row   cases  failed  seconds")
     for row, text in ROWS.items():
-        if row not in told and not FULL:
+        if row not in tally and not FULL:
             continue
-        cases, failed, skipped, seconds = told.get(row, (0, 0, 0, 0.0))
+        cases, failed, skipped, seconds = tally.get(row, (0, 0, 0, 0.0))
         mark = "" if cases and not failed and not skipped else "  <-- NOT PROVEN" + (" (skipped)" if skipped else "")
         terminalreporter.write_line(f"{row:3d} {cases:7,d} {failed:7d} {seconds:8.1f}  {text}{mark}")
 
 
 def _tally(reporter: Any) -> dict[int, tuple[int, int, int, float]]:
-    told: dict[int, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
+    tally: dict[int, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in reporter.stats.get(outcome, []):
             for rows, ran in (value for name, value in getattr(report, "user_properties", []) if name == "fault"):
                 for row in rows:
-                    told[row][0] += ran if report.outcome == "passed" else 0
-                    told[row][1] += report.outcome == "failed"
-                    told[row][2] += report.outcome == "skipped"
-                    told[row][3] += report.duration
-    return {row: (int(a), int(b), int(c), d) for row, (a, b, c, d) in told.items()}
+                    tally[row][0] += ran if report.outcome == "passed" else 0
+                    tally[row][1] += report.outcome == "failed"
+                    tally[row][2] += report.outcome == "skipped"
+                    tally[row][3] += report.duration
+    return {row: (int(a), int(b), int(c), d) for row, (a, b, c, d) in tally.items()}
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -120,8 +120,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not FULL or reporter is None or hasattr(session.config, "workerinput") or exitstatus != 0:
         return
-    told = _tally(reporter)
-    if any(told.get(row, (0, 0, 0))[0] == 0 or told[row][2] for row in ROWS):
+    tally = _tally(reporter)
+    if any(tally.get(row, (0, 0, 0))[0] == 0 or tally[row][2] for row in ROWS):
         session.exitstatus = 1
 
 

@@ -5,7 +5,7 @@
  * FAULT_CALLS   which calls count: open,write,fsync,close,rename,mkdir,remove (open: only those that create)
  * FAULT_AT      the call, from 0, that is hit; -1: none
  * FAULT_DO      an errno number; kill; half (half of the bytes are written, then kill); or a signal's number
- *               with a plus in front (+15), which is sent before the call goes on
+ *               with a plus in front (+15), which is sent before the call continues
  * FAULT_FOR_GOOD  1: all later ones are hit as well
  * FAULT_LOG     file to which a line "call path" is added for each call that counts
  * FAULT_TAPE    file to which every change below FAULT_UNDER is added, to be replayed on another disk: a line
@@ -49,7 +49,7 @@ static void end(void) {
     for (;;) pause();
 }
 
-/* 0: go on; an errno: fail with it; -1: write half, then end. */
+/* 0: continue; an errno: fail with it; -1: write half, then end. */
 static int hit(const char *call, const char *path) {
     if (!counts(call, path)) return 0;
     long at = atomic_fetch_add(&seen, 1);
@@ -70,7 +70,7 @@ static int hit(const char *call, const char *path) {
     if (!strcmp(what, "kill")) end();
     if (!strcmp(what, "half")) return -1;
     if (*what == '+') {
-        // To this thread: it must not go on before the signal has arrived.
+        // To this thread: it must not continue before the signal has arrived.
         syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), atoi(what + 1));
         return 0;
     }

@@ -1,4 +1,4 @@
-"""SIGKILL while a row, a sample, the status or the config is written: no row is lost or doubled, and runs end equal."""
+"""SIGKILL while a row, a sample, the status or the config is written: no row is lost or repeated, and runs end equal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def split_lines(run, name):
 
 
 @pytest.mark.parametrize("chunk", range(2))
-def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_doubled_row(
+def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_repeated_row(
     make_cli, tmp_path, logged, faulty, ended_equal, cases, chunk
 ):
     whole, calls = logged(*OVERRIDES)

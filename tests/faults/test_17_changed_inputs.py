@@ -1,4 +1,4 @@
-"""Other rows or another adapter shape than the run stopped with: refused with the difference, nothing changed."""
+"""A resume with changed data or another adapter shape is refused with the difference, and changes nothing."""
 
 from __future__ import annotations
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from runner.config.schema import DataConfig
 from runner.data.metrics import metric_named
 from runner.reports import run_summary
+from runner.runs.rows import read_rows
 from runner.training.generate import GenerationResult, generate
-from runner.training.run_writer import samples_of_step
 from runner.training.signals import StopRequested
 from runner.training.trainer import Trainer
 
@@ -41,7 +43,7 @@ def record_answers_after_training(trainer: Trainer, config: DataConfig) -> None:
 def compare_answers(trainer: Trainer, metric: str) -> list[str]:
     """Return lines that compare the answers after training with those before it."""
     file = trainer.writer.directory.samples
-    before, after = samples_of_step(file, 0), samples_of_step(file, trainer.state.progress.step)
+    before, after = _samples_of_step(file, 0), _samples_of_step(file, trainer.state.progress.step)
     return run_summary.score_lines(
         metric,
         len(after),
@@ -81,3 +83,8 @@ def _record(trainer: Trainer, config: DataConfig, result: GenerationResult) -> N
         rows=len(result.answers),
         generated_tokens=result.tokens,
     )
+
+
+def _samples_of_step(path: Path, step: int) -> dict[int, dict[str, Any]]:
+    """Return the rows of samples.jsonl that were written at `step`, by row index."""
+    return {row["row"]: row for row in read_rows(path) if row["step"] == step and "row" in row}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from runner import loggers
 from runner.backends.protocol import Backend
 from runner.backends.select import window_of_earlier_versions
+from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.run_retention import RunRetention
 from runner.checkpoints.save_policy import SavePolicy
 from runner.checkpoints.store import CheckpointStore
+from runner.common.atomic_io import write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError
+from runner.common.filesystem import FileSystem
 from runner.config.schema import Config
 from runner.data.order import BatchOrder
 from runner.models.lora import read_weights, warm_start
 from runner.reports.progress import Display
+from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec
 from runner.training import optimizer, state_files
 from runner.training.components import Components
@@ -23,51 +29,77 @@ from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluat
 from runner.training.lr_schedule import learning_rate
 from runner.training.plan import TrainingPlan
 from runner.training.resume import ResumePoint, numeric_differences
-from runner.training.run_writer import RunWriter, copy_rows
+from runner.training.run_writer import RunWriter
 from runner.training.signals import StopSignals
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 from runner.training.trainer import Trainer
 
 
-def build_writer(spec: RunSpec) -> RunWriter:
-    """Build the writer of the run's files; nothing is opened or written yet."""
-    checkpoint = spec.config.checkpoint
-    return RunWriter(
-        spec.directory,
+def build_retention(spec: RunSpec, point: ResumePoint | None = None) -> RunRetention:
+    """Build the retention of the run's checkpoints; the one that it resumed from in its own directory is retained."""
+    checkpoint, source = spec.config.checkpoint, spec.source
+    return RunRetention(
         CheckpointStore(spec.directory.checkpoints, spec.run_id),
         RetentionPolicy(checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every),
-        loggers.build(spec.config.loggers),
-        background=checkpoint.background,
-        backup=Path(checkpoint.backup).expanduser() if checkpoint.backup else None,
+        source_step=point.checkpoint.step if point and source and not source.branch else None,
     )
+
+
+def build_backup(spec: RunSpec, retention: RunRetention) -> BackupMirror | None:
+    """Build the mirror of the run in its configured backup folder; None without one. It does nothing until woken."""
+    root = spec.config.checkpoint.backup
+    if not root:
+        return None
+    return BackupMirror(Path(root).expanduser(), spec.directory, retention.store, retention.mirrored_steps)
 
 
 def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
     """Write config.yaml and status.json, and open the other files, cut to their length at the checkpoint."""
-    writer, directory, source = build_writer(spec), spec.directory, spec.source
-    in_place = source is not None and not source.branch
-    directory.write_config(spec.stored)
-    if point is not None and source is not None and source.branch:
-        copy_rows(source.run / "metrics.jsonl", directory.metrics, point.saved.written.metrics_offset)
-        copy_rows(source.run / "samples.jsonl", directory.samples, point.saved.written.samples_offset)
-    if point is not None and in_place:
-        writer.source_step = point.checkpoint.step
-    previous = directory.read_status() if directory.status.exists() else {}
-    writer.update_status(
-        run_id=spec.run_id,
-        state="running",
-        step=point.saved.progress.step if point else 0,
-        iters=spec.config.train.iters,
-        started=previous.get("started", utc_now()),
-        resumed=[*previous.get("resumed", []), utc_now()] if in_place else None,
-        parent=str(source.checkpoint) if source and source.branch else previous.get("parent"),
-        last_checkpoint=writer.source_step,
+    directory, retention = spec.directory, build_retention(spec, point)
+    writer = RunWriter(
+        directory,
+        retention,
+        loggers.build(spec.config.loggers),
+        background=spec.config.checkpoint.background,
+        backup=build_backup(spec, retention),
     )
+    directory.write_config(spec.stored)
+    if point is not None and spec.source is not None and spec.source.branch:
+        source, written = RunDirectory(spec.source.run), point.saved.written
+        _copy_rows(source.metrics, directory.metrics, written.metrics_offset)
+        _copy_rows(source.samples, directory.samples, written.samples_offset)
+    writer.update_status(**_first_status(spec, point), last_checkpoint=retention.source_step)
     writer.open(point.saved.written if point else None)
     if writer.backup:
         writer.backup.wake()  # catches up, and reports at once if it cannot
     return writer
+
+
+def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
+    """Return the status of a run that begins or resumes; it keeps when the run started and was resumed before."""
+    previous, source = spec.directory.read_status(), spec.source
+    return {
+        "run_id": spec.run_id,
+        "state": "running",
+        "step": point.saved.progress.step if point else 0,
+        "iters": spec.config.train.iters,
+        "started": previous.get("started", utc_now()),
+        "resumed": [*previous.get("resumed", []), utc_now()] if source and not source.branch else None,
+        "parent": str(source.checkpoint) if source and source.branch else previous.get("parent"),
+    }
+
+
+def _copy_rows(source: Path, target: Path, size: int) -> None:
+    """Start a branch's row file with the first `size` bytes of the run that it branches from.
+
+    Raises:
+        CheckpointError: the source has fewer bytes than when the checkpoint was saved.
+    """
+    data = FileSystem().read_file(source, 1 << 40)[:size] if source.exists() else b""
+    if len(data) < size:
+        raise CheckpointError(f"{source} has {len(data)} bytes, but the checkpoint counts on {size}: it was cut.")
+    write_atomically(target, data)
 
 
 def build_trainer(

@@ -103,7 +103,7 @@ def free_frozen_weights(config: Config, components: Components, display: Display
         return
 
     def reload() -> nn.Module:
-        display.line("cache  a row is not in the cache: the base model is loaded again", "yellow")
+        display.line("cache  entry is gone: reloading the weights of the frozen blocks", "yellow")
         fresh = load_base_model(config.model)
         if fresh.content_hash != components.base.content_hash:
             raise ModelError(f"model.path={config.model.path} has changed since the run began.")

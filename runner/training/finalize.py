@@ -34,7 +34,7 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
     A stop signal abandons the final evaluation: the run counts as stopped, and its resume evaluates the result.
     """
     writer = trainer.writer
-    result_step = writer.result_step(spec.config.checkpoint.result)
+    result_step = writer.retention.result_step(spec.config.checkpoint.result)
     if result_step is not None:
         writer.write_result(result_step)
     lines: list[str] = []
@@ -67,7 +67,8 @@ def finish_backup(backup: BackupMirror, stops: StopSignals, print_line: Callable
     messages = backup.new_messages()
     if is_complete:
         return [*messages, f"mirrored to {backup.folder}"]
-    return [*messages, f"backup: behind; to complete it, resume= this run: {backup.problem or 'interrupted'}"]
+    problem = backup.problem or "interrupted"
+    return [*messages, f"the backup is incomplete ({problem.rstrip('.')}); resume= this run to complete it"]
 
 
 def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -> list[str]:

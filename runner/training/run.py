@@ -17,7 +17,7 @@ from runner.runs.inspect import objective_value
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
 from runner.training.answers import record_answers_before_training
-from runner.training.build import build_trainer, build_writer, open_writer
+from runner.training.build import build_backup, build_retention, build_trainer, open_writer
 from runner.training.component_loader import ComponentLoader
 from runner.training.components import free_frozen_weights, load_components
 from runner.training.finalize import finalize, finish_backup
@@ -77,10 +77,10 @@ def _train(trainer: Trainer, spec: RunSpec) -> None:
 
 
 def _print_finished(spec: RunSpec, stops: StopSignals) -> None:
-    """Say that a finished run has nothing left to do; only its backup may be behind."""
+    """Print that a finished run has nothing left to do, and complete its backup, which may be behind."""
     path = spec.directory.path
     print(f"{path} is finished; nothing is left to do. A new run like it: repeat={shlex.quote(str(path))}")
-    if backup := build_writer(spec).backup:
+    if backup := build_backup(spec, build_retention(spec)):
         print(*finish_backup(backup, stops), sep="\n")
 
 

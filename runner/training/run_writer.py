@@ -8,24 +8,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from runner.checkpoints import manifest
-from runner.checkpoints.manifest import CheckpointManifest
 from runner.checkpoints.mirror import BackupMirror
-from runner.checkpoints.retention import (
-    RetentionPolicy,
-    RetentionReason,
-    best_checkpoint,
-    select_mirrored,
-    select_retained,
-)
-from runner.checkpoints.save_policy import is_end
-from runner.checkpoints.store import CheckpointStore, file_records, step_name
-from runner.common.atomic_io import replace_folder, write_atomically
+from runner.checkpoints.run_retention import RunRetention
+from runner.checkpoints.store import file_records, step_name
+from runner.common.atomic_io import replace_folder
 from runner.common.clock import utc_now
-from runner.common.errors import CheckpointError, StorageError
+from runner.common.errors import StorageError
 from runner.common.filesystem import Content, FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
 from runner.loggers import Logger
@@ -55,26 +46,18 @@ class RunWriter:
     def __init__(
         self,
         directory: RunDirectory,
-        store: CheckpointStore,
-        policy: RetentionPolicy,
-        loggers: Sequence[Logger] = (),
+        retention: RunRetention,
+        loggers: Sequence[Logger],
         *,
-        background: bool = True,
-        backup: Path | None = None,
+        background: bool,
+        backup: BackupMirror | None,
     ) -> None:
-        """Prepare the writer; nothing is opened or written yet.
-
-        Args:
-            background: write checkpoints on a thread.
-            backup: the folder that checkpoints are mirrored to.
-        """
+        """Prepare the writer; nothing is opened or written yet. `background` writes checkpoints on a thread."""
         self.directory = directory
-        self.store = store
-        self.policy = policy
+        self.retention = retention
+        self.store = retention.store
         self.loggers = list(loggers)
-        self.source_step: int | None = None
-        """The checkpoint that this process resumed from; it is retained while the process lives."""
-        self.backup = BackupMirror(backup, directory, store, self._mirrored_steps) if backup else None
+        self.backup = backup
         self._metrics: RowFile
         self._samples: RowFile
         self._saver = AsyncSaver(background)
@@ -141,7 +124,7 @@ class RunWriter:
             metrics = {} if valid_loss is None else {BEST_METRIC: valid_loss}
             self.store.commit(step, contents, save_reasons=save_reasons, metrics=metrics)
             self._saved_step = step
-            self.store.rotate(set(self.retained_steps()))
+            self.store.rotate(set(self.retention.retained_steps()))
             if self.backup:
                 self.backup.wake()
 
@@ -162,18 +145,6 @@ class RunWriter:
         """Wait for the save in progress and record it. Raises as `check_save`."""
         self._saver.wait()
         self.check_save()
-
-    def retained_steps(self) -> dict[int, list[RetentionReason]]:
-        """Return the steps whose checkpoints are retained, each with the reasons."""
-        return select_retained(self._checkpoints(), self.policy, source=self.source_step)
-
-    def result_step(self, which: str) -> int | None:
-        """Return the step of the checkpoint that becomes the result: the best (`which` is best), else the last."""
-        checkpoints = self._checkpoints()
-        if not checkpoints:
-            return None
-        best = best_checkpoint(checkpoints) if which == "best" else None
-        return best.step if best else max(c.step for c in checkpoints)
 
     def write_result(self, step: int) -> None:
         """Replace adapters/ by the adapter of the checkpoint of `step`, atomically."""
@@ -205,32 +176,6 @@ class RunWriter:
         for logger in self.loggers:
             logger.close()
 
-    def _checkpoints(self) -> list[CheckpointManifest]:
-        """Return the manifests of this run's checkpoints; the folder may hold those of another run too."""
-        manifests = [checkpoint.manifest for checkpoint in self.store.checkpoints()]
-        return [manifest for manifest in manifests if manifest.run_id == self.store.run_id]
-
-    def _mirrored_steps(self) -> list[int]:
-        ends = {c.step for c in self._checkpoints() if is_end(c.save_reasons)}
-        return select_mirrored(self.retained_steps(), ends)
-
     def _remove_empty_samples(self) -> None:
         if self._samples.offset == 0:
             self.directory.samples.unlink(missing_ok=True)
-
-
-def copy_rows(source: Path, target: Path, size: int) -> None:
-    """Start a branch's row file with the first `size` bytes of the run that it branches from.
-
-    Raises:
-        CheckpointError: the source has fewer bytes than when the checkpoint was saved.
-    """
-    data = FileSystem().read_file(source, 1 << 40)[:size] if source.exists() else b""
-    if len(data) < size:
-        raise CheckpointError(f"{source} has {len(data)} bytes, but the checkpoint counts on {size}: it was cut.")
-    write_atomically(target, data)
-
-
-def samples_of_step(path: Path, step: int) -> dict[int, dict[str, Any]]:
-    """Return the rows of samples.jsonl that were written at `step`, by row index."""
-    return {row["row"]: row for row in read_rows(path) if row["step"] == step and "row" in row}

@@ -174,7 +174,7 @@ class Trainer:
         save_reasons = self.save_policy.due(
             progress.step,
             minutes_since_save=(time.monotonic() - self.saved_at) / 60,
-            best=is_best and self.writer.policy.keep_best > 0,
+            best=is_best and self.writer.retention.policy.keep_best > 0,
             stop=stop,
         )
         if not save_reasons:

@@ -123,7 +123,7 @@ def test_a_resume_of_a_finished_run_completes_its_backup_without_training(tiny, 
     backup_disk = tmp_path / "stick"
     settings = tiny(**HARD, **{"checkpoint.backup": str(backup_disk)})
     run = train(settings, tmp_path / "run")
-    assert "to complete it, resume= this run" in (run / "run.log").read_text()
+    assert "the backup is incomplete (" in (run / "run.log").read_text()
     backup_disk.mkdir()
     before = (run / "metrics.jsonl").read_bytes()
     train(settings, run, resume=run)

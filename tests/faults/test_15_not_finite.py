@@ -7,12 +7,11 @@ import json
 import pytest
 
 from runner.checkpoints.retention import RetentionPolicy, RetentionReason
+from runner.checkpoints.run_retention import RunRetention
 from runner.checkpoints.safetensors_file import unpack
 from runner.checkpoints.store import CheckpointStore
-from runner.runs.directory import RunDirectory
 from runner.runs.rows import read_rows
 from runner.training import state_files
-from runner.training.run_writer import RunWriter
 
 pytestmark = [pytest.mark.fault(15), pytest.mark.slow]
 
@@ -109,10 +108,10 @@ def test_a_checkpoint_without_a_finite_metric_is_never_the_best(stopped, reseal,
         metric = None if step == unmeasured else 9.0 - step
         reseal(stopped / f"checkpoints/step-{step:07d}", metrics={"valid_loss": metric})
     store = CheckpointStore(stopped / "checkpoints", read_status(stopped)["run_id"])
-    writer = RunWriter(RunDirectory(stopped), store, RetentionPolicy(keep_last=0, keep_best=3))
+    retention = RunRetention(store, RetentionPolicy(keep_last=0, keep_best=3))
     best = 4 if unmeasured == 6 else 6
-    assert writer.result_step("best") == best
-    ranked = {step for step, reasons in writer.retained_steps().items() if RetentionReason.BEST in reasons}
+    assert retention.result_step("best") == best
+    ranked = {step for step, reasons in retention.retained_steps().items() if RetentionReason.BEST in reasons}
     assert ranked == {2, 4, 6} - {unmeasured}
 
 

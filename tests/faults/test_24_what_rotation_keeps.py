@@ -11,9 +11,9 @@ import shutil
 import pytest
 
 from runner.checkpoints.retention import RetentionPolicy
+from runner.checkpoints.run_retention import RunRetention
 from runner.checkpoints.store import CheckpointStore, step_name
 from runner.runs.directory import RunDirectory
-from runner.training.run_writer import RunWriter
 
 pytestmark = [pytest.mark.fault(24), pytest.mark.slow]
 
@@ -115,11 +115,10 @@ def test_every_rotation_retains_the_newest_the_best_the_source_and_those_of_anot
         other = CheckpointStore(directory.checkpoints, "other").commit(rng.randrange(1, 60), {"a": b"other"})
         policy = RetentionPolicy(rng.randrange(3), rng.randrange(1, 3), rng.choice([None, None, 7]))
         store = CheckpointStore(directory.checkpoints, "own")
-        writer, step, losses = RunWriter(directory, store, policy), 0, {}
+        retention, step, losses = RunRetention(store, policy), 0, {}
         for _ in range(rng.randrange(3, 9)):
             if losses and rng.random() < 0.3:  # another process resumes from the newest
-                writer = RunWriter(directory, store, policy)
-                writer.source_step = step
+                retention = RunRetention(store, policy, source_step=step)
             step += rng.randrange(0 if losses else 1, 8)
             if step_name(step) == other.path.name:
                 step += 1
@@ -129,15 +128,15 @@ def test_every_rotation_retains_the_newest_the_best_the_source_and_those_of_anot
             store.commit(
                 step, {"a": bytes([step])}, save_reasons=[reason], metrics={} if loss is None else {"valid_loss": loss}
             )
-            store.rotate(set(writer.retained_steps()))
+            store.rotate(set(retention.retained_steps()))
             there = {found.step: found for found in store.checkpoints() if found.manifest.run_id == "own"}
             assert step in there
-            assert writer.source_step in (None, *there)
+            assert retention.source_step in (None, *there)
             finite = sorted((v, one) for one, v in losses.items() if v is not None and math.isfinite(v))
             if finite:
-                assert finite[0][1] in there and writer.result_step("best") == finite[0][1]
+                assert finite[0][1] in there and retention.result_step("best") == finite[0][1]
             else:
-                assert writer.result_step("best") == step
+                assert retention.result_step("best") == step
             assert all(store.load(found.path).files == {"a": bytes([one])} for one, found in there.items())
             assert store.load(other.path).files == {"a": b"other"}
         cases.done()

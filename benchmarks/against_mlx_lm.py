@@ -1,9 +1,11 @@
-"""Against stock mlx_lm.lora: ``python -m benchmarks.against_mlx_lm --quick`` (ten minutes on two cores) or ``--full``.
+"""Compare runner with stock mlx_lm.lora, side by side.
 
-Both sides run as processes, in turn (a b, b a, …), on the same rows, model, rank, layers, dtype and BLAS. Measured is
-what a user has: real tokens a second of outside wall-clock, and peak memory. FOLDER gets results.json, table.md,
-plot.svg and the log of each run. Leave the machine alone meanwhile: the load and the cores that others kept busy are
-recorded with each run.
+    python -m benchmarks.against_mlx_lm --quick | --full    (--quick: ten minutes on two cores)
+
+Both sides run as processes, in turn (a b, b a, …), on the same rows, model, rank, layers, dtype and BLAS. Measured are
+the real tokens per second of wall-clock time of the whole process, and its peak memory. results.json, table.md,
+plot.svg and the log of each run are written to FOLDER. Leave the machine alone meanwhile: its load and the
+cores that other processes kept busy are recorded with each run.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from benchmarks.sides import QUICK_ROWS, ROWS
 from benchmarks.workloads import NAMES
 
 
-def main(words: list[str] | None = None) -> int:
-    """Measure, write, print; 1 where a gate or a run failed."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write the results and print the table; return 1 if a gate or a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="small work, rows a (once), b, d and f (the default)")
@@ -31,19 +33,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="rounds with a warm compile cache, after the cold one")
     parser.add_argument("--minutes", type=float, help="start no round that would end later (quick: 9.5)")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="a new folder (outputs/benchmarks/TIME)")
-    said = parser.parse_args(words)
-    rows = said.rows.split(",") if said.rows else list(ROWS if said.full else QUICK_ROWS)
-    workloads = said.workloads.split(",")
+    options = parser.parse_args(arguments)
+    rows = options.rows.split(",") if options.rows else list(ROWS if options.full else QUICK_ROWS)
+    workloads = options.workloads.split(",")
     for name, known in [*((row, ROWS) for row in rows), *((name, NAMES) for name in workloads)]:
         if name not in known:
             parser.error(f"there is no '{name}' in: {', '.join(known)}")
-    folder = (said.out or Path("outputs/benchmarks") / time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
+    folder = (options.out or Path("outputs/benchmarks") / time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         parser.error(f"{folder} exists already: choose another --out")
-    chosen = FULL if said.full else QUICK
-    bench = Bench(folder, chosen, rows, workloads, rounds=said.rounds, minutes=said.minutes)
+    chosen = FULL if options.full else QUICK
+    bench = Bench(folder, chosen, rows, workloads, rounds=options.rounds, minutes=options.minutes)
     try:
         bench.run()
     except Failed as failed:

@@ -1,4 +1,4 @@
-"""The order of the measurements: gates, a cold run of each row, then rounds there and back."""
+"""The sequence of measurements: gates, a cold run of each row, then rounds in alternating order of the rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import gates, sides
 from benchmarks.processes import answer, measured
 from benchmarks.report import COLD
-from benchmarks.sides import BASE_ROW, LEVER_ROWS, OFF_ROW, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
+from benchmarks.sides import BASE_ROW, OPTIMIZATION_ROWS, OFF_ROW, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
 from benchmarks.workloads import Statistics
 
 GATE = "gate"
@@ -25,7 +25,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Size:
-    """One workload's work: every row once, so that both sides train on the same tokens."""
+    """How much one workload trains: every row once, so that both sides train on the same tokens."""
 
     work: Work
     valid_rows: int
@@ -37,21 +37,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured."""
+    """How much the benchmark measures."""
 
     mode: str
     rounds: int
     sizes: Mapping[str, Size]
-    levers: Mapping[str, Size]
-    """The work of the levers' rows, of which there are many, and of those without any beside them."""
+    optimizations: Mapping[str, Size]
+    """The size for the rows of single optimizations, which are many, and for the rows compared with them."""
     slow: Size
-    """The work of row a, which is many times slower."""
+    """The size for row a, which is many times slower."""
     slow_on: tuple[str, ...]
-    """The workloads that row a is run on."""
+    """The workloads of row a."""
     gate_runs: int
-    """Runs of stock mlx-lm without its token of padding; without any, ours may have learned more than b."""
+    """Runs of stock mlx-lm without its padding token, to compare adapters; with 0, f may have learned more than b."""
     cold_everywhere: bool
-    """Whether each workload has a cold run; else the first one's serves all, as kernels are compiled for any shape."""
+    """Whether each workload has a cold run; otherwise the first one compiles the kernels for all."""
     minutes: float | None
     notes: tuple[str, ...] = ()
 
@@ -60,7 +60,7 @@ QUICK = Effort(
     mode="quick",
     rounds=2,
     sizes={"short": Size(Work(4, 4), 4), "mixed": Size(Work(8, 8, batch_size=2), 4)},
-    levers={"short": Size(Work(4, 4), 4), "mixed": Size(Work(4, 4), 4)},
+    optimizations={"short": Size(Work(4, 4), 4), "mixed": Size(Work(4, 4), 4)},
     slow=Size(Work(1, 1), 4),
     slow_on=("short",),
     gate_runs=0,
@@ -72,7 +72,7 @@ FULL = Effort(
     mode="full",
     rounds=5,
     sizes={"short": Size(Work(24, 12), 16), "mixed": Size(Work(10, 5), 8)},
-    levers={"short": Size(Work(4, 2), 8), "mixed": Size(Work(2, 2), 4)},
+    optimizations={"short": Size(Work(4, 2), 8), "mixed": Size(Work(2, 2), 4)},
     slow=Size(Work(2, 2), 4),
     slow_on=("short", "mixed"),
     gate_runs=gates.SEEDS,
@@ -96,7 +96,7 @@ class Part:
 
 
 class Bench:
-    """One measurement from its start to its results; results.json is written after each run."""
+    """One execution of the benchmark; results.json is written after each run."""
 
     def __init__(
         self,
@@ -142,17 +142,17 @@ class Bench:
         made = self._make(name, size)
         self.results["workloads"][name] = {"statistics": made["statistics"], **asdict(size.work)}
         for split, found in made["statistics"].items():
-            self._say(f"{name} {split}: {Statistics(**found)}")
+            self._print(f"{name} {split}: {Statistics(**found)}")
         if not self.parts[name].gated:
             return
         found = answer("gates", "equal", self._models["float32"], made["folder"])
         text = (
-            f"{found['rows_that_differ']} rows tokenised otherwise; losses of equal batches differ by "
+            f"{found['rows_that_differ']} rows tokenized differently; losses of equal batches differ by "
             f"{found['loss']:.1e} (at most {gates.LOSS:g}), gradients by {found['gradient']:.1e} of their norm "
             f"(at most {gates.GRADIENT:g}); {found['zero_gradients']} of {found['arrays']} arrays without a gradient"
         )
         self.results["gates"][f"{name}, equal batches"] = {**found, "text": text}
-        self._say(f"{name}, equal batches: {'passed' if found['passed'] else 'FAILED'}: {text}")
+        self._print(f"{name}, equal batches: {'passed' if found['passed'] else 'FAILED'}: {text}")
 
     def _make(self, name: str, size: Size) -> dict[str, Any]:
         workload = self.parts[name].workload
@@ -198,34 +198,36 @@ class Bench:
         folder.mkdir(parents=True)
         cache = self._cache(label)
         cache.mkdir(parents=True, exist_ok=True)
-        words = sides.command(row, size.work, model=self._models[row.model], data=data, seed=seed, folder=folder)
+        command = sides.command(row, size.work, model=self._models[row.model], data=data, seed=seed, folder=folder)
         # MLX keeps the kernels that it compiles below TMPDIR.
         own_caches = {"TMPDIR": str(cache), "RUNNER_CACHE": str(cache / "runner")}
-        took = measured(words, extra=own_caches, log=folder / "log", limit=4 * 3600)
+        took = measured(command, extra=own_caches, log=folder / "log", limit=4 * 3600)
         run = {"workload": name, "row": label, "round": which, "seed": seed, **asdict(took)}
         own, job = (_ours if row.side == OURS else _stock)(row, size.work, self._models[row.model], data, seed, folder)
         self._jobs.append((run | own, job))
         others = "" if took.others is None else f", others {took.others:.1f} cores"
         round_ = f"of seed {seed}" if label == GATE else which
-        self._say(f"{name} {label} {round_}: {took.seconds:.1f} s, {took.rss_gb:.2f} GB, load {took.load:.1f}{others}")
+        self._print(
+            f"{name} {label} {round_}: {took.seconds:.1f} s, {took.rss_gb:.2f} GB, load {took.load:.1f}{others}"
+        )
         self._keep()
 
     def _cache(self, label: str) -> Path:
         return self.folder / "caches" / label.replace(": ", "-").replace(" ", "_")
 
     def _count(self) -> None:
-        """Replay every run outside of the timing, and hold it against what the side itself has said."""
+        """Replay every run outside of the timing, and compare the counts with those that the program reported."""
         jobs = self.folder / "jobs.json"
         jobs.write_text(json.dumps([job for _, job in self._jobs]))
         wrong = []
         for (run, _), counted in zip(self._jobs, answer("replay", str(jobs)), strict=True):
             run["counted"] = counted
-            said = run["said_tokens"]
+            reported = run["said_tokens"]
             # Stock mlx-lm prints supervised tokens in hundreds, one of padding a row among them.
             padding = 0 if run["row"] == GATE else counted["padded_rows"]
             own = counted["tokens"] if run["exact"] else counted["supervised"] + padding
-            if said is None or abs(said - own) > (0 if run["exact"] else 50.001):
-                wrong.append(f"{run['workload']} {run['row']} {run['round']}: {said} said, {own} counted")
+            if reported is None or abs(reported - own) > (0 if run["exact"] else 50.001):
+                wrong.append(f"{run['workload']} {run['row']} {run['round']}: {reported} reported, {own} counted")
             if run["said_evaluations"] != counted["evaluations"]:
                 wrong.append(f"{run['workload']} {run['row']}: {run['said_evaluations']} evaluations")
             if run["row"] != GATE:
@@ -254,16 +256,19 @@ class Bench:
         data = self._make(name, self.parts[name].size)["folder"]
         both = found[SHIPPED_ROW] + found[theirs]
         job.write_text(json.dumps({"model": self._models["float32"], "data": data, "folders": both}))
-        said = answer("gates", "adapters", str(job))
-        losses = said["losses"][: len(found[SHIPPED_ROW])], said["losses"][len(found[SHIPPED_ROW]) :]
-        gate = gates.agree(*losses, said["before"], same=theirs == GATE)
+        measured_losses = answer("gates", "adapters", str(job))
+        losses = (
+            measured_losses["losses"][: len(found[SHIPPED_ROW])],
+            measured_losses["losses"][len(found[SHIPPED_ROW]) :],
+        )
+        gate = gates.agree(*losses, measured_losses["before"], same=theirs == GATE)
         against = sides.GATE.about if theirs == GATE else "b, where ours may be lower: b learns padding as well"
         text = (
             f"validation loss {gate['before']:.4f} before, {gate['ours']:.4f} ours, {gate['theirs']:.4f} theirs "
             f"(margin {gate['margin']:.4f} from {len(losses[0])} and {len(losses[1])} seeds; against {against})"
         )
         self.results["gates"][title] = {**gate, "losses": losses, "text": text}
-        self._say(f"{title}: {'passed' if gate['passed'] else 'FAILED'}: {text}")
+        self._print(f"{title}: {'passed' if gate['passed'] else 'FAILED'}: {text}")
 
     def _left(self) -> float:
         """Seconds until the limit."""
@@ -273,30 +278,32 @@ class Bench:
         runs = self.results["runs"] or [run for run, _ in self._jobs]
         (self.folder / "results.json").write_text(json.dumps({**self.results, "runs": runs}, indent=1))
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._begun), 60)
         print(f"{minutes:3d}:{seconds:02d}  {line}", flush=True)
 
 
 def parts_of(effort: Effort, rows: Sequence[str], workloads: Sequence[str]) -> dict[str, Part]:
-    """What is measured, by the name that it has in the results: the levers apart, with less work, and with them what
-    has none."""
-    levers = [row for row in rows if row in LEVER_ROWS]
-    beside = [row for row in (BASE_ROW, OFF_ROW) if row in rows] if levers else []
-    whole = [row for row in rows if row not in levers and not (levers and row == OFF_ROW)]
+    """Return the parts of the benchmark by their names in the results.
+
+    Rows of single optimizations are a part of their own, of a smaller size, with the rows they are compared with.
+    """
+    optimizations = [row for row in rows if row in OPTIMIZATION_ROWS]
+    beside = [row for row in (BASE_ROW, OFF_ROW) if row in rows] if optimizations else []
+    whole = [row for row in rows if row not in optimizations and not (optimizations and row == OFF_ROW)]
     if set(whole) <= set(beside):
         whole = []
     parts = {}
     for name in workloads:
         if whole:
             parts[name] = Part(name, effort.sizes[name], whole)
-        if levers:
-            parts[f"{name}, levers"] = Part(name, effort.levers[name], [*beside, *levers])
+        if optimizations:
+            parts[f"{name}, optimizations"] = Part(name, effort.optimizations[name], [*beside, *optimizations])
     return parts
 
 
 def _stock(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> tuple[dict, dict]:
-    """What stock mlx-lm said of itself, and the job for its replay."""
+    """Return what stock mlx-lm reported, and the job for its replay."""
     log = _COLOUR.sub("", (folder / "log").read_text(errors="replace"))
     trained = re.findall(r"^ +\d+ +[\d.]+ [▼▲] +[\d,]+ +([\d.]+)k", log, re.MULTILINE)
     evaluated = re.findall(r"^ +\d+ +val +[\d.]+ ", log, re.MULTILINE)

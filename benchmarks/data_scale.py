@@ -1,13 +1,12 @@
-"""What the size of a data set costs: time from the start of the program to its first update, and memory.
+"""The cost of large data sets: time from the start of the program to its first update, and memory.
 
     python -m benchmarks.data_scale [--rows 1000 10000 100000] [--characters 2000] [--updates 5] [--json FILE]
 
 Makes JSONL files of prompts and completions (a million rows of 2,000 characters are 2 GB) and starts the tiny model on
-each twice: cold, where every row is tokenised, and warm, where the tokens that the first start kept are mapped. The
-first update counts from the start of the program, so it has the imports, the model and one batch of evaluation in it;
-`peak` is the most memory that the run held at once and, after the plus, the most that any of its workers did (mapped
-files count as long as they are in memory; the system takes them back when it needs room); a step is the median of the
-updates after the first.
+each twice: cold, where every row is tokenized, and warm, where the cached tokens of the first start are mapped. The
+time to the first update includes the imports, the model and one batch of evaluation; `peak` is the peak resident memory
+of the run and, after the plus, of any of its workers (mapped files count as long as they are in memory; the system
+frees them when it needs memory); `step` is the median time of the updates after the first.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 MAX_LENGTH = 512
-"""Tokens of a row at most: about what 2,000 characters are to a real model. The tiny one has a token a byte."""
+"""Maximum tokens of a row: about 2,000 characters in a real model; the tiny one has a token per byte."""
 
 
 def main() -> None:
-    """Measure all, print the table."""
+    """Measure every size and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--characters", type=int, default=2000)
@@ -41,25 +40,25 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    words = parser.parse_args()
-    if words.one:
-        _one(float(words.one[0]), words.one[1], words.updates)
+    options = parser.parse_args()
+    if options.one:
+        _one(float(options.one[0]), options.one[1], options.updates)
         return
     found = []
     print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
     print("     rows      JSONL      tokens  start   first update      peak           step")
-    for rows in words.rows:
-        with tempfile.TemporaryDirectory(dir=words.folder) as folder:
-            size = _write(Path(folder) / "data", rows, words.characters)
+    for rows in options.rows:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            size = _write(Path(folder) / "data", rows, options.characters)
             for start in ("cold", "warm"):
-                command = [sys.executable, "-m", "benchmarks.data_scale", "--updates", str(words.updates)]
+                command = [sys.executable, "-m", "benchmarks.data_scale", "--updates", str(options.updates)]
                 command += ["--one", str(time.time()), folder]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 one = {"rows": rows, "bytes": size, "start": start, **json.loads(done.stdout.splitlines()[-1])}
                 found.append(one)
                 print(_line(one), flush=True)
-    if words.json:
-        words.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _line(one: dict[str, Any]) -> str:
@@ -71,7 +70,7 @@ def _line(one: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, rows: int, characters: int) -> int:
-    """Make the data set; its size in bytes."""
+    """Write the data set; return its size in bytes."""
     folder.mkdir()
     draw = random.Random(0)
     letters = "etaoinshrdlucmfw"
@@ -101,9 +100,9 @@ def _one(begun: float, folder: str, updates: int) -> None:
             ends.append(time.time())
 
     Trainer.train_step = timed  # type: ignore[method-assign]
-    words = ["model=tiny", f"data.path={folder}/data", f"data.cache_folder={folder}/cache"]
-    words += [f"data.max_length={MAX_LENGTH}", f"train.iters={updates}", f"hydra.run.dir={folder}/run-{begun}"]
-    _quietly(words)
+    overrides = ["model=tiny", f"data.path={folder}/data", f"data.cache_folder={folder}/cache"]
+    overrides += [f"data.max_length={MAX_LENGTH}", f"train.iters={updates}", f"hydra.run.dir={folder}/run-{begun}"]
+    _quietly(overrides)
     counted = Path(folder, f"run-{begun}", "run.log").read_text().split("rows, ")[1].split(" tokens")[0]
     scale = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss is in bytes there, in KiB elsewhere
     out = {
@@ -116,14 +115,14 @@ def _one(begun: float, folder: str, updates: int) -> None:
     print(json.dumps(out))
 
 
-def _quietly(words: list[str]) -> None:
+def _quietly(overrides: list[str]) -> None:
     from runner.__main__ import main as cli
 
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
-        code = cli(words)
+        code = cli(overrides)
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

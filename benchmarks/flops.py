@@ -1,8 +1,8 @@
-"""Floating-point operations that the work needs, and the peak of this machine: ``python -m benchmarks.flops``.
+"""The floating-point operations that training needs, and the peak of this machine: ``python -m benchmarks.flops``.
 
-Counted is what cannot be avoided, whatever a program does: real tokens only, the head only where a token is
-supervised, the frozen blocks once a row. A product with a weight takes 2 operations a weight and position forward; 2
-more backward where a gradient flows through it; a weight of the adapter 2 more for its own gradient. Products of
+Only what no implementation can avoid is counted: real tokens, the head at supervised tokens, the frozen blocks once
+per row. A product with a weight takes 2 operations per weight and position in the forward pass, 2 more in the backward
+pass where a gradient flows through it, and, for a weight of the adapter, 2 more for its own gradient. Products of
 attention (queries with keys, weights with values), norms and activations are not counted.
 """
 
@@ -17,16 +17,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A llama-like model and the adapter on every linear layer of its last `trained` blocks."""
+    """The dimensions of a llama-like model with an adapter on every linear layer of its last `trained` blocks."""
 
     layers: int
     hidden: int
     inner: int
-    """Width inside the feed-forward part."""
+    """Width of the MLP's hidden layer."""
     queries: int
-    """Width of all query heads."""
+    """Width of all query heads together."""
     keys: int
-    """Width of all key (and of all value) heads."""
+    """Width of all key heads together, and of all value heads."""
     vocabulary: int
     rank: int
     trained: int
@@ -61,24 +61,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Costs:
-    """Operations a position."""
+    """Operations per position."""
 
     trunk: int
-    """Forward through embedding and frozen blocks: once a row, as its activations do not change."""
+    """Forward pass through embedding and frozen blocks: once per row, since their output does not change."""
     forward: int
-    """Forward through the trained blocks and their adapters."""
+    """Forward pass through the trained blocks and their adapters."""
     backward: int
-    """Backward through them, with the gradients of the adapters."""
+    """Backward pass through these, with the gradients of the adapters."""
     head: int
-    """Forward through the head, and as much again backward: where a token is supervised."""
+    """Forward pass through the head, and as much again for the backward pass, at each supervised token."""
 
 
 def costs(shape: Shape) -> Costs:
-    """Operations a position of each part of the work."""
+    """Return the operations per position of each part of the computation."""
     sizes = shape.linears()
     block = sum(i * o for i, o in sizes.values())
     adapter = shape.rank * sum(i + o for i, o in sizes.values())
-    # Nothing learns below the first trained block: no gradient flows to the input of its q, k and v, nor through
+    # Nothing is trained below the first trained block: no gradient flows to the input of its q, k and v, nor through
     # the A of their adapters.
     first = [sizes[name] for name in "qkv"]
     unneeded = sum(i * o for i, o in first) + shape.rank * sum(i for i, _ in first)
@@ -92,19 +92,19 @@ def costs(shape: Shape) -> Costs:
 
 
 def training(shape: Shape, *, tokens: int, first: int, supervised: int) -> int:
-    """Operations that training on `tokens` positions needs, `first` of them in rows met for the first time."""
+    """Return the operations to train on `tokens` positions, `first` of them in rows of the first epoch."""
     cost = costs(shape)
     return first * cost.trunk + tokens * (cost.forward + cost.backward) + 2 * supervised * cost.head
 
 
 def evaluating(shape: Shape, *, tokens: int, supervised: int, times: int) -> int:
-    """Operations that `times` evaluations of the same `tokens` positions need."""
+    """Return the operations of `times` evaluations of the same `tokens` positions."""
     cost = costs(shape)
     return tokens * cost.trunk + times * (tokens * cost.forward + supervised * cost.head)
 
 
 def peak(seconds: float = 4.0) -> dict[str, Any]:
-    """The fastest float32 product of square matrices in `seconds`, in GFLOP/s, and the BLAS that made it."""
+    """Return the fastest float32 product of square matrices within `seconds`, in GFLOP/s, and the BLAS used."""
     from runner.backends import blas
 
     report = blas.load_blas()

@@ -1,7 +1,7 @@
-"""Whether the two sides do the same: without that a ratio of speeds means nothing.
+"""Checks that both sides compute the same: otherwise a ratio of speeds means nothing.
 
 ``python -m benchmarks.gates equal MODEL DATA``: the same tokens, loss and gradients on the same batches.
-``python -m benchmarks.gates adapters JOB.json``: validation loss of adapters that both sides wrote, by one program.
+``python -m benchmarks.gates adapters JOB.json``: validation losses of both sides' adapters, by one program.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 
 
 def agree(ours: Sequence[float], theirs: Sequence[float], before: float, *, same: bool) -> dict[str, Any]:
-    """Whether two samples of validation losses have the same mean, as far as their spread tells (t test, 95 %).
+    """Test whether two samples of validation losses have the same mean, given their spread (t test, 95 %).
 
     Without `same`, ours may also be the lower one. Each side must have learned: its mean lies below the loss `before`
     training by more than the margin. Raises ValueError for fewer than two losses a side.
@@ -42,7 +42,7 @@ def agree(ours: Sequence[float], theirs: Sequence[float], before: float, *, same
 
 
 def equal(model: str, data: str) -> dict[str, Any]:
-    """Tokens of every row, and loss and gradients of the first batch and of the shortest one, on both sides."""
+    """Compare the tokens of every row, and loss and gradients of the first batch and the one of the shortest rows."""
     adapted, tokens = _load(model, data)
     found: dict[str, Any] = {"rows_that_differ": _differing(adapted.base.tokenizer, tokens, data)}
     size = Work(0, 0).batch_size
@@ -82,7 +82,7 @@ def _load(model: str, data: str) -> tuple[Any, Any]:
 
 
 def _differing(tokenizer: Any, tokens: Any, data: str) -> int:
-    """Rows whose tokens or supervised part are not those of stock mlx-lm."""
+    """Return the number of rows whose tokens or supervised part differ from those of stock mlx-lm."""
     from mlx_lm.tuner.datasets import CompletionsDataset
 
     from benchmarks.workloads import MAX_LENGTH, SPLITS
@@ -105,7 +105,7 @@ def _differing(tokenizer: Any, tokens: Any, data: str) -> int:
 
 
 def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[float, dict]]:
-    """Mean loss and gradients of the rows `chosen`: by stock mlx-lm, and by ours in each of its ways.
+    """Return mean loss and gradients of the rows `chosen`, by stock mlx-lm and by each of our backends.
 
     Stock mlx-lm counts the first token of padding after each row. Told that each row is one token shorter, it counts
     what is there.
@@ -159,7 +159,7 @@ def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[fl
 
 
 def _in_float64(adapted: Any, params: dict, batch: Any) -> tuple[Any, dict]:
-    """Summed loss and gradients of MLX, with the softmax and its sums in NumPy's float64."""
+    """Return summed loss and gradients by MLX, with the softmax and its sums in NumPy's float64."""
     import mlx.core as mx
     import numpy as np
 
@@ -192,14 +192,14 @@ def _norm(array: Any) -> float:
 
 
 def _distance(ours: dict, theirs: dict) -> float:
-    """Of the arrays of two gradients, the largest difference relative to the norm; infinite for other names."""
+    """Return the largest difference between arrays of two gradients relative to the norm; infinite if names differ."""
     if set(ours) != set(theirs):
         return math.inf
     return max(_norm(ours[name] - theirs[name]) / max(_norm(ours[name]), 1e-30) for name in ours)
 
 
 def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
-    """Validation loss of the base and of each adapter, by our evaluation: over supervised tokens, none of padding."""
+    """Return the validation loss, over supervised tokens, of the base model and of each adapter."""
     adapted, tokens = _load(model, data)
     import mlx.core as mx
     import numpy as np
@@ -219,7 +219,7 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
     for folder in folders:
         own = mx.load(str(Path(folder) / "adapters.safetensors"))
         if {name: a.shape for name, a in own.items()} != {name: a.shape for name, a in params.items()}:
-            raise SystemExit(f"{folder}: another adapter than the one that both sides are to train")
+            raise SystemExit(f"{folder}: its adapter has other arrays than the one that both sides train")
         losses.append(validate(backend, own, batches).loss)
     return {"before": before, "losses": losses}
 

@@ -1,4 +1,4 @@
-"""The small model as MLX folders, once: ``python -m benchmarks.models`` prints where they lie.
+"""The small model as MLX folders, written once: ``python -m benchmarks.models`` prints their paths.
 
 ``hub`` holds the weights in bfloat16, as the hub has this model; ``float32`` the same before that rounding. Stock
 mlx-lm on the quantized weights is not measured: its CPU products of 4 bits with bfloat16 are 20 times slower still.
@@ -14,7 +14,7 @@ HUB, FLOAT32 = "hub", "float32"
 
 
 def folders() -> dict[str, str]:
-    """Path of each folder by its name; those that are not there yet are written."""
+    """Return the path of each folder by name; missing ones are written."""
     from runner.backends import blas
 
     blas.load_blas()
@@ -41,7 +41,7 @@ def folders() -> dict[str, str]:
 
 
 def cache() -> Path:
-    """Where the benchmark keeps what it makes once."""
+    """Return the folder in which the benchmark caches models and data."""
     from runner.common.cache_dir import cache_dir
 
     return cache_dir() / "benchmarks"

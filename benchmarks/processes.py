@@ -1,4 +1,4 @@
-"""Processes as a user starts them, measured from outside; and answers of our own modules that need MLX.
+"""Run and measure programs as a user starts them, and call our own modules that need MLX in a process of their own.
 
 The measuring process itself never loads MLX: on Linux a child's peak of resident memory starts at its parent's.
 """
@@ -21,24 +21,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process took."""
+    """The cost of one process."""
 
     seconds: float
-    """Wall-clock from its start to its end."""
+    """Wall-clock time from its start to its end."""
     rss_gb: float
-    """Peak of its resident memory."""
+    """Its peak resident memory."""
     load: float
     """The machine's load average over a minute, when it started."""
     others: float | None
-    """Cores that other processes (or other machines on the same host) kept busy meanwhile; None where unknown."""
+    """Cores that other processes, or other machines on the same host, kept busy meanwhile; None where unknown."""
 
 
 class Failed(Exception):
-    """A process that did not end well; carries the end of what it printed."""
+    """Raised for a process that failed, with the end of its output."""
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment with the clone importable, and without the network."""
+    """Return this process's environment, with the clone importable and without network access."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **(extra or {})}
 
@@ -75,13 +75,13 @@ def measured(command: Sequence[str], *, extra: Mapping[str, str], log: Path, lim
     return Measured(seconds, usage.ru_maxrss * unit / 1e9, load, others)
 
 
-def answer(module: str, *words: str, limit: float = 1800) -> Any:
-    """What ``python -m benchmarks.MODULE WORDS…`` prints as its last line, which is JSON.
+def answer(module: str, *arguments: str, limit: float = 1800) -> Any:
+    """Run ``python -m benchmarks.MODULE ARGUMENTS…`` and return its last line, parsed as JSON.
 
     Raises:
         Failed: it ended with an error.
     """
-    command = [sys.executable, "-m", f"benchmarks.{module}", *words]
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit)
     if done.returncode:
         raise Failed(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -89,10 +89,10 @@ def answer(module: str, *words: str, limit: float = 1800) -> Any:
 
 
 def _busy() -> float | None:
-    """Seconds that all cores together have been busy since boot, time stolen by the host among them (Linux)."""
+    """Return the seconds that all cores together were busy since boot, including time stolen by the host (Linux)."""
     try:
-        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     except OSError:
         return None
-    user, nice, system, _idle, _wait, irq, softirq, steal = (int(word) for word in words[1:9])
+    user, nice, system, _idle, _wait, irq, softirq, steal = (int(field) for field in fields[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

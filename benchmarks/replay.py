@@ -1,4 +1,4 @@
-"""What a finished run trained on, counted outside of the timing: ``python -m benchmarks.replay JOBS.json``.
+"""Counts of what a finished run trained on, taken outside of the timing: ``python -m benchmarks.replay JOBS.json``.
 
 Stock mlx-lm is replayed with its own `iterate_batches`, the same data and the same seed: it drops the last partial
 batch, and evaluation draws from the generator that orders training. Ours is a function of the row lengths and the seed.
@@ -21,18 +21,18 @@ from benchmarks.sides import STOCK
 
 @dataclass
 class Counted:
-    """Inputs of the training steps of one run; a position predicts the next token."""
+    """Counts of the inputs of one run's training steps; a position predicts the next token."""
 
     tokens: int = 0
-    """Positions of real tokens, padding not being any."""
+    """Positions of real tokens, without padding."""
     positions: int = 0
     """Positions computed, padding included."""
     supervised: int = 0
-    """Tokens that the loss is to learn."""
+    """Supervised tokens."""
     padded_rows: int = 0
-    """Rows with padding after them: stock mlx-lm trains one token of it."""
+    """Rows that are padded: stock mlx-lm trains on one token of that padding."""
     first: int = 0
-    """Of `tokens`, those of rows met for the first time."""
+    """Those of `tokens` in rows that were not trained on before."""
     valid_tokens: int = 0
     """Real positions of one evaluation."""
     valid_supervised: int = 0
@@ -52,12 +52,12 @@ class Counted:
                 self.first += int(length) - 1
 
     def summary(self) -> dict[str, int]:
-        """The numbers alone."""
+        """Return the counts without the set of rows."""
         return {name: value for name, value in asdict(self).items() if name != "seen"}
 
 
 def evaluates(it: int, iters: int, every: int) -> bool:
-    """Whether stock mlx-lm evaluates before update `it`: the first, every `every`-th and the last."""
+    """Return whether stock mlx-lm evaluates before update `it`: the first, every `every`-th and the last."""
     return it == 1 or it % every == 0 or it == iters
 
 
@@ -83,13 +83,13 @@ def stock(config: dict[str, Any], train: Any, valid: Any, batches: Batches) -> C
 
 
 def _unpacked(padded: Any, spans: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    """From a batch of stock mlx-lm: the inputs, the lengths, and the supervised tokens without its one of padding."""
+    """Return inputs, lengths and supervised tokens, without the padding token, of a batch of stock mlx-lm."""
     begins, lengths = np.array(spans).T
     return np.array(padded)[:, :-1], lengths, int((lengths - np.maximum(begins, 1)).sum())
 
 
 def ours(job: dict[str, Any], data: Any) -> Counted:
-    """The batches that our side makes of `data` with the settings in `job`, ``packed`` where it computes no padding."""
+    """Count the batches that `runner` forms of `data` with the settings in `job`; ``packed``: without padding."""
     from runner.data.batch import collate
     from runner.data.length_buckets import LengthBuckets
     from runner.data.order import BatchOrder, DataPosition, evaluation_batches

@@ -1,4 +1,4 @@
-"""The table and the plot, from the results alone: ``python -m benchmarks.report FOLDER`` makes them anew."""
+"""The table and the plot of the results: ``python -m benchmarks.report FOLDER`` writes them again."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import Shape, evaluating, training
-from benchmarks.sides import BASE_ROW, LEVER_ROWS, OFF_ROW, ROWS, SHIPPED_ROW, SLOW_ROW
+from benchmarks.sides import BASE_ROW, OPTIMIZATION_ROWS, OFF_ROW, ROWS, SHIPPED_ROW, SLOW_ROW
 from benchmarks.workloads import Statistics
 
 COLD = "cold"
 QUIET = 0.1
-"""Cores that others may keep busy, in the median run, before the report warns."""
+"""Cores that other processes may keep busy, in the median run, before the report warns."""
 Run = dict[str, Any]
 
 
 def rate(run: Run) -> float:
-    """Real training tokens a second of wall-clock, start-up, evaluation and saving included."""
+    """Return the real training tokens per second of wall-clock time, including start-up, evaluation and saving."""
     return run["counted"]["tokens"] / run["seconds"]
 
 
 def ratios(runs: Sequence[Run], row: str, base: str) -> list[float]:
-    """Rate of `row` over that of `base` in each round that has both, or cold where no round has."""
+    """Return the rate of `row` relative to `base` for each round with both, or of the cold runs if there is none."""
     rates = {(run["row"], run["round"]): rate(run) for run in runs}
     both = [n for name, n in rates if name == row and (base, n) in rates]
     chosen = [n for n in both if n != COLD] or both
@@ -34,7 +34,7 @@ def ratios(runs: Sequence[Run], row: str, base: str) -> list[float]:
 
 
 def write(results: dict[str, Any], folder: Path) -> str:
-    """Write table.md and plot.svg into `folder`; returns the text of the table."""
+    """Write table.md and plot.svg into `folder`; return the text of the table."""
     text = "\n".join(_lines(results)) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     (folder / "plot.svg").write_text(plot(results), encoding="utf-8")
@@ -55,9 +55,9 @@ def _lines(results: dict[str, Any]) -> list[str]:
         "",
         "Real tokens: of the training rows, without padding. Seconds: wall-clock of the whole process, from its start "
         "to its end. Medians, with the lowest and highest round. Cold: with empty caches, as the first epoch on a data "
-        "set is; the rounds find what the cold run has kept (compiled kernels; ours also states of the frozen blocks "
-        "and the loss before training), as later epochs and other jobs do. Of GEMM peak: of the cold run, which "
-        "computes all that is counted.",
+        "set is; the rounds use what the cold run has cached (compiled kernels; ours also hidden states of the frozen "
+        "blocks and the loss before training), as later epochs and other jobs do. Of GEMM peak: of the cold run, which "
+        "computes everything that is counted.",
         "",
     ]
     names = [name for name in results["workloads"] if any(run["workload"] == name for run in results["runs"])]
@@ -84,7 +84,7 @@ def _workload(results: dict[str, Any], name: str) -> list[str]:
         f"- {about['iters']} updates of {about['batch_size']} rows, an evaluation before the first and every "
         f"{about['eval_every']} updates, a save every {about['eval_every']}; rank {about['rank']} on every linear "
         f"layer of the last {about['num_layers']} blocks",
-        f"- needed: {_flops_per_token(results, runs):.3g} FLOPs a real training token, evaluation aside",
+        f"- needed: {_flops_per_token(results, runs):.3g} FLOPs per real training token, without evaluation",
         "",
         f"| row | what | rounds | tokens/s | of {_base(runs)} | cold tokens/s | RSS peak, GB | MLX peak, GB | "
         "positions real | of GEMM peak | load | others busy |",
@@ -122,8 +122,8 @@ def _table_row(results: dict[str, Any], runs: Sequence[Run], row: str) -> str:
 
 
 def _base(runs: Sequence[Run]) -> str:
-    """What the others are held against: b, and among levers what has none of them."""
-    return OFF_ROW if any(run["row"] in LEVER_ROWS for run in runs) else BASE_ROW
+    """Return the row that the others are compared with: b, or, among single optimizations, the one without any."""
+    return OFF_ROW if any(run["row"] in OPTIMIZATION_ROWS for run in runs) else BASE_ROW
 
 
 def _headlines(results: dict[str, Any], runs: Sequence[Run]) -> list[str]:
@@ -141,7 +141,7 @@ def _headlines(results: dict[str, Any], runs: Sequence[Run]) -> list[str]:
     if speed:
         memory = [_median(runs, row, "rss_gb") for row in (SHIPPED_ROW, BASE_ROW)]
         lines.append(
-            f"**f/b: {statistics.median(speed):.2f} times the real tokens a second** (rounds: "
+            f"**f/b: {statistics.median(speed):.2f} times the real tokens per second** (rounds: "
             f"{min(speed):.2f} to {max(speed):.2f}, {len(speed)} of them) **at {memory[0] / memory[1]:.2f} times the "
             f"peak resident memory** ({memory[0]:.2f} GB against {memory[1]:.2f} GB)."
         )
@@ -183,7 +183,7 @@ def _flops_per_token(results: dict[str, Any], runs: Sequence[Run]) -> float:
 
 
 def _share(results: dict[str, Any], run: Run) -> float:
-    """The operations that a run's training and evaluations needed, a second, of this machine's peak."""
+    """Return the operations per second that a run's training and evaluations needed, as a share of the GEMM peak."""
     counted = run["counted"]
     held_out = evaluating(
         _shape(results, results["workloads"][run["workload"]]),
@@ -195,7 +195,7 @@ def _share(results: dict[str, Any], run: Run) -> float:
 
 
 def plot(results: dict[str, Any]) -> str:
-    """Bars of the median rates with the spread of the rounds, one group a workload, as SVG."""
+    """Return an SVG with a bar for each median rate and the spread of its rounds, grouped by workload."""
     groups = []
     for name in results["workloads"]:
         bars = []
@@ -213,7 +213,7 @@ def plot(results: dict[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 90} {height}" font-family="sans-serif" '
         'font-size="12">',
         f'<rect width="{left + wide + 90}" height="{height}" fill="white"/>',
-        '<text x="12" y="24" font-size="15" fill="#111">real tokens a second of wall-clock</text>',
+        '<text x="12" y="24" font-size="15" fill="#111">real tokens per second of wall-clock time</text>',
     ]
     y = 40
     for name, bars in groups:

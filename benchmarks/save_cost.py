@@ -1,10 +1,10 @@
-"""What saving costs a run: how long training waits for a save, in the foreground and in the background.
+"""The cost of saving: how long training waits for a save, in the foreground and in the background.
 
     python -m benchmarks.save_cost [--updates 60] [--every 5] [--json FILE]
 
 Runs the default model with adapters of about 1, 10 and 100 MB (a checkpoint holds Adam's two moments as well: three
-times that), once with ``checkpoint.background=false``, once with it on. Saves are made often, to have many; the
-share of a run's time is told for one save every 100 updates, as the default has it.
+times that), with and without ``checkpoint.background``. Saves are frequent, to measure many; the share of a run's time
+is that of one save every 100 updates, the default.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any
 RANKS = {1: 2, 10: 14, 100: 143}
 """Size of the adapter in MB (32 bits a number, SmolLM2-135M, all linear layers of 16 blocks) to its rank."""
 EVERY = 100
-"""Updates between saves that the share is told for."""
+"""Updates between saves for which the share is computed."""
 
 
 def main() -> None:
-    """Measure all, print the table."""
+    """Measure every size and mode and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    words = parser.parse_args()
-    if words.one:
-        _one(int(words.one[0]), words.one[1] == "background", words.updates, words.every)
+    options = parser.parse_args()
+    if options.one:
+        _one(int(options.one[0]), options.one[1] == "background", options.updates, options.every)
         return
     found = []
     print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
@@ -46,13 +46,13 @@ def main() -> None:
     for size in RANKS:
         for mode in ("foreground", "background"):
             command = [sys.executable, "-m", "benchmarks.save_cost", "--one", str(size), mode]
-            command += ["--updates", str(words.updates), "--every", str(words.every)]
+            command += ["--updates", str(options.updates), "--every", str(options.every)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             one = json.loads(done.stdout.splitlines()[-1])
             found.append(one)
             print(_line(one), flush=True)
-    if words.json:
-        words.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _line(one: dict[str, Any]) -> str:
@@ -91,9 +91,13 @@ def _one(size: int, background: bool, updates: int, every: int) -> None:
 
     CheckpointStore.commit, CheckpointStore.rotate = timed_commit, timed_rotate  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        words = [f"lora.rank={RANKS[size]}", f"train.iters={updates}", f"checkpoint.every={every}"]
-        words += [f"checkpoint.background={str(background).lower()}", "train.eval_batches=1", "train.eval_every=100000"]
-        _quietly([*words, f"hydra.run.dir={folder}/run"])
+        overrides = [f"lora.rank={RANKS[size]}", f"train.iters={updates}", f"checkpoint.every={every}"]
+        overrides += [
+            f"checkpoint.background={str(background).lower()}",
+            "train.eval_batches=1",
+            "train.eval_every=100000",
+        ]
+        _quietly([*overrides, f"hydra.run.dir={folder}/run"])
     waited = sorted(wait for step, wait in enumerate(waits[:-1], 1) if step % every == 0)
     later = [step for number, step in enumerate(steps) if number % every == 0 and number > 0]
     others = [step for number, step in enumerate(steps) if number % every not in (0, 1) and number > 1]
@@ -130,14 +134,14 @@ def _timed(owner: Any, name: str, into: list[float]) -> None:
     setattr(owner, name, timed)
 
 
-def _quietly(words: list[str]) -> None:
+def _quietly(overrides: list[str]) -> None:
     from runner.__main__ import main as cli
 
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
-        code = cli(words)
+        code = cli(overrides)
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

@@ -1,6 +1,6 @@
-"""The rows of the comparison: what each one is, and the command a user would type for it.
+"""The rows of the comparison and the command of each.
 
-A lever is a setting of ours that makes training faster or leaner. To measure a new one, add it to `LEVERS`.
+An optimization is a setting of `runner` that saves time or memory. To measure a new one, add it to `OPTIMIZATIONS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STOCK, OURS = "mlx_lm", "runner"
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides are to do; counted in micro-batches, of which each is an update."""
+    """What both sides train; each micro-batch is an update."""
 
     iters: int
     eval_every: int
@@ -33,34 +33,34 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Lever:
-    """A setting of ours, off (as stock mlx-lm works) and on."""
+class Optimization:
+    """Settings of `runner` that switch an optimization off, as in stock mlx-lm, and on."""
 
     about: str
     off: Mapping[str, str]
     on: Mapping[str, str]
 
 
-LEVERS: dict[str, Lever] = {
-    "near lengths": Lever("batches of near lengths", {"data.window": "1"}, {"data.window": "64"}),
-    "widths": Lever("padded to the widths that pad least", {"data.pad_to": "32"}, {"data.pad_to": "null"}),
-    "head": Lever(
-        "head and loss where a token is supervised, in pieces",
+OPTIMIZATIONS: dict[str, Optimization] = {
+    "near lengths": Optimization("batches of similar lengths", {"data.window": "1"}, {"data.window": "64"}),
+    "widths": Optimization("padded to the widths that pad least", {"data.pad_to": "32"}, {"data.pad_to": "null"}),
+    "head": Optimization(
+        "head and loss at supervised tokens only, in chunks",
         {"train.head": "all", "train.loss_chunk": "65536"},
         {"train.head": "supervised", "train.loss_chunk": "256"},
     ),
-    "trunk": Lever(
-        "the frozen trunk computed once",
+    "trunk": Optimization(
+        "hidden states of the frozen blocks cached",
         {"train.hidden_cache.enabled": "false"},
         {"train.hidden_cache.enabled": "true"},
     ),
-    "engine": Lever(
-        "the engine of the CPU (with the head: it computes no other)",
+    "engine": Optimization(
+        "the CPU engine (which includes the head)",
         {"train.cpu_engine": "false", "train.head": "all", "train.loss_chunk": "65536"},
         {"train.cpu_engine": "true", "train.head": "supervised", "train.loss_chunk": "256"},
     ),
-    "native": Lever(
-        "the engine, its parts between products in C",
+    "native": Optimization(
+        "the CPU engine with C code between products",
         {
             "train.cpu_engine": "false",
             "train.head": "all",
@@ -74,19 +74,21 @@ LEVERS: dict[str, Lever] = {
             "train.cpu_native": "true",
         },
     ),
-    "evaluation": Lever(
-        "evaluation in larger batches, the one before training kept",
+    "evaluation": Optimization(
+        "evaluation in larger batches, the one before training cached",
         {"train.eval_tokens": "1", "train.cache_baseline": "false"},
         {"train.eval_tokens": "2048", "train.cache_baseline": "true"},
     ),
-    "checks": Lever(
-        "what was found to agree kept, not probed again",
+    "checks": Optimization(
+        "cached probes",
         {"train.cache_probes": "false"},
         {"train.cache_probes": "true"},
     ),
-    "prefetch": Lever("the next batch prepared meanwhile", {"train.prefetch": "false"}, {"train.prefetch": "true"}),
-    "saving": Lever("saving in the background", {"checkpoint.background": "false"}, {"checkpoint.background": "true"}),
-    "compile": Lever(
+    "prefetch": Optimization("the next batch prefetched", {"train.prefetch": "false"}, {"train.prefetch": "true"}),
+    "saving": Optimization(
+        "saving in the background", {"checkpoint.background": "false"}, {"checkpoint.background": "true"}
+    ),
+    "compile": Optimization(
         "compiled step (off as shipped on the CPU)", {"train.compile": "never"}, {"train.compile": "always"}
     ),
 }
@@ -100,18 +102,18 @@ class Row:
     about: str
     model: str = FLOAT32
     flags: tuple[str, ...] = ()
-    """Stock: what the launcher changes; without any, mlx-lm's own command runs."""
+    """Of stock mlx-lm: flags of stock.py; without any, mlx-lm's own command runs."""
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """Ours."""
+    """Of `runner`."""
 
 
-def levers_off(but: str | None = None) -> dict[str, str]:
-    """Overrides that switch every lever off, `but` for one."""
+def optimizations_off(but: str | None = None) -> dict[str, str]:
+    """Return the overrides that switch off every optimization `but` one."""
     settings: dict[str, str] = {}
-    for lever in LEVERS.values():
-        settings |= lever.off
+    for optimization in OPTIMIZATIONS.values():
+        settings |= optimization.off
     if but is not None:
-        settings |= LEVERS[but].on  # last: the engine brings the head's settings with it
+        settings |= OPTIMIZATIONS[but].on  # last, since the engine sets the head's settings too
     return settings
 
 
@@ -119,22 +121,22 @@ ROWS: dict[str, Row] = {
     "a": Row(STOCK, "mlx_lm.lora as installed: bfloat16, its own BLAS", model=HUB),
     "b": Row(STOCK, "mlx_lm.lora in float32 with our BLAS", flags=("--blas",)),
     "c": Row(STOCK, "b with its sort by length repaired", flags=("--blas", "--sort")),
-    "d": Row(OURS, "ours, every lever off", overrides=levers_off()),
+    "d": Row(OURS, "ours, every optimization off", overrides=optimizations_off()),
     **{
-        f"e: {name}": Row(OURS, f"d with {lever.about}", overrides=levers_off(but=name))
-        for name, lever in LEVERS.items()
+        f"e: {name}": Row(OURS, f"d with {optimization.about}", overrides=optimizations_off(but=name))
+        for name, optimization in OPTIMIZATIONS.items()
     },
     "f": Row(OURS, "ours as shipped"),
 }
-GATE = Row(STOCK, "b without its token of padding a row", flags=("--blas", "--exact"))
-"""Not timed. Stock mlx-lm learns to predict one token of padding a row: only without it can its adapter equal ours."""
+GATE = Row(STOCK, "b without its padding token per row", flags=("--blas", "--exact"))
+"""Not timed. Stock mlx-lm trains on one padding token per row: only without it can its adapter equal ours."""
 SLOW_ROW, BASE_ROW, OFF_ROW, SHIPPED_ROW = "a", "b", "d", "f"
-LEVER_ROWS = tuple(row for row in ROWS if row.startswith("e: "))
+OPTIMIZATION_ROWS = tuple(row for row in ROWS if row.startswith("e: "))
 QUICK_ROWS = ("a", "b", "d", "f")
 
 
 def command(row: Row, work: Work, *, model: str, data: str, seed: int, folder: Path) -> list[str]:
-    """The command of `row`; what it writes goes under `folder`, a configuration file of stock mlx-lm included."""
+    """Return the command of `row`; its output, and a config file of stock mlx-lm, go to `folder`."""
     if row.side == OURS:
         return [sys.executable, "-m", "runner", *_overrides(row, work, model, data, seed, folder)]
     written = folder / "config.yaml"
@@ -144,7 +146,7 @@ def command(row: Row, work: Work, *, model: str, data: str, seed: int, folder: P
 
 
 def stock_config(work: Work, model: str, data: str, seed: int, folder: Path) -> dict[str, object]:
-    """What stock mlx-lm is told. `keys` is left out: both sides then adapt every linear layer of the blocks."""
+    """Return the config of stock mlx-lm. Without `keys`, both sides adapt every linear layer of the blocks."""
     return {
         "model": model,
         "train": True,

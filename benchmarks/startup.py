@@ -1,8 +1,8 @@
-"""From the command to the first batch computed: ``python -m benchmarks.startup`` (three minutes on two cores).
+"""The time from the command to the first batch computed: ``python -m benchmarks.startup`` (three minutes on two cores).
 
 In turn: a process that imports mlx_lm, loads the small model in float32 and reads its weights; runner with its
-caches filled, until metrics.jsonl has its first line, which is the value of one batch of 4 rows before training; and
-stock mlx_lm.lora, until it has printed the same. What runner takes beyond the first is its own: the config, the data,
+caches filled, until metrics.jsonl has its first line, the loss of one batch of 4 rows before training; and stock
+mlx_lm.lora, until it has printed the same. What runner takes beyond the first process is its own: the config, the data,
 the adapter, one batch.
 """
 
@@ -35,7 +35,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def until(command: Sequence[str], folder: Path, done: Callable[[], bool] | None) -> float:
-    """Seconds from the start of `command` until `done`, or to its end. Raises Failed where it ends with an error."""
+    """Return the seconds from the start of `command` until `done`, or to its end. Raises Failed where it fails."""
     begun, found = time.perf_counter(), None
     with (folder / "log").open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=out, stderr=out)
@@ -49,15 +49,15 @@ def until(command: Sequence[str], folder: Path, done: Callable[[], bool] | None)
 
 
 def holds(file: Path, text: str) -> Callable[[], bool]:
-    """Whether `file` is there and holds `text`."""
+    """Return a function that tells whether `file` exists and contains `text`."""
     return lambda: file.exists() and text in _COLOUR.sub("", file.read_text(errors="replace"))
 
 
-def main(words: list[str] | None = None) -> int:
-    """Measure and print; 1 where a process failed."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print the table; return 1 if a process failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args(words).rounds
+    rounds = parser.parse_args(arguments).rounds
     try:
         model = answer("models")["float32"]
         data = answer("workloads", model, "short", "8", "4")["folder"]

@@ -1,8 +1,7 @@
-"""Stock mlx-lm with little changed around it: ``python benchmarks/stock.py [FLAGS] -- lora -c …``.
+"""Stock mlx-lm with small changes around it: ``python benchmarks/stock.py [FLAGS] -- lora -c …``.
 
-``--blas`` loads the BLAS that the runner uses before MLX; ``--sort`` makes mlx-lm's sort by length see lengths;
-``--exact`` makes its loss leave out the one token of padding a row that it trains. The last line says MLX's peak
-memory.
+``--blas`` loads the BLAS that the runner uses before MLX; ``--sort`` repairs mlx-lm's sort by length;
+``--exact`` excludes the one padding token per row from its loss. The last line printed is MLX's peak memory.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import sys
 
 
-def main(words: list[str]) -> None:
-    """Change what the flags before ``--`` say, then run mlx-lm with the words after it."""
-    flags, rest = words[: words.index("--")], words[words.index("--") + 1 :]
+def main(arguments: list[str]) -> None:
+    """Apply the flags before ``--``, then run mlx-lm with the arguments after it."""
+    flags, rest = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     if "--blas" in flags:
         from runner.backends import blas
 
@@ -31,14 +30,14 @@ def main(words: list[str]) -> None:
 
 
 def repair_sort() -> None:
-    """The length of a row becomes that of its tokens; stock mlx-lm takes the number of its columns."""
+    """Sort by the number of tokens of a row; stock mlx-lm takes the number of its columns."""
     from mlx_lm.tuner.datasets import CacheDataset
 
     CacheDataset.itemlen = lambda self, index: len(self[index][0])
 
 
 def repair_loss() -> None:
-    """The supervised part of a row ends with the row."""
+    """End the supervised part of a row at its last token."""
     from functools import partial
 
     import mlx.core as mx

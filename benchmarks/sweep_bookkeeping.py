@@ -1,8 +1,8 @@
-"""What a sweep costs beyond its runs: python benchmarks/sweep_bookkeeping.py [--jobs 500] [--sizes 125,250,500]
+"""The cost of a sweep beyond its runs: python benchmarks/sweep_bookkeeping.py [--jobs 500] [--sizes 125,250,500]
 
-Runs sweeps of tiny jobs of two updates in processes of their own, takes the time inside each run and inside Hydra's
-composing out of the whole, and prints bookkeeping a job for several sizes (it must not grow with them), composing a
-job beside stock Hydra's, and the time from `resume=` on the finished sweep to its first new job.
+Runs sweeps of tiny jobs of two updates, each sweep in a process of its own, and subtracts the time inside each run and
+inside Hydra's composing. Prints the bookkeeping per job for several sizes (it must not grow with them), the time to
+compose a job compared with stock Hydra, and the time from `resume=` of the finished sweep to its first new job.
 """
 
 from __future__ import annotations
@@ -61,13 +61,18 @@ with initialize_config_dir(str(CONF), version_base="1.3"):
 """
 
 
-def run(code: str, *words: str, folder: Path) -> dict:
-    """The marks that `code` prints."""
+def run(code: str, *arguments: str, folder: Path) -> dict:
+    """Run `code` in a new process and return the times that it prints."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if "MARKS" not in done.stdout:
         raise SystemExit(done.stdout + done.stderr)
@@ -75,16 +80,18 @@ def run(code: str, *words: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="125,250,500", help="numbers of jobs, the last one is resumed as well")
+    parser.add_argument(
+        "--sizes", default="125,250,500", help="numbers of jobs; the sweep of the last one is resumed too"
+    )
     sizes = [int(size) for size in parser.parse_args().sizes.split(",")]
-    print(f"{'jobs':>5}  {'bookkeeping':>12}  {'composing':>10}  {'run':>8}   ms a job")
+    print(f"{'jobs':>5}  {'bookkeeping':>12}  {'composing':>10}  {'run':>8}   ms per job")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        words = ["-m", "model=tiny", "data=tiny", "train.iters=2"]
+        arguments = ["-m", "model=tiny", "data=tiny", "train.iters=2"]
         for size in sizes:
-            m = run(INSIDE, *words, f"seed=range({size})", f"hydra.sweep.dir=s{size}", folder=folder)
+            m = run(INSIDE, *arguments, f"seed=range({size})", f"hydra.sweep.dir=s{size}", folder=folder)
             assert m["rc"] == 0 and m["runs"] == size, m
             beyond = (m["sweep"] - m["run"] - m["compose"]) / size
             compose = m["compose"] / m["composed"]

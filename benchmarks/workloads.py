@@ -1,4 +1,4 @@
-"""The two data sets, as JSONL for both sides: ``python -m benchmarks.workloads MODEL NAME TRAIN VALID`` makes one.
+"""The two data sets as JSONL: ``python -m benchmarks.workloads MODEL NAME TRAIN VALID`` writes one.
 
 ``short``: the default data, short supervised answers after longer prompts. ``mixed``: functions of this Python's
 standard library, the signature as prompt and the body as completion, chosen so that the lengths have a median of 60
@@ -34,7 +34,7 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 
 @dataclass(frozen=True)
 class Statistics:
-    """The tokens of one split, as both sides train on them: with the chat template, cut at 512."""
+    """Statistics of one split's tokens, with the chat template and truncated to 512 per row."""
 
     rows: int
     tokens: int
@@ -42,7 +42,7 @@ class Statistics:
     median: float
     ninetieth: float
     cut: int
-    """Rows that were longer."""
+    """Number of truncated rows."""
 
     def __str__(self) -> str:
         share = self.supervised / self.tokens
@@ -53,7 +53,7 @@ class Statistics:
 
 
 def quantiles(count: int) -> list[int]:
-    """Lengths of `count` (2 or more) rows, rising: log-normal, with MEDIAN and NINETIETH, up to LONGEST."""
+    """Return the ascending lengths of `count` (2 or more) rows: log-normal with MEDIAN and NINETIETH, up to LONGEST."""
     normal = statistics.NormalDist()
     sigma = math.log(NINETIETH / MEDIAN) / normal.inv_cdf(0.9)
     shares = (min(max(i / (count - 1), 0.5 / count), 1 - 0.5 / count) for i in range(count))
@@ -61,7 +61,7 @@ def quantiles(count: int) -> list[int]:
 
 
 def nearest(lengths: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """For each wanted length the index of the row of nearest length that is not taken yet.
+    """Return, for each wanted length, the index of the unused row of the nearest length.
 
     Raises ValueError where there are fewer rows than wanted.
     """
@@ -78,7 +78,7 @@ def nearest(lengths: Sequence[int], wanted: Sequence[int]) -> list[int]:
 
 
 def functions(folder: Path) -> Iterator[tuple[str, str]]:
-    """Signature and body of each function and method of the Python files under `folder`, each text once."""
+    """Yield signature and body of each function and method in the Python files under `folder`, without duplicates."""
     seen: set[str] = set()
     for file in sorted(folder.rglob("*.py")):
         if _LEFT_OUT & set(file.relative_to(folder).parts):
@@ -86,7 +86,7 @@ def functions(folder: Path) -> Iterator[tuple[str, str]]:
         try:
             text = file.read_text(encoding="utf-8")
             tree = ast.parse(text)
-        except (SyntaxError, ValueError):  # the standard library holds files that are wrong on purpose
+        except (SyntaxError, ValueError):  # the standard library holds files with deliberate errors
             continue
         lines = text.splitlines(keepends=True)
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -102,7 +102,7 @@ def functions(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _short(train: int, valid: int) -> dict[str, list[dict[str, str]]]:
-    """Evenly spaced rows of the default data set."""
+    """Return evenly spaced rows of the default data set."""
     from runner.data.source import find_dataset, find_split_files
 
     files = find_split_files(find_dataset("builtin:text_to_sql"))
@@ -117,13 +117,13 @@ def _short(train: int, valid: int) -> dict[str, list[dict[str, str]]]:
 
 
 def _mixed(train: int, valid: int, encoder: Any) -> dict[str, list[dict[str, str]]]:
-    """Functions whose lengths follow `quantiles`, in an order that says nothing about them."""
+    """Return functions whose lengths follow `quantiles`, in an order independent of length."""
     library = Path(sysconfig.get_path("stdlib"))
     pool = sorted(functions(library), key=lambda pair: hashlib.sha256("".join(pair).encode()).digest())
     rows, lengths = [], []
     for prompt, completion in pool[:POOL]:
         question = {"role": "user", "content": prompt}
-        # Stock mlx-lm divides by no tokens where the cut leaves nothing to learn.
+        # Stock mlx-lm divides by zero where the truncation leaves no supervised token.
         if len(encoder.encode_chat([question], add_generation_prompt=True)) < MAX_LENGTH // 2:
             rows.append({"prompt": prompt, "completion": completion})
             lengths.append(len(encoder.encode_chat([question, {"role": "assistant", "content": completion}])))
@@ -137,7 +137,7 @@ def _mixed(train: int, valid: int, encoder: Any) -> dict[str, list[dict[str, str
 
 
 def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
-    """Write the data set `name` once; its ``folder`` and, by split, its statistics."""
+    """Write the data set `name` unless it exists; return its ``folder`` and the statistics of each split."""
     from runner.backends import blas
 
     blas.load_blas()
@@ -163,7 +163,7 @@ def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
 
 
 def check_mixed(found: Statistics) -> None:
-    """Raises SystemExit where the rows are not those that the workload promises."""
+    """Raise SystemExit if the lengths of the rows are not those of the workload."""
     off = max(abs(found.median / MEDIAN - 1), abs(found.ninetieth / NINETIETH - 1))
     if off > 0.15:
         raise SystemExit(f"mixed: median {MEDIAN} and 90th percentile {NINETIETH} wanted, not {found}")
@@ -190,7 +190,7 @@ def _statistics(folder: Path, tokenizer: Any) -> dict[str, Statistics]:
 
 
 def encode_options() -> Any:
-    """How our side reads the rows: as stock mlx-lm does, answers only."""
+    """Return options with which `runner` encodes rows as stock mlx-lm does: only answers are supervised."""
     from runner.config.schema import DataConfig
     from runner.data.formats import EncodeOptions
 

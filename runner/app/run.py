@@ -97,7 +97,8 @@ def _open_directory(
     if source is not None and not source.branch:
         if is_named:
             raise ConfigError(
-                f"resume={shell_path(source.run)} continues in that directory; hydra.run.dir is for a branch or a new run."
+                f"resume={shell_path(source.run)} continues in that directory: "
+                "hydra.run.dir is for a branch or a new run."
             )
         directory = RunDirectory(source.run, checkpoints)
         directory.lock()

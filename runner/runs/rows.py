@@ -33,7 +33,8 @@ class RowFile:
                 os.close(self._file)
                 raise StorageError(
                     f"{path} has {size} bytes, fewer than the {offset} at the checkpoint: it was cut or replaced. "
-                    f"An earlier checkpoint may still fit; to list them: python -m runner show {shell_path(path.parent)}"
+                    "An earlier checkpoint may still fit. To list them: "
+                    f"python -m runner show {shell_path(path.parent)}"
                 )
             os.ftruncate(self._file, offset)
         self.path = path

@@ -112,10 +112,14 @@ def test_every_row_of_ours_is_made_of_settings_that_there_are(cli: Any) -> None:
     cli("--cfg", "job", *(f"{name}={value}" for name, value in settings.items()))
 
 
-def test_a_lever_is_on_in_its_own_row_only() -> None:
-    for name, lever in sides.LEVERS.items():
-        assert lever.on.keys() == lever.off.keys() and lever.on != lever.off
-        assert sides.levers_off() | lever.on == sides.ROWS[f"e: {name}"].overrides != sides.ROWS["d"].overrides
+def test_an_optimization_is_on_in_its_own_row_only() -> None:
+    for name, optimization in sides.OPTIMIZATIONS.items():
+        assert optimization.on.keys() == optimization.off.keys() and optimization.on != optimization.off
+        assert (
+            sides.optimizations_off() | optimization.on
+            == sides.ROWS[f"e: {name}"].overrides
+            != sides.ROWS["d"].overrides
+        )
 
 
 def test_stock_batches_are_counted_without_padding_and_without_the_partial_batch() -> None:
@@ -168,8 +172,8 @@ def made_results() -> dict[str, Any]:
 def test_the_headline_compares_within_rounds_and_is_withheld_where_a_gate_fails(tmp_path: Path) -> None:
     results = made_results()
     text = report.write(results, tmp_path)
-    # Rounds of b at 50 and 100 tokens a second, of f at 100 and 180; cold runs count in neither.
-    assert "**f/b: 1.90 times the real tokens a second** (rounds: 1.80 to 2.00, 2 of them)" in text
+    # Rounds of b at 50 and 100 tokens per second, of f at 100 and 180; cold runs count in neither.
+    assert "**f/b: 1.90 times the real tokens per second** (rounds: 1.80 to 2.00, 2 of them)" in text
     assert (tmp_path / "table.md").read_text() == text
     assert (tmp_path / "plot.svg").read_text().count("<rect") == 3
     results["gates"]["short, equal batches"]["passed"] = False
@@ -177,21 +181,21 @@ def test_the_headline_compares_within_rounds_and_is_withheld_where_a_gate_fails(
     assert "**FAILED** short, equal batches" in text and "f/b:" not in text
 
 
-def test_levers_are_measured_apart_and_held_against_none(tmp_path: Path) -> None:
+def test_optimizations_are_measured_apart_and_compared_with_none(tmp_path: Path) -> None:
     parts = bench.parts_of(bench.FULL, list(sides.ROWS), ["short", "mixed"])
-    assert list(parts) == ["short", "short, levers", "mixed", "mixed, levers"]
+    assert list(parts) == ["short", "short, optimizations", "mixed", "mixed, optimizations"]
     assert parts["mixed"].rows == ["a", "b", "c", "f"]
-    assert parts["mixed, levers"].rows == ["b", "d", *(f"e: {name}" for name in sides.LEVERS)]
-    assert list(bench.parts_of(bench.FULL, ["b", "d", "e: trunk"], ["short"])) == ["short, levers"]
+    assert parts["mixed, optimizations"].rows == ["b", "d", *(f"e: {name}" for name in sides.OPTIMIZATIONS)]
+    assert list(bench.parts_of(bench.FULL, ["b", "d", "e: trunk"], ["short"])) == ["short, optimizations"]
     (quick,) = bench.parts_of(bench.QUICK, list(sides.QUICK_ROWS), ["short"]).values()
-    assert quick.rows == ["a", "b", "d", "f"] and quick.gated and not parts["mixed, levers"].gated
+    assert quick.rows == ["a", "b", "d", "f"] and quick.gated and not parts["mixed, optimizations"].gated
     results = made_results()
-    results["workloads"]["short, levers"] = results["workloads"].pop("short")
+    results["workloads"]["short, optimizations"] = results["workloads"].pop("short")
     names = {"b": "d", "f": "e: trunk"}
     for run in results["runs"]:
-        run |= {"workload": "short, levers", "row": names[run["row"]]}
+        run |= {"workload": "short, optimizations", "row": names[run["row"]]}
     text = report.write(results, tmp_path)
-    assert "## short, levers" in text and "| of d |" in text and "f/b" not in text
+    assert "## short, optimizations" in text and "| of d |" in text and "f/b" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("| e: trunk")]
     assert "| 140.0 (100.0–180.0) | 1.90 |" in row
 

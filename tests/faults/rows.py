@@ -17,7 +17,7 @@ ROWS = {
     11: "two runs in one directory: the second is refused with the pid of the first; a killed run holds no lock",
     12: "runs started in the same second: each has a directory of its own",
     13: "output directory read-only, missing or a file: refused before the model is loaded",
-    14: "SIGTERM or Ctrl-C while training, saving, evaluating: saved, exit code 143 or 130, Equal; a second ends at once",
+    14: "SIGTERM or Ctrl-C in a step, a save, an evaluation: saved, exit code 143 or 130, Equal; a second ends at once",
     15: "loss or metric NaN or Inf: stops before the update, is never the best, the last finite checkpoint remains",
     16: "invalid data: reported with file and line before training, or left out and counted",
     17: "data, base model or adapter shape changed: refused with the difference",

@@ -1,4 +1,4 @@
-"""SIGKILL while a row, a sample, the status or the config is written: no row is lost or repeated, and runs end equal."""
+"""SIGKILL while a row, a sample, the status or the config is written: no row is lost or repeated; runs end equal."""
 
 from __future__ import annotations
 

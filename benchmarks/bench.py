@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import gates, sides
 from benchmarks.processes import answer, measured
 from benchmarks.report import COLD
-from benchmarks.sides import BASE_ROW, OPTIMIZATION_ROWS, OFF_ROW, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
+from benchmarks.sides import BASE_ROW, OFF_ROW, OPTIMIZATION_ROWS, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
 from benchmarks.workloads import Statistics
 
 GATE = "gate"

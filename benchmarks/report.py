@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import Shape, evaluating, training
-from benchmarks.sides import BASE_ROW, OPTIMIZATION_ROWS, OFF_ROW, ROWS, SHIPPED_ROW, SLOW_ROW
+from benchmarks.sides import BASE_ROW, OFF_ROW, OPTIMIZATION_ROWS, ROWS, SHIPPED_ROW, SLOW_ROW
 from benchmarks.workloads import Statistics
 
 COLD = "cold"

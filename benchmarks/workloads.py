@@ -53,7 +53,7 @@ class Statistics:
 
 
 def quantiles(count: int) -> list[int]:
-    """Return the ascending lengths of `count` (2 or more) rows: log-normal with MEDIAN and NINETIETH, up to LONGEST."""
+    """Return `count` (2 or more) ascending row lengths: log-normal with MEDIAN and NINETIETH, up to LONGEST."""
     normal = statistics.NormalDist()
     sigma = math.log(NINETIETH / MEDIAN) / normal.inv_cdf(0.9)
     shares = (min(max(i / (count - 1), 0.5 / count), 1 - 0.5 / count) for i in range(count))

@@ -12,6 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner.common.errors import ConfigError, RunnerError, StorageError, did_you_mean
+from runner.common.text import first_line
 from runner.config import retired, schema, serialize
 
 _TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
@@ -33,7 +34,7 @@ def translate_error(error: BaseException, config_dirs: Sequence[Path] = ()) -> R
         return ConfigError(message)
     if isinstance(error, OSError) and error.errno:
         return StorageError(f"{error.filename or 'Writing'}: {os.strerror(error.errno)}.")
-    text = _first_line(str(error)) or "no message"
+    text = first_line(str(error)) or "no message"
     return RunnerError(f"{type(error).__name__}: {text}. RUNNER_TRACEBACK=1 shows where.")
 
 
@@ -44,7 +45,7 @@ def _config_message(chain: Sequence[BaseException], config_dirs: Sequence[Path])
             return _missing_config(cause, config_dirs)
         if isinstance(cause, OverrideParseException):
             return (
-                f"'{cause.override}' cannot be read: {_first_line(cause.message)}. "
+                f"'{cause.override}' cannot be read: {first_line(cause.message)}. "
                 "Quote values with blanks, commas or brackets: 'key=\"a, b\"'."
             )
     for cause in chain:
@@ -59,7 +60,7 @@ def _config_message(chain: Sequence[BaseException], config_dirs: Sequence[Path])
         if match := re.search(r"Ambiguous value for argument '([^']*)'", str(cause)):
             return f"{match[1]} lists several values: add -m for a sweep, or put it in brackets or quotes."
         if isinstance(cause, HydraException):
-            return f"{file}{_first_line(str(cause))}"
+            return f"{file}{first_line(str(cause))}"
     return None
 
 
@@ -86,7 +87,7 @@ def _missing_config(error: MissingConfigException, config_dirs: Sequence[Path]) 
     group, _, choice = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
     choices = list(error.options or [])
     if not choices:
-        return _first_line(str(error))
+        return first_line(str(error))
     location, hint = _location_of_choice(group, choice, config_dirs), did_you_mean(choice, choices)
     return f"{location}{group}={choice} is not a choice: {', '.join(choices)}.{hint}"
 
@@ -104,7 +105,7 @@ def _location_of_choice(group: str, choice: str, config_dirs: Sequence[Path]) ->
 
 def _omegaconf(error: OmegaConfBaseException) -> str:
     name = str(error.full_key or error.key or "")
-    text = _first_line(error.msg or str(error))
+    text = first_line(error.msg or str(error))
     if isinstance(error, InterpolationResolutionError):
         return f"{name}: {text}."
     if re.search(r"Key '[^']*' (is )?not in|is not in struct", text):
@@ -117,8 +118,3 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if match := re.search(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<type>\w+)", text):
         return f"{name}={match['value']} is invalid: must be {_TYPE_NAMES.get(match['type'], match['type'])}."
     return f"{name}: {text}." if name and name not in text else f"{text}."
-
-
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else ""

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from runner.common.safe_json import quoted
+from runner.common.safe_json import is_count, quoted
 from runner.common.sealed_json import seal, unseal
 
 NAME = "manifest.json"
@@ -21,7 +21,6 @@ MAX_BYTES = 1 << 20
 _SCHEMA = 1
 _MAX_VALUES = 20_000
 _MAX_FILES = 100
-_MAX_COUNT = 10**18
 _MAX_TEXT_LENGTH = 500
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Letters and digits first: no hidden file, no "..", no option of a shell tool.
@@ -52,7 +51,7 @@ class CheckpointManifest:
 
     def __post_init__(self) -> None:
         """Raises ValueError where a field is not what a manifest may hold."""
-        _require(_is_count(self.step), f"the step {quoted(self.step)} is not a whole number from 0")
+        _require(is_count(self.step), f"the step {quoted(self.step)} is not a whole number from 0")
         _require(_is_text(self.run_id) and self.run_id != "", "the run id is not a short text")
         _require(_is_text(self.created), "'created' is not a short text")
         _require(all(_is_text(reason) for reason in self.save_reasons), "'why' is not a list of short texts")
@@ -68,7 +67,7 @@ class CheckpointManifest:
                 isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None and name.lower() != NAME,
                 f"the file name {quoted(name)} is not allowed (letters, digits, '.', '_' and '-' are)",
             )
-            _require(_is_count(record.size), f"the size of {name} is not a whole number from 0")
+            _require(is_count(record.size), f"the size of {name} is not a whole number from 0")
             is_digest = isinstance(record.sha256, str) and _DIGEST.fullmatch(record.sha256) is not None
             _require(is_digest, f"the SHA-256 of {name} is not 64 hexadecimal digits")
 
@@ -121,10 +120,6 @@ def _file_record(name: str, value: object) -> FileRecord:
     is_record = isinstance(value, dict) and value.keys() == {"size", "sha256"}
     _require(is_record, f"the record of {quoted(name)} is not a size and a SHA-256")
     return FileRecord(size=value["size"], sha256=value["sha256"])  # type: ignore[index]
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < _MAX_COUNT
 
 
 def _is_text(value: object) -> bool:

@@ -1,7 +1,7 @@
-"""Small facts in the cache folder, so that a later run does not compute them again.
+"""Small results in the cache folder, so that a later run does not compute them again.
 
-Whatever happens to the folder, a run is not harmed: a fact that cannot be read is computed again, and one that cannot
-be written is not stored.
+Whatever happens to the folder, a run is not harmed: a result that cannot be read is computed again, and one that
+cannot be written is not stored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from runner.common.cache_dir import cache_dir
 from runner.common.disk_cache import CacheWriteError, DiskCache, cache_key
 
-_MAX_FACTS = 1000  # of one kind
+_MAX_RESULTS = 1000  # of one kind
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CachedResult:
 
     @classmethod
     def of(cls, kind: str, parts: Mapping[str, Any]) -> CachedResult:
-        """Return the fact of a `kind` (the name of its folder) that depends on `parts`."""
+        """Return the result of a `kind` (the name of its folder) that depends on `parts`."""
         return cls(kind, cache_key(parts))
 
     def load(self) -> dict[str, Any] | None:
@@ -41,4 +41,4 @@ class CachedResult:
             self._cache().write_record(self.key, {"values": dict(values)})
 
     def _cache(self) -> DiskCache:
-        return DiskCache(cache_dir() / self.kind, max_entries=_MAX_FACTS)
+        return DiskCache(cache_dir() / self.kind, max_entries=_MAX_RESULTS)

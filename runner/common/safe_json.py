@@ -7,9 +7,13 @@ input; here each of these is refused.
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 _MAX_INTEGER_LENGTH = 20
+_MAX_COUNT = 10**15
 _MAX_FLOAT_LENGTH = 64
 
 
@@ -39,6 +43,24 @@ def parse(text: bytes, *, max_values: int) -> Any:
         raise ValueError(f"it is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error.msg} (character {error.pos})") from None
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Return whether `value` is a whole number from 0 of a sensible size, such as a step or a number of bytes."""
+    return type(value) is int and 0 <= value < _MAX_COUNT
+
+
+def to_json_values(data: Any) -> Any:
+    """Return `data` in types that JSON has: NaN and infinities become None, and other types, such as paths, text."""
+    if isinstance(data, Mapping):
+        return {str(key): to_json_values(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [to_json_values(value) for value in data]
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if data is None or isinstance(data, (str, int)):
+        return data
+    return os.fspath(data) if isinstance(data, os.PathLike) else str(data)
 
 
 def quoted(value: object) -> str:

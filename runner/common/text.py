@@ -17,6 +17,12 @@ def single_line(text: str) -> str:
     return printable(text.replace("\n", " "))
 
 
+def first_line(text: str) -> str:
+    """Return the first line of `text` that is not blank, without the full stop; empty if there is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else ""
+
+
 def shorten(text: object, limit: int = 200) -> str:
     """Return `text` as one printable line for a message, its middle cut out where it is longer than `limit`."""
     full = str(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -96,31 +96,9 @@ def parse_lines(lines: BinaryIO, path: Path, errors: RowErrors, first_line: int 
             errors.add(path, number, str(error))
 
 
-class LazyRows(Sequence[JsonlRow]):
-    """The rows of one file, read at the first access; empty where the path is None."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._rows: list[JsonlRow] | None = [] if path is None else None
-
-    def _load(self) -> list[JsonlRow]:
-        if self._rows is None:
-            assert self._path is not None
-            self._rows = list(read_jsonl(self._path))
-        return self._rows
-
-    def first(self, count: int) -> list[JsonlRow]:
-        """Return the first `count` rows without reading the ones after them; all rows where `count` is negative."""
-        if self._rows is not None or count < 0:
-            return self._load()[: count if count >= 0 else None]
-        assert self._path is not None
-        return list(islice(read_jsonl(self._path), count))
-
-    def __len__(self) -> int:
-        return len(self._load())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._load()[index]
+def first_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return the first `count` rows of a JSONL file without reading those after them; all where `count` is negative."""
+    return [row.value for row in islice(read_jsonl(path), count if count >= 0 else None)]
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:

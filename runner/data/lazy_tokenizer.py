@@ -30,7 +30,7 @@ class LazyTokenizer:
         """`folder` contains everything that `load` reads; None where something else decides too, such as code."""
         self._load, self._folder = load, folder
         self._loaded: Any = None
-        self._fact_before_load: CachedResult | None = None
+        self._identity_before_load: CachedResult | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -46,18 +46,18 @@ class LazyTokenizer:
 
     def cached_identity(self, options: EncodeOptions) -> str | None:
         """Return the `tokenizer_identity` of these files as stored by an earlier run, without loading; else None."""
-        self._fact_before_load = self._identity_fact(options) if self._loaded is None else None
-        values = self._fact_before_load.load() if self._fact_before_load else None
+        self._identity_before_load = self._cached_identity(options) if self._loaded is None else None
+        values = self._identity_before_load.load() if self._identity_before_load else None
         identity = values.get("identity") if values else None
         return identity if isinstance(identity, str) else None
 
     def store_identity(self, options: EncodeOptions, identity: str) -> None:
         """Store the identity for `cached_identity`, unless the files changed since the tokenizer was loaded."""
-        if self._fact_before_load and self._fact_before_load == self._identity_fact(options):
-            self._fact_before_load.store({"identity": identity})
+        if self._identity_before_load and self._identity_before_load == self._cached_identity(options):
+            self._identity_before_load.store({"identity": identity})
 
-    def _identity_fact(self, options: EncodeOptions) -> CachedResult | None:
-        """Return the fact of the identity, keyed by everything that decides it and whether tokens can be cached."""
+    def _cached_identity(self, options: EncodeOptions) -> CachedResult | None:
+        """Return the cache entry of the identity, keyed by all that decides it and whether tokens can be cached."""
         files = _hash_files(self._folder) if self._folder else None
         if files is None:
             return None

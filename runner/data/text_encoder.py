@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from runner.common.errors import DataError
+from runner.common.text import first_line
 from runner.data.row_errors import RowError
 from runner.data.template_limits import LimitExceeded, template_limits
 
@@ -104,4 +105,4 @@ class TextEncoder:
 
 
 def _describe(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return first_line(str(error))[:200] or type(error).__name__

@@ -14,7 +14,7 @@ from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
 from runner.data.encode import ChunkWriter, EncodeTask, TokenBuffer, read_chunks, tokenize_in_memory
 from runner.data.formats import EncodeOptions, choose_format
-from runner.data.jsonl import LazyRows, open_data_file, read_jsonl
+from runner.data.jsonl import first_rows, open_data_file, read_jsonl
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.data.row_errors import RowErrors
 from runner.data.source import EXPECTED_FILES, SPLITS, describe_content, find_dataset, find_split_files
@@ -31,13 +31,17 @@ class TokenizedDataset:
     train: TokenSet
     valid: TokenSet
     test: TokenSet
-    raw_rows: dict[str, LazyRows]
-    """The rows of each split's file as read, including those that were left out; read at the first access."""
+    files: dict[str, Path]
+    """The file of each split that exists."""
     stats: dict[str, SplitStats]
     folder: Path
     """The folder in which the files were found."""
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
+
+    def first_rows(self, split: str, count: int) -> list[dict[str, Any]]:
+        """Return the first `count` rows of a split as read, including those that were left out; all if negative."""
+        return first_rows(self.files[split], count) if split in self.files else []
 
 
 def load_dataset(
@@ -84,7 +88,7 @@ def load_dataset(
             )
     return TokenizedDataset(
         **{split: tokens for split, (tokens, _) in loaded.items()},
-        raw_rows={split: LazyRows(files.get(split)) for split in SPLITS},
+        files=files,
         stats={split: stats for split, (_, stats) in loaded.items()},
         folder=folder,
         notes=token_cache.notes if token_cache else [],

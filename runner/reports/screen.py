@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TextIO
 
+from runner.common import safe_json
 from runner.common.text import single_line
 from runner.reports.tables import Line, Segment
 
@@ -54,20 +53,8 @@ class Screen:
 
 
 def json_document(data: Any) -> str:
-    """Return `data` as one JSON document. NaN and infinities become null; other types, such as paths, become text."""
-    return json.dumps(_plain(data), indent=1, allow_nan=False)
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if data is None or isinstance(data, (str, int)):
-        return data
-    return os.fspath(data) if isinstance(data, os.PathLike) else str(data)
+    """Return `data` as one JSON document, converted by `safe_json.to_json_values`."""
+    return json.dumps(safe_json.to_json_values(data), indent=1, allow_nan=False)
 
 
 def _can_encode(text: str, encoding: str) -> bool:

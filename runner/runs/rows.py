@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runner.common import safe_json
 from runner.common.errors import StorageError
 from runner.common.filesystem import FileSystem, open_regular
 from runner.common.storage_errors import storage_errors
 from runner.common.text import shell_path
 
 _MAX_LINE_BYTES = 10_000_000
-_MAX_COUNT = 10**15
 
 
 class RowFile:
@@ -108,7 +108,7 @@ def read_rows(path: Path, size: int | None = None) -> list[dict[str, Any]]:
 
 def count_or_none(value: Any) -> int | None:
     """Return `value` where it is a whole number from 0 of a sensible size, else None."""
-    return value if type(value) is int and 0 <= value < _MAX_COUNT else None
+    return value if safe_json.is_count(value) else None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runner.config.schema import DataConfig
-from runner.data.metrics import metric_named
+from runner.data.metrics import METRICS
 from runner.reports import run_summary
 from runner.runs.rows import read_rows
 from runner.training.generate import GenerationResult, generate
@@ -56,7 +56,7 @@ def compare_answers(trainer: Trainer, metric: str) -> list[str]:
 def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResult:
     components, split = trainer.components, config.metric_split
     assert config.metric is not None
-    rows = [row.value for row in components.data.raw_rows[split].first(config.metric_rows)]
+    rows = components.data.first_rows(split, config.metric_rows)
     trainer.stops.check()
     trainer.components.adapted.place(trainer.state.params)
     trainer.display.line(f"generating {len(rows)} {split} rows {when} training")
@@ -65,7 +65,7 @@ def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResu
         components.base.tokenizer,
         rows,
         components.options,
-        metric_named(config.metric),
+        METRICS[config.metric],
         max_tokens=config.max_new_tokens,
         before_step=trainer.stops.check,
     )

@@ -22,20 +22,20 @@ class Baseline:
 
     validation: ValidationResult | None = None
     generation: GenerationResult | None = None
-    fact: CachedResult | None = None
+    """Shared by the jobs of this process only."""
+    cached_validation: CachedResult | None = None
     """Cache entry of the validation result; None if it is not cached on disk."""
 
-    def store_validation(self, result: ValidationResult) -> None:
-        """Set the validation result and write it to the cache; writing again marks the entry as recently used."""
-        self.validation = result
-        if self.fact is not None:
-            self.fact.store(asdict(result))
+    def store(self) -> None:
+        """Write the validation result to the cache; writing again marks the entry as recently used."""
+        if self.validation is not None and self.cached_validation is not None:
+            self.cached_validation.store(asdict(self.validation))
 
 
 def load_baseline(key: Mapping[str, Any]) -> Baseline:
     """Return the baseline cached under `key`, which has to contain everything that the loss depends on."""
-    fact = CachedResult.of("baselines", key)
-    return Baseline(_validation_result(fact.load() or {}), fact=fact)
+    cached = CachedResult.of("baselines", key)
+    return Baseline(_validation_result(cached.load() or {}), cached_validation=cached)
 
 
 def _validation_result(values: Mapping[str, Any]) -> ValidationResult | None:

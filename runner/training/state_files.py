@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from runner.models.dropout import dropout_seed
 from runner.models.lora import Params
 from runner.training.optimizer import NonFiniteArray, require_same_arrays
 from runner.training.run_writer import WriterState
-from runner.training.train_state import MAX_COUNT, Progress, TrainState
+from runner.training.train_state import Progress, TrainState
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "train_state.json"
@@ -169,7 +168,7 @@ def restore(state: TrainState, saved: SavedState, source: str) -> None:
 
 def _count(data: Mapping[str, Any], name: str) -> int:
     value = data[name]
-    if type(value) is not int or not 0 <= value < MAX_COUNT:
+    if not safe_json.is_count(value):
         raise ValueError(f"{name} is invalid: must be a whole number from 0")
     return value
 
@@ -195,12 +194,4 @@ def _seconds(data: Mapping[str, Any]) -> float:
 
 def _json_bytes(data: Any) -> bytes:
     """Encode readable JSON, with null for NaN and Inf, which JSON lacks."""
-    return (json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    return (json.dumps(safe_json.to_json_values(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

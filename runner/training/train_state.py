@@ -6,12 +6,12 @@ import typing
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from runner.common import safe_json
 from runner.data.order import DataPosition
 from runner.models.lora import Params
 from runner.training.optimizer import Optimizer
 
 T = TypeVar("T")
-MAX_COUNT = 1 << 62
 
 
 @dataclass
@@ -120,6 +120,6 @@ def _checked(instance: T) -> T:
     for name, hint in hints.items():
         value, types = getattr(instance, name), typing.get_args(hint) or (hint,)
         valid = type(value) in types or (type(value) is int and float in types)
-        if not valid or (type(value) is int and not 0 <= value < MAX_COUNT):
+        if not valid or (type(value) is int and not safe_json.is_count(value)):
             raise TypeError(f"{name} is invalid: must be {getattr(hint, '__name__', hint)}")
     return instance

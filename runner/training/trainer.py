@@ -141,7 +141,8 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise Diverged(f"The validation loss at step {step} is not finite.")
         if step == 0:
-            baseline.store_validation(result)
+            baseline.validation = result
+            baseline.store()
         return result
 
     def show_evaluation(self, step: int) -> Iterator[DeviceBatch]:

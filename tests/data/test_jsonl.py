@@ -8,7 +8,7 @@ import os
 import pytest
 
 from runner.common.errors import DataError
-from runner.data.jsonl import LazyRows, read_jsonl
+from runner.data.jsonl import read_jsonl
 from runner.data.row_errors import RowErrors
 from runner.data.source import find_dataset, find_split_files
 from runner.data.tokenize import load_dataset
@@ -103,16 +103,6 @@ def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match="not a regular file"):
         values(tmp_path / "train.jsonl")
-
-
-def test_lazy_rows_are_read_at_the_first_access(file):
-    path = file(b'{"text": "a"}\n')
-    rows = LazyRows(path)
-    path.write_bytes(b'{"text": "b"}\n{"text": "c"}\n')
-    assert len(rows) == 2
-    path.unlink()
-    assert rows[1].value == {"text": "c"}
-    assert list(LazyRows(None)) == []
 
 
 def test_an_existing_folder_comes_before_a_hub_id(tmp_path, monkeypatch):

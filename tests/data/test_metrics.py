@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.common.errors import ConfigError, DataError
-from runner.data.metrics import METRICS, metric_named
+from runner.common.errors import DataError
+from runner.config.schema import DataConfig
+from runner.config.setting import metadata_of
+from runner.data.metrics import METRICS
 from runner.data.metrics.execution import ExecutionAccuracy, same_result
 from runner.data.metrics.sandbox import Sandbox, StatementRefused
 from runner.data.metrics.sql_text import expansion, first_statement, is_ordered
@@ -30,18 +33,13 @@ def score(gold: str, text: str) -> float:
     return ExecutionAccuracy().score(row(gold), text)
 
 
-def test_metrics_are_registered_under_their_names() -> None:
-    for name in METRICS:
-        assert metric_named(name).name == name
-
-
-def test_an_unknown_metric_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'execution_accuracy'"):
-        metric_named("execution_acuracy")
+def test_metrics_are_registered_under_their_names_which_are_the_choices_of_the_setting() -> None:
+    assert all(name == metric.name for name, metric in METRICS.items())
+    assert set(METRICS) == set(metadata_of(next(f for f in fields(DataConfig) if f.name == "metric")).choices)
 
 
 def test_exact_match_ignores_whitespace_only() -> None:
-    metric = metric_named("exact_match")
+    metric = METRICS["exact_match"]
     assert metric.score({"completion": "SELECT  1"}, " SELECT\n1 ") == 1.0
     assert metric.score({"completion": "SELECT 1"}, "select 1") == 0.0
 
@@ -49,14 +47,14 @@ def test_exact_match_ignores_whitespace_only() -> None:
 def test_exact_match_compares_with_the_last_assistant_message() -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    assert metric_named("exact_match").score(chat, "d") == 1.0
-    assert metric_named("exact_match").score(chat, "b") == 0.0
+    assert METRICS["exact_match"].score(chat, "d") == 1.0
+    assert METRICS["exact_match"].score(chat, "b") == 0.0
 
 
 @pytest.mark.parametrize("bad", [{}, {"messages": []}, {"text": "x"}, {"messages": [{"role": "user", "content": "x"}]}])
 def test_a_row_without_an_expected_answer_is_an_error(bad: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no answer to compare with"):
-        metric_named("exact_match").score(bad, "x")
+        METRICS["exact_match"].score(bad, "x")
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,8 @@ def test_splits_are_loaded_with_stats_and_raw_rows(tokenizer, make_options, writ
     data = load_dataset(str(tmp_path), tokenizer, make_options())
     assert [len(data.train), len(data.valid), len(data.test)] == [2, 0, 1]
     assert {split: stats.rows for split, stats in data.stats.items()} == {"train": 2, "valid": 0, "test": 1}
-    assert [row.value["text"] for row in data.raw_rows["test"]] == ["e f"]
-    assert list(data.raw_rows["valid"]) == []
+    assert [row["text"] for row in data.first_rows("test", -1)] == ["e f"]
+    assert data.first_rows("valid", -1) == []
     assert data.folder == tmp_path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runner.data.metrics import metric_named
+from runner.data.metrics import METRICS
 from runner.data.metrics.sandbox import Sandbox
 from tools.text_to_sql import generate
 from tools.text_to_sql.query import Condition, Query, is_discriminating
@@ -56,7 +56,7 @@ def test_every_row_is_well_formed(rows: dict[str, list[dict[str, Any]]], split: 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_query_has_a_result_and_scores_1(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
-    metric = metric_named("execution_accuracy")
+    metric = METRICS["execution_accuracy"]
     for row in rows[split]:
         with Sandbox(row["tables"]) as sandbox:
             result = sandbox.run(row["completion"])
@@ -74,7 +74,7 @@ def test_values_of_conditions_occur_in_the_question(rows: dict[str, list[dict[st
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_query_without_its_where_clause_scores_0(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
-    metric = metric_named("execution_accuracy")
+    metric = METRICS["execution_accuracy"]
     plain = [row for row in rows[split] if " WHERE " in row["completion"] and "(SELECT" not in row["completion"]]
     assert len(plain) > len(rows[split]) / 3
     for row in plain:

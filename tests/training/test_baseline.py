@@ -84,9 +84,11 @@ def test_an_unusable_cache_folder_does_not_fail_the_run(
 
 
 def test_old_entries_are_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result_cache, "_MAX_FACTS", 10)
+    monkeypatch.setattr(result_cache, "_MAX_RESULTS", 10)
     for number in range(11):
-        baseline.load_baseline({"number": number}).store_validation(ValidationResult(1.0, 2, 3, 4.0))
+        entry = baseline.load_baseline({"number": number})
+        entry.validation = ValidationResult(1.0, 2, 3, 4.0)
+        entry.store()
     assert len(list((cache / "baselines").iterdir())) == 10
     assert baseline.load_baseline({"number": 10}).validation == ValidationResult(1.0, 2, 3, 4.0)
     assert baseline.load_baseline({"number": 0}).validation is None

@@ -103,10 +103,10 @@ def _generate(
     loaded: LoadedAdapter, data: TokenizedDataset, config: Config, split: str, count: int
 ) -> GenerationResult:
     from runner.data.formats import EncodeOptions
-    from runner.data.metrics import metric_named
+    from runner.data.metrics import METRICS
     from runner.training.generate import generate
 
-    values = [row.value for row in data.raw_rows[split].first(count)]
+    values = data.first_rows(split, count)
     arguments.print_note(f"generating {len(values)} {split} rows")
     assert config.data.metric is not None
     return generate(
@@ -114,7 +114,7 @@ def _generate(
         loaded.base.tokenizer,
         values,
         EncodeOptions.from_config(config.data),
-        metric_named(config.data.metric),
+        METRICS[config.data.metric],
         max_tokens=config.data.max_new_tokens,
     )
 

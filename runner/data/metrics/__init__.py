@@ -5,10 +5,9 @@ A metric is a small class with a ``name`` and a ``score``, registered in `METRIC
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from runner.common.errors import ConfigError, did_you_mean
 from runner.data.metrics.exact_match import ExactMatch
 from runner.data.metrics.execution import ExecutionAccuracy
 
@@ -29,20 +28,4 @@ class Metric(Protocol):
         ...
 
 
-METRICS: dict[str, Callable[[], Metric]] = {
-    ExactMatch.name: ExactMatch,
-    ExecutionAccuracy.name: ExecutionAccuracy,
-}
-
-
-def metric_named(name: str) -> Metric:
-    """Return a new metric of that name.
-
-    Raises:
-        ConfigError: no metric has that name.
-    """
-    if name not in METRICS:
-        raise ConfigError(
-            f"There is no metric '{name}'.{did_you_mean(name, METRICS)} Known: {', '.join(sorted(METRICS))}."
-        )
-    return METRICS[name]()
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (ExactMatch(), ExecutionAccuracy())}

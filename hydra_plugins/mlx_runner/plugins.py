@@ -44,7 +44,7 @@ class GridSweeper(Sweeper):
             params=self._params,
             launcher=self._launcher,
             context=self._context,
-            config=self._config,
+            composed=self._config,
             invocation=self._invocation,
         )
 
@@ -66,7 +66,7 @@ class SerialLauncher(_Launcher):
         return launch(
             _with_folders(job_overrides, initial_job_idx),
             context=self.context,
-            config=self.config,
+            composed=self.config,
             invocation=self.invocation,
         )
 
@@ -85,7 +85,7 @@ class ProcessLauncher(_Launcher):
             _with_folders(job_overrides, initial_job_idx),
             at_once=self._jobs,
             context=self.context,
-            config=self.config,
+            composed=self.config,
             invocation=self.invocation,
         )
 

@@ -47,9 +47,9 @@ class HydraSession:
         """
         return hydra_internals.compose(self.hydra, self.config_name, self.flags.overrides, self.flags.multirun)
 
-    def context(self, config: DictConfig) -> HydraContext:
+    def context(self, composed: DictConfig) -> HydraContext:
         """Return what jobs, sweepers and launchers get of Hydra: its config loader and the typed callbacks."""
-        return HydraContext(self.hydra.config_loader, hydra_internals.Callbacks(config))
+        return HydraContext(self.hydra.config_loader, hydra_internals.Callbacks(composed))
 
     def print_requested(self) -> None:
         """Print what --cfg, --info, --shell-completion or --hydra-help asks for."""
@@ -84,9 +84,9 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def is_multirun(config: DictConfig) -> bool:
-    """Return whether `config` is that of a sweep: -m was typed, or a file sets hydra.mode."""
-    return config.hydra.mode == RunMode.MULTIRUN
+def is_multirun(composed: DictConfig) -> bool:
+    """Return whether the `composed` config is that of a sweep: -m was typed, or a file sets hydra.mode."""
+    return composed.hydra.mode == RunMode.MULTIRUN
 
 
 def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict[str, Any]:
@@ -118,15 +118,15 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
     return settings
 
 
-def without_hydra(config: DictConfig) -> DictConfig:
-    """Return a copy of the composed `config` without Hydra's node."""
-    copied = copy.deepcopy(config)
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a copy of the `composed` config without Hydra's node."""
+    copied = copy.deepcopy(composed)
     with read_write(copied), open_dict(copied):
         del copied["hydra"]
     return copied
 
 
-def set_hydra(config: DictConfig, name: str, value: Any) -> None:
-    """Set `name` below the hydra node of the composed `config`, which Hydra closed for changes."""
-    with read_write(config.hydra), open_dict(config.hydra):
-        OmegaConf.update(config.hydra, name, value)
+def set_hydra(composed: DictConfig, name: str, value: Any) -> None:
+    """Set `name` below the hydra node of the `composed` config, which Hydra closed for changes."""
+    with read_write(composed.hydra), open_dict(composed.hydra):
+        OmegaConf.update(composed.hydra, name, value)

@@ -45,17 +45,17 @@ def check_file(file: Path) -> None:
         raise ConfigError(f"{file} cannot be read: {error}.") from None
 
 
-def check_config(config: DictConfig, typed: Collection[str]) -> None:
+def check_config(composed: DictConfig, typed: Collection[str]) -> None:
     """Refuse a composed config in which a file would run code, or write outside the directories that were typed.
 
     Args:
-        config: the composed config with Hydra's node.
+        composed: the config with Hydra's node.
         typed: names of the settings that were typed on the command line.
 
     Raises:
         ConfigError: names the setting and what to do.
     """
-    settings = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    settings = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
     assert isinstance(settings, dict)
     hydra = settings.pop("hydra")
     # A typed group such as hydra/job_logging counts for its settings, unless --config-dir may have replaced its file.

@@ -13,47 +13,54 @@ from runner.config import environment, serialize, validation
 from runner.config.schema import Config
 
 
-def resolve_config(config: DictConfig) -> Config:
-    """Return the composed `config` as checked dataclasses, with absolute paths.
+def resolve_config(composed: DictConfig) -> Config:
+    """Return the `composed` config as checked dataclasses, with absolute paths.
 
     Raises:
         ConfigError: a setting is missing, invalid, or looks like a secret.
     """
-    validation.refuse_secrets(OmegaConf.to_container(config, resolve=False))
-    missing = sorted(OmegaConf.missing_keys(config))
+    validation.refuse_secrets(OmegaConf.to_container(composed, resolve=False))
+    missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError("\n".join(map(validation.missing_value, missing)))
-    settings = OmegaConf.to_object(config)
-    if not isinstance(settings, Config):
+    config = OmegaConf.to_object(composed)
+    if not isinstance(config, Config):
         raise ConfigError("The config is not checked by the schema: its defaults list must start with `- schema`.")
-    validation.validate(settings)
-    settings = validation.fill_defaults(settings)
-    loggers.build(settings.loggers)  # opens nothing: refuses an unknown logger or option
-    validation.make_paths_absolute(settings)
-    return settings
+    validation.validate(config)
+    config = validation.fill_defaults(config)
+    loggers.build(config.loggers)  # opens nothing: refuses an unknown logger or option
+    validation.make_paths_absolute(config)
+    return config
 
 
-def require_adapter(settings: Config) -> None:
-    """Refuse a warm start from a path that does not exist.
+def resolve_to_start(composed: DictConfig, stop_at: int | None, *, needs_adapter: bool) -> Config:
+    """Return the `composed` config as `resolve_config` does, if a run can start with it and stop after `stop_at`.
+
+    Args:
+        needs_adapter: whether `adapter`, if set, must exist; a resumed run need not have it any more.
 
     Raises:
-        ConfigError: names the path.
+        ConfigError: as `resolve_config`; `stop_at` lies beyond the last update, or there is no such adapter.
     """
-    if settings.adapter and not os.path.exists(settings.adapter):
-        raise ConfigError(f"adapter={settings.adapter}: there is no such file or folder.")
+    config = resolve_config(composed)
+    if stop_at is not None and stop_at > config.train.iters:
+        raise ConfigError(f"train.stop_at={stop_at} is invalid: must be at most train.iters={config.train.iters}.")
+    if needs_adapter and config.adapter and not os.path.exists(config.adapter):
+        raise ConfigError(f"adapter={config.adapter}: there is no such file or folder.")
+    return config
 
 
-def config_to_store(config: DictConfig, settings: Config) -> dict[str, Any]:
-    """Return what config.yaml holds: the resolved `settings`, but references to the environment as written."""
-    stored = serialize.to_dict(settings)
-    environment.keep_references(stored, _resolve_but_environment(config))
+def config_to_store(composed: DictConfig, config: Config) -> dict[str, Any]:
+    """Return what config.yaml holds: the resolved `config`, but references to the environment as written."""
+    stored = serialize.to_dict(config)
+    environment.keep_references(stored, _resolve_but_environment(composed))
     return stored
 
 
-def _resolve_but_environment(config: DictConfig) -> Any:
-    """Return the composed settings, resolved but for texts with a reference to the environment, which stay as written.
+def _resolve_but_environment(composed: DictConfig) -> Any:
+    """Return the `composed` config, resolved but for texts with a reference to the environment, which stay as written.
 
     So `data.path=${model.path}` becomes `${oc.env:DIR}` where `model.path=${oc.env:DIR}`.
     """
-    written = OmegaConf.to_container(config, resolve=False)
+    written = OmegaConf.to_container(composed, resolve=False)
     return OmegaConf.to_container(OmegaConf.create(environment.escape_references(written)), resolve=True)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app.compose import HydraSession, set_hydra, without_hydra
 from runner.app.hydra_internals import job_error
-from runner.app.resolve import config_to_store, require_adapter, resolve_config
+from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
 from runner.checkpoints import mirror
 from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
 from runner.common.text import shell_path
@@ -24,8 +24,8 @@ from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 
-def start_run(invocation: Invocation, session: HydraSession, config: DictConfig) -> None:
-    """Start or resume the run of the composed `config`, and train it to its end.
+def start_run(invocation: Invocation, session: HydraSession, composed: DictConfig) -> None:
+    """Start or resume the run of the `composed` config, and train it to its end.
 
     Whatever the config alone is refused for is refused before a directory is claimed.
 
@@ -33,9 +33,10 @@ def start_run(invocation: Invocation, session: HydraSession, config: DictConfig)
         RunnerError: the run was refused or failed.
         SystemExit: a signal stopped the run; it can be resumed.
     """
-    checkpoints = check(invocation, config).checkpoint.dir
-    context = session.context(config)
-    directory, source = _open_directory(invocation, session.source, config, checkpoints)
+    checkpoints = _check(invocation, composed).checkpoint.dir
+    context = session.context(composed)
+    directory, source = _open_directory(invocation, session.source, composed, checkpoints)
+    set_hydra(composed, "run.dir", str(directory.path))
 
     def train(job_config: DictConfig) -> float | None:
         from runner.backends import blas
@@ -43,36 +44,27 @@ def start_run(invocation: Invocation, session: HydraSession, config: DictConfig)
         blas.load_blas()  # before MLX is imported
         from runner.training.run import train_run
 
-        settings = resolve_config(job_config)
-        settings.experiment = settings.experiment or HydraConfig.get().runtime.choices.get("experiment")
-        stored = config_to_store(job_config, settings)
-        return train_run(RunSpec(settings, stored, directory, source, new_run_id(), stop_at=invocation.stop_at))
+        config = resolve_config(job_config)
+        config.experiment = config.experiment or HydraConfig.get().runtime.choices.get("experiment")
+        stored = config_to_store(job_config, config)
+        return train_run(RunSpec(config, stored, directory, source, new_run_id(), stop_at=invocation.stop_at))
 
-    with _removed_unless_begun(directory, config.hydra.output_subdir):
-        context.callbacks.on_run_start(config=config, config_name=session.config_name)
-        job = run_job(train, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
-        context.callbacks.on_run_end(config=config, config_name=session.config_name, job_return=job)
+    with _removed_unless_begun(directory, composed.hydra.output_subdir):
+        context.callbacks.on_run_start(config=composed, config_name=session.config_name)
+        job = run_job(train, composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+        context.callbacks.on_run_end(config=composed, config_name=session.config_name, job_return=job)
         if error := job_error(job):
             raise error
 
 
-def check(invocation: Invocation, config: DictConfig) -> Config:
-    """Return the settings of the composed `config` if a run can start with them.
-
-    Raises:
-        ConfigError: a setting is invalid or looks like a secret.
-    """
-    validation.refuse_secrets(OmegaConf.to_container(config.hydra, resolve=False), "hydra")
+def _check(invocation: Invocation, composed: DictConfig) -> Config:
+    """Return the config of the run, if a run can start with it."""
+    validation.refuse_secrets(OmegaConf.to_container(composed.hydra, resolve=False), "hydra")
     # For ${hydra:…}. The claim may still choose another directory, so the job resolves the config again.
-    set_hydra(config, "runtime.output_dir", str(Path(config.hydra.run.dir).absolute()))
-    HydraConfig.instance().set_config(config)
-    settings = resolve_config(without_hydra(config))
-    validation.validate_stop_at(invocation.stop_at, settings)
-    if (
-        invocation.resume is None or "adapter" in invocation.settings
-    ):  # a resumed run need not have its adapter any more
-        require_adapter(settings)
-    return settings
+    set_hydra(composed, "runtime.output_dir", str(Path(composed.hydra.run.dir).absolute()))
+    HydraConfig.instance().set_config(composed)
+    needs_adapter = invocation.resume is None or "adapter" in invocation.settings
+    return resolve_to_start(without_hydra(composed), invocation.stop_at, needs_adapter=needs_adapter)
 
 
 def numbered(path: Path) -> Iterator[Path]:
@@ -83,18 +75,16 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def _open_directory(
-    invocation: Invocation, source: ResumeSource | None, config: DictConfig, checkpoints: str
+    invocation: Invocation, source: ResumeSource | None, composed: DictConfig, checkpoints: str
 ) -> tuple[RunDirectory, ResumeSource | None]:
-    """Claim the directory of a new run, or lock that of the run to continue, and set hydra.run.dir to it.
+    """Lock the directory of the run to continue, or claim that of a new run, a branch or a run restored from a backup.
 
     Returns:
         the directory, and where the run resumes from.
     """
-    resume, is_named = invocation.resume, "hydra.run.dir" in invocation.hydra_settings
-    from_backup = resume is not None and mirror.is_backup(resume)
-    if from_backup:
-        source = None
-    if source is not None and not source.branch:
+    is_named = "hydra.run.dir" in invocation.hydra_settings
+    backup = invocation.resume if invocation.resume and mirror.is_backup(invocation.resume) else None
+    if source is not None and not source.branch and backup is None:
         if is_named:
             raise ConfigError(
                 f"resume={shell_path(source.run)} continues in that directory: "
@@ -102,14 +92,10 @@ def _open_directory(
             )
         directory = RunDirectory(source.run, checkpoints)
         directory.lock()
-        set_hydra(config, "output_subdir", None)  # .hydra/ stays that of the first start
-    else:
-        directory = _claim(Path(config.hydra.run.dir).absolute(), checkpoints, is_named)
-        if from_backup:
-            assert resume is not None
-            source = _restore(resume, directory)
-    set_hydra(config, "run.dir", str(directory.path))
-    return directory, source
+        set_hydra(composed, "output_subdir", None)  # .hydra/ stays that of the first start
+        return directory, source
+    directory = _claim(Path(composed.hydra.run.dir).absolute(), checkpoints, is_named)
+    return directory, source if backup is None else _restore(backup, directory)
 
 
 def _claim(path: Path, checkpoints: str, is_named: bool) -> RunDirectory:

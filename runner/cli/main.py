@@ -78,9 +78,9 @@ def _train(arguments: list[str]) -> None:
         if invocation.prints_only:
             session.print_requested()
             return
-        config = session.compose()
-        start = launch.start_sweep if compose.is_multirun(config) else run.start_run
-        start(invocation, session, config)
+        composed = session.compose()
+        start = launch.start_sweep if compose.is_multirun(composed) else run.start_run
+        start(invocation, session, composed)
 
 
 def _report(error: RunnerError, cause: BaseException) -> int:

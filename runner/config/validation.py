@@ -46,16 +46,6 @@ def missing_value(name: str) -> str:
     return f"{name} has no value: choose {name.split('.')[0]}=NAME or set it."
 
 
-def validate_stop_at(stop_at: int | None, config: Config) -> None:
-    """Check the update after which an invocation stops against the length of the run.
-
-    Raises:
-        ConfigError: it lies beyond the last update.
-    """
-    if stop_at is not None and stop_at > config.train.iters:
-        raise ConfigError(f"train.stop_at={stop_at} is invalid: must be at most train.iters={config.train.iters}.")
-
-
 def fill_defaults(config: Config) -> Config:
     """Return a copy with the defaults of the chosen optimizer and schedule and of the LoRA scale filled in."""
     config = copy.deepcopy(config)

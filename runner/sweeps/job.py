@@ -11,10 +11,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from runner.app.compose import stored_settings
-from runner.app.resolve import config_to_store, resolve_config
+from runner.app.resolve import config_to_store, resolve_to_start
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
-from runner.config.validation import validate_stop_at
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 from runner.sweeps.plan import has_begun
@@ -32,12 +31,12 @@ class JobTask:
 
     invocation: Invocation
 
-    def __call__(self, cfg: DictConfig) -> float | None:
+    def __call__(self, composed: DictConfig) -> float | None:
         """Run the job that Hydra set up in this process, and return its objective."""
         hydra = HydraConfig.get()
         overrides = [override for override in hydra.overrides.task if not override.startswith("stored=")]
         return train_job(
-            cfg,
+            composed,
             Path(hydra.runtime.output_dir),
             label=f"job {hydra.job.num}  {' '.join(overrides)}",
             experiment=hydra.runtime.choices.get("experiment"),
@@ -46,7 +45,7 @@ class JobTask:
 
 
 def train_job(
-    cfg: DictConfig,
+    composed: DictConfig,
     folder: Path,
     *,
     label: str,
@@ -55,7 +54,7 @@ def train_job(
     loader: ComponentLoader | None = None,
     on_claim: Callable[[], None] | None = None,
 ) -> float | None:
-    """Run the job of the composed `cfg` in `folder` and return its objective.
+    """Run the job of the `composed` config in `folder` and return its objective.
 
     A folder with a config.yaml resumes from its newest checkpoint, with its stored config. Any other is claimed, and
     `on_claim` is called then.
@@ -71,16 +70,15 @@ def train_job(
 
     source = ResumeSource(run=folder) if has_begun(folder) else None
     if source is not None:
-        cfg = _config_of_resumed_job(source, cfg)
-    config = resolve_config(cfg)
-    validate_stop_at(stop_at, config)
+        composed = _config_of_resumed_job(source, composed)
+    config = resolve_to_start(composed, stop_at, needs_adapter=source is None)
     config.experiment = config.experiment or experiment
     directory = RunDirectory(folder, config.checkpoint.dir)
     if source is None:
         directory.claim()
         if on_claim is not None:
             on_claim()
-    stored = config_to_store(cfg, config)
+    stored = config_to_store(composed, config)
     return train_run(RunSpec(config, stored, directory, source, new_run_id(), stop_at, label), loader)
 
 

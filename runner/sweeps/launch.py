@@ -58,8 +58,8 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     )
 
 
-def start_sweep(invocation: Invocation, session: HydraSession, config: DictConfig) -> None:
-    """Run the sweep of the composed `config` with the sweeper and launcher that it names, also third-party ones.
+def start_sweep(invocation: Invocation, session: HydraSession, composed: DictConfig) -> None:
+    """Run the sweep of the `composed` config with the sweeper and launcher that it names, also third-party ones.
 
     Raises:
         RunnerError: the sweep was refused, or jobs failed.
@@ -68,20 +68,20 @@ def start_sweep(invocation: Invocation, session: HydraSession, config: DictConfi
     if invocation.resume is not None:
         run = shell_path(invocation.resume)
         raise ConfigError(f"resume={run} continues one run: leave out -m. To vary a run: repeat={run} with -m.")
-    validation.refuse_secrets(OmegaConf.to_container(config, resolve=False))
-    context = session.context(config)
+    validation.refuse_secrets(OmegaConf.to_container(composed, resolve=False))
+    context = session.context(composed)
     sweeper = Plugins.instance().instantiate_sweeper(
-        hydra_context=context, task_function=JobTask(invocation), config=config
+        hydra_context=context, task_function=JobTask(invocation), config=composed
     )
-    folder = invocation.sweep or _claim(Path(config.hydra.sweep.dir), "hydra.sweep.dir" in invocation.hydra_settings)
-    set_hydra(config, "sweep.dir", str(folder.absolute()))
-    context.callbacks.on_multirun_start(config=config, config_name=session.config_name)
-    sweeper.sweep(arguments=_task_overrides(config))
-    context.callbacks.on_multirun_end(config=config, config_name=session.config_name)
+    folder = invocation.sweep or _claim(Path(composed.hydra.sweep.dir), "hydra.sweep.dir" in invocation.hydra_settings)
+    set_hydra(composed, "sweep.dir", str(folder.absolute()))
+    context.callbacks.on_multirun_start(config=composed, config_name=session.config_name)
+    sweeper.sweep(arguments=_task_overrides(composed))
+    context.callbacks.on_multirun_end(config=composed, config_name=session.config_name)
 
 
-def _task_overrides(config: DictConfig) -> Sequence[str]:
-    overrides = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+def _task_overrides(composed: DictConfig) -> Sequence[str]:
+    overrides = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)
     assert isinstance(overrides, list)
     return [str(override) for override in overrides]
 

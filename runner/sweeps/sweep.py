@@ -14,11 +14,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from runner.app.resolve import require_adapter, resolve_config
+from runner.app.resolve import resolve_to_start
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import relative_path
 from runner.config.invocation import Invocation
-from runner.config.validation import validate_stop_at
 from runner.reports.screen import Screen
 from runner.reports.sweep_results import SweepResults, print_sweep_results, read_sweep_results, write_sweep_results
 from runner.runs import sweep_manifest
@@ -39,7 +38,7 @@ def run_sweep(
     params: dict[str, Any] | None,
     launcher: Launcher,
     context: HydraContext,
-    config: DictConfig,
+    composed: DictConfig,
     invocation: Invocation,
 ) -> list[JobReturn]:
     """Run the sweep of `arguments` (task overrides) in hydra.sweep.dir: all of it, or what is left of it.
@@ -52,20 +51,20 @@ def run_sweep(
         DirectoryInUse: another process works on the sweep.
         SweepFailed: at the end, if a job failed or diverged.
     """
-    folder = Path(config.hydra.sweep.dir)
+    folder = Path(composed.hydra.sweep.dir)
     directory = RunDirectory(folder)
     try:
         directory.lock()
         manifest = sweep_manifest.read_manifest(folder)
         overrides_of_jobs = _expand(arguments, params, context)
-        _check_new_jobs(overrides_of_jobs, manifest, JobComposer(context.config_loader, config), invocation.stop_at)
+        _check_new_jobs(overrides_of_jobs, manifest, JobComposer(context.config_loader, composed), invocation.stop_at)
     except BaseException:
         directory.unlock()
         _remove_if_empty(folder)
         raise
     try:
         if not manifest.jobs:
-            OmegaConf.save(config, folder / "multirun.yaml")  # as Hydra's own sweeper does
+            OmegaConf.save(composed, folder / "multirun.yaml")  # as Hydra's own sweeper does
         manifest.add(grid.stored_arguments(invocation), overrides_of_jobs)
         jobs = plan_jobs(manifest, overrides_of_jobs)
         _refuse_links(folder, jobs)
@@ -106,9 +105,7 @@ def _check_new_jobs(
     for overrides in overrides_of_jobs:
         if job_id(overrides) not in manifest.jobs:
             try:
-                settings = resolve_config(composer.compose(overrides))
-                validate_stop_at(stop_at, settings)
-                require_adapter(settings)
+                resolve_to_start(composer.compose(overrides), stop_at, needs_adapter=True)
             except ConfigError as error:
                 raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
 

@@ -61,6 +61,7 @@ def test_a_file_at_the_path_of_the_directory_is_refused_before_the_model_is_load
         (["objective.metric=score"], "needs data.metric_rows"),
         (["lora.rank=2,4"], "add -m"),
         (["train.eval_every=null"], "train.eval_every=null is invalid: must have a value"),
+        (["train.iters=12", "train.stop_at=13"], "train.stop_at=13 is invalid: must be at most train.iters=12"),
         (["adapter=nowhere"], "adapter=nowhere: there is no such file"),
         (["--multrun"], "'--multrun' is not a flag. Did you mean '--multirun'"),
         (["-m", "lora.rank=2,4", "hydra/launcher=process", "hydra.launcher.jobs=0"], "1 or more"),

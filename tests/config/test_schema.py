@@ -83,13 +83,6 @@ def test_a_value_that_cannot_be_is_refused_by_name(tiny, name, value):
         tiny(**{name: value, "schedule.name": "constant"} | ({"train.iters": 1000} if name != "train.iters" else {}))
 
 
-def test_a_stop_beyond_the_last_update_is_refused(tiny):
-    validation.validate_stop_at(None, tiny())
-    validation.validate_stop_at(12, tiny(**{"train.iters": 12}))
-    with pytest.raises(ConfigError, match=r"train\.stop_at=13 is invalid: must be at most train\.iters=12"):
-        validation.validate_stop_at(13, tiny(**{"train.iters": 12}))
-
-
 def test_all_problems_are_told_at_once(tiny):
     with pytest.raises(ConfigError) as refused:
         tiny(**{"lora.rank": 0, "train.iters": 0})

@@ -97,7 +97,7 @@ def launch(
     *,
     at_once: int | None,
     context: HydraContext,
-    config: DictConfig,
+    composed: DictConfig,
     invocation: Invocation,
 ) -> list[JobReturn]:
     """Run the jobs, given as `PlannedJob.launch_overrides`, and share the cores between those that run at once.
@@ -112,10 +112,10 @@ def launch(
     """
     if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
         raise ConfigError(f"hydra.launcher.jobs={at_once} is invalid: must be 1 or more, or null.")
-    sweep = Path(config.hydra.sweep.dir)
+    sweep = Path(composed.hydra.sweep.dir)
     jobs = [PlannedJob.parse(overrides) for overrides in job_overrides]
     if at_once is None:
-        composer = JobComposer(context.config_loader, config)
+        composer = JobComposer(context.config_loader, composed)
         at_once = jobs_that_fit({resolve_config(composer.compose(job.overrides)).model.path for job in jobs})
     at_once = min(at_once, len(jobs))
     threads = max(1, thread_count(at_once, usable_cores()))

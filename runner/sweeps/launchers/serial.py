@@ -22,7 +22,7 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def launch(
-    job_overrides: Sequence[Sequence[str]], *, context: HydraContext, config: DictConfig, invocation: Invocation
+    job_overrides: Sequence[Sequence[str]], *, context: HydraContext, composed: DictConfig, invocation: Invocation
 ) -> list[JobReturn]:
     """Run the jobs, given as `PlannedJob.launch_overrides`; a failed job does not stop the others.
 
@@ -36,9 +36,9 @@ def launch(
     blas.load_blas()  # before MLX is imported
     from runner.training.component_loader import ComponentLoader
 
-    composer, loader = JobComposer(context.config_loader, config), ComponentLoader()
-    sweep = Path(config.hydra.sweep.dir)
-    HydraConfig.instance().set_config(config)  # for ${hydra:…} in a user's config
+    composer, loader = JobComposer(context.config_loader, composed), ComponentLoader()
+    sweep = Path(composed.hydra.sweep.dir)
+    HydraConfig.instance().set_config(composed)  # for ${hydra:…} in a user's config
     jobs = [PlannedJob.parse(overrides) for overrides in job_overrides]
     labels = job_labels(jobs)
     returns = [JobReturn() for _ in jobs]
@@ -72,7 +72,7 @@ def _loading_order(composer: JobComposer, jobs: Sequence[PlannedJob]) -> list[in
     return sorted(range(len(jobs)), key=lambda i: first[keys[i]])
 
 
-def _write_record(cfg: DictConfig, hydra: DictConfig, job: PlannedJob, folder: Path) -> None:
+def _write_record(composed: DictConfig, hydra: DictConfig, job: PlannedJob, folder: Path) -> None:
     """Write .hydra/ as Hydra's own launcher does."""
     record = folder / ".hydra"
     record.mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def _write_record(cfg: DictConfig, hydra: DictConfig, job: PlannedJob, folder: P
         hydra.job.num = hydra.job.id = job.number
         hydra.overrides.task = list(job.overrides)
         hydra.runtime.output_dir = str(folder)
-    contents: dict[str, Any] = {"config": cfg, "overrides": list(job.overrides), "hydra": {"hydra": hydra}}
+    contents: dict[str, Any] = {"config": composed, "overrides": list(job.overrides), "hydra": {"hydra": hydra}}
     for name, content in contents.items():
         node = content if OmegaConf.is_config(content) else OmegaConf.create(content)
         text = yaml.dump(OmegaConf.to_container(node, enum_to_str=True), Dumper=_Dumper, sort_keys=False)

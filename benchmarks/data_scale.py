@@ -91,7 +91,7 @@ def _one(begun: float, folder: str, updates: int) -> None:
     from runner.training.trainer import Trainer
 
     ends: list[float] = []
-    own = Trainer.train_step
+    own = Trainer.update
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -99,7 +99,7 @@ def _one(begun: float, folder: str, updates: int) -> None:
         finally:
             ends.append(time.time())
 
-    Trainer.train_step = timed  # type: ignore[method-assign]
+    Trainer.update = timed  # type: ignore[method-assign]
     overrides = ["model=tiny", f"data.path={folder}/data", f"data.cache_folder={folder}/cache"]
     overrides += [f"data.max_length={MAX_LENGTH}", f"train.iters={updates}", f"hydra.run.dir={folder}/run-{begun}"]
     _quietly(overrides)

@@ -145,7 +145,7 @@ def build_trainer(
         order=order,
         batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch),
         valid_batches=evaluation_loader(data.valid, config, components.caches),
-        step=TrainStep(components.backend, grad_clip=train.grad_clip),
+        train_step=TrainStep(components.backend, grad_clip=train.grad_clip),
         writer=writer,
         stops=stops,
         display=display,

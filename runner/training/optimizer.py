@@ -50,12 +50,12 @@ class FlatLayout:
             key: [0, *accumulate(math.prod(self._shapes[name]) for name in names)] for key, names in self.names.items()
         }
 
-    def pack(self, arrays: Mapping[str, mx.array] | Mapping[str, np.ndarray]) -> FlatArrays:
+    def flatten(self, arrays: Mapping[str, mx.array] | Mapping[str, np.ndarray]) -> FlatArrays:
         """Concatenate MLX or NumPy arrays that have the layout's names and shapes."""
         return {key: _concatenate([arrays[name] for name in names]) for key, names in self.names.items()}
 
-    def unpack(self, vectors: FlatArrays) -> dict[str, mx.array]:
-        """Split `vectors` into the named arrays, which share their memory; the inverse of `pack`."""
+    def unflatten(self, vectors: FlatArrays) -> dict[str, mx.array]:
+        """Split `vectors` into the named arrays, which share their memory; the inverse of `flatten`."""
         arrays = dict(pair for key, vector in vectors.items() for pair in self.split(key, vector))
         return {name: arrays[name] for name in self._shapes}
 
@@ -90,7 +90,7 @@ class Optimizer:
         """Initialize the state of `optimizer` for `params`, at step 0."""
         self.layout = FlatLayout(params)
         self._optimizer = optimizer
-        optimizer.init(self.layout.pack(params))
+        optimizer.init(self.layout.flatten(params))
         mx.eval(optimizer.state)
         # The arrays returned by the last update and the vectors that hold them: saving them needs no copy.
         self._last: tuple[Mapping[str, mx.array], FlatArrays] | None = None
@@ -98,8 +98,8 @@ class Optimizer:
     def update(self, params: Mapping[str, mx.array], grads: FlatArrays, learning_rate: float) -> dict[str, mx.array]:
         """Return the parameters after one update; `grads` in this optimizer's layout."""
         self._optimizer.learning_rate = learning_rate
-        vectors = self._optimizer.apply_gradients(grads, self.layout.pack(params))
-        updated = self.layout.unpack(vectors)
+        vectors = self._optimizer.apply_gradients(grads, self.layout.flatten(params))
+        updated = self.layout.unflatten(vectors)
         mx.eval(updated, self._optimizer.state)
         self._last = updated, vectors
         return updated
@@ -110,7 +110,7 @@ class Optimizer:
         Raises:
             NonFiniteArray: names an array with NaN or Inf.
         """
-        vectors = self._last[1] if self._last and self._last[0] is params else self.layout.pack(params)
+        vectors = self._last[1] if self._last and self._last[0] is params else self.layout.flatten(params)
         weights = self.layout.tensors(vectors)
         state: dict[str, Tensor] = {}
         for key, value in self._optimizer.state.items():

@@ -23,27 +23,22 @@ class TrainingPlan:
     min_delta: float = 0.0
     """An evaluation is bad unless the loss falls by more than this."""
 
+    def is_report_due(self, step: int) -> bool:
+        """Return whether the training loss is reported after `step`: every `report_every` updates and at the end."""
+        return step % self.report_every == 0 or step == self.iters
 
-def is_report_due(step: int, plan: TrainingPlan) -> bool:
-    """Return whether the training loss is reported after `step`: every `report_every` updates and at the end."""
-    return step % plan.report_every == 0 or step == plan.iters
+    def is_evaluation_due(self, step: int) -> bool:
+        """Return whether the run evaluates after `step`: every `eval_every` updates and at the end."""
+        return self.evaluates and (step % self.eval_every == 0 or step == self.iters)
 
-
-def is_evaluation_due(step: int, plan: TrainingPlan) -> bool:
-    """Return whether the run evaluates after `step`: every `eval_every` updates and at the end."""
-    return plan.evaluates and (step % plan.eval_every == 0 or step == plan.iters)
-
-
-def stop_reason(
-    step: int, bad_evaluations: int, plan: TrainingPlan, received: signal.Signals | None = None
-) -> StopReason | None:
-    """Return why the run ends after `step`, or None if it continues; a signal takes precedence."""
-    if received is not None:
-        return StopReason(received.name)
-    if step >= plan.iters:
-        return StopReason.FINISHED
-    if plan.patience is not None and bad_evaluations >= plan.patience:
-        return StopReason.EARLY_STOPPING
-    if plan.stop_at is not None and step >= plan.stop_at:
-        return StopReason.STOP_AT
-    return None
+    def stop_reason(self, step: int, bad_evaluations: int, received: signal.Signals | None = None) -> StopReason | None:
+        """Return why the run ends after `step`, or None if it continues; a signal takes precedence."""
+        if received is not None:
+            return StopReason(received.name)
+        if step >= self.iters:
+            return StopReason.FINISHED
+        if self.patience is not None and bad_evaluations >= self.patience:
+            return StopReason.EARLY_STOPPING
+        if self.stop_at is not None and step >= self.stop_at:
+            return StopReason.STOP_AT
+        return None

@@ -77,7 +77,7 @@ def is_already_finished(spec: RunSpec, point: ResumePoint) -> bool:
 
 
 def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoader, stops: StopSignals) -> None:
-    """Load the model and the data, or reuse the loader's last ones, and refuse them if the checkpoint was trained on others.
+    """Load the model and the data, and refuse them if the checkpoint was trained on others.
 
     Raises:
         ConfigError: a fingerprint differs.

@@ -42,7 +42,7 @@ class Progress:
     """Optimizer updates made."""
     tokens: int = 0
     """Real tokens (without padding) trained on."""
-    window: ReportWindow = field(default_factory=ReportWindow)
+    since_report: ReportWindow = field(default_factory=ReportWindow)
     best_step: int | None = None
     best_loss: float | None = None
     """Lowest validation loss after the first update, and the step it was measured at."""
@@ -89,8 +89,8 @@ class Progress:
         return {"step": self.best_step, "valid_loss": self.best_loss}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for train_state.json."""
-        return asdict(self)
+        """Return plain data for train_state.json, which names the sums since the last report `window`."""
+        return {"window" if name == "since_report" else name: value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Progress:
@@ -99,7 +99,9 @@ class Progress:
         Raises:
             TypeError: an unknown field, or a value of a wrong type.
         """
-        return _checked(cls(**{**data, "window": _checked(ReportWindow(**data["window"]))}))
+        fields = {**data}
+        since_report = ReportWindow(**fields.pop("window"))
+        return _checked(cls(since_report=_checked(since_report), **fields))
 
 
 @dataclass

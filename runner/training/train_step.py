@@ -36,7 +36,7 @@ class TrainStep:
         for micro_batch, batch in enumerate(batches):
             key = dropout_key(state.seed, update, micro_batch)
             loss, grads = self._backend.loss_and_grads(state.params, batch, key)
-            flat = state.optimizer.layout.pack(grads)
+            flat = state.optimizer.layout.flatten(grads)
             grad_sum = {name: grad_sum[name] + grad for name, grad in flat.items()} if grad_sum else flat
             mx.eval(loss, grad_sum)
             loss_sum += float(loss)

@@ -14,7 +14,7 @@ from runner.checkpoints.save_policy import SavePolicy, StopReason
 from runner.common.errors import Diverged
 from runner.data.order import BatchOrder
 from runner.reports.progress import Display
-from runner.training import plan, state_files
+from runner.training import state_files
 from runner.training.components import Components
 from runner.training.dataloader import EvaluationLoader, PrefetchingLoader
 from runner.training.plan import TrainingPlan
@@ -41,7 +41,7 @@ class Trainer:
     order: BatchOrder
     batches: PrefetchingLoader
     valid_batches: EvaluationLoader
-    step: TrainStep
+    train_step: TrainStep
     writer: RunWriter
     stops: StopSignals
     display: Display
@@ -62,10 +62,12 @@ class Trainer:
         while stop is None:
             self.writer.check_save()
             self.log_backup_messages()
-            self.train_step()
-            if plan.is_report_due(self.state.progress.step, self.plan):
+            self.update()
+            step, is_best = self.state.progress.step, False
+            if self.plan.is_report_due(step):
                 self.report()
-            is_best = plan.is_evaluation_due(self.state.progress.step, self.plan) and self.evaluate()
+            if self.plan.is_evaluation_due(step):
+                is_best = self.evaluate()
             stop = self.stop_reason()  # once per update: the save records the same reason that ends the loop
             self.save_if_due(is_best, stop)
         self.writer.finish_save()
@@ -74,41 +76,41 @@ class Trainer:
     def stop_reason(self) -> StopReason | None:
         """Return why the run ends at the current step, or None if it continues."""
         progress = self.state.progress
-        return plan.stop_reason(progress.step, progress.bad_evaluations, self.plan, self.stops.signal)
+        return self.plan.stop_reason(progress.step, progress.bad_evaluations, self.stops.signal)
 
-    def train_step(self) -> None:
-        """Make one optimizer update and add it to the report window."""
+    def update(self) -> None:
+        """Make one optimizer update and add it to the sums since the last report."""
         start = time.perf_counter()
         state, progress = self.state, self.state.progress
         batches, next_position = self.batches.load(state.position)
-        loss_sum, grad_norm = self.step.update(state, batches, self.learning_rate(progress.step + 1))
+        loss_sum, grad_norm = self.train_step.update(state, batches, self.learning_rate(progress.step + 1))
         supervised = sum(device_batch.batch.supervised for device_batch in batches)
         tokens = sum(device_batch.batch.real_tokens for device_batch in batches)
         state.position = next_position
         progress.step += 1
         progress.tokens += tokens
-        progress.window.add(loss_sum, supervised, tokens, grad_norm)
+        progress.since_report.add(loss_sum, supervised, tokens, grad_norm)
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         self.display.step(progress.step, loss_sum / supervised, tokens, seconds)
 
     def report(self) -> None:
         """Log the training loss since the last report: the mean over supervised tokens."""
-        progress, window = self.state.progress, self.state.progress.window
+        progress, sums = self.state.progress, self.state.progress.since_report
         learning_rate = self.learning_rate(progress.step)
-        progress.train_loss = window.loss_sum / window.supervised
+        progress.train_loss = sums.loss_sum / sums.supervised
         self.log_loss(
             "train",
             progress.train_loss,
-            supervised=window.supervised,
-            tokens=window.tokens,
+            supervised=sums.supervised,
+            tokens=sums.tokens,
             seconds=self.train_seconds,
             learning_rate=learning_rate,
-            grad_norm=window.grad_norm,
+            grad_norm=sums.grad_norm,
         )
         self.writer.update_status(state="running", step=progress.step, train_loss=progress.train_loss)
         self.display.train_loss(progress.step, progress.train_loss, learning_rate)
-        progress.window = ReportWindow()
+        progress.since_report = ReportWindow()
         self.train_seconds = 0.0
 
     def evaluate(self) -> bool:
@@ -136,7 +138,7 @@ class Trainer:
         step, components, baseline = self.state.progress.step, self.components, self.components.baseline
         result = baseline.validation if step == 0 else None
         if result is None:
-            batches = self.show_evaluation(step)
+            batches = self.batches_with_progress(step)
             result = validate(components.backend, self.state.params, batches, self.stops.check)
         if not math.isfinite(result.loss):
             raise Diverged(f"The validation loss at step {step} is not finite.")
@@ -145,7 +147,7 @@ class Trainer:
             baseline.store()
         return result
 
-    def show_evaluation(self, step: int) -> Iterator[DeviceBatch]:
+    def batches_with_progress(self, step: int) -> Iterator[DeviceBatch]:
         """Yield the validation batches and show how many rows are done; log a line if the first evaluation is slow."""
         start, done, total = time.monotonic(), 0, self.valid_batches.row_count
         notice_due = step == 0

@@ -15,7 +15,7 @@ from typing import Any
 
 POINTS = {
     "micro-batch": ("runner.training.train_step", "dropout_key"),
-    "update": ("runner.training.trainer", "Trainer.train_step"),
+    "update": ("runner.training.trainer", "Trainer.update"),
     "evaluation": ("runner.backends.mlx.backend", "MlxBackend.loss"),
     "save": ("runner.training.state_files", "checkpoint_files"),
     "save decision": ("runner.checkpoints.save_policy", "SavePolicy.due"),

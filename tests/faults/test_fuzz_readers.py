@@ -106,7 +106,7 @@ def test_a_train_state_is_read_or_refused(cases, checkpoint):
 
 def assert_usable(found: state_files.SavedState) -> None:
     """What the loop computes with, it can compute with."""
-    progress, window = found.progress, found.progress.window
+    progress, window = found.progress, found.progress.since_report
     counts = [progress.step, progress.tokens, progress.bad_evaluations, window.supervised, window.tokens]
     counts += [
         window.updates,

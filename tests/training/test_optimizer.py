@@ -39,7 +39,7 @@ def test_updates_and_state_equal_those_array_by_array(name: str, dtype: mx.Dtype
         grads, rate = arrays(update, dtype), 1e-2 / update
         reference.learning_rate = rate
         expected = reference.apply_gradients(grads, expected)
-        updated = optimizer.update(updated, optimizer.layout.pack(grads), rate)
+        updated = optimizer.update(updated, optimizer.layout.flatten(grads), rate)
         assert list(updated) == list(params)
         for n in params:
             assert mx.array_equal(updated[n], expected[n]).item() and updated[n].dtype == expected[n].dtype
@@ -52,14 +52,14 @@ def test_updates_and_state_equal_those_array_by_array(name: str, dtype: mx.Dtype
 def test_several_vectors_equal_one_and_can_load_its_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads = arrays(0), [arrays(update) for update in (1, 2)]
     one = Optimizer(OPTIMIZERS[name](), params)
-    middle = one.update(params, one.layout.pack(grads[0]), 1e-3)
+    middle = one.update(params, one.layout.flatten(grads[0]), 1e-3)
     state = {key: mx.array(np.array(array)) for key, array in one.state().items()}
-    expected = one.update(middle, one.layout.pack(grads[1]), 1e-3)
+    expected = one.update(middle, one.layout.flatten(grads[1]), 1e-3)
     monkeypatch.setattr(optimizers, "_VECTOR_SIZE", 40)
     several = Optimizer(OPTIMIZERS[name](), params)
     assert list(several.layout.names) == ["float32", "float32.53"] and list(one.layout.names) == ["float32"]
     several.restore(state, "source")
-    found = several.update(middle, several.layout.pack(grads[1]), 1e-3)
+    found = several.update(middle, several.layout.flatten(grads[1]), 1e-3)
     assert list(found) == list(expected)
     assert all(mx.array_equal(found[n], expected[n]).item() for n in expected)
     for ours, theirs in zip(several.tensors(found), one.tensors(expected), strict=True):
@@ -69,7 +69,7 @@ def test_several_vectors_equal_one_and_can_load_its_state(name: str, monkeypatch
 def test_a_restored_state_continues_exactly_and_a_different_one_is_refused() -> None:
     params = arrays(0)
     first, second = (Optimizer(OPTIMIZERS["adam"](), params) for _ in range(2))
-    grads = [first.layout.pack(arrays(update)) for update in (1, 2)]
+    grads = [first.layout.flatten(arrays(update)) for update in (1, 2)]
     stopped = first.update(params, grads[0], 1e-3)
     state = {name: mx.array(np.array(array)) for name, array in first.state().items()}
     straight = first.update(stopped, grads[1], 1e-3)
@@ -98,8 +98,8 @@ def test_the_norm_is_exact_over_millions_of_elements_and_clips_as_mlx_does() -> 
 def test_unpacked_arrays_share_the_memory_of_their_vector() -> None:
     params = arrays(3)
     layout = FlatLayout(params)
-    vectors = layout.pack(params)
-    parts = layout.unpack(vectors)
+    vectors = layout.flatten(params)
+    parts = layout.unflatten(vectors)
     mx.eval(vectors, parts)
     whole = np.array(vectors["float32"], copy=False)
     assert all(np.shares_memory(np.array(part, copy=False), whole) for part in parts.values())
@@ -112,7 +112,7 @@ def test_tensors_for_a_checkpoint_equal_arrays_and_state_and_nan_is_reported_by_
 ) -> None:
     params = arrays(0, dtype)
     optimizer = Optimizer(OPTIMIZERS["adam"](), params)
-    now = optimizer.update(params, optimizer.layout.pack(arrays(1, dtype)), 1e-3)
+    now = optimizer.update(params, optimizer.layout.flatten(arrays(1, dtype)), 1e-3)
     for given in (now, dict(now), params):  # the result of the last update, and other arrays
         found, state = optimizer.tensors(given)
         expected = to_tensors(given), to_tensors(optimizer.state())
@@ -123,6 +123,6 @@ def test_tensors_for_a_checkpoint_equal_arrays_and_state_and_nan_is_reported_by_
                 assert bytes(ours[name].data) == bytes(tensor.data)
     with pytest.raises(NonFiniteArray, match=r"^model\.c$"):
         optimizer.tensors({**now, "model.c": mx.full((64, 33), float("nan"))})
-    optimizer.update(now, optimizer.layout.pack(arrays(2, dtype)), float("inf"))
+    optimizer.update(now, optimizer.layout.flatten(arrays(2, dtype)), float("inf"))
     with pytest.raises(NonFiniteArray):
         optimizer.tensors(now)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.checkpoints.save_policy import StopReason, is_end
-from runner.training.plan import TrainingPlan, is_evaluation_due, is_report_due, stop_reason
+from runner.training.plan import TrainingPlan
 
 PLAN = TrainingPlan(iters=100, report_every=10, eval_every=20, evaluates=True)
 
@@ -17,31 +17,31 @@ PLAN = TrainingPlan(iters=100, report_every=10, eval_every=20, evaluates=True)
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50))
 def test_the_last_step_is_always_reported_and_evaluated(iters: int, report_every: int, eval_every: int) -> None:
     plan = TrainingPlan(iters, report_every, eval_every, evaluates=True)
-    assert is_report_due(iters, plan) and is_evaluation_due(iters, plan)
-    evaluated = [step for step in range(1, iters + 1) if is_evaluation_due(step, plan)]
+    assert plan.is_report_due(iters) and plan.is_evaluation_due(iters)
+    evaluated = [step for step in range(1, iters + 1) if plan.is_evaluation_due(step)]
     assert evaluated == sorted({*range(eval_every, iters + 1, eval_every), iters})
     without_data = dataclasses.replace(plan, evaluates=False)
-    assert not any(is_evaluation_due(step, without_data) for step in range(1, iters + 1))
+    assert not any(without_data.is_evaluation_due(step) for step in range(1, iters + 1))
 
 
 def test_stop_at_does_not_change_what_is_due() -> None:
     plans = [dataclasses.replace(PLAN, stop_at=stop_at) for stop_at in (None, 15, 50)]
     for step in range(1, 101):
-        assert len({(is_report_due(step, plan), is_evaluation_due(step, plan)) for plan in plans}) == 1
+        assert len({(plan.is_report_due(step), plan.is_evaluation_due(step)) for plan in plans}) == 1
 
 
 def test_a_run_stops_at_its_end_at_stop_at_and_when_its_patience_is_used_up() -> None:
     plan = dataclasses.replace(PLAN, stop_at=50, patience=2)
-    assert stop_reason(49, 1, plan) is None
-    assert stop_reason(50, 1, plan) is StopReason.STOP_AT
-    assert stop_reason(49, 2, plan) is stop_reason(50, 2, plan) is StopReason.EARLY_STOPPING
-    assert stop_reason(100, 2, plan) is StopReason.FINISHED
-    assert stop_reason(99, 99, PLAN) is None
+    assert plan.stop_reason(49, 1) is None
+    assert plan.stop_reason(50, 1) is StopReason.STOP_AT
+    assert plan.stop_reason(49, 2) is plan.stop_reason(50, 2) is StopReason.EARLY_STOPPING
+    assert plan.stop_reason(100, 2) is StopReason.FINISHED
+    assert PLAN.stop_reason(99, 99) is None
 
 
 def test_a_signal_takes_precedence_and_leaves_the_run_to_be_resumed() -> None:
     for received in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        stop = stop_reason(100, 0, PLAN, received)
+        stop = PLAN.stop_reason(100, 0, received)
         assert stop is not None and stop.value == received.name and not stop.is_completion
     assert [reason for reason in StopReason if reason.is_completion] == [
         StopReason.FINISHED,

@@ -54,14 +54,24 @@ def test_the_current_validation_loss_is_that_of_this_step_only() -> None:
 
 def test_stored_progress_is_read_back_exactly() -> None:
     progress, _ = evaluated([9.0, math.pi, 3.0])
-    progress.window.add(1 / 3, 7, 9, 0.1)
+    progress.since_report.add(1 / 3, 7, 9, 0.1)
     assert Progress.from_dict(json.loads(json.dumps(progress.to_dict()))) == progress
-    assert progress.window == ReportWindow(1 / 3, 7, 9, 1, 0.1)
+    assert progress.since_report == ReportWindow(1 / 3, 7, 9, 1, 0.1)
+    assert "window" in progress.to_dict() and "since_report" not in progress.to_dict()  # as earlier versions store it
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"step": -1}, {"step": 1 << 63}, {"step": True}, {"step": 1.5}, {"tokens": "1"}, {"best_loss": [1]}, {"more": 1}],
+    [
+        {"step": -1},
+        {"step": 1 << 63},
+        {"step": True},
+        {"step": 1.5},
+        {"tokens": "1"},
+        {"best_loss": [1]},
+        {"more": 1},
+        {"since_report": {}},
+    ],
     ids=str,
 )
 def test_stored_progress_of_a_wrong_type_is_refused(changes: dict[str, object]) -> None:

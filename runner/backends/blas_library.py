@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,9 @@ def open_for_process(path: str) -> LoadedBlas:
     if not (marker and marker.exists()):
         _verify_in_child(path)
         if marker:
-            _touch(marker)
+            with suppress(OSError):
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
     return open_here(path)
 
 
@@ -77,7 +79,7 @@ def open_here(path: str, size: int = 12) -> LoadedBlas:
         if prefix:
             _open(path, ctypes.RTLD_GLOBAL)
             names = tuple(name for name in FORWARDED if hasattr(library, PREFIX + name))
-            path = stack.enter_context(_compiled_shim(_shim_source(names), loaded.version))
+            path = stack.enter_context(_compiled_shim(names, loaded.version))
             library = _open(path)
         _verify(library.cblas_sgemm, path, size)
         # Only a verified library becomes global: until here no other library resolves symbols to it.
@@ -205,29 +207,18 @@ def _verified_marker(path: str) -> Path | None:
     return cache_dir() / f"blas-proved-{digest(identity)}"
 
 
-def _touch(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError:
-        return
-
-
-def _shim_source(names: tuple[str, ...]) -> str:
+@contextmanager
+def _compiled_shim(names: tuple[str, ...], version: str) -> Iterator[str]:
+    """Yield the path of a library whose functions `names` jump to those of the wheel."""
     jump = JUMPS.get(platform.machine())
     if jump is None:
         raise BlasError(f"no shim for {platform.machine()}")
     parts = (
         f'__asm__(".text\\n .globl {name}\\n .type {name}, %function\\n{name}:\\n '
-        f'{jump.format(PREFIX + name)}\\n .size {name}, .-{name}\\n");'
+        f'{jump.format(PREFIX + name)}\\n .size {name}, .-{name}\\n");\n'
         for name in names
     )
-    return "\n".join(parts) + "\n"
-
-
-@contextmanager
-def _compiled_shim(source: str, version: str) -> Iterator[str]:
-    """Yield the path of the shim, compiled from `source`."""
+    source = "".join(parts)
     try:
         with compiled(source, f"blas-shim-{digest((source, version, _machine()))}") as path:
             yield path

@@ -17,7 +17,7 @@ from runner.backends.cpu.linear import UnsupportedModel
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.protocol import Backend
 from runner.common.result_cache import CachedResult
-from runner.config.schema import Config, TrainConfig
+from runner.config.schema import Config
 from runner.models.device import on_cpu
 from runner.models.hidden_cache import numeric_platform
 from runner.models.lora import AdaptedModel
@@ -45,7 +45,11 @@ def select_backend(adapted: AdaptedModel, config: Config) -> Backend:
     """
     t = config.train
     frozen_blocks = len(adapted.model.layers) - adapted.num_layers if t.hidden_cache.enabled else 0
-    ops, not_native = _load_ops(t) if t.cpu_engine and on_cpu() else (None, "")
+    ops: Ops | None = None
+    not_native = ""
+    if t.cpu_engine and on_cpu():
+        ops, not_native = native.load() if t.cpu_native else (None, "")
+        ops = ops or Ops()
     probe_result = _cached_probe_result(adapted, frozen_blocks, config, ops) if t.cache_probes else None
     verified = probe_result is not None and probe_result.load() == _VERIFIED
     split_model = SplitModel(adapted.model, frozen_blocks, verified=verified)
@@ -117,12 +121,6 @@ def window_of_earlier_versions(backend: Backend, config: Config) -> int:
     except _UNSUPPORTED:
         return 64
     return 1
-
-
-def _load_ops(t: TrainConfig) -> tuple[Ops, str]:
-    """Return the kernels of the engine, and why these are NumPy's although native ones are wanted."""
-    native_ops, reason = native.load() if t.cpu_native else (None, "")
-    return native_ops or Ops(), reason
 
 
 def _cached_probe_result(adapted: AdaptedModel, frozen_blocks: int, config: Config, ops: Ops | None) -> CachedResult:

@@ -19,24 +19,8 @@ from runner.data.jsonl import JsonlRow, json_type
 from runner.data.row_errors import RowError
 from runner.data.text_encoder import Message, TextEncoder
 
-ROLES = (
-    "system",
-    "developer",
-    "user",
-    "assistant",
-    "tool",
-    "function",
-    "ipython",
-    "observation",
-    "environment",
-)
-ROLE_ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-}
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment")
+ROLE_ALIASES = {"human": "user"} | dict.fromkeys(("gpt", "bot", "ai", "model"), "assistant")
 """Names that other data sets use, for a hint in the error message."""
 _MAX_LISTED_KEYS = 20
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import random
 import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -157,12 +158,8 @@ def _create(path: Path) -> BinaryIO:
     return open(path, "x+b")
 
 
-def _map_columns(files: dict[str, BinaryIO], stats: SplitStats) -> TokenSet:
+def _map_columns(files: Mapping[str, BinaryIO], stats: SplitStats) -> TokenSet:
     shapes = {"offsets": stats.rows + 1, "tokens": stats.tokens, "supervised": stats.tokens, "lines": stats.rows}
     # A plain array that views the mapping: indexing a np.memmap creates another np.memmap each time, which is slow.
-    return TokenSet(
-        **{
-            name: np.asarray(np.memmap(files[name], dtype, mode="r", shape=shapes[name]))
-            for name, dtype in COLUMNS.items()
-        }
-    )
+    columns = {name: np.memmap(files[name], dtype, mode="r", shape=shapes[name]) for name, dtype in COLUMNS.items()}
+    return TokenSet(**{name: np.asarray(column) for name, column in columns.items()})

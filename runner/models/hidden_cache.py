@@ -8,8 +8,6 @@ small products are slow there; bitwise equality is not promised on it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -20,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from runner.common.cache_dir import cache_dir
+from runner.common.disk_cache import cache_key
 from runner.config.schema import HiddenCacheConfig
 from runner.data.token_set import TokenSet
 from runner.models.device import on_cpu
@@ -44,17 +43,17 @@ class HiddenStates:
     def __init__(
         self, compute: ComputeHidden, token_set: TokenSet, store: HiddenStateStore, dtype: np.dtype, hidden_size: int
     ) -> None:
-        self.compute_hidden, self._token_set, self._store = compute, token_set, store
+        self.compute_hidden, self._token_set, self.store = compute, token_set, store
         self.dtype, self.hidden_size = dtype, hidden_size
 
     def cached(self, row: int) -> np.ndarray | None:
         """Return the cached states of a row, or None. Computes nothing; any thread may call it."""
-        data = self._store.fetch(row)
+        data = self.store.fetch(row)
         return None if data is None else data.view(self.dtype).reshape(-1, self.hidden_size)
 
     def complete(self) -> bool:
         """Return whether every row is cached on disk."""
-        return self._store.complete()
+        return self.store.complete()
 
     def compute(self, rows: Sequence[int]) -> list[np.ndarray]:
         """Compute the states of `rows`, cache and return them. For the training thread."""
@@ -72,15 +71,12 @@ class HiddenStates:
         hidden = self.compute_hidden(inputs)
         states = [hidden[i, : len(ids)].copy() for i, ids in enumerate(tokens)]
         for row, array in zip(rows, states, strict=True):
-            self._store.put(row, array)
+            self.store.put(row, array)
         return states
 
 
 class HiddenStateCaches:
-    """The hidden states of one base model after its frozen blocks, by token set.
-
-    The jobs of a sweep in one process share them.
-    ."""
+    """The hidden states of one base model after its frozen blocks, by token set; jobs in one process share them."""
 
     def __init__(
         self,
@@ -97,24 +93,19 @@ class HiddenStateCaches:
         self._cache_key_parts, self._log = cache_key_parts, log
         self._folder = Path(config.folder).expanduser() if config.folder else cache_dir() / "trunk"
         self._memory, self._disk_bytes = Budget(int(config.memory_gb * GB)), int(config.disk_gb * GB)
-        self._states: dict[str, tuple[HiddenStates, HiddenStateStore]] = {}
+        self._states: dict[str, HiddenStates] = {}
 
     def set_compute(self, compute: ComputeHidden) -> None:
         """Compute with the backend of the next job from now on; that of the last one can be freed."""
         self._compute = compute
-        for states, _ in self._states.values():
+        for states in self._states.values():
             states.compute_hidden = compute
 
     def for_token_set(self, token_set: TokenSet) -> HiddenStates:
         """Return the hidden states of `token_set`, the same object for equal token sets."""
         if token_set.fingerprint not in self._states:
-            key = {
-                **self._cache_key_parts,
-                "tokens": token_set.fingerprint,
-                "dtype": str(self._dtype),
-                "version": _FORMAT,
-            }
-            name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
+            own_parts = {"tokens": token_set.fingerprint, "dtype": str(self._dtype), "version": _FORMAT}
+            name = cache_key({**self._cache_key_parts, **own_parts})[:32]
             offsets = (token_set.offsets - np.arange(len(token_set.offsets))) * self._hidden_size * self._dtype.size
             location = self.disk_location(token_set)
             store = HiddenStateStore(
@@ -125,11 +116,10 @@ class HiddenStateCaches:
                 log=self._log,
             )
             dtype = np.dtype(_NUMPY_DTYPES[self._dtype])
-            self._states[token_set.fingerprint] = (
-                HiddenStates(self._compute, token_set, store, dtype, self._hidden_size),
-                store,
+            self._states[token_set.fingerprint] = HiddenStates(
+                self._compute, token_set, store, dtype, self._hidden_size
             )
-        return self._states[token_set.fingerprint][0]
+        return self._states[token_set.fingerprint]
 
     def disk_location(self, token_set: TokenSet) -> tuple[Path, int] | None:
         """Return the folder that caches the states of `token_set`, and the bytes that they take there at most; None
@@ -140,8 +130,8 @@ class HiddenStateCaches:
 
     def close(self) -> None:
         """Free memory and close files."""
-        for _, store in self._states.values():
-            store.close()
+        for states in self._states.values():
+            states.store.close()
         self._states.clear()
 
 

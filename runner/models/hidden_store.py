@@ -104,6 +104,9 @@ class HiddenStateStore:
         """Free memory and close the files, which stay for later runs."""
         self._memory.left += sum(data.nbytes for data in self._rows.values())
         self._rows.clear()
+        self._close_files()
+
+    def _close_files(self) -> None:
         files, self._files = self._files, None
         for file in files or ():
             with suppress(OSError):
@@ -129,11 +132,8 @@ class HiddenStateStore:
 
     def _give_up_disk(self, error: OSError) -> None:
         self._log(f"hidden-state cache: memory only, the disk is not used ({error.strerror or error})")
-        files, self._files = self._files, None
         self._checksums[:] = 0
-        for file in files or ():
-            with suppress(OSError):
-                os.close(file)
+        self._close_files()
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

@@ -15,7 +15,7 @@ from runner.checkpoints.safetensors_file import read_header
 from runner.common import safe_json
 from runner.common.errors import ModelError, RunnerError, did_you_mean
 from runner.common.filesystem import FileSystem
-from runner.common.layout import ADAPTER_CONFIG
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.text import shorten
 from runner.config import schema, validation
 from runner.models import npz
@@ -123,15 +123,10 @@ def read_weights(path: Path, fitting: Params | None = None) -> dict[str, mx.arra
 
 def _weights_file(path: Path) -> Path:
     if path.is_dir():
-        inside = [
-            path / "adapters.safetensors",
-            path / "adapters" / "adapters.safetensors",
-            path / "adapters.npz",
-        ]
-        found = next((p for p in inside if p.is_file()), None)
-        if found is None:
-            raise ModelError(f"adapter={path}: no adapters.safetensors in this folder.")
-        return found
+        for file in (path / ADAPTERS, path / "adapters" / ADAPTERS, path / "adapters.npz"):
+            if file.is_file():
+                return file
+        raise ModelError(f"adapter={path}: no {ADAPTERS} in this folder.")
     if not path.is_file():
         raise ModelError(f"adapter={path}: there is no such file or folder.")
     if path.suffix not in (".npz", ".safetensors"):
@@ -218,12 +213,5 @@ def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:
 def _adaptable(module: nn.Module) -> bool:
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    kinds = (
-        nn.Linear,
-        nn.QuantizedLinear,
-        SwitchLinear,
-        QuantizedSwitchLinear,
-        nn.Embedding,
-        nn.QuantizedEmbedding,
-    )
-    return isinstance(module, kinds)
+    quantized = (nn.QuantizedLinear, QuantizedSwitchLinear, nn.QuantizedEmbedding)
+    return isinstance(module, (nn.Linear, SwitchLinear, nn.Embedding, *quantized))

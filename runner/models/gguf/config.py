@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from runner.common.errors import ModelError, shorten
-from runner.models.gguf.header import Header, Value
+from runner.models.gguf.header import Header, MetadataSection, T, Value
 from runner.models.gguf.tokenizer import stop_token_ids
-
-T = TypeVar("T")
 
 ARCHITECTURES = ("llama",)
 
@@ -34,42 +32,35 @@ _NEUTRAL_VALUES: dict[str, Value] = {
 """Keys that change the computation, each with the one supported value, at which it does not."""
 
 
-class _LlamaMetadata:
-    """Typed access to the `llama.*` metadata."""
+class _LlamaMetadata(MetadataSection):
+    """The `llama.*` metadata."""
 
-    def __init__(self, path: Path, metadata: dict[str, Value]) -> None:
-        self.path, self.metadata = path, metadata
+    prefix = "llama"
 
-    def get(self, key: str, expected: type[T], default: T | None = None) -> T:
-        value: object = self.metadata.get(f"llama.{key}", default)
+    def require(self, key: str, expected: type[T], default: T | None = None) -> T:
+        value = self.get(key, expected, default)
         if value is None:
             raise ModelError(f"{self.path}: the metadata key 'llama.{key}' is missing.")
-        if not isinstance(value, expected) or type(value) is not expected:  # refuses a bool where an int is expected
-            actual = "a list" if isinstance(value, list | np.ndarray) else shorten(repr(value), 80)
-            raise ModelError(f"{self.path}: 'llama.{key}' is {actual}, where one {expected.__name__} is supported.")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, int, default)
+        value = self.require(key, int, default)
         if not 1 <= value < 1 << 31:
             raise ModelError(f"{self.path}: 'llama.{key}' is {value}.")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
         """Return a float32 as its shortest decimal: 1e-05, not 9.999999747378752e-06."""
-        value = float(str(np.float32(self.get(key, float, default))))
+        value = float(str(np.float32(self.require(key, float, default))))
         if not 0 < value < math.inf:
             raise ModelError(f"{self.path}: 'llama.{key}' is {value}.")
         return value
 
 
 def llama_config(path: Path, header: Header, rope_factors: np.ndarray | None) -> dict[str, Any]:
-    """Return the config of the llama model in `header`.
+    """Return the config of the llama model in `header`; errors name the file `path`.
 
-    Args:
-        path: The file, for error messages.
-        header: Its header.
-        rope_factors: The values of rope_freqs.weight, (head_dim / 2,), if the file has it.
+    `rope_factors`: the values of rope_freqs.weight, (head_dim / 2,), if the file has it.
 
     Raises:
         ModelError: the architecture is not supported, a value is missing, of the wrong type or out of range, or a
@@ -154,12 +145,12 @@ def _has_bias(header: Header, *stems: str) -> bool:
 
 
 def _rope_scaling(llama: _LlamaMetadata, factors: np.ndarray | None) -> dict[str, Any] | None:
-    kind = llama.get("rope.scaling.type", str, "linear" if "llama.rope.scale_linear" in llama.metadata else "none")
+    kind = llama.require("rope.scaling.type", str, "linear" if "llama.rope.scale_linear" in llama.metadata else "none")
     if kind not in ("none", "linear"):
         raise ModelError(
             f"{llama.path}: RoPE scaling {shorten(repr(kind))} is not supported (supported: linear, and Llama 3's)."
         )
-    factor = llama.positive("rope.scaling.factor", llama.get("rope.scale_linear", float, 1.0))
+    factor = llama.positive("rope.scaling.factor", llama.require("rope.scale_linear", float, 1.0))
     is_linear = kind == "linear" and factor != 1.0
     if factors is None or np.all(factors == 1):
         return {"rope_type": "linear", "factor": factor} if is_linear else None

@@ -13,10 +13,13 @@ import os
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from runner.common.errors import ModelError, shorten
+
+T = TypeVar("T")
 
 MAX_HEADER_BYTES = 24 << 20
 """A vocabulary of 260,000 tokens with its merges takes about 15 MB."""
@@ -62,6 +65,24 @@ class Header:
 
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
+
+
+class MetadataSection:
+    """Typed access to the metadata whose keys begin with `prefix`."""
+
+    prefix = ""
+
+    def __init__(self, path: Path, metadata: dict[str, Value]) -> None:
+        self.path, self.metadata = path, metadata
+
+    def get(self, key: str, expected: type[T], default: T | None = None) -> T | None:
+        """Return the value of `key`, checked to be of the `expected` type, or `default` if there is none."""
+        value: object = self.metadata.get(f"{self.prefix}.{key}", default)
+        # The exact type: a bool is refused where an int is expected.
+        if value is None or (isinstance(value, expected) and type(value) is expected):
+            return value
+        actual = "a list" if isinstance(value, list | np.ndarray) else shorten(repr(value), 80)
+        raise ModelError(f"{self.path}: '{self.prefix}.{key}' is {actual}, where one {expected.__name__} is supported.")
 
 
 def read_header(path: Path) -> Header:

@@ -25,11 +25,7 @@ from runner.models.gguf.blocks import GROUP_SIZE, QuantizedMatrix, read_tensor
 from runner.models.gguf.config import llama_config
 from runner.models.gguf.header import Header, read_header
 
-_TOP_LEVEL_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_TOP_LEVEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -60,12 +56,9 @@ class GgufModel:
 def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> GgufModel:
     """Load the model in the GGUF file `path`.
 
-    Args:
-        path: The file.
-        keep_quantized: Keep Q4_0, Q4_1 and Q8_0 matrices quantized (4 or 8 bits, groups of 32) instead of
-            dequantizing them.
-        dtype: The dtype of all other parameters and of the scales. None selects float32 on the CPU, the only dtype
-            that is fast there, and elsewhere the dtype in which most of the file is stored.
+    `keep_quantized` keeps Q4_0, Q4_1 and Q8_0 matrices quantized (4 or 8 bits, groups of 32) instead of dequantizing
+    them. `dtype` is that of all other parameters and of the scales; None selects float32 on the CPU, the only dtype
+    that is fast there, and elsewhere the dtype in which most of the file is stored.
 
     Raises:
         ModelError: the file is damaged or hostile, its architecture, tensor types, tokenizer or RoPE scaling are not

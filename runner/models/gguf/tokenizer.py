@@ -8,7 +8,6 @@ llama.cpp's vocabulary code.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
@@ -17,9 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from runner.common.errors import ModelError, did_you_mean
 from runner.common.text import shorten
-from runner.models.gguf.header import Value
-
-T = TypeVar("T")
+from runner.models.gguf.header import MetadataSection, Value
 
 # Token types of the GGUF specification that are never split; user-defined ones are not special.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -52,7 +49,7 @@ def build_tokenizer(metadata: dict[str, Value], path: Path) -> PreTrainedTokeniz
         ModelError: the tokenizer model or pre-tokenizer is not supported, or the vocabulary is missing or
             inconsistent.
     """
-    values = _TokenizerMetadata(metadata, path)
+    values = _TokenizerMetadata(path, metadata)
     pre_tokenizer = _require_supported_tokenizer(values)
     tokens = values.get("tokens", list) or []
     types = values.get("token_type", np.ndarray)
@@ -90,20 +87,10 @@ def stop_token_ids(metadata: dict[str, Value]) -> list[int]:
     return list(dict.fromkeys(token_id for token_id in ids if type(token_id) is int))
 
 
-class _TokenizerMetadata:
-    """Typed access to the `tokenizer.ggml.*` metadata."""
+class _TokenizerMetadata(MetadataSection):
+    """The `tokenizer.ggml.*` metadata."""
 
-    def __init__(self, metadata: dict[str, Value], path: Path) -> None:
-        self.metadata, self.path = metadata, path
-
-    def get(self, key: str, expected: type[T], default: T | None = None) -> T | None:
-        value: object = self.metadata.get(f"tokenizer.ggml.{key}", default)
-        if value is None:
-            return None
-        if not isinstance(value, expected) or type(value) is not expected:  # refuses a bool where an int is expected
-            actual = type(value).__name__
-            raise ModelError(f"{self.path}: tokenizer.ggml.{key} is a {actual}, not a {expected.__name__}.")
-        return value
+    prefix = "tokenizer.ggml"
 
     def token(self, key: str, tokens: list[str]) -> str | None:
         """Return the token whose id is at `key`, or None if there is no such key."""

@@ -78,7 +78,7 @@ def load_blas(jobs: int = 1) -> BlasReport:
 
 
 def identity() -> dict[str, str | int | None]:
-    """Return the library, threads and core of this process's BLAS, which decide the last digits of a float32 product."""
+    """Return what the last digits of a float32 product depend on: library, threads and core of this process's BLAS."""
     report = load_blas()
     return {"library": report.version or report.kind, "threads": report.threads, "core": report.core}
 

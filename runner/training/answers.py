@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from runner.config.schema import DataConfig
+from runner.data.formats import EncodeOptions
 from runner.data.metrics import METRICS
 from runner.reports import run_summary
 from runner.runs.rows import read_rows
@@ -64,7 +65,7 @@ def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResu
         components.adapted.model,
         components.base.tokenizer,
         rows,
-        components.options,
+        EncodeOptions.from_config(config),
         METRICS[config.metric],
         max_tokens=config.max_new_tokens,
         before_step=trainer.stops.check,

@@ -21,14 +21,15 @@ from runner.training.baseline import Baseline, load_baseline
 class ComponentLoader:
     """Loads the base model and the data of runs, and returns the last ones again to a run that has the same.
 
-    The jobs of a sweep in one process share an instance; any other run has its own. Sharing does not change what a job computes: the base model is frozen and returned without its adapter, and a
+    The jobs of a sweep in one process share an instance; any other run has its own. Sharing does not change what a job
+    computes: the base model is frozen and returned without its adapter, and a
     baseline equals what the job would compute.
     """
 
     def __init__(self) -> None:
         # Each with the key that it was loaded for.
         self._base: tuple[Any, BaseModel] | None = None
-        self._data: tuple[Any, TokenizedDataset, EncodeOptions] | None = None
+        self._data: tuple[Any, TokenizedDataset] | None = None
         self._caches: tuple[Any, HiddenStateCaches | None] | None = None
         self._baselines: dict[Any, Baseline] = {}
 
@@ -42,13 +43,8 @@ class ComponentLoader:
             self._base = (key, load_base_model(config))
         return self._base[1]
 
-    def data(
-        self, config: schema.DataConfig, base: BaseModel, check_stop: Callable[[], None]
-    ) -> tuple[TokenizedDataset, EncodeOptions]:
-        """Return the configured data, tokenized for `base`, and the options it was encoded with.
-
-        `check_stop` is called while rows are tokenized and may raise to stop.
-        """
+    def data(self, config: schema.DataConfig, base: BaseModel, check_stop: Callable[[], None]) -> TokenizedDataset:
+        """Return the configured data, tokenized for `base`; `check_stop` is called meanwhile and may raise to stop."""
         options = EncodeOptions.from_config(config)
         key = (config.path, options, base.fingerprint)
         if self._data is None or self._data[0] != key:
@@ -61,8 +57,8 @@ class ComponentLoader:
                 cache=open_token_cache(config),
                 check_stop=check_stop,
             )
-            self._data = (key, data, options)
-        return self._data[1], self._data[2]
+            self._data = (key, data)
+        return self._data[1]
 
     def hidden_caches(
         self,

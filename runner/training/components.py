@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +13,13 @@ from runner.backends.select import select_backend
 from runner.common.errors import ConfigError, ModelError
 from runner.config import resume_policy, serialize
 from runner.config.schema import Config
-from runner.data.formats import EncodeOptions
 from runner.data.tokenize import TokenizedDataset
 from runner.models.device import on_cpu
 from runner.models.hidden_cache import HiddenStateCaches
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, trainable_share
 from runner.reports.progress import Display
+from runner.runs.run_spec import RunSpec
 from runner.training.baseline import Baseline
 from runner.training.component_loader import ComponentLoader
 from runner.training.signals import StopSignals
@@ -33,7 +32,6 @@ class Components:
 
     base: BaseModel
     data: TokenizedDataset
-    options: EncodeOptions
     adapted: AdaptedModel
     backend: Backend
     caches: HiddenStateCaches | None
@@ -42,30 +40,25 @@ class Components:
     baseline: Baseline
 
 
-def load_components(
-    config: Config,
-    stored: dict[str, Any],
-    loader: ComponentLoader,
-    display: Display,
-    stops: StopSignals,
-) -> Components:
+def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, stops: StopSignals) -> Components:
     """Load the model and the data, or reuse the loader's last ones, and add the adapter.
 
     Raises:
         ModelError, DataError: what is wrong and where.
         StopRequested: a signal arrived while the data was tokenized.
     """
+    config = spec.config
     base = loader.base(config.model)
     for note in base.notes:
         display.line(note)
-    data, options = loader.data(config.data, base, stops.check)
+    data = loader.data(config.data, base, stops.check)
     for note in data.notes:
         display.line(note, "yellow")
     _require_splits(config, data)
     if config.data.metric_rows:
         _ = base.tokenizer  # loaded now: a tokenizer that is missing must not fail the run after training
     # The path is the one written in the config: a path from the environment is not stored.
-    adapted = AdaptedModel(base, config.lora, config.seed, model_path=stored["model"]["path"])
+    adapted = AdaptedModel(base, config.lora, config.seed, model_path=spec.stored["model"]["path"])
     try:
         _describe(config, data, adapted, display)
         backend = select_backend(adapted, config)
@@ -84,10 +77,10 @@ def load_components(
             "config": resume_policy.frozen_fingerprint(config),
         },
         numeric_environment=backend.numeric_environment(),
-        hyperparameters=serialize.flatten_dict(stored),
+        hyperparameters=serialize.flatten_dict(spec.stored),
     )
     baseline = loader.baseline(config, base, data, identity.numeric_environment)
-    return Components(base, data, options, adapted, backend, caches, identity, baseline)
+    return Components(base, data, adapted, backend, caches, identity, baseline)
 
 
 def free_frozen_weights(config: Config, components: Components, display: Display) -> None:
@@ -160,8 +153,10 @@ def _describe_hidden_cache(
 ) -> None:
     frozen = len(adapted.model.layers) - adapted.num_layers
     if caches:
-        on_disk = caches.disk_location(data.train)
-        location = f", up to {on_disk[1] / 1e9:.1f} GB cached in {on_disk[0]}" if on_disk else ""
+        location = ""
+        if on_disk := caches.disk_location(data.train):
+            folder, size = on_disk
+            location = f", up to {size / 1e9:.1f} GB cached in {folder}"
         count = backend.split_model.frozen_blocks
         display.line(f"cache  hidden states of the first {count} blocks are computed once per row{location}")
     elif frozen and config.train.hidden_cache.enabled:

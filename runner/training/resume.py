@@ -85,7 +85,7 @@ def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoa
         StopRequested: a stop signal arrived meanwhile.
     """
     base = loader.base(config.model)
-    data, _ = loader.data(config.data, base, stops.check)
+    data = loader.data(config.data, base, stops.check)
     saved = point.saved.identity.fingerprints
     current = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
     problems = {

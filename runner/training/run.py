@@ -55,7 +55,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         if advice := blas.load_blas().advice:
             display.line(advice, "yellow")
         with _exit_on_stop(stops, writer):
-            components = load_components(spec.config, spec.stored, loader, display, stops)
+            components = load_components(spec, loader, display, stops)
         stack.callback(components.adapted.remove)
         if shared is None:
             free_frozen_weights(spec.config, components, display)
@@ -127,7 +127,7 @@ def _failure_recorded(spec: RunSpec, writer: RunWriter) -> Iterator[None]:
 
 @contextmanager
 def _mlx_memory_limits(cache_limit_gb: float | None) -> Iterator[None]:
-    """Set MLX's wired and cache limits, count peak memory from here, and empty the cache of freed buffers at the end."""
+    """Set MLX's wired and cache limits, reset its peak memory, and at the end empty its cache of freed buffers."""
     mx.reset_peak_memory()
     previous = mx.set_cache_limit(int(cache_limit_gb * 1e9)) if cache_limit_gb is not None else None
     if not on_cpu():

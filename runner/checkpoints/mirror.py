@@ -24,7 +24,6 @@ from runner.common.filesystem import FileSystem
 from runner.common.layout import BACKUP, STEP_NAME
 from runner.runs.directory import RunDirectory
 
-NAME = BACKUP
 _SCHEMA = 1
 _MAX_ROWS_BYTES = 1 << 40
 _MAX_BACKUP_JSON_BYTES = 100_000
@@ -46,12 +45,13 @@ class BackupMirror:
         self.root = root
         self.folder: Path | None = None
         """The folder of this run's backup, once it is known."""
+        self.problem: str | None = None
+        """Why the backup is behind; None if it is not."""
         self._directory, self._store, self._mirrored_steps = directory, store, mirrored_steps
         self._filesystem = filesystem or FileSystem()
         self._backup: RunDirectory | None = None
         self._verified: set[int] = set()
         self._messages: list[str] = []
-        self._problem: str | None = None
         self._work_pending = threading.Event()
         self._idle = threading.Event()
         self._ending = False
@@ -71,11 +71,6 @@ class BackupMirror:
         messages, self._messages = self._messages, []
         return messages
 
-    @property
-    def problem(self) -> str | None:
-        """Why the backup is behind; None if it is not."""
-        return self._problem
-
     def finish(self, keep_waiting: Callable[[], bool]) -> bool:
         """Mirror what is new and end the thread; return whether everything is mirrored.
 
@@ -83,7 +78,7 @@ class BackupMirror:
             keep_waiting: called repeatedly; once it returns False, the backup is left behind.
         """
         if self._ending:
-            return self._problem is None
+            return self.problem is None
         self.wake()
         done = False
         while not done and keep_waiting():
@@ -92,7 +87,7 @@ class BackupMirror:
         self._work_pending.set()
         if done and self._thread is not None:
             self._thread.join()
-        return done and self._problem is None
+        return done and self.problem is None
 
     def _run(self) -> None:
         while True:
@@ -128,7 +123,7 @@ class BackupMirror:
         return None
 
     def _open(self) -> RunDirectory:
-        if self._backup is not None and self._filesystem.lstat(self._backup.path / NAME):
+        if self._backup is not None and self._filesystem.lstat(self._backup.path / BACKUP):
             return self._backup
         # Only below an existing folder: a disk that is not mounted must not be replaced by a folder of its name.
         if not self.root.is_dir():
@@ -144,7 +139,7 @@ class BackupMirror:
         backup.lock()
         self.folder, self._backup = folder, backup
         record = {"schema": _SCHEMA, "run_id": run_id, "run": str(self._directory.path), "host": socket.gethostname()}
-        write_atomically(folder / NAME, json.dumps(record, indent=1) + "\n")
+        write_atomically(folder / BACKUP, json.dumps(record, indent=1) + "\n")
         return backup
 
     def _copy_files(self, backup: RunDirectory) -> None:
@@ -186,16 +181,16 @@ class BackupMirror:
             _copy_folder(self._directory.result, backup.result, loaded, self._filesystem)
 
     def _report(self, problem: str | None) -> None:
-        if problem is not None and self._problem is None:
+        if problem is not None and self.problem is None:
             self._messages.append(f"backup: {problem} Training continues; each save tries again.")
-        elif problem is None and self._problem is not None:
+        elif problem is None and self.problem is not None:
             self._messages.append(f"backup: caught up in {self.folder}")
-        self._problem = problem
+        self.problem = problem
 
 
 def is_backup(path: Path) -> bool:
     """Return whether `path` is the backup of a run."""
-    return (path / NAME).is_file()
+    return (path / BACKUP).is_file()
 
 
 def find_backup(root: Path, run_id: str) -> Path | None:
@@ -272,12 +267,12 @@ def _copy_folder(source: Path, target: Path, loaded: verify.LoadedCheckpoint, fi
 
 def _read_run_id(backup: Path) -> str:
     try:
-        record = json.loads(FileSystem().read_file(backup / NAME, _MAX_BACKUP_JSON_BYTES))
+        record = json.loads(FileSystem().read_file(backup / BACKUP, _MAX_BACKUP_JSON_BYTES))
         run_id = record["run_id"]
         if record["schema"] != _SCHEMA or not isinstance(run_id, str):
             raise ValueError(f"schema {record['schema']}; this version reads {_SCHEMA}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{backup / NAME} cannot be understood: {error}.") from None
+        raise ConfigError(f"{backup / BACKUP} cannot be understood: {error}.") from None
     return run_id
 
 

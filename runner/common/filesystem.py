@@ -178,6 +178,20 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     raise NotRegularFile
 
 
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return the bytes of the regular file `path`; a link is followed.
+
+    Raises:
+        OSError: as of `open_regular`.
+        ValueError: it is longer than `limit` bytes.
+    """
+    with open(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    return data
+
+
 def size_of(content: Content) -> int:
     """Return the number of bytes in `content`."""
     return sum(memoryview(piece).nbytes for piece in _pieces(content))

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from runner.common.errors import ConfigError
-from runner.common.filesystem import open_regular
+from runner.common.filesystem import read_bounded
 
 MAX_BYTES = 1_000_000
 """Limit of a file; a stored config has about 3,000 bytes."""
@@ -35,7 +35,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ValueError: with the reason, without the path: too large, not plain YAML, not a mapping.
         OSError: it is missing, not a regular file, or cannot be read.
     """
-    mapping = parse(_read(path))
+    mapping = parse(read_bounded(path, MAX_BYTES).decode())
     if not isinstance(mapping, dict):
         raise ValueError("it does not hold settings (key: value)")
     return mapping
@@ -62,17 +62,9 @@ def require_bounded(path: Path) -> None:
     Raises:
         ValueError, OSError: as of `read_mapping`.
     """
-    text = _read(path)
+    text = read_bounded(path, MAX_BYTES).decode()
     with suppress(yaml.YAMLError):
         _check_events(text, allow_aliases=True)
-
-
-def _read(path: Path) -> str:
-    with open(open_regular(path), "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-    return data.decode("utf-8")
 
 
 def _check_events(text: str, allow_aliases: bool) -> None:

@@ -77,12 +77,8 @@ def _lora(result: ImportResult) -> None:
         if "num_layers" in result.source.settings:
             result.explain("lora_layers", "num_layers is given as well and counts")
         else:
-            new = result.source.program is MLX_LM
-            _layers(
-                result,
-                "lora_layers",
-                "an older name of num_layers; mlx-lm 0.32 ignores it without a word" if new else "",
-            )
+            ignored = "an older name of num_layers; mlx-lm 0.32 ignores it without a word"
+            _layers(result, "lora_layers", ignored if result.source.program is MLX_LM else "")
     if "lora_layers" not in result.source.settings or "num_layers" in result.source.settings:
         _layers(result, "num_layers", "")
     _lora_parameters(result)
@@ -96,7 +92,7 @@ def _layers(result: ImportResult, key: str, note: str) -> None:
         result.skip(key, "there it adapts no layer at all; -1 means all of them here: add lora.num_layers=-1")
     elif layers < 1:
         note = note or ("" if layers == -1 else f"{layers} means all blocks there")
-        result.import_key(key, to_int, "lora.num_layers", note=note, value=-1)
+        result.import_key(key, lambda _: -1, "lora.num_layers", note=note)
     else:
         result.import_key(key, to_int, "lora.num_layers", note=note)
 
@@ -111,9 +107,8 @@ def _lora_parameters(result: ImportResult) -> None:
     given = {str(k): v for k, v in given.items()}
     for name in ("rank", "scale", "dropout"):
         if given.get(name) is None and not (name == "scale" and given.get("alpha") is not None):
-            result.skip(
-                f"lora_parameters.{name}", "it is missing, where mlx-lm stops; here its default counts", "(none)"
-            )
+            reason = "it is missing, where mlx-lm stops; here its default counts"
+            result.skip(f"lora_parameters.{name}", reason, "(none)")
     for name, kind in (("rank", to_int), ("scale", to_float), ("dropout", to_float)):
         if given.get(name) is not None:
             result.import_value(f"lora_parameters.{name}", given[name], kind, f"lora.{name}")
@@ -156,32 +151,33 @@ def _lengths(result: ImportResult) -> None:
         note = "weighted by tokens here; a mean of means there" if accumulation > 1 else ""
         result.import_key("grad_accumulation_steps", to_int, "train.grad_accumulation", note=note)
     result.import_key("batch_size", to_int, "train.batch_size")
-    for key, name in (
-        ("iters", "train.iters"),
-        ("steps_per_report", "train.report_every"),
-        ("steps_per_eval", "train.eval_every"),
-        ("save_every", "checkpoint.every"),
-    ):
-        count = result.read(key, to_int) if result.applies(key) else None
-        if count is None:
-            continue
-        if count < 1:
-            result.skip(key, "must be 1 or more")
-            continue
-        exact = key == "iters"
-        updates = max(1, count // accumulation if exact else (2 * count + accumulation) // (2 * accumulation))
-        note = f"{count} micro-batches there, updates here: {count} / {accumulation}" if accumulation > 1 else ""
-        if exact and count < accumulation:
-            note += "; there no update would be made at all"
-        elif exact and count % accumulation:
-            note += f"; the last {count % accumulation} made no update there"
-        elif count % accumulation:
-            note += ", rounded"
-        if key == "save_every":
-            there = _RETAINED[result.source.program.name]
-            retained = f"there {there}; here the last 3 and the best, all with checkpoint.keep_every={updates}"
-            note = f"{note}; {retained}" if note else retained
-        result.import_key(key, to_int, name, note=note, value=updates)
+    _length(result, "iters", "train.iters", accumulation)
+    _length(result, "steps_per_report", "train.report_every", accumulation)
+    _length(result, "steps_per_eval", "train.eval_every", accumulation)
+    _length(result, "save_every", "checkpoint.every", accumulation)
+
+
+def _length(result: ImportResult, key: str, name: str, accumulation: int) -> None:
+    count = result.read(key, to_int) if result.applies(key) else None
+    if count is None:
+        return
+    if count < 1:
+        result.skip(key, "must be 1 or more")
+        return
+    exact = key == "iters"
+    updates = max(1, count // accumulation if exact else (2 * count + accumulation) // (2 * accumulation))
+    note = f"{count} micro-batches there, updates here: {count} / {accumulation}" if accumulation > 1 else ""
+    if exact and count < accumulation:
+        note += "; there no update would be made at all"
+    elif exact and count % accumulation:
+        note += f"; the last {count % accumulation} made no update there"
+    elif count % accumulation:
+        note += ", rounded"
+    if key == "save_every":
+        there = _RETAINED[result.source.program.name]
+        retained = f"there {there}; here the last 3 and the best, all with checkpoint.keep_every={updates}"
+        note = f"{note}; {retained}" if note else retained
+    result.import_key(key, lambda _: updates, name, note=note)
 
 
 def _evaluation_and_saves(result: ImportResult) -> None:
@@ -197,9 +193,8 @@ def _evaluation_and_saves(result: ImportResult) -> None:
         result.import_key(
             "test", to_bool, "train.test", note="of the best weights" if tests and result.our_defaults else ""
         )
-    if "test_batches" in result.source.settings:
-        reason = "train.test goes over train.eval_batches batches; python -m runner test RUN over the whole test split"
-        result.skip("test_batches", reason)
+    reason = "train.test goes over train.eval_batches batches; python -m runner test RUN over the whole test split"
+    result.skip_given("test_batches", reason)
     if not result.our_defaults:
         result.add("result", "the last weights", {"checkpoint.result": "last"}, note="here the best by validation loss")
 
@@ -209,11 +204,8 @@ def _run_and_results(result: ImportResult) -> None:
     if train is True:
         result.explain("train", "a run always trains")
     elif not result.source.settings.get("test"):
-        result.skip(
-            "train",
-            f"{result.source.program.name} trains nothing without it (--train); the command below trains",
-            train,
-        )
+        reason = f"{result.source.program.name} trains nothing without it (--train); the command below trains"
+        result.skip("train", reason, train)
     else:
         result.explain("train", "off there, where it tests alone; the command below trains")
     result.import_key("seed", to_int, "seed")
@@ -228,13 +220,11 @@ def _run_and_results(result: ImportResult) -> None:
         if not result.source.settings["trust_remote_code"]:
             result.explain("trust_remote_code", "off here too")
         else:
-            ignored = (
-                "" if "trust_remote_code" in result.source.from_flags else "mlx-lm reads the flag only, not the YAML; "
-            )
+            is_flag = "trust_remote_code" in result.source.from_flags
+            ignored = "" if is_flag else "mlx-lm reads the flag only, not the YAML; "
             result.skip("trust_remote_code", ignored + _REMOTE_CODE)
-    if "clear_cache_threshold" in result.source.settings:
-        reason = "it has no effect in mlx-lm 0.32, where it does not reach the trainer; here: train.cache_limit_gb=1"
-        result.skip("clear_cache_threshold", reason)
+    reason = "it has no effect in mlx-lm 0.32, where it does not reach the trainer; here: train.cache_limit_gb=1"
+    result.skip_given("clear_cache_threshold", reason)
     _loggers(result)
     result.explain("config", "its settings are read")
 
@@ -248,8 +238,8 @@ def _loggers(result: ImportResult) -> None:
         result.add("report_to", ",".join(there), {}, {"loggers": there})
     for name in (n for n in names if n not in known):
         result.skip("report_to", f"not yet a logger (loggers={', '.join(known)}); metrics.jsonl has every value", name)
-    if "project_name" in result.source.settings:
-        result.skip("project_name", "it names a project of report_to; a run has its directory: hydra.run.dir=FOLDER")
+    reason = "it names a project of report_to; a run has its directory: hydra.run.dir=FOLDER"
+    result.skip_given("project_name", reason)
 
 
 def _fixed_by_lora_py(result: ImportResult) -> None:
@@ -275,12 +265,9 @@ def _unknown_settings(result: ImportResult) -> None:
             result.skip(key, f"{result.source.program.name} has no such setting and ignores it.{hint}")
     for word in result.source.unknown_flags:
         result.skip(word, f"{result.source.program.name} has no such flag", "")
-    if any(Path(word).name in ("mlx.launch", "mpirun") for word in result.source.command_prefix):
-        result.skip(
-            result.source.command_prefix[0],
-            "several machines or processes: one process trains here",
-            " ".join(result.source.command_prefix[1:]),
-        )
+    prefix = result.source.command_prefix
+    if any(Path(word).name in ("mlx.launch", "mpirun") for word in prefix):
+        result.skip(prefix[0], "several machines or processes: one process trains here", " ".join(prefix[1:]))
 
 
 def _hub_note(data: Any) -> str:

@@ -87,17 +87,10 @@ class ImportResult:
         name: str,
         note: str = "",
         groups: Mapping[str, Any] | None = None,
-        value: Any = None,
     ) -> None:
-        """Import `key` as our setting `name`, or report why it cannot be.
-
-        Args:
-            groups: choices that come with it.
-            value: replaces the value of the source, where the meaning differs.
-        """
+        """Import `key` as our setting `name`, with the choices of `groups`, or report why it cannot be."""
         if self.applies(key):
-            found = self.value(key)
-            self.import_value(key, found, convert, name, note, groups, found if value is None else value)
+            self.import_value(key, self.value(key), convert, name, note, groups)
 
     def import_value(
         self,
@@ -107,11 +100,10 @@ class ImportResult:
         name: str,
         note: str = "",
         groups: Mapping[str, Any] | None = None,
-        value: Any = None,
     ) -> None:
-        """Import the value `found` under `key` as our setting `name`, or report why it cannot be; see `import_key`."""
+        """Import the value `found` under `key` as our setting `name`; see `import_key`."""
         try:
-            self.add(key, found, {name: convert(found if value is None else value)}, groups, note)
+            self.add(key, found, {name: convert(found)}, groups, note)
         except CannotImport as reason:
             self.skip(key, str(reason), found)
 
@@ -148,6 +140,11 @@ class ImportResult:
         if key.partition(".")[0] in self.source.settings:
             found = self.source.settings[key] if value is None else value
             self.imported.append(ImportedSetting(key, found, True, note=note))
+
+    def skip_given(self, key: str, reason: str) -> None:
+        """Report that `key` cannot be imported, if the source sets it."""
+        if key in self.source.settings:
+            self.skip(key, reason)
 
     def skip(self, key: str, reason: str, value: Any = None) -> None:
         """Report that `key` cannot be imported."""

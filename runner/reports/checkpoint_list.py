@@ -21,7 +21,7 @@ _MAX_HASHED_BYTES = 256_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """One checkpoint as its manifest describes it; its other files are not verified."""
+    """One checkpoint as its manifest describes it; its other files are not verified. The fields of `show --json`."""
 
     step: int
     path: Path
@@ -39,7 +39,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
     """Return the checkpoints in a run's directory, by step."""
     filesystem, folder = FileSystem(), checkpoints_folder(run)
     try:
-        paths = step_folders(folder, filesystem.listdir(folder)) if _is_folder(folder, filesystem) else []
+        paths = [] if folder.is_symlink() else step_folders(folder, filesystem.listdir(folder))
     except RunnerError:
         return []
     manifests: dict[Path, CheckpointManifest] = {}
@@ -118,11 +118,6 @@ def step_folders(folder: Path, names: list[str]) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _is_folder(path: Path, filesystem: FileSystem) -> bool:
-    entry = filesystem.lstat(path)
-    return entry is not None and entry.kind == "folder"
 
 
 def _reason_text(reason: RetentionReason, policy: RetentionPolicy) -> str:

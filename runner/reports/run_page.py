@@ -100,18 +100,7 @@ def run_page_fields(page: RunPage) -> dict[str, Any]:
         "train": run.losses("train"),
         "valid": run.losses("valid"),
         "last_rows": run.rows[-_LAST_ROWS:],
-        "checkpoints": [
-            {
-                "step": checkpoint.step,
-                "path": checkpoint.path,
-                "valid_loss": checkpoint.valid_loss,
-                "size_bytes": checkpoint.size_bytes,
-                "saved_for": checkpoint.saved_for,
-                "kept_for": checkpoint.kept_for,
-                "problem": checkpoint.problem,
-            }
-            for checkpoint in page.checkpoints
-        ],
+        "checkpoints": [vars(checkpoint) for checkpoint in page.checkpoints],
         "adapters_step": page.result_step,
         "has_adapters": has_result(run),
         "scores": [vars(score) for score in page.scores],

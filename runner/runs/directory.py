@@ -19,7 +19,7 @@ from runner.common import layout
 from runner.common.atomic_io import is_draft, write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError, DirectoryInUse, StorageError
-from runner.common.filesystem import FileSystem, open_regular
+from runner.common.filesystem import FileSystem, open_regular, read_bounded
 from runner.common.layout import STATES
 from runner.common.safe_yaml import load_yaml_file
 from runner.common.storage_errors import storage_error, storage_errors
@@ -152,7 +152,7 @@ class RunDirectory:
     def read_status(self) -> dict[str, Any]:
         """Return the status; the state `running` of a run that no process holds reads as `interrupted`."""
         try:
-            status = json.loads(_read_text(self.status))
+            status = json.loads(read_bounded(self.status, _MAX_STATUS_BYTES).decode())
         except (OSError, ValueError, RecursionError):
             return {"state": "interrupted" if self.config.exists() else "unknown"}
         if not isinstance(status, dict) or status.get("state") not in STATES:
@@ -175,11 +175,3 @@ def unexpected_names(folder: Path, expected: Collection[str]) -> list[str]:
 
 def _is_desktop_file(name: str) -> bool:
     return name in _DESKTOP_FILES or name.startswith("._")  # "._NAME": what macOS stores beside NAME on foreign disks
-
-
-def _read_text(path: Path) -> str:
-    with os.fdopen(open_regular(path), "rb") as file:
-        data = file.read(_MAX_STATUS_BYTES + 1)
-    if len(data) > _MAX_STATUS_BYTES:
-        raise ValueError(f"larger than {_MAX_STATUS_BYTES:,} bytes")
-    return data.decode("utf-8")

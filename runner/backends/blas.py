@@ -97,21 +97,21 @@ def _load_best(jobs: int) -> BlasReport:
     if backend != "mlx-cpu":
         advice = "MLX has no backend here: pip install 'mlx-runner[cpu]', or 'mlx-runner[cuda]' for NVIDIA"
         return BlasReport(kind=backend, advice=advice if backend == "missing" else None)
-    choice = os.environ.get("RUNNER_BLAS", "").strip()
-    if choice.lower() == "off":
+    requested = os.environ.get("RUNNER_BLAS", "").strip()
+    if requested.lower() == "off":
         return _reference(f"{SLOW}: RUNNER_BLAS=off is set")
     if "mlx.core" in sys.modules:
         return _reference(f"{SLOW}: MLX was imported before load_blas()")
     threads = thread_count(jobs, usable_cores())
     with _threads_in_environment(threads):
-        return _load_first(choice, threads)
+        return _load_first(requested, threads)
 
 
-def _load_first(choice: str, threads: int) -> BlasReport:
-    if not choice and (path := blas_library.owner("cblas_sgemm")):
+def _load_first(requested: str, threads: int) -> BlasReport:
+    if not requested and (path := blas_library.owner("cblas_sgemm")):
         return _report_of("preloaded", path, blas_library.describe(ctypes.CDLL(None)), threads)
     reasons: dict[str, str] = {}
-    for kind, path in _candidates(choice):
+    for kind, path in _candidates(requested):
         try:
             library = blas_library.open_for_process(path)
         except BlasError as error:
@@ -127,9 +127,9 @@ def _report_of(kind: str, path: str, library: LoadedBlas, threads: int, advice: 
     return BlasReport(kind=kind, library=path, version=library.version, core=library.core, threads=count, advice=advice)
 
 
-def _candidates(choice: str) -> Iterator[tuple[str, str]]:
-    if choice:
-        named = os.path.expanduser(choice)
+def _candidates(requested: str) -> Iterator[tuple[str, str]]:
+    if requested:
+        named = os.path.expanduser(requested)
         yield "named", os.path.abspath(named) if os.path.exists(named) else named
     yield from (("system", path) for path in _system_libraries(SYSTEM_NAMES))
     if wheel := _installed("scipy-openblas32"):

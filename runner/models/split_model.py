@@ -92,13 +92,10 @@ def _head_of(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
     return getattr(getattr(decoder, "embed_tokens", None), "as_linear", None)
 
 
-def _probe() -> mx.array:
-    return mx.arange(_PROBE_LENGTH)[None] + 1
-
-
 def _logits_or_none(call: Callable[[mx.array], mx.array]) -> mx.array | None:
+    """Return the logits of the probe, or None where the model has another structure than `call` expects."""
     try:
-        return call(_probe()).astype(mx.float32)
+        return call(mx.arange(_PROBE_LENGTH)[None] + 1).astype(mx.float32)
     except (TypeError, AttributeError, ValueError, IndexError, KeyError):
         return None
 

@@ -110,26 +110,28 @@ def attention_backward(
         visible, grad_visible, tile = qkv[row : row + stop], grad_qkv[row : row + stop], slice(row + start, row + stop)
         queries = _stack(layout.queries(qkv[tile], heads), partition, "queries")
         grads = _stack(layout.queries(grad_out[tile], heads), partition, "grads")
-        weights, slopes = (partition.local.buffer(name, *queries.shape[:2], stop) for name in ("scores", "slopes"))
+        weights, grad_scores = (
+            partition.local.buffer(name, *queries.shape[:2], stop) for name in ("scores", "grad_scores")
+        )
         for i, head in enumerate(heads):
             gemm(queries[i], layout.key(visible, head).T, weights[i], alpha=layout.scale)
-            gemm(grads[i], layout.value(visible, head).T, slopes[i])
+            gemm(grads[i], layout.value(visible, head).T, grad_scores[i])
         _mask_future(weights, stop - start)
         weights -= layout.per_query(log_sums[tile], heads).reshape(*queries.shape[:2], 1)
         np.exp(weights, out=weights)
-        slopes -= layout.per_query(deltas[tile], heads).reshape(*queries.shape[:2], 1)
-        slopes *= weights
+        grad_scores -= layout.per_query(deltas[tile], heads).reshape(*queries.shape[:2], 1)
+        grad_scores *= weights
         for i, head in enumerate(heads):
             grad_key, grad_value = layout.key(grad_visible, head), layout.value(grad_visible, head)
             # Earlier tiles of the row have written the gradients of the positions before this one.
             for grad, left, right, factor in (
                 (grad_value, weights[i], grads[i], 1.0),
-                (grad_key, slopes[i], queries[i], layout.scale),
+                (grad_key, grad_scores[i], queries[i], layout.scale),
             ):
                 if start:
                     gemm(left[:, :start].T, right, grad[:start], alpha=factor, add=True)
                 gemm(left[:, start:].T, right, grad[start:], alpha=factor)
-            gemm(slopes[i], layout.key(visible, head), grads[i], alpha=layout.scale)
+            gemm(grad_scores[i], layout.key(visible, head), grads[i], alpha=layout.scale)
         grad_queries = layout.queries(grad_qkv[tile], heads)
         grad_queries[:] = grads.reshape(grad_queries.shape)
 

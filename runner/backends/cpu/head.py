@@ -83,22 +83,22 @@ class Head:
         """Return the loss of one chunk; `indices` (m,): which of its targets are in the partition, as the rows of `x`."""
         norm_weight, eps = self.norm
         count, work, shared, vocabulary = len(tokens), part.local, part.shared, len(self.weight)
-        rows = slice(vocabulary * part.index // part.count, vocabulary * (part.index + 1) // part.count)
-        head = self.weight[rows]
+        share = slice(vocabulary * part.index // part.count, vocabulary * (part.index + 1) // part.count)
+        weight = self.weight[share]
         normed, scale = work.buffer("head.local", *x.shape), work.buffer("head.scale", len(x), 1)
         self._ops.rms_norm(x, norm_weight, eps, normed, scale)
         all_normed = shared.buffer("head.normed", count, x.shape[1])
         all_normed[indices] = normed
         part.synchronize()
-        logits = gemm(all_normed, head.T, work.buffer("logits", count, len(head)))
+        logits = gemm(all_normed, weight.T, work.buffer("logits", count, len(weight)))
         maxima, sums = (shared.buffer(f"head.{name}", part.count, count) for name in ("maxima", "sums"))
         # The initial value is that of a partition without tokens, where there are more threads than tokens.
         np.max(logits, axis=1, out=maxima[part.index], initial=-np.inf)
         part.synchronize()
         maximum, target_logits = maxima.max(axis=0), shared.buffer("head.target", count)
-        in_rows = np.flatnonzero((tokens >= rows.start) & (tokens < rows.stop))
-        target_logit_at = in_rows, tokens[in_rows] - rows.start
-        target_logits[in_rows] = logits[target_logit_at] - maximum[in_rows]
+        in_share = np.flatnonzero((tokens >= share.start) & (tokens < share.stop))
+        target_logit_at = in_share, tokens[in_share] - share.start
+        target_logits[in_share] = logits[target_logit_at] - maximum[in_share]
         self._ops.exp_minus_max(logits, maximum, sums[part.index])
         part.synchronize()
         total = sums.sum(axis=0)
@@ -109,9 +109,9 @@ class Head:
             if grad_x is not None:
                 # Softmax minus target, times the sum of exponentials; dividing by it after the product touches fewer
                 # numbers.
-                logits[target_logit_at] -= total[in_rows]
+                logits[target_logit_at] -= total[in_share]
                 grads = shared.buffer("head.grad_normed", part.count, count, x.shape[1])
-                gemm(logits, head, grads[part.index])
+                gemm(logits, weight, grads[part.index])
                 part.synchronize()
                 grad_normed = grads[:, indices].sum(axis=0) * (weights / total)[indices, None]
                 grad_x[:] = 0

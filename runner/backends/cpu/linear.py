@@ -53,11 +53,11 @@ class Linear:
 
 
 class LinearGroup:
-    """Linear layers that read the same input (n, inputs): the products with their A matrices are one."""
+    """Linear layers that read the same input (n, inputs), such as q, k and v: one product serves all of their A."""
 
-    def __init__(self, linears: Sequence[Linear], key: str) -> None:
-        """`key` distinguishes the group's buffers in a workspace from those of other groups."""
-        self.linears, self._key = linears, key
+    def __init__(self, linears: Sequence[Linear], name: str) -> None:
+        """`name` is that of the group's buffers in a workspace, unique in the block."""
+        self.linears, self._name = linears, name
         self._adapted = [linear for linear in linears if linear.scale is not None]
         self._a: np.ndarray | None = None
         """All A side by side, times their scales."""
@@ -83,9 +83,9 @@ class LinearGroup:
             if linear.bias is not None:
                 out += linear.bias
         if self._a is not None:
-            low = gemm(x, self._a, self._low(work, slot, len(x)))
+            xa = gemm(x, self._a, self._xa_buffer(work, slot, len(x)))
             for _, b, columns, out in self._with_adapters(outs):
-                gemm(low[:, columns], b, out, add=True)
+                gemm(xa[:, columns], b, out, add=True)
 
     def backward(
         self, grad_outs: Sequence[np.ndarray], grad_x: np.ndarray | None, work: Workspace, slot: str, grads: Grads
@@ -97,19 +97,19 @@ class LinearGroup:
                 gemm(grad_out, linear.weight, grad_x, add=i > 0)
         if self._a is None:
             return
-        low, grad_low = self._low(work, slot, n), work.buffer("grad_low", n, sum(self._ranks))
+        xa, grad_xa = self._xa_buffer(work, slot, n), work.buffer("grad_xa", n, sum(self._ranks))
         for linear, b, columns, grad_out in self._with_adapters(grad_outs):
-            gemm(grad_out, b.T, grad_low[:, columns])
-            grads[f"{linear.name}.lora_b"] = gemm(low[:, columns].T, grad_out, np.empty(b.shape, np.float32))
+            gemm(grad_out, b.T, grad_xa[:, columns])
+            grads[f"{linear.name}.lora_b"] = gemm(xa[:, columns].T, grad_out, np.empty(b.shape, np.float32))
         if grad_x is not None:
-            gemm(grad_low, self._a.T, grad_x, add=True)
+            gemm(grad_xa, self._a.T, grad_x, add=True)
 
     def backward_a(self, x: np.ndarray, work: Workspace, grads: Grads) -> None:
         """Write the gradients of the factors A to `grads`, right after `backward`; they need the input `x` again."""
         if self._a is None:
             return
-        grad_low = work.buffer("grad_low", len(x), sum(self._ranks))
-        grad_a = gemm(x.T, grad_low, work.buffer("grad_a", *self._a.shape))
+        grad_xa = work.buffer("grad_xa", len(x), sum(self._ranks))
+        grad_a = gemm(x.T, grad_xa, work.buffer("grad_a", *self._a.shape))
         for linear, _, columns, _ in self._with_adapters([x] * len(self.linears)):
             assert linear.scale is not None
             grads[f"{linear.name}.lora_a"] = grad_a[:, columns] * np.float32(linear.scale)
@@ -122,6 +122,6 @@ class LinearGroup:
                 yield linear, self._b[i], slice(start, start + self._ranks[i]), array
                 start, i = start + self._ranks[i], i + 1
 
-    def _low(self, work: Workspace, slot: str, count: int) -> np.ndarray:
-        """Return the buffer of x A: (count, sum of ranks)."""
-        return work.buffer(f"{slot}.{self._key}.low", count, sum(self._ranks))
+    def _xa_buffer(self, work: Workspace, slot: str, count: int) -> np.ndarray:
+        """Return the buffer (count, sum of ranks) of x A, kept for the backward pass."""
+        return work.buffer(f"{slot}.{self._name}.xa", count, sum(self._ranks))

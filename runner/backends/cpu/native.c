@@ -276,10 +276,10 @@ void attention(const layout_t *s, i64 count, const i64 *work, float *qkv, float 
 /* Write grad_qkv, the gradients by queries, keys and values in the columns of qkv. deltas (., heads): dot products of
    the output and its gradient by head. The weights are recomputed from log_sums (Dao et al., 2022).
 
-   Scratch: queries and grads (group, tile, width), weights and slopes (group, tile, longest row). */
+   Scratch: queries and grads (group, tile, width), weights and grad_scores (group, tile, longest row). */
 void attention_backward(const layout_t *s, i64 count, const i64 *work, float *qkv, const float *deltas,
                         const float *log_sums, float *grad_out, float *grad_qkv, float *queries, float *grads,
-                        float *weights, float *slopes)
+                        float *weights, float *grad_scores)
 {
     i64 group = s->heads / s->kv_heads, w = s->width, columns = (s->heads + 2 * s->kv_heads) * w;
     for (; count; count--, work += 4)
@@ -294,11 +294,11 @@ void attention_backward(const layout_t *s, i64 count, const i64 *work, float *qk
                 s->gemm(ROW_MAJOR, NO_TRANS, TRANS, stacked, stop, w, s->scale, queries, w, visible_rows + key,
                         columns, 0.0f, weights, stop);
                 s->gemm(ROW_MAJOR, NO_TRANS, TRANS, stacked, stop, w, 1.0f, grads, w, visible_rows + value, columns,
-                        0.0f, slopes, stop);
+                        0.0f, grad_scores, stop);
                 for (i64 q_row = 0; q_row < stacked; q_row++) {
                     i64 q = q_row % n, visible = start + q + 1;
                     i64 number = (work[0] + start + q) * s->heads + head * group + q_row / n;
-                    float *restrict weight = weights + q_row * stop, *restrict slope = slopes + q_row * stop;
+                    float *restrict weight = weights + q_row * stop, *restrict slope = grad_scores + q_row * stop;
                     float log_sum = log_sums[number], delta = deltas[number];
                     for (i64 i = 0; i < visible; i++) {
                         weight[i] = exp_(weight[i] - log_sum);
@@ -314,9 +314,9 @@ void attention_backward(const layout_t *s, i64 count, const i64 *work, float *qk
                 }
                 s->gemm(ROW_MAJOR, TRANS, NO_TRANS, stop, w, stacked, 1.0f, weights, stop, grads, w, 1.0f,
                         grad_rows + value, columns);
-                s->gemm(ROW_MAJOR, TRANS, NO_TRANS, stop, w, stacked, s->scale, slopes, stop, queries, w, 1.0f,
+                s->gemm(ROW_MAJOR, TRANS, NO_TRANS, stop, w, stacked, s->scale, grad_scores, stop, queries, w, 1.0f,
                         grad_rows + key, columns);
-                s->gemm(ROW_MAJOR, NO_TRANS, NO_TRANS, stacked, w, stop, s->scale, slopes, stop, visible_rows + key,
+                s->gemm(ROW_MAJOR, NO_TRANS, NO_TRANS, stacked, w, stop, s->scale, grad_scores, stop, visible_rows + key,
                         columns, 0.0f, grads, w);
                 stack(s, grads, grad_rows + start * columns, columns, head, n, 1);
             }

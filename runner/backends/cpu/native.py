@@ -125,10 +125,10 @@ class NativeOps(Ops):
 
     @staticmethod
     def _scratch(layout: HeadLayout, partition: Partition) -> list[np.ndarray]:
-        """Return buffers for a tile: queries and gradients by width, scores and slopes by all positions of a row."""
+        """Return buffers for a tile: queries and gradients by width, scores and their gradients by all positions of a row."""
         rows = layout.group_size * layout.tile
         longest = max(partition.rows.lengths)
-        columns = {"queries": layout.width, "grads": layout.width, "scores": longest, "slopes": longest}
+        columns = {"queries": layout.width, "grads": layout.width, "scores": longest, "grad_scores": longest}
         return [partition.local.buffer(name, rows, count) for name, count in columns.items()]
 
 

@@ -126,12 +126,12 @@ class Partitioner:
     def __init__(self, threads: int) -> None:
         self._team = ThreadTeam(threads)
         self.min_positions = 16
-        """Positions of a partition; smaller matrix products take more time per position."""
+        """Fewest positions of a partition; smaller matrix products take more time per position."""
         self._shared, self._local = Workspace(), [Workspace() for _ in range(threads)]
 
     def run(self, work: Callable[[Partition], T], rows: PackedRows) -> list[T]:
         """Return what `work` returns for each partition of `rows`, in the order of their positions."""
-        count = self._team.size_for(len(rows), self.min_positions)
+        count = max(1, min(self._team.count, len(rows) // self.min_positions))
         return self._team.run(
             lambda index, barrier: work(Partition(index, count, rows, self._local[index], self._shared, barrier)), count
         )

@@ -26,10 +26,6 @@ class ThreadTeam:
         self.count = count
         self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="partition") if count > 1 else None
 
-    def size_for(self, items: int, minimum: int) -> int:
-        """Return how many threads share `items` where each is to have at least `minimum`."""
-        return max(1, min(self.count, items // minimum))
-
     def run(self, work: Callable[[int, Barrier], T], count: int) -> list[T]:
         """Return the results of work(0, barrier) to work(count - 1, barrier), each computed in its own thread.
 

@@ -207,15 +207,16 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
     Raises:
         ConfigError: a frozen setting differs from the checkpoint's.
     """
-    then, now = saved.identity.hyperparameters, _flatten_stored(spec.stored)
-    if then.get("data.window", 0) is None:  # an earlier version left it to the backend; compared with the one it used
-        then = {**then, "data.window": now["data.window"]}
-    frozen = [name for name in now if not resume_policy.is_free_on_resume(name)]
-    known = [name for name in frozen if name in then]  # another version may have other settings
-    problems = [f"{name} was {then[name]} and cannot become {now[name]}." for name in known if then[name] != now[name]]
+    former, current = saved.identity.hyperparameters, _flatten_stored(spec.stored)
+    if former.get("data.window", 0) is None:  # an earlier version left it to the backend, and the one used is compared
+        former = {**former, "data.window": current["data.window"]}
+    frozen = [name for name in current if not resume_policy.is_free_on_resume(name)]
+    known = [name for name in frozen if name in former]  # another version may have other settings
+    changed = [name for name in known if former[name] != current[name]]
+    problems = [f"{name} was {former[name]} and cannot become {current[name]}." for name in changed]
     if problems:
         problems.append(f"Step {saved.progress.step} was saved with the former value; config.yaml was edited since.")
-    from_environment = [f"{name}={now[name]}" for name in known if environment.has_reference(str(now[name]))]
+    from_environment = [f"{name}={current[name]}" for name in known if environment.has_reference(str(current[name]))]
     same = resume_policy.frozen_fingerprint(spec.config) == saved.identity.fingerprints.get("config")
     if from_environment and known == frozen and not problems and not same:
         problems.append(

@@ -21,12 +21,12 @@ def losses(run: Path, split: str) -> list[float]:
 
 
 def test_losses_equal_those_of_a_float32_adapter_within_the_noise_of_bfloat16(tiny, train, tmp_path):
-    own = train(tiny(**HALF), tmp_path / "float32")
+    single = train(tiny(**HALF), tmp_path / "float32")
     half = train(tiny(**HALF, **{"lora.dtype": "model"}), tmp_path / "model")
     for split in ("train", "valid"):
-        first, second = losses(own, split), losses(half, split)
+        first, second = losses(single, split), losses(half, split)
         assert second == pytest.approx(first, rel=2e-3)
-    assert losses(half, "train") != losses(own, "train")
+    assert losses(half, "train") != losses(single, "train")
     assert losses(half, "valid")[-1] < losses(half, "valid")[0] - 0.1
     for name in ("adapters", "optimizer"):
         saved = mx.load(str(half / f"checkpoints/step-0000012/{name}.safetensors"))

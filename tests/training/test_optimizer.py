@@ -21,9 +21,9 @@ OPTIMIZERS = {
 
 
 def arrays(seed: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
-    numbers = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     shapes = {"a": (7, 5), "b": (3,), "model.c": (64, 33), "d": (1, 1)}
-    out = {name: mx.array(numbers.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+    out = {name: mx.array(generator.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
     return out | {"b": out["b"].astype(dtype), "e": (out["a"] * 2).astype(dtype)}
 
 
@@ -59,27 +59,27 @@ def test_several_vectors_equal_one_and_can_load_its_state(name: str, monkeypatch
     several = Optimizer(OPTIMIZERS[name](), params)
     assert list(several.layout.names) == ["float32", "float32.53"] and list(one.layout.names) == ["float32"]
     several.restore(state, "source")
-    found = several.update(middle, several.layout.flatten(grads[1]), 1e-3)
-    assert list(found) == list(expected)
-    assert all(mx.array_equal(found[n], expected[n]).item() for n in expected)
-    for ours, theirs in zip(several.tensors(found), one.tensors(expected), strict=True):
+    result = several.update(middle, several.layout.flatten(grads[1]), 1e-3)
+    assert list(result) == list(expected)
+    assert all(mx.array_equal(result[n], expected[n]).item() for n in expected)
+    for ours, theirs in zip(several.tensors(result), one.tensors(expected), strict=True):
         assert {n: bytes(t.data) for n, t in ours.items()} == {n: bytes(t.data) for n, t in theirs.items()}
 
 
 def test_a_restored_state_continues_exactly_and_a_different_one_is_refused() -> None:
     params = arrays(0)
-    first, second = (Optimizer(OPTIMIZERS["adam"](), params) for _ in range(2))
-    grads = [first.layout.flatten(arrays(update)) for update in (1, 2)]
-    stopped = first.update(params, grads[0], 1e-3)
-    state = {name: mx.array(np.array(array)) for name, array in first.state().items()}
-    straight = first.update(stopped, grads[1], 1e-3)
-    second.restore(state, "source")
-    resumed = second.update(stopped, grads[1], 1e-3)
-    assert all(mx.array_equal(resumed[n], straight[n]).item() for n in params)
+    uninterrupted, restored = (Optimizer(OPTIMIZERS["adam"](), params) for _ in range(2))
+    grads = [uninterrupted.layout.flatten(arrays(update)) for update in (1, 2)]
+    stopped = uninterrupted.update(params, grads[0], 1e-3)
+    state = {name: mx.array(np.array(array)) for name, array in uninterrupted.state().items()}
+    expected = uninterrupted.update(stopped, grads[1], 1e-3)
+    restored.restore(state, "source")
+    resumed = restored.update(stopped, grads[1], 1e-3)
+    assert all(mx.array_equal(resumed[n], expected[n]).item() for n in params)
     with pytest.raises(CheckpointError, match="source: .*different arrays"):
-        second.restore({n: a for n, a in state.items() if n != "a.m"}, "source")
+        restored.restore({n: a for n, a in state.items() if n != "a.m"}, "source")
     with pytest.raises(CheckpointError, match=r"source: a\.m is"):
-        second.restore({**state, "a.m": state["a.m"].T}, "source")
+        restored.restore({**state, "a.m": state["a.m"].T}, "source")
 
 
 def test_the_norm_is_exact_over_millions_of_elements_and_clips_as_mlx_does() -> None:
@@ -95,7 +95,7 @@ def test_the_norm_is_exact_over_millions_of_elements_and_clips_as_mlx_does() -> 
     assert mx.array_equal(clip_grads(grads, float(exact) * 2)[0]["float32"], grads["float32"]).item()
 
 
-def test_unpacked_arrays_share_the_memory_of_their_vector() -> None:
+def test_unflattened_arrays_share_the_memory_of_their_vector() -> None:
     params = arrays(3)
     layout = FlatLayout(params)
     vectors = layout.flatten(params)
@@ -112,17 +112,17 @@ def test_tensors_for_a_checkpoint_equal_arrays_and_state_and_nan_is_reported_by_
 ) -> None:
     params = arrays(0, dtype)
     optimizer = Optimizer(OPTIMIZERS["adam"](), params)
-    now = optimizer.update(params, optimizer.layout.flatten(arrays(1, dtype)), 1e-3)
-    for given in (now, dict(now), params):  # the result of the last update, and other arrays
-        found, state = optimizer.tensors(given)
-        expected = to_tensors(given), to_tensors(optimizer.state())
-        for ours, theirs in zip((found, state), expected, strict=True):
+    updated = optimizer.update(params, optimizer.layout.flatten(arrays(1, dtype)), 1e-3)
+    for params_to_save in (updated, dict(updated), params):  # the result of the last update, and other arrays
+        tensors, state = optimizer.tensors(params_to_save)
+        expected = to_tensors(params_to_save), to_tensors(optimizer.state())
+        for ours, theirs in zip((tensors, state), expected, strict=True):
             assert set(ours) == set(theirs)
             for name, tensor in theirs.items():
                 assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
                 assert bytes(ours[name].data) == bytes(tensor.data)
     with pytest.raises(NonFiniteArray, match=r"^model\.c$"):
-        optimizer.tensors({**now, "model.c": mx.full((64, 33), float("nan"))})
-    optimizer.update(now, optimizer.layout.flatten(arrays(2, dtype)), float("inf"))
+        optimizer.tensors({**updated, "model.c": mx.full((64, 33), float("nan"))})
+    optimizer.update(updated, optimizer.layout.flatten(arrays(2, dtype)), float("inf"))
     with pytest.raises(NonFiniteArray):
-        optimizer.tensors(now)
+        optimizer.tensors(updated)

@@ -31,50 +31,50 @@ def token_set(lengths: list[int], prompt: int = 4) -> TokenSet:
     return TokenSet(tokens, supervised, np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)))
 
 
-def adapted(dropout: float = 0.0, bits: int | None = None) -> AdaptedModel:
+def build_adapted(dropout: float = 0.0, bits: int | None = None) -> AdaptedModel:
     model = schema.ModelConfig(path="builtin:tiny")
     model.quantize.bits = bits
     model.quantize.group_size = 32
-    made = AdaptedModel(load_base_model(model), schema.LoraConfig(rank=4, num_layers=2, dropout=dropout), seed=5)
-    for name, array in made.params().items():  # B starts at zero, and with it the gradient of A
+    adapted = AdaptedModel(load_base_model(model), schema.LoraConfig(rank=4, num_layers=2, dropout=dropout), seed=5)
+    for name, array in adapted.params().items():  # B starts at zero, and with it the gradient of A
         noise = mx.random.normal(array.shape, key=mx.random.key(len(name))) * 0.02
-        made.model.load_weights([(name, array + noise)], strict=False)
-    return made
+        adapted.model.load_weights([(name, array + noise)], strict=False)
+    return adapted
 
 
-def mlx(made: AdaptedModel, **options) -> MlxBackend:
-    return MlxBackend(made, SplitModel(made.model), chunk=256, **options)
+def mlx(adapted: AdaptedModel, **options) -> MlxBackend:
+    return MlxBackend(adapted, SplitModel(adapted.model), chunk=256, **options)
 
 
-def loss_of(made: AdaptedModel, batch) -> float:
-    return mlx(made).loss(made.params(), batch)
+def loss_of(adapted: AdaptedModel, batch) -> float:
+    return mlx(adapted).loss(adapted.params(), batch)
 
 
 def batch_of(rows, indices, pad_to):
     return BatchBuilder(rows, pad_to)(np.asarray(indices))
 
 
-def member(made: AdaptedModel, **options) -> TrainState:
+def train_state(adapted: AdaptedModel, **options) -> TrainState:
     settings = validation.fill_defaults(schema.Config(optimizer=schema.OptimizerConfig(name="adamw", **options)))
     settings.schedule.name = "constant"
-    params = made.params()
+    params = adapted.params()
     return TrainState(params, optimizer.build_optimizer(settings.optimizer, params), seed=0)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bits):
-    made = adapted(bits=bits)
+    adapted = build_adapted(bits=bits)
     rows = token_set([17, 17, 17])
     batch = batch_of(rows, np.arange(3), 16)
-    backend = mlx(made)
+    backend = mlx(adapted)
     assert backend.split_model.has_separate_head
     # mlx-lm trains positions `offset` to `length`: the first supervised target is token `prompt`.
     tokens = mx.array(rows.tokens.reshape(3, 17))
     lengths = mx.array([[4, 17]] * 3)
-    theirs, grads = nn.value_and_grad(made.model, lambda m: default_loss(m, tokens, lengths)[0])(made.model)
-    ntoks = default_loss(made.model, tokens, lengths)[1].item()
+    theirs, grads = nn.value_and_grad(adapted.model, lambda m: default_loss(m, tokens, lengths)[0])(adapted.model)
+    ntoks = default_loss(adapted.model, tokens, lengths)[1].item()
     assert ntoks == batch.batch.supervised == 39
-    ours, our_grads = backend.loss_and_grads(made.params(), batch, mx.random.key(0))
+    ours, our_grads = backend.loss_and_grads(adapted.params(), batch, mx.random.key(0))
     assert ours.item() / batch.batch.supervised == pytest.approx(theirs.item(), abs=1e-5)
     flat = dict(tree_flatten(grads))
     assert set(flat) == set(our_grads)
@@ -85,55 +85,55 @@ def test_loss_and_gradients_equal_mlx_lm_default_loss_on_rows_without_padding(bi
 
 
 def test_padding_does_not_change_the_loss():
-    made = adapted()
+    adapted = build_adapted()
     rows = token_set([9, 30, 21])
-    together = loss_of(made, batch_of(rows, np.arange(3), 16))
-    alone = sum(loss_of(made, batch_of(rows, np.array([i]), 8)) for i in range(3))
+    together = loss_of(adapted, batch_of(rows, np.arange(3), 16))
+    alone = sum(loss_of(adapted, batch_of(rows, np.array([i]), 8)) for i in range(3))
     assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_model_that_cannot_be_split_gives_the_same_logits_whole():
-    made = adapted()
+    adapted = build_adapted()
     rows = token_set([20, 20])
     batch = batch_of(rows, np.arange(2), 16)
-    backend, whole = mlx(made), mlx(made)
+    backend, whole = mlx(adapted), mlx(adapted)
     whole.split_model.has_separate_head = False
-    params = made.params()
+    params = adapted.params()
     assert whole.loss(params, batch) == pytest.approx(backend.loss(params, batch), abs=1e-4)
 
 
 def test_a_model_with_capped_logits_is_not_split():
-    made = adapted()
-    own = type(made.model)
+    adapted = build_adapted()
+    base = type(adapted.model)
 
-    class Capped(own):
+    class Capped(base):
         def __call__(self, *args):
-            return 0.1 * mx.tanh(own.__call__(self, *args) / 0.1)
+            return 0.1 * mx.tanh(base.__call__(self, *args) / 0.1)
 
-    made.model.__class__ = Capped
-    assert not SplitModel(made.model).has_separate_head
+    adapted.model.__class__ = Capped
+    assert not SplitModel(adapted.model).has_separate_head
 
 
 def test_accumulation_weights_micro_batches_by_their_tokens():
-    made = adapted()
+    adapted = build_adapted()
     rows = token_set([40, 8, 8, 12])
-    step = TrainStep(mlx(made), grad_clip=None)
-    whole, parts = member(made), member(made)
-    one = step.update(whole, [batch_of(rows, np.arange(4), 8)], 1e-3)
-    several = step.update(parts, [batch_of(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
-    assert several[0] == pytest.approx(one[0], rel=1e-5)
-    assert several[1] == pytest.approx(one[1], rel=1e-4)
+    step = TrainStep(mlx(adapted), grad_clip=None)
+    whole, parts = train_state(adapted), train_state(adapted)
+    expected = step.update(whole, [batch_of(rows, np.arange(4), 8)], 1e-3)
+    result = step.update(parts, [batch_of(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
+    assert result[0] == pytest.approx(expected[0], rel=1e-5)
+    assert result[1] == pytest.approx(expected[1], rel=1e-4)
     for name in whole.params:
         assert mx.allclose(whole.params[name], parts.params[name], atol=1e-5).item()
 
 
 def test_clipping_limits_the_norm_and_the_norm_before_is_returned():
-    made = adapted()
+    adapted = build_adapted()
     rows = token_set([20, 20])
     batch = [batch_of(rows, np.arange(2), 16)]
-    free, clipped = member(made), member(made)
-    norm = TrainStep(mlx(made), grad_clip=None).update(free, batch, 1e-3)[1]
-    same = TrainStep(mlx(made), grad_clip=norm / 10).update(clipped, batch, 1e-3)[1]
+    free, clipped = train_state(adapted), train_state(adapted)
+    norm = TrainStep(mlx(adapted), grad_clip=None).update(free, batch, 1e-3)[1]
+    same = TrainStep(mlx(adapted), grad_clip=norm / 10).update(clipped, batch, 1e-3)[1]
     assert same == pytest.approx(norm, rel=1e-6)
     moments = [m.optimizer.state() for m in (free, clipped)]
     for name in moments[0]:
@@ -143,52 +143,52 @@ def test_clipping_limits_the_norm_and_the_norm_before_is_returned():
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_raises_before_the_update(poison):
-    made = adapted()
-    one = member(made)
-    name = next(iter(one.params))
-    one.params[name] = mx.full(one.params[name].shape, poison)
-    before = one.optimizer.state()
+    adapted = build_adapted()
+    state = train_state(adapted)
+    name = next(iter(state.params))
+    state.params[name] = mx.full(state.params[name].shape, poison)
+    before = state.optimizer.state()
     with pytest.raises(Diverged, match="update 1 "):
-        TrainStep(mlx(made), grad_clip=1.0).update(one, [batch_of(token_set([20]), np.array([0]), 16)], 1e-3)
-    after = one.optimizer.state()
+        TrainStep(mlx(adapted), grad_clip=1.0).update(state, [batch_of(token_set([20]), np.array([0]), 16)], 1e-3)
+    after = state.optimizer.state()
     assert all(mx.array_equal(before[n], after[n]).item() for n in before)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_checkpointing_is_bitwise_equal_and_leaves_the_class_unchanged(dropout, compiled):
-    made = adapted(dropout=dropout)
+    adapted = build_adapted(dropout=dropout)
     batch = [batch_of(token_set([30, 25]), np.arange(2), 16)]
-    block, own = type(made.model.layers[0]), type(made.model.layers[0]).__call__
-    plain, recomputed = member(made), member(made)
+    block, call = type(adapted.model.layers[0]), type(adapted.model.layers[0]).__call__
+    plain, recomputed = train_state(adapted), train_state(adapted)
     results = []
-    for one, on in ((plain, False), (recomputed, True)):
-        step = TrainStep(mlx(made, grad_checkpoint=on, compiled=compiled), grad_clip=None)
-        results.append([step.update(one, batch, 1e-3), step.update(one, batch, 1e-3)])
+    for state, recomputes in ((plain, False), (recomputed, True)):
+        step = TrainStep(mlx(adapted, grad_checkpoint=recomputes, compiled=compiled), grad_clip=None)
+        results.append([step.update(state, batch, 1e-3), step.update(state, batch, 1e-3)])
     assert results[0] == results[1]
     assert all(mx.array_equal(plain.params[n], recomputed.params[n]).item() for n in plain.params)
-    assert type(made.model.layers[0]) is block
-    assert block.__call__ is own
+    assert type(adapted.model.layers[0]) is block
+    assert block.__call__ is call
 
 
 def test_dropout_depends_on_seed_update_and_micro_batch_alone():
     assert mx.array_equal(dropout_key(1, 2, 3), dropout_key(1, 2, 3)).item()
     keys = [dropout_key(*k).tolist() for k in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))]
     assert len({tuple(k) for k in keys}) == 4
-    made = adapted(dropout=0.5)
+    adapted = build_adapted(dropout=0.5)
     batch = batch_of(token_set([30]), np.array([0]), 16)
-    backend = mlx(made)
+    backend = mlx(adapted)
     losses = [
-        backend.loss_and_grads(made.params(), batch, dropout_key(*k))[0].item()
+        backend.loss_and_grads(adapted.params(), batch, dropout_key(*k))[0].item()
         for k in ((1, 1, 0), (1, 1, 0), (1, 2, 0))
     ]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_evaluation_ignores_dropout():
-    made = adapted(dropout=0.5)
+    adapted = build_adapted(dropout=0.5)
     batch = batch_of(token_set([30]), np.array([0]), 16)
-    made.dropout.set_key(dropout_key(1, 1, 0))
-    first = loss_of(made, batch)
-    made.dropout.set_key(None)
-    assert loss_of(made, batch) == first
+    adapted.dropout.set_key(dropout_key(1, 1, 0))
+    first = loss_of(adapted, batch)
+    adapted.dropout.set_key(None)
+    assert loss_of(adapted, batch) == first

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.bench import FULL, QUICK, Bench
-from benchmarks.processes import Failed
+from benchmarks.processes import ProcessFailed
 from benchmarks.sides import QUICK_ROWS, ROWS
 from benchmarks.workloads import NAMES
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(folder, chosen, rows, workloads, rounds=options.rounds, minutes=options.minutes)
     try:
         bench.run()
-    except Failed as failed:
+    except ProcessFailed as failed:
         print(f"error: {failed}", file=sys.stderr)
         return 1
     print(report.write(bench.results, folder))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gates, sides
-from benchmarks.processes import answer, measured
+from benchmarks.processes import call_module, run_measured
 from benchmarks.report import COLD
 from benchmarks.sides import BASE_ROW, OFF_ROW, OPTIMIZATION_ROWS, OURS, ROWS, SHIPPED_ROW, SLOW_ROW, STOCK, Row, Work
 from benchmarks.workloads import Statistics
@@ -112,7 +112,7 @@ class Bench:
         self.parts = parts_of(effort, [row for row in ROWS if row in rows], workloads)
         self.rounds = effort.rounds if rounds is None else rounds
         self._limit = effort.minutes if minutes is None else minutes
-        self._begun = time.monotonic()
+        self._started = time.monotonic()
         self._models: dict[str, str] = {}
         self._data: dict[tuple[str, int, int], dict[str, Any]] = {}
         self._jobs: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -120,32 +120,32 @@ class Bench:
         self.results["notes"] = list(effort.notes)
 
     def run(self) -> None:
-        """Measure everything. Raises Failed where a process fails; what was measured before is in results.json."""
-        self._models = answer("models")
+        """Measure everything. Raises ProcessFailed where a process fails; what was measured before is in results.json."""
+        self._models = call_module("models")
         self.results["machine"] = _machine()
         self.results["model"] = json.loads((Path(self._models["float32"]) / "config.json").read_text())
-        self.results["gemm"] = answer("flops")
+        self.results["gemm"] = call_module("flops")
         for name in self.parts:
             self._prepare(name)
         for name in self.parts:
-            self._measure(name)
-        again = answer("flops")
+            self._measure_rounds(name)
+        again = call_module("flops")
         self.results["gemm"]["gflops"] = max(self.results["gemm"]["gflops"], again["gflops"])
-        self._count()
+        self._check_token_counts()
         for name in self.parts:
-            self._compare(name)
+            self._compare_adapters(name)
         shutil.rmtree(self.folder / "caches", ignore_errors=True)
-        self._keep()
+        self._write_results()
 
     def _prepare(self, name: str) -> None:
         size = self.parts[name].size
-        made = self._make(name, size)
+        made = self._dataset(name, size)
         self.results["workloads"][name] = {"statistics": made["statistics"], **asdict(size.work)}
         for split, found in made["statistics"].items():
             self._print(f"{name} {split}: {Statistics(**found)}")
         if not self.parts[name].gated:
             return
-        found = answer("gates", "equal", self._models["float32"], made["folder"])
+        found = call_module("gates", "equal", self._models["float32"], made["folder"])
         text = (
             f"{found['rows_that_differ']} rows tokenized differently; losses of equal batches differ by "
             f"{found['loss']:.1e} (at most {gates.LOSS:g}), gradients by {found['gradient']:.1e} of their norm "
@@ -154,42 +154,42 @@ class Bench:
         self.results["gates"][f"{name}, equal batches"] = {**found, "text": text}
         self._print(f"{name}, equal batches: {'passed' if found['passed'] else 'FAILED'}: {text}")
 
-    def _make(self, name: str, size: Size) -> dict[str, Any]:
+    def _dataset(self, name: str, size: Size) -> dict[str, Any]:
         workload = self.parts[name].workload
         key = (workload, size.train_rows, size.valid_rows)
         if key not in self._data:
-            self._data[key] = answer("workloads", self._models["float32"], workload, *map(str, key[1:]))
+            self._data[key] = call_module("workloads", self._models["float32"], workload, *map(str, key[1:]))
         return self._data[key]
 
-    def _measure(self, name: str) -> None:
+    def _measure_rounds(self, name: str) -> None:
         part = self.parts[name]
         for seed in range(self.effort.gate_runs if SHIPPED_ROW in part.rows else 0):
-            self._one(name, GATE, GATE, seed)
+            self._run_row(name, GATE, GATE, seed)
         rows = [row for row in part.rows if row != SLOW_ROW]
         if self.effort.cold_everywhere or name == next(iter(self.parts)):
             for row in rows:
                 shutil.rmtree(self._cache(row), ignore_errors=True)
-                self._one(name, row, COLD, seed=0)
+                self._run_row(name, row, COLD, seed=0)
         if SLOW_ROW in part.rows and name in self.effort.slow_on:
             shutil.rmtree(self._cache(SLOW_ROW), ignore_errors=True)
             for which in (COLD, 1) if self.effort.cold_everywhere else (COLD,):
-                self._one(name, SLOW_ROW, which, seed=0)
+                self._run_row(name, SLOW_ROW, which, seed=0)
         longest = 0.0
         for number in range(1, self.rounds + 1):
-            left = self._left()
+            left = self._seconds_left()
             if number > 1 and left < longest:
                 self.results["notes"].append(f"{name}: {number - 1} of {self.rounds} rounds, for lack of time")
                 break
             begun = time.monotonic()
             for row in rows if number % 2 else reversed(rows):
-                self._one(name, row, number, seed=number)
+                self._run_row(name, row, number, seed=number)
             longest = max(longest, time.monotonic() - begun)
 
-    def _one(self, name: str, label: str, which: str | int, seed: int) -> None:
+    def _run_row(self, name: str, label: str, which: str | int, seed: int) -> None:
         """Run one row once, and keep what is needed to count what it did."""
         row = sides.GATE if label == GATE else ROWS[label]
         size = self.effort.slow if label == SLOW_ROW else self.parts[name].size
-        data = self._make(name, size)["folder"]
+        data = self._dataset(name, size)["folder"]
         folder = (
             self.folder
             / "runs"
@@ -201,26 +201,26 @@ class Bench:
         command = sides.command(row, size.work, model=self._models[row.model], data=data, seed=seed, folder=folder)
         # MLX keeps the kernels that it compiles below TMPDIR.
         own_caches = {"TMPDIR": str(cache), "RUNNER_CACHE": str(cache / "runner")}
-        took = measured(command, extra=own_caches, log=folder / "log", limit=4 * 3600)
-        run = {"workload": name, "row": label, "round": which, "seed": seed, **asdict(took)}
+        measurement = run_measured(command, extra=own_caches, log=folder / "log", limit=4 * 3600)
+        run = {"workload": name, "row": label, "round": which, "seed": seed, **asdict(measurement)}
         own, job = (_ours if row.side == OURS else _stock)(row, size.work, self._models[row.model], data, seed, folder)
         self._jobs.append((run | own, job))
-        others = "" if took.others is None else f", others {took.others:.1f} cores"
+        others = "" if measurement.others is None else f", others {measurement.others:.1f} cores"
         round_ = f"of seed {seed}" if label == GATE else which
         self._print(
-            f"{name} {label} {round_}: {took.seconds:.1f} s, {took.rss_gb:.2f} GB, load {took.load:.1f}{others}"
+            f"{name} {label} {round_}: {measurement.seconds:.1f} s, {measurement.rss_gb:.2f} GB, load {measurement.load:.1f}{others}"
         )
-        self._keep()
+        self._write_results()
 
     def _cache(self, label: str) -> Path:
         return self.folder / "caches" / label.replace(": ", "-").replace(" ", "_")
 
-    def _count(self) -> None:
+    def _check_token_counts(self) -> None:
         """Replay every run outside of the timing, and compare the counts with those that the program reported."""
         jobs = self.folder / "jobs.json"
         jobs.write_text(json.dumps([job for _, job in self._jobs]))
         wrong = []
-        for (run, _), counted in zip(self._jobs, answer("replay", str(jobs)), strict=True):
+        for (run, _), counted in zip(self._jobs, call_module("replay", str(jobs)), strict=True):
             run["counted"] = counted
             reported = run["said_tokens"]
             # Stock mlx-lm prints supervised tokens in hundreds, one of padding a row among them.
@@ -238,7 +238,7 @@ class Bench:
         )
         self.results["gates"]["tokens"] = {"passed": not wrong, "text": text}
 
-    def _compare(self, name: str) -> None:
+    def _compare_adapters(self, name: str) -> None:
         """The gate of the adapters: equal validation loss after equal updates, as far as the seeds' spread tells."""
         if not self.parts[name].gated:
             return
@@ -253,15 +253,15 @@ class Bench:
             self.results["gates"][title] = {"passed": None, "text": text}
             return
         job = self.folder / "adapters.json"
-        data = self._make(name, self.parts[name].size)["folder"]
+        data = self._dataset(name, self.parts[name].size)["folder"]
         both = found[SHIPPED_ROW] + found[theirs]
         job.write_text(json.dumps({"model": self._models["float32"], "data": data, "folders": both}))
-        measured_losses = answer("gates", "adapters", str(job))
+        measured_losses = call_module("gates", "adapters", str(job))
         losses = (
             measured_losses["losses"][: len(found[SHIPPED_ROW])],
             measured_losses["losses"][len(found[SHIPPED_ROW]) :],
         )
-        gate = gates.agree(*losses, measured_losses["before"], same=theirs == GATE)
+        gate = gates.compare_means(*losses, measured_losses["before"], same=theirs == GATE)
         against = sides.GATE.about if theirs == GATE else "b, where ours may be lower: b learns padding as well"
         text = (
             f"validation loss {gate['before']:.4f} before, {gate['ours']:.4f} ours, {gate['theirs']:.4f} theirs "
@@ -270,16 +270,16 @@ class Bench:
         self.results["gates"][title] = {**gate, "losses": losses, "text": text}
         self._print(f"{title}: {'passed' if gate['passed'] else 'FAILED'}: {text}")
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         """Seconds until the limit."""
-        return float("inf") if self._limit is None else self._limit * 60 - (time.monotonic() - self._begun)
+        return float("inf") if self._limit is None else self._limit * 60 - (time.monotonic() - self._started)
 
-    def _keep(self) -> None:
+    def _write_results(self) -> None:
         runs = self.results["runs"] or [run for run, _ in self._jobs]
         (self.folder / "results.json").write_text(json.dumps({**self.results, "runs": runs}, indent=1))
 
     def _print(self, line: str) -> None:
-        minutes, seconds = divmod(int(time.monotonic() - self._begun), 60)
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         print(f"{minutes:3d}:{seconds:02d}  {line}", flush=True)
 
 

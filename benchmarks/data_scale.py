@@ -25,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import run_cli_silently
+
 MAX_LENGTH = 512
 """Maximum tokens of a row: about 2,000 characters in a real model; the tiny one has a token per byte."""
 
@@ -42,9 +44,9 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        _one(float(options.one[0]), options.one[1], options.updates)
+        _measure(float(options.one[0]), options.one[1], options.updates)
         return
-    found = []
+    results = []
     print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
     print("     rows      JSONL      tokens  start   first update      peak           step")
     for rows in options.rows:
@@ -54,18 +56,18 @@ def main() -> None:
                 command = [sys.executable, "-m", "benchmarks.data_scale", "--updates", str(options.updates)]
                 command += ["--one", str(time.time()), folder]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                one = {"rows": rows, "bytes": size, "start": start, **json.loads(done.stdout.splitlines()[-1])}
-                found.append(one)
-                print(_line(one), flush=True)
+                result = {"rows": rows, "bytes": size, "start": start, **json.loads(done.stdout.splitlines()[-1])}
+                results.append(result)
+                print(_table_line(result), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _line(one: dict[str, Any]) -> str:
-    workers = f" + {one['worker_gb']:.2f}" if one["worker_gb"] else ""
+def _table_line(result: dict[str, Any]) -> str:
+    workers = f" + {result['worker_gb']:.2f}" if result["worker_gb"] else ""
     return (
-        f"{one['rows']:9,}  {one['bytes'] / 1e6:6.1f} MB  {one['tokens'] / 1e6:8.1f} M  {one['start']}    "
-        f"{one['first_update_s']:8.2f} s     {one['peak_gb']:5.2f} GB{workers:<8}  {one['step_ms']:6.1f} ms"
+        f"{result['rows']:9,}  {result['bytes'] / 1e6:6.1f} MB  {result['tokens'] / 1e6:8.1f} M  {result['start']}    "
+        f"{result['first_update_s']:8.2f} s     {result['peak_gb']:5.2f} GB{workers:<8}  {result['step_ms']:6.1f} ms"
     )
 
 
@@ -84,25 +86,25 @@ def _write(folder: Path, rows: int, characters: int) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _one(begun: float, folder: str, updates: int) -> None:
+def _measure(begun: float, folder: str, updates: int) -> None:
     from runner.backends import blas
 
     blas.load_blas()
     from runner.training.trainer import Trainer
 
     ends: list[float] = []
-    own = Trainer.update
+    original = Trainer.update
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         try:
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             ends.append(time.time())
 
     Trainer.update = timed  # type: ignore[method-assign]
     overrides = ["model=tiny", f"data.path={folder}/data", f"data.cache_folder={folder}/cache"]
     overrides += [f"data.max_length={MAX_LENGTH}", f"train.iters={updates}", f"hydra.run.dir={folder}/run-{begun}"]
-    _quietly(overrides)
+    run_cli_silently(overrides)
     counted = Path(folder, f"run-{begun}", "run.log").read_text().split("rows, ")[1].split(" tokens")[0]
     scale = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss is in bytes there, in KiB elsewhere
     out = {
@@ -113,21 +115,6 @@ def _one(begun: float, folder: str, updates: int) -> None:
         "step_ms": 1e3 * statistics.median(b - a for a, b in pairwise(ends)),
     }
     print(json.dumps(out))
-
-
-def _quietly(overrides: list[str]) -> None:
-    from runner.__main__ import main as cli
-
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        code = cli(overrides)
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ SEEDS = 3
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
-def agree(ours: Sequence[float], theirs: Sequence[float], before: float, *, same: bool) -> dict[str, Any]:
+def compare_means(ours: Sequence[float], theirs: Sequence[float], before: float, *, same: bool) -> dict[str, Any]:
     """Test whether two samples of validation losses have the same mean, given their spread (t test, 95 %).
 
     Without `same`, ours may also be the lower one. Each side must have learned: its mean lies below the loss `before`
@@ -44,10 +44,10 @@ def agree(ours: Sequence[float], theirs: Sequence[float], before: float, *, same
 def equal(model: str, data: str) -> dict[str, Any]:
     """Compare the tokens of every row, and loss and gradients of the first batch and the one of the shortest rows."""
     adapted, tokens = _load(model, data)
-    found: dict[str, Any] = {"rows_that_differ": _differing(adapted.base.tokenizer, tokens, data)}
+    found: dict[str, Any] = {"rows_that_differ": _count_differing_rows(adapted.base.tokenizer, tokens, data)}
     size = Work(0, 0).batch_size
     batches = [range(size), tokens.train.lengths.argsort(kind="stable")[:size]]
-    made = [_sides(adapted, tokens.train, rows) for rows in batches]
+    made = [_loss_and_grads_by_side(adapted, tokens.train, rows) for rows in batches]
     # Stock mlx-lm adds 49,000 exponentials up in a row, in float32: 1e-4 of the loss is lost. So it is compared with
     # our MLX backend, which has the same sums, and the engine with a loss whose sums are made in float64.
     pairs = [(m["mlx"], m["stock"]) for m in made] + [(m["engine"], m["float64"]) for m in made if "engine" in m]
@@ -81,7 +81,7 @@ def _load(model: str, data: str) -> tuple[Any, Any]:
     return AdaptedModel(base, lora, seed=0), load_dataset(data, base.tokenizer, encode_options(), SPLITS)
 
 
-def _differing(tokenizer: Any, tokens: Any, data: str) -> int:
+def _count_differing_rows(tokenizer: Any, tokens: Any, data: str) -> int:
     """Return the number of rows whose tokens or supervised part differ from those of stock mlx-lm."""
     from mlx_lm.tuner.datasets import CompletionsDataset
 
@@ -104,7 +104,7 @@ def _differing(tokenizer: Any, tokens: Any, data: str) -> int:
     return differing
 
 
-def _sides(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[float, dict]]:
+def _loss_and_grads_by_side(adapted: Any, rows: Any, chosen: Sequence[int]) -> dict[str, tuple[float, dict]]:
     """Return mean loss and gradients of the rows `chosen`, by stock mlx-lm and by each of our backends.
 
     Stock mlx-lm counts the first token of padding after each row. Told that each row is one token shorter, it counts

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """The cost of one process."""
 
     seconds: float
@@ -33,7 +33,7 @@ class Measured:
     """Cores that other processes, or other machines on the same host, kept busy meanwhile; None where unknown."""
 
 
-class Failed(Exception):
+class ProcessFailed(Exception):
     """Raised for a process that failed, with the end of its output."""
 
 
@@ -43,11 +43,11 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **(extra or {})}
 
 
-def measured(command: Sequence[str], *, extra: Mapping[str, str], log: Path, limit: float) -> Measured:
+def run_measured(command: Sequence[str], *, extra: Mapping[str, str], log: Path, limit: float) -> Measurement:
     """Run `command` to its end, its output into `log`.
 
     Raises:
-        Failed: it ended with an error, or took longer than `limit` seconds.
+        ProcessFailed: it ended with an error, or took longer than `limit` seconds.
     """
     load, busy, begun = os.getloadavg()[0], _busy(), time.perf_counter()
     with log.open("wb") as out:
@@ -68,24 +68,39 @@ def measured(command: Sequence[str], *, extra: Mapping[str, str], log: Path, lim
     if process.returncode:
         late = f" (after {seconds:.0f} s; the limit is {limit:.0f} s)" if seconds >= limit else ""
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise Failed(f"{' '.join(command)}\nended with {process.returncode}{late}; see {log}\n{tail}")
+        raise ProcessFailed(f"{' '.join(command)}\nended with {process.returncode}{late}; see {log}\n{tail}")
     own = usage.ru_utime + usage.ru_stime
     others = None if busy is None or after is None else max(0.0, (after - busy - own) / seconds)
     unit = 1 if sys.platform == "darwin" else 1024
-    return Measured(seconds, usage.ru_maxrss * unit / 1e9, load, others)
+    return Measurement(seconds, usage.ru_maxrss * unit / 1e9, load, others)
 
 
-def answer(module: str, *arguments: str, limit: float = 1800) -> Any:
+def call_module(module: str, *arguments: str, limit: float = 1800) -> Any:
     """Run ``python -m benchmarks.MODULE ARGUMENTS…`` and return its last line, parsed as JSON.
 
     Raises:
-        Failed: it ended with an error.
+        ProcessFailed: it ended with an error.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit)
     if done.returncode:
-        raise Failed(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise ProcessFailed(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_cli_silently(overrides: Sequence[str]) -> None:
+    """Run `runner` with `overrides` in this process, its output discarded; exit where it fails."""
+    from runner.__main__ import main as cli
+
+    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    try:
+        code = cli(list(overrides))
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+    if code:
+        sys.exit(code)
 
 
 def _busy() -> float | None:

@@ -20,7 +20,7 @@ from benchmarks.sides import STOCK
 
 
 @dataclass
-class Counted:
+class TokenCounts:
     """Counts of the inputs of one run's training steps; a position predicts the next token."""
 
     tokens: int = 0
@@ -64,37 +64,37 @@ def evaluates(it: int, iters: int, every: int) -> bool:
 Batches = Callable[..., Iterator[tuple[Any, Any]]]
 
 
-def stock(config: dict[str, Any], train: Any, valid: Any, batches: Batches) -> Counted:
+def stock(config: dict[str, Any], train: Any, valid: Any, batches: Batches) -> TokenCounts:
     """Replay ``mlx_lm.lora`` with `config`; `batches` is its `iterate_batches`."""
     size, longest, iters = config["batch_size"], config["max_seq_length"], config["iters"]
     np.random.seed(config["seed"])
-    counted = Counted()
+    counted = TokenCounts()
     ordered = batches(train, size, longest, loop=True)
     for it in range(1, iters + 1):
         batch = next(ordered)
         if evaluates(it, iters, config["steps_per_eval"]):
-            evaluated = Counted()
+            evaluated = TokenCounts()
             for held_out in batches(valid, size, longest):
-                evaluated.add(*_unpacked(*held_out))
+                evaluated.add(*_inputs_and_lengths(*held_out))
             counted.valid_tokens, counted.valid_supervised = evaluated.tokens, evaluated.supervised
             counted.evaluations += 1
-        counted.add(*_unpacked(*batch))
+        counted.add(*_inputs_and_lengths(*batch))
     return counted
 
 
-def _unpacked(padded: Any, spans: Any) -> tuple[np.ndarray, np.ndarray, int]:
+def _inputs_and_lengths(padded: Any, spans: Any) -> tuple[np.ndarray, np.ndarray, int]:
     """Return inputs, lengths and supervised tokens, without the padding token, of a batch of stock mlx-lm."""
     begins, lengths = np.array(spans).T
     return np.array(padded)[:, :-1], lengths, int((lengths - np.maximum(begins, 1)).sum())
 
 
-def ours(job: dict[str, Any], data: Any) -> Counted:
+def ours(job: dict[str, Any], data: Any) -> TokenCounts:
     """Count the batches that `runner` forms of `data` with the settings in `job`; ``packed``: without padding."""
     from runner.data.batch import collate
     from runner.data.length_buckets import LengthBuckets
     from runner.data.order import BatchOrder, DataPosition, evaluation_batches
 
-    counted = Counted()
+    counted = TokenCounts()
     order = BatchOrder(data.train.lengths, job["batch_size"], job["seed"], job["window"])
     buckets = LengthBuckets.from_lengths(data.train.lengths, job["pad_to"])
     for rows in order.next_batches(DataPosition(), job["iters"])[0]:
@@ -102,7 +102,7 @@ def ours(job: dict[str, Any], data: Any) -> Counted:
         counted.add(batch.inputs, data.train.lengths[rows], batch.supervised)
     if job["packed"]:
         counted.positions = counted.tokens
-    evaluated = Counted()
+    evaluated = TokenCounts()
     for rows in evaluation_batches(data.valid.lengths, job["batch_size"]):
         batch = collate(data.valid, rows, buckets)
         evaluated.add(batch.inputs, data.valid.lengths[rows], batch.supervised)

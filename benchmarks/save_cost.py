@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import run_cli_silently
+
 RANKS = {1: 2, 10: 14, 100: 143}
 """Size of the adapter in MB (32 bits a number, SmolLM2-135M, all linear layers of 16 blocks) to its rank."""
 EVERY = 100
@@ -35,9 +37,9 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        _one(int(options.one[0]), options.one[1] == "background", options.updates, options.every)
+        _measure(int(options.one[0]), options.one[1] == "background", options.updates, options.every)
         return
-    found = []
+    results = []
     print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
     print("adapter  checkpoint  mode          update   waits for a save (ms)   whole save (ms)  later update  share at")
     print(
@@ -48,22 +50,22 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.save_cost", "--one", str(size), mode]
             command += ["--updates", str(options.updates), "--every", str(options.every)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            one = json.loads(done.stdout.splitlines()[-1])
-            found.append(one)
-            print(_line(one), flush=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            results.append(result)
+            print(_table_line(result), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _line(one: dict[str, Any]) -> str:
+def _table_line(result: dict[str, Any]) -> str:
     return (
-        f"{one['adapter_mb']:5.1f} MB  {one['checkpoint_mb']:7.1f} MB  {one['mode']:<12} {one['update_ms']:7.0f}  "
-        f"{one['wait_p50']:6.1f} {one['wait_p95']:6.1f} {one['wait_most']:6.1f}   {one['save_p50']:7.1f} "
-        f"{one['save_p95']:7.1f}   {one['later_ms']:9.1f}     {one['share']:8.3%}"
+        f"{result['adapter_mb']:5.1f} MB  {result['checkpoint_mb']:7.1f} MB  {result['mode']:<12} {result['update_ms']:7.0f}  "
+        f"{result['wait_p50']:6.1f} {result['wait_p95']:6.1f} {result['wait_most']:6.1f}   {result['save_p50']:7.1f} "
+        f"{result['save_p95']:7.1f}   {result['later_ms']:9.1f}     {result['share']:8.3%}"
     )
 
 
-def _one(size: int, background: bool, updates: int, every: int) -> None:
+def _measure(size: int, background: bool, updates: int, every: int) -> None:
     from runner.backends import blas
 
     blas.load_blas()
@@ -74,20 +76,20 @@ def _one(size: int, background: bool, updates: int, every: int) -> None:
     saves: list[float] = []
     steps: list[float] = []
     bytes_of: dict[str, int] = {}
-    _timed(Trainer, "save_if_due", waits)
-    _timed(Trainer, "train_step", steps)
+    _record_durations(Trainer, "save_if_due", waits)
+    _record_durations(Trainer, "update", steps)
     commit, rotate = CheckpointStore.commit, CheckpointStore.rotate
 
     def timed_commit(self: CheckpointStore, step: int, files: Any, **rest: Any) -> Any:
         saves.append(time.perf_counter())
-        made = commit(self, step, files, **rest)
-        bytes_of.update({path.name: path.stat().st_size for path in made.path.iterdir()})
-        return made
+        checkpoint = commit(self, step, files, **rest)
+        bytes_of.update({path.name: path.stat().st_size for path in checkpoint.path.iterdir()})
+        return checkpoint
 
     def timed_rotate(self: CheckpointStore, keep: set[int]) -> list[int]:
-        gone = rotate(self, keep)
+        removed = rotate(self, keep)
         saves[-1] = time.perf_counter() - saves[-1]
-        return gone
+        return removed
 
     CheckpointStore.commit, CheckpointStore.rotate = timed_commit, timed_rotate  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -97,7 +99,7 @@ def _one(size: int, background: bool, updates: int, every: int) -> None:
             "train.eval_batches=1",
             "train.eval_every=100000",
         ]
-        _quietly([*overrides, f"hydra.run.dir={folder}/run"])
+        run_cli_silently([*overrides, f"hydra.run.dir={folder}/run"])
     waited = sorted(wait for step, wait in enumerate(waits[:-1], 1) if step % every == 0)
     later = [step for number, step in enumerate(steps) if number % every == 0 and number > 0]
     others = [step for number, step in enumerate(steps) if number % every not in (0, 1) and number > 1]
@@ -121,32 +123,18 @@ def _one(size: int, background: bool, updates: int, every: int) -> None:
     print(json.dumps(out))
 
 
-def _timed(owner: Any, name: str, into: list[float]) -> None:
-    own = getattr(owner, name)
+def _record_durations(owner: Any, name: str, into: list[float]) -> None:
+    """Append the seconds of each call of the method `name` of `owner` to `into`."""
+    original = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         begun = time.perf_counter()
         try:
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             into.append(time.perf_counter() - begun)
 
     setattr(owner, name, timed)
-
-
-def _quietly(overrides: list[str]) -> None:
-    from runner.__main__ import main as cli
-
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        code = cli(overrides)
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import sides
-from benchmarks.processes import Failed, answer, environment
+from benchmarks.processes import ProcessFailed, call_module, environment
 from benchmarks.sides import ROWS, Work
 
 LOAD = """
@@ -35,7 +35,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def until(command: Sequence[str], folder: Path, done: Callable[[], bool] | None) -> float:
-    """Return the seconds from the start of `command` until `done`, or to its end. Raises Failed where it fails."""
+    """Return the seconds from the start of `command` until `done`, or to its end. Raises ProcessFailed where it fails."""
     begun, found = time.perf_counter(), None
     with (folder / "log").open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=out, stderr=out)
@@ -44,7 +44,9 @@ def until(command: Sequence[str], folder: Path, done: Callable[[], bool] | None)
                 found = time.perf_counter() - begun
             time.sleep(0.002)
     if process.returncode or (done is not None and found is None):
-        raise Failed(f"{' '.join(command)}\nended with {process.returncode}\n{(folder / 'log').read_text()[-2000:]}")
+        raise ProcessFailed(
+            f"{' '.join(command)}\nended with {process.returncode}\n{(folder / 'log').read_text()[-2000:]}"
+        )
     return time.perf_counter() - begun if found is None else found
 
 
@@ -59,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args(arguments).rounds
     try:
-        model = answer("models")["float32"]
-        data = answer("workloads", model, "short", "8", "4")["folder"]
+        model = call_module("models")["float32"]
+        data = call_module("workloads", model, "short", "8", "4")["folder"]
         took: dict[str, list[float]] = {"load": [], "runner": [], "mlx_lm.lora": []}
         with tempfile.TemporaryDirectory() as scratch:
             for number in range(rounds + 1):
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
                     seconds = until(command, folder, done)
                     if number:  # the first round fills the caches
                         took[name].append(seconds)
-    except Failed as failed:
+    except ProcessFailed as failed:
         print(f"error: {failed}", file=sys.stderr)
         return 1
     medians = {name: statistics.median(each) for name, each in took.items()}

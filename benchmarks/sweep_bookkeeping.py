@@ -20,26 +20,26 @@ import json, sys, time
 begun = time.perf_counter()
 from runner.backends import blas; blas.load_blas()
 from runner.__main__ import main
-from runner.sweeps import compose, sweep
-from runner.training import run as module
+from runner.sweeps import job_composer, sweep
+from runner.training import run as training
 marks = {"run": 0.0, "runs": 0, "compose": 0.0, "composed": 0, "first": None, "launch": None}
-own_run = module.run
+train_run = training.train_run
 def timed_run(*a, **k):
     t = time.perf_counter()
     if marks["first"] is None: marks["first"] = t - begun
-    try: return own_run(*a, **k)
+    try: return train_run(*a, **k)
     finally: marks["run"] += time.perf_counter() - t; marks["runs"] += 1
-module.run = timed_run
-own_compose = compose.JobComposer.compose
+training.train_run = timed_run
+compose = job_composer.JobComposer.compose
 def timed_compose(*a, **k):
     t = time.perf_counter()
-    try: return own_compose(*a, **k)
+    try: return compose(*a, **k)
     finally: marks["compose"] += time.perf_counter() - t; marks["composed"] += 1
-compose.JobComposer.compose = timed_compose
-own_sweep = sweep.run_sweep
+job_composer.JobComposer.compose = timed_compose
+run_sweep = sweep.run_sweep
 def timed_sweep(*a, **k):
     t = time.perf_counter()
-    try: return own_sweep(*a, **k)
+    try: return run_sweep(*a, **k)
     finally: marks["sweep"] = time.perf_counter() - t
 sweep.run_sweep = timed_sweep
 rc = main(sys.argv[1:])

@@ -74,13 +74,13 @@ def test_functions_are_cut_into_signature_and_body_once_each(tmp_path: Path) -> 
 
 def test_losses_that_differ_by_more_than_the_seeds_do_fail_the_gate() -> None:
     ours, theirs = [1.50, 1.52, 1.48], [1.49, 1.51, 1.53]
-    assert gates.agree(ours, theirs, 2.1, same=True)["passed"]
+    assert gates.compare_means(ours, theirs, 2.1, same=True)["passed"]
     worse, better = [loss + 0.2 for loss in ours], [loss - 0.2 for loss in ours]
-    assert not gates.agree(worse, theirs, 2.1, same=True)["passed"]
-    assert not gates.agree(worse, theirs, 2.1, same=False)["passed"]
-    assert not gates.agree(better, theirs, 2.1, same=True)["passed"]
-    assert gates.agree(better, theirs, 2.1, same=False)["passed"]
-    assert not gates.agree(ours, theirs, 1.51, same=True)["passed"], "nothing was learned"
+    assert not gates.compare_means(worse, theirs, 2.1, same=True)["passed"]
+    assert not gates.compare_means(worse, theirs, 2.1, same=False)["passed"]
+    assert not gates.compare_means(better, theirs, 2.1, same=True)["passed"]
+    assert gates.compare_means(better, theirs, 2.1, same=False)["passed"]
+    assert not gates.compare_means(ours, theirs, 1.51, same=True)["passed"], "nothing was learned"
 
 
 def test_both_sides_are_told_the_same_work() -> None:
@@ -202,8 +202,8 @@ def test_optimizations_are_measured_apart_and_compared_with_none(tmp_path: Path)
 
 def test_a_process_is_measured_by_itself(tmp_path: Path) -> None:
     code = "import time; block = bytearray(200_000_000); block[::4096] = b'1' * len(block[::4096]); time.sleep(0.3)"
-    took = processes.measured([sys.executable, "-c", code], extra={}, log=tmp_path / "log", limit=60)
+    took = processes.run_measured([sys.executable, "-c", code], extra={}, log=tmp_path / "log", limit=60)
     assert took.seconds > 0.3 and took.rss_gb > 0.2
-    with pytest.raises(processes.Failed, match=re.compile("ended with 3.*the reason", re.DOTALL)):
+    with pytest.raises(processes.ProcessFailed, match=re.compile("ended with 3.*the reason", re.DOTALL)):
         words = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
-        processes.measured(words, extra={}, log=tmp_path / "log", limit=60)
+        processes.run_measured(words, extra={}, log=tmp_path / "log", limit=60)

@@ -129,8 +129,9 @@ class BackupMirror:
         if not self.root.is_dir():
             raise StorageError(f"{self.root}: there is no such folder; is its disk mounted?")
         run_id = self._store.run_id
-        folder = find_backup(self.root, run_id) or self.root / _backup_name(self._directory.path, run_id)
-        if folder.resolve() == self._directory.path.resolve():
+        run = self._directory.path
+        folder = find_backup(self.root, run_id) or self.root / f"{run.parent.name}-{run.name}-{run_id[:8]}"
+        if folder.resolve() == run.resolve():
             raise StorageError(f"{folder}: the run's own directory cannot be its backup.")
         if self._filesystem.lstat(folder) is None:
             self._filesystem.mkdir(folder)
@@ -138,7 +139,7 @@ class BackupMirror:
         backup = RunDirectory(folder, self._store.folder.name)
         backup.lock()
         self.folder, self._backup = folder, backup
-        record = {"schema": _SCHEMA, "run_id": run_id, "run": str(self._directory.path), "host": socket.gethostname()}
+        record = {"schema": _SCHEMA, "run_id": run_id, "run": str(run), "host": socket.gethostname()}
         write_atomically(folder / BACKUP, json.dumps(record, indent=1) + "\n")
         return backup
 
@@ -274,8 +275,3 @@ def _read_run_id(backup: Path) -> str:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{backup / BACKUP} cannot be understood: {error}.") from None
     return run_id
-
-
-def _backup_name(run: Path, run_id: str) -> str:
-    """Return the name of a new backup: ``2026-11-24-10-00-00-0123abcd``, of the run's date, time and identity."""
-    return f"{run.parent.name}-{run.name}-{run_id[:8]}"

@@ -21,7 +21,7 @@ from pathlib import Path
 from runner.checkpoints import manifest as manifests
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest, FileRecord
-from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint, kind_text
+from runner.checkpoints.verify import KIND_TEXT, CheckpointRecord, LoadedCheckpoint
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import Content, FileSystem, sha256_of, size_of
 from runner.common.layout import STEP_NAME
@@ -121,7 +121,7 @@ class CheckpointStore:
             self._filesystem.rename(temporary, target)
             return None
         if kind != "folder":
-            raise StorageError(f"{target}: {kind_text(kind)} is in the way. Move it away.")
+            raise StorageError(f"{target}: {KIND_TEXT[kind]} is in the way. Move it away.")
         old = self._aside("old", target.name)
         self._filesystem.rename(target, old)
         try:
@@ -138,10 +138,8 @@ class CheckpointStore:
         Raises:
             StorageError: the disk fails, or the folder is a link or not a folder.
         """
-        if not self._has_folder():
-            return []
         messages = []
-        names = self._filesystem.listdir(self.folder)
+        names = self._names()
         for name in names:
             if (match := _REPLACED_NAME.fullmatch(name)) and self._kind(name) == "folder":
                 messages.append(self._settle(self.folder / name, self.folder / match[1]))
@@ -178,8 +176,6 @@ class CheckpointStore:
         Raises:
             StorageError: the disk fails.
         """
-        if not self._has_folder():
-            return []
         steps = [checkpoint.step for checkpoint in self.checkpoints() if checkpoint.manifest.run_id == self.run_id]
         if not set(steps) - keep:
             return []
@@ -243,16 +239,19 @@ class CheckpointStore:
         return None, problems
 
     def _steps(self) -> list[int]:
-        names = set(self._filesystem.listdir(self.folder)) if self._has_folder() else set()
+        names = set(self._names())
         steps = {int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name))}
         return sorted(step for step in steps if step_name(step) in names)
 
     def _unsettled(self) -> list[str]:
         """Return a message for each replaced checkpoint that only `repair` can bring back."""
-        names = self._filesystem.listdir(self.folder) if self._has_folder() else []
+        names = self._names()
         replaced = [(name, match[1]) for name in names if (match := _REPLACED_NAME.fullmatch(name))]
         lost = [name for name, target in replaced if target not in names]
         return [f"{self.folder / name}: moved aside by a replacement that was interrupted" for name in lost]
+
+    def _names(self) -> list[str]:
+        return self._filesystem.listdir(self.folder) if self._has_folder() else []
 
     def _kind(self, name: str) -> str | None:
         entry = self._filesystem.lstat(self.folder / name)
@@ -261,7 +260,7 @@ class CheckpointStore:
     def _has_folder(self) -> bool:
         entry = self._filesystem.lstat(self.folder)
         if entry is not None and entry.kind != "folder":
-            raise StorageError(f"{self.folder}: {kind_text(entry.kind)}, but checkpoints need a folder")
+            raise StorageError(f"{self.folder}: {KIND_TEXT[entry.kind]}, but checkpoints need a folder")
         return entry is not None
 
     def _make_folder(self) -> None:

@@ -18,7 +18,8 @@ from runner.common.filesystem import FileSystem
 from runner.common.layout import STEP_NAME
 
 _MAX_UNCHECKED_BYTES = 1 << 26
-_KINDS = {"link": "a symbolic link", "file": "a file", "other": "a FIFO, a socket or a device"}
+KIND_TEXT = {"link": "a symbolic link", "file": "a file", "other": "a FIFO, a socket or a device"}
+"""Each `Entry.kind` other than a folder, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def read_manifest(path: Path, filesystem: FileSystem) -> CheckpointManifest:
     if entry is None:
         raise CheckpointError(f"{path}: there is no checkpoint")
     if entry.kind != "folder":
-        raise CheckpointError(f"{path}: {kind_text(entry.kind)}, not a checkpoint's folder")
+        raise CheckpointError(f"{path}: {KIND_TEXT[entry.kind]}, not a checkpoint's folder")
     file = path / manifests.NAME
     try:
         manifest = manifests.read(filesystem.read_file(file, manifests.MAX_BYTES))
@@ -96,16 +97,11 @@ def read_manifest(path: Path, filesystem: FileSystem) -> CheckpointManifest:
     return manifest
 
 
-def kind_text(kind: str) -> str:
-    """Return an `Entry.kind` other than a folder in words."""
-    return _KINDS[kind]
-
-
 def _check_entries(path: Path, manifest: CheckpointManifest, filesystem: FileSystem) -> None:
     for name in filesystem.listdir(path):
         entry = filesystem.lstat(path / name)
         if entry is not None and entry.kind in ("link", "other"):
-            raise CheckpointError(f"{path / name}: {kind_text(entry.kind)}, not a regular file")
+            raise CheckpointError(f"{path / name}: {KIND_TEXT[entry.kind]}, not a regular file")
     for name, record in manifest.files.items():
         entry = filesystem.lstat(path / name)
         if entry is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -46,11 +47,11 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class DiskCache:
-    """The entries in `folder`, and what they may amount to after one was added; None: no limit."""
+    """The entries in `folder`, and the limits that they are within after one was added."""
 
     folder: Path
-    max_bytes: int | None = None
-    max_entries: int | None = None
+    max_bytes: float = math.inf
+    max_entries: float = math.inf
 
     def read_record(self, key: str) -> dict[str, Any] | None:
         """Return the record of `key` and note its use; None where there is none, or it is damaged."""
@@ -112,7 +113,7 @@ class DiskCache:
         sizes = {name: size for name, (_, size) in entries.items()} | {newest: max(size, newest_bytes)}
         total, removed = sum(sizes.values()), []
         for position, name in enumerate(by_use):
-            if self._within_limits(total, len(by_use) - position):
+            if total <= self.max_bytes and len(by_use) - position <= self.max_entries:
                 break
             self.remove(name)
             removed.append(name)
@@ -151,11 +152,6 @@ class DiskCache:
             return list(self.folder.iterdir())
         except OSError:
             return []
-
-    def _within_limits(self, size: int, count: int) -> bool:
-        return (self.max_bytes is None or size <= self.max_bytes) and (
-            self.max_entries is None or count <= self.max_entries
-        )
 
 
 class EntryDraft:

@@ -178,6 +178,14 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     raise NotRegularFile
 
 
+def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` of the open file `handle`. Raises OSError."""
+    remaining = memoryview(data)
+    while remaining:
+        written = os.pwrite(handle, remaining, offset)
+        remaining, offset = remaining[written:], offset + written
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the bytes of the regular file `path`; a link is followed.
 

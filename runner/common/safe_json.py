@@ -46,6 +46,14 @@ def parse(text: bytes, *, max_values: int) -> Any:
         raise ValueError(f"it is not JSON: {error.msg} (character {error.pos})") from None
 
 
+def parse_object(text: bytes, *, max_values: int) -> dict[str, Any]:
+    """Return the object that `text` holds; as `parse`, but raises ValueError for any other value too."""
+    value = parse(text, max_values=max_values)
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    return value
+
+
 def is_count(value: object) -> TypeGuard[int]:
     """Return whether `value` is a whole number from 0 of a sensible size, such as a step or a number of bytes."""
     return type(value) is int and 0 <= value < _MAX_COUNT
@@ -88,7 +96,7 @@ def _float(digits: str) -> float:
     if len(digits) > _MAX_FLOAT_LENGTH:
         raise ValueError(f"it holds a number of {len(digits):,} characters")
     value = float(digits)
-    if value in (float("inf"), float("-inf")):
+    if math.isinf(value):
         raise ValueError(f"the number {digits} is not finite")
     return value
 

@@ -38,8 +38,6 @@ def unseal(data: bytes, *, max_values: int) -> dict[str, Any]:
         raise ValueError("it is cut short or has no checksum")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError("its own checksum does not match: it was changed or damaged")
-    record = safe_json.parse(data, max_values=max_values)
-    if not isinstance(record, dict):
-        raise ValueError("it is not an object")
+    record = safe_json.parse_object(data, max_values=max_values)
     del record["sha256"]
     return record

@@ -89,7 +89,11 @@ def scheduled(given: Any, iters: int) -> tuple[dict[str, str], dict[str, Any], s
         raise CannotImport("its warmup is negative")
     if warmup and to_float(given.get("warmup_init") or 0):
         raise CannotImport("the warmup here starts at zero, not at warmup_init: import it without warmup_init")
-    rise, note = (warmup + 1, _warmup_note(warmup)) if warmup else (0, "counted in updates, there as well")
+    rise, note = 0, "counted in updates, there as well"
+    if warmup:
+        rise = warmup + 1
+        note = f"{rise} updates here for a warmup of {warmup}: there the first has rate zero and the peak comes twice; "
+        note += f"equal from update {rise + 1} on"
     if name in ("exponential_decay", "step_decay") and len(arguments) > 1 and to_float(arguments[1]) == 1:
         values = {"optimizer.learning_rate": peak}
         if warmup:
@@ -153,10 +157,3 @@ def _options(result: ImportResult, used: str, given: Any) -> None:
         key = "optimizer_config.bias_correction"
         note = "off there unless said: the first updates are about three times as large"
         result.add(key, False, {"optimizer.bias_correction": False}, note=note, explicit=False)
-
-
-def _warmup_note(warmup: int) -> str:
-    return (
-        f"{warmup + 1} updates here for a warmup of {warmup}: there the first has rate zero and the peak comes twice; "
-        f"equal from update {warmup + 2} on"
-    )

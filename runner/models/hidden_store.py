@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from runner.common.disk_cache import DiskCache
+from runner.common.filesystem import write_at
 
 GB = 10**9
 FREE_DISK_RESERVE = 2 * GB
@@ -94,8 +95,8 @@ class HiddenStateStore:
         if self._files is not None and self._offsets[row + 1] <= self._disk_end:
             entry = _PRESENT | zlib.crc32(flat.data)
             try:
-                _write(self._files[0], flat.data, int(self._offsets[row]))
-                _write(self._files[1], memoryview(np.uint64(entry).tobytes()), 8 * row)
+                write_at(self._files[0], flat.data, int(self._offsets[row]))
+                write_at(self._files[1], memoryview(np.uint64(entry).tobytes()), 8 * row)
                 self._checksums[row] = entry
             except OSError as error:
                 self._give_up_disk(error)
@@ -134,9 +135,3 @@ class HiddenStateStore:
         self._log(f"hidden-state cache: memory only, the disk is not used ({error.strerror or error})")
         self._checksums[:] = 0
         self._close_files()
-
-
-def _write(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written

@@ -145,8 +145,7 @@ def _verify_folder(path: Path, audit: Audit) -> tuple[CheckpointRecord | None, d
                 _require_finite(data, path / name)
             elif name.endswith(".json"):
                 parsed = _parse_object(data, path / name)
-                if name == "train_state.json":
-                    state = parsed
+                state = parsed if name == "train_state.json" else state
         return loaded.checkpoint, state
     except RunnerError as error:
         audit.damage.append(str(error))
@@ -176,12 +175,9 @@ def _require_finite(data: bytes, path: Path) -> None:
 
 def _parse_object(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = safe_json.parse(data, max_values=_MAX_JSON_VALUES)
+        return safe_json.parse_object(data, max_values=_MAX_JSON_VALUES)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not an object")
-    return value
 
 
 def _verify_rows(path: Path, needed: object, audit: Audit, is_locked: bool) -> None:
@@ -194,7 +190,7 @@ def _verify_rows(path: Path, needed: object, audit: Audit, is_locked: bool) -> N
         if entry is None:
             return
         if entry.kind != "file":
-            audit.damage.append(f"{path}: {verify.kind_text(entry.kind)}, not a file")
+            audit.damage.append(f"{path}: {verify.KIND_TEXT[entry.kind]}, not a file")
             return
         for line in scan_rows(path):
             if line.torn:

@@ -54,6 +54,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
     policy = _retention_policy(run)
     of_run = {found.step: found for path, found in manifests.items() if path not in problems}
     reasons = select_retained(list(of_run.values()), policy)
+    texts = {reason: reason.value for reason in RetentionReason} | {RetentionReason.EVERY: f"every {policy.keep_every}"}
     checkpoints = []
     for path in paths:
         step = _step_of(path)
@@ -65,7 +66,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
                 valid_loss=valid_loss(manifests[path]) if path in manifests else None,
                 size_bytes=folder_size(path),
                 saved_for=manifests[path].save_reasons if path in manifests else (),
-                kept_for=tuple(_reason_text(reason, policy) for reason in retained),
+                kept_for=tuple(texts[reason] for reason in retained),
                 problem=problems.get(path),
             )
         )
@@ -118,10 +119,6 @@ def step_folders(folder: Path, names: list[str]) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _reason_text(reason: RetentionReason, policy: RetentionPolicy) -> str:
-    return f"every {policy.keep_every}" if reason is RetentionReason.EVERY else reason.value
 
 
 def _retention_policy(run: RunInfo) -> RetentionPolicy:

@@ -169,9 +169,6 @@ class RunDirectory:
 def unexpected_names(folder: Path, expected: Collection[str]) -> list[str]:
     """Return the names in `folder` that are not `expected`, sorted. Drafts of killed processes do not count, nor what a
     file manager of a desktop leaves in every folder that it shows."""
-    names = sorted(path.name for path in folder.iterdir())
-    return [name for name in names if name not in expected and not is_draft(name) and not _is_desktop_file(name)]
-
-
-def _is_desktop_file(name: str) -> bool:
-    return name in _DESKTOP_FILES or name.startswith("._")  # "._NAME": what macOS stores beside NAME on foreign disks
+    names = sorted({path.name for path in folder.iterdir()} - {*expected} - _DESKTOP_FILES)
+    # macOS stores "._NAME" beside NAME on disks of other systems.
+    return [name for name in names if not is_draft(name) and not name.startswith("._")]

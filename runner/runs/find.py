@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,12 +122,9 @@ def read_sweep(path: Path) -> SweepInfo:
 def _list(folder: Path) -> tuple[set[str], list[str]]:
     """Return the names in `folder`, and those of them that are folders."""
     names, folders = set(), []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                names.add(entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.name)
-    except OSError:
-        pass
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            names.add(entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
     return names, folders

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.common import safe_json
 from runner.common.errors import StorageError
-from runner.common.filesystem import FileSystem, open_regular
+from runner.common.filesystem import FileSystem, open_regular, write_at
 from runner.common.storage_errors import storage_errors
 from runner.common.text import shell_path
 
@@ -45,9 +46,7 @@ class RowFile:
         """Write `row` as one line."""
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with storage_errors(self.path, "written", needed=len(line)):
-            written = 0
-            while written < len(line):
-                written += os.pwrite(self._file, line[written:], self.offset + written)
+            write_at(self._file, line, self.offset)
         self.offset += len(line)
 
     def sync(self) -> None:
@@ -97,12 +96,10 @@ def read_rows(path: Path, size: int | None = None) -> list[dict[str, Any]]:
         size: bytes of the file that are read; None reads all of it.
     """
     rows = []
-    try:
+    with suppress(OSError):
         for line in scan_rows(path, size):
-            if line.row is not None and count_or_none(line.row.get("step")) is not None:
+            if line.row is not None and safe_json.is_count(line.row.get("step")):
                 rows.append(line.row)
-    except OSError:
-        pass
     return rows
 
 

@@ -101,12 +101,9 @@ def _read_result(run: Path, folder: Path) -> AdapterSource:
 
 def _parse_config(data: bytes, folder: Path) -> dict[str, Any]:
     try:
-        config = safe_json.parse(data, max_values=_MAX_CONFIG_VALUES)
-        if not isinstance(config, dict):
-            raise ValueError("it is not an object")
+        return safe_json.parse_object(data, max_values=_MAX_CONFIG_VALUES)
     except ValueError as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}.") from None
-    return config
 
 
 def _choose_checkpoint(run: Path, choice: str) -> Path:

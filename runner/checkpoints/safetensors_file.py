@@ -27,6 +27,7 @@ from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import open_regular
 from runner.common.safe_json import quoted
 from runner.common.storage_errors import NotRegularFile, os_error_reason
+from runner.common.text import shorten
 
 MAX_HEADER = 10_000_000
 _MAX_VALUES = 500_000
@@ -153,6 +154,13 @@ def unpack(data: bytes, *, where: str) -> tuple[dict[str, Tensor], dict[str, str
         raise CheckpointError(f"{where}: not a sound safetensors file: {error}") from None
     view = memoryview(data).toreadonly()
     return {name: Tensor(s.dtype, s.shape, view[s.begin : s.end]) for name, s in spans.items()}, metadata
+
+
+def require_finite(tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise CheckpointError with `where` and the name of the first tensor that contains NaN or Inf."""
+    for name, tensor in tensors.items():
+        if not tensor.is_finite():
+            raise CheckpointError(f"{where}: {shorten(name)} contains NaN or Inf.")
 
 
 def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str]]:

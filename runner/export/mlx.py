@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from runner.checkpoints.safetensors_file import unpack
+from runner.checkpoints.safetensors_file import require_finite, unpack
 from runner.common.atomic_io import create_folder_atomically
-from runner.common.errors import CheckpointError, ModelError, StorageError
+from runner.common.errors import ModelError, StorageError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.storage_errors import insufficient_space, storage_errors
@@ -30,9 +30,8 @@ def check_adapter(folder: Path, weights: bytes, config: Mapping[str, Any]) -> No
         CheckpointError: the weights are damaged or not finite.
         ModelError: the config does not give the number of adapted blocks.
     """
-    for name, tensor in unpack(weights, where=str(folder / ADAPTERS))[0].items():
-        if not tensor.is_finite():
-            raise CheckpointError(f"{folder / ADAPTERS}: {name} contains NaN or Inf.")
+    where = str(folder / ADAPTERS)
+    require_finite(unpack(weights, where=where)[0], where=where)
     num_layers = config.get("num_layers")
     if type(num_layers) is not int or num_layers < 1:  # mlx-lm reads -1 as "no block"
         raise ModelError(f"{folder / ADAPTER_CONFIG}: num_layers is {num_layers}; mlx-lm needs the number of blocks.")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from runner.checkpoints.safetensors_file import Tensor, unpack
-from runner.common.errors import CheckpointError, shorten
+from runner.checkpoints.safetensors_file import Tensor, require_finite, unpack
+from runner.common.errors import CheckpointError
 
 _MAX_ARRAYS = 20_000
 
@@ -37,13 +37,12 @@ def parse_arrays(data: bytes, source: str) -> dict[str, mx.array]:
     Raises:
         CheckpointError: the file is malformed, has too many arrays or contains NaN or Inf.
     """
-    arrays = {}
     tensors = unpack(data, where=source)[0]
     if len(tensors) > _MAX_ARRAYS:
         raise CheckpointError(f"{source}: {len(tensors):,} arrays, more than the {_MAX_ARRAYS:,} that are accepted.")
+    require_finite(tensors, where=source)
+    arrays = {}
     for name, tensor in tensors.items():
-        if not tensor.is_finite():
-            raise CheckpointError(f"{source}: {shorten(name)} contains NaN or Inf.")
         array = mx.array(tensor.array())
         arrays[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
     mx.eval(list(arrays.values()))

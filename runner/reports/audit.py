@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.checkpoints import mirror, verify
 from runner.checkpoints.retention import best_checkpoint
-from runner.checkpoints.safetensors_file import unpack
+from runner.checkpoints.safetensors_file import require_finite, unpack
 from runner.checkpoints.verify import CheckpointRecord
 from runner.common import safe_json
 from runner.common.errors import CheckpointError, RunnerError
@@ -142,7 +142,7 @@ def _verify_folder(path: Path, audit: Audit) -> tuple[CheckpointRecord | None, d
         audit.size_bytes += sum(len(data) for data in loaded.files.values())
         for name, data in loaded.files.items():
             if name.endswith(".safetensors"):
-                _require_finite(data, path / name)
+                require_finite(unpack(data, where=str(path / name))[0], where=str(path / name))
             elif name.endswith(".json"):
                 parsed = _parse_object(data, path / name)
                 state = parsed if name == "train_state.json" else state
@@ -161,16 +161,10 @@ def _verify_result(path: Path, audit: Audit) -> None:
         # Written by an older version or another program.
         data = filesystem.read_file(path / ADAPTERS, _MAX_ADAPTER_BYTES)
         audit.size_bytes += len(data)
-        _require_finite(data, path / ADAPTERS)
+        require_finite(unpack(data, where=str(path / ADAPTERS))[0], where=str(path / ADAPTERS))
         audit.notes.append(f"{path}: has no manifest, so only its format was verified")
     except RunnerError as error:
         audit.damage.append(str(error))
-
-
-def _require_finite(data: bytes, path: Path) -> None:
-    for name, tensor in unpack(data, where=str(path))[0].items():
-        if not tensor.is_finite():
-            raise CheckpointError(f"{path}: {name} contains NaN or Inf")
 
 
 def _parse_object(data: bytes, path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ LLAMA3 = {
 }
 MODELS = {
     "tied": lambda: llama.Model(llama.ModelArgs("llama", **SMALL)),
-    "own head": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, tie_word_embeddings=False)),
+    "untied head": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, tie_word_embeddings=False)),
     "biases": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, attention_bias=True, mlp_bias=True)),
     "llama3 rope": lambda: llama.Model(llama.ModelArgs("llama", **SMALL, rope_scaling=LLAMA3)),
     "one head each": lambda: llama.Model(llama.ModelArgs("llama", **{**SMALL, "num_key_value_heads": 6})),
@@ -67,17 +67,17 @@ def adapted(model, **lora) -> AdaptedModel:
     return adapted_model
 
 
-def batch(lengths, trunk=None, prompt=0):
-    """Rows of random tokens; those before place `prompt` of all are not supervised, nor every third or so."""
-    numbers = np.random.default_rng(2)
+def batch(lengths, hidden=None, prompt=0):
+    """Return a batch of random tokens; about 70 % of them are supervised, but none of the first `prompt` ones."""
+    random = np.random.default_rng(2)
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
-    tokens, supervised = numbers.integers(1, 300, offsets[-1]), numbers.random(offsets[-1]) < 0.7
+    tokens, supervised = random.integers(1, 300, offsets[-1]), random.random(offsets[-1]) < 0.7
     supervised &= np.arange(offsets[-1]) >= prompt
     rows = TokenSet(tokens.astype(np.int32), supervised, offsets, np.arange(len(lengths), dtype=np.int64))
-    return BatchBuilder(rows, 16, trunk)(np.arange(len(lengths)))
+    return BatchBuilder(rows, 16, hidden)(np.arange(len(lengths)))
 
 
-def by_mlx(adapted_model: AdaptedModel, device_batch):
+def mlx_loss_and_grads(adapted_model: AdaptedModel, device_batch):
     """Loss and gradients by MLX's own differentiation."""
     adapted_model.model.eval()
     value, grads = MlxBackend(adapted_model, SplitModel(adapted_model.model), chunk=256).loss_and_grads(
@@ -92,7 +92,7 @@ def numpy_params(adapted_model: AdaptedModel):
 
 
 def assert_close(adapted_model: AdaptedModel, found, device_batch) -> None:
-    value, grads = by_mlx(adapted_model, device_batch)
+    value, grads = mlx_loss_and_grads(adapted_model, device_batch)
     assert found[0] == pytest.approx(value, rel=1e-5)
     assert set(found[1]) == set(grads)
     for name, grad in grads.items():
@@ -174,8 +174,8 @@ def test_a_partition_without_supervised_tokens_contributes_nothing(layers: int, 
 def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) -> None:
     small = {**SMALL, "vocab_size": 3}
     adapted_model = adapted(llama.Model(llama.ModelArgs("llama", **small, tie_word_embeddings=False)))
-    numbers = np.random.default_rng(2)
-    tokens, offsets = numbers.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
+    random = np.random.default_rng(2)
+    tokens, offsets = random.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
     rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
     device_batch = BatchBuilder(rows, 16)(np.arange(2))
     engine, params = Engine(adapted_model.model, threads=4, chunk=16, ops=ops), numpy_params(adapted_model)
@@ -189,7 +189,7 @@ def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) 
 
 def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
     """Logits of different partitions of the vocabulary differ by hundreds."""
-    adapted_model = adapted(MODELS["own head"]())
+    adapted_model = adapted(MODELS["untied head"]())
     weight = np.array(adapted_model.model.lm_head.weight)
     weight[200:] *= 300
     adapted_model.model.lm_head.weight = mx.array(weight)
@@ -197,7 +197,7 @@ def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
     value, grads = Engine(adapted_model.model, threads=2, chunk=256, ops=ops).loss_and_grads(
         numpy_params(adapted_model), packed(device_batch)
     )
-    expected, expected_grads = by_mlx(adapted_model, device_batch)
+    expected, expected_grads = mlx_loss_and_grads(adapted_model, device_batch)
     assert value == pytest.approx(expected, rel=1e-5) and expected > 1000
     for name, grad in expected_grads.items():
         assert np.linalg.norm(grads[name] - grad) < 1e-3 * np.linalg.norm(grad), name
@@ -242,13 +242,13 @@ def test_an_error_in_one_thread_ends_all_threads_and_the_next_batch_is_unaffecte
         batch([150, 40, 90]),
     )
     before = engine.loss_and_grads(params, packed(device_batch))
-    own, calls = kernels.swiglu, []
+    swiglu, calls = kernels.swiglu, []
 
     def fails(*args):
         calls.append(1)
         if len(calls) == 4:
             raise MemoryError("no room")
-        own(*args)
+        swiglu(*args)
 
     monkeypatch.setattr(Ops, "swiglu", staticmethod(fails))
     with pytest.raises(MemoryError, match="no room"):
@@ -310,10 +310,10 @@ def test_a_supported_model_gets_the_engine_and_keeps_its_adapter() -> None:
 
 @pytest.mark.parametrize("kernel", ["rms_norm", "swiglu", "rope"])
 def test_an_engine_with_another_loss_than_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    right = getattr(kernels, kernel)
+    original = getattr(kernels, kernel)
 
     def wrong(x, *args, **kwargs):
-        right(x, *args, **kwargs)
+        original(x, *args, **kwargs)
         (x if kernel == "rope" else args[-1] if kernel == "swiglu" else args[2])[...] *= 1.01
 
     monkeypatch.setattr(Ops, kernel, staticmethod(wrong))
@@ -323,10 +323,10 @@ def test_an_engine_with_another_loss_than_the_model_is_refused(monkeypatch: pyte
 
 @pytest.mark.parametrize("kernel", ["rms_norm_backward", "swiglu_backward"])
 def test_an_engine_with_other_gradients_than_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    right = getattr(kernels, kernel)
+    original = getattr(kernels, kernel)
 
     def wrong(x, *args, **kwargs):
-        right(x, *args, **kwargs)
+        original(x, *args, **kwargs)
         (x if kernel == "swiglu_backward" else args[-1])[...] *= 1.01
 
     monkeypatch.setattr(Ops, kernel, staticmethod(wrong))

@@ -59,6 +59,13 @@ def is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _MAX_COUNT
 
 
+def finite_number(value: object) -> float | None:
+    """Return `value` as a float where it is a finite number of a sensible size, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if -1e300 < value < 1e300 else None
+
+
 def to_json_values(data: Any) -> Any:
     """Return `data` in types that JSON has: NaN and infinities become None, and other types, such as paths, text."""
     if isinstance(data, Mapping):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.common.safe_json import finite_number
 from runner.common.text import shell_path
 from runner.config.resume_policy import iters_may_change
 from runner.reports.checkpoint_list import CheckpointInfo
@@ -144,8 +145,8 @@ def _use_with_mlx_lm(run: RunInfo) -> list[Command]:
 
 def _slower(run: RunInfo, valid: Sequence[CheckpointInfo]) -> list[Command]:
     """Return the commands that repeat a diverged run at half its learning rate, from its start and its last weights."""
-    rate = run.settings.get("optimizer.learning_rate")
-    if not isinstance(rate, (int, float)) or isinstance(rate, bool):
+    rate = finite_number(run.settings.get("optimizer.learning_rate"))
+    if rate is None:
         return []
     line = f"{_repeat(run.path)} optimizer.learning_rate={rate / 2:g}"
     commands = [Command("lower the learning rate", line)]

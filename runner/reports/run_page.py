@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runner.common.safe_json import finite_number
 from runner.common.text import format_bytes, relative_path, shorten
 from runner.reports import checkpoint_list, curves, settings_text
 from runner.reports.cells import STATE_STYLES, format_age, format_time, run_fields
@@ -71,12 +72,12 @@ def find_scores(rows: Sequence[Mapping[str, Any]]) -> list[Score]:
     found: dict[tuple[str, str], dict[bool, Mapping[str, Any]]] = {}
     for row in rows:
         metric, split = row.get("metric"), row.get("split")
-        if isinstance(metric, str) and isinstance(split, str) and _number(row.get("score")) is not None:
+        if isinstance(metric, str) and isinstance(split, str) and finite_number(row.get("score")) is not None:
             found.setdefault((metric, split), {})[row["step"] > 0] = row
     scores = []
     for (metric, split), sides in found.items():
         count = (sides.get(True) or sides[False]).get("rows")
-        before, after = (_number(sides[late].get("score")) if late in sides else None for late in (False, True))
+        before, after = (finite_number(sides[late].get("score")) if late in sides else None for late in (False, True))
         scores.append(Score(metric, split, count if type(count) is int else None, before, after))
     return scores
 
@@ -180,7 +181,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     if not rows:
         return
     screen.heading("last rows of metrics.jsonl")
-    shown = [column for column in _METRIC_COLUMNS if any(_number(row.get(column[0])) is not None for row in rows)]
+    shown = [column for column in _METRIC_COLUMNS if any(finite_number(row.get(column[0])) is not None for row in rows)]
     columns = [Column("  step", right=True), Column("split"), *[Column(title, right=True) for _, title, _ in shown]]
     lines = []
     for row in rows:
@@ -219,10 +220,5 @@ def _print_checkpoints(page: RunPage, screen: Screen) -> None:
 
 
 def _cell(value: Any, form: str) -> str:
-    number = _number(value)
+    number = finite_number(value)
     return "" if number is None else format(number, form)
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and -1e300 < value < 1e300 else None

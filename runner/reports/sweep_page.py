@@ -7,18 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.common.text import relative_path
-from runner.reports import settings_text
-from runner.reports.cells import (
-    STATE_STYLES,
-    format_age,
-    format_best,
-    format_progress,
-    format_states,
-    run_fields,
-    run_notes,
-    sweep_fields,
-    sweep_style,
-)
+from runner.reports import cells, settings_text
 from runner.reports.curves import Series
 from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.run_page import print_commands, print_plot
@@ -42,12 +31,12 @@ def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
     names = settings_text.by_importance(differing_settings(sweep.runs))
     return {
         "kind": "sweep",
-        **sweep_fields(sweep),
+        **cells.sweep_fields(sweep),
         "differing": names,
         "runs": [
             {
                 "run": run.path.name,
-                **run_fields(run),
+                **cells.run_fields(run),
                 "settings": {name: run.settings[name] for name in names if name in run.settings},
                 "valid": run.losses("valid"),
             }
@@ -61,8 +50,8 @@ def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
     """Print the page."""
     runs = ranked(sweep)
     screen.line((relative_path(sweep.path), "bold"))
-    age = f"  (last update {format_age(time.time() - sweep.updated)} ago)" if sweep.runs else ""
-    screen.line("sweep: ", (format_states(sweep), sweep_style(sweep)), (age, "dim"))
+    age = f"  (last update {cells.format_age(time.time() - sweep.updated)} ago)" if sweep.runs else ""
+    screen.line("sweep: ", (cells.format_states(sweep), cells.sweep_style(sweep)), (age, "dim"))
     if sweep.problem:
         screen.line(f"damaged  {sweep.problem}")
     plotted = [run for run in runs if run.losses("valid")][: len(_MARKS)]
@@ -89,9 +78,15 @@ def _print_jobs(runs: Sequence[RunInfo], marks: Mapping[str, str], screen: Scree
     ]
     rows = [
         TableRow(
-            [run.path.name, marks.get(run.path.name, ""), run.state, format_progress(run), format_best(run)],
-            {2: STATE_STYLES.get(run.state, "")},
-            run_notes(run),
+            [
+                run.path.name,
+                marks.get(run.path.name, ""),
+                run.state,
+                cells.format_progress(run),
+                cells.format_best(run),
+            ],
+            {2: cells.STATE_STYLES.get(run.state, "")},
+            cells.run_notes(run),
         )
         for run in runs
     ]
@@ -100,8 +95,8 @@ def _print_jobs(runs: Sequence[RunInfo], marks: Mapping[str, str], screen: Scree
     wide_cells = [[*row.cells, *[column[i] for column in settings_columns]] for i, row in enumerate(rows)]
     if screen.width is None or table_width(wide, wide_cells) <= screen.width:
         columns = wide
-        for row, cells in zip(rows, wide_cells, strict=True):
-            row.cells = cells
+        for row, row_cells in zip(rows, wide_cells, strict=True):
+            row.cells = row_cells
     elif names:
         columns.append(Column("settings that differ", cut=True))
         for row, text in zip(rows, settings_text.pairs([[run] for run in runs], names), strict=True):

@@ -5,7 +5,6 @@ Nothing here raises for a damaged run: what can be read is read, and `RunInfo.pr
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,11 +16,10 @@ from typing import Any
 
 from runner.common import layout, safe_yaml
 from runner.common.layout import BEST_METRIC
+from runner.common.safe_json import finite_number
 from runner.config import retired, schema, serialize
 from runner.runs.directory import RunDirectory
 from runner.runs.rows import count_or_none, read_rows
-
-_MAX_INTEGER = 10**15
 
 
 @dataclass(kw_only=True)
@@ -56,7 +54,8 @@ class RunInfo:
 
     def losses(self, split: str) -> list[tuple[int, float]]:
         """Return (step, loss) of the rows of a split, where the loss is finite."""
-        return [(row["step"], row["loss"]) for row in self.rows if row.get("split") == split and _finite(row, "loss")]
+        losses = [(row["step"], finite_number(row.get("loss"))) for row in self.rows if row.get("split") == split]
+        return [(step, loss) for step, loss in losses if loss is not None]
 
 
 def read_run(path: Path) -> RunInfo:
@@ -72,7 +71,7 @@ def read_run(path: Path) -> RunInfo:
         problem="; ".join(filter(None, (config_problem, status_problem))) or None,
         step=count_or_none(status.get("step")),
         iters=count_or_none(status.get("iters", settings.get("train.iters"))),
-        best_loss=best[BEST_METRIC] if _finite(best, BEST_METRIC) else None,
+        best_loss=finite_number(best.get(BEST_METRIC)),
         best_step=count_or_none(best.get("step")),
         settings=settings,
         size_bytes=folder_size(path),
@@ -106,10 +105,10 @@ def objective_value(rows: Sequence[Mapping[str, Any]], best_loss: float | None, 
     if metric == "valid_loss":
         return best_loss
     if metric == "test_loss":
-        values = [row["loss"] for row in rows if row.get("split") == "test" and _finite(row, "loss")]
+        values = [finite_number(row.get("loss")) for row in rows if row.get("split") == "test"]
     else:
-        values = [row["score"] for row in rows if row.get("step") and _finite(row, "score")]
-    return float(values[-1]) if values else None
+        values = [finite_number(row.get("score")) for row in rows if row.get("step")]
+    return next((value for value in reversed(values) if value is not None), None)
 
 
 def folder_size(path: Path) -> int:
@@ -172,10 +171,3 @@ def _last_update(run: RunInfo) -> float:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _finite(data: Mapping[str, Any], name: str) -> bool:
-    value = data.get(name)
-    if type(value) is int:
-        return abs(value) < _MAX_INTEGER
-    return isinstance(value, float) and math.isfinite(value)

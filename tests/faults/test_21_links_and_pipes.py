@@ -1,4 +1,4 @@
-"""Links, names that leave the run's directory, and pipes: nothing outside is touched, and nothing hangs."""
+"""Symbolic links, names that leave the run's directory, and FIFOs: nothing outside is touched, nothing hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps from strangers: the overrides that resume= reads from their manifests run nothing and write nowhere else."""
+"""Hostile sweep manifests: the overrides that resume= reads from them run no code and write nothing elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs from strangers: nothing that they name runs, nothing is written where it was not typed, no bomb goes off."""
+"""Hostile configs: no code that they name runs, nothing is written elsewhere, and YAML bombs are refused."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def write(path: Path, what: dict[str, Any] | str, head: str = "") -> Path:
     return path
 
 
-def test_a_recipe_of_a_stranger_is_refused(cases, fresh_cli, hostile):
+def test_a_hostile_experiment_file_is_refused(cases, fresh_cli, hostile):
     for name in cases.some(list(RECIPES), 9):
         cli = fresh_cli()
         (cli.folder / "mine").mkdir()
@@ -112,7 +112,7 @@ def test_a_group_that_is_packed_into_hydras_own_settings_is_refused(cli, name, h
     hostile.invoke(cli, "--config-dir", "theirs", "data=hostile", "model=tiny", "hydra.run.dir=out")
 
 
-def test_a_launcher_of_a_stranger_under_the_name_of_ours_is_refused(cli, hostile):
+def test_a_foreign_launcher_under_the_name_of_ours_is_refused(cli, hostile):
     write(cli.folder / "theirs/hydra/launcher/serial.yaml", {"_target_": "pathlib.Path"})
     hostile.invoke(cli, "--config-dir", "theirs", "-m", *TINY, "seed=1,2", "hydra.sweep.dir=out")
 
@@ -172,7 +172,7 @@ def stored(run: Path, target: Path, name: str) -> Path:
     return target
 
 
-def test_a_stored_config_of_a_stranger_is_refused(cases, fresh_cli, run, hostile):
+def test_a_hostile_stored_config_is_refused(cases, fresh_cli, run, hostile):
     for name in cases.some(list(STORED), 5):
         cli = fresh_cli()
         target = stored(run, cli.folder / "theirs", name)
@@ -228,7 +228,7 @@ def test_trust_in_a_models_code_is_never_taken_over_from_a_config(cli, run, host
         (cli.folder / "ran").unlink()
 
 
-def test_a_variable_of_the_environment_lands_in_no_file_of_a_strangers_run(cli, run, hostile):
+def test_an_environment_variable_named_in_a_foreign_run_is_written_to_no_file(cli, run, hostile):
     target = cli.folder / "theirs"
     shutil.copytree(run, target)
     config = yaml.safe_load((target / "config.yaml").read_text())

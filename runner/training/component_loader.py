@@ -22,8 +22,8 @@ class ComponentLoader:
     """Loads the base model and the data of runs, and returns the last ones again to a run that has the same.
 
     The jobs of a sweep in one process share an instance; any other run has its own. Sharing does not change what a job
-    computes: the base model is frozen and returned without its adapter, and a
-    baseline equals what the job would compute.
+    computes: the base model is frozen and returned without its adapter, and a baseline equals what the job would
+    compute.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class ComponentLoader:
         if self._base is None or self._base[0] != key:
             self._base = self._data = None  # two base models may not fit into memory
             self._baselines.clear()
-            self._close_caches()
+            self.close()
             self._base = (key, load_base_model(config))
         return self._base[1]
 
@@ -49,7 +49,7 @@ class ComponentLoader:
         key = (config.path, options, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
-            self._close_caches()
+            self.close()
             data = load_dataset(
                 config.path,
                 base.lazy_tokenizer,
@@ -71,7 +71,7 @@ class ComponentLoader:
         frozen_blocks = backend.split_model.frozen_blocks
         key = (base.fingerprint, frozen_blocks, backend.kernel_version, astuple(config.train.hidden_cache))
         if self._caches is None or self._caches[0] != key:
-            self._close_caches()
+            self.close()
             self._caches = (key, hidden_caches(backend, base, config, print_line))
         elif self._caches[1]:
             self._caches[1].set_compute(backend.run_frozen_blocks)
@@ -101,9 +101,6 @@ class ComponentLoader:
 
     def close(self) -> None:
         """Close the files of the hidden-state caches."""
-        self._close_caches()
-
-    def _close_caches(self) -> None:
         if self._caches and self._caches[1]:
             self._caches[1].close()
         self._caches = None

@@ -34,8 +34,6 @@ class TokenizedDataset:
     files: dict[str, Path]
     """The file of each split that exists."""
     stats: dict[str, SplitStats]
-    folder: Path
-    """The folder in which the files were found."""
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
 
@@ -90,7 +88,6 @@ def load_dataset(
         **{split: tokens for split, (tokens, _) in loaded.items()},
         files=files,
         stats={split: stats for split, (_, stats) in loaded.items()},
-        folder=folder,
         notes=token_cache.notes if token_cache else [],
     )
 

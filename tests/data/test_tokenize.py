@@ -175,7 +175,7 @@ def test_splits_are_loaded_with_stats_and_raw_rows(tokenizer, make_options, writ
     assert {split: stats.rows for split, stats in data.stats.items()} == {"train": 2, "valid": 0, "test": 1}
     assert [row["text"] for row in data.first_rows("test", -1)] == ["e f"]
     assert data.first_rows("valid", -1) == []
-    assert data.folder == tmp_path
+    assert data.files == {"train": tmp_path / "train.jsonl", "test": tmp_path / "test.jsonl"}
 
 
 def test_a_split_without_a_row_to_train_on_is_refused(tokenizer, make_options, write_rows, tmp_path):

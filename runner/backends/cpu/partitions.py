@@ -135,8 +135,3 @@ class Partitioner:
         return self._team.run(
             lambda index, barrier: work(Partition(index, count, rows, self._local[index], self._shared, barrier)), count
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(workspace.nbytes for workspace in (self._shared, *self._local))

@@ -29,11 +29,6 @@ class Workspace:
                 self._buffers[name] = flat = _allocate(size)
         return flat[:size].reshape(shape)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(array.nbytes for array in self._buffers.values())
-
 
 def _allocate(size: int) -> np.ndarray:
     if 4 * size < _MMAP_BYTES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -33,10 +33,8 @@ def gradient_checkpointing(blocks: Sequence[nn.Module], on: bool = True) -> Iter
 
 @cache
 def _recomputing_class(cls: Any) -> Any:
-    return type(cls.__name__, (cls,), {"__call__": _recomputing_call(cls)})
+    """Return a subclass of `cls` that keeps no activations in training but computes them again."""
 
-
-def _recomputing_call(cls: type) -> Callable[..., mx.array]:
     def call(self: nn.Module, x: mx.array, *args: object, **kwargs: object) -> mx.array:
         if not self.training:
             return cls.__call__(self, x, *args, **kwargs)
@@ -50,4 +48,4 @@ def _recomputing_call(cls: type) -> Callable[..., mx.array]:
         self.update(params)
         return out
 
-    return call
+    return type(cls.__name__, (cls,), {"__call__": call})

@@ -41,19 +41,10 @@ def step_name(step: int) -> str:
 class CheckpointStore:
     """The checkpoints of the run `run_id` in `folder`, which is created at the first commit."""
 
-    def __init__(
-        self,
-        folder: Path,
-        run_id: str,
-        filesystem: FileSystem | None = None,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`clock` returns seconds since 1970; it only dates manifests."""
+    def __init__(self, folder: Path, run_id: str, filesystem: FileSystem | None = None) -> None:
         self.folder = Path(folder)
         self.run_id = run_id
         self._filesystem = filesystem or FileSystem()
-        self._clock = clock
 
     def commit(
         self,
@@ -72,7 +63,7 @@ class CheckpointStore:
         manifest = CheckpointManifest(
             run_id=self.run_id,
             step=step,
-            created=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
+            created=datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),
             save_reasons=tuple(save_reasons),
             metrics={name: float(value) for name, value in (metrics or {}).items()},
             files=file_records(files),

@@ -30,7 +30,6 @@ def plot(
     *,
     width: int = 72,
     height: int = 12,
-    x_label: str = "step",
     y_label: str = "loss",
     ascii_only: bool = False,
 ) -> list[list[Segment]]:
@@ -65,7 +64,7 @@ def plot(
         label = labels.get(row, "")
         lines.append([(f"{label:>{margin}} {tick if label else vertical}", None), *canvas.row(row)])
     lines.append([(" " * (margin + 1) + corner + horizontal * columns, None)])
-    lines.append([(" " * (margin + 2) + _x_labels(x_axis, columns, x_label), None)])
+    lines.append([(" " * (margin + 2) + _x_labels(x_axis, columns), None)])
     return lines
 
 
@@ -168,10 +167,10 @@ def _legend(
     return segments
 
 
-def _x_labels(axis: _Axis, columns: int, title: str) -> str:
+def _x_labels(axis: _Axis, columns: int) -> str:
     """Return the line below the x axis: its ends, and its title between them."""
     low, high = format_number(axis.low), format_number(axis.high)
     if axis.low == axis.high:
-        return f"{title} {low}".center(columns).rstrip()
+        return f"step {low}".center(columns).rstrip()
     space = columns - len(low) - len(high)
-    return f"{low}{title:^{space}}{high}" if space > len(title) + 1 else f"{low} {high}"
+    return f"{low}{'step':^{space}}{high}" if space > 5 else f"{low} {high}"

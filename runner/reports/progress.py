@@ -69,10 +69,10 @@ class Display:
         if self._label is None:
             self._console.print(Text(text, style=style))
 
-    def job_line(self, text: str, style: str = "") -> None:
+    def job_line(self, text: str) -> None:
         """Print the outcome of a job that shares the terminal with others; does nothing for a run alone."""
         if self._label is not None:
-            self._console.print(Text(f"{text}  {self._label}", style=style))
+            self._console.print(Text(f"{text}  {self._label}"))
 
     def begin(self, step: int, stop_at: int | None = None) -> None:
         """Start the live line: training continues after update `step`, to `stop_at` or the end."""

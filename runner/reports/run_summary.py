@@ -12,6 +12,7 @@ from runner.reports.next_commands import Command, command_lines
 
 SAMPLES = 3
 """Generated answers that are shown."""
+_MAX_ANSWER_LENGTH = 300
 
 
 def summary_lines(
@@ -78,10 +79,10 @@ def select_samples(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, 
     return sorted(in_turn[:SAMPLES])
 
 
-def _indented(label: str, text: str, score: float | None = None, limit: int = 300) -> list[str]:
+def _indented(label: str, text: str, score: float | None = None) -> list[str]:
     verdict = "" if score is None else ("  [right]" if score >= 1 else "  [wrong]")
     shown = printable(text.strip())
-    shown = shown if len(shown) <= limit else f"{shown[:limit]} …"
+    shown = shown if len(shown) <= _MAX_ANSWER_LENGTH else f"{shown[:_MAX_ANSWER_LENGTH]} …"
     first, *rest = shown.splitlines() or [""]
     return [
         f"  {label}  {first}{verdict if not rest else ''}",

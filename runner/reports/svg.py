@@ -15,8 +15,8 @@ Curve = tuple[str, Sequence[tuple[float, float]]]
 """Name and points (x, y), finite, x rising."""
 
 
-def plot(title: str, series: Sequence[Curve], x_label: str = "step", y_label: str = "valid loss") -> str:
-    """Return an SVG image of the curves with axes and a legend; series without points are left out."""
+def plot(title: str, series: Sequence[Curve]) -> str:
+    """Return an SVG image of validation losses by step, with axes and a legend; series without points are left out."""
     drawn = [(name, points) for name, points in series if points]
     width = _LEFT + _PLOT_WIDTH + 60 + int(_LETTER_WIDTH * max([len(name) for name, _ in drawn], default=0))
     xs = [x for _, points in drawn for x, _ in points] or [0.0, 1.0]
@@ -44,12 +44,10 @@ def plot(title: str, series: Sequence[Curve], x_label: str = "step", y_label: st
     for tick in ticks(x_min, x_max):
         x, _ = pixel(tick, y_min)
         out.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{tick:g}</text>')
-    out.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle" fill="#111">{x_label}</text>')
+    out.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle" fill="#111">step</text>')
     middle = (_TOP + bottom) / 2
-    out.append(
-        f'<text x="16" y="{middle}" text-anchor="middle" fill="#111" transform="rotate(-90 16 {middle})">'
-        f"{y_label}</text>"
-    )
+    rotated = f'text-anchor="middle" fill="#111" transform="rotate(-90 16 {middle})"'
+    out.append(f'<text x="16" y="{middle}" {rotated}>valid loss</text>')
     for i, (name, points) in enumerate(drawn):
         colour, dash = _COLOURS[i % len(_COLOURS)], ' stroke-dasharray="5 3"' if i >= len(_COLOURS) else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (pixel(*point) for point in points))
@@ -66,9 +64,9 @@ def plot(title: str, series: Sequence[Curve], x_label: str = "step", y_label: st
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Return about `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / count
+def ticks(low: float, high: float) -> list[float]:
+    """Return about six round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)

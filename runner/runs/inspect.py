@@ -148,10 +148,7 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _read_status(path: Path) -> tuple[dict[str, Any], str | None]:
     """Return the status, or a guess of its state and why status.json cannot be read."""
-    try:
-        status = RunDirectory(path).read_status()
-    except RecursionError:
-        status = {"state": "unknown"}
+    status = RunDirectory(path).read_status()
     if len(status) > 1:
         return status, None
     missing = not os.path.lexists(path / layout.STATUS)

@@ -120,7 +120,7 @@ class Bench:
         self.results["notes"] = list(effort.notes)
 
     def run(self) -> None:
-        """Measure everything. Raises ProcessFailed where a process fails; what was measured before is in results.json."""
+        """Measure everything. Raises ProcessFailed if a process fails; results.json has what was measured before."""
         self._models = call_module("models")
         self.results["machine"] = _machine()
         self.results["model"] = json.loads((Path(self._models["float32"]) / "config.json").read_text())
@@ -208,7 +208,8 @@ class Bench:
         others = "" if measurement.others is None else f", others {measurement.others:.1f} cores"
         round_ = f"of seed {seed}" if label == GATE else which
         self._print(
-            f"{name} {label} {round_}: {measurement.seconds:.1f} s, {measurement.rss_gb:.2f} GB, load {measurement.load:.1f}{others}"
+            f"{name} {label} {round_}: {measurement.seconds:.1f} s, {measurement.rss_gb:.2f} GB, "
+            f"load {measurement.load:.1f}{others}"
         )
         self._write_results()
 

@@ -59,7 +59,8 @@ def main() -> None:
 
 def _table_line(result: dict[str, Any]) -> str:
     return (
-        f"{result['adapter_mb']:5.1f} MB  {result['checkpoint_mb']:7.1f} MB  {result['mode']:<12} {result['update_ms']:7.0f}  "
+        f"{result['adapter_mb']:5.1f} MB  {result['checkpoint_mb']:7.1f} MB  {result['mode']:<12} "
+        f"{result['update_ms']:7.0f}  "
         f"{result['wait_p50']:6.1f} {result['wait_p95']:6.1f} {result['wait_most']:6.1f}   {result['save_p50']:7.1f} "
         f"{result['save_p95']:7.1f}   {result['later_ms']:9.1f}     {result['share']:8.3%}"
     )

@@ -35,7 +35,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def until(command: Sequence[str], folder: Path, done: Callable[[], bool] | None) -> float:
-    """Return the seconds from the start of `command` until `done`, or to its end. Raises ProcessFailed where it fails."""
+    """Return the seconds from the start of `command` until `done`, or to its end. Raises ProcessFailed."""
     begun, found = time.perf_counter(), None
     with (folder / "log").open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=out, stderr=out)

@@ -101,8 +101,8 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
         assert invocation.repeat is not None
         source = ResumeSource(invocation.repeat)
     settings = serialize.to_dict(serialize.from_dict(source.config, str(source.run / "config.yaml")))
-    # A branch drops the adapter that its source started from, since its checkpoint holds the weights. A run that resumes
-    # in place keeps it: without a checkpoint it starts from that adapter again.
+    # A branch drops the adapter that its source started from, since its checkpoint holds the weights. A run that
+    # resumes in place keeps it: without a checkpoint it starts from that adapter again.
     in_branch = ["adapter"] if source.branch else []
     dropped = schema.provenance_settings() if invocation.repeat else in_branch
     for name in (*invocation.group_choices, *dropped):

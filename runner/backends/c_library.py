@@ -83,7 +83,7 @@ def _loads(library: Path) -> bool:
 
 
 def _compile(source: str, folder: Path, name: str, flags: Sequence[str]) -> Path:
-    """Compile `source` to a library in `folder` with its SHA-256 in its name; another process finds all of it or none."""
+    """Compile `source` to a library in `folder`, named by its SHA-256; another process finds all of it or none."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise CompileError("no C compiler (cc, gcc, clang) on PATH")

@@ -80,7 +80,7 @@ class Head:
         weights: np.ndarray,
         grad_x: np.ndarray | None,
     ) -> np.float32:
-        """Return the loss of one chunk; `indices` (m,): which of its targets are in the partition, as the rows of `x`."""
+        """Return the loss of one chunk; `indices` (m,): which of its targets are in the partition, as rows of `x`."""
         norm_weight, eps = self.norm
         count, work, shared, vocabulary = len(tokens), part.local, part.shared, len(self.weight)
         share = slice(vocabulary * part.index // part.count, vocabulary * (part.index + 1) // part.count)

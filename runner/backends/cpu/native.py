@@ -1,4 +1,4 @@
-"""`runner.backends.cpu.kernels.Ops` in C, where this machine has a compiler: one pass over memory instead of one for each
+"""`runner.backends.cpu.kernels.Ops` in C, where this machine has a compiler: one pass over memory instead of one per
 operation, and Python's global lock is released for a whole call."""
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class NativeOps(Ops):
 
     @staticmethod
     def _scratch(layout: HeadLayout, partition: Partition) -> list[np.ndarray]:
-        """Return buffers for a tile: queries and gradients by width, scores and their gradients by all positions of a row."""
+        """Return buffers for a tile: queries and gradients by width, scores and their gradients by positions."""
         rows = layout.group_size * layout.tile
         longest = max(partition.rows.lengths)
         columns = {"queries": layout.width, "grads": layout.width, "scores": longest, "grad_scores": longest}

@@ -36,7 +36,7 @@ class MlxBackend:
         compiled: bool = False,
         fallback_reason: str | None = None,
     ) -> None:
-        """`chunk`, `all_positions`: see `ChunkedLoss`. `grad_checkpoint` recomputes activations in the backward pass."""
+        """`chunk`, `all_positions`: see `ChunkedLoss`. `grad_checkpoint`: activations are recomputed backward."""
         self.split_model, self.fallback_reason = split_model, fallback_reason
         self._adapted, self._grad_checkpoint = adapted, grad_checkpoint
         self._loss = ChunkedLoss(split_model=split_model, chunk=chunk, all_positions=all_positions)

@@ -77,8 +77,8 @@ def _measure(size: int, background: bool, updates: int, every: int) -> None:
     saves: list[float] = []
     steps: list[float] = []
     bytes_of: dict[str, int] = {}
-    _record_durations(Trainer, "save_if_due", waits)
-    _record_durations(Trainer, "update", steps)
+    _record_durations(Trainer, Trainer.save_if_due.__name__, waits)
+    _record_durations(Trainer, Trainer.update.__name__, steps)
     commit, rotate = CheckpointStore.commit, CheckpointStore.rotate
 
     def timed_commit(self: CheckpointStore, step: int, files: Any, **rest: Any) -> Any:

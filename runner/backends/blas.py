@@ -58,7 +58,7 @@ class BlasReport:
 
 
 _report: BlasReport | None = None
-"""A library that was loaded into the global scope stays there: this is a fact about the process, not state of a run."""
+"""A library that was loaded into the global scope stays there: it belongs to the process, not to a run."""
 
 
 def load_blas(jobs: int = 1) -> BlasReport:

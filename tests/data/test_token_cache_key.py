@@ -242,7 +242,7 @@ def test_a_file_that_replaces_another_is_noticed(
 def test_a_damaged_stored_hash_is_ignored(damage, load, hashed_files, folder, monkeypatch):
     monkeypatch.setattr(token_cache_key, "SETTLED_SECONDS", 0.0)
     load()
-    for fact in (folder.parent / "cache" / "files").iterdir():
-        fact.write_bytes(damage(fact.read_bytes()))
+    for entry in (folder.parent / "cache" / "files").iterdir():
+        entry.write_bytes(damage(entry.read_bytes()))
     assert not load().notes
     assert len(hashed_files) == 4

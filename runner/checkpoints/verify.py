@@ -50,8 +50,7 @@ def load_checkpoint(path: Path, filesystem: FileSystem) -> LoadedCheckpoint:
         CheckpointError: it is missing or damaged; names path and reason.
         StorageError: the machine, not the checkpoint, is at fault.
     """
-    manifest = read_manifest(path, filesystem)
-    _check_entries(path, manifest, filesystem)
+    manifest = _read_complete_manifest(path, filesystem)
     files = {}
     for name, record in manifest.files.items():
         # A size that a hostile manifest claims is refused before the bytes fill the memory.
@@ -70,8 +69,7 @@ def load_checkpoint(path: Path, filesystem: FileSystem) -> LoadedCheckpoint:
 def is_whole(path: Path, filesystem: FileSystem) -> bool:
     """Return whether `load_checkpoint` would accept `path`; reads in chunks. Raises StorageError."""
     try:
-        manifest = read_manifest(path, filesystem)
-        _check_entries(path, manifest, filesystem)
+        manifest = _read_complete_manifest(path, filesystem)
         for name, record in manifest.files.items():
             _compare(path / name, record, *filesystem.sha256(path / name))
     except CheckpointError:
@@ -97,7 +95,9 @@ def read_manifest(path: Path, filesystem: FileSystem) -> CheckpointManifest:
     return manifest
 
 
-def _check_entries(path: Path, manifest: CheckpointManifest, filesystem: FileSystem) -> None:
+def _read_complete_manifest(path: Path, filesystem: FileSystem) -> CheckpointManifest:
+    """Return the manifest after a check that each of its files is there, regular and of the stated size."""
+    manifest = read_manifest(path, filesystem)
     for name in filesystem.listdir(path):
         entry = filesystem.lstat(path / name)
         if entry is not None and entry.kind in ("link", "other"):
@@ -109,6 +109,7 @@ def _check_entries(path: Path, manifest: CheckpointManifest, filesystem: FileSys
         if entry.kind != "file":
             raise CheckpointError(f"{path / name}: not a regular file")
         _compare(path / name, record, entry.size, record.sha256)
+    return manifest
 
 
 def _compare(path: Path, record: FileRecord, size: int, sha256: str) -> None:

@@ -16,7 +16,7 @@ from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.curves import Series
 from runner.reports.next_commands import Command, command_fields, for_run
 from runner.reports.screen import Screen
-from runner.reports.tables import Column, TableRow, table
+from runner.reports.tables import Column, TableRow
 from runner.runs.inspect import RunInfo
 
 _MAX_REASON_LINES = 20
@@ -174,7 +174,7 @@ def _print_settings(run: RunInfo, screen: Screen) -> None:
         default_text = "" if default in (None, "???") else settings_text.value_text(default)
         rows.append(TableRow([f"  {name}", settings_text.path_text(name, value), default_text], {2: "dim"}))
     columns = [Column("  setting"), Column("value"), Column("default", cut=True)]
-    screen.lines(table(columns, rows, screen.width))
+    screen.table(columns, rows)
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], screen: Screen) -> None:
@@ -187,7 +187,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     for row in rows:
         cells = [_cell(row.get(field), form) for field, _, form in shown]
         lines.append(TableRow([str(row["step"]), str(row.get("split", "")), *cells]))
-    screen.lines(table(columns, lines, screen.width))
+    screen.table(columns, lines)
 
 
 def _print_checkpoints(page: RunPage, screen: Screen) -> None:
@@ -213,7 +213,7 @@ def _print_checkpoints(page: RunPage, screen: Screen) -> None:
         ]
         rows.append(TableRow(cells, {4: "red"} if checkpoint.problem else {}))
     if rows:
-        screen.lines(table(columns, rows, screen.width))
+        screen.table(columns, rows)
     if has_result(page.run):
         step = "an unknown step" if page.result_step is None else f"step {page.result_step}"
         screen.line(f"  adapters/ holds {step}")

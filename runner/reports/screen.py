@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 from runner.common import safe_json
 from runner.common.text import single_line
-from runner.reports.tables import Line, Segment
+from runner.reports import tables
+from runner.reports.tables import Column, Segment, TableRow
 
 
 class Screen:
@@ -46,9 +47,9 @@ class Screen:
         self.line("")
         self.line((text, "bold"))
 
-    def lines(self, lines: Sequence[Line]) -> None:
-        """Print several lines."""
-        for line in lines:
+    def table(self, columns: Sequence[Column], rows: Sequence[TableRow]) -> None:
+        """Print a table, fitted to the width of the terminal: see `tables.table`."""
+        for line in tables.table(columns, rows, self.width):
             self.line(*line)
 
 

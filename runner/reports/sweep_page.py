@@ -12,7 +12,7 @@ from runner.reports.curves import Series
 from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.run_page import print_commands, print_plot
 from runner.reports.screen import Screen
-from runner.reports.tables import Column, TableRow, table, table_width
+from runner.reports.tables import Column, TableRow, table_width
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
 
@@ -101,4 +101,4 @@ def _print_jobs(runs: Sequence[RunInfo], marks: Mapping[str, str], screen: Scree
         columns.append(Column("settings that differ", cut=True))
         for row, text in zip(rows, settings_text.pairs([[run] for run in runs], names), strict=True):
             row.cells.append(text)
-    screen.lines(table(columns, rows, screen.width))
+    screen.table(columns, rows)

@@ -16,7 +16,7 @@ from runner.reports import svg
 from runner.reports.cells import STATE_STYLES
 from runner.reports.next_commands import after_sweep, command_lines
 from runner.reports.screen import Screen
-from runner.reports.tables import Column, TableRow, table
+from runner.reports.tables import Column, TableRow
 from runner.runs.inspect import RunInfo, objective_value, read_run
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
@@ -116,7 +116,7 @@ def print_sweep_results(results: SweepResults, screen: Screen) -> None:
     columns = [Column("job", right=True), *[Column(name) for name in names], Column("state")]
     columns += [Column(results.metric, right=True), Column("at step", right=True), Column("reason", cut=True)]
     screen.line("")
-    screen.lines(table(columns, [_table_row(result, names) for result in results.jobs[:_MAX_TABLE_ROWS]], screen.width))
+    screen.table(columns, [_table_row(result, names) for result in results.jobs[:_MAX_TABLE_ROWS]])
     if len(results.jobs) > _MAX_TABLE_ROWS:
         screen.line(f"… and {len(results.jobs) - _MAX_TABLE_ROWS} more in results.csv")
     screen.line("")

@@ -24,7 +24,7 @@ from runner.reports.cells import (
     sweep_style,
 )
 from runner.reports.screen import Screen, json_document
-from runner.reports.tables import Column, TableRow, column_widths, table
+from runner.reports.tables import Column, TableRow, column_widths
 from runner.runs.find import SweepInfo, find_runs
 from runner.runs.inspect import RunInfo, differing_settings
 
@@ -122,7 +122,7 @@ def _print_table(
         columns[0] = Column(f"below {relative_path(root)}", keep_end=True)
     for row in rows:
         row.cells = row.cells[: len(columns)]
-    screen.lines(table(columns, rows, screen.width))
+    screen.table(columns, rows)
 
 
 def _run_row(run: RunInfo, settings: str, now: float) -> TableRow:

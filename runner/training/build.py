@@ -154,7 +154,12 @@ def build_trainer(
 
 def _restore(state: TrainState, point: ResumePoint, components: Components, display: Display) -> None:
     path = point.checkpoint.path
-    for line in [*point.messages, *numeric_differences(point.saved.identity, components.identity)]:
+    messages = [*point.messages]
+    if differences := numeric_differences(point.saved.identity, components.identity):
+        messages.append(
+            f"results may differ in the last digits from an uninterrupted run, because {'; '.join(differences)}"
+        )
+    for line in messages:
         display.line(line, "yellow")
     state_files.restore(state, point.saved, str(path))
     display.line(f"resumed from {path} at step {state.progress.step}")

@@ -14,7 +14,7 @@ from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint
 from runner.common.atomic_io import repair_replaced_folder
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
-from runner.common.text import shell_path
+from runner.common.text import shell_path, shorten
 from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
 from runner.runs.run_spec import RunSpec
@@ -22,6 +22,20 @@ from runner.training import state_files
 from runner.training.component_loader import ComponentLoader
 from runner.training.signals import StopSignals
 from runner.training.state_files import RunIdentity, SavedState
+
+_ENVIRONMENT_NAMES = {
+    "mlx_lm": "mlx-lm",
+    "blas.library": "BLAS",
+    "blas.threads": "number of BLAS threads",
+    "blas.core": "BLAS core type",
+    "engine": "CPU engine",
+    "compiled": "compiled step",
+    "loss_piece": "train.loss_chunk",
+    "head": "train.head",
+    "trunk": "number of blocks in the hidden-state cache",
+    "cpu_ops": "cross-entropy in NumPy",
+}
+"""What messages call the keys of a checkpoint's numeric environment; the others are shown as they are."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +118,20 @@ def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoa
 
 
 def numeric_differences(saved: RunIdentity, current: RunIdentity) -> list[str]:
-    """Return a line for each difference of the numeric environment, which may change the last digits of results."""
+    """Return a text for each difference of the numeric environment, which may change the last digits of results.
+
+    Only what both record is compared: backends and versions do not all record the same.
+    """
+    before, after = serialize.flatten_dict(saved.numeric_environment), serialize.flatten_dict(current.numeric_environment)
     return [
-        f"results may differ in the last digits from an uninterrupted run: "
-        f"{name} was {saved.numeric_environment.get(name)}, is {value}"
-        for name, value in current.numeric_environment.items()
-        if saved.numeric_environment.get(name) != value
+        f"{_ENVIRONMENT_NAMES.get(key, key)} was {_environment_text(before[key])}, is {_environment_text(value)}"
+        for key, value in after.items()
+        if key in before and before[key] != value
     ]
+
+
+def _environment_text(value: object) -> str:
+    return "none" if value is None else shorten(value)
 
 
 def _stored_run_id(spec: RunSpec) -> str:

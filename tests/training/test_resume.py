@@ -15,6 +15,8 @@ from runner.checkpoints import verify
 from runner.common.errors import CheckpointError, ConfigError
 from runner.runs.directory import RunDirectory
 from runner.training import state_files
+from runner.training.resume import numeric_differences
+from runner.training.state_files import RunIdentity
 
 ALL_FEATURES = {
     "lora.dropout": 0.2,
@@ -281,6 +283,27 @@ def test_a_resume_reads_its_config_and_decodes_its_checkpoint_once(tiny, train, 
     count(verify, "load_checkpoint")
     train(tiny(), run, resume=run, stop_at=5)  # ends where it begins: nothing is saved
     assert counts == {"read_config": 1, "read_state": 1, "load_checkpoint": 2}  # the second is that of the result
+
+
+def test_numeric_differences_have_present_names_and_leave_out_what_one_side_does_not_record():
+    saved = {"trunk": 14, "loss_piece": 256, "engine": "c 1", "mlx": "1", "blas": {"library": "a", "threads": 2}}
+    current = {"trunk": 0, "loss_piece": 128, "engine": None, "mlx": "1", "blas": {"library": "a", "threads": 4}}
+    differences = numeric_differences(RunIdentity({}, saved), RunIdentity({}, current | {"cpu_ops": False}))
+    assert differences == [
+        "number of blocks in the hidden-state cache was 14, is 0",
+        "train.loss_chunk was 256, is 128",
+        "CPU engine was c 1, is none",
+        "number of BLAS threads was 2, is 4",
+    ]
+    assert numeric_differences(RunIdentity({}, current), RunIdentity({}, current)) == []
+
+
+def test_a_resume_with_another_loss_chunk_says_once_that_results_may_differ(tiny, train, tmp_path):
+    run = train(tiny(), tmp_path / "run", stop_at=3)
+    train(tiny(**{"train.loss_chunk": 64, "train.hidden_cache.enabled": False}), run, resume=run)
+    log = (run / "run.log").read_text()
+    assert log.count("results may differ in the last digits") == 1
+    assert "train.loss_chunk was 256, is 64" in log and "loss_piece" not in log and "cpu_ops" not in log
 
 
 COUNT_READS = """

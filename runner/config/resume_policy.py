@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runner.common.commands import repeat_command, warm_start_command
 from runner.common.errors import ConfigError
-from runner.common.text import shell_path
 from runner.config import schema
 from runner.config.schema import Config
 from runner.config.serialize import flatten, format_value
@@ -63,9 +63,9 @@ def changes_on_resume(stored: Config, config: Config, step: int, run: Path) -> d
         elif new < step:
             problems.append(f"train.iters={new} is before update {step}, which the run has reached.")
     if problems:
-        problems.append(
-            f"For a new run with changed settings: repeat={shell_path(run)}; "
-            f"to start it from these weights: adapter={shell_path(run / 'adapters')}."
-        )
+        problems += [
+            f"For a new run, add the changed settings to: {repeat_command(run)}",
+            f"To start it from these weights: {warm_start_command(run, run / 'adapters')}",
+        ]
         raise ConfigError("\n".join(problems))
     return changed

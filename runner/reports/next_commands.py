@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.common.commands import PROGRAM, repeat_command, resume_command, warm_start_command
 from runner.common.safe_json import finite_number
 from runner.common.text import shell_path
 from runner.config.resume_policy import iters_may_change
@@ -15,7 +16,6 @@ from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
 from runner.runs.sweep_manifest import NAME as SWEEP_MANIFEST
 
-_PROGRAM = "python -m runner"
 _MOST_RUNS = 5
 """Unfinished runs of a sweep without a manifest that are listed one by one."""
 _UNFINISHED = ("stopped", "interrupted", "failed")
@@ -60,7 +60,7 @@ def for_run(run: RunInfo, checkpoints: Sequence[CheckpointInfo], *, has_result: 
     if has_result:
         if run.settings:  # repeat= selects the base model that the adapter fits
             commands.append(_warm_start(run))
-        commands.append(Command("generate", f"{_PROGRAM} generate {shell_path(run.path)} '…'"))
+        commands.append(Command("generate", f"{PROGRAM} generate {shell_path(run.path)} '…'"))
         commands += _use_with_mlx_lm(run)
     return commands
 
@@ -75,8 +75,8 @@ def for_sweep(sweep: SweepInfo) -> list[Command]:
         commands += [_resume(run.path, f"resume job {run.path.name}") for run in unfinished[:_MOST_RUNS]]
     best = sweep.best
     if best is not None and best.settings:
-        commands.append(Command("show the best", f"{_PROGRAM} show {shell_path(best.path)}"))
-        commands.append(Command("vary the best", f"{_repeat(best.path)} seed=1"))
+        commands.append(Command("show the best", f"{PROGRAM} show {shell_path(best.path)}"))
+        commands.append(Command("vary the best", repeat_command(best.path, "seed=1")))
         if (best.path / "adapters").is_dir():
             commands.append(_warm_start(best))
     return commands
@@ -95,9 +95,9 @@ def for_damaged_run(run: Path, *, resumable: bool, repeatable: bool, backup: Pat
     if resumable:
         commands.append(_resume(run, "resume from the newest valid checkpoint"))
     if backup is not None:
-        commands.append(Command("verify its backup", f"{_PROGRAM} verify {shell_path(backup)}"))
+        commands.append(Command("verify its backup", f"{PROGRAM} verify {shell_path(backup)}"))
     if not commands and repeatable:
-        commands.append(Command("train again with its settings", _repeat(run)))
+        commands.append(Command("train again with its settings", repeat_command(run)))
     return commands
 
 
@@ -113,20 +113,16 @@ def command_fields(commands: Sequence[Command]) -> list[dict[str, str]]:
 
 
 def _resume(path: Path, purpose: str = "resume") -> Command:
-    return Command(purpose, f"{_PROGRAM} resume={shell_path(path)}")
-
-
-def _repeat(run: Path) -> str:
-    return f"{_PROGRAM} repeat={shell_path(run)}"
+    return Command(purpose, resume_command(path))
 
 
 def _vary(run: RunInfo) -> Command:
     rank = run.settings.get("lora.rank")
-    return Command("vary", f"{_repeat(run.path)} lora.rank={2 * rank if type(rank) is int else 16}")
+    return Command("vary", repeat_command(run.path, f"lora.rank={2 * rank if type(rank) is int else 16}"))
 
 
 def _warm_start(run: RunInfo) -> Command:
-    return Command("warm start", f"{_repeat(run.path)} adapter={shell_path(run.path / 'adapters')}")
+    return Command("warm start", warm_start_command(run.path, run.path / "adapters"))
 
 
 def _use_with_mlx_lm(run: RunInfo) -> list[Command]:
@@ -148,7 +144,7 @@ def _slower(run: RunInfo, valid: Sequence[CheckpointInfo]) -> list[Command]:
     rate = finite_number(run.settings.get("optimizer.learning_rate"))
     if rate is None:
         return []
-    line = f"{_repeat(run.path)} optimizer.learning_rate={rate / 2:g}"
+    line = repeat_command(run.path, f"optimizer.learning_rate={rate / 2:g}")
     commands = [Command("lower the learning rate", line)]
     if valid:
         adapter = shell_path(valid[-1].path)

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import socket
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ import yaml
 from runner.common import layout
 from runner.common.atomic_io import is_draft, write_atomically
 from runner.common.clock import utc_now
+from runner.common.commands import resume_command
 from runner.common.errors import ConfigError, DirectoryInUse, StorageError
 from runner.common.filesystem import FileSystem, open_regular, read_bounded
 from runner.common.layout import STATES
@@ -26,7 +26,7 @@ from runner.common.storage_errors import storage_error, storage_errors
 from runner.config import retired
 
 _MAX_STATUS_BYTES = 1_000_000  # a real status.json has about 500
-_CONFIG_HEADER = "# The resolved settings of this run. Again with changes: runner repeat=THIS_FOLDER key=value\n"
+_CONFIG_HEADER = "# The resolved settings of this run. A new run with changes: python -m runner repeat=THIS_FOLDER key=value\n"
 _CHOOSE_ANOTHER = "choose another hydra.run.dir"
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
@@ -67,8 +67,8 @@ class RunDirectory:
             if self.config.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
                 self.unlock()
                 raise ConfigError(
-                    f"{self.path} already belongs to a run. To resume it: resume={shlex.quote(str(self.path))}. "
-                    f"For a new run {_CHOOSE_ANOTHER}."
+                    f"{self.path} already belongs to a run. For a new run {_CHOOSE_ANOTHER}. "
+                    f"To resume this one: {resume_command(self.path)}"
                 )
             with storage_errors(self.checkpoints, "created"):
                 self.checkpoints.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from runner.common.commands import resume_command
 from runner.common.errors import ConfigError
 from runner.common.layout import STEP_NAME
 from runner.config import environment
@@ -86,7 +87,7 @@ def find_resume_source(path: Path) -> ResumeSource:
     if (path / "config.yaml").is_file():
         return ResumeSource(run=path.absolute())
     if is_sweep_folder(path):
-        raise ConfigError(f"resume={path}: this is a sweep; resume its runs one by one, such as resume={path}/0.")
+        raise ConfigError(f"resume={path}: this is a sweep; to resume one of its runs: {resume_command(path / '0')}")
     raise ConfigError(f"resume={path}: not a run directory (no config.yaml) and not a checkpoint (step-0000100).")
 
 

@@ -126,7 +126,7 @@ def build_trainer(
         state.params = warm_start(state.params, weights, config.adapter)
         display.line(f"warm start from {config.adapter}")
     if point is None and spec.source is not None:
-        display.line("resumed before the first checkpoint: from the beginning")
+        display.line("no checkpoint yet: training starts from the beginning")
     train = config.train
     window = _window(config, point, components.backend)
     order = BatchOrder(data.train.lengths, train.batch_size, config.seed, window)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -13,6 +14,7 @@ from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.save_policy import StopReason
 from runner.checkpoints.store import step_name
 from runner.common.clock import utc_now
+from runner.common.commands import resume_command
 from runner.config import serialize
 from runner.reports import next_commands, run_summary
 from runner.runs.inspect import RunInfo
@@ -45,22 +47,24 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
         stop = StopReason(trainer.stops.signal.name)
     _write_final_status(trainer, stop, result_step)
     if writer.backup:
-        for line in finish_backup(writer.backup, trainer.stops, trainer.display.line):
+        for line in finish_backup(writer.backup, spec.directory.path, trainer.stops, trainer.display.line):
             trainer.display.line(line, "yellow")
     for line in lines:
         trainer.display.line(line)
     _print_summary(trainer, spec, stop, result_step)
 
 
-def finish_backup(backup: BackupMirror, stops: StopSignals, print_line: Callable[[str], None] = print) -> list[str]:
-    """Wait until the backup is complete or another signal arrives; return what to report about it."""
+def finish_backup(
+    backup: BackupMirror, run: Path, stops: StopSignals, print_line: Callable[[str], None] = print
+) -> list[str]:
+    """Wait until the backup of `run` is complete or another signal arrives; return what to report about it."""
     signal_before, start, notice_due = stops.signal, time.monotonic(), True
 
     def keep_waiting() -> bool:
         nonlocal notice_due
         if notice_due and time.monotonic() - start > _NOTICE_SECONDS:
             notice_due = False
-            print_line(f"waiting for the backup in {backup.root}; after Ctrl-C, resume= completes it")
+            print_line(f"waiting for the backup in {backup.root}; after Ctrl-C, to complete it: {resume_command(run)}")
         return stops.signal is signal_before
 
     is_complete = backup.finish(keep_waiting)
@@ -68,7 +72,7 @@ def finish_backup(backup: BackupMirror, stops: StopSignals, print_line: Callable
     if is_complete:
         return [*messages, f"mirrored to {backup.folder}"]
     problem = backup.problem or "interrupted"
-    return [*messages, f"the backup is incomplete ({problem.rstrip('.')}); resume= this run to complete it"]
+    return [*messages, f"the backup is incomplete ({problem.rstrip('.')}); to complete it: {resume_command(run)}"]
 
 
 def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -> list[str]:

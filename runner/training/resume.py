@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from runner.checkpoints import mirror, verify
 from runner.checkpoints.store import CheckpointStore
 from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint
 from runner.common.atomic_io import repair_replaced_folder
+from runner.common.commands import repeat_command, resume_command, warm_start_command
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
-from runner.common.text import shell_path, shorten
+from runner.common.text import shorten
 from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
 from runner.runs.run_spec import RunSpec
@@ -90,7 +90,7 @@ def is_already_finished(spec: RunSpec, point: ResumePoint) -> bool:
     return bool(status.get("ended")) and status["state"] == "finished"
 
 
-def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoader, stops: StopSignals) -> None:
+def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoader, stops: StopSignals) -> None:
     """Load the model and the data, and refuse them if the checkpoint was trained on others.
 
     Raises:
@@ -98,8 +98,9 @@ def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoa
         ModelError, DataError: they cannot be loaded.
         StopRequested: a stop signal arrived meanwhile.
     """
-    base = loader.base(config.model)
-    data = loader.data(config.data, base, stops.check)
+    assert spec.source is not None
+    base = loader.base(spec.config.model)
+    data = loader.data(spec.config.data, base, stops.check)
     saved = point.saved.identity.fingerprints
     current = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
     problems = {
@@ -113,7 +114,8 @@ def require_same_inputs(config: Config, point: ResumePoint, loader: ComponentLoa
         if saved.get(name) != current[name]
     ]
     if lines:
-        lines.append(f"To start a new run on them from these weights: adapter={shell_path(point.checkpoint.path)}.")
+        command = warm_start_command(spec.source.run, point.checkpoint.path)
+        lines.append(f"To start a new run on them from these weights: {command}")
         raise ConfigError(f"{point.checkpoint.path} cannot be resumed:\n" + "\n".join(lines))
 
 
@@ -144,7 +146,7 @@ def _stored_run_id(spec: RunSpec) -> str:
         names = ", ".join(f"{checkpoint.path.name} of {checkpoint.manifest.run_id}" for checkpoint in checkpoints)
         raise CheckpointError(
             f"{spec.directory.status} is lost, and the checkpoints are of several runs: {names}. "
-            f"Name the one to resume from: resume={shlex.quote(str(checkpoints[-1].path))}"
+            f"Name the one to resume from: {resume_command(checkpoints[-1].path)}"
         )
     return checkpoints[-1].manifest.run_id if checkpoints else spec.run_id
 
@@ -169,8 +171,7 @@ def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | 
                     *damage,
                     f"No checkpoint of {directory.path} is valid, and a run never starts over silently.",
                     *_backup_commands(spec),
-                    "To train again with the same settings: "
-                    f"python -m runner repeat={shlex.quote(str(directory.path))}",
+                    f"To train again with the same settings: {repeat_command(directory.path)}",
                 ]
             )
         )
@@ -180,7 +181,7 @@ def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | 
 def _backup_commands(spec: RunSpec) -> list[str]:
     root = spec.config.checkpoint.backup
     backup = mirror.find_backup(Path(root).expanduser(), spec.run_id) if root else None
-    return [f"To resume from its backup: python -m runner resume={shlex.quote(str(backup))}"] if backup else []
+    return [f"To resume from its backup: {resume_command(backup)}"] if backup else []
 
 
 def _previous_config(spec: RunSpec) -> Config:
@@ -245,7 +246,7 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
         )
     if problems:
         assert spec.source is not None
-        advice = f"For a new run with changed settings: repeat={shell_path(spec.source.run)}."
+        advice = f"For a new run, add the changed settings to: {repeat_command(spec.source.run)}"
         raise ConfigError("\n".join([*problems, advice]))
 
 

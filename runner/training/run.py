@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 
@@ -10,6 +9,7 @@ import mlx.core as mx
 
 from runner.backends import blas
 from runner.common.clock import utc_now
+from runner.common.commands import repeat_command
 from runner.common.errors import Diverged, RunnerError, StorageError
 from runner.models.device import on_cpu
 from runner.reports.progress import Display
@@ -47,7 +47,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         loader = shared or stack.enter_context(closing(ComponentLoader()))
         if point is not None:
             with _exit_on_stop(stops):
-                require_same_inputs(spec.config, point, loader, stops)  # a refused resume writes nothing
+                require_same_inputs(spec, point, loader, stops)  # a refused resume writes nothing
         writer = stack.enter_context(closing(open_writer(spec, point)))
         stack.enter_context(_failure_recorded(spec, writer))
         stack.enter_context(_mlx_memory_limits(spec.config.train.cache_limit_gb))
@@ -79,9 +79,9 @@ def _train(trainer: Trainer, spec: RunSpec) -> None:
 def _print_finished(spec: RunSpec, stops: StopSignals) -> None:
     """Print that a finished run has nothing left to do, and complete its backup, which may be behind."""
     path = spec.directory.path
-    print(f"{path} is finished; nothing is left to do. A new run like it: repeat={shlex.quote(str(path))}")
+    print(f"{path} is finished; nothing is left to do. For a new run like it: {repeat_command(path)}")
     if backup := build_backup(spec, build_retention(spec)):
-        print(*finish_backup(backup, stops), sep="\n")
+        print(*finish_backup(backup, path, stops), sep="\n")
 
 
 def _objective(spec: RunSpec, best_loss: float | None) -> float | None:

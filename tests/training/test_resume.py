@@ -251,7 +251,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tiny
     run = train(tiny(), tmp_path / "run", stop_at=3)
     remove_checkpoints(run)
     train(tiny(), run, resume=run)
-    assert "from the beginning" in (run / "run.log").read_text()
+    assert "no checkpoint yet: training starts from the beginning" in (run / "run.log").read_text()
     assert_equal_runs(whole, run)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.common.commands import repeat_command
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_yaml import load_yaml_file
-from runner.common.text import shell_path
 from runner.config import environment, groups, schema, serialize, validation
 from runner.config.schema import Config, ModelConfig
 from runner.runs.directory import RunDirectory
@@ -59,7 +60,7 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
         if name == "data":
             stored["data"] = _group_settings("data", value)
         else:
-            _require_changeable(name, run)
+            _require_changeable(name, run, override)
             typed[name] = environment.parse_value(name, value)
     where = str(run / "config.yaml")
     trained = serialize.from_dict(environment.resolve(stored, where), where)
@@ -75,14 +76,14 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
     return StoredSettings(config, trained.model, frozenset(typed))
 
 
-def _require_changeable(name: str, run: Path) -> None:
+def _require_changeable(name: str, run: Path, override: str) -> None:
     if name in CHANGEABLE:
         return
     if name in serialize.default_settings():
         raise ConfigError(
             f"{name} belongs to how the run was trained and cannot change here. These can: model.path and the other "
             "settings of the base model, data.…, train.batch_size, train.eval_batches. "
-            f"A new run with it: repeat={shell_path(run)}."
+            f"For a new run with it: {repeat_command(run, shlex.quote(override))}"
         )
     if name in schema.GROUPS:
         raise ConfigError(f"{name}= cannot be chosen here: only data=NAME can. For the model: model.path=…")

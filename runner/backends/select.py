@@ -68,7 +68,7 @@ def _choose(adapted: AdaptedModel, split_model: SplitModel, config: Config, ops:
         "lora.dropout is above 0": config.lora.dropout > 0,
         "train.compile=always": t.compile == "always",
         "train.head=all": t.head == "all",
-        "this model's head cannot be computed apart": not split_model.has_separate_head,
+        "the head of this model cannot be computed separately": not split_model.has_separate_head,
     }
     for reason, applies in unsupported.items():
         if applies:
@@ -82,9 +82,9 @@ def _choose(adapted: AdaptedModel, split_model: SplitModel, config: Config, ops:
             ops=ops,
         )
     except _UNSUPPORTED as error:
-        return Choice(reason=f"this model has a part that it does not implement: {error}")
+        return Choice(reason=f"it does not support a part of this model: {error}")
     if not (verified or probe.agrees(engine, adapted, split_model)):
-        return Choice(reason="it does not give this model's own gradients")
+        return Choice(reason="its gradients differ from MLX's for this model")
     return Choice(engine)
 
 
@@ -92,7 +92,7 @@ def _build(choice: Choice, adapted: AdaptedModel, split_model: SplitModel, confi
     """Return the chosen backend; `not_native`: why NumPy computes the engine's kernels although C was asked for."""
     t = config.train
     if choice.engine is not None:
-        note = f"CPU engine without native code: {not_native}; NumPy computes its kernels" if not_native else None
+        note = f"the CPU engine uses NumPy instead of compiled C code: {not_native}" if not_native else None
         return CpuBackend(choice.engine, split_model, fallback_reason=note)
     return MlxBackend(
         adapted,
@@ -101,7 +101,7 @@ def _build(choice: Choice, adapted: AdaptedModel, split_model: SplitModel, confi
         all_positions=t.head == "all",
         grad_checkpoint=t.grad_checkpoint,
         compiled=t.compile == "always" or (t.compile == "auto" and not on_cpu()),
-        fallback_reason=choice.reason and f"CPU engine not used: {choice.reason}; MLX computes",
+        fallback_reason=choice.reason and f"using MLX instead of the CPU engine: {choice.reason}",
     )
 
 

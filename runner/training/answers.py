@@ -60,7 +60,7 @@ def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResu
     rows = components.data.first_rows(split, config.metric_rows)
     trainer.stops.check()
     trainer.components.adapted.place(trainer.state.params)
-    trainer.display.line(f"generating {len(rows)} {split} rows {when} training")
+    trainer.display.line(f"answering {len(rows)} {split} rows {when} training")
     return generate(
         components.adapted.model,
         components.base.tokenizer,

@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     """
     parser = arguments.AdapterParser("test")
     parser.add_argument("--split", choices=("test", "valid", "train"), default="test")
-    parser.add_argument("--rows", type=int, help="rows to generate and score, -1 for all (default: data.metric_rows)")
+    parser.add_argument("--rows", type=int, help="rows to answer and score, -1 for all (default: data.metric_rows)")
     options = parser.parse(argv)
     source = adapter_source.find_adapter(Path(options.run), options.checkpoint)
     settings = stored_settings.read_settings(source.run, options.overrides)
@@ -89,7 +89,7 @@ def run(argv: list[str]) -> int:
 
 
 def _metric_rows(rows: int | None, config: Config) -> int:
-    """Return how many rows to generate and score: -1 all, 0 none; `rows` is what --rows says."""
+    """Return how many rows to answer and score: -1 all, 0 none; `rows` is what --rows says."""
     if rows is None:
         return config.data.metric_rows if config.data.metric else 0
     if rows < -1:
@@ -107,7 +107,7 @@ def _generate(
     from runner.training.generate import generate
 
     values = data.first_rows(split, count)
-    arguments.print_note(f"generating {len(values)} {split} rows")
+    arguments.print_note(f"answering {len(values)} {split} rows")
     assert config.data.metric is not None
     return generate(
         loaded.base.model,

@@ -13,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from runner.common.errors import ConfigError, RunnerError, StorageError, did_you_mean
 from runner.common.text import first_line
-from runner.config import retired, schema, serialize
+from runner.config import retired, schema, serialize, validation
 
 _TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 """What OmegaConf calls a type, and what a user calls it."""
@@ -112,7 +112,7 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
         if explanation := retired.explain(name):
             return explanation
         known = [*serialize.default_settings(), *schema.section_metadata(), *schema.GROUPS]
-        return f"There is no setting '{name}'.{did_you_mean(name, known)}"
+        return validation.unknown_setting(name, known)
     if "is not Optional" in text:
         return f"{name}=null is invalid: must have a value."
     if match := re.search(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<type>\w+)", text):

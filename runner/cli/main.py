@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.cli.commands import COMMANDS, run_command
-from runner.common.errors import EXIT_CONFIG, EXIT_DONE, RunnerError
+from runner.common.errors import EXIT_DONE, RunnerError
 from runner.common.text import shorten
 from runner.config.groups import config_dirs
 
@@ -55,16 +55,16 @@ def _dispatch(arguments: list[str]) -> int:
         from runner.cli.help import help_text
 
         print(help_text(), end="")
-    elif arguments in (["--version"], ["-V"]):
+    elif any(argument in ("--version", "-V") for argument in arguments):
         from runner import __version__
 
         print(f"runner {__version__}")
     else:
-        _train(arguments)
+        _start(arguments)
     return EXIT_DONE
 
 
-def _train(arguments: list[str]) -> None:
+def _start(arguments: list[str]) -> None:
     """Start or resume the run or the sweep that `arguments` describe, or print what --cfg and the like ask for."""
     from runner.cli.overrides import parse_arguments
 
@@ -90,6 +90,4 @@ def _report(error: RunnerError, cause: BaseException) -> int:
     lines = str(error).splitlines() or [type(error).__name__]
     # Bounded and printable: a message may quote files from elsewhere.
     print("\n".join(f"runner: {shorten(line, 2000)}" for line in lines[:100]), file=sys.stderr)
-    if error.exit_code == EXIT_CONFIG and any("There is no setting" in line for line in lines):
-        print("runner: all settings: python -m runner --cfg job, or docs/config.md", file=sys.stderr)
     return error.exit_code

@@ -133,7 +133,7 @@ def _check_name(key: str, value: str, sign: str) -> None:
     if explanation := retired.explain(key):
         raise ConfigError(explanation)
     note = f" (a {sign} cannot add one)" if sign else ""
-    raise ConfigError(f"There is no setting '{key}'{note}.{did_you_mean(key, _known_names())}")
+    raise ConfigError(validation.unknown_setting(key, _known_names(), note))
 
 
 def _check_choices(group: str, value: str, folders: list[Path], multirun: bool) -> None:

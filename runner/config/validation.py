@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
@@ -44,6 +44,12 @@ def validate(config: Config) -> None:
 def missing_value(name: str) -> str:
     """Return the sentence for a setting that has no value because its group was not chosen."""
     return f"{name} has no value: choose {name.split('.')[0]}=NAME or set it."
+
+
+def unknown_setting(name: str, known: Iterable[str], note: str = "") -> str:
+    """Return the message for a setting that there is not, with the nearest of the `known` names."""
+    hint = did_you_mean(name, known)
+    return f"There is no setting '{name}'{note}.{hint}\nAll settings: python -m runner --cfg job, or docs/config.md"
 
 
 def fill_defaults(config: Config) -> Config:

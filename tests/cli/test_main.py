@@ -17,7 +17,16 @@ def test_hydras_own_information_is_printed_and_nothing_written(cli):
     assert "conf" in cli("--info", "searchpath")
     assert "# @package hydra.job" in cli("--cfg", "hydra", "-p", "hydra.job")
     assert "Only one of" in cli("--cfg", "job", "-m", expect=2)
-    assert "There is no setting 'lora.rnk'" in cli("--info", "config", "+lora.rnk=2", expect=2)
+    out = cli("--info", "config", "+lora.rnk=2", expect=2)
+    assert "There is no setting 'lora.rnk'" in out and out.count("All settings: python -m runner --cfg job") == 1
+    assert list(cli.folder.iterdir()) == []
+
+
+def test_the_version_is_printed_wherever_its_flag_stands(cli):
+    from runner import __version__
+
+    for arguments in (["--version"], ["lora.rank=3", "-V"]):
+        assert cli(*arguments).strip() == f"runner {__version__}"
     assert list(cli.folder.iterdir()) == []
 
 

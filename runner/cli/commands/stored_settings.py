@@ -87,7 +87,7 @@ def _require_changeable(name: str, run: Path, override: str) -> None:
         )
     if name in schema.GROUPS:
         raise ConfigError(f"{name}= cannot be chosen here: only data=NAME can. For the model: model.path=…")
-    raise ConfigError(f"There is no setting '{name}'.{did_you_mean(name, ['data', *CHANGEABLE])}")
+    raise ConfigError(validation.unknown_setting(name, ["data", *CHANGEABLE]))
 
 
 def _group_settings(group: str, choice: str) -> dict[str, Any]:

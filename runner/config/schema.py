@@ -216,9 +216,9 @@ class TrainConfig:
     eval_every: int = setting(200, at_least=1, on_resume=FREE)
     """Updates between evaluations, in addition to one before the first update and one at the end."""
     eval_batches: int = setting(-1, at_least=1, minus_one_is_all=True, on_resume=FREE)
-    """Number of validation batches of an evaluation."""
+    """Number of batches, of train.batch_size rows each, that an evaluation covers."""
     eval_tokens: int = setting(2048, at_least=1, on_resume=FREE)
-    """Maximum tokens (padding included) of a validation batch; smaller batches are merged up to it."""
+    """Maximum tokens (padding included) to compute at a time: batches are merged up to it, the rows stay the same."""
     cache_baseline: bool = setting(True, on_resume=FREE)
     """Cache the validation loss before training: runs on the same base model and data compute it once."""
     cache_probes: bool = setting(True, on_resume=FREE)

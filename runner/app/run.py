@@ -33,32 +33,32 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
         RunnerError: the run was refused or failed.
         SystemExit: a signal stopped the run; it can be resumed.
     """
-    checkpoints = _check(invocation, composed).checkpoint.dir
+    config = _config_to_start(invocation, composed)
     context = session.context(composed)
-    directory, source = _open_directory(invocation, session.source, composed, checkpoints)
+    directory, source = _open_directory(invocation, session.source, composed, config.checkpoint.dir)
     set_hydra(composed, "run.dir", str(directory.path))
 
-    def train(job_config: DictConfig) -> float | None:
+    def run_in_job(job_config: DictConfig) -> float | None:
         from runner.backends import blas
 
         blas.load_blas()  # before MLX is imported
         from runner.training.run import train_run
 
-        config = resolve_config(job_config)
-        config.experiment = config.experiment or HydraConfig.get().runtime.choices.get("experiment")
-        stored = config_to_store(job_config, config)
-        return train_run(RunSpec(config, stored, directory, source, new_run_id(), stop_at=invocation.stop_at))
+        resolved = resolve_config(job_config)
+        resolved.experiment = resolved.experiment or HydraConfig.get().runtime.choices.get("experiment")
+        stored = config_to_store(job_config, resolved)
+        return train_run(RunSpec(resolved, stored, directory, source, new_run_id(), stop_at=invocation.stop_at))
 
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
         context.callbacks.on_run_start(config=composed, config_name=session.config_name)
-        job = run_job(train, composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+        job = run_job(run_in_job, composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
         context.callbacks.on_run_end(config=composed, config_name=session.config_name, job_return=job)
         if error := job_error(job):
             raise error
 
 
-def _check(invocation: Invocation, composed: DictConfig) -> Config:
-    """Return the config of the run, if a run can start with it."""
+def _config_to_start(invocation: Invocation, composed: DictConfig) -> Config:
+    """Return the resolved config of the run, or refuse it if a run cannot start with it."""
     validation.refuse_secrets(OmegaConf.to_container(composed.hydra, resolve=False), "hydra")
     # For ${hydra:…}. The claim may still choose another directory, so the job resolves the config again.
     set_hydra(composed, "runtime.output_dir", str(Path(composed.hydra.run.dir).absolute()))
@@ -75,7 +75,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def _open_directory(
-    invocation: Invocation, source: ResumeSource | None, composed: DictConfig, checkpoints: str
+    invocation: Invocation, source: ResumeSource | None, composed: DictConfig, checkpoint_dir_name: str
 ) -> tuple[RunDirectory, ResumeSource | None]:
     """Lock the directory of the run to continue, or claim that of a new run, a branch or a run restored from a backup.
 
@@ -90,18 +90,18 @@ def _open_directory(
                 f"resume={shell_path(source.run)} continues in that directory: "
                 "hydra.run.dir is for a branch or a new run."
             )
-        directory = RunDirectory(source.run, checkpoints)
+        directory = RunDirectory(source.run, checkpoint_dir_name)
         directory.lock()
         set_hydra(composed, "output_subdir", None)  # .hydra/ stays that of the first start
         return directory, source
-    directory = _claim(Path(composed.hydra.run.dir).absolute(), checkpoints, is_named)
+    directory = _claim(Path(composed.hydra.run.dir).absolute(), checkpoint_dir_name, is_named)
     return directory, source if backup is None else _restore(backup, directory)
 
 
-def _claim(path: Path, checkpoints: str, is_named: bool) -> RunDirectory:
+def _claim(path: Path, checkpoint_dir_name: str, is_named: bool) -> RunDirectory:
     """Claim `path`, or, where the path was made from the time and is taken, the first free `path-2`, `path-3`, …"""
     for candidate in numbered(path):
-        directory = RunDirectory(candidate, checkpoints)
+        directory = RunDirectory(candidate, checkpoint_dir_name)
         try:
             directory.claim()
             return directory

@@ -30,7 +30,7 @@ class SavePolicy:
     every: int | None
     every_minutes: float | None = None
 
-    def due(
+    def reasons_to_save(
         self, step: int, *, minutes_since_save: float, best: bool = False, stop: StopReason | None = None
     ) -> tuple[str, ...]:
         """Return why to save after update `step`, as a manifest records it; empty if no save is due.

@@ -34,15 +34,15 @@ _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 class RunDirectory:
     """The files of one run; see docs/run-directory.md."""
 
-    def __init__(self, path: Path, checkpoints: str = layout.CHECKPOINTS) -> None:
-        """`checkpoints` is the name of the folder of its checkpoints (checkpoint.dir)."""
+    def __init__(self, path: Path, checkpoint_dir_name: str = layout.CHECKPOINTS) -> None:
+        """`checkpoint_dir_name`: name of the folder of its checkpoints, the setting checkpoint.dir."""
         self.path = path
         self.config = path / layout.CONFIG
         self.status = path / layout.STATUS
         self.metrics = path / layout.METRICS
         self.samples = path / layout.SAMPLES
         self.log = path / layout.LOG
-        self.checkpoints = path / checkpoints
+        self.checkpoints = path / checkpoint_dir_name
         self.result = path / layout.RESULT
         self._lock: int | None = None
 

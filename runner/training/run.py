@@ -60,13 +60,13 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         if shared is None:
             free_frozen_weights(spec.config, components, display)
         trainer = build_trainer(spec, point, components, writer, stops, display)
-        _train(trainer, spec)
+        _train_and_finalize(trainer, spec)
         if stops.signal is not None:
             raise SystemExit(128 + stops.signal)
         return _objective(spec, trainer.state.progress.best_loss)
 
 
-def _train(trainer: Trainer, spec: RunSpec) -> None:
+def _train_and_finalize(trainer: Trainer, spec: RunSpec) -> None:
     """Train until the run ends, then write its result and report how it ended."""
     with closing(trainer.batches):
         record_answers_before_training(trainer, spec.config.data)

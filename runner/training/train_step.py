@@ -16,7 +16,7 @@ from runner.training.train_state import TrainState
 
 
 class TrainStep:
-    """The computation of an update: a pure function of the train state, the batches and the learning rate."""
+    """Makes optimizer updates; the result depends on the train state, the batches and the learning rate alone."""
 
     def __init__(self, backend: Backend, *, grad_clip: float | None) -> None:
         """`grad_clip`: largest norm of the mean gradient; None does not clip."""
@@ -33,9 +33,9 @@ class TrainStep:
         """
         update = state.progress.step + 1
         loss_sum, grad_sum = 0.0, FlatArrays()
-        for micro_batch, batch in enumerate(batches):
-            key = dropout_key(state.seed, update, micro_batch)
-            loss, grads = self._backend.loss_and_grads(state.params, batch, key)
+        for index, micro_batch in enumerate(batches):
+            key = dropout_key(state.seed, update, index)
+            loss, grads = self._backend.loss_and_grads(state.params, micro_batch, key)
             flat = state.optimizer.layout.flatten(grads)
             grad_sum = {name: grad_sum[name] + grad for name, grad in flat.items()} if grad_sum else flat
             mx.eval(loss, grad_sum)

@@ -174,7 +174,7 @@ class Trainer:
     def save_if_due(self, is_best: bool, stop: StopReason | None) -> None:
         """Save once at this step if the schedule, a new best loss or the end of the loop asks for it."""
         progress, components = self.state.progress, self.components
-        save_reasons = self.save_policy.due(
+        save_reasons = self.save_policy.reasons_to_save(
             progress.step,
             minutes_since_save=(time.monotonic() - self.saved_at) / 60,
             best=is_best and self.writer.retention.policy.keep_best > 0,

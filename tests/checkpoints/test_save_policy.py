@@ -34,7 +34,7 @@ YEAR = 365 * 24 * 3600.0
 def test_a_save_is_due_for_the_reasons_that_apply(
     policy: SavePolicy, step: int, more: dict, reasons: tuple[str, ...]
 ) -> None:
-    assert policy.due(step, **{"minutes_since_save": 0.0} | more) == reasons
+    assert policy.reasons_to_save(step, **{"minutes_since_save": 0.0} | more) == reasons
 
 
 @pytest.mark.parametrize(
@@ -60,5 +60,5 @@ def test_other_reasons_are_neither_scheduled_nor_an_end(reasons: list[str]) -> N
 
 @given(st.integers(1, 50), st.integers(1, 400))
 def test_saves_by_step_fall_on_the_multiples_and_nowhere_else(every: int, steps: int) -> None:
-    due = [step for step in range(steps + 1) if SavePolicy(every).due(step, minutes_since_save=YEAR)]
+    due = [step for step in range(steps + 1) if SavePolicy(every).reasons_to_save(step, minutes_since_save=YEAR)]
     assert due == list(range(every, steps + 1, every))

@@ -36,18 +36,23 @@ def frozen_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def changes_on_resume(stored: Config, config: Config, step: int, run: Path) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that `config` changes of the `run` stored at `step`: name to (stored value, new value).
-
-    Raises:
-        ConfigError: a frozen setting changed; shows the difference.
-    """
+def changed_settings(stored: Config, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that `config` changes of the `stored` one: name to (stored value, new value)."""
     before, after, metadata = flatten(stored), flatten(config), schema.metadata()
-    changed = {
+    return {
         name: (before[name], after[name])
         for name in after
         if before[name] != after[name] and metadata[name].on_resume is not OnResume.PROVENANCE
     }
+
+
+def refuse_frozen_changes(stored: Config, config: Config, run: Path, step: int = 0) -> None:
+    """Refuse a `config` that changes what the `run` stored at `step` may not change on resume.
+
+    Raises:
+        ConfigError: a frozen setting changed; shows the difference.
+    """
+    changed = changed_settings(stored, config)
     problems = [
         f"{name} was {format_value(old)} and cannot become {format_value(new)} on resume."
         for name, (old, new) in changed.items()
@@ -55,7 +60,7 @@ def changes_on_resume(stored: Config, config: Config, step: int, run: Path) -> d
     ]
     if "train.iters" in changed:
         old, new = changed["train.iters"]
-        if not iters_may_change(before):
+        if not iters_may_change(flatten(stored)):
             problems.append(
                 f"train.iters was {old} and cannot become {new}: the {stored.schedule.name} schedule ends at "
                 "train.iters, so the updates already made would have had other learning rates."
@@ -68,4 +73,3 @@ def changes_on_resume(stored: Config, config: Config, step: int, run: Path) -> d
             f"To start it from these weights: {warm_start_command(run, run / 'adapters')}",
         ]
         raise ConfigError("\n".join(problems))
-    return changed

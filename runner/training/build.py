@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from runner import loggers
-from runner.backends.protocol import Backend
-from runner.backends.select import window_of_earlier_versions
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.retention import RetentionPolicy
 from runner.checkpoints.run_retention import RunRetention
@@ -26,6 +24,7 @@ from runner.runs.run_spec import RunSpec
 from runner.training import optimizer, state_files
 from runner.training.components import Components
 from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluation_loader
+from runner.training.legacy_window import window_of_run
 from runner.training.lr_schedule import learning_rate
 from runner.training.plan import TrainingPlan
 from runner.training.resume import ResumePoint, numeric_differences
@@ -128,7 +127,7 @@ def build_trainer(
     if point is None and spec.source is not None:
         display.line("no checkpoint yet: training starts from the beginning")
     train = config.train
-    window = _window(config, point, components.backend)
+    window = window_of_run(config, point.saved.window if point else None, components.backend)
     order = BatchOrder(data.train.lengths, train.batch_size, config.seed, window)
     if point is not None and state.position.batch >= order.batches_per_epoch:
         raise CheckpointError(
@@ -163,14 +162,6 @@ def _restore(state: TrainState, point: ResumePoint, components: Components, disp
         display.line(line, "yellow")
     state_files.restore(state, point.saved, str(path))
     display.line(f"resumed from {path} at step {state.progress.step}")
-
-
-def _window(config: Config, point: ResumePoint | None, backend: Backend) -> int:
-    """Return the window of the order of batches: the checkpoint's, else that of the config."""
-    if point is not None and point.saved.window is not None:
-        return point.saved.window
-    # Only runs of earlier versions have null, and keep their order of batches.
-    return config.data.window or window_of_earlier_versions(backend, config)
 
 
 def _plan(spec: RunSpec, *, has_validation: bool) -> TrainingPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from runner.common.text import shorten
 from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
 from runner.runs.run_spec import RunSpec
-from runner.training import state_files
+from runner.training import legacy_window, state_files
 from runner.training.component_loader import ComponentLoader
 from runner.training.signals import StopSignals
 from runner.training.state_files import RunIdentity, SavedState
@@ -59,14 +59,17 @@ def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
         CheckpointError: there are checkpoints and none is valid, or the one that was named is damaged.
         ConfigError: a frozen setting changed, in the overrides or in config.yaml.
     """
-    if spec.source is None:
+    source = spec.source
+    if source is None:
         return spec, None
     previous = _previous_config(spec)
     # Before the checkpoints are read: their folder is a setting too.
-    _changed_settings(spec, _with_window(previous, spec.config.data.window), step=0)
+    resume_policy.refuse_frozen_changes(
+        legacy_window.fill_window(previous, spec.config.data.window), spec.config, source.run
+    )
     messages: list[str] = []
-    if spec.source.checkpoint is not None:
-        loaded = verify.load_checkpoint(spec.source.checkpoint, FileSystem())
+    if source.checkpoint is not None:
+        loaded = verify.load_checkpoint(source.checkpoint, FileSystem())
         saved = state_files.read_state(loaded)
     else:
         spec = replace(spec, run_id=_stored_run_id(spec))
@@ -74,11 +77,12 @@ def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
         if newest is None:
             return spec, None
         loaded, saved = newest
-    if previous.data.window is None:
-        spec = replace(spec, config=_with_window(spec.config, saved.window))
-        previous = _with_window(previous, saved.window or spec.config.data.window)
-    changes = _changed_settings(spec, previous, saved.progress.step)
+    spec = replace(spec, config=legacy_window.fill_window(spec.config, saved.window))
+    previous = legacy_window.fill_window(previous, saved.window or spec.config.data.window)
+    resume_policy.refuse_frozen_changes(previous, spec.config, source.run, saved.progress.step)
     _refuse_edited_config(spec, saved)
+    _refuse_changed_environment(spec, saved)
+    changes = _change_messages(spec, previous)
     return spec, ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
 
 
@@ -191,11 +195,6 @@ def _previous_config(spec: RunSpec) -> Config:
     return validation.fill_defaults(serialize.from_dict(resolved, str(spec.source.run / "config.yaml")))
 
 
-def _with_window(config: Config, window: int | None) -> Config:
-    """Return `config` with `window` as data.window where it is null."""
-    return replace(config, data=replace(config.data, window=config.data.window or window))
-
-
 def _resolve_environment(
     previous: Mapping[str, Any], stored: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -211,43 +210,61 @@ def _resolve_environment(
     return resolved
 
 
-def _changed_settings(spec: RunSpec, previous: Config, step: int) -> list[str]:
-    """Return a line for each setting of `previous` that the run changes at `step`.
-
-    Raises:
-        ConfigError: the resume does not allow the change.
-    """
-    assert spec.source is not None
-    changes = resume_policy.changes_on_resume(previous, spec.config, step, spec.source.run)
+def _change_messages(spec: RunSpec, previous: Config) -> list[str]:
+    """Return a line for each setting of `previous` that the run changes."""
+    changed = resume_policy.changed_settings(previous, spec.config)
     written = _flatten_stored(spec.stored)  # values from the environment are shown as they are written
-    return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changes.items())]
+    return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changed.items())]
 
 
 def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
-    """Refuse a config.yaml or an environment variable that changed; the checkpoint has its config too.
+    """Refuse a config.yaml that was edited: the checkpoint has its config too.
 
     Raises:
         ConfigError: a frozen setting differs from the checkpoint's.
     """
-    former, current = saved.identity.hyperparameters, _flatten_stored(spec.stored)
-    if former.get("data.window", 0) is None:  # an earlier version left it to the backend, and the one used is compared
-        former = {**former, "data.window": current["data.window"]}
-    frozen = [name for name in current if not resume_policy.is_free_on_resume(name)]
-    known = [name for name in frozen if name in former]  # another version may have other settings
-    changed = [name for name in known if former[name] != current[name]]
-    problems = [f"{name} was {former[name]} and cannot become {current[name]}." for name in changed]
+    current = _frozen_settings(spec)
+    former = legacy_window.fill_stored_window(saved.identity.hyperparameters, current["data.window"])
+    problems = [
+        f"{name} was {former[name]} and cannot become {value}."
+        for name, value in current.items()
+        if name in former and former[name] != value  # another version may have other settings
+    ]
     if problems:
         problems.append(f"Step {saved.progress.step} was saved with the former value; config.yaml was edited since.")
-    from_environment = [f"{name}={current[name]}" for name in known if environment.has_reference(str(current[name]))]
-    same = resume_policy.frozen_fingerprint(spec.config) == saved.identity.fingerprints.get("config")
-    if from_environment and known == frozen and not problems and not same:
-        problems.append(
-            f"An environment variable changed since the run was started: {', '.join(from_environment)} cannot change."
-        )
-    if problems:
-        assert spec.source is not None
-        advice = f"For a new run, add the changed settings to: {repeat_command(spec.source.run)}"
-        raise ConfigError("\n".join([*problems, advice]))
+        raise _frozen_error(spec, problems)
+
+
+def _refuse_changed_environment(spec: RunSpec, saved: SavedState) -> None:
+    """Refuse a frozen setting whose environment variable has another value than when the run was started.
+
+    Only the fingerprint of all frozen settings shows this: config.yaml and the checkpoint hold the variable's name.
+
+    Raises:
+        ConfigError: names the settings that come from the environment.
+    """
+    current = _frozen_settings(spec)
+    from_environment = [f"{name}={value}" for name, value in current.items() if environment.has_reference(str(value))]
+    if not from_environment:
+        return
+    if any(name not in saved.identity.hyperparameters for name in current):
+        return  # another version had other settings, so its fingerprint cannot be compared
+    if resume_policy.frozen_fingerprint(spec.config) == saved.identity.fingerprints.get("config"):
+        return
+    problem = f"An environment variable changed since the run was started: {', '.join(from_environment)} cannot change."
+    raise _frozen_error(spec, [problem])
+
+
+def _frozen_settings(spec: RunSpec) -> dict[str, Any]:
+    """Return dotted name to value, as in config.yaml, of the settings that a resume may not change."""
+    stored = _flatten_stored(spec.stored)
+    return {name: value for name, value in stored.items() if not resume_policy.is_free_on_resume(name)}
+
+
+def _frozen_error(spec: RunSpec, problems: Sequence[str]) -> ConfigError:
+    assert spec.source is not None
+    advice = f"For a new run, add the changed settings to: {repeat_command(spec.source.run)}"
+    return ConfigError("\n".join([*problems, advice]))
 
 
 def _flatten_stored(stored: Mapping[str, Any]) -> dict[str, Any]:

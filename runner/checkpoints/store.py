@@ -202,6 +202,10 @@ class CheckpointStore:
         """Return the checkpoint at `path`, in this folder or elsewhere: see `verify.load_checkpoint`."""
         return verify.load_checkpoint(Path(path), self._filesystem)
 
+    def load_step(self, step: int) -> LoadedCheckpoint:
+        """Return the checkpoint of `step` in this folder: see `verify.load_checkpoint`."""
+        return self.load(self.folder / step_name(step))
+
     def newest_valid(self, check: Check | None = None) -> tuple[LoadedCheckpoint | None, list[str]]:
         """Return the newest valid checkpoint of this run, and what is wrong with newer ones.
 

@@ -61,7 +61,7 @@ class Diverged(RunnerError):
 
 
 class CheckpointError(RunnerError):
-    """Raised when a checkpoint is damaged and there is no earlier one to resume from."""
+    """Raised when a checkpoint is damaged, missing or of another run; names the file and the reason."""
 
     exit_code = EXIT_DAMAGED
 

@@ -11,6 +11,7 @@ import numpy as np
 from runner.config.schema import DataConfig
 from runner.data.formats import EncodeOptions
 from runner.data.metrics import METRICS
+from runner.models.lora import Params
 from runner.reports import run_summary
 from runner.runs.rows import read_rows
 from runner.training.generate import GenerationResult, generate
@@ -28,17 +29,17 @@ def record_answers_before_training(trainer: Trainer, config: DataConfig) -> None
     baseline = trainer.components.baseline
     with suppress(StopRequested):
         if baseline.generation is None:
-            baseline.generation = _generate(trainer, config, "before")
+            baseline.generation = _generate(trainer, trainer.state.params, config, "before")
         _record(trainer, config, baseline.generation)
 
 
-def record_answers_after_training(trainer: Trainer, config: DataConfig) -> None:
-    """Record the answers of the result.
+def record_answers_after_training(trainer: Trainer, params: Params, config: DataConfig) -> None:
+    """Record the answers of the result, whose weights are `params`.
 
     Raises:
         StopRequested: a stop signal arrived.
     """
-    _record(trainer, config, _generate(trainer, config, "after"))
+    _record(trainer, config, _generate(trainer, params, config, "after"))
 
 
 def compare_answers(trainer: Trainer, metric: str) -> list[str]:
@@ -54,12 +55,12 @@ def compare_answers(trainer: Trainer, metric: str) -> list[str]:
     )
 
 
-def _generate(trainer: Trainer, config: DataConfig, when: str) -> GenerationResult:
+def _generate(trainer: Trainer, params: Params, config: DataConfig, when: str) -> GenerationResult:
     components, split = trainer.components, config.metric_split
     assert config.metric is not None
     rows = components.data.first_rows(split, config.metric_rows)
     trainer.stops.check()
-    trainer.components.adapted.place(trainer.state.params)
+    trainer.components.adapted.place(params)
     trainer.display.line(f"answering {len(rows)} {split} rows {when} training")
     return generate(
         components.adapted.model,

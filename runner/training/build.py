@@ -156,7 +156,7 @@ def _restore(state: TrainState, point: ResumePoint, components: Components, disp
     messages = [*point.messages]
     if differences := numeric_differences(point.saved.identity, components.identity):
         messages.append(
-            f"results may differ in the last digits from an uninterrupted run, because {'; '.join(differences)}"
+            f"results may differ in the last digits from an uninterrupted run: {'; '.join(differences)}"
         )
     for line in messages:
         display.line(line, "yellow")

@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.save_policy import StopReason
-from runner.checkpoints.store import step_name
 from runner.common.clock import utc_now
 from runner.common.commands import resume_command
 from runner.config import serialize
+from runner.models.lora import Params
 from runner.reports import next_commands, run_summary
 from runner.runs.inspect import RunInfo
 from runner.runs.run_spec import RunSpec
@@ -81,21 +81,20 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
     Raises:
         StopRequested: a stop signal arrived.
     """
-    config = spec.config
+    config, params = spec.config, trainer.state.params
     if result_step is not None and (config.train.test or config.data.metric_rows):
-        store = trainer.writer.store
-        trainer.state.params = state_files.read_params(store.load(store.folder / step_name(result_step)))
-    lines = _evaluate_test_split(trainer, spec, result_step) if config.train.test else []
+        params = state_files.read_params(trainer.writer.store.load_step(result_step))
+    lines = _evaluate_test_split(trainer, spec, params, result_step) if config.train.test else []
     if config.data.metric_rows and config.data.metric:
-        record_answers_after_training(trainer, config.data)
+        record_answers_after_training(trainer, params, config.data)
         lines += compare_answers(trainer, config.data.metric)
     return lines
 
 
-def _evaluate_test_split(trainer: Trainer, spec: RunSpec, result_step: int | None) -> list[str]:
+def _evaluate_test_split(trainer: Trainer, spec: RunSpec, params: Params, result_step: int | None) -> list[str]:
     components = trainer.components
     batches = evaluation_loader(components.data.test, spec.config, components.caches)
-    result = validate(components.backend, trainer.state.params, batches, trainer.stops.check)
+    result = validate(components.backend, params, batches, trainer.stops.check)
     perplexity = math.exp(min(result.loss, 700))
     trainer.writer.log_metrics(
         step=trainer.state.progress.step,

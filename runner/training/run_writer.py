@@ -13,7 +13,7 @@ from typing import Any
 from runner.checkpoints import manifest
 from runner.checkpoints.mirror import BackupMirror
 from runner.checkpoints.run_retention import RunRetention
-from runner.checkpoints.store import file_records, step_name
+from runner.checkpoints.store import file_records
 from runner.common.atomic_io import replace_folder
 from runner.common.clock import utc_now
 from runner.common.errors import StorageError
@@ -29,7 +29,7 @@ _BACKUP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class WriterState:
+class FilePositions:
     """How far the files of a run were written; stored in a checkpoint so that a resume can cut them back."""
 
     metrics_offset: int = 0
@@ -66,9 +66,9 @@ class RunWriter:
         self._seconds_before = 0.0
         self._start = time.monotonic()
 
-    def open(self, saved: WriterState | None = None) -> None:
+    def open(self, saved: FilePositions | None = None) -> None:
         """Open the row files, cut to their length at the checkpoint, and the loggers with the rows that remain."""
-        saved = saved or WriterState()
+        saved = saved or FilePositions()
         self._metrics = RowFile(self.directory.metrics, saved.metrics_offset)
         self._samples = RowFile(self.directory.samples, saved.samples_offset)
         self._seconds_before = saved.seconds
@@ -77,9 +77,9 @@ class RunWriter:
         for logger in self.loggers:
             logger.open(self.directory.path, rows)
 
-    def state(self) -> WriterState:
+    def positions(self) -> FilePositions:
         """Return how far the files are written, for a checkpoint."""
-        return WriterState(self._metrics.offset, self._samples.offset, self.seconds())
+        return FilePositions(self._metrics.offset, self._samples.offset, self.seconds())
 
     def seconds(self) -> float:
         """Return the wall time of the run so far, over all its resumes."""
@@ -130,7 +130,7 @@ class RunWriter:
 
         self._saver.start(save)
 
-    def check_save(self) -> None:
+    def record_finished_save(self) -> None:
         """Record a completed save in status.json; do not wait for one in progress.
 
         Raises:
@@ -142,13 +142,13 @@ class RunWriter:
             self.update_status(last_checkpoint=step)
 
     def finish_save(self) -> None:
-        """Wait for the save in progress and record it. Raises as `check_save`."""
+        """Wait for the save in progress and record it. Raises as `record_finished_save`."""
         self._saver.wait()
-        self.check_save()
+        self.record_finished_save()
 
     def write_result(self, step: int) -> None:
         """Replace adapters/ by the adapter of the checkpoint of `step`, atomically."""
-        loaded = self.store.load(self.store.folder / step_name(step))
+        loaded = self.store.load_step(step)
         files = {name: loaded.files[name] for name in (ADAPTERS, ADAPTER_CONFIG)}
         sealed = replace(loaded.checkpoint.manifest, files=file_records(files))
         with_manifest = {**files, manifest.NAME: manifest.write(sealed)}
@@ -166,7 +166,7 @@ class RunWriter:
         with suppress(StorageError):
             if error is not None:  # the run failed for another reason: record both
                 self.update_status(reason="; ".join(str(r) for r in (self._status.get("reason"), error) if r))
-            self.check_save()
+            self.record_finished_save()
         if self.backup:
             deadline = time.monotonic() + _BACKUP_SECONDS
             self.backup.finish(lambda: time.monotonic() < deadline)  # does nothing if the run completed

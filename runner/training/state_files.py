@@ -22,7 +22,7 @@ from runner.models.arrays import parse_arrays
 from runner.models.dropout import dropout_seed
 from runner.models.lora import Params
 from runner.training.optimizer import NonFiniteArray, require_same_arrays
-from runner.training.run_writer import WriterState
+from runner.training.run_writer import FilePositions
 from runner.training.train_state import Progress, TrainState
 
 OPTIMIZER = "optimizer.safetensors"
@@ -53,7 +53,7 @@ class SavedState:
     position: DataPosition
     window: int | None
     """Batches sorted by length together; None in older checkpoints, whose config has it."""
-    written: WriterState
+    written: FilePositions
     identity: RunIdentity
 
 
@@ -62,7 +62,7 @@ def checkpoint_files(
     *,
     learning_rate: float,
     window: int,
-    written: WriterState,
+    written: FilePositions,
     identity: RunIdentity,
     adapter_config: Mapping[str, Any],
 ) -> dict[str, Content | Callable[[], Content]]:
@@ -141,7 +141,7 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
             progress=progress,
             position=position,
             window=_window(data["position"]),
-            written=WriterState(_count(data, "metrics_offset"), _count(data, "samples_offset"), _seconds(data)),
+            written=FilePositions(_count(data, "metrics_offset"), _count(data, "samples_offset"), _seconds(data)),
             identity=RunIdentity(
                 fingerprints={name: _text(value, name) for name, value in dict(data["fingerprints"]).items()},
                 numeric_environment=dict(data["environment"]),

@@ -60,7 +60,7 @@ class Trainer:
         self.evaluate_pending()
         stop = self.stop_reason()
         while stop is None:
-            self.writer.check_save()
+            self.writer.record_finished_save()
             self.log_backup_messages()
             self.update()
             step, is_best = self.state.progress.step, False
@@ -186,7 +186,7 @@ class Trainer:
             self.state,
             learning_rate=self.learning_rate(progress.step),
             window=self.order.window_batches,
-            written=self.writer.state(),
+            written=self.writer.positions(),
             identity=components.identity,
             adapter_config=components.adapted.adapter_config(),
         )

@@ -61,7 +61,7 @@ class Diverged(RunnerError):
 
 
 class CheckpointError(RunnerError):
-    """Raised when a checkpoint is damaged, missing or of another run; names the file and the reason."""
+    """Raised for a checkpoint or adapter that is missing, damaged or does not fit the run; names it and the reason."""
 
     exit_code = EXIT_DAMAGED
 

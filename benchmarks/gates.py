@@ -209,18 +209,18 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
     from runner.data.order import evaluation_batches
     from runner.models.split_model import SplitModel
     from runner.training.dataloader import BatchBuilder, EvaluationLoader
-    from runner.training.validate import validate
+    from runner.training.evaluate import evaluate
 
     backend = MlxBackend(adapted, SplitModel(adapted.model), chunk=TrainConfig.loss_chunk)
     chosen = evaluation_batches(tokens.valid.lengths, Work(0, 0).batch_size)
     batches = EvaluationLoader(BatchBuilder(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
     params, losses = adapted.params(), []
-    before = validate(backend, params, batches).loss
+    before = evaluate(backend, params, batches).loss
     for folder in folders:
         own = mx.load(str(Path(folder) / "adapters.safetensors"))
         if {name: a.shape for name, a in own.items()} != {name: a.shape for name, a in params.items()}:
             raise SystemExit(f"{folder}: its adapter has other arrays than the one that both sides train")
-        losses.append(validate(backend, own, batches).loss)
+        losses.append(evaluate(backend, own, batches).loss)
     return {"before": before, "losses": losses}
 
 

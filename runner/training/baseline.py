@@ -13,14 +13,14 @@ from typing import Any
 
 from runner.common.result_cache import CachedResult
 from runner.training.generate import GenerationResult
-from runner.training.validate import ValidationResult
+from runner.training.evaluate import EvaluationResult
 
 
 @dataclass
 class Baseline:
     """Results of a base model on a data set, None until a run has computed them."""
 
-    validation: ValidationResult | None = None
+    validation: EvaluationResult | None = None
     generation: GenerationResult | None = None
     """Shared by the jobs of this process only."""
     cached_validation: CachedResult | None = None
@@ -38,9 +38,9 @@ def load_baseline(key: Mapping[str, Any]) -> Baseline:
     return Baseline(_validation_result(cached.load() or {}), cached_validation=cached)
 
 
-def _validation_result(values: Mapping[str, Any]) -> ValidationResult | None:
+def _validation_result(values: Mapping[str, Any]) -> EvaluationResult | None:
     try:
-        result = ValidationResult(
+        result = EvaluationResult(
             loss=float(values["loss"]),
             supervised=int(values["supervised"]),
             tokens=int(values["tokens"]),

@@ -24,7 +24,7 @@ from runner.training.answers import compare_answers, record_answers_after_traini
 from runner.training.dataloader import evaluation_loader
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
-from runner.training.validate import validate
+from runner.training.evaluate import evaluate
 
 _NOTICE_SECONDS = 2.0
 """How long a backup may take without a line that says so."""
@@ -94,7 +94,7 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
 def _evaluate_test_split(trainer: Trainer, spec: RunSpec, params: Params, result_step: int | None) -> list[str]:
     components = trainer.components
     batches = evaluation_loader(components.data.test, spec.config, components.caches)
-    result = validate(components.backend, params, batches, trainer.stops.check)
+    result = evaluate(components.backend, params, batches, trainer.stops.check)
     perplexity = math.exp(min(result.loss, 700))
     trainer.writer.log_metrics(
         step=trainer.state.progress.step,

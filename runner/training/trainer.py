@@ -22,7 +22,7 @@ from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.train_state import ReportWindow, TrainState
 from runner.training.train_step import TrainStep
-from runner.training.validate import ValidationResult, validate
+from runner.training.evaluate import EvaluationResult, evaluate
 
 NOTICE_SECONDS = 3.0
 """How long the evaluation before training may take without a line that says so."""
@@ -133,13 +133,13 @@ class Trainer:
         self.display.valid_loss(progress.step, result.loss, is_best)
         return is_best
 
-    def validation_result(self) -> ValidationResult:
+    def validation_result(self) -> EvaluationResult:
         """Compute the validation loss; before the first update, reuse what an earlier run on this base computed."""
         step, components, baseline = self.state.progress.step, self.components, self.components.baseline
         result = baseline.validation if step == 0 else None
         if result is None:
             batches = self.batches_with_progress(step)
-            result = validate(components.backend, self.state.params, batches, self.stops.check)
+            result = evaluate(components.backend, self.state.params, batches, self.stops.check)
         if not math.isfinite(result.loss):
             raise Diverged(f"The validation loss at step {step} is not finite.")
         if step == 0:

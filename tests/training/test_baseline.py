@@ -11,7 +11,7 @@ import pytest
 
 from runner.common import result_cache, sealed_json
 from runner.training import baseline
-from runner.training.validate import ValidationResult
+from runner.training.evaluate import EvaluationResult
 
 pytestmark = pytest.mark.usefixtures("cache")
 SHORT = {"train.iters": 1, "checkpoint.every": None}
@@ -87,10 +87,10 @@ def test_old_entries_are_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(result_cache, "_MAX_RESULTS", 10)
     for number in range(11):
         entry = baseline.load_baseline({"number": number})
-        entry.validation = ValidationResult(1.0, 2, 3, 4.0)
+        entry.validation = EvaluationResult(1.0, 2, 3, 4.0)
         entry.store()
     assert len(list((cache / "baselines").iterdir())) == 10
-    assert baseline.load_baseline({"number": 10}).validation == ValidationResult(1.0, 2, 3, 4.0)
+    assert baseline.load_baseline({"number": 10}).validation == EvaluationResult(1.0, 2, 3, 4.0)
     assert baseline.load_baseline({"number": 0}).validation is None
 
 

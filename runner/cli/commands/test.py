@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
     from runner.data.token_cache import open_token_cache
     from runner.data.tokenize import load_dataset
     from runner.training.dataloader import evaluation_loader
-    from runner.training.validate import validate
+    from runner.training.evaluate import evaluate
 
     loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
     encode_options, cache = EncodeOptions.from_config(config.data), open_token_cache(config.data)
@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
     backend = select_backend(loaded.adapted, config)
     caches = hidden_caches(backend, loaded.base, config, arguments.print_note)
     batches = evaluation_loader(rows, config, caches)
-    tested = validate(backend, loaded.adapted.params(), batches)
+    tested = evaluate(backend, loaded.adapted.params(), batches)
     perplexity = math.exp(min(tested.loss, 700))  # beyond it a float overflows
     document: dict[str, Any] = {
         "run": str(source.run),

@@ -25,7 +25,7 @@ from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel
 from runner.models.split_model import SplitModel
 from runner.training.dataloader import BatchBuilder
-from runner.training.validate import validate
+from runner.training.evaluate import evaluate
 
 SMALL = {
     "hidden_size": 48,
@@ -275,9 +275,9 @@ def test_hidden_states_at_the_cut_give_bitwise_the_same_gradients_as_token_ids(o
 def test_validation_loss_equals_that_of_mlx(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
     forward, batches = SplitModel(adapted_model.model), [batch([20, 40]), batch([9])]
-    expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
+    expected = evaluate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, chunk=256, ops=ops)
-    result = validate(CpuBackend(engine, forward), adapted_model.params(), batches)
+    result = evaluate(CpuBackend(engine, forward), adapted_model.params(), batches)
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert (result.tokens, result.supervised) == (expected.tokens, expected.supervised)
 
@@ -285,9 +285,9 @@ def test_validation_loss_equals_that_of_mlx(ops) -> None:
 def test_validation_loss_of_more_rows_than_are_computed_at_once_equals_that_of_mlx(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
     forward, batches = SplitModel(adapted_model.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
-    expected = validate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
+    expected = evaluate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, threads=2, chunk=256, ops=ops)
-    result = validate(CpuBackend(engine, forward), adapted_model.params(), batches)
+    result = evaluate(CpuBackend(engine, forward), adapted_model.params(), batches)
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     groups = _group_rows([150, 40, 260, 90, 500, 3, 381, 4], 384)
     assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]

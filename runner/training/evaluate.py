@@ -11,7 +11,7 @@ from runner.models.lora import Params
 
 
 @dataclass(frozen=True)
-class ValidationResult:
+class EvaluationResult:
     """The result of one pass over a split."""
 
     loss: float
@@ -23,9 +23,9 @@ class ValidationResult:
     seconds: float
 
 
-def validate(
+def evaluate(
     backend: Backend, params: Params, batches: Iterable[DeviceBatch], before_batch: Callable[[], None] = lambda: None
-) -> ValidationResult:
+) -> EvaluationResult:
     """Return the mean loss over `batches`; `before_batch` is called before each of them and may raise to stop."""
     start = time.perf_counter()
     loss_sum, supervised, tokens = 0.0, 0, 0
@@ -34,4 +34,4 @@ def validate(
         loss_sum += backend.loss(params, batch)
         supervised += batch.batch.supervised
         tokens += batch.batch.real_tokens
-    return ValidationResult(loss_sum / max(1, supervised), supervised, tokens, time.perf_counter() - start)
+    return EvaluationResult(loss_sum / max(1, supervised), supervised, tokens, time.perf_counter() - start)

@@ -19,13 +19,28 @@ Gradients = Mapping[str, mx.array] | Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceBatch:
-    """A batch as every backend accepts it; each converts it to its own arrays."""
+class BackendBatch:
+    """A batch in NumPy, as every backend accepts it; each converts it to its own arrays."""
 
     batch: Batch
     hidden: np.ndarray | None = None
     """Hidden states (batch, length, hidden_size) after the frozen blocks, as the hidden-state cache holds them
     (bfloat16 as uint16); None where the frozen blocks have to be computed from `batch.inputs`."""
+
+    @property
+    def supervised(self) -> int:
+        """Number of supervised tokens."""
+        return self.batch.supervised
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows."""
+        return len(self.batch.input_lengths)
+
+    @property
+    def real_tokens(self) -> int:
+        """Number of tokens without padding."""
+        return self.batch.real_tokens
 
 
 class Backend(Protocol):
@@ -43,10 +58,10 @@ class Backend(Protocol):
     def numeric_environment(self) -> dict[str, Any]:
         """Everything that the last digits depend on beside the run's settings; stored in each checkpoint."""
 
-    def loss(self, params: Params, batch: DeviceBatch) -> float:
+    def loss(self, params: Params, batch: BackendBatch) -> float:
         """Return the sum of -log p(target) over the supervised tokens of `batch`, without dropout."""
 
-    def loss_and_grads(self, params: Params, batch: DeviceBatch, key: mx.array) -> tuple[mx.array, Gradients]:
+    def loss_and_grads(self, params: Params, batch: BackendBatch, key: mx.array) -> tuple[mx.array, Gradients]:
         """Return the summed loss, a scalar, and its gradients by `params`; MLX arrays may not be evaluated yet.
 
         `key` decides the dropout masks of this micro-batch.
@@ -54,7 +69,7 @@ class Backend(Protocol):
 
     def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
         """Return the hidden states (batch, length, hidden_size) after the frozen blocks for token ids (batch, length),
-        as `DeviceBatch.hidden` holds them.
+        as `BackendBatch.hidden` holds them.
 
         Weights that were freed are loaded again first.
         """

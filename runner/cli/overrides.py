@@ -45,8 +45,8 @@ def parse_arguments(arguments: Sequence[str]) -> Invocation:
     for argument in remaining:
         if argument.startswith("-"):
             invocation.flags += _parse_flag(argument, remaining)
-        elif (override := _parse_override(argument, invocation, folders)) is not None:
-            invocation.overrides.append(override)
+        else:
+            _add_override(argument, invocation, folders)
     return invocation
 
 
@@ -65,11 +65,11 @@ def _parse_flag(flag: str, remaining: Iterator[str]) -> list[str]:
     return [flag]
 
 
-def _parse_override(argument: str, invocation: Invocation, folders: list[Path]) -> str | None:
-    """Record the override in `invocation`. Return it in Hydra's form, or None for resume=, repeat= and train.stop_at=,
-    which Hydra must not see."""
+def _add_override(argument: str, invocation: Invocation, folders: list[Path]) -> None:
+    """Check the override and add it to `invocation`, for Hydra in its form; Hydra must not see resume=, repeat= and
+    train.stop_at=."""
     name, equals, _ = argument.partition("=")
-    validation.refuse_secrets({name if equals else "": argument})
+    validation.refuse_secrets(argument, where=name if equals else "")
     match = _OVERRIDE.fullmatch(argument)
     if argument.startswith("~") and not argument.startswith(("~hydra.", "~hydra/")):
         raise ConfigError(f"'{argument}' would remove a setting: every setting must be there. Set it to null instead.")
@@ -82,19 +82,21 @@ def _parse_override(argument: str, invocation: Invocation, folders: list[Path]) 
     if key.startswith(("hydra.", "hydra/")):
         invocation.hydra_settings.add(key)
         value = _quote(value, invocation.multirun) if key in _HYDRA_PATHS else value
-        return f"{sign}{key}{package}={value}"
-    if key in schema.GROUPS:
+        invocation.overrides.append(f"{sign}{key}{package}={value}")
+    elif key in schema.GROUPS:
         _check_choices(key, value, folders, invocation.multirun)
         invocation.group_choices[key] = value
-        return f"{key}{package}={value}"
-    if key in INVOCATION_ARGUMENTS:
+        invocation.overrides.append(f"{key}{package}={value}")
+    elif key in INVOCATION_ARGUMENTS:
         _set_on_invocation(invocation, key, value)
-        return None
-    _check_name(key, value, sign)
-    if key.startswith("loggers."):
-        return argument  # a `+` adds the section of a logger
-    invocation.settings[key] = value
-    return f"{key}={_quote(value, invocation.multirun) if key in schema.path_settings() else value}"
+    elif key.startswith("loggers."):
+        _check_name(key, value, sign)
+        invocation.overrides.append(argument)  # a `+` adds the section of a logger
+    else:
+        _check_name(key, value, sign)
+        invocation.settings[key] = value
+        value = _quote(value, invocation.multirun) if key in schema.path_settings() else value
+        invocation.overrides.append(f"{key}={value}")
 
 
 def _set_on_invocation(invocation: Invocation, key: str, value: str) -> None:

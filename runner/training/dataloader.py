@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.backends.protocol import DeviceBatch
+from runner.backends.protocol import BackendBatch
 from runner.config.schema import Config
 from runner.data.batch import Batch, collate
 from runner.data.length_buckets import LengthBuckets
@@ -37,7 +37,7 @@ class BatchBuilder:
         self.token_set, self._hidden = token_set, hidden
         self.buckets = LengthBuckets.from_lengths(token_set.lengths, pad_to)
 
-    def __call__(self, indices: np.ndarray) -> DeviceBatch:
+    def __call__(self, indices: np.ndarray) -> BackendBatch:
         """Return the batch of the rows `indices`. For the training thread."""
         return self.finish(self.prepare(indices))
 
@@ -56,13 +56,13 @@ class BatchBuilder:
                 hidden[position, : len(cached)] = cached
         return _PreparedBatch(batch, indices, hidden, missing)
 
-    def finish(self, prepared: _PreparedBatch) -> DeviceBatch:
+    def finish(self, prepared: _PreparedBatch) -> BackendBatch:
         """Compute the hidden states that are not cached. For the training thread."""
         if self._hidden is not None and prepared.hidden is not None:
             computed = self._hidden.compute([int(prepared.indices[position]) for position in prepared.missing])
             for position, states in zip(prepared.missing, computed, strict=True):
                 prepared.hidden[position, : len(states)] = states
-        return DeviceBatch(prepared.batch, prepared.hidden)
+        return BackendBatch(prepared.batch, prepared.hidden)
 
 
 class EvaluationLoader:
@@ -72,7 +72,7 @@ class EvaluationLoader:
         """`batches`: the row indices of each."""
         self._builder, self._batches = builder, batches
 
-    def __iter__(self) -> Iterator[DeviceBatch]:
+    def __iter__(self) -> Iterator[BackendBatch]:
         return (self._builder(indices) for indices in self._batches)
 
     @property
@@ -90,7 +90,7 @@ class PrefetchingLoader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
         self._next: tuple[DataPosition, Future[tuple[list[_PreparedBatch], DataPosition]]] | None = None
 
-    def load(self, position: DataPosition) -> tuple[list[DeviceBatch], DataPosition]:
+    def load(self, position: DataPosition) -> tuple[list[BackendBatch], DataPosition]:
         """Return the micro-batches of the update that begins at `position`, and the position after them."""
         if self._pool is None:
             prepared, after = self._prepare(position)

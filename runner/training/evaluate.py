@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from runner.backends.protocol import Backend, DeviceBatch
+from runner.backends.protocol import Backend, BackendBatch
 from runner.models.lora import Params
 
 
@@ -24,7 +24,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    backend: Backend, params: Params, batches: Iterable[DeviceBatch], before_batch: Callable[[], None] = lambda: None
+    backend: Backend, params: Params, batches: Iterable[BackendBatch], before_batch: Callable[[], None] = lambda: None
 ) -> EvaluationResult:
     """Return the mean loss over `batches`; `before_batch` is called before each of them and may raise to stop."""
     start = time.perf_counter()
@@ -32,6 +32,6 @@ def evaluate(
     for batch in batches:
         before_batch()
         loss_sum += backend.loss(params, batch)
-        supervised += batch.batch.supervised
-        tokens += batch.batch.real_tokens
+        supervised += batch.supervised
+        tokens += batch.real_tokens
     return EvaluationResult(loss_sum / max(1, supervised), supervised, tokens, time.perf_counter() - start)

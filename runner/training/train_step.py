@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from runner.backends.protocol import Backend, DeviceBatch
+from runner.backends.protocol import Backend, BackendBatch
 from runner.common.errors import Diverged
 from runner.models.dropout import dropout_key
 from runner.training import optimizer
@@ -22,7 +22,7 @@ class TrainStep:
         """`grad_clip`: largest norm of the mean gradient; None does not clip."""
         self._backend, self._grad_clip = backend, grad_clip
 
-    def update(self, state: TrainState, batches: Sequence[DeviceBatch], learning_rate: float) -> tuple[float, float]:
+    def update(self, state: TrainState, batches: Sequence[BackendBatch], learning_rate: float) -> tuple[float, float]:
         """Update the adapter and the optimizer of `state` on one update's micro-batches.
 
         Returns:
@@ -40,7 +40,7 @@ class TrainStep:
             grad_sum = {name: grad_sum[name] + grad for name, grad in flat.items()} if grad_sum else flat
             mx.eval(loss, grad_sum)
             loss_sum += float(loss)
-        supervised = sum(batch.batch.supervised for batch in batches)
+        supervised = sum(batch.supervised for batch in batches)
         mean = {name: grad / supervised for name, grad in grad_sum.items()}
         mean, norm_array = optimizer.clip_grads(mean, self._grad_clip)
         norm = float(norm_array)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from runner.backends.protocol import DeviceBatch
+from runner.backends.protocol import BackendBatch
 from runner.checkpoints.save_policy import SavePolicy, StopReason
 from runner.common.errors import Diverged
 from runner.data.order import BatchOrder
@@ -84,8 +84,8 @@ class Trainer:
         state, progress = self.state, self.state.progress
         batches, next_position = self.batches.load(state.position)
         loss_sum, grad_norm = self.train_step.update(state, batches, self.learning_rate(progress.step + 1))
-        supervised = sum(device_batch.batch.supervised for device_batch in batches)
-        tokens = sum(device_batch.batch.real_tokens for device_batch in batches)
+        supervised = sum(batch.supervised for batch in batches)
+        tokens = sum(batch.real_tokens for batch in batches)
         state.position = next_position
         progress.step += 1
         progress.tokens += tokens
@@ -147,17 +147,17 @@ class Trainer:
             baseline.store()
         return result
 
-    def batches_with_progress(self, step: int) -> Iterator[DeviceBatch]:
+    def batches_with_progress(self, step: int) -> Iterator[BackendBatch]:
         """Yield the validation batches and show how many rows are done; log a line if the first evaluation is slow."""
         start, done, total = time.monotonic(), 0, self.valid_batches.row_count
         notice_due = step == 0
-        for device_batch in self.valid_batches:
+        for batch in self.valid_batches:
             self.display.busy(f"{step}/{self.plan.iters}  evaluating, {done}/{total} rows")
             if notice_due and time.monotonic() - start > NOTICE_SECONDS:
                 self.display.line(f"evaluating {total:,} rows before training")
                 notice_due = False
-            yield device_batch
-            done += len(device_batch.batch.input_lengths)
+            yield batch
+            done += batch.row_count
 
     def evaluate_pending(self) -> None:
         """Evaluate before the next update: at step 0, or where a stop prevented the evaluation that was due."""

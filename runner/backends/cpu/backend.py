@@ -13,7 +13,7 @@ from runner.backends.cpu.engine import Engine
 from runner.backends.cpu.linear import as_numpy
 from runner.backends.cpu.partitions import PackedBatch, PackedRows
 from runner.backends.numeric_environment import common_environment
-from runner.backends.protocol import DeviceBatch
+from runner.backends.protocol import BackendBatch
 from runner.models.lora import Params
 from runner.models.split_model import SplitModel
 
@@ -39,12 +39,12 @@ class CpuBackend:
             "head": "supervised",
         }
 
-    def loss(self, params: Params, batch: DeviceBatch) -> float:
+    def loss(self, params: Params, batch: BackendBatch) -> float:
         """Return the summed loss."""
         return self.engine.loss(_views(params), packed(batch))
 
     def loss_and_grads(
-        self, params: Params, batch: DeviceBatch, key: mx.array
+        self, params: Params, batch: BackendBatch, key: mx.array
     ) -> tuple[mx.array, dict[str, np.ndarray]]:
         """Return the summed loss and its gradients by `params`; the engine has no dropout, so `key` is not used."""
         loss, grads = self.engine.loss_and_grads(_views(params), packed(batch))
@@ -62,7 +62,7 @@ class CpuBackend:
         return self.split_model.free_frozen_weights(reload)
 
 
-def packed(batch: DeviceBatch) -> PackedBatch:
+def packed(batch: BackendBatch) -> PackedBatch:
     """Return `batch` without its padding."""
     b = batch.batch
     real = np.arange(b.inputs.shape[1]) < b.input_lengths[:, None]

@@ -12,7 +12,7 @@ import numpy as np
 from runner.backends.mlx.gradient_checkpointing import gradient_checkpointing
 from runner.backends.mlx.loss import ChunkedLoss
 from runner.backends.numeric_environment import common_environment
-from runner.backends.protocol import DeviceBatch
+from runner.backends.protocol import BackendBatch
 from runner.models.lora import AdaptedModel, Params
 from runner.models.split_model import SplitModel
 
@@ -55,14 +55,14 @@ class MlxBackend:
             "cpu_ops": False,
         }
 
-    def loss(self, params: Params, batch: DeviceBatch) -> float:
+    def loss(self, params: Params, batch: BackendBatch) -> float:
         """Return the summed loss, without dropout."""
         self._set_training(False)
         self._adapted.place(params)
         self._adapted.dropout.set_key(None)
         return float(self._loss(*self._arrays(batch)))
 
-    def loss_and_grads(self, params: Params, batch: DeviceBatch, key: mx.array) -> tuple[mx.array, Params]:
+    def loss_and_grads(self, params: Params, batch: BackendBatch, key: mx.array) -> tuple[mx.array, Params]:
         """Return the summed loss and its gradients by `params`, not evaluated."""
         self._set_training(True)
         loss, grads = self._step(params, *self._arrays(batch), key)
@@ -93,7 +93,7 @@ class MlxBackend:
         with gradient_checkpointing(self._adapted.model.layers, self._grad_checkpoint):
             return self._loss.loss_and_grads(self._adapted.place, params, inputs, positions, targets, weights)
 
-    def _arrays(self, batch: DeviceBatch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    def _arrays(self, batch: BackendBatch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """Return inputs (token ids or hidden states), positions, targets and weights."""
         b = batch.batch
         hidden = None if batch.hidden is None else mx.array(batch.hidden).view(self.split_model.hidden_dtype)

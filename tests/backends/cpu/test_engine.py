@@ -77,11 +77,11 @@ def batch(lengths, hidden=None, prompt=0):
     return BatchBuilder(rows, 16, hidden)(np.arange(len(lengths)))
 
 
-def mlx_loss_and_grads(adapted_model: AdaptedModel, device_batch):
+def mlx_loss_and_grads(adapted_model: AdaptedModel, backend_batch):
     """Loss and gradients by MLX's own differentiation."""
     adapted_model.model.eval()
     value, grads = MlxBackend(adapted_model, SplitModel(adapted_model.model), chunk=256).loss_and_grads(
-        adapted_model.params(), device_batch, mx.random.key(0)
+        adapted_model.params(), backend_batch, mx.random.key(0)
     )
     mx.eval(value, grads)
     return value.item(), {name: as_numpy(grad) for name, grad in grads.items()}
@@ -91,8 +91,8 @@ def numpy_params(adapted_model: AdaptedModel):
     return {name: as_numpy(array) for name, array in adapted_model.params().items()}
 
 
-def assert_close(adapted_model: AdaptedModel, found, device_batch) -> None:
-    value, grads = mlx_loss_and_grads(adapted_model, device_batch)
+def assert_close(adapted_model: AdaptedModel, found, backend_batch) -> None:
+    value, grads = mlx_loss_and_grads(adapted_model, backend_batch)
     assert found[0] == pytest.approx(value, rel=1e-5)
     assert set(found[1]) == set(grads)
     for name, grad in grads.items():
@@ -118,9 +118,9 @@ def ops(request) -> Ops:
 @pytest.mark.parametrize("count", [1, 3])
 def test_loss_and_gradients_equal_those_of_mlx(name: str, grad_checkpoint: bool, count: int, ops) -> None:
     adapted_model = adapted(MODELS[name]())
-    device_batch = batch([9, 30, 2, 17])
+    backend_batch = batch([9, 30, 2, 17])
     engine = Engine(adapted_model.model, threads=count, grad_checkpoint=grad_checkpoint, chunk=16, ops=ops)
-    assert_close(adapted_model, engine.loss_and_grads(numpy_params(adapted_model), packed(device_batch)), device_batch)
+    assert_close(adapted_model, engine.loss_and_grads(numpy_params(adapted_model), packed(backend_batch)), backend_batch)
 
 
 @pytest.mark.parametrize(
@@ -135,25 +135,25 @@ def test_loss_and_gradients_equal_those_of_mlx(name: str, grad_checkpoint: bool,
 )
 def test_adapters_of_any_shape_equal_those_of_mlx(lora: dict, ops) -> None:
     adapted_model = adapted(MODELS["tied"](), **lora)
-    device_batch = batch([20, 33])
+    backend_batch = batch([20, 33])
     assert_close(
         adapted_model,
         Engine(adapted_model.model, chunk=256, ops=ops).loss_and_grads(
-            numpy_params(adapted_model), packed(device_batch)
+            numpy_params(adapted_model), packed(backend_batch)
         ),
-        device_batch,
+        backend_batch,
     )
 
 
 def test_rows_longer_than_an_attention_tile_equal_those_of_mlx(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
-    device_batch = batch([130, 300, 129])
+    backend_batch = batch([130, 300, 129])
     assert_close(
         adapted_model,
         Engine(adapted_model.model, threads=2, chunk=256, ops=ops).loss_and_grads(
-            numpy_params(adapted_model), packed(device_batch)
+            numpy_params(adapted_model), packed(backend_batch)
         ),
-        device_batch,
+        backend_batch,
     )
 
 
@@ -161,14 +161,14 @@ def test_rows_longer_than_an_attention_tile_equal_those_of_mlx(ops) -> None:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_partition_without_supervised_tokens_contributes_nothing(layers: int, grad_checkpoint: bool, ops) -> None:
     adapted_model = adapted(MODELS["tied"](), num_layers=layers)
-    device_batch = batch([60, 60, 60], prompt=130)
+    backend_batch = batch([60, 60, 60], prompt=130)
     engine, params = (
         Engine(adapted_model.model, threads=3, grad_checkpoint=grad_checkpoint, chunk=16, ops=ops),
         numpy_params(adapted_model),
     )
-    found = engine.loss_and_grads(params, packed(device_batch))
-    assert_close(adapted_model, found, device_batch)
-    assert engine.loss(params, packed(device_batch)) == found[0]
+    found = engine.loss_and_grads(params, packed(backend_batch))
+    assert_close(adapted_model, found, backend_batch)
+    assert engine.loss(params, packed(backend_batch)) == found[0]
 
 
 def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) -> None:
@@ -177,14 +177,14 @@ def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) 
     random = np.random.default_rng(2)
     tokens, offsets = random.integers(0, 3, 80).astype(np.int32), np.array([0, 50, 80])
     rows = TokenSet(tokens, np.arange(80) > 5, offsets, np.arange(2))
-    device_batch = BatchBuilder(rows, 16)(np.arange(2))
+    backend_batch = BatchBuilder(rows, 16)(np.arange(2))
     engine, params = Engine(adapted_model.model, threads=4, chunk=16, ops=ops), numpy_params(adapted_model)
-    assert_close(adapted_model, engine.loss_and_grads(params, packed(device_batch)), device_batch)
-    good = packed(device_batch)
+    assert_close(adapted_model, engine.loss_and_grads(params, packed(backend_batch)), backend_batch)
+    good = packed(backend_batch)
     bad = replace(good, targets=np.where(np.arange(len(good.targets)) == 7, 3, good.targets))
     with pytest.raises(ModelError, match="token 3, but the model's vocabulary has 3"):
         engine.loss(params, bad)
-    assert_close(adapted_model, engine.loss_and_grads(params, packed(device_batch)), device_batch)
+    assert_close(adapted_model, engine.loss_and_grads(params, packed(backend_batch)), backend_batch)
 
 
 def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
@@ -193,11 +193,11 @@ def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
     weight = np.array(adapted_model.model.lm_head.weight)
     weight[200:] *= 300
     adapted_model.model.lm_head.weight = mx.array(weight)
-    device_batch = batch([20, 33])
+    backend_batch = batch([20, 33])
     value, grads = Engine(adapted_model.model, threads=2, chunk=256, ops=ops).loss_and_grads(
-        numpy_params(adapted_model), packed(device_batch)
+        numpy_params(adapted_model), packed(backend_batch)
     )
-    expected, expected_grads = mlx_loss_and_grads(adapted_model, device_batch)
+    expected, expected_grads = mlx_loss_and_grads(adapted_model, backend_batch)
     assert value == pytest.approx(expected, rel=1e-5) and expected > 1000
     for name, grad in expected_grads.items():
         assert np.linalg.norm(grads[name] - grad) < 1e-3 * np.linalg.norm(grad), name
@@ -206,11 +206,11 @@ def test_logits_whose_difference_overflows_an_exponential(ops) -> None:
 def test_reused_buffers_do_not_change_results(ops) -> None:
     adapted_model = adapted(MODELS["biases"]())
     engine, params = Engine(adapted_model.model, chunk=256, ops=ops), numpy_params(adapted_model)
-    device_batch = batch([20, 9])
-    first = engine.loss_and_grads(params, packed(device_batch))
+    backend_batch = batch([20, 9])
+    first = engine.loss_and_grads(params, packed(backend_batch))
     engine.loss_and_grads(params, packed(batch([200, 40, 3])))
-    assert engine.loss(params, packed(device_batch)) == first[0]
-    again = engine.loss_and_grads(params, packed(device_batch))
+    assert engine.loss(params, packed(backend_batch)) == first[0]
+    again = engine.loss_and_grads(params, packed(backend_batch))
     assert first[0] == again[0]
     assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])
 
@@ -221,10 +221,10 @@ def test_results_are_bitwise_reproducible_for_each_number_of_threads_and_nearly_
     batches = [batch(lengths) for lengths in ([150, 40, 90], [33], [20, 20, 21, 22])]
     for count in (1, 2, 3):
         engine = Engine(adapted_model.model, threads=count, chunk=256, ops=ops)
-        found.append([engine.loss_and_grads(params, packed(device_batch)) for device_batch in batches])
+        found.append([engine.loss_and_grads(params, packed(backend_batch)) for backend_batch in batches])
         for _ in range(20):  # in any order of the threads
-            for device_batch, (loss, grads) in zip(batches, found[-1], strict=True):
-                again = engine.loss_and_grads(params, packed(device_batch))
+            for backend_batch, (loss, grads) in zip(batches, found[-1], strict=True):
+                again = engine.loss_and_grads(params, packed(backend_batch))
                 assert again[0] == loss
                 assert all(np.array_equal(again[1][name], grad) for name, grad in grads.items())
     for several in found[1:]:
@@ -236,12 +236,12 @@ def test_results_are_bitwise_reproducible_for_each_number_of_threads_and_nearly_
 
 def test_an_error_in_one_thread_ends_all_threads_and_the_next_batch_is_unaffected(monkeypatch) -> None:
     adapted_model = adapted(MODELS["tied"]())
-    engine, params, device_batch = (
+    engine, params, backend_batch = (
         Engine(adapted_model.model, threads=3, chunk=256),
         numpy_params(adapted_model),
         batch([150, 40, 90]),
     )
-    before = engine.loss_and_grads(params, packed(device_batch))
+    before = engine.loss_and_grads(params, packed(backend_batch))
     swiglu, calls = kernels.swiglu, []
 
     def fails(*args):
@@ -252,9 +252,9 @@ def test_an_error_in_one_thread_ends_all_threads_and_the_next_batch_is_unaffecte
 
     monkeypatch.setattr(Ops, "swiglu", staticmethod(fails))
     with pytest.raises(MemoryError, match="no room"):
-        engine.loss_and_grads(params, packed(device_batch))
+        engine.loss_and_grads(params, packed(backend_batch))
     monkeypatch.undo()
-    after = engine.loss_and_grads(params, packed(device_batch))
+    after = engine.loss_and_grads(params, packed(backend_batch))
     assert before[0] == after[0] and all(np.array_equal(before[1][name], after[1][name]) for name in before[1])
 
 

@@ -38,7 +38,8 @@ class QuantizeConfig:
 class ModelConfig:
     """The frozen base model."""
 
-    path: str = setting(MISSING, path=PathKind.INPUT, on_resume=FREE, decides_result=True, always_shown=True)
+    # Free, so that a model may move: a resume compares the fingerprint of its weights instead.
+    path: str = setting(MISSING, path=PathKind.INPUT, on_resume=FREE, shown_as_result_setting=True, always_shown=True)
     """Hub id, folder, .gguf file or builtin:NAME; a resume requires the same weights."""
     revision: str | None = setting(None, on_resume=FREE)
     """Branch, tag or commit of the hub repository; null means its main branch."""
@@ -69,7 +70,8 @@ class KeysConfig:
 class DataConfig:
     """The training, validation and test rows, and how they become tokens and batches."""
 
-    path: str = setting(MISSING, path=PathKind.INPUT, on_resume=FREE, decides_result=True, always_shown=True)
+    # Free, so that data may move: a resume compares the fingerprints of the rows instead.
+    path: str = setting(MISSING, path=PathKind.INPUT, on_resume=FREE, shown_as_result_setting=True, always_shown=True)
     """Folder with train.jsonl, valid.jsonl and test.jsonl, a hub id of such files, or builtin:NAME."""
     format: str = setting("auto", choices=("auto", "text", "completions", "chat"))
     """Format of the rows; auto decides by the fields of the first row."""
@@ -199,7 +201,7 @@ class HiddenCacheConfig:
 class TrainConfig:
     """The training loop: its length, its batches, what is computed how and what is reported."""
 
-    iters: int = setting(1000, at_least=1, at_most=10**12, on_resume=FREE, decides_result=True)
+    iters: int = setting(1000, at_least=1, at_most=10**12, on_resume=FREE, shown_as_result_setting=True)
     """Number of optimizer updates."""
     batch_size: int = setting(4, at_least=1, at_most=1_000_000)
     """Number of rows in a micro-batch."""
@@ -281,19 +283,19 @@ class ObjectiveConfig:
 class Config:
     """A whole run."""
 
-    seed: int = setting(0, at_least=0, at_most=2**63 - 1, importance=3)
+    seed: int = setting(0, at_least=0, at_most=2**63 - 1, report_order=5)
     """Seed of the data order, the initial adapter and dropout."""
-    model: ModelConfig = section(ModelConfig, importance=2)
-    data: DataConfig = section(DataConfig, importance=1)
-    lora: LoraConfig = section(LoraConfig, importance=7, short_names=True)
-    optimizer: OptimizerConfig = section(OptimizerConfig, importance=6, short_names=True)
-    schedule: ScheduleConfig = section(ScheduleConfig, importance=5)
-    train: TrainConfig = section(TrainConfig, importance=4, short_names=True)
+    model: ModelConfig = section(ModelConfig, report_order=6)
+    data: DataConfig = section(DataConfig, report_order=7)
+    lora: LoraConfig = section(LoraConfig, report_order=1, short_names=True)
+    optimizer: OptimizerConfig = section(OptimizerConfig, report_order=2, short_names=True)
+    schedule: ScheduleConfig = section(ScheduleConfig, report_order=3)
+    train: TrainConfig = section(TrainConfig, report_order=4, short_names=True)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     loggers: dict[str, Any] = section(dict, on_resume=FREE)
     """Loggers beside metrics.jsonl, one key each; chosen with loggers=NAME or 'loggers=[NAME,NAME]'."""
     objective: ObjectiveConfig = section(ObjectiveConfig)
-    adapter: str | None = setting(None, path=PathKind.INPUT, on_resume=FREE, decides_result=True)
+    adapter: str | None = setting(None, path=PathKind.INPUT, on_resume=FREE, shown_as_result_setting=True)
     """Adapter that training starts from, weights only: .npz or .safetensors file, or adapter folder."""
     experiment: str | None = setting(None, on_resume=PROVENANCE)
     """Recipe from conf/experiment/; sets any of the settings above."""

@@ -70,10 +70,10 @@ class Setting:
     on_resume: OnResume = OnResume.FROZEN
     defaults_by: Mapping[str, Any] = field(default_factory=dict)
     """For an option that only some optimizers or schedules have: their names, each with the option's default there."""
-    importance: int = 0
-    """Place in reports: sections and settings with a higher number come first."""
-    decides_result: bool = False
-    """Whether reports list it as a setting that affects the result, although it may change on resume."""
+    report_order: int = 100
+    """Place in reports: sections and settings with a lower number come first."""
+    shown_as_result_setting: bool = False
+    """Whether reports list it among the settings that decide the result, as they do every frozen setting."""
     always_shown: bool = False
     """Whether reports show it even where it has its default."""
     short_names: bool = False

@@ -35,8 +35,9 @@ def by_importance(names: Sequence[str]) -> list[str]:
     """Return `names` sorted: first what decides the result, by section; last what only decides display and storage."""
 
     def key(name: str) -> tuple[bool, int]:
-        decides_result = not is_free_on_resume(name) or schema.metadata().get(name, Setting()).decides_result
-        return not decides_result, -_importance(name)
+        metadata = schema.metadata().get(name, Setting())
+        decides_result = metadata.shown_as_result_setting or not is_free_on_resume(name)
+        return not decides_result, _report_order(name)
 
     return sorted(names, key=key)
 
@@ -115,10 +116,10 @@ def pairs(groups: Sequence[Sequence[RunInfo]], names: Sequence[str]) -> list[str
     return [" ".join(pair_texts) for pair_texts in texts_by_group]
 
 
-def _importance(name: str) -> int:
-    """Return the importance of a top-level setting, or of the section that holds the setting."""
+def _report_order(name: str) -> int:
+    """Return the place in reports of a top-level setting, or of the section that holds the setting."""
     top = name.partition(".")[0]
-    return (schema.section_metadata().get(top) or schema.metadata().get(top) or Setting()).importance
+    return (schema.section_metadata().get(top) or schema.metadata().get(top) or Setting()).report_order
 
 
 def _defaults_for(settings: Mapping[str, Any]) -> Config:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import yaml
+from resume_settings import BY_FINGERPRINT, FREE, FROZEN
 
 from runner.common.errors import ConfigError
 from runner.common.text import shell_path
@@ -14,99 +15,6 @@ from runner.config import schema, serialize
 from runner.config.resume_policy import is_free_on_resume
 
 pytestmark = pytest.mark.fault(18)
-
-# Another value of every frozen setting, with the other settings that it needs to be valid.
-FROZEN = {
-    "seed": 1,
-    "model.dtype": "float16",
-    "model.dequantize": "never",
-    "model.quantize.bits": 4,
-    "model.quantize.group_size": 32,
-    "data.format": "completions",
-    "data.keys.text": "body",
-    "data.keys.prompt": "question",
-    "data.keys.completion": "answer",
-    "data.keys.messages": "turns",
-    "data.chat_template": False,
-    "data.mask_prompt": False,
-    "data.max_length": 64,
-    "data.on_too_long": "drop",
-    "data.pad_to": 8,
-    "data.window": 3,
-    "lora.type": "dora",
-    "lora.rank": 4,
-    "lora.scale": 10.0,
-    "lora.alpha": ({"lora.scale": None}, 16.0),
-    "lora.rslora": ({"lora.scale": None, "lora.alpha": 16.0}, True),
-    "lora.dropout": 0.1,
-    "lora.dtype": "model",
-    "lora.num_layers": 2,
-    "lora.keys": ["self_attn.q_proj"],
-    "optimizer.name": "adam",
-    "optimizer.learning_rate": 2e-3,
-    "optimizer.betas": [0.8, 0.9],
-    "optimizer.eps": 1e-6,
-    "optimizer.weight_decay": 0.5,
-    "optimizer.bias_correction": False,
-    "optimizer.momentum": ({"optimizer.name": "sgd"}, 0.9),
-    "optimizer.nesterov": ({"optimizer.name": "sgd", "optimizer.momentum": 0.9}, True),
-    "schedule.name": "cosine",
-    "schedule.warmup": 3,
-    "schedule.iters": 20,
-    "schedule.end": ({"schedule.name": "linear"}, 1e-6),
-    "train.batch_size": 2,
-    "train.grad_accumulation": 2,
-    "train.grad_clip": 1.0,
-    "checkpoint.dir": "saved",
-}
-FREE = {
-    "model.revision": "main",
-    "model.trust_remote_code": True,
-    "data.metric": "exact_match",
-    "data.metric_split": "valid",
-    "data.metric_rows": 2,
-    "data.max_new_tokens": 4,
-    "data.cache": False,
-    "data.cache_gb": 1.0,
-    "data.cache_folder": "elsewhere",
-    "train.iters": 9,
-    "train.report_every": 1,
-    "train.eval_every": 2,
-    "train.eval_batches": 1,
-    "train.eval_tokens": 64,
-    "train.head": "all",
-    "train.loss_chunk": 64,
-    "train.hidden_cache.enabled": False,
-    "train.hidden_cache.memory_gb": 1.0,
-    "train.hidden_cache.disk_gb": 1.0,
-    "train.hidden_cache.folder": "elsewhere",
-    "train.hidden_cache.free_frozen_weights": False,
-    "train.prefetch": False,
-    "train.cache_baseline": False,
-    "train.cache_probes": False,
-    "train.cpu_engine": False,
-    "train.cpu_native": False,
-    "train.test": True,
-    "train.early_stopping.patience": 50,
-    "train.early_stopping.min_delta": 0.1,
-    "train.cache_limit_gb": 1.0,
-    "train.grad_checkpoint": True,
-    "train.compile": "never",
-    "checkpoint.every": 1,
-    "checkpoint.every_minutes": 60.0,
-    "checkpoint.keep_last": 2,
-    "checkpoint.keep_best": 0,
-    "checkpoint.keep_every": 4,
-    "checkpoint.result": "last",
-    "checkpoint.background": False,
-    "checkpoint.backup": "second",
-    "loggers": {"csv": {"file": "metrics.csv"}},
-    "objective.metric": "test_loss",
-    "objective.direction": "maximize",
-}
-# Compared by the fingerprints of what they name (rows 17 and 19).
-BY_FINGERPRINT = {"model.path", "data.path", "adapter"}
-
 
 @pytest.fixture(scope="module")
 def module_folder(tmp_path_factory):
@@ -156,7 +64,7 @@ def test_a_changed_frozen_setting_is_refused_and_nothing_is_written(config, trai
         train(config, run, resume=run)
     shown = ["null" if v is None else str(v) for v in (old, value)]
     assert f"{name} was {shown[0]} and cannot become {shown[1]} on resume." in str(caught.value)
-    assert f"repeat={shell_path(run)}" in str(caught.value)
+    assert f"python -m runner repeat={shell_path(run)}" in str(caught.value)
     assert contents(run, but=(".lock",)) == before
 
 

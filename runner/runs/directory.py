@@ -26,7 +26,9 @@ from runner.common.storage_errors import storage_error, storage_errors
 from runner.config import retired
 
 _MAX_STATUS_BYTES = 1_000_000  # a real status.json has about 500
-_CONFIG_HEADER = "# The resolved settings of this run. A new run with changes: python -m runner repeat=THIS_FOLDER key=value\n"
+_CONFIG_HEADER = (
+    "# The resolved settings of this run. A new run with changes: python -m runner repeat=THIS_FOLDER key=value\n"
+)
 _CHOOSE_ANOTHER = "choose another hydra.run.dir"
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 

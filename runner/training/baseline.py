@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from runner.common.result_cache import CachedResult
-from runner.training.generate import GenerationResult
 from runner.training.evaluate import EvaluationResult
+from runner.training.generate import GenerationResult
 
 
 @dataclass

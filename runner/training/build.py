@@ -155,9 +155,7 @@ def _restore(state: TrainState, point: ResumePoint, components: Components, disp
     path = point.checkpoint.path
     messages = [*point.messages]
     if differences := numeric_differences(point.saved.identity, components.identity):
-        messages.append(
-            f"results may differ in the last digits from an uninterrupted run: {'; '.join(differences)}"
-        )
+        messages.append(f"results may differ in the last digits from an uninterrupted run: {'; '.join(differences)}")
     for line in messages:
         display.line(line, "yellow")
     state_files.restore(state, point.saved, str(path))

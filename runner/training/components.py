@@ -160,4 +160,6 @@ def _describe_hidden_cache(
         count = backend.split_model.frozen_blocks
         display.line(f"cache  hidden states of the first {count} blocks are computed once per row{location}")
     elif frozen and config.train.hidden_cache.enabled:
-        display.line(f"cache  the first {frozen} blocks of this model cannot be computed separately: they run in each step")
+        display.line(
+            f"cache  the first {frozen} blocks of this model cannot be computed separately: they run in each step"
+        )

@@ -22,9 +22,9 @@ from runner.runs.run_spec import RunSpec
 from runner.training import state_files
 from runner.training.answers import compare_answers, record_answers_after_training
 from runner.training.dataloader import evaluation_loader
+from runner.training.evaluate import evaluate
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
-from runner.training.evaluate import evaluate
 
 _NOTICE_SECONDS = 2.0
 """How long a backup may take without a line that says so."""

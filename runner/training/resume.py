@@ -128,7 +128,8 @@ def numeric_differences(saved: RunIdentity, current: RunIdentity) -> list[str]:
 
     Only what both record is compared: backends and versions do not all record the same.
     """
-    before, after = serialize.flatten_dict(saved.numeric_environment), serialize.flatten_dict(current.numeric_environment)
+    before = serialize.flatten_dict(saved.numeric_environment)
+    after = serialize.flatten_dict(current.numeric_environment)
     return [
         f"{_ENVIRONMENT_NAMES.get(key, key)} was {_environment_text(before[key])}, is {_environment_text(value)}"
         for key, value in after.items()

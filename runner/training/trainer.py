@@ -17,12 +17,12 @@ from runner.reports.progress import Display
 from runner.training import state_files
 from runner.training.components import Components
 from runner.training.dataloader import EvaluationLoader, PrefetchingLoader
+from runner.training.evaluate import EvaluationResult, evaluate
 from runner.training.plan import TrainingPlan
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.train_state import ReportWindow, TrainState
 from runner.training.train_step import TrainStep
-from runner.training.evaluate import EvaluationResult, evaluate
 
 NOTICE_SECONDS = 3.0
 """How long the evaluation before training may take without a line that says so."""

@@ -16,6 +16,7 @@ from runner.config.resume_policy import is_free_on_resume
 
 pytestmark = pytest.mark.fault(18)
 
+
 @pytest.fixture(scope="module")
 def module_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("frozen")

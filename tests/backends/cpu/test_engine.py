@@ -120,7 +120,9 @@ def test_loss_and_gradients_equal_those_of_mlx(name: str, grad_checkpoint: bool,
     adapted_model = adapted(MODELS[name]())
     backend_batch = batch([9, 30, 2, 17])
     engine = Engine(adapted_model.model, threads=count, grad_checkpoint=grad_checkpoint, chunk=16, ops=ops)
-    assert_close(adapted_model, engine.loss_and_grads(numpy_params(adapted_model), packed(backend_batch)), backend_batch)
+    assert_close(
+        adapted_model, engine.loss_and_grads(numpy_params(adapted_model), packed(backend_batch)), backend_batch
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,9 @@ def test_an_engine_with_another_loss_than_the_model_is_refused(monkeypatch: pyte
 
     monkeypatch.setattr(Ops, kernel, staticmethod(wrong))
     backend = selected(adapted(MODELS["tied"]()))
-    assert isinstance(backend, MlxBackend) and "its gradients differ from MLX's for this model" in backend.fallback_reason
+    assert (
+        isinstance(backend, MlxBackend) and "its gradients differ from MLX's for this model" in backend.fallback_reason
+    )
 
 
 @pytest.mark.parametrize("kernel", ["rms_norm_backward", "swiglu_backward"])

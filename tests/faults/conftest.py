@@ -137,8 +137,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def faulty(shim: Path) -> Any:
-    """`faulty(under, calls="write,fsync", at=3, do="kill")`: the environment of a process that meets that fault."""
+def fault_environment(shim: Path) -> Any:
+    """`fault_environment(under, calls="write,fsync", at=3, do="kill")`: the environment that injects the fault."""
 
     def make(
         under: Path | None = None,
@@ -242,15 +242,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, make_cli: Any) -> Call
 
 
 @pytest.fixture(scope="session")
-def logged(tmp_path_factory: pytest.TempPathFactory, make_cli: Any, faulty: Any) -> Callable[..., Any]:
-    """`logged(*overrides)`: an undisturbed run, made once, and its calls that `faulty` could hit (kind, path)."""
+def run_with_calls(
+    tmp_path_factory: pytest.TempPathFactory, make_cli: Any, fault_environment: Any
+) -> Callable[..., Any]:
+    """`run_with_calls(*overrides)`: an undisturbed run, made once, and its calls (kind, path) that faults can hit."""
     made: dict[tuple[str, ...], tuple[Path, list[tuple[str, str]]]] = {}
 
     def run(*overrides: str) -> tuple[Path, list[tuple[str, str]]]:
         if overrides not in made:
             cli = make_cli(tmp_path_factory.mktemp("logged").resolve())
             folder, log = cli.folder / "run", cli.folder / "calls"
-            cli(*overrides, "hydra.run.dir=run", env=faulty(folder, log=log))
+            cli(*overrides, "hydra.run.dir=run", env=fault_environment(folder, log=log))
             lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
             made[overrides] = folder, [(call, os.path.relpath(path, folder)) for call, path in lines]
         return made[overrides]
@@ -259,8 +261,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory, make_cli: Any, faulty: Any)
 
 
 @pytest.fixture
-def ended_equal(assert_equal_runs: Any) -> Callable[[Path, Path], None]:
-    """`ended_equal(whole, run)`: the same bits, every checkpoint whole, and nothing left of what was cut off."""
+def assert_ended_equal(assert_equal_runs: Any) -> Callable[[Path, Path], None]:
+    """`assert_ended_equal(whole, run)`: the same bits, every checkpoint whole, and nothing left of what was cut off."""
     from runner.checkpoints.store import CheckpointStore
 
     def check(whole: Path, run: Path) -> None:
@@ -279,8 +281,8 @@ def ended_equal(assert_equal_runs: Any) -> Callable[[Path, Path], None]:
 
 
 @pytest.fixture
-def newest() -> Callable[[Path], Any]:
-    """`newest(run)`: the newest checkpoint of the run that verifies, as it lies there: nothing is repaired."""
+def newest_checkpoint() -> Callable[[Path], Any]:
+    """`newest_checkpoint(run)`: the newest checkpoint of the run that verifies, without any repair."""
     from runner.checkpoints.store import CheckpointStore
 
     def find(run: Path) -> Any:

@@ -61,7 +61,9 @@ def was_killed(cli, seconds, in_training):
 
 
 @pytest.mark.parametrize("chunk", range(5))
-def test_a_run_killed_at_a_random_time_resumes_and_ends_equal(make_cli, tmp_path, whole, ended_equal, cases, chunk):
+def test_a_run_killed_at_a_random_time_resumes_and_ends_equal(
+    make_cli, tmp_path, whole, assert_ended_equal, cases, chunk
+):
     uninterrupted, total_seconds, training_seconds = whole
     moments = random.Random(f"kills {chunk}")
     for number in range(cases.of(full=40, quick=1)):
@@ -74,7 +76,7 @@ def test_a_run_killed_at_a_random_time_resumes_and_ends_equal(make_cli, tmp_path
             seconds *= 0.8
         # A run killed before its config was written is started again by the same command.
         cli(*(["resume=run"] if (run / "config.yaml").exists() else OVERRIDES))
-        ended_equal(uninterrupted, run)
+        assert_ended_equal(uninterrupted, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
@@ -83,13 +85,13 @@ def test_a_run_killed_at_a_random_time_resumes_and_ends_equal(make_cli, tmp_path
     "name", ["samples.jsonl", pytest.param("status.json", marks=pytest.mark.long), "/checkpoints/"]
 )
 def test_a_run_killed_at_its_last_system_calls_resumes_and_ends_equal(
-    make_cli, tmp_path, logged, faulty, ended_equal, name
+    make_cli, tmp_path, run_with_calls, fault_environment, assert_ended_equal, name
 ):
     """Random times seldom fall between the last row and the end."""
-    whole, calls = logged(*OVERRIDES[:-1])
+    whole, calls = run_with_calls(*OVERRIDES[:-1])
     cli = make_cli(tmp_path)
     run = cli.folder / "run"
     last = sum(name in f"/{path}" for _, path in calls) - 1
-    cli(*OVERRIDES, env=faulty(run, name=name, at=last, do="kill"), expect=-signal.SIGKILL)
+    cli(*OVERRIDES, env=fault_environment(run, name=name, at=last, do="kill"), expect=-signal.SIGKILL)
     cli("resume=run")
-    ended_equal(whole, run)
+    assert_ended_equal(whole, run)

@@ -13,13 +13,22 @@ pytestmark = [pytest.mark.fault(3), pytest.mark.slow]
 
 @pytest.mark.parametrize("keep_last", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_killed_inside_a_rotation_keeps_its_retained_checkpoints_and_ends_equal(
-    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, keep_last
+    make_cli,
+    tmp_path,
+    overrides,
+    run_with_calls,
+    fault_environment,
+    newest_checkpoint,
+    assert_same_state,
+    assert_ended_equal,
+    cases,
+    keep_last,
 ):
     newest_step = 2 + 2 * keep_last  # its rotation is the first that removes a checkpoint, that of step 2
     # A run that retains all checkpoints, to compare each state with.
-    reference, _ = logged(*overrides, "checkpoint.keep_last=9")
+    reference, _ = run_with_calls(*overrides, "checkpoint.keep_last=9")
     overrides = (*overrides, f"checkpoint.keep_last={keep_last}")
-    whole, calls = logged(*overrides)
+    whole, calls = run_with_calls(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     victim = [i for i, (_, path) in enumerate(calls) if "step-0000002" in path]
     committed = [i for i, (call, path) in enumerate(calls) if call == "rename" and f"000{newest_step}-" in path]
@@ -28,8 +37,8 @@ def test_a_run_killed_inside_a_rotation_keeps_its_retained_checkpoints_and_ends_
     for at in cases.some(range(committed[0] + 1, end + 1), quick=1):
         cli = make_cli(tmp_path / f"{at}")
         run = cli.folder / "run"
-        cli(*overrides, "hydra.run.dir=run", expect=-9, env=faulty(run / "checkpoints", at=at, do="kill"))
-        found = newest(run)
+        cli(*overrides, "hydra.run.dir=run", expect=-9, env=fault_environment(run / "checkpoints", at=at, do="kill"))
+        found = newest_checkpoint(run)
         assert found.checkpoint.step == newest_step, calls[at]
         assert_same_state(found, reference, but=("hyperparameters",))
         if keep_last == 2:
@@ -42,6 +51,6 @@ def test_a_run_killed_inside_a_rotation_keeps_its_retained_checkpoints_and_ends_
         assert set(names) - {"step-0000002"} == {f"step-{step:07d}" for step in range(4, newest_step + 1, 2)}
         cli("resume=run")
         assert not (run / "checkpoints/step-0000002").exists()
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         shutil.rmtree(cli.folder)
         cases.done()

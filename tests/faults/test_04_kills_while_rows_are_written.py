@@ -40,9 +40,9 @@ def split_lines(run, name):
 
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_repeated_row(
-    make_cli, tmp_path, logged, faulty, ended_equal, cases, chunk
+    make_cli, tmp_path, run_with_calls, fault_environment, assert_ended_equal, cases, chunk
 ):
-    whole, calls = logged(*OVERRIDES)
+    whole, calls = run_with_calls(*OVERRIDES)
     faults = []
     for name, call, do, minimum in KILLS:
         number = sum(path.startswith(name) and kind == call for kind, path in calls)
@@ -53,7 +53,7 @@ def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_repeated_row(
     for name, call, do, at in cases.some(faults, quick=3)[chunk::2]:
         cli = make_cli(tmp_path / f"{name}-{do}-{at}")
         run = cli.folder / "run"
-        fault = faulty(run, name=f"/run/{name}", calls=call, at=at, do=do)
+        fault = fault_environment(run, name=f"/run/{name}", calls=call, at=at, do=do)
         cli(*OVERRIDES, "hydra.run.dir=run", expect=-9, env=fault)
         if name.endswith(".jsonl"):
             *rows, torn = split_lines(run, name)
@@ -65,7 +65,7 @@ def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_repeated_row(
             cli("resume=run")
         else:
             cli(*OVERRIDES, "hydra.run.dir=run")
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         for file in ("metrics.jsonl", "samples.jsonl"):
             *rows, rest = split_lines(run, file)
             assert rest == b"" and len(rows) == len(split_lines(whole, file)) - 1
@@ -74,11 +74,13 @@ def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_repeated_row(
 
 
 @pytest.mark.long
-def test_a_sweep_killed_while_it_writes_the_config_of_a_job_resumes(cli, faulty, undisturbed, ended_equal):
+def test_a_sweep_killed_while_it_writes_the_config_of_a_job_resumes(
+    cli, fault_environment, undisturbed, assert_ended_equal
+):
     overrides = ("model=tiny", "data=tiny", "train.iters=2", "train.eval_every=2")
     run = cli.folder / "sweep/0"
-    fault = faulty(run, name=".config.yaml.", calls="write", at=0, do="half")
+    fault = fault_environment(run, name=".config.yaml.", calls="write", at=0, do="half")
     cli(*overrides, "-m", "seed=0", "hydra.sweep.dir=sweep", expect=-9, env=fault)
     assert list(run.glob(".config.yaml.*")) and not (run / "config.yaml").exists()
     cli("resume=sweep")
-    ended_equal(undisturbed(*overrides), run)
+    assert_ended_equal(undisturbed(*overrides), run)

@@ -126,17 +126,17 @@ def test_the_simulated_power_cuts_detect_a_store_that_does_not_sync(tmp_path, in
 
 
 @pytest.fixture(scope="module")
-def recorded_run(tmp_path_factory, make_cli, instruments, faulty, overrides):
+def recorded_run(tmp_path_factory, make_cli, instruments, fault_environment, overrides):
     """Return an undisturbed run, everything that it did to the disk, and the disk before it."""
     cli = make_cli(tmp_path_factory.mktemp("recorded_run").resolve() / "here")
     disk, tape = instruments.PowerCut(cli.folder), cli.folder.parent / "tape"
-    cli(*overrides, *KEEP_ALL, env=faulty(cli.folder, tape=tape))
+    cli(*overrides, *KEEP_ALL, env=fault_environment(cli.folder, tape=tape))
     return cli.folder / "run", instruments.read_tape(tape), disk
 
 
 @pytest.mark.slow
 def test_a_power_cut_at_any_moment_of_a_run_loses_no_saved_checkpoint_and_the_run_resumes_equal(
-    make_cli, tmp_path, recorded_run, overrides, assert_same_state, ended_equal, cases
+    make_cli, tmp_path, recorded_run, overrides, assert_same_state, assert_ended_equal, cases
 ):
     whole, events, disk = recorded_run
     rng = random.Random(6)
@@ -157,7 +157,7 @@ def test_a_power_cut_at_any_moment_of_a_run_loses_no_saved_checkpoint_and_the_ru
         if number % cases.of(full=50, quick=20) == 10:
             cli = make_cli(folder)
             cli(*(["resume=run"] if (run / "config.yaml").exists() else [*overrides, *KEEP_ALL]))
-            ended_equal(whole, run)
+            assert_ended_equal(whole, run)
         else:
             store = CheckpointStore(run / "checkpoints", run_id)
             store.repair()

@@ -31,11 +31,20 @@ def assert_reported(out, path, *, space):
 
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_failing_call_inside_a_save_exits_with_74_and_the_run_resumes_equal(
-    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+    make_cli,
+    tmp_path,
+    overrides,
+    run_with_calls,
+    fault_environment,
+    newest_checkpoint,
+    assert_same_state,
+    assert_ended_equal,
+    cases,
+    chunk,
 ):
-    all_states, _ = logged(*overrides, KEEP_ALL)
+    all_states, _ = run_with_calls(*overrides, KEEP_ALL)
     overrides = (*overrides, "checkpoint.keep_last=1")  # so that the second save removes the first
-    whole, calls = logged(*overrides)
+    whole, calls = run_with_calls(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     begins = next(i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path)
     committed = next(i for i in range(begins, len(calls)) if calls[i][0] == "rename")
@@ -47,23 +56,25 @@ def test_a_failing_call_inside_a_save_exits_with_74_and_the_run_resumes_equal(
     for at, number in cases.some(faults, quick=3)[chunk::2]:
         cli = make_cli(tmp_path / f"{at}-{number}")
         run = cli.folder / "run"
-        out = cli(*overrides, "hydra.run.dir=run", expect=74, env=faulty(run / "checkpoints", at=at, do=number))
+        out = cli(
+            *overrides, "hydra.run.dir=run", expect=74, env=fault_environment(run / "checkpoints", at=at, do=number)
+        )
         assert_reported(out, run / "checkpoints", space=number == errno.ENOSPC and calls[at][0] == "write")
         assert errno.errorcode[number] in out
-        found = newest(run)
+        found = newest_checkpoint(run)
         assert found.checkpoint.step == (4 if at > committed else 2), calls[at]
         assert_same_state(found, all_states, but=("hyperparameters",))
         cli("resume=run")
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
 
 @pytest.mark.long
 def test_a_file_size_limit_exits_with_74_and_the_run_resumes_equal_without_it(
-    make_cli, tmp_path, overrides, logged, newest, assert_same_state, ended_equal, cases
+    make_cli, tmp_path, overrides, run_with_calls, newest_checkpoint, assert_same_state, assert_ended_equal, cases
 ):
-    whole, _ = logged(*overrides, KEEP_ALL)
+    whole, _ = run_with_calls(*overrides, KEEP_ALL)
     for limit in cases.some([6_000, 10_000], quick=1):  # bytes: fewer than the adapters have, or than the optimizer
         cli = make_cli(tmp_path / f"{limit}")
         run = cli.folder / "run"
@@ -79,11 +90,11 @@ def test_a_file_size_limit_exits_with_74_and_the_run_resumes_equal_without_it(
         assert done.returncode == 74, done.stderr
         assert_reported(done.stderr, run / "checkpoints", space=True)
         assert "ulimit -f" in done.stderr
-        found = newest(run)
+        found = newest_checkpoint(run)
         assert found.checkpoint.step == 2
         assert_same_state(found, whole, but=("hyperparameters",))
         cli("resume=run")
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         cases.done()
 
 
@@ -172,14 +183,23 @@ FULL = [
 )
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_full_disk_exits_with_74_and_the_run_resumes_equal_once_there_is_space(
-    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, chunk
+    make_cli,
+    tmp_path,
+    overrides,
+    run_with_calls,
+    fault_environment,
+    newest_checkpoint,
+    assert_same_state,
+    assert_ended_equal,
+    cases,
+    chunk,
 ):
-    whole, _ = logged(*overrides, KEEP_ALL)
+    whole, _ = run_with_calls(*overrides, KEEP_ALL)
     for number, (name, call, at, leave) in enumerate(cases.some(FULL, quick=2)[chunk::2]):
         cli = make_cli(tmp_path.resolve() / f"{number}")
         with SmallDisk(cli.folder / "disk") as disk:
             run, visible = disk.place / "run", disk.visible / "run"
-            fault = faulty(run, name=name, calls=call, at=at, do=f"+{signal.SIGSTOP:d}")
+            fault = fault_environment(run, name=name, calls=call, at=at, do=f"+{signal.SIGSTOP:d}")
             process = disk.start(cli, *overrides, KEEP_ALL, f"hydra.run.dir={run}", env=fault)
             wait_until_stopped(process)
             disk.fill(leave)
@@ -188,12 +208,12 @@ def test_a_full_disk_exits_with_74_and_the_run_resumes_equal_once_there_is_space
             assert process.returncode == 74, out
             # Training continues during a save: a row or the status may be the first to find the disk full.
             assert_reported(out, run, space=True)
-            found = newest(visible)
+            found = newest_checkpoint(visible)
             assert found.checkpoint.step in ((2,) if name == SAVE else (2, 4))
             assert_same_state(found, whole)
             disk.free_space()
             process = disk.start(cli, f"resume={run}")
             out, _ = process.communicate(timeout=120)
             assert process.returncode == 0, out
-            ended_equal(whole, visible)
+            assert_ended_equal(whole, visible)
         cases.done()

@@ -128,7 +128,7 @@ def test_an_impossible_train_state_with_a_matching_manifest_is_refused(stopped, 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "manifest"])
 def test_a_resume_names_the_damage_uses_the_previous_checkpoint_and_ends_equal(
-    cli, stopped, undisturbed, overrides, ended_equal, damage
+    cli, stopped, undisturbed, overrides, assert_ended_equal, damage
 ):
     folder = stopped / "checkpoints/step-0000006"
     name = {"cut": "adapters.safetensors", "bit": "optimizer.safetensors", "manifest": "manifest.json"}[damage]
@@ -140,4 +140,4 @@ def test_a_resume_names_the_damage_uses_the_previous_checkpoint_and_ends_equal(
     assert "damaged, not used: " in out and f"step-0000006/{name}" in out
     assert "step-0000004 at step 4" in out
     assert "damaged, not used: " in (stopped / "run.log").read_text()
-    ended_equal(undisturbed(*overrides), stopped)
+    assert_ended_equal(undisturbed(*overrides), stopped)

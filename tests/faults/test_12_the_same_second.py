@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.fault(12), pytest.mark.slow]
 OVERRIDES = ("model=tiny", "data=tiny", "train.iters=1")
 
 
-def test_each_run_has_its_own_directory_and_result(cli, faulty, cases):
+def test_each_run_has_its_own_directory_and_result(cli, fault_environment, cases):
     number, at_once = cases.of(full=50, quick=4), cases.of(full=2, quick=4)
-    frozen_clock = {**faulty(clock="=1750000000"), "TZ": "UTC"}  # the clock of all of them stands frozen_clock
+    frozen_clock = {**fault_environment(clock="=1750000000"), "TZ": "UTC"}  # the clock of all of them stands still
     for first in range(0, number, at_once):
         started = [cli.start(*OVERRIDES, f"seed={seed}", env=frozen_clock) for seed in range(first, first + at_once)]
         for process in started:

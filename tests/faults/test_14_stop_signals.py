@@ -46,7 +46,7 @@ def assert_stopped(run, out, number):
 
 @pytest.mark.parametrize("chunk", range(2))
 def test_a_signal_saves_within_one_update_and_the_resumed_run_ends_equal(
-    make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases, chunk
+    make_cli, tmp_path, overrides, driven, undisturbed, assert_ended_equal, cases, chunk
 ):
     whole = undisturbed(*overrides, "checkpoint.keep_last=9")
     faults = [(point, number) for number in EXIT_CODES for point in SAVED_STEPS]
@@ -62,13 +62,13 @@ def test_a_signal_saves_within_one_update_and_the_resumed_run_ends_equal(
         # The evaluation of step 5 that the signal prevented is left to the resume.
         assert saved["progress"]["pending_evaluation"] == (SAVED_STEPS[point, at] == 5)
         cli("resume=run")
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
 
 def test_a_signal_during_the_final_evaluation_stops_the_run_and_its_resume_evaluates(
-    make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases
+    make_cli, tmp_path, overrides, driven, undisturbed, assert_ended_equal, cases
 ):
     overrides = (
         *overrides,
@@ -90,17 +90,26 @@ def test_a_signal_during_the_final_evaluation_stops_the_run_and_its_resume_evalu
         assert last_step(run) == 8
         assert "test loss" not in out and "held-out rows" not in out  # printed where the resume finishes
         cli("resume=run")
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
 def test_a_save_completes_after_a_signal_and_is_whole_or_absent_after_a_second(
-    make_cli, tmp_path, overrides, logged, faulty, newest, assert_same_state, ended_equal, cases, again
+    make_cli,
+    tmp_path,
+    overrides,
+    run_with_calls,
+    fault_environment,
+    newest_checkpoint,
+    assert_same_state,
+    assert_ended_equal,
+    cases,
+    again,
 ):
     overrides = (*overrides, "checkpoint.keep_last=9")
-    whole, calls = logged(*overrides)
+    whole, calls = run_with_calls(*overrides)
     calls = [(call, path) for call, path in calls if path.startswith("checkpoints")]
     saving = [i for i, (_, path) in enumerate(calls) if "/.tmp-step-0000004-" in path]
     faults = [(at, number) for at in saving for number in ("SIGTERM", "SIGINT")]
@@ -109,11 +118,11 @@ def test_a_save_completes_after_a_signal_and_is_whole_or_absent_after_a_second(
         cli = make_cli(tmp_path / f"{at}-{number}")
         run = cli.folder / "run"
         # With `again`, a signal comes at each later call of the same save and of the save that the stop makes.
-        fault = faulty(run / "checkpoints", at=at, do=f"+{getattr(signal, number):d}", for_good=again)
+        fault = fault_environment(run / "checkpoints", at=at, do=f"+{getattr(signal, number):d}", for_good=again)
         out = cli(*overrides, "hydra.run.dir=run", expect=EXIT_CODES[number], env=fault)
         if again:
             assert RunDirectory(run).read_status()["state"] == "interrupted"
-            found = newest(run)
+            found = newest_checkpoint(run)
             assert 2 <= found.checkpoint.step <= 7
             if (whole / "checkpoints" / found.checkpoint.path.name).exists():
                 assert_same_state(found, whole)
@@ -122,13 +131,13 @@ def test_a_save_completes_after_a_signal_and_is_whole_or_absent_after_a_second(
             # Training continued during the save, at most to the next save, which waits for it, and one more update.
             assert 4 <= last_step(run) <= 7
         cli("resume=run")
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
 
 def test_a_second_signal_ends_at_once_and_the_last_checkpoint_resumes_equal(
-    make_cli, tmp_path, overrides, driven, undisturbed, newest, assert_same_state, ended_equal, cases
+    make_cli, tmp_path, overrides, driven, undisturbed, newest_checkpoint, assert_same_state, assert_ended_equal, cases
 ):
     whole = undisturbed(*overrides, "checkpoint.keep_last=9")
     # All during or after update 5: the save of step 2 is complete, since that of step 4 waited for it.
@@ -141,11 +150,11 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_resumes_equal(
         out, _ = process.communicate(timeout=120)
         assert process.returncode == EXIT_CODES[two.split(",")[1]], out
         assert RunDirectory(run).read_status()["state"] == "interrupted"
-        found = newest(run)
+        found = newest_checkpoint(run)
         assert found.checkpoint.step in (2, 4)
         assert_same_state(found, whole)
         cli("resume=run")
-        ended_equal(whole, run)
+        assert_ended_equal(whole, run)
         shutil.rmtree(cli.folder)
         cases.done()
 
@@ -191,7 +200,9 @@ def test_a_second_signal_does_not_wait_for_a_long_update(cli):
 
 
 @pytest.mark.long
-def test_a_signal_without_a_terminal_and_under_make_saves_and_the_resumed_run_ends_equal(cli, undisturbed, ended_equal):
+def test_a_signal_without_a_terminal_and_under_make_saves_and_the_resumed_run_ends_equal(
+    cli, undisturbed, assert_ended_equal
+):
     run = cli.folder / "run"
     process = cli.start(*LONG, "hydra.run.dir=run", start_new_session=True, stdin=subprocess.DEVNULL)
     wait_for_step(run, 5, process)
@@ -217,11 +228,11 @@ def test_a_signal_without_a_terminal_and_under_make_saves_and_the_resumed_run_en
     assert_stopped(run, out, "SIGINT")
     assert last_step(run) > stopped_at
     cli("resume=run")
-    ended_equal(undisturbed(*LONG), run)
+    assert_ended_equal(undisturbed(*LONG), run)
 
 
 def test_a_stopped_sweep_saves_its_job_and_every_resumed_job_ends_equal(
-    make_cli, tmp_path, overrides, driven, undisturbed, ended_equal, cases
+    make_cli, tmp_path, overrides, driven, undisturbed, assert_ended_equal, cases
 ):
     sweep = [*overrides, "checkpoint.keep_last=9", "-m", "seed=0,1", "hydra.sweep.dir=sweep"]
     for number, update in cases.some([("SIGTERM", 3), ("SIGINT", 8 + 3)], quick=1):  # in the first job, in the second
@@ -235,5 +246,5 @@ def test_a_stopped_sweep_saves_its_job_and_every_resumed_job_ends_equal(
         cli("resume=sweep")
         for seed in (0, 1):
             whole = undisturbed(*overrides, "checkpoint.keep_last=9", *([f"seed={seed}"] if seed else []))
-            ended_equal(whole, cli.folder / "sweep" / str(seed))
+            assert_ended_equal(whole, cli.folder / "sweep" / str(seed))
         cases.done()

@@ -43,7 +43,7 @@ CHANGES = {
 
 
 def test_other_rows_are_refused_with_their_fingerprints_and_the_right_ones_go_on(
-    data, assert_refused, cli, stopped, overrides, undisturbed, ended_equal, cases
+    data, assert_refused, cli, stopped, overrides, undisturbed, assert_ended_equal, cases
 ):
     state = json.loads((stopped / "checkpoints/step-0000006/train_state.json").read_text())
     for case in cases.some(list(CHANGES), quick=2):
@@ -57,7 +57,7 @@ def test_other_rows_are_refused_with_their_fingerprints_and_the_right_ones_go_on
         file.write_text(own)
         cases.done()
     cli("resume=run")  # with the data that the first start named: a refusal leaves nothing behind
-    ended_equal(undisturbed(*overrides), stopped)
+    assert_ended_equal(undisturbed(*overrides), stopped)
 
 
 def test_another_adapter_shape_is_refused_on_the_line(assert_refused):

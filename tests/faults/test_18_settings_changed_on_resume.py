@@ -110,7 +110,7 @@ def test_a_changed_frozen_setting_is_refused_wherever_it_was_changed(cli, stoppe
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_value_from_the_environment_is_refused_only_if_the_environment_changed(
-    cli, overrides, undisturbed, ended_equal, contents
+    cli, overrides, undisturbed, assert_ended_equal, contents
 ):
     run, environment = cli.folder / "run", {"RATE": "1e-3", "RANK": "8", "FORMAT": "auto"}
     given = ("optimizer.learning_rate=${oc.env:RATE}", "lora.rank=${oc.env:RANK}", "data.format=${oc.env:FORMAT}")
@@ -121,4 +121,4 @@ def test_a_value_from_the_environment_is_refused_only_if_the_environment_changed
     assert contents(run, but=(".lock",)) == before
     out = cli("resume=run", env=environment)
     assert "changed on resume" not in out
-    ended_equal(undisturbed(*overrides), run)
+    assert_ended_equal(undisturbed(*overrides), run)

@@ -18,7 +18,7 @@ CHANGED_WEIGHT = "model.layers.2.self_attn.q_proj.weight"
 
 
 def test_changed_base_weights_are_refused_by_their_fingerprint_and_the_original_ones_resume(
-    cli, overrides, undisturbed, ended_equal, contents
+    cli, overrides, undisturbed, assert_ended_equal, contents
 ):
     model, run = cli.folder / "model", cli.folder / "run"
     write_model_folder(load_base_model(ModelConfig(path="builtin:tiny")), model)
@@ -42,4 +42,4 @@ def test_changed_base_weights_are_refused_by_their_fingerprint_and_the_original_
         assert {name for name in before | after if before.get(name) != after.get(name)} == set()
     file.write_bytes(original)
     cli("resume=run")
-    ended_equal(undisturbed(*overrides), run)  # the same weights from another path are the same base
+    assert_ended_equal(undisturbed(*overrides), run)  # the same weights from another path are the same base

@@ -28,34 +28,34 @@ def assert_listed_without_negative_ages(cli):
 
 @pytest.mark.long
 def test_a_run_resumed_a_year_ahead_and_then_a_year_back_ends_equal(
-    cli, overrides, logged, faulty, newest, ended_equal
+    cli, overrides, run_with_calls, fault_environment, newest_checkpoint, assert_ended_equal
 ):
-    reference, _ = logged(*overrides, KEEP_TWO)
+    reference, _ = run_with_calls(*overrides, KEEP_TWO)
     run = cli.folder / "run"
     cli(*overrides, KEEP_TWO, "hydra.run.dir=run", "train.stop_at=3")
     for jump, stop, retained in ((YEAR, 5, {2, 4, 5}), (-YEAR, 7, {4, 6, 7}), (0, 8, {6, 8})):
-        retained.add(newest(run).checkpoint.step)  # the source of a resume is retained
-        cli("resume=run", f"train.stop_at={stop}", env=faulty(clock=f"{jump:+d}"))
+        retained.add(newest_checkpoint(run).checkpoint.step)  # the source of a resume is retained
+        cli("resume=run", f"train.stop_at={stop}", env=fault_environment(clock=f"{jump:+d}"))
         assert names_of(run / "checkpoints") == [f"step-{step:07d}" for step in sorted(retained)], jump
-        assert newest(run).checkpoint.step == stop
-    ended_equal(reference, run)
+        assert newest_checkpoint(run).checkpoint.step == stop
+    assert_ended_equal(reference, run)
 
 
 def test_a_clock_that_jumps_during_a_run_changes_nothing(
-    make_cli, tmp_path, overrides, driven, logged, faulty, ended_equal, cases
+    make_cli, tmp_path, overrides, driven, run_with_calls, fault_environment, assert_ended_equal, cases
 ):
     """In particular, it does not make a save due by checkpoint.every_minutes."""
-    reference, _ = logged(*overrides, KEEP_TWO)
+    reference, _ = run_with_calls(*overrides, KEEP_TWO)
     more = (KEEP_TWO, "checkpoint.every_minutes=600", "hydra.run.dir=run")
     for jump in cases.some([-YEAR, YEAR], quick=1):
         cli = make_cli(tmp_path / f"{jump}")
         run = cli.folder / "run"
-        process = driven(cli, "update", 4, *overrides, *more, number=f"FAULT_CLOCK={jump:+d}", env=faulty())
+        process = driven(cli, "update", 4, *overrides, *more, number=f"FAULT_CLOCK={jump:+d}", env=fault_environment())
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out
         times = [json.loads(line)["time"][:4] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert times[0] != times[-1]  # the clock did jump
-        ended_equal(reference, run)
+        assert_ended_equal(reference, run)
         assert names_of(run / "checkpoints") == names_of(reference / "checkpoints")
         assert_listed_without_negative_ages(cli)
         cases.done()

@@ -98,14 +98,14 @@ def test_a_new_run_is_refused_where_a_link_leads_out_of_its_directory(cli, outsi
     assert f"run/{name}" in out and "symbolic link" in out and "Traceback" not in out
 
 
-def test_a_run_can_be_reached_through_a_link(cli, stopped, outside, overrides, undisturbed, ended_equal):
+def test_a_run_can_be_reached_through_a_link(cli, stopped, outside, overrides, undisturbed, assert_ended_equal):
     (cli.folder / "far").mkdir()
     stopped.rename(cli.folder / "far/run")
     (cli.folder / "near").symlink_to("far")
     (cli.folder / "it").symlink_to("near/run")
     cli("resume=it")
     assert (cli.folder / "it").is_symlink()
-    ended_equal(undisturbed(*overrides), cli.folder / "far/run")
+    assert_ended_equal(undisturbed(*overrides), cli.folder / "far/run")
 
 
 def test_checkpoints_outside_the_run_directory_are_refused(cli, stopped, outside, contents, cases):

@@ -83,7 +83,7 @@ def other_checkpoints(cli, stopped, undisturbed, overrides, reseal):
 
 
 def test_higher_steps_of_another_run_are_neither_used_nor_removed_nor_the_best(
-    cli, stopped, other_checkpoints, contents, undisturbed, overrides, ended_equal
+    cli, stopped, other_checkpoints, contents, undisturbed, overrides, assert_ended_equal
 ):
     before = contents(other_checkpoints[1])
     out = cli("resume=run", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
@@ -92,7 +92,7 @@ def test_higher_steps_of_another_run_are_neither_used_nor_removed_nor_the_best(
     assert saved_steps(stopped) == [6, 8, 900]  # its own step 8 replaced that of the other run
     assert_result_is(stopped, 8)
     shutil.rmtree(other_checkpoints[1])
-    ended_equal(undisturbed(*overrides), stopped)
+    assert_ended_equal(undisturbed(*overrides), stopped)
 
 
 def test_without_a_status_the_owner_of_checkpoints_of_two_runs_is_not_guessed(

@@ -37,11 +37,11 @@ def whole(tmp_path_factory, make_cli):
     "error", [pytest.param(errno.EIO, marks=pytest.mark.long), errno.ENOSPC], ids=errno.errorcode.get
 )
 def test_a_failed_save_stops_the_run_and_the_checkpoint_before_it_resumes_equal(
-    cli, faulty, whole, assert_equal_runs, error
+    cli, fault_environment, whole, assert_equal_runs, error
 ):
     run = cli.folder / "run"
     # The fault occurs on the saver thread, in the third save, at step 60 of 400.
-    env = faulty(run, name="step-0000060", calls="fsync", at=0, do=error, for_good=True)
+    env = fault_environment(run, name="step-0000060", calls="fsync", at=0, do=error, for_good=True)
     out = cli(*OVERRIDES, expect=74, env=env)
     assert "step 60 was not saved" in out and errno.errorcode[error] in out and "Traceback" not in out
     status = json.loads((run / "status.json").read_text())
@@ -53,16 +53,16 @@ def test_a_failed_save_stops_the_run_and_the_checkpoint_before_it_resumes_equal(
 
 
 @pytest.mark.slow
-def test_a_failed_last_save_fails_the_run(cli, faulty):
-    env = faulty(cli.folder / "run", name="step-0000060", calls="write", at=2, do=errno.EIO, for_good=True)
+def test_a_failed_last_save_fails_the_run(cli, fault_environment):
+    env = fault_environment(cli.folder / "run", name="step-0000060", calls="write", at=2, do=errno.EIO, for_good=True)
     out = cli(*OVERRIDES, "train.iters=60", expect=74, env=env)
     assert "step 60 was not saved" in out
     assert not (cli.folder / "run/adapters").exists()
 
 
 @pytest.mark.slow
-def test_a_signal_waits_for_the_save_in_progress(cli, faulty, whole, assert_equal_runs):
-    env = faulty(cli.folder / "run", name="step-0000040", calls="fsync", at=0, do="+15")
+def test_a_signal_waits_for_the_save_in_progress(cli, fault_environment, whole, assert_equal_runs):
+    env = fault_environment(cli.folder / "run", name="step-0000040", calls="fsync", at=0, do="+15")
     cli(*OVERRIDES, "train.iters=60", expect=143, env=env)
     cli("resume=run")
     assert_equal_runs(whole, cli.folder / "run")

@@ -40,6 +40,7 @@ def test_what_is_committed_is_loaded_with_its_reasons_and_metrics(store: Checkpo
     made = store.commit(100, FILES, save_reasons=["every 100 updates", "best"], metrics={"valid_loss": 1.25})
     assert made.path == store.folder / "step-0000100"
     loaded = store.load(made.path)
+    assert store.load_step(made.step) == loaded
     assert loaded.files == FILES
     assert loaded.checkpoint == made == store.checkpoints()[0]
     assert (made.step, made.manifest.save_reasons, made.manifest.metrics, made.manifest.run_id) == (

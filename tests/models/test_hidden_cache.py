@@ -356,7 +356,7 @@ def test_switching_the_cache_off_on_resume_is_logged(
 ) -> None:
     run = train(tiny(**cut), tmp_path / "run", stop_at=5)
     train(tiny(**cut, **{"train.hidden_cache.enabled": False}), run, resume=run)
-    assert "trunk was 3, is 0" in (run / "run.log").read_text()
+    assert "number of blocks in the hidden-state cache was 3, is 0" in (run / "run.log").read_text()
 
 
 def test_batches_of_an_evaluation_are_built_lazily(rows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ FREE: dict[str, Any] = {
     "checkpoint.background": False,
     "checkpoint.backup": "second",
     "loggers": {"csv": {"file": "metrics.csv"}},
+    "vars": {"x": 1},
     "objective.metric": "test_loss",
     "objective.direction": "maximize",
 }

@@ -59,12 +59,16 @@ class _Launcher(Launcher):
 class SerialLauncher(_Launcher):
     """Runs jobs one after the other in this process; they share the base model and the data."""
 
+    def __init__(self, fail_fast: bool = False) -> None:
+        self._fail_fast = fail_fast
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
         from runner.sweeps.launchers.serial import launch
 
         return launch(
-            _with_folders(job_overrides, initial_job_idx),
+            job_overrides,
+            fail_fast=self._fail_fast,
             context=self.context,
             composed=self.config,
             invocation=self.invocation,
@@ -72,39 +76,46 @@ class SerialLauncher(_Launcher):
 
 
 class ProcessLauncher(_Launcher):
-    """Runs each job in a process of its own, several at once."""
+    """Runs jobs in worker processes, several at once."""
 
-    def __init__(self, jobs: int | None = None) -> None:
+    def __init__(self, jobs: int | None = None, fail_fast: bool = False) -> None:
         self._jobs = jobs
+        self._fail_fast = fail_fast
+
+    def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
+        """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
+        from runner.common.errors import ConfigError
+
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if self._jobs is not None and (type(self._jobs) is not int or self._jobs < 1):
+            raise ConfigError(f"hydra.launcher.jobs={self._jobs} is invalid: must be 1 or more, or null.")
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
         from runner.sweeps.launchers.process import launch
 
         return launch(
-            _with_folders(job_overrides, initial_job_idx),
+            job_overrides,
             at_once=self._jobs,
+            fail_fast=self._fail_fast,
             context=self.context,
             composed=self.config,
             invocation=self.invocation,
         )
 
 
-def _with_folders(jobs: Sequence[Sequence[str]], first_number: int) -> list[list[str]]:
-    """Number the jobs of a third-party sweeper as Hydra's launchers do; GridSweeper names each job's folder itself."""
-    key = "hydra.sweep.subdir="
-    return [
-        list(job) if any(override.startswith(key) for override in job) else [*job, f"{key}{first_number + i}"]
-        for i, job in enumerate(jobs)
-    ]
-
-
 _MODULE = "hydra_plugins.mlx_runner.plugins"
+_GRID = {"_target_": f"{_MODULE}.GridSweeper", "params": {}}
+_SERIAL = {"_target_": f"{_MODULE}.SerialLauncher", "fail_fast": False}
 _store = ConfigStore.instance()
 for _group, _name, _node in (
-    ("hydra/sweeper", "grid", {"_target_": f"{_MODULE}.GridSweeper", "params": {}}),
-    ("hydra/launcher", "serial", {"_target_": f"{_MODULE}.SerialLauncher"}),
+    # Hydra's default choices are called basic. Ours take the name: an override in the defaults list of
+    # conf/config.yaml would win over the one in a recipe.
+    ("hydra/sweeper", "basic", _GRID),
+    ("hydra/sweeper", "grid", _GRID),
+    ("hydra/launcher", "basic", _SERIAL),
+    ("hydra/launcher", "serial", _SERIAL),
     # jobs: how many at once; null means as many as fit memory and cores.
-    ("hydra/launcher", "process", {"_target_": f"{_MODULE}.ProcessLauncher", "jobs": None}),
+    ("hydra/launcher", "process", {"_target_": f"{_MODULE}.ProcessLauncher", "jobs": None, "fail_fast": False}),
 ):
     _store.store(group=_group, name=_name, node=_node, provider="mlx_runner")

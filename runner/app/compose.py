@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from runner.config import schema, serialize
 from runner.config.groups import CONF_DIR
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
+from runner.runs.find import run_or_best_job
 from runner.runs.run_spec import ResumeSource, find_resume_source
 
 
@@ -99,7 +100,7 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
         raise ConfigError("resume= and repeat= exclude each other: continue a run, or start a new one like it.")
     if source is None:
         assert invocation.repeat is not None
-        source = ResumeSource(invocation.repeat)
+        source = ResumeSource(run_or_best_job(invocation.repeat))
     settings = serialize.to_dict(serialize.from_dict(source.config, str(source.run / "config.yaml")))
     # A branch drops the adapter that its source started from, since its checkpoint holds the weights. A run that
     # resumes in place keeps it: without a checkpoint it starts from that adapter again.
@@ -110,12 +111,15 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
     # A new run takes the default where earlier versions stored null: the window that their backend chose.
     if invocation.repeat and settings.get("data", {}).get("window", 0) is None:
         del settings["data"]["window"]
-    # lora.scale and lora.alpha exclude each other: the typed one replaces the stored one.
-    for name, alternative in (("scale", "alpha"), ("alpha", "scale")):
-        typed = f"lora.{name}" in invocation.settings and f"lora.{alternative}" not in invocation.settings
-        if typed and "lora" in settings:
-            settings["lora"][alternative] = None
+    remove_alternatives(settings, invocation.settings)
     return settings
+
+
+def remove_alternatives(settings: dict[str, Any], typed: Collection[str]) -> None:
+    """Set the stored one of lora.scale and lora.alpha to null where the other is `typed`: they exclude each other."""
+    for name, alternative in (("scale", "alpha"), ("alpha", "scale")):
+        if f"lora.{name}" in typed and f"lora.{alternative}" not in typed and "lora" in settings:
+            settings["lora"][alternative] = None
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:

@@ -111,8 +111,12 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if re.search(r"Key '[^']*' (is )?not in|is not in struct", text):
         if explanation := retired.explain(name):
             return explanation
+        if name.startswith("hydra.launcher."):
+            return f"{name} is not an option of the chosen launcher. hydra.launcher.jobs needs hydra/launcher=process."
         known = [*serialize.default_settings(), *schema.section_metadata(), *schema.GROUPS]
         return validation.unknown_setting(name, known)
+    if name == "experiment" and "DictConfig" in text:
+        return "a recipe sets settings of all sections, so its file has to begin with the line '# @package _global_'."
     if "is not Optional" in text:
         return f"{name}=null is invalid: must have a value."
     if match := re.search(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<type>\w+)", text):

@@ -23,7 +23,7 @@ from runner.config.groups import CONF_DIR
 from runner.runs.sweep_manifest import SweepManifest
 
 TRUST = "model.trust_remote_code"
-_SETTABLE_OF_PLUGINS = {"launcher": ("jobs", "n_jobs"), "sweeper": ("params",)}
+_SETTABLE_OF_PLUGINS = {"launcher": ("jobs", "n_jobs", "fail_fast"), "sweeper": ("params",)}
 """Settings of Hydra's launcher and sweeper that a file may set."""
 _MAX_REFERENCES = 20
 """References (${…}) in a config. Each can multiply the text before it, so that a few dozen fill any memory."""
@@ -67,7 +67,7 @@ def check_config(composed: DictConfig, typed: Collection[str]) -> None:
                 f"{shorten(name)} comes from a file, not from the command line, and could run code or write anywhere. "
                 "If you wrote that file yourself, type the setting instead."
             )
-    _check_references([settings, hydra["run"], hydra["sweep"], hydra["job"]])
+    check_references([settings, hydra["run"], hydra["sweep"], hydra["job"]])
     if settings.get("model", {}).get("trust_remote_code") is True and not {"model", TRUST} & set(typed):
         raise ConfigError(
             f"{TRUST}=true comes from a file: code that came with the model would run. If you have read that code and "
@@ -81,7 +81,7 @@ def check_sweep_manifest(manifest: SweepManifest, typed: Collection[str]) -> Non
     Raises:
         ConfigError: names the stored override.
     """
-    overrides = [*manifest.arguments, *(override for job in manifest.jobs.values() for override in job.overrides)]
+    overrides = [*manifest.arguments, *(override for job in manifest.jobs for override in job.overrides)]
     for override in overrides:
         if override.startswith("-") and not override.startswith("--config-dir="):
             raise ConfigError(
@@ -128,7 +128,7 @@ def _registered_plugin(plugin: str, hydra: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
 
 
-def _check_references(settings: list[Any]) -> None:
+def check_references(settings: list[Any]) -> None:
     texts = list(_texts(settings))
     references = sum(environment.REFERENCE.sub("", text).count("${") for text in texts)
     characters = sum(map(len, texts))

@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra import version
 from hydra._internal.callbacks import Callbacks
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -54,6 +54,13 @@ class CheckedLoader(ConfigLoaderImpl):
         super().__init__(search_path)
         self.repository = _CheckedRepository(search_path, check_file)
         self._check_config = check_config
+
+    def has_group(self, name: str) -> bool:
+        """Return whether a folder of configs or a registered group has this name.
+
+        Reason: Hydra decides so whether an override chooses from a group, and only its repository knows.
+        """
+        return bool(self.repository.group_exists(name))
 
     def load_configuration(self, *args: Any, **options: Any) -> DictConfig:
         """Compose a config and check it.
@@ -181,6 +188,21 @@ def print_requested(hydra: Hydra, config_name: str, flags: Namespace) -> None:
             package=flags.package,
             resolve=flags.resolve,
         )
+
+
+def override_dirname(overrides: Sequence[str], options: DictConfig) -> str:
+    """Return hydra.job.override_dirname, the overrides of a job as one name.
+
+    Reason: Hydra computes it where it composes a job; ours are composed from their records.
+    """
+    return str(
+        get_overrides_dirname(
+            overrides=OverridesParser.create().parse_overrides(list(overrides)),
+            kv_sep=options.kv_sep,
+            item_sep=options.item_sep,
+            exclude_keys=options.exclude_keys,
+        )
+    )
 
 
 def job_error(job: JobReturn) -> Exception | None:

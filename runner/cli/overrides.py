@@ -83,12 +83,19 @@ def _add_override(argument: str, invocation: Invocation, folders: list[Path]) ->
         invocation.hydra_settings.add(key)
         value = _quote(value, invocation.multirun) if key in _HYDRA_PATHS else value
         invocation.overrides.append(f"{sign}{key}{package}={value}")
-    elif key in schema.GROUPS:
+    elif key in schema.GROUPS and not value.lstrip().startswith("{"):  # a dict holds settings of the section
         _check_choices(key, value, folders, invocation.multirun)
         invocation.group_choices[key] = value
         invocation.overrides.append(f"{key}{package}={value}")
+    elif _is_group_of_a_folder(key, folders[1:]) and sign in ("", "+"):
+        _check_choices(key, value, folders, invocation.multirun)
+        invocation.group_choices[key] = value
+        invocation.overrides.append(f"+{key}{package}={value}")  # no group of the defaults list of conf/config.yaml
     elif key in INVOCATION_ARGUMENTS:
         _set_on_invocation(invocation, key, value)
+    elif key.startswith("vars."):
+        invocation.settings[key] = value
+        invocation.overrides.append(f"++{key}={value}")
     elif key.startswith("loggers."):
         _check_name(key, value, sign)
         invocation.overrides.append(argument)  # a `+` adds the section of a logger
@@ -128,7 +135,7 @@ def _check_name(key: str, value: str, sign: str) -> None:
     if key in settings:
         return
     if key in schema.section_metadata():
-        if value.startswith("{"):
+        if value.lstrip().startswith("{"):
             return
         names = [name for name in settings if name.startswith(f"{key}.")]
         raise ConfigError(f"{key} is a section: set one of {', '.join(names)}.")
@@ -136,6 +143,11 @@ def _check_name(key: str, value: str, sign: str) -> None:
         raise ConfigError(explanation)
     note = f" (a {sign} cannot add one)" if sign else ""
     raise ConfigError(validation.unknown_setting(key, _known_names(), note))
+
+
+def _is_group_of_a_folder(key: str, folders: list[Path]) -> bool:
+    """Return whether `key` is a group of one's own, from a folder of --config-dir."""
+    return key not in serialize.default_settings() and any(any((folder / key).glob("*.yaml")) for folder in folders)
 
 
 def _check_choices(group: str, value: str, folders: list[Path], multirun: bool) -> None:

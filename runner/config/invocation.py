@@ -28,11 +28,13 @@ class Invocation:
     resume: Path | None = None
     """Run directory, checkpoint, sweep or backup to continue from; an absolute path."""
     repeat: Path | None = None
-    """Run directory whose stored config is the base of a new run or sweep; an absolute path."""
+    """Run directory, or sweep (its best job), whose stored config a new run or sweep starts from; an absolute path."""
     stop_at: int | None = None
     """Update after which every run of this invocation stops, resumable."""
     sweep: Path | None = None
     """Directory of the sweep to finish, where `resume` named a sweep."""
+    sweep_overrides: list[str] = field(default_factory=list)
+    """Overrides typed with `sweep`: they extend it or change its jobs."""
     hydra_settings: set[str] = field(default_factory=set)
     """Names of Hydra's own settings that were typed, such as hydra.run.dir."""
     group_choices: dict[str, str] = field(default_factory=dict)

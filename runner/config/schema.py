@@ -19,6 +19,8 @@ from typing import Any
 from runner.common.layout import CHECKPOINTS
 from runner.config.setting import MISSING, OnResume, PathKind, Setting, metadata_of, section, setting
 
+HIGHER_IS_BETTER = ("score",)
+"""Values of objective.metric of which a higher one is better, unless objective.direction says otherwise."""
 FREE, PROVENANCE = OnResume.FREE, OnResume.PROVENANCE
 DEFAULT_LORA_SCALE = 20.0
 """lora.scale where neither it nor lora.alpha is set, as in mlx-lm."""
@@ -275,8 +277,8 @@ class ObjectiveConfig:
     metric: str = setting("valid_loss", choices=("valid_loss", "test_loss", "score"), on_resume=FREE)
     """valid_loss means the lowest validation loss of the run; test_loss needs train.test=true; score needs
     data.metric_rows."""
-    direction: str = setting("minimize", choices=("minimize", "maximize"), on_resume=FREE)
-    """Whether a lower or a higher value is better."""
+    direction: str | None = setting(None, choices=("minimize", "maximize"), on_resume=FREE)
+    """Whether a lower or a higher value is better; null means what the metric says: higher for score."""
 
 
 @dataclass(kw_only=True)
@@ -297,10 +299,14 @@ class Config:
     objective: ObjectiveConfig = section(ObjectiveConfig)
     adapter: str | None = setting(None, path=PathKind.INPUT, on_resume=FREE, shown_as_result_setting=True)
     """Adapter that training starts from, weights only: .npz or .safetensors file, or adapter folder."""
+    vars: dict[str, Any] = section(dict, on_resume=FREE)
+    """Values of one's own for ${vars.NAME} in recipes; they have no meaning by themselves."""
     experiment: str | None = setting(None, on_resume=PROVENANCE)
     """Recipe from conf/experiment/; sets any of the settings above."""
 
 
+OPEN_SECTIONS = ("loggers", "vars")
+"""Sections whose keys the schema does not name."""
 GROUPS = ("model", "data", "lora", "optimizer", "schedule", "train", "checkpoint", "loggers", "experiment")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 from runner.config import environment
-from runner.config.schema import Config
+from runner.config.schema import OPEN_SECTIONS, Config
 
 _LARGEST_FLOAT = 10**300
 
@@ -34,6 +35,24 @@ def flatten_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         out.update(flatten_dict(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return out
+
+
+def flatten_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted name to value of a config as config.yaml stores it; each open section is one value."""
+    flat = flatten_dict({key: value for key, value in stored.items() if key not in OPEN_SECTIONS})
+    return flat | {name: stored.get(name, {}) for name in OPEN_SECTIONS}
+
+
+def change_dict(stored: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the nested `stored` config with `changes`, by dotted name."""
+    config = copy.deepcopy(dict(stored))
+    for name, value in changes.items():
+        *sections, last = name.split(".")
+        section = config
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[last] = copy.deepcopy(value)
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:

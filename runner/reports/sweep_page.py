@@ -12,18 +12,15 @@ from runner.reports.curves import Series
 from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.run_page import print_commands, print_plot
 from runner.reports.screen import Screen
+from runner.reports.seed_groups import print_seed_groups, seed_groups
 from runner.reports.tables import Column, TableRow, table_width
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
+from runner.runs.objective import VALID_LOSS, Objective
 
 _MARKS = "abcdefgh"
 """Marks of the curves; as many curves are drawn."""
 _PLOT_HEIGHT = 16
-
-
-def ranked(sweep: SweepInfo) -> list[RunInfo]:
-    """Return the runs by their best validation loss, those without one last, in the order of their numbers."""
-    return sorted(sweep.runs, key=lambda run: (run.best_loss is None, run.best_loss or 0.0))
 
 
 def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
@@ -32,15 +29,17 @@ def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
     return {
         "kind": "sweep",
         **cells.sweep_fields(sweep),
+        "objective": {"metric": sweep.objective.metric, "maximize": sweep.objective.maximize},
         "differing": names,
         "runs": [
             {
                 "run": run.path.name,
                 **cells.run_fields(run),
                 "settings": {name: run.settings[name] for name in names if name in run.settings},
+                "objective": sweep.objective.value(run),
                 "valid": run.losses("valid"),
             }
-            for run in ranked(sweep)
+            for run in sweep.objective.rank(sweep.runs)
         ],
         "commands": command_fields(for_sweep(sweep)),
     }
@@ -48,7 +47,7 @@ def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
 
 def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
     """Print the page."""
-    runs = ranked(sweep)
+    runs = sweep.objective.rank(sweep.runs)
     screen.line((relative_path(sweep.path), "bold"))
     age = f"  (last update {cells.format_age(time.time() - sweep.updated)} ago)" if sweep.runs else ""
     screen.line("sweep: ", (cells.format_states(sweep), cells.sweep_style(sweep)), (age, "dim"))
@@ -58,7 +57,9 @@ def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
     marks = {run.path.name: mark for run, mark in zip(plotted, _MARKS, strict=False)}
     if runs:
         screen.heading("jobs, best first")
-        _print_jobs(runs, marks, screen)
+        _print_jobs(runs, sweep.objective, marks, screen)
+        if groups := seed_groups(runs, sweep.objective):
+            print_seed_groups(groups, sweep.objective.metric, screen)
     if plotted:
         screen.heading("valid loss")
         series = [Series(run.path.name, run.losses("valid"), mark=marks[run.path.name]) for run in plotted]
@@ -66,7 +67,7 @@ def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
     print_commands(for_sweep(sweep), screen)
 
 
-def _print_jobs(runs: Sequence[RunInfo], marks: Mapping[str, str], screen: Screen) -> None:
+def _print_jobs(runs: Sequence[RunInfo], objective: Objective, marks: Mapping[str, str], screen: Screen) -> None:
     """Print a line for each job, with a column for each setting that differs, or one for all where these do not fit."""
     names = settings_text.by_importance(differing_settings(runs))
     columns = [
@@ -76,20 +77,12 @@ def _print_jobs(runs: Sequence[RunInfo], marks: Mapping[str, str], screen: Scree
         Column("step", right=True),
         Column("valid_loss", right=True),
     ]
-    rows = [
-        TableRow(
-            [
-                run.path.name,
-                marks.get(run.path.name, ""),
-                run.state,
-                cells.format_progress(run),
-                cells.format_best(run),
-            ],
-            {2: cells.STATE_STYLES.get(run.state, "")},
-            cells.run_notes(run),
-        )
-        for run in runs
-    ]
+    rows = [_row(run, marks) for run in runs]
+    if objective.metric != VALID_LOSS:
+        columns.append(Column(objective.metric, right=True))
+        for row, run in zip(rows, runs, strict=True):
+            value = objective.value(run)
+            row.cells.append("-" if value is None else f"{value:.4f}")
     settings_columns = [settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
     wide = [*columns, *[Column(name, right=True) for name in names]]
     wide_cells = [[*row.cells, *[column[i] for column in settings_columns]] for i, row in enumerate(rows)]
@@ -102,3 +95,12 @@ def _print_jobs(runs: Sequence[RunInfo], marks: Mapping[str, str], screen: Scree
         for row, text in zip(rows, settings_text.pairs([[run] for run in runs], names), strict=True):
             row.cells.append(text)
     screen.table(columns, rows)
+
+
+def _row(run: RunInfo, marks: Mapping[str, str]) -> TableRow:
+    name, state = run.path.name, run.state
+    return TableRow(
+        [name, marks.get(name, ""), state, cells.format_progress(run), cells.format_best(run)],
+        {2: cells.STATE_STYLES.get(state, "")},
+        cells.run_notes(run),
+    )

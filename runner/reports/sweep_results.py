@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 from runner.common.atomic_io import write_atomically
 from runner.common.text import shell_path
 from runner.reports import svg
-from runner.reports.cells import STATE_STYLES
+from runner.reports.cells import STATE_STYLES, run_notes
 from runner.reports.next_commands import after_sweep, command_lines
 from runner.reports.screen import Screen
+from runner.reports.seed_groups import print_seed_groups, seed_groups
 from runner.reports.tables import Column, TableRow
-from runner.runs.inspect import RunInfo, objective_value, read_run
+from runner.runs.inspect import RunInfo, read_run
+from runner.runs.objective import Objective, objective_of
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
 _MAX_TABLE_ROWS = 40
@@ -42,7 +43,7 @@ class SweepResults:
     """The results of all jobs of a sweep, the best objective first."""
 
     folder: Path
-    metric: str
+    objective: Objective
     jobs: list[JobResult]
 
     @property
@@ -61,23 +62,21 @@ def read_sweep_results(manifest: SweepManifest, errors: Mapping[int, str]) -> Sw
 
     `errors` are what the jobs of this launch raised, by number: the reason of a job that failed before it had a status.
     """
-    jobs = list(manifest.jobs.values())
+    jobs = manifest.jobs
     runs = {job.number: _read_job(manifest.folder / job.folder) for job in jobs}
     for number, error in errors.items():
         run = runs[number]
         if run.state not in ("failed", "diverged"):
             run.state, run.reason = "failed", error
         run.reason = run.reason or error
-    metric, direction = _objective(list(runs.values()))
+    objective = objective_of(list(runs.values()))
     varied = _varied_overrides(jobs)
-    results = []
-    for job in jobs:
-        run = runs[job.number]
-        value = None if run.state == "diverged" else objective_value(run.rows, run.best_loss, metric)
-        results.append(JobResult(job, run, value, varied[job.number]))
-    sign = -1.0 if direction == "maximize" else 1.0
-    results.sort(key=lambda r: (math.inf if r.objective is None else sign * r.objective, r.job.number))
-    return SweepResults(manifest.folder, metric, results)
+    results = {
+        run.path: JobResult(job, run, objective.value(run), varied[job.number])
+        for job, run in zip(jobs, runs.values(), strict=True)
+    }
+    ranked = [results[run.path] for run in objective.rank(runs.values())]
+    return SweepResults(manifest.folder, objective, ranked)
 
 
 def write_sweep_results(results: SweepResults) -> None:
@@ -114,11 +113,13 @@ def print_sweep_results(results: SweepResults, screen: Screen) -> None:
     """Print the table, the paths and the command to type next."""
     names = results.varied_names
     columns = [Column("job", right=True), *[Column(name) for name in names], Column("state")]
-    columns += [Column(results.metric, right=True), Column("at step", right=True), Column("reason", cut=True)]
+    columns += [Column(results.objective.metric, right=True), Column("at step", right=True)]
     screen.line("")
     screen.table(columns, [_table_row(result, names) for result in results.jobs[:_MAX_TABLE_ROWS]])
     if len(results.jobs) > _MAX_TABLE_ROWS:
         screen.line(f"… and {len(results.jobs) - _MAX_TABLE_ROWS} more in results.csv")
+    if groups := seed_groups([result.run for result in results.jobs], results.objective):
+        print_seed_groups(groups, results.objective.metric, screen)
     screen.line("")
     screen.line(f"sweep       {shell_path(results.folder)}")
     paths = [shell_path(results.folder / name) for name in ("results.csv", "curves.svg")]
@@ -133,8 +134,7 @@ def _table_row(result: JobResult, names: Sequence[str]) -> TableRow:
     cells = [str(result.job.number), *[result.varied.get(name, "") for name in names], run.state]
     cells.append("" if result.objective is None else f"{result.objective:.4f}")
     cells.append("" if run.best_step is None else str(run.best_step))
-    cells.append(((run.reason or "").splitlines() or [""])[0])
-    return TableRow(cells, {len(names) + 1: STATE_STYLES.get(run.state, "")})
+    return TableRow(cells, {len(names) + 1: STATE_STYLES.get(run.state, "")}, run_notes(run))
 
 
 def _read_job(folder: Path) -> RunInfo:
@@ -150,11 +150,3 @@ def _varied_overrides(jobs: Sequence[SweepJob]) -> dict[int, dict[str, str]]:
         number: {name: value for name, value in settings.items() if name in varied}
         for number, settings in overrides.items()
     }
-
-
-def _objective(runs: Sequence[RunInfo]) -> tuple[str, str]:
-    """Return metric and direction of the first run that stored them; the defaults where none did."""
-    for run in runs:
-        if "objective.metric" in run.settings:
-            return str(run.settings["objective.metric"]), str(run.settings["objective.direction"])
-    return "valid_loss", "minimize"

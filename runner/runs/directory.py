@@ -80,12 +80,12 @@ class RunDirectory:
                 FileSystem().fsync_folder(folder)
 
     def abandon(self) -> None:
-        """Unlock a claimed directory and remove it, unless something was stored in it."""
-        self.unlock()
+        """Remove a claimed directory, unless something was stored in it, and unlock it."""
         with suppress(OSError):
-            (self.path / layout.LOCK).unlink()
             self.checkpoints.rmdir()
+            (self.path / layout.LOCK).unlink()  # under the lock: nobody else can have begun to use the directory
             self.path.rmdir()
+        self.unlock()
 
     def lock(self) -> None:
         """Lock the directory until this process ends, however it ends; does nothing where it is locked already.
@@ -107,6 +107,9 @@ class RunDirectory:
             raise DirectoryInUse(
                 f"{self.path} is in use by {holder or 'another process'}. Wait for it, or stop it."
             ) from None
+        if not _is_file_at(handle, self.path / layout.LOCK):
+            os.close(handle)
+            raise DirectoryInUse(f"{self.path} was removed by another process at this moment. Try again.")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()} since {utc_now()}".encode(), 0)
         self._lock = handle
@@ -174,3 +177,11 @@ def unexpected_names(folder: Path, expected: Collection[str]) -> list[str]:
     names = sorted({path.name for path in folder.iterdir()} - {*expected} - _DESKTOP_FILES)
     # macOS stores "._NAME" beside NAME on disks of other systems.
     return [name for name in names if not is_draft(name) and not name.startswith("._")]
+
+
+def _is_file_at(handle: int, path: Path) -> bool:
+    """Return whether the open file is the one at `path`, and not one that was removed there."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False

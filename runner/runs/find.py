@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from runner.common import layout
-from runner.common.errors import RunnerError
+from runner.common.errors import ConfigError, RunnerError
 from runner.common.layout import STATES
 from runner.runs import sweep_manifest
 from runner.runs.inspect import RunInfo, modified_time, read_run
+from runner.runs.objective import Objective, objective_of
 
 _SWEEP_FILES = ("multirun.yaml", sweep_manifest.NAME)
 """Either of them makes a folder a sweep; its runs are its numbered subfolders."""
@@ -49,13 +51,17 @@ class SweepInfo:
 
     @property
     def best(self) -> RunInfo | None:
-        """The run of the lowest validation loss; the first of equal ones."""
-        measured = [run for run in self.runs if run.best_loss is not None]
-        return min(measured, key=lambda run: run.best_loss or 0.0) if measured else None
+        """The best run by the sweep's objective; the first of equal ones."""
+        return self.objective.best(self.runs)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What ranks its runs."""
+        return objective_of(self.runs)
 
     @property
     def best_loss(self) -> float | None:
-        """The lowest validation loss of its runs."""
+        """The validation loss of its best run."""
         return self.best.best_loss if self.best else None
 
     @property
@@ -109,14 +115,32 @@ def is_sweep_folder(path: Path) -> bool:
 def read_sweep(path: Path) -> SweepInfo:
     """Read the sweep in `path`; a damaged manifest is named in `SweepInfo.problem`."""
     _, folders = _list(path)
-    numbers = sorted((name for name in folders if name.isascii() and name.isdigit()), key=lambda n: (int(n[:18]), n))
-    sweep = SweepInfo(path=path, runs=[read_run(path / name) for name in numbers])
+    names = sorted((name for name in folders if name.isascii() and name.isdigit()), key=lambda n: (int(n[:18]), n))
+    jobs: list[str] = []
+    problem = None
     try:
-        jobs = sweep_manifest.read_manifest(path).jobs.values()
-        sweep.waiting = sum(job.folder not in numbers for job in jobs)
+        jobs = [job.folder for job in sweep_manifest.read_manifest(path).jobs]
     except (RunnerError, OSError) as error:
-        sweep.problem = str(error)
-    return sweep
+        problem = str(error)
+    present = [name for name in jobs if name in folders]
+    runs = [read_run(path / name) for name in [*present, *(name for name in names if name not in present)]]
+    return SweepInfo(path=path, runs=runs, waiting=len(jobs) - len(present), problem=problem)
+
+
+def run_or_best_job(path: Path) -> Path:
+    """Return `path`, or the folder of its best job where it is a sweep.
+
+    Raises:
+        ConfigError: no job of the sweep has a value of the objective.
+    """
+    if not is_sweep_folder(path):
+        return path
+    sweep = read_sweep(path)
+    if sweep.best is None:
+        raise ConfigError(
+            f"{path} is a sweep, and none of its jobs has a {sweep.objective.metric} yet: name one of them."
+        )
+    return sweep.best.path
 
 
 def _list(folder: Path) -> tuple[set[str], list[str]]:

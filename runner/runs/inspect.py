@@ -136,8 +136,8 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
     """Return the stored settings by dotted name, or none and why config.yaml cannot be read."""
     try:
         config = retired.upgrade_config(safe_yaml.read_mapping(path / layout.CONFIG))
-        loggers = {"loggers": config.pop("loggers")} if "loggers" in config else {}
-        return serialize.flatten_dict(config) | loggers, None
+        sections = {name: config.pop(name) for name in schema.OPEN_SECTIONS if name in config}
+        return serialize.flatten_dict(config) | sections, None
     except FileNotFoundError:
         return {}, "config.yaml is missing"
     except OSError as error:

@@ -1,4 +1,14 @@
-"""The manifest of a sweep, sweep.jsonl: an append-only file of its jobs and of the arguments that started it."""
+"""The manifest of a sweep, sweep.jsonl: an append-only file of its jobs, each with the config that it runs.
+
+Lines, one JSON object each. The first of every record says how many lines it has; an incomplete one does not count:
+
+    {"schema": 2, "lines": 3, "arguments": […], "launcher": {…}, "time": …}
+    {"job": 0, "id": …, "folder": …, "overrides": […], "choices": {…}, "config": {…}}
+    {"job": 1, "id": …, "folder": …, "overrides": […], "choices": {…}, "like": 0, "changes": {"lora.rank": 8}}
+    {"set": {"checkpoint.keep_last": 1}}    settings that apply to all jobs above
+
+A job of schema 1, of an earlier version, has overrides alone; a second line of its number adds its config.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +16,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +25,15 @@ from runner.common import safe_json
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
 from runner.common.filesystem import open_regular
+from runner.common.safe_json import is_count
 from runner.common.text import shorten
-from runner.config import retired
+from runner.config import retired, serialize
 from runner.config.invocation import INVOCATION_ARGUMENTS
-from runner.runs.directory import RunDirectory, unexpected_names
 from runner.runs.rows import RowFile
 
 NAME = "sweep.jsonl"
-SCHEMA = 1
+SCHEMA = 2
+_READABLE_SCHEMAS = (1, 2)
 _MAX_BYTES = 20_000_000
 _MAX_VALUES_PER_LINE = 100_000
 _MAX_OVERRIDE_LENGTH = 20_000
@@ -30,29 +41,40 @@ _MAX_REFERENCE_LENGTH = 1000
 """Of an override with a ${…} reference."""
 _MAX_BRACKETS = 1000
 _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w./@:-]*=.*", re.DOTALL)
-
-
-def job_id(overrides: Sequence[str]) -> str:
-    """Return the identity of a job: a hash of the set of its settings, whatever their order.
-
-    Hydra's own settings, and the group that holds the config of a repeated run, do not count.
-    """
-    settings = sorted(o for o in overrides if not o.lstrip("+").startswith(("hydra.", "hydra/", "stored=")))
-    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+_FOLDER = re.compile(r"\w[\w.,=+@-]{0,119}")
+_NAME = re.compile(r"[\w./-]{1,100}")
+_CHOICE = re.compile(r"[^\x00-\x1f]{1,300}")
+_RESERVED_FOLDERS = {"logs"}
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One job. Its number, which also names its folder, follows from the order of addition and never changes."""
+    """One job of a sweep. Its number and its folder never change."""
 
     number: int
-    identity: str
+    folder: str
+    """Name of its folder below that of the sweep."""
     overrides: tuple[str, ...]
+    """What it was composed from, for display and to extend the grid."""
+    config: Mapping[str, Any] | None = None
+    """The config that it runs, as config.yaml stores it; None in a sweep of an earlier version."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Group to choice, as composed; Hydra's own groups excluded."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that were changed for all jobs after this one was recorded; `config` has them."""
 
     @property
-    def folder(self) -> str:
-        """Name of its folder below that of the sweep."""
-        return str(self.number)
+    def id(self) -> str:
+        """A hash of the config, or of the overrides where there is none."""
+        content: Any = sorted(self.overrides) if self.config is None else self.config
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def with_changes(self, changes: Mapping[str, Any]) -> SweepJob:
+        """Return the job with these settings changed, by dotted name."""
+        if self.config is None:
+            return self
+        config = serialize.change_dict(self.config, changes)
+        return replace(self, config=config, changes={**self.changes, **changes})
 
 
 @dataclass
@@ -62,66 +84,84 @@ class SweepManifest:
     folder: Path
     arguments: list[str] = field(default_factory=list)
     """The sweep's arguments as last typed, without -m and what belongs to one invocation."""
-    jobs: dict[str, SweepJob] = field(default_factory=dict)
-    """Identity to job, in the order of addition."""
+    launcher: dict[str, Any] = field(default_factory=dict)
+    """The launcher of the sweep: `name`, and `jobs` where it runs several at once."""
+    jobs: list[SweepJob] = field(default_factory=list)
+    """In the order of their numbers."""
     size: int = 0
     """Bytes of complete lines."""
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Folder to job number."""
 
-    def add(self, arguments: Sequence[str], overrides_of_jobs: Iterable[Sequence[str]]) -> None:
-        """Append the arguments of a launch where they changed, and every job that is new."""
-        lines: list[dict[str, Any]] = []
-        if list(arguments) != self.arguments:
-            self.arguments = list(arguments)
-            # The key "words" is part of the format of every sweep made so far.
-            lines.append({"schema": SCHEMA, "words": self.arguments, "time": utc_now()})
-        for overrides in overrides_of_jobs:
-            identity = job_id(overrides)
-            if identity not in self.jobs:
-                job = SweepJob(len(self.jobs), identity, tuple(overrides))
-                self.jobs[identity] = job
-                lines.append({"job": job.number, "id": identity, "overrides": list(overrides)})
-        if not lines:
+    def job_in(self, folder: str) -> SweepJob | None:
+        """Return the job of a folder."""
+        return self.jobs[self.numbers[folder]] if folder in self.numbers else None
+
+    def record(
+        self,
+        *,
+        arguments: Sequence[str] | None = None,
+        launcher: Mapping[str, Any] | None = None,
+        jobs: Iterable[SweepJob] = (),
+        changes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append what changed, and return once it is on the disk.
+
+        Args:
+            arguments: those of this start.
+            launcher: its launcher.
+            jobs: new jobs, numbered from the end, and jobs of an earlier version whose config is known now.
+            changes: settings, by dotted name, that apply to all jobs recorded so far; written before `jobs`.
+        """
+        lines: list[dict[str, Any]] = [{"set": dict(changes)}] if changes else []
+        arguments = self.arguments if arguments is None else list(arguments)
+        launcher = self.launcher if launcher is None else dict(launcher)
+        configs = [job.with_changes(changes or {}).config for job in self.jobs]
+        for job in jobs:
+            configs[job.number : job.number + 1] = [job.config]
+            lines.append(_job_line(job, configs))
+        if not lines and (arguments, launcher) == (self.arguments, self.launcher):
             return
+        head = {"schema": SCHEMA, "lines": len(lines) + 1, "arguments": arguments, "launcher": launcher}
+        lines.insert(0, {**head, "time": utc_now()})
         file = RowFile(self.folder / NAME, self.size)
         try:
             for line in lines:
                 file.append(line)
             file.sync()
-            self.size = file.offset
         finally:
             file.close()
+        for line in lines:
+            _apply(self, json.loads(json.dumps(line)))
+        self.size = file.offset
 
 
-def is_abandoned(folder: Path) -> bool:
-    """Return whether `folder` holds nothing but the remains of a sweep that ended before it recorded a job.
-
-    Raises:
-        DirectoryInUse: a process holds it: the sweep has only just begun.
-    """
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    if unexpected_names(folder, {".lock", "multirun.yaml", NAME}) or read_manifest(folder).jobs:
-        return False
-    directory = RunDirectory(folder)
-    directory.lock()
-    directory.unlock()
-    return True
+def is_valid_folder(name: str) -> bool:
+    """Return whether a job's folder may have this name: a plain name of at most 120 characters."""
+    return _FOLDER.fullmatch(name) is not None and name not in _RESERVED_FOLDERS
 
 
 def read_manifest(folder: Path) -> SweepManifest:
-    """Read the manifest of the sweep in `folder`: empty where there is none, without a torn last line.
+    """Read the manifest of the sweep in `folder`: empty where there is none, without an incomplete last record.
 
     Raises:
         ConfigError: it is damaged, or of a version that is not supported.
     """
     manifest = SweepManifest(folder)
     path = folder / NAME
-    for number, line in enumerate(io.BytesIO(_read_bytes(path)), 1):
-        if not line.endswith(b"\n"):
-            break
+    lines = [line for line in io.BytesIO(_read_bytes(path)) if line.endswith(b"\n")]
+    end = 0
+    for number, line in enumerate(lines, 1):
         try:
-            _apply(manifest, safe_json.parse(line, max_values=_MAX_VALUES_PER_LINE))
-        except (ValueError, KeyError, TypeError) as error:
+            content = safe_json.parse(line, max_values=_MAX_VALUES_PER_LINE)
+            if "lines" in content:
+                if not is_count(content["lines"]) or number <= end:
+                    raise ValueError("a record begins inside another")
+                end = number + content["lines"] - 1
+                if end > len(lines):  # its writer was killed, before anything was started
+                    break
+            _apply(manifest, content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number} cannot be understood: {shorten(repr(error))}.") from None
         manifest.size += len(line)
     return manifest
@@ -141,30 +181,92 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
+def _job_line(job: SweepJob, configs: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Return the line of `job`: its config in full, or as its differences from the first job that has one."""
+    assert job.config is not None
+    line = {"job": job.number, "id": job.id, "folder": job.folder, "overrides": job.overrides, "choices": job.choices}
+    like = next(number for number, config in enumerate(configs) if config is not None)
+    if like == job.number:
+        return {**line, "config": job.config}
+    base, config = serialize.flatten_stored(configs[like] or {}), serialize.flatten_stored(job.config)
+    if base.keys() != config.keys():
+        return {**line, "config": job.config}
+    return {**line, "like": like, "changes": {name: value for name, value in config.items() if value != base[name]}}
+
+
 def _apply(manifest: SweepManifest, line: dict[str, Any]) -> None:
     """Add one line of the file to `manifest`; raises ValueError, KeyError or TypeError where it is invalid."""
-    if "words" in line:
-        if line["schema"] != SCHEMA:
+    if "schema" in line:
+        if line["schema"] not in _READABLE_SCHEMAS:
             raise ValueError(f"schema {line['schema']}, this version reads {SCHEMA}")
-        manifest.arguments = retired.upgrade_overrides(_texts(line["words"]))
-        return
-    stored = _texts(line["overrides"])
-    overrides = tuple(o for o in retired.upgrade_overrides(stored) if not _belongs_to_invocation(o))
-    # Settings may have been renamed since: the identity is that of the present names.
-    identity = line["id"] if overrides == stored else job_id(overrides)
-    job = SweepJob(line["job"], line["id"] if identity in manifest.jobs else identity, overrides)
-    if type(job.number) is not int or job.number != len(manifest.jobs):
-        raise ValueError(f"job {job.number} is out of order")
-    if not isinstance(job.identity, str) or job.identity in manifest.jobs:
-        raise ValueError(f"job {job.number} has the identity of another job")
-    for override in job.overrides:
+        texts = _texts(line["words" if line["schema"] == 1 else "arguments"])
+        manifest.arguments = retired.upgrade_overrides(texts)
+        manifest.launcher = _launcher(line.get("launcher", {}))
+    elif "set" in line:
+        changes = _settings(line["set"])
+        manifest.jobs = [job.with_changes(changes) for job in manifest.jobs]
+    else:
+        job = _job(manifest, line)
+        if job.number == len(manifest.jobs):
+            manifest.jobs.append(job)
+            manifest.numbers[job.folder] = job.number
+        elif manifest.jobs[job.number].config is None and job.config is not None:
+            manifest.jobs[job.number] = job
+        else:
+            raise ValueError(f"job {job.number} has two configs")
+
+
+def _job(manifest: SweepManifest, line: dict[str, Any]) -> SweepJob:
+    number = line["job"]
+    if not is_count(number) or number > len(manifest.jobs):
+        raise ValueError(f"job {number} is out of order")
+    if not isinstance(line["id"], str):
+        raise ValueError(f"job {number} has an id that is no text")
+    stored = retired.upgrade_overrides(_texts(line["overrides"]))
+    overrides = tuple(o for o in stored if o.lstrip("+").partition("=")[0] not in INVOCATION_ARGUMENTS)
+    for override in overrides:
         if not _OVERRIDE.fullmatch(override) or override.lstrip("+").startswith("hydra"):
             raise ValueError(f"{override} is no setting of a job")
-    manifest.jobs[job.identity] = job
+    folder = line.get("folder", str(number))
+    if not isinstance(folder, str) or not is_valid_folder(folder):
+        raise ValueError(f"{folder} is no name of a folder")
+    if manifest.numbers.get(folder, number) != number:
+        raise ValueError(f"job {number} has the folder of another job")
+    config = line.get("config")
+    if "like" in line:
+        like = line["like"]
+        base = manifest.jobs[like].config if is_count(like) and like < number else None
+        if base is None:
+            raise ValueError(f"job {number} refers to a job without a config")
+        config = serialize.change_dict(base, _settings(line["changes"]))
+    if config is not None:
+        config = retired.upgrade_config(_settings(config))
+        # Trust in a model's code is given for one invocation.
+        if isinstance(model := config.get("model"), dict):
+            model.pop("trust_remote_code", None)
+    choices = _settings(line.get("choices", {}))
+    if not all(isinstance(text, str) and _CHOICE.fullmatch(text) for pair in choices.items() for text in pair):
+        raise ValueError("choices of groups are expected")
+    return SweepJob(number, folder, overrides, config, choices)
 
 
-def _belongs_to_invocation(override: str) -> bool:
-    return override.lstrip("+").partition("=")[0] in INVOCATION_ARGUMENTS
+def _settings(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("settings are expected")
+    return value
+
+
+def _launcher(value: object) -> dict[str, Any]:
+    """Return the launcher of a line: its name, and how many jobs run at once."""
+    launcher = _settings(value)
+    if not launcher:
+        return {}
+    jobs = launcher.get("jobs")
+    if jobs is not None and (not is_count(jobs) or jobs < 1):
+        raise ValueError("jobs of a launcher have to be 1 or more")
+    if not isinstance(launcher["name"], str) or not _NAME.fullmatch(launcher["name"]):
+        raise ValueError(f"{shorten(repr(launcher['name']))} is no name of a launcher")
+    return {"name": launcher["name"], "jobs": jobs}
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Sweeps: a grid of jobs, each with an identity and a folder for good, that can be finished, extended and compared."""
+"""Sweeps: jobs that are planned and recorded before the first starts, and can be finished, extended and compared."""

@@ -1,21 +1,24 @@
-"""One job of a sweep: claim its folder or resume the run in it, then train, whichever launcher runs it."""
+"""One job of a sweep, from its record: claim its folder or resume the run in it, then train, under any launcher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from runner.app import guard
 from runner.app.compose import stored_settings
-from runner.app.resolve import config_to_store, resolve_to_start
+from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
+from runner.config import serialize
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
+from runner.runs.sweep_manifest import SweepJob, read_manifest
 from runner.sweeps.plan import has_begun
 
 if TYPE_CHECKING:
@@ -24,40 +27,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobTask:
-    """The task function of a sweep: a launcher calls it with the composed config of a job.
+    """The task function of a sweep: a launcher that is not ours calls it with the composed config of a job.
 
-    It is picklable, so that the invocation reaches the worker processes of launchers such as joblib.
+    The job runs what its record in the manifest says. It is picklable, so that the invocation reaches the worker
+    processes of launchers such as joblib.
     """
 
     invocation: Invocation
+    sweep: Path
 
     def __call__(self, composed: DictConfig) -> float | None:
         """Run the job that Hydra set up in this process, and return its objective."""
         hydra = HydraConfig.get()
-        overrides = [override for override in hydra.overrides.task if not override.startswith("stored=")]
-        return train_job(
-            composed,
-            Path(hydra.runtime.output_dir),
-            label=f"job {hydra.job.num}  {' '.join(overrides)}",
-            experiment=hydra.runtime.choices.get("experiment"),
-            stop_at=self.invocation.stop_at,
-        )
+        folder = Path(hydra.runtime.output_dir)
+        job = read_manifest(self.sweep).job_in(folder.name)
+        if job is None:  # neither the sweeper nor the launcher is ours: nothing was recorded
+            config = resolve_config(composed)
+            config.experiment = config.experiment or hydra.runtime.choices.get("experiment")
+            overrides = tuple(override for override in hydra.overrides.task if not override.startswith("stored="))
+            job = SweepJob(hydra.job.num, folder.name, overrides, config_to_store(composed, config))
+        return train_job(job, folder, label=f"job {job.number}  {' '.join(job.overrides)}", invocation=self.invocation)
 
 
 def train_job(
-    composed: DictConfig,
+    job: SweepJob,
     folder: Path,
     *,
     label: str,
-    experiment: str | None,
-    stop_at: int | None = None,
+    invocation: Invocation,
     loader: ComponentLoader | None = None,
-    on_claim: Callable[[], None] | None = None,
+    record: Mapping[str, str] | None = None,
 ) -> float | None:
-    """Run the job of the `composed` config in `folder` and return its objective.
+    """Run `job` in `folder` and return its objective.
 
-    A folder with a config.yaml resumes from its newest checkpoint, with its stored config. Any other is claimed, and
-    `on_claim` is called then.
+    A folder with a config.yaml resumes from its newest checkpoint, with its stored config and what was changed for all
+    jobs since. Any other is claimed, and gets the files of `record`, Hydra's record of a start: path to text.
 
     Raises:
         RunnerError: the job failed or diverged; its status says why.
@@ -70,25 +74,32 @@ def train_job(
 
     source = ResumeSource(run=folder) if has_begun(folder) else None
     if source is not None:
-        composed = _config_of_resumed_job(source, composed)
-    config = resolve_to_start(composed, stop_at, needs_adapter=source is None)
-    config.experiment = config.experiment or experiment
+        stored = serialize.change_dict(stored_settings(Invocation(resume=folder), source), job.changes)
+    else:
+        assert job.config is not None
+        stored = dict(job.config)
+    composed = composed_from(stored)
+    composed.model.trust_remote_code = invocation.settings.get(guard.TRUST) == "true"
+    config = resolve_to_start(composed, invocation.stop_at, needs_adapter=source is None)
     directory = RunDirectory(folder, config.checkpoint.dir)
     if source is None:
         directory.claim()
-        if on_claim is not None:
-            on_claim()
-    stored = config_to_store(composed, config)
-    return train_run(RunSpec(config, stored, directory, source, new_run_id(), stop_at, label), loader)
+        for name, text in (record or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    spec = RunSpec(
+        config, config_to_store(composed, config), directory, source, new_run_id(), invocation.stop_at, label
+    )
+    return train_run(spec, loader)
 
 
-def _config_of_resumed_job(source: ResumeSource, composed: DictConfig) -> DictConfig:
-    """Return the stored config of the run to resume: the files and defaults that it was composed from may have changed.
+def composed_from(stored: dict[str, Any]) -> DictConfig:
+    """Return a stored config as a composed one, checked by the schema.
 
-    Trust in a model's code is never stored, so it is taken from the `composed` config.
+    Raises:
+        ConfigError: it refers to other settings more often than a config may.
     """
-    settings = stored_settings(Invocation(resume=source.run), source)
-    config = OmegaConf.merge(OmegaConf.structured(Config), settings)
-    assert isinstance(config, DictConfig)
-    config.model.trust_remote_code = composed.model.trust_remote_code
-    return config
+    guard.check_references([stored])
+    composed = OmegaConf.merge(OmegaConf.structured(Config), stored)
+    assert isinstance(composed, DictConfig)
+    return composed

@@ -1,8 +1,9 @@
-"""Starting and finishing a sweep: its directory, its stored overrides, and Hydra's sweeper and launcher."""
+"""Starting and resuming a sweep: its directory, its recorded arguments, and Hydra's sweeper and launcher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,18 @@ from omegaconf import DictConfig, OmegaConf
 from runner.app import guard
 from runner.app.compose import HydraSession, set_hydra
 from runner.app.run import numbered
-from runner.common.errors import ConfigError
-from runner.common.text import shell_path
+from runner.common.errors import ConfigError, DirectoryInUse
 from runner.config import validation
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_text, unquote
 from runner.runs import sweep_manifest
+from runner.runs.directory import RunDirectory, unexpected_names
+from runner.runs.sweep_manifest import SweepManifest
 from runner.sweeps import grid
 from runner.sweeps.job import JobTask
+
+_LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME}
+"""What a start leaves that ended before it recorded a job."""
 
 
 def has_sweep_manifest(path: Path) -> bool:
@@ -28,7 +33,10 @@ def has_sweep_manifest(path: Path) -> bool:
 
 
 def resume_sweep(invocation: Invocation) -> Invocation:
-    """Return the invocation that finishes the sweep which `resume=` names: its stored overrides, the typed ones on top.
+    """Return the invocation that resumes the sweep which `resume=` names.
+
+    Hydra composes its own settings again, as recorded and with those typed on top. The settings of the jobs are
+    recorded; those typed now are `sweep_overrides`.
 
     Raises:
         ConfigError: `repeat=` is typed too, or the manifest cannot be read, is empty or holds what is refused.
@@ -38,23 +46,28 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     if invocation.repeat is not None:
         raise ConfigError(f"resume={folder} finishes a sweep with its own settings: leave out repeat=.")
     manifest = sweep_manifest.read_manifest(folder)
-    if not manifest.arguments:
-        raise ConfigError(f"resume={folder}: {sweep_manifest.NAME} holds no overrides: there is nothing to finish.")
+    if not manifest.jobs:
+        raise ConfigError(f"resume={folder}: no job was recorded before the sweep ended: start it again.")
     guard.check_sweep_manifest(manifest, invocation.settings)
+    typed_hydra = [argument for argument in invocation.overrides if _is_hydra(argument)]
+    recorded = [argument for argument in manifest.arguments if _is_hydra(argument) and not _is_sweeper(argument)]
+    if "hydra/launcher" in invocation.hydra_settings:
+        recorded = [argument for argument in recorded if not _is_launcher(argument)]
+    else:
+        recorded += _launcher_arguments(manifest, {grid.override_key(argument) for argument in recorded})
+    flags = [a for a in manifest.arguments if a.startswith("--config-dir=") and Path(a.partition("=")[2]).is_dir()]
     repeat = [Path(unquote(a.partition("=")[2])) for a in manifest.arguments if a.startswith("repeat=")]
-    stored = [argument for argument in manifest.arguments if not argument.startswith("repeat=")]
-    typed = [argument for argument in invocation.arguments if argument not in ("-m", "--multirun")]
-    merged = grid.merge_arguments(stored, typed)
-    flags = [argument for argument in merged if argument.startswith("-")]
-    overrides = [argument for argument in merged if not argument.startswith("-")]
+    # Jobs of an earlier version that have not begun are composed from the repeated run.
+    needs_repeated = any(job.config is None for job in manifest.jobs)
     return replace(
         invocation,
-        flags=["-m", *flags],
-        overrides=[*overrides, f"hydra.sweep.dir={quote_text(str(folder))}"],
+        flags=grid.merge_arguments(["-m", *flags], [flag for flag in invocation.flags if flag != "--multirun"]),
+        overrides=[*grid.merge_arguments(recorded, typed_hydra), f"hydra.sweep.dir={quote_text(str(folder))}"],
         multirun=True,
         resume=None,
-        repeat=repeat[0] if repeat else None,
+        repeat=repeat[0] if repeat and needs_repeated else None,
         sweep=folder,
+        sweep_overrides=[argument for argument in invocation.overrides if not _is_hydra(argument)],
     )
 
 
@@ -66,18 +79,81 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
         SystemExit: a signal stopped it; it can be resumed.
     """
     if invocation.resume is not None:
-        run = shell_path(invocation.resume)
-        raise ConfigError(f"resume={run} continues one run: leave out -m. To vary a run: repeat={run} with -m.")
+        raise ConfigError("resume=RUN continues one run: leave out -m. To vary a run: repeat=RUN with -m.")
     validation.refuse_secrets(OmegaConf.to_container(composed, resolve=False))
+    if composed.hydra.job.chdir:
+        raise ConfigError(
+            "hydra.job.chdir=true is not supported in a sweep: its jobs share a process, and their paths are absolute, "
+            "so nothing depends on the working directory. Leave it out."
+        )
     context = session.context(composed)
-    sweeper = Plugins.instance().instantiate_sweeper(
-        hydra_context=context, task_function=JobTask(invocation), config=composed
-    )
-    folder = invocation.sweep or _claim(Path(composed.hydra.sweep.dir), "hydra.sweep.dir" in invocation.hydra_settings)
-    set_hydra(composed, "sweep.dir", str(folder.absolute()))
-    context.callbacks.on_multirun_start(config=composed, config_name=session.config_name)
-    sweeper.sweep(arguments=_task_overrides(composed))
-    context.callbacks.on_multirun_end(config=composed, config_name=session.config_name)
+    is_named = "hydra.sweep.dir" in invocation.hydra_settings
+    with _claimed(Path(composed.hydra.sweep.dir).absolute(), is_named, invocation.sweep is not None) as folder:
+        set_hydra(composed, "sweep.dir", str(folder))
+        sweeper = Plugins.instance().instantiate_sweeper(
+            hydra_context=context, task_function=JobTask(invocation, folder), config=composed
+        )
+        context.callbacks.on_multirun_start(config=composed, config_name=session.config_name)
+        sweeper.sweep(arguments=_task_overrides(composed))
+        context.callbacks.on_multirun_end(config=composed, config_name=session.config_name)
+
+
+@contextmanager
+def _claimed(path: Path, is_named: bool, resumes: bool) -> Iterator[Path]:
+    """Hold the lock of a sweep's directory: that of the sweep to resume, or one claimed for a new sweep.
+
+    A directory made from the time gets -2, -3, … where it is taken. One in which nothing was recorded is removed at the
+    end. Whoever does not get the lock changes nothing in the directory.
+    """
+    directory = RunDirectory(path)
+    if resumes:
+        directory.lock()
+    else:
+        directory = _claim(path, is_named)
+    try:
+        yield directory.path
+    finally:
+        if not resumes and not _has_jobs(directory.path):
+            with suppress(OSError):
+                for name in _LEFT_BY_A_START:  # under the lock, so that nobody else has begun to use them
+                    (directory.path / name).unlink(missing_ok=True)
+                directory.path.rmdir()
+        directory.unlock()
+
+
+def _claim(path: Path, is_named: bool) -> RunDirectory:
+    for candidate in numbered(path):
+        directory = RunDirectory(candidate)
+        try:
+            candidate.mkdir(parents=True, exist_ok=True)
+            _require_unused(candidate)  # before the lock, which is a file in it
+            directory.lock()
+            try:
+                _require_unused(candidate)
+            except ConfigError:
+                directory.unlock()
+                raise
+            return directory
+        except (ConfigError, DirectoryInUse):
+            if is_named or not candidate.is_dir():
+                raise
+        except OSError as error:
+            raise ConfigError(f"{candidate} cannot be created: {error.strerror}.") from None
+    raise AssertionError("numbered() is endless")
+
+
+def _require_unused(path: Path) -> None:
+    """Refuse a directory with anything in it but the remains of a start that ended before it recorded a job."""
+    if path.is_symlink() or unexpected_names(path, _LEFT_BY_A_START) or _has_jobs(path):
+        hint = f" To finish the sweep in it: resume={path}" if has_sweep_manifest(path) else ""
+        raise ConfigError(f"{path} exists already: choose another hydra.sweep.dir.{hint}")
+
+
+def _has_jobs(path: Path) -> bool:
+    try:
+        return bool(sweep_manifest.read_manifest(path).jobs)
+    except ConfigError:
+        return True  # it cannot be understood, so it is not ours to remove
 
 
 def _task_overrides(composed: DictConfig) -> Sequence[str]:
@@ -86,21 +162,24 @@ def _task_overrides(composed: DictConfig) -> Sequence[str]:
     return [str(override) for override in overrides]
 
 
-def _claim(path: Path, is_named: bool) -> Path:
-    """Create `path` for a new sweep, or take over the remains of one that ended before it recorded a job.
+def _launcher_arguments(manifest: SweepManifest, recorded: set[str]) -> list[str]:
+    """Return the arguments that choose the recorded launcher, which a recipe may have chosen."""
+    arguments = []
+    if manifest.launcher and "hydra/launcher" not in recorded:
+        arguments.append(f"hydra/launcher={manifest.launcher['name']}")
+    if manifest.launcher.get("jobs") is not None and "hydra.launcher.jobs" not in recorded:
+        arguments.append(f"hydra.launcher.jobs={manifest.launcher['jobs']}")
+    return arguments
 
-    A path that was derived from the time gets -2, -3, … where another sweep started in the same second.
-    """
-    for candidate in numbered(path):
-        try:
-            candidate.mkdir(parents=True)
-            return candidate
-        except FileExistsError:
-            if is_named and sweep_manifest.is_abandoned(candidate):
-                return candidate
-            if is_named:
-                hint = f" To finish the sweep in it: resume={candidate}" if has_sweep_manifest(candidate) else ""
-                raise ConfigError(f"{candidate} exists already: choose another hydra.sweep.dir.{hint}") from None
-        except OSError as error:
-            raise ConfigError(f"{candidate} cannot be created: {error.strerror}.") from None
-    raise AssertionError("numbered() is endless")
+
+def _is_hydra(argument: str) -> bool:
+    return argument.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def _is_sweeper(argument: str) -> bool:
+    """Return whether it chooses or configures the sweeper: its jobs are recorded, and ours finishes them."""
+    return grid.override_key(argument).startswith(("hydra/sweeper", "hydra.sweeper."))
+
+
+def _is_launcher(argument: str) -> bool:
+    return grid.override_key(argument).startswith(("hydra/launcher", "hydra.launcher."))

@@ -1,4 +1,4 @@
-"""Which jobs of a sweep are left to run, and how they are passed through Hydra to a launcher."""
+"""Which jobs of a sweep are left to run, and how they are named to a launcher of Hydra."""
 
 from __future__ import annotations
 
@@ -6,53 +6,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.config import serialize
+from runner.config.quoting import quote_text
 from runner.runs.directory import RunDirectory
-from runner.runs.sweep_manifest import SweepManifest, job_id
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
-DONE = ("finished", "diverged")
-"""States of jobs that a resumed sweep does not run again: a diverged job diverges again with the same overrides."""
+_DIVERGED = "diverged"
+"""A job that diverged does so again with the same settings, so a resumed sweep does not run it again."""
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job to run in the folder `number` of the sweep."""
+    """A job that is left to run."""
 
-    number: int
-    overrides: tuple[str, ...]
+    job: SweepJob
     resumes: bool
     """Whether its run has begun, and resumes from its newest checkpoint."""
 
-    def launch_overrides(self) -> list[str]:
-        """Return the overrides for a launcher of Hydra: the folder, and whether Hydra may write its own record."""
-        hydra_overrides = [f"hydra.sweep.subdir={self.number}"]
-        if self.resumes:
-            hydra_overrides.append("hydra.output_subdir=null")  # .hydra/ stays that of the first start
-        return [*self.overrides, *hydra_overrides]
+    def launch_overrides(self, sweep: Path, output_subdir: str | None) -> list[str]:
+        """Return the overrides for a launcher of Hydra: those of the job, its folder, and what Hydra may write there.
 
-    @classmethod
-    def parse(cls, launch_overrides: Sequence[str]) -> PlannedJob:
-        """Return the job whose `launch_overrides` these are."""
-        hydra_overrides = dict(override.split("=", 1) for override in launch_overrides if override.startswith("hydra."))
-        return cls(
-            number=int(hydra_overrides["hydra.sweep.subdir"]),
-            overrides=tuple(override for override in launch_overrides if not override.startswith("hydra.")),
-            resumes=hydra_overrides.get("hydra.output_subdir") == "null",
-        )
+        A launcher of ours reads from the folder's name which job of the manifest it has to run.
+        """
+        record = None if self.resumes else output_subdir  # .hydra/ stays that of the first start
+        return [
+            *self.job.overrides,
+            f"hydra.sweep.dir={quote_text(str(sweep))}",
+            f"hydra.sweep.subdir={quote_text(self.job.folder)}",
+            f"hydra.output_subdir={'null' if record is None else quote_text(record)}",
+        ]
 
 
-def plan_jobs(manifest: SweepManifest, grid: Sequence[tuple[str, ...]]) -> list[PlannedJob]:
-    """Return all jobs of the manifest that are not done, in the order of their numbers.
+def remaining_jobs(manifest: SweepManifest) -> list[PlannedJob]:
+    """Return all jobs that are not done, in the order of their numbers.
 
-    `grid` holds the overrides as typed now, which may be in another order than those in the manifest.
+    A finished job is run again where settings were changed for all jobs since, as `resume=` does with a single run.
     """
-    typed = {job_id(overrides): overrides for overrides in grid}
-    jobs = []
-    for job in manifest.jobs.values():
+    remaining = []
+    for job in manifest.jobs:
         folder = manifest.folder / job.folder
         begun = has_begun(folder)
-        if not begun or RunDirectory(folder).read_status()["state"] not in DONE:
-            jobs.append(PlannedJob(job.number, typed.get(job.identity, job.overrides), begun))
-    return jobs
+        if not begun or not _is_done(RunDirectory(folder), job):
+            remaining.append(PlannedJob(job, begun))
+    return remaining
 
 
 def has_begun(folder: Path) -> bool:
@@ -60,7 +56,15 @@ def has_begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def job_labels(jobs: Sequence[PlannedJob]) -> list[str]:
+def job_labels(jobs: Sequence[SweepJob]) -> list[str]:
     """Return the overrides of each job that not all jobs share, as one text."""
     shared = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if len(jobs) > 1 else set()
     return [" ".join(override for override in job.overrides if override not in shared) for job in jobs]
+
+
+def _is_done(directory: RunDirectory, job: SweepJob) -> bool:
+    state = directory.read_status()["state"]
+    if state != "finished" or not job.changes:
+        return state in ("finished", _DIVERGED)
+    stored = serialize.flatten_stored(directory.read_config())
+    return all(stored.get(name) == value for name, value in job.changes.items())

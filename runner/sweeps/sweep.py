@@ -1,10 +1,10 @@
-"""A sweep from its overrides to its results: expand the grid, plan what is left, launch it, report every job."""
+"""A sweep from its overrides to its results: plan and record its jobs, launch what is left, report every job."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from runner.app.resolve import resolve_to_start
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import relative_path
 from runner.config.invocation import Invocation
@@ -22,10 +21,12 @@ from runner.reports.screen import Screen
 from runner.reports.sweep_results import SweepResults, print_sweep_results, read_sweep_results, write_sweep_results
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
-from runner.runs.sweep_manifest import SweepManifest, job_id
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
 from runner.sweeps import grid
+from runner.sweeps.extension import extend
 from runner.sweeps.job_composer import JobComposer
-from runner.sweeps.plan import PlannedJob, plan_jobs
+from runner.sweeps.job_planner import JobPlanner
+from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs
 
 
 class SweepFailed(RunnerError):
@@ -41,54 +42,97 @@ def run_sweep(
     composed: DictConfig,
     invocation: Invocation,
 ) -> list[JobReturn]:
-    """Run the sweep of `arguments` (task overrides) in hydra.sweep.dir: all of it, or what is left of it.
+    """Run the sweep of `arguments` (task overrides) in hydra.sweep.dir, whose lock is held: what is left of it.
 
     Args:
         params: hydra.sweeper.params, overrides of the sweep that stand in a config.
 
     Raises:
-        ConfigError: an override that no job could run with; nothing has started then.
-        DirectoryInUse: another process works on the sweep.
+        ConfigError: an override that no job could run with; nothing has started or been recorded then.
         SweepFailed: at the end, if a job failed or diverged.
     """
     folder = Path(composed.hydra.sweep.dir)
-    directory = RunDirectory(folder)
-    try:
-        directory.lock()
-        manifest = sweep_manifest.read_manifest(folder)
-        overrides_of_jobs = _expand(arguments, params, context)
-        _check_new_jobs(overrides_of_jobs, manifest, JobComposer(context.config_loader, composed), invocation.stop_at)
-    except BaseException:
-        directory.unlock()
-        _remove_if_empty(folder)
-        raise
-    try:
-        if not manifest.jobs:
-            OmegaConf.save(composed, folder / "multirun.yaml")  # as Hydra's own sweeper does
-        manifest.add(grid.stored_arguments(invocation), overrides_of_jobs)
-        jobs = plan_jobs(manifest, overrides_of_jobs)
-        _refuse_links(folder, jobs)
-        print(_plan_text(manifest, jobs), flush=True)
-        returns: list[JobReturn] = []
-        try:
-            if jobs:
-                returns = list(launcher.launch([job.launch_overrides() for job in jobs], initial_job_idx=0))
-        finally:
-            results = _report(manifest, jobs, returns)
-        if results.failed:
-            raise SweepFailed(
-                f"{results.failed} of {len(manifest.jobs)} jobs failed or diverged; the table and results.csv say why. "
-                "resume= tries failed ones again; diverged ones need other settings."
-            )
-        return returns
-    finally:
-        directory.unlock()
-
-
-def _expand(arguments: Sequence[str], params: dict[str, Any] | None, context: HydraContext) -> list[tuple[str, ...]]:
-    overrides = [f"{key}={_param_text(value)}" for key, value in (params or {}).items()]
+    manifest = sweep_manifest.read_manifest(folder)
+    composer = JobComposer(context.config_loader, composed)
     parser = OverridesParser.create(config_loader=context.config_loader)
-    return grid.expand_grid(parser.parse_overrides([*overrides, *arguments]))
+    if manifest.jobs:
+        _record_configs(manifest, composer, composed, invocation)
+        planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
+        added = extend(manifest, parser.parse_overrides(list(invocation.sweep_overrides)), composer, planner)
+        recorded = [a for a in manifest.arguments if a.startswith("-") or not a.startswith("hydra")]
+        manifest.record(
+            arguments=grid.merge_arguments(recorded, grid.stored_arguments(invocation)),
+            launcher=launcher_record(composed),
+            changes=added.changes,
+            jobs=added.jobs,
+        )
+        for name, value in added.changes.items():
+            print(f"changed for all jobs: {name}={value}")
+    else:
+        planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
+        combinations = expand(arguments, params, parser, composer)
+        jobs = planner.plan(combinations)
+        OmegaConf.save(composed, folder / "multirun.yaml")  # as Hydra's own sweeper does
+        manifest.record(arguments=grid.stored_arguments(invocation), launcher=launcher_record(composed), jobs=jobs)
+        if len(jobs) < len(combinations):
+            print(f"{len(combinations) - len(jobs)} combinations give the config of another job and are left out")
+    remaining = remaining_jobs(manifest)
+    _refuse_links(folder, remaining)
+    print(_plan_text(manifest, remaining), flush=True)
+    return launch_and_report(manifest, remaining, launcher, composed.hydra.output_subdir)
+
+
+def launch_and_report(
+    manifest: SweepManifest, jobs: Sequence[PlannedJob], launcher: Launcher, output_subdir: str | None
+) -> list[JobReturn]:
+    """Run the jobs with the launcher and report all jobs of the sweep.
+
+    Raises:
+        SweepFailed: a job failed or diverged.
+    """
+    returns: list[JobReturn] = []
+    try:
+        if jobs:
+            overrides = [job.launch_overrides(manifest.folder, output_subdir) for job in jobs]
+            returns = list(launcher.launch(overrides, initial_job_idx=0))
+    finally:
+        results = _report(manifest, jobs, returns)
+    if results.failed:
+        raise SweepFailed(
+            f"{results.failed} of {len(manifest.jobs)} jobs failed or diverged; the table and results.csv say why. "
+            "resume= tries failed ones again; diverged ones need other settings."
+        )
+    return returns
+
+
+def launcher_record(composed: DictConfig) -> dict[str, Any]:
+    """Return what the manifest records of the launcher."""
+    jobs = composed.hydra.launcher.get("jobs")
+    return {"name": str(composed.hydra.runtime.choices["hydra/launcher"]), "jobs": jobs if type(jobs) is int else None}
+
+
+def expand(
+    arguments: Sequence[str], params: dict[str, Any] | None, parser: OverridesParser, composer: JobComposer
+) -> list[tuple[str, ...]]:
+    """Return the overrides of every job of a new sweep.
+
+    Where recipes are swept that are sweeps themselves, each brings the values of its own hydra.sweeper.params.
+    """
+    texts = [f"{key}={_param_text(value)}" for key, value in (params or {}).items()]
+    combinations = grid.expand_grid(parser.parse_overrides([*texts, *arguments]))
+    typed = {grid.override_key(argument) for argument in arguments}
+    expanded: list[tuple[str, ...]] = []
+    for overrides in combinations:
+        own = composer.compose(overrides).params
+        if own == (params or {}):
+            expanded.append(overrides)
+            continue
+        more = [f"{key}={_param_text(value)}" for key, value in own.items() if key.lstrip("+") not in typed]
+        for values in grid.expand_grid(parser.parse_overrides(more)):
+            expanded.append((*overrides, *values))
+    if len(expanded) > grid.MAX_JOBS:
+        raise ConfigError(f"A sweep of more than {grid.MAX_JOBS:,} jobs is refused: try fewer values at once.")
+    return expanded
 
 
 def _param_text(value: Any) -> str:
@@ -98,23 +142,37 @@ def _param_text(value: Any) -> str:
     return str(value)
 
 
-def _check_new_jobs(
-    overrides_of_jobs: Sequence[tuple[str, ...]], manifest: SweepManifest, composer: JobComposer, stop_at: int | None
+def _record_configs(
+    manifest: SweepManifest, composer: JobComposer, composed: DictConfig, invocation: Invocation
 ) -> None:
-    """Compose and validate every new job before the first starts, so that an invalid value is reported at once."""
-    for overrides in overrides_of_jobs:
-        if job_id(overrides) not in manifest.jobs:
-            try:
-                resolve_to_start(composer.compose(overrides), stop_at, needs_adapter=True)
-            except ConfigError as error:
-                raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
+    """Record the configs of the jobs of an earlier version, which recorded overrides alone.
+
+    That of a job that has begun is in its folder; the others are composed from today's files.
+    """
+    if all(job.config is not None for job in manifest.jobs):
+        return
+    planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
+    completed: list[SweepJob] = []
+    for job in manifest.jobs:
+        folder = manifest.folder / job.folder
+        if has_begun(folder):
+            completed.append(replace(job, config=RunDirectory(folder).read_config()))
+        elif job.config is None:
+            completed.append(planner.complete(job))
+    waiting = sum(not has_begun(manifest.folder / job.folder) for job in completed)
+    if waiting:
+        print(
+            f"an earlier version started this sweep and recorded no configs: those of {waiting} jobs that had not "
+            "begun are composed from the present files"
+        )
+    manifest.record(jobs=completed)
 
 
 def _refuse_links(folder: Path, jobs: Sequence[PlannedJob]) -> None:
     """Refuse to start a job in a symbolic link, which could lead out of the sweep."""
-    for job in jobs:
-        path = folder / str(job.number)
-        if not job.resumes and path.is_symlink():
+    for planned in jobs:
+        path = folder / planned.job.folder
+        if not planned.resumes and path.is_symlink():
             raise ConfigError(f"{path} is a symbolic link, which a sweep does not follow: remove it.")
 
 
@@ -129,18 +187,11 @@ def _plan_text(manifest: SweepManifest, jobs: Sequence[PlannedJob]) -> str:
 def _report(manifest: SweepManifest, jobs: Sequence[PlannedJob], returns: Sequence[JobReturn]) -> SweepResults:
     """Write and print the results; `returns` is shorter than `jobs` where a signal ended the launch."""
     errors = {
-        job.number: str(done._return_value)
-        for job, done in zip(jobs, returns, strict=False)
+        planned.job.number: str(done._return_value)
+        for planned, done in zip(jobs, returns, strict=False)
         if done.status == JobStatus.FAILED
     }
     results = read_sweep_results(manifest, errors)
     write_sweep_results(results)
     print_sweep_results(results, Screen())
     return results
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Remove the folder of a sweep that was refused before anything was written into it."""
-    with suppress(OSError):
-        (folder / ".lock").unlink(missing_ok=True)
-        folder.rmdir()

@@ -214,7 +214,7 @@ def _resolve_environment(
 def _change_messages(spec: RunSpec, previous: Config) -> list[str]:
     """Return a line for each setting of `previous` that the run changes."""
     changed = resume_policy.changed_settings(previous, spec.config)
-    written = _flatten_stored(spec.stored)  # values from the environment are shown as they are written
+    written = serialize.flatten_stored(spec.stored)  # values from the environment are shown as they are written
     return [f"changed on resume: {name} {old} -> {written[name]}" for name, (old, _) in sorted(changed.items())]
 
 
@@ -258,7 +258,7 @@ def _refuse_changed_environment(spec: RunSpec, saved: SavedState) -> None:
 
 def _frozen_settings(spec: RunSpec) -> dict[str, Any]:
     """Return dotted name to value, as in config.yaml, of the settings that a resume may not change."""
-    stored = _flatten_stored(spec.stored)
+    stored = serialize.flatten_stored(spec.stored)
     return {name: value for name, value in stored.items() if not resume_policy.is_free_on_resume(name)}
 
 
@@ -266,9 +266,3 @@ def _frozen_error(spec: RunSpec, problems: Sequence[str]) -> ConfigError:
     assert spec.source is not None
     advice = f"For a new run, add the changed settings to: {repeat_command(spec.source.run)}"
     return ConfigError("\n".join([*problems, advice]))
-
-
-def _flatten_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted name to value as in config.yaml; the options of the loggers are one value."""
-    flat = serialize.flatten_dict({key: value for key, value in stored.items() if key != "loggers"})
-    return flat | {"loggers": stored.get("loggers", {})}

@@ -112,9 +112,13 @@ def test_a_group_that_is_packed_into_hydras_own_settings_is_refused(cli, name, h
     hostile.invoke(cli, "--config-dir", "theirs", "data=hostile", "model=tiny", "hydra.run.dir=out")
 
 
-def test_a_foreign_launcher_under_the_name_of_ours_is_refused(cli, hostile):
-    write(cli.folder / "theirs/hydra/launcher/serial.yaml", {"_target_": "pathlib.Path"})
-    hostile.invoke(cli, "--config-dir", "theirs", "-m", *TINY, "seed=1,2", "hydra.sweep.dir=out")
+@pytest.mark.parametrize(
+    ("plugin", "name", "typed"),
+    [("launcher", "basic", []), ("sweeper", "basic", []), ("launcher", "serial", ["hydra/launcher=serial"])],
+)
+def test_a_foreign_plugin_under_the_name_of_ours_is_refused(cli, hostile, plugin, name, typed):
+    write(cli.folder / f"theirs/hydra/{plugin}/{name}.yaml", {"_target_": "pathlib.Path"})
+    hostile.invoke(cli, "--config-dir", "theirs", "-m", *TINY, "seed=1,2", *typed, "hydra.sweep.dir=out")
 
 
 def test_what_is_typed_still_counts_and_a_recipe_may_set_the_values_of_a_sweep(cli):

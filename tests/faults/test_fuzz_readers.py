@@ -267,18 +267,26 @@ class _Never(Exception):
 
 @pytest.mark.fault(8, 23)
 def test_a_sweep_manifest_is_read_or_refused(cases, tmp_path):
-    words = {"schema": 1, "words": ["model=tiny", "seed=1,2"], "time": "2026-11-24T10:00:00Z"}
+    old = {"schema": 1, "words": ["model=tiny", "seed=1,2"], "time": "2026-11-24T10:00:00Z"}
+    head = {"schema": 2, "lines": 3, "arguments": ["seed=0,1"], "launcher": {"name": "process", "jobs": 2}}
     jobs = [{"job": i, "id": f"a{i}", "overrides": ["model=tiny", f"seed={i}"]} for i in range(2)]
-    lines = [json.dumps(line).encode() + b"\n" for line in (words, *jobs)]
+    first = {**jobs[0], "folder": "0", "choices": {"model": "tiny"}, "config": {"seed": 0, "lora": {"rank": 8}}}
+    second = {**jobs[1], "folder": "r-1", "like": 0, "changes": {"seed": 1, "lora.rank": 4}}
+    old_lines, lines = (
+        [json.dumps(line).encode() + b"\n" for line in record] for record in ((old, *jobs), (head, first, second))
+    )
+    changes = {"set": {"checkpoint.keep_last": 1}}
     path = tmp_path / sweeps.NAME
 
     def read(data: Any) -> None:
         path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
         print_sweep_page(read_sweep(tmp_path), Screen(io.StringIO()))
-        for job in sweeps.read_manifest(tmp_path).jobs.values():
+        for job in sweeps.read_manifest(tmp_path).jobs:
             assert type(job.number) is int and all("=" in word for word in job.overrides)
+            assert job.folder and "/" not in job.folder and not job.folder.startswith(".")
 
-    fuzz(cases, read, ConfigError, damaged(b"".join(lines)), altered(words), altered(jobs[0]), JSON)
+    whole = [damaged(b"".join(old_lines)), damaged(b"".join(lines))]
+    fuzz(cases, read, ConfigError, *whole, *map(altered, (old, jobs[0], head, first, second, changes)), JSON)
 
 
 @pytest.mark.fault(23)

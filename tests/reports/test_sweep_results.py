@@ -11,15 +11,15 @@ import pytest
 
 from runner.reports.screen import Screen
 from runner.reports.sweep_results import print_sweep_results, read_sweep_results, results_csv, results_svg
-from runner.runs import sweep_manifest
-from runner.runs.sweep_manifest import SweepManifest
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> SweepManifest:
     """A sweep of five jobs: three finished, one diverged, one without a folder."""
-    manifest = sweep_manifest.read_manifest(tmp_path)
-    manifest.add([], [("model=tiny", f"lora.rank={rank}") for rank in (2, 4, 8, 16, 32)])
+    ranks = enumerate((2, 4, 8, 16, 32))
+    jobs = [SweepJob(number, str(number), ("model=tiny", f"lora.rank={rank}")) for number, rank in ranks]
+    manifest = SweepManifest(tmp_path, jobs=jobs)
     for number, loss in enumerate((3.0, 1.0, 2.0, 0.5)):
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runner.app import hydra_internals
 from runner.app.compose import register_schema
 from runner.config.groups import CONF_DIR
 from runner.sweeps.job_composer import JobComposer
@@ -31,24 +31,25 @@ JOBS = [
 def composer():
     register_schema()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
+        path = hydra_internals.search_path(str(CONF_DIR), None)
+        loader = hydra_internals.CheckedLoader(path, lambda file: None, lambda config: None)
         master = loader.load_configuration("config", overrides=[], run_mode=RunMode.MULTIRUN)
         yield JobComposer(loader, master)
 
 
 @pytest.mark.parametrize("overrides", JOBS, ids=" ".join)
 def test_a_copied_config_equals_the_composed_one(composer, overrides):
-    ours = composer.compose(overrides)
+    ours = composer.compose(overrides).config
     theirs = compose("config", overrides=overrides)
     assert OmegaConf.to_container(ours) == OmegaConf.to_container(theirs)
     assert OmegaConf.get_type(ours) is OmegaConf.get_type(theirs)
 
 
 def test_composing_one_job_does_not_change_another(composer):
-    first = OmegaConf.to_container(composer.compose(JOBS[0]))
+    first = OmegaConf.to_container(composer.compose(JOBS[0]).config)
     for overrides in JOBS:
         composer.compose(overrides)
-    assert OmegaConf.to_container(composer.compose(JOBS[0])) == first
+    assert OmegaConf.to_container(composer.compose(JOBS[0]).config) == first
 
 
 @pytest.mark.parametrize("word", ["lora.rank=x", "lora.rnk=3", "train.iters=[1]"])

@@ -1,48 +1,63 @@
-"""Which jobs a resumed sweep runs follows from the states of their runs alone."""
+"""Which jobs a resumed sweep runs follows from the states of their runs alone, and from what was changed since."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
+from runner.sweeps.plan import PlannedJob, job_labels, remaining_jobs
 
-from runner.runs import sweep_manifest
-from runner.sweeps.plan import PlannedJob, job_labels, plan_jobs
+
+def manifest_of(folder: Path, count: int) -> SweepManifest:
+    jobs = [SweepJob(number, str(number), (f"seed={number}",), {"seed": number}) for number in range(count)]
+    return SweepManifest(folder, jobs=jobs)
 
 
 def job_in_state(sweep: Path, number: int, state: str) -> None:
     folder = sweep / str(number)
     folder.mkdir()
-    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "config.yaml").write_text("seed: 0\ncheckpoint: {keep_last: 3}\n")
     (folder / "status.json").write_text(json.dumps({"state": state}))
 
 
 def test_finished_and_diverged_jobs_are_left_alone_and_all_others_run_in_the_order_of_their_numbers(tmp_path):
-    manifest = sweep_manifest.read_manifest(tmp_path)
-    grid = [(f"seed={seed}",) for seed in range(7)]
-    manifest.add(["seed=range(7)"], grid)
+    manifest = manifest_of(tmp_path, 7)
     for number, state in enumerate(["finished", "diverged", "failed", "stopped", "running"]):
         job_in_state(tmp_path, number, state)
     (tmp_path / "5").mkdir()  # claimed, but killed before it wrote its config
-    jobs = plan_jobs(manifest, grid)
-    assert [(job.number, job.resumes) for job in jobs] == [(2, True), (3, True), (4, True), (5, False), (6, False)]
+    jobs = remaining_jobs(manifest)
+    assert [(planned.job.number, planned.resumes) for planned in jobs] == [
+        (2, True),
+        (3, True),
+        (4, True),
+        (5, False),
+        (6, False),
+    ]
 
 
-def test_jobs_keep_their_recorded_overrides_unless_they_are_typed_again(tmp_path):
-    manifest = sweep_manifest.read_manifest(tmp_path)
-    manifest.add([], [("seed=1", "lora.rank=2"), ("seed=2", "lora.rank=2")])
-    first, second = plan_jobs(manifest, [("lora.rank=2", "seed=1")])
-    assert first.overrides == ("lora.rank=2", "seed=1") and second.overrides == ("seed=2", "lora.rank=2")
+def test_a_finished_job_runs_again_where_a_setting_was_changed_for_all_jobs_and_it_does_not_have_it_yet(tmp_path):
+    manifest = manifest_of(tmp_path, 2)
+    job_in_state(tmp_path, 0, "finished")
+    job_in_state(tmp_path, 1, "diverged")
+    for keep_last, left in ((3, []), (1, [0])):
+        manifest.jobs = [job.with_changes({"checkpoint.keep_last": keep_last}) for job in manifest.jobs]
+        assert [planned.job.number for planned in remaining_jobs(manifest)] == left
 
 
-@pytest.mark.parametrize("resumes", [False, True])
-def test_a_launcher_gets_the_job_that_was_planned(resumes):
-    job = PlannedJob(3, ("model=tiny", "data.path='a=b'"), resumes)
-    assert PlannedJob.parse(job.launch_overrides()) == job
+def test_a_launcher_gets_the_folder_of_the_job_and_no_record_is_written_again(tmp_path):
+    job = SweepJob(3, "r 3", ("model=tiny",))
+    begun, new = PlannedJob(job, True), PlannedJob(job, False)
+    sweep = tmp_path / "a, b"
+    assert new.launch_overrides(sweep, ".hydra")[1:] == [
+        f"hydra.sweep.dir='{sweep}'",
+        "hydra.sweep.subdir='r 3'",
+        "hydra.output_subdir=.hydra",
+    ]
+    assert begun.launch_overrides(sweep, ".hydra")[-1] == "hydra.output_subdir=null"
 
 
 def test_a_label_holds_what_differs_between_jobs():
-    jobs = [PlannedJob(n, ("model=tiny", f"seed={n}"), False) for n in range(2)]
+    jobs = [SweepJob(n, str(n), ("model=tiny", f"seed={n}")) for n in range(2)]
     assert job_labels(jobs) == ["seed=0", "seed=1"]
     assert job_labels(jobs[:1]) == ["model=tiny seed=0"]

@@ -17,6 +17,7 @@ from runner.common.errors import CheckpointError, ConfigError, did_you_mean
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS, CHECKPOINTS, STEP_NAME
 from runner.runs.directory import RunDirectory
+from runner.runs.find import run_or_best_job
 
 _MAX_ADAPTER_BYTES = 1 << 40
 _MAX_CONFIG_BYTES = 1 << 20
@@ -47,7 +48,8 @@ class AdapterSource:
 
 
 def find_adapter(path: Path, checkpoint: str | None = None) -> AdapterSource:
-    """Find and read the adapter that `path` means: a run directory (its result), a checkpoint, or an adapters/ folder.
+    """Find and read the adapter that `path` means: a run directory (its result), a sweep (the result of its best job),
+    a checkpoint, or an adapters/ folder.
 
     Args:
         path: the path that was typed.
@@ -60,6 +62,7 @@ def find_adapter(path: Path, checkpoint: str | None = None) -> AdapterSource:
     path = path.expanduser().absolute()
     if not path.exists():
         raise ConfigError(f"{path}: there is no such directory.{_similar_name(path)}")
+    path = run_or_best_job(path)
     is_result = path.name == "adapters"
     if is_result or STEP_NAME.fullmatch(path.name):
         if checkpoint is not None:

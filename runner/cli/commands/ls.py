@@ -27,6 +27,7 @@ from runner.reports.screen import Screen, json_document
 from runner.reports.tables import Column, TableRow, column_widths
 from runner.runs.find import SweepInfo, find_runs
 from runner.runs.inspect import RunInfo, differing_settings
+from runner.runs.objective import VALID_LOSS
 
 DEFAULT = "outputs"
 SORT_KEYS: dict[str, Callable[[RunInfo | SweepInfo], float]] = {
@@ -133,7 +134,10 @@ def _run_row(run: RunInfo, settings: str, now: float) -> TableRow:
 
 def _sweep_row(sweep: SweepInfo, settings: str, now: float) -> TableRow:
     has_one_state = len(sweep.states) < 2
-    best = "-" if sweep.best is None else f"{sweep.best.best_loss:.4f} in {sweep.best.path.name}"
+    best = "-"
+    if (run := sweep.best) is not None:
+        metric = "" if sweep.objective.metric == VALID_LOSS else f"{sweep.objective.metric} "
+        best = f"{metric}{sweep.objective.value(run):.4f} in {run.path.name}"
     cells = ["", format_states(sweep) if has_one_state else f"{sum(sweep.states.values())} jobs", "", best]
     cells += [format_age(now - sweep.updated), format_bytes(sweep.size_bytes), settings]
     notes = [] if has_one_state else [format_states(sweep)]

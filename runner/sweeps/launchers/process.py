@@ -1,17 +1,18 @@
-"""hydra/launcher=process: each job is a process of its own, a plain run in its folder; several run at once."""
+"""hydra/launcher=process: jobs run in worker processes, several at once."""
 
 from __future__ import annotations
 
+import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
@@ -20,32 +21,58 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from runner.app.resolve import resolve_config
+from runner.app import guard
 from runner.backends.blas import thread_count
 from runner.common.cores import usable_cores
-from runner.common.errors import ConfigError, RunnerError
+from runner.common.errors import RunnerError
 from runner.config.invocation import Invocation
-from runner.config.quoting import quote_text
 from runner.runs.directory import RunDirectory
-from runner.sweeps.job_composer import JobComposer
+from runner.sweeps.hydra_node import record_files
+from runner.sweeps.job import JobTask
+from runner.sweeps.launched import job_config_of, launched_jobs
 from runner.sweeps.launchers.memory import jobs_that_fit
+from runner.sweeps.launchers.serial import loading_order
 from runner.sweeps.plan import PlannedJob, job_labels
 from runner.training.signals import StopSignals
 
-_POLL_SECONDS = 0.2
-_REFRESH_SECONDS = 1.0
+_POLL_SECONDS = 0.5
 
 
 @dataclass
-class JobProcess:
-    """A job in its process."""
+class Worker:
+    """A process that trains one job after the other; see `runner.sweeps.launchers.worker`."""
 
-    job: PlannedJob
-    label: str
-    folder: Path
     process: subprocess.Popen[bytes]
-    log: IO[bytes]
+    job: int | None = None
+    """Index of the job in progress."""
     stop_requested: bool = False
+    received: bytes = field(default=b"")
+
+    @property
+    def replies(self) -> IO[bytes]:
+        """Its standard output."""
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Send it a request; one that has ended is noticed when its replies are read."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def read_reply(self) -> dict[str, Any] | None:
+        """Return the reply that has arrived in whole; an empty one where the process has ended."""
+        data = os.read(self.replies.fileno(), 65536)
+        if not data:
+            return {}
+        self.received += data
+        line, newline, rest = self.received.partition(b"\n")
+        if not newline:
+            return None
+        self.received = rest
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def request_stop(self, number: signal.Signals) -> None:
         """Pass a signal on, once: a second one would end the job without a save."""
@@ -53,125 +80,193 @@ class JobProcess:
             self.process.send_signal(number)
             self.stop_requested = True
 
-    def close(self) -> JobReturn:
-        """Return the result of the ended process."""
-        self.log.close()
-        code = self.process.returncode
-        result = JobReturn()
-        result.overrides = list(self.job.overrides)
+    def close(self) -> int:
+        """Close its pipes, wait for its end and return its exit code."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        code = self.process.wait()
+        self.replies.close()
+        return code
+
+
+class ProcessLaunch:
+    """Runs jobs in worker processes. A killed worker fails its own job only, and another takes its place."""
+
+    def __init__(
+        self,
+        jobs: Sequence[PlannedJob],
+        at_once: int,
+        context: HydraContext,
+        composed: DictConfig,
+        invocation: Invocation,
+    ) -> None:
+        self.jobs = jobs
+        self.labels = job_labels([planned.job for planned in jobs])
+        self.returns = [JobReturn() for _ in jobs]
+        self._context, self._composed, self._invocation = context, composed, invocation
+        self._sweep = Path(composed.hydra.sweep.dir)
+        self._waiting = loading_order(jobs)
+        self._at_once = min(at_once, len(jobs))
+        self._threads = max(1, thread_count(self._at_once, usable_cores()))
+        self._workers: dict[int, Worker] = {}
+        """By the descriptor of their replies."""
+        self._selector = selectors.DefaultSelector()
+
+    def run(self, fail_fast: bool) -> None:
+        """Run all jobs.
+
+        Raises:
+            SystemExit: a signal stopped the process; it was passed on to every running job, which has saved.
+        """
+        logs = self._sweep / "logs"
+        logs.mkdir(exist_ok=True)
+        print(f"processes: {self._at_once} at once, {self._threads} BLAS threads each; output in {logs}", flush=True)
+        with StopSignals() as stops, ExitStack() as stack:
+            console = Console(highlight=False, soft_wrap=True)
+            live = None
+            if console.is_terminal:
+                live = stack.enter_context(Live(console=console, transient=True, refresh_per_second=2))
+            stack.callback(self._close_workers)
+            while self._waiting or self._running():
+                if stops.signal is not None:
+                    self._waiting.clear()
+                    for worker in self._running():
+                        worker.request_stop(stops.signal)
+                self._start_jobs()
+                for key, _ in self._selector.select(_POLL_SECONDS):
+                    worker = self._workers[key.fd]
+                    if (reply := worker.read_reply()) is None:
+                        continue
+                    i = worker.job
+                    self._finish(worker, reply)
+                    if i is not None:
+                        (live.console if live else console).print(self._outcome_text(i), markup=False)
+                        if fail_fast and self.returns[i].status == JobStatus.FAILED:
+                            self._waiting.clear()
+                if live is not None:
+                    live.update(Text("\n".join(self._progress_text(worker) for worker in self._running())))
+            if stops.signal is not None:
+                raise SystemExit(128 + stops.signal)
+
+    def _running(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.job is not None]
+
+    def _start_jobs(self) -> None:
+        """Give waiting jobs to idle workers, of which there may be `at_once`."""
+        while self._waiting:
+            idle = next((worker for worker in self._workers.values() if worker.job is None), None)
+            if idle is None:
+                if len(self._workers) >= self._at_once:
+                    return
+                idle = self._start_worker()
+            i = self._waiting.pop(0)
+            planned, result = self.jobs[i], self.returns[i]
+            result.cfg = job_config_of(planned, self._composed)
+            result.overrides = list(planned.job.overrides)
+            task = JobTask(self._invocation, self._sweep)
+            self._context.callbacks.on_job_start(config=result.cfg, task_function=task)
+            log = self._sweep / "logs" / f"{planned.job.folder}.log"
+            idle.job = i
+            record = {} if planned.resumes else record_files(result.cfg)
+            idle.send({"job": planned.job.number, "label": self.labels[i], "log": str(log), "record": record})
+
+    def _start_worker(self) -> Worker:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runner.sweeps.launchers.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": str(self._threads), **self._composed.hydra.job.env_set},
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on once
+        )
+        worker = Worker(process)
+        trusted = self._invocation.settings.get(guard.TRUST) == "true"
+        worker.send({"sweep": str(self._sweep), "stop_at": self._invocation.stop_at, "trusted": trusted})
+        self._workers[worker.replies.fileno()] = worker
+        self._selector.register(worker.replies, selectors.EVENT_READ)
+        return worker
+
+    def _finish(self, worker: Worker, reply: dict[str, Any]) -> None:
+        """Record how the worker's job ended; without a reply, the process itself has ended."""
+        i, worker.job = worker.job, None
+        code, reason = reply.get("code"), reply.get("error")
+        if code is None or code > 128:
+            descriptor = worker.replies.fileno()
+            self._selector.unregister(worker.replies)
+            del self._workers[descriptor]
+            ended = worker.close()
+            code = ended if code is None else code
+        if i is None:
+            return
+        result, job = self.returns[i], self.jobs[i].job
         if code == 0:
-            result.status, result.return_value = JobStatus.COMPLETED, None
-            return result
-        directory = RunDirectory(self.folder)
-        status = directory.read_status()
-        reason = status.get("reason")
-        if code < 0:
-            reason = f"killed by {signal.Signals(-code).name}"
-            if status.get("state") == "interrupted":
-                # The process could not: its status still says running.
-                directory.write_status({**status, "state": "interrupted", "reason": reason})
-        result.status = JobStatus.FAILED
-        result.return_value = RunnerError(f"job {self.job.number}: {reason or f'exit code {code}'}")
-        return result
+            result.status, result.return_value = JobStatus.COMPLETED, reply.get("value")
+        else:
+            directory = RunDirectory(self._sweep / job.folder)
+            status = directory.read_status()
+            if code < 0:
+                reason = f"killed by {signal.Signals(-code).name}"
+                if status.get("state") == "interrupted":
+                    # The process could not: its status still says running.
+                    directory.write_status({**status, "state": "interrupted", "reason": reason})
+            result.status = JobStatus.FAILED
+            result.return_value = RunnerError(
+                f"job {job.number}: {status.get('reason') or reason or f'exit code {code}'}"
+            )
+        self._context.callbacks.on_job_end(config=result.cfg, job_return=result)
 
-    def progress_text(self) -> str:
-        """Return one line: number, step, losses, overrides."""
-        return self._text(RunDirectory(self.folder).read_status(), [])
+    def _close_workers(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._selector.close()
 
-    def outcome_text(self) -> str:
-        """Return one line for the ended job: number, step, losses, state with its reason, overrides."""
-        status, code = RunDirectory(self.folder).read_status(), self.process.returncode
-        reason = str(status.get("reason") or "").split("\n")[0]
+    def _progress_text(self, worker: Worker) -> str:
+        """Return one line on the job in progress: number, step, losses, overrides."""
+        assert worker.job is not None
+        return self._text(worker.job, self._status(worker.job), [])
+
+    def _outcome_text(self, i: int) -> str:
+        """Return one line on an ended job: number, step, losses, state with its reason, overrides."""
+        status, result = self._status(i), self.returns[i]
         state = str(status.get("state"))
-        return self._text(status, [state if code == 0 else f"{state} ({reason or f'exit {code}'})"])
+        if result.status == JobStatus.FAILED:
+            state = f"{state} ({str(status.get('reason') or result._return_value).splitlines()[0]})"
+        return self._text(i, status, [state])
 
-    def _text(self, status: dict[str, object], outcome: list[str]) -> str:
+    def _status(self, i: int) -> dict[str, Any]:
+        return RunDirectory(self._sweep / self.jobs[i].job.folder).read_status()
+
+    def _text(self, i: int, status: dict[str, Any], outcome: list[str]) -> str:
         step = f"{status.get('step', 0)}/{status.get('iters', '?')}"
         losses = [(label, status.get(f"{label}_loss")) for label in ("train", "valid")]
         texts = [f"{label} {loss:.4f}" for label, loss in losses if isinstance(loss, float)]
-        return "  ".join([f"job {self.job.number:<3} {step:>11}", *texts, *outcome, self.label])
+        return "  ".join([f"job {self.jobs[i].job.number:<3} {step:>11}", *texts, *outcome, self.labels[i]])
 
 
 def launch(
     job_overrides: Sequence[Sequence[str]],
     *,
     at_once: int | None,
+    fail_fast: bool,
     context: HydraContext,
     composed: DictConfig,
     invocation: Invocation,
 ) -> list[JobReturn]:
-    """Run the jobs, given as `PlannedJob.launch_overrides`, and share the cores between those that run at once.
+    """Run the jobs that a sweeper gives, and share the cores between those that run at once.
 
-    A job that is killed or runs out of memory counts as failed and does not stop the others.
+    A job that is killed or runs out of memory counts as failed and does not stop the others, unless `fail_fast`. Where
+    this process ends, its workers save and end too.
 
     Args:
         at_once: how many jobs run at once; None: as many as fit into memory and cores.
+        fail_fast: whether no job is started after one has failed.
 
     Raises:
         SystemExit: a signal stopped the process; it was passed on to every running job, which has saved.
     """
-    if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
-        raise ConfigError(f"hydra.launcher.jobs={at_once} is invalid: must be 1 or more, or null.")
-    sweep = Path(composed.hydra.sweep.dir)
-    jobs = [PlannedJob.parse(overrides) for overrides in job_overrides]
+    jobs = launched_jobs(job_overrides, context, composed, invocation)
     if at_once is None:
-        composer = JobComposer(context.config_loader, composed)
-        at_once = jobs_that_fit({resolve_config(composer.compose(job.overrides)).model.path for job in jobs})
-    at_once = min(at_once, len(jobs))
-    threads = max(1, thread_count(at_once, usable_cores()))
-    labels = job_labels(jobs)
-    (sweep / "logs").mkdir(exist_ok=True)
-    print(f"processes: {at_once} at once, {threads} BLAS threads each; output in {sweep / 'logs'}", flush=True)
-    waiting, running = list(range(len(jobs))), dict[int, JobProcess]()
-    returns: dict[int, JobReturn] = {}
-    with StopSignals() as stops, ExitStack() as stack:
-        console = Console(highlight=False, soft_wrap=True)
-        live = None
-        if console.is_terminal:
-            live = stack.enter_context(Live(console=console, transient=True, refresh_per_second=2))
-        refreshed = 0.0
-        while waiting or running:
-            if stops.signal is not None:
-                waiting.clear()
-                for process in running.values():
-                    process.request_stop(stops.signal)
-            while waiting and len(running) < at_once:
-                i = waiting.pop(0)
-                running[i] = _start(jobs[i], labels[i], sweep, threads, invocation)
-            for i in [i for i, process in running.items() if process.process.poll() is not None]:
-                ended = running.pop(i)
-                returns[i] = ended.close()
-                (live.console if live else console).print(ended.outcome_text(), markup=False)
-            if live is not None and time.monotonic() - refreshed > _REFRESH_SECONDS:
-                live.update(Text("\n".join(process.progress_text() for process in running.values())))
-                refreshed = time.monotonic()
-            time.sleep(_POLL_SECONDS)
-        if stops.signal is not None:
-            raise SystemExit(128 + stops.signal)
-    return [returns[i] for i in range(len(jobs))]
-
-
-def _start(job: PlannedJob, label: str, sweep: Path, threads: int, invocation: Invocation) -> JobProcess:
-    folder = sweep / str(job.number)
-    if job.resumes:
-        arguments = [f"resume={quote_text(str(folder))}"]
-        arguments += [override for override in job.overrides if override.startswith("model.trust_remote_code=")]
-    else:
-        arguments = [override for override in job.overrides if not override.startswith("stored=")]
-        # The mode is set, since an experiment file may say that it is a sweep.
-        arguments += ["hydra.mode=RUN", f"hydra.run.dir={quote_text(str(folder))}"]
-        if invocation.repeat is not None:
-            arguments.append(f"repeat={quote_text(str(invocation.repeat))}")
-    if invocation.stop_at is not None:
-        arguments.append(f"train.stop_at={invocation.stop_at}")
-    flags = [argument for argument in invocation.flags if argument.startswith("--config-dir=")]
-    log = (sweep / "logs" / f"{job.number}.log").open("ab")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runner", *flags, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": str(threads)},
-        start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on once
-    )
-    return JobProcess(job, label, folder, process, log)
+        at_once = jobs_that_fit({str((planned.job.config or {})["model"]["path"]) for planned in jobs})
+    running = ProcessLaunch(jobs, at_once, context, composed, invocation)
+    running.run(fail_fast)
+    return running.returns

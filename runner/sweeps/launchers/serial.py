@@ -1,30 +1,30 @@
-"""The default launcher: jobs one after the other in this process, sharing the base model, the data and the baseline."""
+"""hydra/launcher=serial: jobs run one after the other in this process and share the base model and the data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn, JobStatus, env_override
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig
 
 from runner.config.invocation import Invocation
-from runner.sweeps.job import train_job
-from runner.sweeps.job_composer import JobComposer
+from runner.sweeps.hydra_node import record_files
+from runner.sweeps.job import JobTask, train_job
+from runner.sweeps.launched import job_config_of, launched_jobs
 from runner.sweeps.plan import PlannedJob, job_labels
-
-_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def launch(
-    job_overrides: Sequence[Sequence[str]], *, context: HydraContext, composed: DictConfig, invocation: Invocation
+    job_overrides: Sequence[Sequence[str]],
+    *,
+    fail_fast: bool,
+    context: HydraContext,
+    composed: DictConfig,
+    invocation: Invocation,
 ) -> list[JobReturn]:
-    """Run the jobs, given as `PlannedJob.launch_overrides`; a failed job does not stop the others.
+    """Run the jobs that a sweeper gives; a failed job does not stop the others, unless `fail_fast`.
 
     Jobs of the same base model and data run next to each other, whatever their numbers, so that each is loaded once.
 
@@ -36,52 +36,38 @@ def launch(
     blas.load_blas()  # before MLX is imported
     from runner.training.component_loader import ComponentLoader
 
-    composer, loader = JobComposer(context.config_loader, composed), ComponentLoader()
-    sweep = Path(composed.hydra.sweep.dir)
-    HydraConfig.instance().set_config(composed)  # for ${hydra:…} in a user's config
-    jobs = [PlannedJob.parse(overrides) for overrides in job_overrides]
-    labels = job_labels(jobs)
+    loader, sweep = ComponentLoader(), Path(composed.hydra.sweep.dir)
+    jobs = launched_jobs(job_overrides, context, composed, invocation)
+    labels = job_labels([planned.job for planned in jobs])
     returns = [JobReturn() for _ in jobs]
-    for i in _loading_order(composer, jobs):
-        job, result = jobs[i], returns[i]
-        result.overrides = list(job.overrides)
+    for i in loading_order(jobs):
+        planned, result = jobs[i], returns[i]
+        job_config = job_config_of(planned, composed)
+        result.overrides, result.cfg = list(planned.job.overrides), job_config
+        context.callbacks.on_job_start(config=job_config, task_function=JobTask(invocation, sweep))
         try:
-            result.cfg = composer.compose(job.overrides)
-            hydra = composer.hydra_node(job.overrides)
-            folder = sweep / str(job.number)
-            result.return_value = train_job(
-                result.cfg,
-                folder,
-                label=f"job {job.number}  {labels[i]}",
-                experiment=hydra.runtime.choices.get("experiment"),
-                stop_at=invocation.stop_at,
-                loader=loader,
-                on_claim=partial(_write_record, result.cfg, hydra, job, folder),
-            )
+            with env_override(dict(job_config.hydra.job.env_set)):
+                result.return_value = train_job(
+                    planned.job,
+                    sweep / planned.job.folder,
+                    label=f"job {planned.job.number}  {labels[i]}",
+                    invocation=invocation,
+                    loader=loader,
+                    record={} if planned.resumes else record_files(job_config),
+                )
             result.status = JobStatus.COMPLETED
         except Exception as error:
             result.return_value, result.status = error, JobStatus.FAILED
+            print(f"job {planned.job.number} failed: {error}", flush=True)
+        context.callbacks.on_job_end(config=job_config, job_return=result)
+        if fail_fast and result.status == JobStatus.FAILED:
+            break
     return returns
 
 
-def _loading_order(composer: JobComposer, jobs: Sequence[PlannedJob]) -> list[int]:
+def loading_order(jobs: Sequence[PlannedJob]) -> list[int]:
     """Return the indexes of the jobs, those of one base model and data set next to each other."""
-    configs = [composer.compose(job.overrides) for job in jobs]
-    keys = [(repr(config.model), repr(config.data)) for config in configs]
+    configs = [planned.job.config or {} for planned in jobs]
+    keys = [(repr(config.get("model")), repr(config.get("data"))) for config in configs]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     return sorted(range(len(jobs)), key=lambda i: first[keys[i]])
-
-
-def _write_record(composed: DictConfig, hydra: DictConfig, job: PlannedJob, folder: Path) -> None:
-    """Write .hydra/ as Hydra's own launcher does."""
-    record = folder / ".hydra"
-    record.mkdir(exist_ok=True)
-    with read_write(hydra), open_dict(hydra):
-        hydra.job.num = hydra.job.id = job.number
-        hydra.overrides.task = list(job.overrides)
-        hydra.runtime.output_dir = str(folder)
-    contents: dict[str, Any] = {"config": composed, "overrides": list(job.overrides), "hydra": {"hydra": hydra}}
-    for name, content in contents.items():
-        node = content if OmegaConf.is_config(content) else OmegaConf.create(content)
-        text = yaml.dump(OmegaConf.to_container(node, enum_to_str=True), Dumper=_Dumper, sort_keys=False)
-        (record / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -78,7 +78,10 @@ def test_a_path_without_an_adapter_is_refused_with_what_it_is(run: Path, tmp_pat
     sweep = tmp_path / "sweep"
     shutil.copytree(run, sweep / "0")
     (sweep / "multirun.yaml").write_text("")
-    with pytest.raises(ConfigError, match=f"is a sweep.*{sweep}/0"):
+    assert find_adapter(sweep).run == sweep / "0"  # its best job
+    (sweep / "0/status.json").unlink()
+    (sweep / "0/metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="is a sweep, and none of its jobs has a valid_loss yet"):
         find_adapter(sweep)
     with pytest.raises(ConfigError, match="is not a run directory"):
         find_adapter(run / "checkpoints" / "step-0000004", "last")

@@ -1,0 +1,134 @@
+"""Plans the jobs of a sweep: each is composed, validated and gets its folder before the first starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from runner.app.resolve import config_to_store, resolve_to_start
+from runner.common.errors import ConfigError
+from runner.config import schema, serialize
+from runner.runs.sweep_manifest import SweepJob, SweepManifest, is_valid_folder
+from runner.sweeps.hydra_node import set_folder, with_hydra_node
+from runner.sweeps.job_composer import ComposedJob, JobComposer
+
+_NUMBERED = "${hydra.job.num}"
+"""Hydra's default of hydra.sweep.subdir."""
+
+
+class JobPlanner:
+    """Plans new jobs of one sweep; jobs whose config is planned or recorded already are left out."""
+
+    def __init__(
+        self, composer: JobComposer, manifest: SweepManifest, sweep_config: DictConfig, stop_at: int | None
+    ) -> None:
+        self._composer = composer
+        self._manifest = manifest
+        self._sweep_config = sweep_config
+        self._stop_at = stop_at
+        self._folder_template = OmegaConf.to_container(sweep_config.hydra.sweep, resolve=False)["subdir"]  # type: ignore
+        self._configs = {config_key(job.config) for job in manifest.jobs if job.config is not None}
+        self._folders = {job.folder for job in manifest.jobs}
+        self._count = len(manifest.jobs)
+
+    def plan(self, overrides_of_jobs: Iterable[Sequence[str]], *, again: bool = False) -> list[SweepJob]:
+        """Return the jobs with these overrides that are new; with `again`, those with the config of another job too.
+
+        Raises:
+            ConfigError: no job can run with one of them; names the job.
+        """
+        planned = []
+        for overrides in overrides_of_jobs:
+            composed = self._composer.compose(overrides)
+            if (job := self._plan(overrides, composed, again=again)) is not None:
+                planned.append(job)
+        return planned
+
+    def plan_changed(self, jobs: Iterable[tuple[SweepJob, Sequence[str], Sequence[str]]]) -> list[SweepJob]:
+        """Return the new jobs that take the recorded config of a job, with overrides on top.
+
+        Args:
+            jobs: for each, a recorded job, those of its overrides that are kept, and the overrides on top.
+
+        Raises:
+            ConfigError: no job can run with one of them; names the job.
+        """
+        planned = []
+        for job, kept, typed in jobs:
+            assert job.config is not None
+            config = self._composer.change(job.config, job.overrides, typed)
+            choices = dict(job.choices)
+            choices.update(
+                {self._composer.parse(o).key_or_group: o.partition("=")[2] for o in typed if self._is_group(o)}
+            )
+            if (new := self._plan([*kept, *typed], ComposedJob(config, choices, {}))) is not None:
+                planned.append(new)
+        return planned
+
+    def changed_config(self, job: SweepJob, typed: Sequence[str]) -> dict[str, Any]:
+        """Return the config of a recorded job with overrides on top, as it is stored."""
+        assert job.config is not None
+        composed = ComposedJob(self._composer.change(job.config, job.overrides, typed), dict(job.choices), {})
+        return self._resolve(typed, composed, job.number, job.folder, needs_adapter=False)
+
+    def complete(self, job: SweepJob) -> SweepJob:
+        """Return a job of an earlier version, which has not begun, with the config that its overrides give today."""
+        composed = self._composer.compose(job.overrides)
+        return replace(
+            job, config=self._resolve(job.overrides, composed, job.number, job.folder), choices=composed.choices
+        )
+
+    def _is_group(self, override: str) -> bool:
+        return self._composer.is_group(self._composer.parse(override))
+
+    def _plan(self, overrides: Sequence[str], composed: ComposedJob, *, again: bool = False) -> SweepJob | None:
+        number = self._count
+        folder = self._folder(overrides, composed, number)
+        config = self._resolve(overrides, composed, number, folder)
+        if (key := config_key(config)) in self._configs and not again:
+            return None
+        self._configs.add(key)
+        self._folders.add(folder)
+        self._count += 1
+        recorded = tuple(o for o in overrides if not o.lstrip("+").startswith(("stored=", "hydra.", "hydra/")))
+        return SweepJob(number, folder, recorded, config, composed.choices)
+
+    def _resolve(
+        self, overrides: Sequence[str], composed: ComposedJob, number: int, folder: str, *, needs_adapter: bool = True
+    ) -> dict[str, Any]:
+        """Return the config as it is stored, with the values that ${hydra:…} has in this job."""
+        try:
+            if "${hydra:" in str(OmegaConf.to_container(composed.config, resolve=False)):
+                set_folder(self._with_hydra(overrides, composed, number), self._manifest.folder, folder)
+            config = resolve_to_start(composed.config, self._stop_at, needs_adapter=needs_adapter)
+        except ConfigError as error:
+            raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
+        config.experiment = config.experiment or composed.choices.get("experiment")
+        stored = config_to_store(composed.config, config)
+        del stored["model"]["trust_remote_code"]  # is given for one invocation
+        return stored
+
+    def _folder(self, overrides: Sequence[str], composed: ComposedJob, number: int) -> str:
+        """Return the name of the job's folder: hydra.sweep.subdir, or its number where that cannot name one."""
+        names = [str(number), f"job-{number}"]
+        if self._folder_template != _NUMBERED:
+            job_config = self._with_hydra(overrides, composed, number)
+            HydraConfig.instance().set_config(job_config)  # for ${hydra:…}
+            names.insert(0, str(OmegaConf.select(job_config, "hydra.sweep.subdir")))
+        return next(name for name in names if is_valid_folder(name) and name not in self._folders)
+
+    def _with_hydra(self, overrides: Sequence[str], composed: ComposedJob, number: int) -> DictConfig:
+        return with_hydra_node(
+            composed.config, self._sweep_config, number=number, overrides=overrides, choices=composed.choices
+        )
+
+
+def config_key(config: Mapping[str, Any]) -> str:
+    """Return a text that is equal for equal configs; settings that only record a provenance do not count."""
+    flat = serialize.flatten_stored(config)
+    return json.dumps({name: value for name, value in flat.items() if name not in schema.provenance_settings()})

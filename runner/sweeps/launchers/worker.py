@@ -1,0 +1,101 @@
+"""A worker process of hydra/launcher=process: it imports MLX once and trains one job after the other.
+
+Requests come as JSON lines on standard input: first {"sweep": …, "stop_at": …, "trusted": …}, then for each job
+{"job": N, "label": …, "log": PATH, "record": …}. The reply to each is a line on standard output: {"job": N, "code":
+exit code}, with its "value" (the objective) or its "error".
+Where standard input ends, its parent has ended: the job in progress saves and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from contextlib import closing
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from runner.common.errors import EXIT_DONE, RunnerError
+from runner.config.invocation import Invocation
+from runner.runs.sweep_manifest import SweepJob, read_manifest
+
+if TYPE_CHECKING:
+    from runner.training.component_loader import ComponentLoader
+
+_TRUST = "model.trust_remote_code"
+_FAILED = 1
+
+
+def main() -> None:
+    """Train the jobs that are requested until there are no more."""
+    requests = os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8")
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
+    start = json.loads(requests.readline())
+    invocation = Invocation(stop_at=start["stop_at"], settings={_TRUST: "true"} if start["trusted"] else {})
+    sweep = Path(start["sweep"])
+    from runner.backends import blas
+
+    blas.load_blas()  # before MLX is imported
+    from runner.training.component_loader import ComponentLoader
+
+    pending: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    threading.Thread(target=_read, args=(requests, pending), daemon=True).start()
+    manifest = read_manifest(sweep)
+    with closing(ComponentLoader()) as loader:
+        while (request := pending.get()) is not None:
+            job = manifest.jobs[request["job"]]
+            _redirect_output(Path(request["log"]))
+            reply = _train(job, sweep / job.folder, request, invocation, loader)
+            pending.task_done()
+            print(json.dumps({"job": job.number, **reply}), file=replies, flush=True)
+            if reply["code"] > 128:
+                break
+
+
+def _read(requests: IO[str], pending: queue.Queue[dict[str, Any] | None]) -> None:
+    for line in requests:
+        pending.put(json.loads(line))
+    if pending.unfinished_tasks:  # the parent closes the pipe of an idle worker only, so it has ended
+        os.kill(os.getpid(), signal.SIGTERM)
+    pending.put(None)
+
+
+def _train(
+    job: SweepJob, folder: Path, request: dict[str, Any], invocation: Invocation, loader: ComponentLoader
+) -> dict[str, Any]:
+    """Train the job of a request and return the reply: its exit code, why it failed, and its objective."""
+    from runner.sweeps.job import train_job
+
+    try:
+        value = train_job(
+            job, folder, label=request["label"], invocation=invocation, loader=loader, record=request["record"]
+        )
+    except RunnerError as error:
+        print("\n".join(f"runner: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return {"code": error.exit_code, "error": str(error)}
+    except SystemExit as stop:
+        return {"code": stop.code if isinstance(stop.code, int) else _FAILED}
+    except Exception as error:
+        traceback.print_exception(error)
+        return {"code": _FAILED, "error": f"{type(error).__name__}: {error}"}
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return {"code": EXIT_DONE, "value": value}
+
+
+def _redirect_output(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()

@@ -159,10 +159,9 @@ def _record_configs(
             completed.append(replace(job, config=RunDirectory(folder).read_config()))
         elif job.config is None:
             completed.append(planner.complete(job))
-    waiting = sum(not has_begun(manifest.folder / job.folder) for job in completed)
-    if waiting:
+    if any(not has_begun(manifest.folder / job.folder) for job in completed):
         print(
-            f"an earlier version started this sweep and recorded no configs: those of {waiting} jobs that had not "
+            "an earlier version started this sweep and recorded no configs: those of the jobs that had not "
             "begun are composed from the present files"
         )
     manifest.record(jobs=completed)

@@ -109,7 +109,7 @@ ConfigStore.instance().store(
 '''
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process"])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_a_sweeper_of_another_package_works_with_our_launchers_and_its_jobs_are_recorded(cli, launcher):
     write(cli.folder / "plugins/hydra_plugins/two_rounds.py", SWEEPER)
     env = {"PYTHONPATH": os.pathsep.join([str(cli.folder / "plugins"), cli.environment["PYTHONPATH"]])}
@@ -138,7 +138,7 @@ def test_folders_are_named_by_a_template_or_by_their_number_where_it_gives_no_na
     assert set(names) == {"r2-0", "r4-1", "r8-2"}
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process"])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_the_record_of_hydra_is_written_where_and_if_it_is_asked_for(cli, launcher):
     cli("-m", *SMALL, "seed=1,2", f"hydra/launcher={launcher}", "hydra.output_subdir=record", "hydra.sweep.dir=s")
     assert yaml.safe_load((cli.folder / "s/1/record/overrides.yaml").read_text())[-1] == "seed=2"
@@ -163,7 +163,7 @@ class Note(Callback):
 """
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process"])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_callbacks_are_told_when_a_job_starts_and_ends(cli, launcher):
     write(cli.folder / "plugins/note.py", CALLBACK)
     env = {"PYTHONPATH": os.pathsep.join([str(cli.folder / "plugins"), cli.environment["PYTHONPATH"]])}

@@ -129,6 +129,11 @@ def _registered_plugin(plugin: str, hydra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_references(settings: list[Any]) -> None:
+    """Refuse settings whose references to each other, resolved, could fill any memory.
+
+    Raises:
+        ConfigError: more references or characters than a config may have.
+    """
     texts = list(_texts(settings))
     references = sum(environment.REFERENCE.sub("", text).count("${") for text in texts)
     characters = sum(map(len, texts))

@@ -29,7 +29,9 @@ def test_a_group_and_dicts_of_its_settings_are_swept_together(cli):
     assert [(lora["rank"], lora["dropout"], len(lora["keys"])) for lora in found] == [(4, 0.0, 4), (8, 0.1, 4)]
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process", "joblib"])
+@pytest.mark.parametrize(
+    "launcher", ["serial", *(pytest.param(name, marks=pytest.mark.long) for name in ("process", "joblib"))]
+)
 def test_values_are_paired_by_a_group_of_ones_own(cli, launcher):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

@@ -57,7 +57,7 @@ def test_of_two_starts_in_one_directory_one_wins_and_the_other_is_refused(cli):
         assert {row["state"] for row in cli.results(cli.folder / f"s{number}").values()} == {"finished"}
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process"])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_a_sweep_resumed_in_another_working_directory_trains_the_same_data(cli, make_cli, launcher, tmp_path_factory):
     shutil.copytree(find_dataset("builtin:tiny"), cli.folder / "my")
     elsewhere = make_cli(tmp_path_factory.mktemp("elsewhere"))
@@ -75,7 +75,7 @@ def test_a_sweep_resumed_in_another_working_directory_trains_the_same_data(cli, 
     assert {stored(sweep / job)["data"]["path"] for job in ("0", "1")} == {str(cli.folder / "my")}
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process"])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_a_recipe_that_changes_or_goes_does_not_change_the_jobs_still_to_start(cli, launcher):
     recipe = cli.folder / "mine/experiment/rec.yaml"
     recipe.parent.mkdir(parents=True)
@@ -165,20 +165,17 @@ def test_a_free_setting_typed_on_resume_applies_to_all_jobs(cli):
     assert job_settings(cli.folder / "s", "checkpoint.keep_last", "train.iters", "seed")[2] == (1, 8, 3)
 
 
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
+def test_what_cannot_be_added_is_refused_and_not_recorded(cli):
+    cli("-m", *SMALL, "seed=1,2", "hydra.sweep.dir=s")
+    before = (cli.folder / "s/sweep.jsonl").read_bytes()
+    for typed, message in (
         ("checkpoint.keep_last=1,2", "may change on resume, so it applies to all jobs"),
         ("train.iters=4", "is before update 6"),
         ("lora.rank=0", "lora.rank=0 is invalid"),
         ("vars.x=1", "the jobs were planned with their vars"),
-    ],
-)
-def test_what_cannot_be_added_is_refused_and_not_recorded(cli, typed, message):
-    cli("-m", *SMALL, "seed=1,2", "hydra.sweep.dir=s")
-    before = (cli.folder / "s/sweep.jsonl").read_bytes()
-    assert message in cli("resume=s", typed, expect=2)
-    assert (cli.folder / "s/sweep.jsonl").read_bytes() == before
+    ):
+        assert message in cli("resume=s", typed, expect=2)
+        assert (cli.folder / "s/sweep.jsonl").read_bytes() == before
 
 
 def test_train_iters_of_a_schedule_that_ends_there_is_refused_for_all_jobs(cli):

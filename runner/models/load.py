@@ -15,13 +15,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from runner.common.errors import ModelError, RunnerError, did_you_mean
 from runner.config import schema
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
-from runner.models import fetch, hub
+from runner.models import fetch, hub, quantization
 from runner.models.device import on_cpu
 from runner.models.identity import content_hash, weights_fingerprint
 from runner.models.preflight import check_model_folder
 
+ROUNDED_BY_EARLIER_VERSIONS = (
+    "Earlier versions rounded the weights of a quantized base model to 16 bits while dequantizing it, and this one "
+    "does not: what they trained on such a base needs the version that it was trained with."
+)
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-_QUANTIZED_LAYERS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 @dataclass
@@ -41,6 +44,8 @@ class BaseModel:
     """Identity of everything that determines the output, used as a cache key: see `identity.content_hash`."""
     folder: Path | None = None
     """The folder that the model was read from; None for a GGUF file and a generated model."""
+    dequantized: bool = False
+    """Whether the weights were quantized in their files."""
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
 
@@ -62,36 +67,45 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
     dtype = _DTYPES.get(config.dtype) or (mx.float32 if on_cpu() else None)
     try:
         base, code_sha256 = _read(config, dequantize, dtype)
+        if config.trust_remote_code:
+            base.notes.append(f"model.trust_remote_code=true: code that came with {config.path} may run")
+        if dequantize and quantization.is_quantized(base.model):
+            remove_quantization(base, dtype)
+            base.notes.append("the quantized base is dequantized: on the CPU only float32 products are fast")
+        if dtype is not None:
+            _cast(base.model, dtype)
+        if config.quantize.bits is not None:
+            _quantize(base, config.quantize)
+        mx.eval(base.model.parameters())
     except (RunnerError, MemoryError):
         raise
     except Exception as error:  # mlx-lm, transformers and the hub's library raise all kinds of errors
         raise hub.load_error(config.path, error) from error
-    if config.trust_remote_code:
-        base.notes.append(f"model.trust_remote_code=true: code that came with {config.path} may run")
-    if dequantize and _is_quantized(base.model):
-        remove_quantization(base)
-        base.notes.append("the quantized base is dequantized: on the CPU only float32 products are fast")
-    if dtype is not None:
-        _cast(base.model, dtype)
-    if config.quantize.bits is not None:
-        _quantize(base, config.quantize)
-        if on_cpu():
-            base.notes.append("model.quantize.bits: quantized products are slow on the CPU backend")
+    if on_cpu() and quantization.needs_gpu(base.model):
+        raise ModelError(
+            f"model.path={config.path}: MLX multiplies NVFP4 weights that have a global scale on a GPU only. "
+            "Expand them: model.dequantize=auto (runner export: --dequantize)."
+        )
     base.model.freeze()
     base.model.eval()
-    mx.eval(base.model.parameters())
     base.fingerprint = weights_fingerprint(base.model)
     base.content_hash = content_hash(base.model, base.config, base.fingerprint, code_sha256)
     return base
 
 
-def remove_quantization(base: BaseModel) -> None:
-    """Dequantize every quantized layer of `base` and remove the quantization from its config."""
-    from mlx_lm.utils import dequantize_model
+def remove_quantization(base: BaseModel, dtype: mx.Dtype | None = None) -> None:
+    """Dequantize every quantized layer of `base` to `dtype` and remove the quantization from its config.
 
-    base.model = dequantize_model(base.model)
-    base.config.pop("quantization", None)
-    base.config.pop("quantization_config", None)
+    Raises:
+        ModelError: a layer is of a kind that cannot be dequantized.
+    """
+    if remaining := quantization.expand_layers(base.model, dtype):
+        raise ModelError(
+            f"{base.model_path}: {remaining[0]} ({len(remaining)} in all) is quantized in a way of its architecture's "
+            "own and cannot be dequantized. Keep it: model.dequantize=never."
+        )
+    quantization.remove_from_config(base.config)
+    base.dequantized = True
 
 
 def _read(config: schema.ModelConfig, dequantize: bool, dtype: mx.Dtype | None) -> tuple[BaseModel, str]:
@@ -124,7 +138,9 @@ def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, s
     from mlx_lm.utils import load_model, load_tokenizer
 
     check_model_folder(folder)
-    model, model_config = load_model(folder, trust_remote_code=config.trust_remote_code)
+    # Lazily: each layer is read when it is converted, and what it was converted from is freed.
+    model, model_config = load_model(folder, lazy=True, trust_remote_code=config.trust_remote_code)
+    quantization.refuse_quantized_activations(model_config, config.path)
     eos_token_ids = model_config.get("eos_token_id")
 
     def read_tokenizer() -> TokenizerWrapper:
@@ -145,18 +161,18 @@ def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, s
     return BaseModel(model, tokenizer, model_config, config.path, folder=folder), code_sha256
 
 
-def _is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(module, _QUANTIZED_LAYERS) for module in model.modules())
-
-
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast floating-point parameters to `dtype`, except the scales and biases of quantized layers."""
-    quantized = {name for name, module in model.named_modules() if isinstance(module, _QUANTIZED_LAYERS)}
+    """Cast floating-point parameters to `dtype`, except those of quantized layers and those that must keep their own.
+
+    The latter are named by `cast_predicate` of mlx-lm's models, such as the biases of a router.
+    """
+    quantized = quantization.quantized_layers(model).keys()
+    may_cast = getattr(model, "cast_predicate", lambda name: True)
 
     def cast(name: str, array: mx.array) -> mx.array:
         layer, _, part = name.rpartition(".")
         keep = (layer in quantized and part != "bias") or not mx.issubdtype(array.dtype, mx.floating)
-        return array if keep else array.astype(dtype)
+        return array if keep or not may_cast(name) else array.astype(dtype)
 
     model.update(tree_map_with_path(cast, model.parameters()))
 
@@ -164,6 +180,8 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
 def _quantize(base: BaseModel, quantize: schema.QuantizeConfig) -> None:
     from mlx_lm.utils import quantize_model
 
-    if _is_quantized(base.model):
+    if quantization.is_quantized(base.model):
         raise ModelError(f"model.quantize.bits={quantize.bits}: {base.model_path} is quantized already.")
     base.model, base.config = quantize_model(base.model, base.config, quantize.group_size, quantize.bits)
+    if on_cpu():
+        base.notes.append("model.quantize.bits: quantized products are slow on the CPU backend")

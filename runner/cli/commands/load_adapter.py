@@ -14,7 +14,7 @@ from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.config import schema, serialize
 from runner.models.arrays import parse_arrays
 from runner.models.device import on_cpu
-from runner.models.load import BaseModel, load_base_model
+from runner.models.load import ROUNDED_BY_EARLIER_VERSIONS, BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, Params
 
 _BASE_FIELDS = ("model", "base_fingerprint")
@@ -90,14 +90,16 @@ def _load_base(
     verified = any_base
     if not verified and _numerics(model) != _numerics(settings.trained_model):
         # A fingerprint depends on dtype and quantization, so it is compared as the model was trained.
-        if load_base_model(settings.trained_model).fingerprint != fingerprint:
-            raise ModelError(_different_base(source, settings))
+        trained = load_base_model(settings.trained_model)
+        if trained.fingerprint != fingerprint:
+            raise ModelError(_different_base(source, settings, trained))
+        del trained  # before the other is loaded
         verified = True
     base = load_base_model(model)
     if not verified and base.fingerprint != fingerprint:
         model_on_cpu = _as_on_cpu(model)
         if on_cpu() or model_on_cpu == model or load_base_model(model_on_cpu).fingerprint != fingerprint:
-            raise ModelError(_different_base(source, settings))
+            raise ModelError(_different_base(source, settings, base))
     for note in base.notes:
         log(note)
     if any_base and base.fingerprint != fingerprint:
@@ -119,7 +121,7 @@ def _as_on_cpu(model: schema.ModelConfig) -> schema.ModelConfig:
     )
 
 
-def _different_base(source: AdapterSource, settings: StoredSettings) -> str:
+def _different_base(source: AdapterSource, settings: StoredSettings, base: BaseModel) -> str:
     fingerprint = source.adapter_config.get("base_fingerprint")
     if not isinstance(fingerprint, str):
         return (
@@ -129,6 +131,7 @@ def _different_base(source: AdapterSource, settings: StoredSettings) -> str:
         f"{settings.config.model.path} has other weights than the base model that {source.folder} was trained on "
         f"(fingerprint {fingerprint[:16]}). Name the right one with model.path=…; a run trained on a GPU keeps the "
         "model's own dtype: model.dtype=bfloat16 model.dequantize=never. --any-base uses this one."
+        + (f" {ROUNDED_BY_EARLIER_VERSIONS}" if base.dequantized else "")
     )
 
 

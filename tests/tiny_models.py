@@ -147,7 +147,12 @@ MIXED = "mixed"
 
 def build_model(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model with random float32 weights of moderate size, and its config."""
-    config = {"model_type": model_type, "eos_token_id": 2, "bos_token_id": 1, **json.loads(json.dumps(CONFIGS[model_type]))}
+    config = {
+        "model_type": model_type,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        **json.loads(json.dumps(CONFIGS[model_type])),
+    }
     mx.random.seed(seed)  # what the constructors draw and the loop below does not replace
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))

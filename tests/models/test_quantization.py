@@ -37,9 +37,7 @@ def loss(model: nn.Module) -> float:
     return nn.losses.cross_entropy(logits, IDS[:, 1:]).mean().item()
 
 
-@pytest.mark.parametrize(
-    ("family", "mode"), [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL)]
-)
+@pytest.mark.parametrize(("family", "mode"), [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL)])
 def test_the_expanded_model_has_the_loss_of_the_quantized_one_with_float32_activations(
     tmp_path: Path, family: str, mode: str
 ) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app.compose import HydraSession, set_hydra, without_hydra
 from runner.app.hydra_internals import job_error
+from runner.app.job_changes import record_job_changes
 from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
 from runner.checkpoints import mirror
 from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
@@ -50,6 +51,9 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
         return train_run(RunSpec(resolved, stored, directory, source, new_run_id(), stop_at=invocation.stop_at))
 
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
+        if source is not None and directory.path == source.run:
+            typed = [text.lstrip("+").partition("=")[0] for text in invocation.overrides]
+            record_job_changes(source.run, config_to_store(without_hydra(composed), config), typed)
         context.callbacks.on_run_start(config=composed, config_name=session.config_name)
         job = run_job(run_in_job, composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
         context.callbacks.on_run_end(config=composed, config_name=session.config_name, job_return=job)
@@ -67,11 +71,21 @@ def _config_to_start(invocation: Invocation, composed: DictConfig) -> Config:
     return resolve_to_start(without_hydra(composed), invocation.stop_at, needs_adapter=needs_adapter)
 
 
-def numbered(path: Path) -> Iterator[Path]:
-    """Yield `path`, `path-2`, `path-3`, …"""
-    yield path
-    for number in count(2):
-        yield path.with_name(f"{path.name}-{number}")
+def claim_first_free(path: Path, is_named: bool, claim: Callable[[Path], RunDirectory]) -> RunDirectory:
+    """Claim `path`, or, where the path was made from the time and is taken, the first free `path-2`, `path-3`, …
+
+    Args:
+        path: the directory to claim.
+        is_named: whether the user typed it, so that no other will do.
+        claim: claims one directory, and raises ConfigError or DirectoryInUse where it is taken.
+    """
+    for candidate in chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2))):
+        try:
+            return claim(candidate)
+        except (ConfigError, DirectoryInUse):
+            if is_named or not candidate.is_dir():
+                raise
+    raise AssertionError("the candidates are endless")
 
 
 def _open_directory(
@@ -94,21 +108,14 @@ def _open_directory(
         directory.lock()
         set_hydra(composed, "output_subdir", None)  # .hydra/ stays that of the first start
         return directory, source
-    directory = _claim(Path(composed.hydra.run.dir).absolute(), checkpoint_dir_name, is_named)
+
+    def claim(path: Path) -> RunDirectory:
+        directory = RunDirectory(path, checkpoint_dir_name)
+        directory.claim()
+        return directory
+
+    directory = claim_first_free(Path(composed.hydra.run.dir).absolute(), is_named, claim)
     return directory, source if backup is None else _restore(backup, directory)
-
-
-def _claim(path: Path, checkpoint_dir_name: str, is_named: bool) -> RunDirectory:
-    """Claim `path`, or, where the path was made from the time and is taken, the first free `path-2`, `path-3`, …"""
-    for candidate in numbered(path):
-        directory = RunDirectory(candidate, checkpoint_dir_name)
-        try:
-            directory.claim()
-            return directory
-        except (ConfigError, DirectoryInUse):
-            if is_named or not candidate.is_dir():
-                raise
-    raise AssertionError("numbered() is endless")
 
 
 def _restore(backup: Path, directory: RunDirectory) -> ResumeSource:

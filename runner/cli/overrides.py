@@ -17,6 +17,7 @@ from runner.config import retired, schema, serialize, validation
 from runner.config.groups import CONF_DIR, CONFIG_DIR_FLAGS, config_dirs, group_choices
 from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
 from runner.config.quoting import quote_text, unquote
+from runner.runs import sweep_manifest
 
 _MULTIRUN = ("--multirun", "-m")
 _COMPLETION = ("--shell-completion", "-sc")
@@ -40,14 +41,31 @@ def parse_arguments(arguments: Sequence[str]) -> Invocation:
     if not names.isdisjoint(_COMPLETION):
         invocation.flags = list(arguments)  # install=bash and query=bash are no overrides
         return invocation
-    folders = [CONF_DIR, *config_dirs(arguments)]
+    recorded = None if config_dirs(arguments) else _recorded_config_dir(arguments)
+    folders = [CONF_DIR, *config_dirs(arguments), *([recorded] if recorded else [])]
     remaining = iter(arguments)
     for argument in remaining:
         if argument.startswith("-"):
             invocation.flags += _parse_flag(argument, remaining)
-        else:
+            continue
+        try:
             _add_override(argument, invocation, folders)
+        except ConfigError as error:
+            if recorded is None or recorded.is_dir() or "." in argument.partition("=")[0]:
+                raise
+            raise ConfigError(
+                f"{error}\nThe --config-dir of the sweep, {recorded}, does not exist any more: type --config-dir DIR."
+            ) from None
     return invocation
+
+
+def _recorded_config_dir(arguments: Sequence[str]) -> Path | None:
+    """Return the --config-dir of the sweep that `resume=` names: recipes and groups are chosen from it again."""
+    resumed = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
+    folder = Path(os.path.expanduser(unquote(resumed[-1]))) if resumed else None
+    if folder is None or not (folder / sweep_manifest.NAME).is_file():
+        return None
+    return next(iter(config_dirs(sweep_manifest.read_manifest(folder).arguments)), None)
 
 
 def _parse_flag(flag: str, remaining: Iterator[str]) -> list[str]:

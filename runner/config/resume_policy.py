@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ def is_free_on_resume(name: str) -> bool:
     """Return whether a resume may change the setting; a name that the schema does not have is frozen."""
     metadata = schema.metadata().get(name.split(".")[0] if name.startswith(_OPEN) else name)
     return metadata is not None and metadata.on_resume is not OnResume.FROZEN
+
+
+def is_set_by(name: str, keys: Iterable[str]) -> bool:
+    """Return whether one of the typed `keys` sets the setting: itself, its section, or a part of an open section."""
+    return any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for key in keys)
 
 
 def frozen_fingerprint(config: Config) -> str:

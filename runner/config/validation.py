@@ -142,7 +142,10 @@ def _schedule_problems(config: Config) -> list[str]:
     schedule, problems = config.schedule, []
     end = schedule.iters or config.train.iters
     if schedule.warmup >= end and schedule.warmup:
-        problems.append(f"schedule.warmup={schedule.warmup} leaves no update before the end of the schedule at {end}.")
+        problems.append(
+            f"schedule.warmup={schedule.warmup} leaves no update before the end of the schedule at {end}: "
+            f"type schedule.warmup={end - 1}{' or less' if end > 1 else ''}."
+        )
     if schedule.name == "exponential" and schedule.end == 0:
         problems.append(f"schedule.end={schedule.end} is invalid with schedule=exponential: must be above 0.")
     return problems

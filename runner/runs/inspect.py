@@ -88,16 +88,27 @@ def read_run(path: Path) -> RunInfo:
 def differing_settings(runs: Sequence[RunInfo]) -> list[str]:
     """Return the names of the settings that differ between `runs`, in the schema's order.
 
-    Runs whose config cannot be read are left out; a setting that an older run did not store has its default.
+    Runs whose config cannot be read are left out; a setting that an older run did not store has its default. Values of
+    objective.direction that mean the same do not differ: earlier versions stored minimize where null is stored now.
     """
     readable = [run.settings for run in runs if run.settings]
     defaults = serialize.default_settings()
     names = []
     for name in dict.fromkeys([*defaults, *(name for settings in readable for name in settings)]):
-        values = [settings.get(name, defaults.get(name)) for settings in readable]
+        values: list[Any] = [settings.get(name, defaults.get(name)) for settings in readable]
+        if name == "objective.direction":
+            values = [higher_is_better(settings) for settings in readable]
         if name not in schema.provenance_settings() and any(value != values[0] for value in values[1:]):
             names.append(name)
     return names
+
+
+def higher_is_better(settings: Mapping[str, Any]) -> bool:
+    """Return whether a higher value of the objective in the settings (by dotted name) is better."""
+    direction = settings.get("objective.direction")
+    if direction is None:
+        return settings.get("objective.metric") in schema.HIGHER_IS_BETTER
+    return bool(direction == "maximize")
 
 
 def objective_value(rows: Sequence[Mapping[str, Any]], best_loss: float | None, metric: str) -> float | None:

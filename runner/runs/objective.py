@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.config.schema import HIGHER_IS_BETTER
-from runner.runs.inspect import RunInfo, objective_value
+from runner.runs.inspect import RunInfo, higher_is_better, objective_value
 
 VALID_LOSS = "valid_loss"
 
@@ -23,10 +22,8 @@ class Objective:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Objective:
         """Return the objective in the settings (by dotted name) of a run."""
-        metric, direction = settings.get("objective.metric"), settings.get("objective.direction")
-        if not isinstance(metric, str):
-            return cls()
-        return cls(metric, metric in HIGHER_IS_BETTER if direction is None else direction == "maximize")
+        metric = settings.get("objective.metric")
+        return cls(metric, higher_is_better(settings)) if isinstance(metric, str) else cls()
 
     def value(self, run: RunInfo) -> float | None:
         """Return the value of a run: its best validation loss, or its last test loss or score; None if it diverged."""

@@ -6,6 +6,7 @@ Lines, one JSON object each. The first of every record says how many lines it ha
     {"job": 0, "id": …, "folder": …, "overrides": […], "choices": {…}, "config": {…}}
     {"job": 1, "id": …, "folder": …, "overrides": […], "choices": {…}, "like": 0, "changes": {"lora.rank": 8}}
     {"set": {"checkpoint.keep_last": 1}}    settings that apply to all jobs above
+    {"set": {"checkpoint.keep_last": 5}, "job": 1}    settings that were changed for this job alone
 
 A job of schema 1, of an earlier version, has overrides alone; a second line of its number adds its config.
 """
@@ -62,6 +63,9 @@ class SweepJob:
     """Group to choice, as composed; Hydra's own groups excluded."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings that were changed for all jobs after this one was recorded; `config` has them."""
+    own_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that were changed for this job alone, after `changes` of the same name; `config` does not have them, so
+    that jobs which are derived from it do not inherit them."""
 
     @property
     def id(self) -> str:
@@ -70,11 +74,17 @@ class SweepJob:
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def with_changes(self, changes: Mapping[str, Any]) -> SweepJob:
-        """Return the job with these settings changed, by dotted name."""
+        """Return the job with these settings changed, by dotted name, as all jobs of the sweep have them now."""
         if self.config is None:
             return self
         config = serialize.change_dict(self.config, changes)
-        return replace(self, config=config, changes={**self.changes, **changes})
+        own = {name: value for name, value in self.own_changes.items() if name not in changes}
+        return replace(self, config=config, changes={**self.changes, **changes}, own_changes=own)
+
+    @property
+    def later_changes(self) -> dict[str, Any]:
+        """The settings that a run of the job has to have, whatever it has stored: dotted name to value."""
+        return {**self.changes, **self.own_changes}
 
 
 @dataclass
@@ -104,6 +114,7 @@ class SweepManifest:
         launcher: Mapping[str, Any] | None = None,
         jobs: Iterable[SweepJob] = (),
         changes: Mapping[str, Any] | None = None,
+        own_changes: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         """Append what changed, and return once it is on the disk.
 
@@ -112,6 +123,7 @@ class SweepManifest:
             launcher: its launcher.
             jobs: new jobs, numbered from the end, and jobs of an earlier version whose config is known now.
             changes: settings, by dotted name, that apply to all jobs recorded so far; written before `jobs`.
+            own_changes: job number to settings that apply to this job alone.
         """
         lines: list[dict[str, Any]] = [{"set": dict(changes)}] if changes else []
         arguments = self.arguments if arguments is None else list(arguments)
@@ -120,6 +132,7 @@ class SweepManifest:
         for job in jobs:
             configs[job.number : job.number + 1] = [job.config]
             lines.append(_job_line(job, configs))
+        lines += [{"set": dict(own), "job": number} for number, own in (own_changes or {}).items()]
         if not lines and (arguments, launcher) == (self.arguments, self.launcher):
             return
         head = {"schema": SCHEMA, "lines": len(lines) + 1, "arguments": arguments, "launcher": launcher}
@@ -204,7 +217,13 @@ def _apply(manifest: SweepManifest, line: dict[str, Any]) -> None:
         manifest.launcher = _launcher(line.get("launcher", {}))
     elif "set" in line:
         changes = _settings(line["set"])
-        manifest.jobs = [job.with_changes(changes) for job in manifest.jobs]
+        if "job" in line:
+            if not is_count(number := line["job"]) or number >= len(manifest.jobs):
+                raise ValueError(f"job {number} is not recorded")
+            job = manifest.jobs[number]
+            manifest.jobs[number] = replace(job, own_changes={**job.own_changes, **changes})
+        else:
+            manifest.jobs = [job.with_changes(changes) for job in manifest.jobs]
     else:
         job = _job(manifest, line)
         if job.number == len(manifest.jobs):

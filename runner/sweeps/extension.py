@@ -15,7 +15,6 @@ from hydra.core.override_parser.types import Override
 
 from runner.common.errors import ConfigError
 from runner.config import resume_policy, serialize
-from runner.config.resume_policy import is_free_on_resume
 from runner.config.schema import GROUPS
 from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
@@ -63,11 +62,11 @@ def _spans_grid(override: Override, manifest: SweepManifest, composer: JobCompos
     if key in GROUPS:
         return True  # a dict of a section's settings
     typed = {o for job in manifest.jobs for o in job.overrides if grid.override_key(o) == key}
-    return len(typed) > 1 or not is_free_on_resume(key)
+    return len(typed) > 1 or not resume_policy.is_free_on_resume(key)
 
 
 def _changes(manifest: SweepManifest, free: Sequence[Override], planner: JobPlanner) -> dict[str, Any]:
-    """Return the values of free settings that differ from those that the jobs have, as they are stored."""
+    """Return the values of free settings that differ from those of a job, as they are stored."""
     for override in free:
         if override.key_or_group.startswith("vars."):
             raise ConfigError(
@@ -84,7 +83,14 @@ def _changes(manifest: SweepManifest, free: Sequence[Override], planner: JobPlan
     assert first.config is not None
     changed = serialize.flatten_stored(planner.changed_config(first, [o.input_line or "" for o in free]))
     before = serialize.flatten_stored(first.config)
-    changes = {name: value for name, value in changed.items() if before.get(name) != value}
+    keys = [override.key_or_group for override in free]
+    values = [{**serialize.flatten_stored(job.config or {}), **job.own_changes} for job in manifest.jobs]
+    changes = {
+        name: value
+        for name, value in changed.items()
+        if (before.get(name) != value or resume_policy.is_set_by(name, keys))
+        and any(name not in settings or settings[name] != value for settings in values)
+    }
     for job in manifest.jobs:
         _require_allowed(manifest, job, changes)
     return changes

@@ -60,8 +60,9 @@ def train_job(
 ) -> float | None:
     """Run `job` in `folder` and return its objective.
 
-    A folder with a config.yaml resumes from its newest checkpoint, with its stored config and what was changed for all
-    jobs since. Any other is claimed, and gets the files of `record`, Hydra's record of a start: path to text.
+    A folder with a config.yaml resumes from its newest checkpoint, with its stored config and what was changed since,
+    for all jobs or for this one. Any other is claimed, and gets the files of `record`, Hydra's record of a start: path
+    to text.
 
     Raises:
         RunnerError: the job failed or diverged; its status says why.
@@ -74,10 +75,10 @@ def train_job(
 
     source = ResumeSource(run=folder) if has_begun(folder) else None
     if source is not None:
-        stored = serialize.change_dict(stored_settings(Invocation(resume=folder), source), job.changes)
+        stored = serialize.change_dict(stored_settings(Invocation(resume=folder), source), job.later_changes)
     else:
         assert job.config is not None
-        stored = dict(job.config)
+        stored = serialize.change_dict(job.config, job.own_changes)
     composed = composed_from(stored)
     composed.model.trust_remote_code = invocation.settings.get(guard.TRUST) == "true"
     config = resolve_to_start(composed, invocation.stop_at, needs_adapter=source is None)

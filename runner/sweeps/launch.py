@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app import guard
 from runner.app.compose import HydraSession, set_hydra
-from runner.app.run import numbered
-from runner.common.errors import ConfigError, DirectoryInUse
+from runner.app.run import claim_first_free
+from runner.common.errors import ConfigError
 from runner.config import validation
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_text, unquote
@@ -109,7 +109,7 @@ def _claimed(path: Path, is_named: bool, resumes: bool) -> Iterator[Path]:
     if resumes:
         directory.lock()
     else:
-        directory = _claim(path, is_named)
+        directory = claim_first_free(path, is_named, _claim)
     try:
         yield directory.path
     finally:
@@ -121,25 +121,20 @@ def _claimed(path: Path, is_named: bool, resumes: bool) -> Iterator[Path]:
         directory.unlock()
 
 
-def _claim(path: Path, is_named: bool) -> RunDirectory:
-    for candidate in numbered(path):
-        directory = RunDirectory(candidate)
+def _claim(path: Path) -> RunDirectory:
+    directory = RunDirectory(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _require_unused(path)  # before the lock, which is a file in it
+        directory.lock()
         try:
-            candidate.mkdir(parents=True, exist_ok=True)
-            _require_unused(candidate)  # before the lock, which is a file in it
-            directory.lock()
-            try:
-                _require_unused(candidate)
-            except ConfigError:
-                directory.unlock()
-                raise
-            return directory
-        except (ConfigError, DirectoryInUse):
-            if is_named or not candidate.is_dir():
-                raise
-        except OSError as error:
-            raise ConfigError(f"{candidate} cannot be created: {error.strerror}.") from None
-    raise AssertionError("numbered() is endless")
+            _require_unused(path)
+        except ConfigError:
+            directory.unlock()
+            raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be created: {error.strerror}.") from None
+    return directory
 
 
 def _require_unused(path: Path) -> None:

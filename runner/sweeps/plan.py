@@ -40,7 +40,7 @@ class PlannedJob:
 def remaining_jobs(manifest: SweepManifest) -> list[PlannedJob]:
     """Return all jobs that are not done, in the order of their numbers.
 
-    A finished job is run again where settings were changed for all jobs since, as `resume=` does with a single run.
+    A finished job is run again where settings were changed since, as `resume=` does with a single run.
     """
     remaining = []
     for job in manifest.jobs:
@@ -64,7 +64,7 @@ def job_labels(jobs: Sequence[SweepJob]) -> list[str]:
 
 def _is_done(directory: RunDirectory, job: SweepJob) -> bool:
     state = directory.read_status()["state"]
-    if state != "finished" or not job.changes:
+    if state != "finished" or not job.later_changes:
         return state in ("finished", _DIVERGED)
     stored = serialize.flatten_stored(directory.read_config())
-    return all(stored.get(name) == value for name, value in job.changes.items())
+    return all(stored.get(name) == value for name, value in job.later_changes.items())

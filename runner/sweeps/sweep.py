@@ -10,12 +10,14 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from runner.common.errors import ConfigError, RunnerError
-from runner.common.text import relative_path
+from runner.common.text import first_line, relative_path
 from runner.config.invocation import Invocation
 from runner.reports.screen import Screen
 from runner.reports.sweep_results import SweepResults, print_sweep_results, read_sweep_results, write_sweep_results
@@ -56,7 +58,7 @@ def run_sweep(
     composer = JobComposer(context.config_loader, composed)
     parser = OverridesParser.create(config_loader=context.config_loader)
     if manifest.jobs:
-        _record_configs(manifest, composer, composed, invocation)
+        _complete_earlier_version(manifest, parser, composer, composed, invocation)
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
         added = extend(manifest, parser.parse_overrides(list(invocation.sweep_overrides)), composer, planner)
         recorded = [a for a in manifest.arguments if a.startswith("-") or not a.startswith("hydra")]
@@ -142,12 +144,17 @@ def _param_text(value: Any) -> str:
     return str(value)
 
 
-def _record_configs(
-    manifest: SweepManifest, composer: JobComposer, composed: DictConfig, invocation: Invocation
+def _complete_earlier_version(
+    manifest: SweepManifest,
+    parser: OverridesParser,
+    composer: JobComposer,
+    composed: DictConfig,
+    invocation: Invocation,
 ) -> None:
-    """Record the configs of the jobs of an earlier version, which recorded overrides alone.
+    """Record the configs of the jobs of an earlier version, which recorded overrides alone, and jobs that it missed.
 
-    That of a job that has begun is in its folder; the others are composed from today's files.
+    The config of a job that has begun is in its folder; the others are composed from today's files. An earlier version
+    that was killed while it wrote its manifest left out the last jobs: they follow from the recorded arguments.
     """
     if all(job.config is not None for job in manifest.jobs):
         return
@@ -165,6 +172,20 @@ def _record_configs(
             "begun are composed from the present files"
         )
     manifest.record(jobs=completed)
+    arguments = [a for a in manifest.arguments if not a.startswith(("-", "hydra", "+hydra", "repeat="))]
+    try:
+        recorded = [frozenset(job.overrides) for job in manifest.jobs]
+        missed = [o for o in expand(arguments, None, parser, composer) if not any(job >= {*o} for job in recorded)]
+        jobs = JobPlanner(composer, manifest, composed, invocation.stop_at).plan(missed)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(
+            "whether the earlier version was killed before it had recorded all jobs is not known, since its arguments "
+            f"cannot be composed any more ({first_line(str(error))}): add what is missing with resume=SWEEP key=values"
+        )
+        return
+    if jobs:
+        print(f"the earlier version was killed before it had recorded all jobs: {len(jobs)} more are planned")
+        manifest.record(jobs=jobs)
 
 
 def _refuse_links(folder: Path, jobs: Sequence[PlannedJob]) -> None:

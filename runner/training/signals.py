@@ -22,7 +22,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        """The first stop signal received."""
+        """The first stop signal received, or SIGTERM where `request_stop` asked for a stop."""
+        self._received = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -38,12 +39,27 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def request(self, number: signal.Signals) -> None:
+        """Ask for a stop as the first signal does; unlike a signal it never counts as the second one."""
+        if self.signal is None:
+            self.signal = number
+
     def check(self) -> None:
         """Raise StopRequested if a stop signal was received."""
         if self.signal is not None:
             raise StopRequested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self._received:
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
+        self._received = True
+        self.request(signal.Signals(number))
+
+
+def request_stop() -> None:
+    """Ask this process to stop, from any thread, as a first SIGTERM does; a stop in progress is not cut short by it."""
+    stops = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(stops, StopSignals):
+        stops.request(signal.SIGTERM)
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -182,6 +182,16 @@ def test_differing_settings_are_those_that_differ_without_provenance() -> None:
     ]  # 0.0 where not stored
 
 
+def test_values_of_the_objective_that_mean_the_same_do_not_differ() -> None:
+    def differing(*pairs: tuple[str, str | None]) -> list[str]:
+        names = ("objective.metric", "objective.direction")
+        return differing_settings([_info(dict(zip(names, pair, strict=True))) for pair in pairs])
+
+    assert differing(("valid_loss", "minimize"), ("valid_loss", None)) == []  # the default, then and now
+    assert differing(("score", None), ("score", "maximize")) == []
+    assert differing(("score", None), ("score", "minimize")) == ["objective.direction"]
+
+
 def test_settings_that_change_the_result_come_first() -> None:
     names = ["model.path", "train.report_every", "checkpoint.every", "lora.rank", "train.iters", "seed"]
     assert settings_text.by_importance(names) == [

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 from runner.data.source import find_dataset
+from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import read_manifest
 
 SMALL = ("model=tiny", "data=tiny", "train.iters=6", "train.eval_every=3", "checkpoint.every=2", "train.report_every=1")
@@ -123,6 +126,31 @@ def test_jobs_save_and_end_with_the_process_launcher_that_was_killed(cli, assert
     assert_equal_runs(cli.folder / "alone", cli.folder / "s/1")
 
 
+def test_a_worker_that_is_stopping_on_a_signal_saves_though_its_parent_ends(inline):
+    inline("-m", *SMALL, "train.iters=100000", "seed=1", "train.stop_at=1", "hydra.sweep.dir=s")
+    command = [sys.executable, "-m", "runner.sweeps.launchers.worker"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OPENBLAS_NUM_THREADS": "1"}
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+    assert worker.stdin is not None and worker.stdout is not None
+    sweep = inline.folder / "s"
+    for request in (
+        {"sweep": str(sweep), "stop_at": None, "settings": {}},
+        {"job": 0, "label": "", "log": str(inline.folder / "log"), "record": {}},
+    ):
+        print(json.dumps(request), file=worker.stdin, flush=True)
+    status = sweep / "0/status.json"
+    deadline = time.monotonic() + 60
+    while json.loads(status.read_text())["step"] < 10:
+        assert time.monotonic() < deadline and worker.poll() is None
+        time.sleep(0.01)
+    worker.send_signal(signal.SIGINT)
+    worker.stdin.close()
+    assert json.loads(worker.stdout.readline())["code"] == 130
+    assert worker.wait(timeout=60) == 0
+    found = json.loads(status.read_text())
+    assert found["state"] == "stopped" and found["last_checkpoint"] == found["step"]
+
+
 def test_a_worker_that_is_killed_fails_its_own_job_only(cli):
     arguments = (*SMALL, "train.iters=300", "seed=1,2,3", "hydra/launcher=process", "hydra.launcher.jobs=1")
     process = cli.start("-m", *arguments, "hydra.sweep.dir=s")
@@ -163,6 +191,53 @@ def test_a_free_setting_typed_on_resume_applies_to_all_jobs(cli):
     assert "2 jobs, 2 done" in cli("resume=s")
     cli("resume=s", "seed=3")  # later jobs have it from the start
     assert job_settings(cli.folder / "s", "checkpoint.keep_last", "train.iters", "seed")[2] == (1, 8, 3)
+
+
+def test_what_was_changed_for_one_job_stays_until_it_is_changed_for_all_jobs_again(inline):
+    inline("-m", *SMALL, "seed=1,2", "train.stop_at=2", "hydra.sweep.dir=s")
+    inline("resume=s", "checkpoint.keep_last=1", "train.stop_at=4")
+    inline("resume=s/1", "checkpoint.keep_last=5", "train.stop_at=5")
+    assert "2 to resume" in inline("resume=s")
+    assert job_settings(inline.folder / "s", "checkpoint.keep_last") == [(1,), (5,)]
+    assert "2 jobs, 2 done" in inline("resume=s")
+    inline("resume=s", "seed=3")  # a new job does not inherit it
+    assert job_settings(inline.folder / "s", "checkpoint.keep_last") == [(1,), (5,), (1,)]
+    shutil.rmtree(inline.folder / "s/1")
+    inline("resume=s")
+    assert job_settings(inline.folder / "s", "checkpoint.keep_last") == [(1,), (5,), (1,)]
+    out = inline("resume=s", "checkpoint.keep_last=1")
+    assert "changed for all jobs: checkpoint.keep_last=1" in out and "1 to resume, 2 done" in out
+    assert job_settings(inline.folder / "s", "checkpoint.keep_last") == [(1,), (1,), (1,)]
+
+
+def test_what_the_run_of_one_job_refuses_is_not_recorded_and_nothing_is_while_the_sweep_runs(inline):
+    inline("-m", *SMALL, "seed=1,2", "hydra.sweep.dir=s")
+    before = (inline.folder / "s/sweep.jsonl").read_bytes()
+    for typed in ("seed=3", "train.iters=4"):
+        inline("resume=s/1", "checkpoint.keep_last=5", typed, expect=2)
+    directory = RunDirectory(inline.folder / "s")
+    directory.lock()
+    assert "one of its jobs can be changed after that" in inline("resume=s/1", "checkpoint.keep_last=5", expect=3)
+    inline("resume=s/1")
+    directory.unlock()
+    assert (inline.folder / "s/sweep.jsonl").read_bytes() == before
+
+
+def test_a_recipe_named_on_resume_comes_from_the_config_folder_of_the_sweep(inline):
+    folder = inline.folder / "mine/experiment"
+    folder.mkdir(parents=True)
+    for name, rank in (("a", 2), ("b", 3)):
+        (folder / f"{name}.yaml").write_text(f"# @package _global_\nlora: {{rank: {rank}}}\n")
+    inline("--config-dir", "mine", "-m", *SMALL, "experiment=a", "seed=1,2", "hydra.sweep.dir=s")
+    sweep = inline.folder / "s"
+    inline.folder = inline.folder / "elsewhere"
+    inline.folder.mkdir()
+    assert "4 jobs, 2 to start, 2 done" in inline(f"resume={sweep}", "experiment=b")
+    assert job_settings(sweep, "lora.rank") == [(2,), (2,), (3,), (3,)]
+    shutil.rmtree(folder.parent)
+    assert "4 jobs, 4 done" in inline(f"resume={sweep}")
+    out = inline(f"resume={sweep}", "experiment=c", expect=2)
+    assert "experiment=c is not a choice" in out and f"{folder.parent}, does not exist any more" in out
 
 
 def test_what_cannot_be_added_is_refused_and_not_recorded(cli):

@@ -199,6 +199,35 @@ def test_a_sweep_started_by_an_earlier_version_resumes(cli):
     assert "1 to start, 2 done" in cli("resume=s", "lora.rank=3,4,5")
 
 
+def test_jobs_that_an_earlier_version_was_killed_before_recording_are_planned_from_its_arguments(inline):
+    inline("-m", *SMALL, "lora.rank=3,4", "seed=1,2", "train.stop_at=2", "hydra.sweep.dir=s")
+    manifest = inline.folder / "s/sweep.jsonl"
+    head, *jobs = map(json.loads, manifest.read_text().splitlines())
+    old = {"schema": 1, "words": head["arguments"]}
+    lines = [old, *({key: job[key] for key in ("job", "id", "overrides")} for job in jobs[:2])]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"job": 2, "id"')
+    for number in (1, 2, 3):
+        shutil.rmtree(inline.folder / f"s/{number}")
+    out = inline("resume=s")
+    assert "before it had recorded all jobs: 2 more are planned" in out and "3 to start, 1 to resume" in out
+    rows = inline.results(inline.folder / "s")
+    pairs = [(rows[number]["lora.rank"], rows[number]["seed"]) for number in range(4)]
+    assert pairs == [("3", "1"), ("3", "2"), ("4", "1"), ("4", "2")]
+    assert "4 jobs, 4 done" in inline("resume=s")
+
+
+def test_repeat_of_a_sweep_means_its_best_job(inline):
+    arguments = ("schedule=cosine", "schedule.warmup=3", "optimizer.learning_rate=1e-5,1e-2")
+    inline("-m", *SMALL, *arguments, "hydra.sweep.dir=s")
+    best = next(iter(inline.results(inline.folder / "s")))
+    inline("repeat=s", "train.iters=4", "hydra.run.dir=again")
+    stored = [yaml.safe_load((inline.folder / f"{run}/config.yaml").read_text()) for run in (f"s/{best}", "again")]
+    rates = [config["optimizer"]["learning_rate"] for config in stored]
+    assert rates[0] == rates[1] == 1e-2 and stored[1]["train"]["iters"] == 4
+    out = inline("repeat=s", "train.iters=2", expect=2)
+    assert "schedule.warmup=3 leaves no update" in out and "type schedule.warmup=1 or less" in out
+
+
 def test_resume_of_a_sweep_excludes_repeat(cli):
     cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=1", "hydra.sweep.dir=s")
     assert "leave out repeat=" in cli("resume=s", "repeat=s/0", expect=2)

@@ -180,8 +180,8 @@ class ProcessLaunch:
             start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on once
         )
         worker = Worker(process)
-        trusted = self._invocation.settings.get(guard.TRUST) == "true"
-        worker.send({"sweep": str(self._sweep), "stop_at": self._invocation.stop_at, "trusted": trusted})
+        typed = {name: value for name, value in self._invocation.settings.items() if name == guard.TRUST}
+        worker.send({"sweep": str(self._sweep), "stop_at": self._invocation.stop_at, "settings": typed})
         self._workers[worker.replies.fileno()] = worker
         self._selector.register(worker.replies, selectors.EVENT_READ)
         return worker

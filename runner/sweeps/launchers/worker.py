@@ -1,6 +1,6 @@
 """A worker process of hydra/launcher=process: it imports MLX once and trains one job after the other.
 
-Requests come as JSON lines on standard input: first {"sweep": …, "stop_at": …, "trusted": …}, then for each job
+Requests come as JSON lines on standard input: first {"sweep": …, "stop_at": …, "settings": …}, then for each job
 {"job": N, "label": …, "log": PATH, "record": …}. The reply to each is a line on standard output: {"job": N, "code":
 exit code}, with its "value" (the objective) or its "error".
 Where standard input ends, its parent has ended: the job in progress saves and stops.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import sys
 import threading
 import traceback
@@ -22,11 +21,11 @@ from typing import IO, TYPE_CHECKING, Any
 from runner.common.errors import EXIT_DONE, RunnerError
 from runner.config.invocation import Invocation
 from runner.runs.sweep_manifest import SweepJob, read_manifest
+from runner.training.signals import request_stop
 
 if TYPE_CHECKING:
     from runner.training.component_loader import ComponentLoader
 
-_TRUST = "model.trust_remote_code"
 _FAILED = 1
 
 
@@ -37,7 +36,7 @@ def main() -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
     start = json.loads(requests.readline())
-    invocation = Invocation(stop_at=start["stop_at"], settings={_TRUST: "true"} if start["trusted"] else {})
+    invocation = Invocation(stop_at=start["stop_at"], settings=start["settings"])
     sweep = Path(start["sweep"])
     from runner.backends import blas
 
@@ -62,7 +61,7 @@ def _read(requests: IO[str], pending: queue.Queue[dict[str, Any] | None]) -> Non
     for line in requests:
         pending.put(json.loads(line))
     if pending.unfinished_tasks:  # the parent closes the pipe of an idle worker only, so it has ended
-        os.kill(os.getpid(), signal.SIGTERM)
+        request_stop()
     pending.put(None)
 
 

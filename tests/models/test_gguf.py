@@ -192,7 +192,7 @@ def test_unsupported_settings_are_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "tensor", "reason"),
     [
-        ("blk.1.attn_k.weight", ("Q4_K", (32, 64), bytes(9999)), "'blk.1.attn_k.weight' is of ggml type Q4_K"),
+        ("blk.1.attn_k.weight", ("IQ2_XXS", (32, 64), bytes(9999)), "'blk.1.attn_k.weight' is of ggml type IQ2_XXS"),
         ("blk.1.attn_k.weight", None, "'blk.1.attn_k.weight' is missing"),
         ("blk.1.attn_k.weight", ("F32", (64, 64), bytes(4 * 64 * 64)), r"shape \(64, 64\), not \(32, 64\)"),
         ("blk.0.ffn_gate_inp.weight", ("F32", (64,), bytes(256)), "'blk.0.ffn_gate_inp.weight' is not part of"),

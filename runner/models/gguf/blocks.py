@@ -1,55 +1,61 @@
-"""Decode GGUF tensors: plain ones to numpy arrays, block-quantized ones to MLX's quantization layout.
+"""Decode GGUF tensors: to numpy arrays, or to MLX's quantization layout where that holds the same values.
 
-Block layouts, after ggml's public description. A block holds 32 values of one row:
+Three block types become MLX's affine quantization, which stores `value = scale * code + bias` with unsigned codes in
+groups of 32, packed little endian. A block of them holds 32 values of one row, after ggml's public description:
 
     Q4_0  scale f16, 16 bytes of 4-bit codes                value = scale * (code - 8)
     Q4_1  scale f16, minimum f16, 16 bytes of 4-bit codes   value = scale * code + minimum
     Q8_0  scale f16, 32 signed bytes                        value = scale * code
 
-where byte i of the 4-bit codes holds value i in its lower half and value i + 16 in its upper half. MLX's affine
-quantization stores `value = scale * code + bias` with unsigned codes in groups of 32, packed little endian. The same
-values fit both layouts, so nothing is rounded.
+where byte i of the 4-bit codes holds value i in its lower half and value i + 16 in its upper half. Nothing is rounded.
+All other block types are expanded by `block_decoders`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from runner.common.errors import ModelError
+from runner.models.gguf.block_decoders import dequantize_blocks
 from runner.models.gguf.header import BLOCK_SIZES, TensorInfo
 
 GROUP_SIZE = 32
+AFFINE_TYPES = ("Q4_0", "Q4_1", "Q8_0")
+"""The block types that are kept quantized on request."""
+_CHUNK_VALUES = 1 << 22
+"""How many values are expanded at once: temporary arrays take some 20 bytes a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """A matrix (rows, columns) in affine quantization with groups of 32 columns."""
+    """A matrix (rows, columns), or several (experts, rows, columns), in affine quantization with groups of 32."""
 
     codes: np.ndarray
-    """uint8 (rows, columns): one code per byte."""
+    """uint8 (..., rows, columns): one code per byte."""
     scales: np.ndarray
-    """float32 (rows, columns / 32)."""
+    """float32 (..., rows, columns / 32)."""
     biases: np.ndarray
-    """float32 (rows, columns / 32)."""
+    """float32 (..., rows, columns / 32)."""
     bits: int
 
     def pack(self) -> np.ndarray:
-        """Return the codes as MLX's `weight`: uint32 (rows, columns * bits / 32)."""
+        """Return the codes as MLX's `weight`: uint32 (..., rows, columns * bits / 32)."""
         codes = self.codes
         if self.bits == 4:
-            codes = codes[:, 0::2] | codes[:, 1::2] << 4
+            codes = codes[..., 0::2] | codes[..., 1::2] << 4
         return np.ascontiguousarray(codes).view("<u4")
 
     def dequantize(self) -> np.ndarray:
-        """Return the values: float32 (rows, columns)."""
-        rows, columns = self.codes.shape
-        values = self.codes.reshape(rows, -1, GROUP_SIZE).astype(np.float32)
+        """Return the values: float32 (..., rows, columns)."""
+        values = self.codes.reshape(*self.scales.shape, GROUP_SIZE).astype(np.float32)
         values *= self.scales[..., None]
         values += self.biases[..., None]
-        return values.reshape(rows, columns)
+        return values.reshape(self.codes.shape)
 
     def __getitem__(self, rows: np.ndarray) -> QuantizedMatrix:
         """Return the matrix of the given rows, like an array's."""
@@ -65,26 +71,51 @@ def read_tensor(path: Path, info: TensorInfo) -> np.ndarray | QuantizedMatrix:
     """
     with path.open("rb") as file:
         file.seek(info.start)
-        raw = np.fromfile(file, dtype=np.uint8, count=info.nbytes)
-    if raw.size != info.nbytes:
+        if info.type_name in ("F32", "F16", "BF16"):
+            raw = _read_bytes(file, info.nbytes, path, info)
+            return _require_finite(_decode_plain(raw, info.type_name).reshape(info.shape), path, info)
+        if len(info.shape) not in (2, 3):
+            raise ModelError(
+                f"{path}: tensor {info.name!r} is {info.type_name} but not a matrix: its shape is {info.shape}."
+            )
+        if info.type_name in AFFINE_TYPES:
+            return _decode_affine(_read_bytes(file, info.nbytes, path, info), path, info)
+        return _expand(file, path, info)
+
+
+def _read_bytes(file: BinaryIO, count: int, path: Path, info: TensorInfo) -> np.ndarray:
+    raw = np.fromfile(file, dtype=np.uint8, count=count)
+    if raw.size != count:
         raise ModelError(f"{path}: tensor {info.name!r} is truncated; download the file again.")
-    if info.type_name in ("F32", "F16", "BF16"):
-        return _require_finite(_decode_plain(raw, info.type_name).reshape(info.shape), path, info)
-    if len(info.shape) != 2:
-        raise ModelError(
-            f"{path}: tensor {info.name!r} is {info.type_name} but not a matrix: its shape is {info.shape}."
-        )
-    rows, columns = info.shape
+    return raw
+
+
+def _expand(file: BinaryIO, path: Path, info: TensorInfo) -> np.ndarray:
+    """Return the values of a block-quantized tensor, expanded in pieces so that only the result is large."""
+    block_values, block_bytes = BLOCK_SIZES[info.type_name]
+    values = np.empty((math.prod(info.shape) // block_values, block_values), dtype=np.float32)
+    step = _CHUNK_VALUES // block_values
+    for start in range(0, len(values), step):
+        piece = values[start : start + step]
+        blocks = _read_bytes(file, len(piece) * block_bytes, path, info).reshape(-1, block_bytes)
+        with np.errstate(all="ignore"):  # a damaged scale of NaN or Inf is refused below
+            piece[:] = dequantize_blocks(info.type_name, blocks)
+        _require_finite(piece, path, info)
+    return values.reshape(info.shape)
+
+
+def _decode_affine(raw: np.ndarray, path: Path, info: TensorInfo) -> QuantizedMatrix:
+    *rows, columns = info.shape
     _, block_bytes = BLOCK_SIZES[info.type_name]
-    blocks = raw.reshape(rows, columns // GROUP_SIZE, block_bytes)
+    blocks = raw.reshape(*rows, columns // GROUP_SIZE, block_bytes)
     scales = _require_finite(_float16_at(blocks, 0), path, info)
     if info.type_name == "Q8_0":
         codes = blocks[..., 2:] ^ 0x80  # signed to unsigned: adds 128
-        return QuantizedMatrix(codes.reshape(rows, columns), scales, scales * -128, 8)
+        return QuantizedMatrix(codes.reshape(info.shape), scales, scales * -128, 8)
     biases = scales * -8 if info.type_name == "Q4_0" else _require_finite(_float16_at(blocks, 2), path, info)
     packed = blocks[..., -16:]
     codes = np.concatenate([packed & 0x0F, packed >> 4], axis=-1)
-    return QuantizedMatrix(codes.reshape(rows, columns), scales, biases, 4)
+    return QuantizedMatrix(codes.reshape(info.shape), scales, biases, 4)
 
 
 def _decode_plain(raw: np.ndarray, type_name: str) -> np.ndarray:
@@ -94,7 +125,7 @@ def _decode_plain(raw: np.ndarray, type_name: str) -> np.ndarray:
 
 
 def _float16_at(blocks: np.ndarray, offset: int) -> np.ndarray:
-    """Return the float16 at byte `offset` of each block as float32 (rows, blocks)."""
+    """Return the float16 at byte `offset` of each block as float32 (..., rows, blocks)."""
     return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(np.float32)
 
 

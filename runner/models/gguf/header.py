@@ -36,7 +36,11 @@ _SCALAR_FORMATS = {
 }  # fmt: skip
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
-BLOCK_SIZES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
+BLOCK_SIZES = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+}  # fmt: skip
 """The supported ggml types: name to (values per block, bytes per block)."""
 
 _TYPE_NAMES = {
@@ -213,7 +217,8 @@ class _HeaderReader:
         if type_name not in BLOCK_SIZES:
             raise ModelError(
                 f"{self.path}: tensor {name[:80]!r} is of ggml type {type_name}, which is not supported"
-                f" (supported: {', '.join(BLOCK_SIZES)}). Use a file of one of these, such as Q8_0 or Q4_0."
+                f" (supported: {', '.join(BLOCK_SIZES)}). Use a file of one of these, such as Q4_K_M or Q8_0, or the"
+                " safetensors of the same model."
             )
         block_values, block_bytes = BLOCK_SIZES[type_name]
         if not all(shape) or shape[-1] % block_values:

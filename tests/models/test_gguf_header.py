@@ -64,7 +64,10 @@ HOSTILE = {
     "dimension 0": (start(1, 0) + tensor(shape=(0,)) + bytes(64), "invalid shape"),
     "overflowing shape": (start(1, 0) + tensor(shape=(1 << 32, 1 << 32)) + bytes(64), "past the end"),
     "uneven blocks": (start(1, 0) + tensor(shape=(33,), kind=8) + bytes(128), "invalid shape"),
-    "IQ2_XXS": (start(1, 0) + tensor(shape=(256,), kind=16), "'t' is of ggml type IQ2_XXS.*supported: F32.*safetensors"),
+    "IQ2_XXS": (
+        start(1, 0) + tensor(shape=(256,), kind=16),
+        "'t' is of ggml type IQ2_XXS.*supported: F32.*safetensors",
+    ),
     "uneven K-quant": (start(1, 0) + tensor(shape=(288, 2), kind=12) + bytes(9999), "Q4_K has the invalid shape"),
     "K-quant cut short": (start(1, 0) + tensor(shape=(256, 2), kind=14) + bytes(32 + 2 * 210 - 1), "past the end"),
     "unknown tensor type": (start(1, 0) + tensor(kind=4711), "ggml type number 4711"),

@@ -66,6 +66,31 @@ class KeysConfig:
     """Field of the completion."""
     messages: str = setting("messages")
     """Field of the conversation."""
+    # Free like everything that only decides the tokens: a resume compares the fingerprints of the rows.
+    conversations: str = setting("conversations", on_resume=FREE)
+    """Field of the conversation of a ShareGPT row."""
+    instruction: str = setting("instruction", on_resume=FREE)
+    """Field of the instruction of an Alpaca row."""
+    input: str = setting("input", on_resume=FREE)
+    """Field of the input of an Alpaca row; a row need not have it."""
+    output: str = setting("output", on_resume=FREE)
+    """Field of the answer of an Alpaca row."""
+    chosen: str = setting("chosen", on_resume=FREE)
+    """Field of the better answer of a preference row, on which it is trained."""
+    rejected: str = setting("rejected", on_resume=FREE)
+    """Field of the worse answer of a preference row, which is not used."""
+
+
+@dataclass(kw_only=True)
+class SplitsConfig:
+    """Names of the splits at the source, where they are not train, valid (validation, val, dev, eval) and test."""
+
+    train: str | None = setting(None, on_resume=FREE)
+    """Split to train on; at the hub also a slice, such as train[:90%]."""
+    valid: str | None = setting(None, on_resume=FREE)
+    """Split to evaluate on; at the hub also a slice, such as train[90%:]."""
+    test: str | None = setting(None, on_resume=FREE)
+    """Split to test on."""
 
 
 @dataclass(kw_only=True)
@@ -74,12 +99,25 @@ class DataConfig:
 
     # Free, so that data may move: a resume compares the fingerprints of the rows instead.
     path: str = setting(MISSING, path=PathKind.INPUT, on_resume=FREE, shown_as_result_setting=True, always_shown=True)
-    """Folder with train.jsonl, valid.jsonl and test.jsonl, a hub id of such files, or builtin:NAME."""
-    format: str = setting("auto", choices=("auto", "text", "completions", "chat"))
+    """File or folder of rows (JSON Lines, JSON, CSV or Parquet), hub id, or builtin:NAME."""
+    config: str | None = setting(None, on_resume=FREE)
+    """Configuration (subset) of the hub data set; of a folder, the subfolder."""
+    revision: str | None = setting(None, on_resume=FREE)
+    """Branch, tag or commit of the hub data set; null means its main branch."""
+    splits: SplitsConfig = section(SplitsConfig)
+    # Free: a resume compares the rows and the shares of the sources.
+    mix: list[dict[str, Any]] | None = setting(None, on_resume=FREE, shown_as_result_setting=True)
+    """Sources to train on together instead of data.path: a list of {path, weight, config, revision, splits, format,
+    keys}. The weight is the share of an epoch's rows; without weights, each row comes once an epoch."""
+    valid_fraction: float | None = setting(None, above=0, below=1, on_resume=FREE, shown_as_result_setting=True)
+    """Share of the training rows to evaluate on where there is no validation split, chosen by a hash of each row."""
+    format: str = setting("auto", choices=("auto", "text", "completions", "chat", "sharegpt", "alpaca", "preference"))
     """Format of the rows; auto decides by the fields of the first row."""
     keys: KeysConfig = section(KeysConfig)
     chat_template: bool = setting(True)
     """Render prompts with the tokenizer's chat template, if it has one."""
+    system_prompt: str | None = setting(None, on_resume=FREE, shown_as_result_setting=True)
+    """Text of a system turn that conversations without one begin with."""
     mask_prompt: bool = setting(True)
     """Compute the loss on completions only, not on prompts (mlx-lm's default is both)."""
     max_length: int = setting(2048, at_least=2)
@@ -205,6 +243,8 @@ class TrainConfig:
 
     iters: int = setting(1000, at_least=1, at_most=10**12, on_resume=FREE, shown_as_result_setting=True)
     """Number of optimizer updates."""
+    epochs: float | None = setting(None, above=0, at_most=10**9, on_resume=FREE, shown_as_result_setting=True)
+    """Number of passes over the training rows; where it is set, train.iters is computed from it and stored."""
     batch_size: int = setting(4, at_least=1, at_most=1_000_000)
     """Number of rows in a micro-batch."""
     grad_accumulation: int = setting(1, at_least=1)

@@ -15,8 +15,6 @@ from runner.config.schema import Config
 from runner.config.serialize import flatten, format_value
 from runner.config.setting import OnResume
 
-_OPEN = tuple(f"{name}." for name in schema.OPEN_SECTIONS)
-
 
 def iters_may_change(settings: Mapping[str, Any]) -> bool:
     """Return whether train.iters may change on resume: if the learning rates of past updates do not depend on it.
@@ -28,7 +26,8 @@ def iters_may_change(settings: Mapping[str, Any]) -> bool:
 
 def is_free_on_resume(name: str) -> bool:
     """Return whether a resume may change the setting; a name that the schema does not have is frozen."""
-    metadata = schema.metadata().get(name.split(".")[0] if name.startswith(_OPEN) else name)
+    section = next((open_name for open_name in schema.OPEN_SECTIONS if name.startswith(f"{open_name}.")), name)
+    metadata = schema.metadata().get(section)
     return metadata is not None and metadata.on_resume is not OnResume.FROZEN
 
 

@@ -118,6 +118,14 @@ class DataConfig:
     """Render prompts with the tokenizer's chat template, if it has one."""
     system_prompt: str | None = setting(None, on_resume=FREE, shown_as_result_setting=True)
     """Text of a system turn that conversations without one begin with."""
+    # Free like the path: a resume compares the fingerprints of the rows that the template makes.
+    template: str | None = setting(None, path=PathKind.INPUT, on_resume=FREE, shown_as_result_setting=True)
+    """File with a chat template (jinja) to use instead of the tokenizer's."""
+    template_args: dict[str, Any] = section(dict, on_resume=FREE, shown_as_result_setting=True)
+    """Variables for the chat template, such as enable_thinking or date_string, one key each."""
+    template_date: str | None = setting(None, on_resume=FREE)
+    """Date (YYYY-MM-DD) given to a chat template that writes today's; null means the day of the run's first start,
+    which is stored in the run."""
     mask_prompt: bool = setting(True)
     """Compute the loss on completions only, not on prompts (mlx-lm's default is both)."""
     max_length: int = setting(2048, at_least=2)
@@ -345,7 +353,7 @@ class Config:
     """Recipe from conf/experiment/; sets any of the settings above."""
 
 
-OPEN_SECTIONS = ("loggers", "vars")
+OPEN_SECTIONS = ("loggers", "vars", "data.template_args")
 """Sections whose keys the schema does not name."""
 GROUPS = ("model", "data", "lora", "optimizer", "schedule", "train", "checkpoint", "loggers", "experiment")
 

@@ -39,8 +39,25 @@ def flatten_dict(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def flatten_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted name to value of a config as config.yaml stores it; each open section is one value."""
-    flat = flatten_dict({key: value for key, value in stored.items() if key not in OPEN_SECTIONS})
-    return flat | {name: stored.get(name, {}) for name in OPEN_SECTIONS}
+    return {name: {} for name in OPEN_SECTIONS} | group_open_sections(flatten_dict(stored))
+
+
+def group_open_sections(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `flat` settings with the values of each open section that they have as one value, a dict."""
+    grouped: dict[str, Any] = {}
+    for name, value in flat.items():
+        section = next((s for s in OPEN_SECTIONS if name == s or name.startswith(f"{s}.")), None)
+        if section is None:
+            grouped[name] = value
+        elif name == section:
+            grouped[section] = value
+        else:
+            *sections, last = name.removeprefix(f"{section}.").split(".")
+            inner = grouped.setdefault(section, {})
+            for key in sections:
+                inner = inner.setdefault(key, {})
+            inner[last] = value
+    return grouped
 
 
 def change_dict(stored: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

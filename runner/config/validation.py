@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 from runner.config import schema, serialize
-from runner.config.schema import DEFAULT_LORA_SCALE, Config, LoraConfig, OptimizerConfig, ScheduleConfig
+from runner.config.schema import DEFAULT_LORA_SCALE, Config, DataConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from runner.config.setting import MISSING, PathKind, Setting, absolute_path, is_valid_path, metadata_of
 
 _SECRET = re.compile(
@@ -20,6 +22,29 @@ _SECRET = re.compile(
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.)"
 )
+
+_TEMPLATE_RESERVED = frozenset(
+    (
+        "messages",
+        "conversation",
+        "conversations",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "sanitize_control_tokens",
+    )
+)
+"""Arguments of apply_chat_template that are no variables for the template."""
 
 
 def validate(config: Config) -> None:
@@ -37,6 +62,7 @@ def validate(config: Config) -> None:
     problems += _schedule_problems(config)
     problems += [*_unused_options("optimizer", config.optimizer), *_unused_options("schedule", config.schedule)]
     problems += _evaluation_problems(config)
+    problems += _template_problems(config.data)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -104,6 +130,20 @@ def refuse_secrets(value: Any, where: str = "") -> None:
             f"{name or 'A word on the command line'} looks like a secret and would be written into the run directory. "
             "Set it in the environment instead: the libraries read their own variables, such as HF_TOKEN."
         )
+
+
+def _template_problems(data: DataConfig) -> Iterator[str]:
+    if data.template_date is not None:
+        try:
+            date.fromisoformat(data.template_date)
+        except ValueError:
+            yield f"data.template_date={data.template_date} is invalid: must be a date such as 2026-11-29."
+    for name in sorted(_TEMPLATE_RESERVED.intersection(data.template_args)):
+        yield f"data.template_args.{name} is invalid: the row or the run sets it."
+    if data.template is not None and not os.path.isfile(os.path.expanduser(data.template)):
+        yield f"data.template={data.template} is invalid: there is no such file."
+    if not data.chat_template and (data.template is not None or data.template_args):
+        yield "data.chat_template=false excludes data.template and data.template_args: no template is used."
 
 
 def _setting_problems(name: str, value: Any, metadata: Setting) -> Iterator[str]:

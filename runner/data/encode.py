@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from runner.data.chat_spans import Span
+from runner.data.encoded import Encoded, Span
 from runner.data.formats import EncodeOptions, RowFormat
 from runner.data.jsonl import MAX_LINE_BYTES, parse_lines
 from runner.data.row_errors import RowError, RowErrors
@@ -124,8 +124,7 @@ def encode_chunk(chunk: Chunk, task: EncodeTask, encoder: TextEncoder, errors: R
     for row in parse_lines(io.BytesIO(chunk.lines), task.file, errors, chunk.first_line):
         try:
             task.row_format.validate(row.value, task.options.keys)
-            tokens, spans = task.row_format.encode(row.value, encoder, task.options)
-            builder.add(row.line, tokens, spans)
+            builder.add_row(row.line, task.row_format.encode(row.value, encoder, task.options))
         except RowError as error:
             errors.add(row.file, row.line, str(error))
     return builder.finish()
@@ -142,6 +141,18 @@ class _ChunkBuilder:
         self.lines: list[int] = []
         self.counts = Counter[str]()
         """Counts by the name of a SplitStats field."""
+        self.first_lines: dict[str, int] = {}
+        """Line numbers by the name of a SplitStats field."""
+
+    def add_row(self, line: int, encoded: Encoded) -> None:
+        """Append the token rows of one row. Raises RowError as `add`."""
+        for tokens, spans in encoded.rows:
+            self.add(line, tokens, spans)
+        self.counts["split"] += len(encoded.rows) > 1
+        for name in ("lost_reasoning", "lost_context"):
+            if count := getattr(encoded, name):
+                self.counts[name] += count
+                self.first_lines.setdefault(f"{name}_line", line)
 
     def add(self, line: int, tokens: list[int], spans: list[Span]) -> None:
         """Append a row. Raises RowError for one that is too long where `on_too_long` is ``error``."""
@@ -180,5 +191,7 @@ class _ChunkBuilder:
             bytes(self.supervised),
             np.array(self.ends, np.int64),
             np.array(self.lines, np.int64),
-            SplitStats(rows=len(self.lines), tokens=self.total, longest=self.longest, **self.counts),
+            SplitStats(
+                rows=len(self.lines), tokens=self.total, longest=self.longest, **self.counts, **self.first_lines
+            ),
         )

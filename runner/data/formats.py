@@ -14,18 +14,18 @@ from typing import Any, Protocol
 from runner.common.errors import DataError, did_you_mean
 from runner.common.text import shorten
 from runner.config.schema import DataConfig, KeysConfig
-from runner.data.chat_spans import Conversation, Span, prompt_length
+from runner.data.chat_spans import ChatEncoder, prompt_length
+from runner.data.chat_template import TemplateOptions
+from runner.data.conversation import REASONING_FIELDS, TOOL_ROLES
+from runner.data.encoded import Encoded
 from runner.data.jsonl import JsonlRow, json_type
 from runner.data.row_errors import RowError
 from runner.data.text_encoder import Message, TextEncoder
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment")
+ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES)
 ROLE_ALIASES = {"human": "user"} | dict.fromkeys(("gpt", "bot", "ai", "model"), "assistant")
 """Names that other data sets use, for a hint in the error message."""
 _MAX_LISTED_KEYS = 20
-
-Encoded = tuple[list[int], list[Span]]
-"""The tokens of a row and the ranges of them that are supervised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +38,17 @@ class EncodeOptions:
     on_too_long: str
     keys: KeysConfig
     chat_template: bool
+    template: TemplateOptions
 
     @classmethod
     def from_config(cls, data: DataConfig) -> EncodeOptions:
-        """Return the options of the data settings, which have the same names."""
-        return cls(**{field.name: copy(getattr(data, field.name)) for field in fields(cls)})
+        """Return the options of the data settings, which have the same names.
+
+        Raises:
+            DataError: data.template cannot be read.
+        """
+        names = [field.name for field in fields(cls) if field.name != "template"]
+        return cls(template=TemplateOptions.from_config(data), **{name: copy(getattr(data, name)) for name in names})
 
 
 class RowFormat(Protocol):
@@ -57,7 +63,7 @@ class RowFormat(Protocol):
         """Raise RowError for a missing key, a wrong type or an unusable value."""
 
     def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
-        """Return the row's tokens and the half-open ranges of supervised positions."""
+        """Return the row's tokens and which of them are supervised."""
 
 
 class CompletionsFormat:
@@ -83,7 +89,7 @@ class CompletionsFormat:
             raise RowError("'tools' needs a chat template")
         tokens = encoder.append_eos(encoder.encode(prompt + completion))
         start = prompt_length(encoder, prompt, tokens) if options.mask_prompt else 0
-        return tokens, [(start, len(tokens))]
+        return Encoded.single(tokens, [(start, len(tokens))])
 
 
 class ChatFormat:
@@ -123,7 +129,7 @@ class TextFormat:
 
     def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
         tokens = encoder.append_eos(encoder.encode(row[options.keys.text]))
-        return tokens, [(0, len(tokens))]
+        return Encoded.single(tokens, [(0, len(tokens))])
 
 
 # `auto` tries the formats in this order, which is mlx-lm's.
@@ -159,10 +165,8 @@ def choose_format(row: JsonlRow, encoder: TextEncoder, options: EncodeOptions) -
 def _encode_conversation(
     messages: list[Message], row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions
 ) -> Encoded:
-    conversation = Conversation(encoder, messages, row.get("tools"))
-    if options.mask_prompt:
-        return conversation.tokens, conversation.assistant_spans(options.max_length)
-    return conversation.tokens, [(0, len(conversation.tokens))]
+    chat = encoder.find_once(ChatEncoder)
+    return chat.encode(messages, row.get("tools"), options.max_length, options.mask_prompt)
 
 
 def _require_keys(row: dict[str, Any], keys: tuple[str, ...]) -> None:
@@ -187,6 +191,15 @@ def _require_string(value: Any, name: str) -> None:
             raise RowError(f"{name} has half of a surrogate pair at character {error.start + 1}") from None
 
 
+def _require_unicode(value: Any, name: str) -> None:
+    """Refuse texts at any depth of a message that no tokenizer can encode."""
+    if isinstance(value, str):
+        _require_string(value, f"the content of {name}")
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _require_unicode(item, name)
+
+
 def _require_text(value: Any, name: str) -> None:
     _require_string(value, name)
     if not value.strip():
@@ -202,15 +215,24 @@ def _validate_message(message: Any, name: str) -> None:
         alias = ROLE_ALIASES.get(role) if isinstance(role, str) else None
         hint = f" Did you mean '{alias}'?" if alias else did_you_mean(str(role), ROLES)
         raise RowError(f"{name} has the role {shorten(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
-    content = message.get("content")
-    if content is None and role == "assistant" and message.get("tool_calls"):
-        return
-    _require_field(message, "content", name)
-    for part in content if isinstance(content, list) else [{"text": content}]:
-        if not isinstance(part, dict):
-            raise RowError(f"the content of {name} contains {json_type(part)}; each part must be an object")
-        if "text" in part:
-            _require_string(part["text"], f"the content of {name}")
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise RowError(f"'tool_calls' of {name} is {json_type(calls)}, not a list")
+    says_something = calls or any(message.get(key) for key in REASONING_FIELDS)
+    if not (role == "assistant" and message.get("content") is None and says_something):
+        _require_field(message, "content", name)
+        _validate_content(message["content"], role, f"the content of {name}")
+    _require_unicode(message, name)
+
+
+def _validate_content(content: Any, role: str, name: str) -> None:
+    """Refuse a content that is neither text nor a list of parts; a tool's result may be any value but null."""
+    if isinstance(content, list) or (role in TOOL_ROLES and content is not None):
+        for part in content if role not in TOOL_ROLES else ():
+            if not isinstance(part, dict):
+                raise RowError(f"{name} contains {json_type(part)}; each part must be an object")
+    else:
+        _require_string(content, name)
 
 
 def _require_field(message: dict[str, Any], key: str, name: str) -> None:

@@ -61,7 +61,9 @@ class LazyTokenizer:
         files = _hash_files(self._folder) if self._folder else None
         if files is None:
             return None
-        return CachedResult.of("tokenizers", {"files": files, "options": asdict(options), "code": code_identity()})
+        fields = asdict(options)
+        fields["template"]["date"] = options.template.date is not None  # which date does not matter
+        return CachedResult.of("tokenizers", {"files": files, "options": fields, "code": code_identity()})
 
 
 def resolve_tokenizer(tokenizer: Any) -> Any:

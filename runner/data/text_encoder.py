@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from runner.common.errors import DataError
 from runner.common.text import first_line
+from runner.data.chat_template import TemplateOptions, has_generation_marks, with_fixed_date, writes_date
 from runner.data.row_errors import RowError
 from runner.data.template_limits import LimitExceeded, template_limits
 
 Message = dict[str, Any]
+_Found = TypeVar("_Found")
 _MAX_RENDERED_CHARACTERS = 16_000_000
 """A row has at most a quarter of that."""
 
@@ -21,12 +24,22 @@ class TextEncoder:
     `tokenizer` is mlx-lm's TokenizerWrapper or a transformers tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, template: TemplateOptions | None = None) -> None:
         self.tokenizer = tokenizer
+        self.template = template or TemplateOptions()
         wrapper_answer = getattr(tokenizer, "has_chat_template", None)
-        self.has_chat_template: bool = (
+        self.has_chat_template: bool = self.template.text is not None or (
             bool(getattr(tokenizer, "chat_template", None)) if wrapper_answer is None else wrapper_answer
         )
+        self._found: dict[Any, Any] = {}
+        self._custom_code = self.template.text is None and getattr(tokenizer, "_chat_template", None) is not None
+
+    def find_once(self, find: Callable[[TextEncoder], _Found]) -> _Found:
+        """Return what `find` finds out about this encoder; called again, the same object."""
+        if find not in self._found:
+            self._found[find] = find(self)
+        found: _Found = self._found[find]
+        return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of plain text, by default with the tokenizer's BOS (and EOS) tokens."""
@@ -40,34 +53,79 @@ class TextEncoder:
         eos = self.tokenizer.eos_token_id
         return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
-    def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
         """Return the text that the chat template makes of `messages`.
 
         Raises:
             RowError: the template raises an error.
             DataError: the template exceeds its limits of time, memory or length.
         """
+        text = self._within_limits(lambda: self._apply_template(list(messages), tools, add_generation_prompt))
+        assert isinstance(text, str)
+        return text
+
+    def render_marked(self, messages: Sequence[Message], tools: Any = None) -> list[tuple[int, int]]:
+        """Return the ranges of characters of the rendered text that the template marks as the assistant's.
+
+        Raises:
+            RowError, DataError: as `render`.
+        """
+        marks: list[tuple[int, int]] = self._within_limits(lambda: self._marks(list(messages), tools))
+        return marks
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Return the token ids of the rendered `messages`, equal to those of mlx-lm's data sets."""
+        return self.encode(self.render(messages, tools, add_generation_prompt), add_special_tokens=False)
+
+    @cached_property
+    def template_text(self) -> str | None:
+        """The template in use, where there is one text: not for templates in Python and for several named ones."""
+        text = self.template.text
+        if text is None and not self._custom_code:
+            text = getattr(self.tokenizer, "chat_template", None)
+        return text if isinstance(text, str) else None
+
+    @cached_property
+    def has_generation_marks(self) -> bool:
+        """Whether the template marks what the assistant writes."""
+        return self.template_text is not None and has_generation_marks(self.template_text)
+
+    @cached_property
+    def _replacing_template(self) -> str | None:
+        """The template to pass along; None where the tokenizer's own is used as it is."""
+        text = self.template_text
+        if text is not None and self.template.date is not None and writes_date(text):
+            return with_fixed_date(text, self.template.date)
+        return self.template.text
+
+    def _within_limits(self, render: Any) -> Any:
         try:
             with template_limits():
-                text = self._apply_template(messages, tools, add_generation_prompt)
+                rendered = render()
         except LimitExceeded as error:
             raise DataError(
                 f"The model's chat template takes {error} for one conversation, so it is refused."
             ) from None
-        if len(text) > _MAX_RENDERED_CHARACTERS:
+        if len(rendered) > _MAX_RENDERED_CHARACTERS:
             raise DataError(
-                f"The model's chat template makes {len(text):,} characters of one conversation, so it is refused."
+                f"The model's chat template makes {len(rendered):,} characters of one conversation, so it is refused."
             )
-        return text
-
-    def encode_chat(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> list[int]:
-        """Return the token ids of the rendered `messages`, equal to those of mlx-lm's data sets."""
-        return self.encode(self.render(messages, tools, add_generation_prompt), add_special_tokens=False)
+        return rendered
 
     def _apply_template(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
+        arguments = dict(self.template.args)
+        if self._replacing_template is not None:
+            arguments["chat_template"] = self._replacing_template
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, return_dict=False
+            text: str = self._renderer.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                return_dict=False,
+                **arguments,
             )
             return text
         except (LimitExceeded, MemoryError):
@@ -76,32 +134,36 @@ class TextEncoder:
         except Exception as error:
             raise RowError(f"the model's chat template fails on it ({_describe(error)})") from error
 
-    @cached_property
-    def generation_prompt(self) -> str:
-        """The text with which the template opens an assistant turn; empty where it cannot be isolated."""
-        question = [{"role": "user", "content": "."}]
-        without, with_prompt = self.render(question), self.render(question, add_generation_prompt=True)
-        return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
+    def _marks(self, messages: list[Message], tools: Any) -> list[tuple[int, int]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        without_nulls = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        arguments = dict(self.template.args)
+        thinking = getattr(self.tokenizer, "_thinking_kwarg", None)  # mlx-lm's wrapper passes it by default
+        if thinking is not None:
+            if "enable_thinking" in arguments:
+                arguments[thinking] = arguments.pop("enable_thinking")
+            arguments.setdefault(thinking, self.tokenizer.has_thinking)
+        try:
+            _, marks = render_jinja_template(
+                conversations=[without_nulls],
+                tools=tools,
+                chat_template=self._replacing_template or self.template_text,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **arguments},
+            )
+        except (LimitExceeded, MemoryError):
+            raise
+        except Exception as error:
+            raise RowError(f"the model's chat template fails on it ({_describe(error)})") from error
+        return [(start, end) for start, end in marks[0] if end > start]
 
     @cached_property
-    def turn_end(self) -> list[int]:
-        """The tokens after an assistant's content, from the special token that ends the turn.
-
-        ``[eos]`` where the template ends turns without a special token, ``[]`` where there is no EOS token either.
-        """
-        content = "answer"
-        messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": content}]
-        tokens = self.encode(self.render(messages).rpartition(content)[2], add_special_tokens=False)
-        first_special = next((index for index, token in enumerate(tokens) if token in self._special_tokens), None)
-        if first_special is not None:
-            return tokens[first_special:]
-        eos = self.tokenizer.eos_token_id
-        return [] if eos is None else [eos]
-
-    @cached_property
-    def _special_tokens(self) -> frozenset[int]:
-        special = set(getattr(self.tokenizer, "all_special_ids", ()))
-        return frozenset(special | set(self.tokenizer.get_added_vocab().values()))
+    def _renderer(self) -> Any:
+        """What applies the template: the tokenizer, or inside mlx-lm's wrapper the one that takes another template."""
+        if self.template.text is not None and getattr(self.tokenizer, "_chat_template", None) is not None:
+            return self.tokenizer._tokenizer
+        return self.tokenizer
 
 
 def _describe(error: Exception) -> str:

@@ -47,7 +47,8 @@ class TokenCache:
     def __init__(self, disk: DiskCache, tokenizer: Any | LazyTokenizer, options: EncodeOptions) -> None:
         self._disk, self._tokenizer, self._options = disk, tokenizer, options
         self._content_hashes = DiskCache(disk.folder / "files", max_entries=_MAX_CONTENT_HASHES)
-        self._identity: str | None = None
+        self.identity: str | None = None
+        """The tokenizer's, once something was looked up; None where its tokens cannot be cached."""
         self._disabled = False
         self.notes: list[str] = []
         """Lines for the log."""
@@ -60,12 +61,12 @@ class TokenCache:
         """
         if self._disabled or not file.is_file() or file.stat().st_size < self._min_file_bytes():
             return tokenize_in_memory(tokenize, errors)
-        if self._identity is None:
-            self._identity = self._identify_tokenizer()
-        if self._identity is None:
+        if self.identity is None:
+            self.identity = self._identify_tokenizer()
+        if self.identity is None:
             return tokenize_in_memory(tokenize, errors)
         content = content_hash(file, self._content_hashes)
-        key = cache_key(content, self._identity, self._options)
+        key = cache_key(content, self.identity, self._options)
         cached = self._load(key, file)
         if cached is not None:
             return cached

@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -26,17 +26,33 @@ from typing import Any
 from runner.common import disk_cache
 from runner.common.disk_cache import CacheWriteError, DiskCache
 from runner.common.errors import DataError
+from runner.data.chat_template import DATE_FUNCTION, writes_date
 from runner.data.formats import EncodeOptions
 from runner.data.jsonl import open_data_file
+from runner.data.turn_ends import stop_ids
 
 ALWAYS_HASHED_BYTES = 16 << 20
 """Hashing so much takes 20 ms."""
 SETTLED_SECONDS = 3.0
 """FAT stores times with a resolution of 2 s, every other file system with a finer one."""
 PACKAGES = ("tokenizers", "transformers", "mlx-lm", "jinja2")
-CODE_FILES = ("jsonl.py", "formats.py", "chat_spans.py", "text_encoder.py", "encode.py", "token_set.py")
+CODE_FILES = (
+    "jsonl.py",
+    "formats.py",
+    "conversation.py",
+    "template_traits.py",
+    "turn_ends.py",
+    "rendered_row.py",
+    "chat_spans.py",
+    "chat_template.py",
+    "text_encoder.py",
+    "encoded.py",
+    "encode.py",
+    "token_set.py",
+)
 """Files of this package that decide tokens. The key contains their text rather than a version number, which somebody
 could forget to raise; the run would then train on tokens of the former code."""
+_DATED = "-dated"
 _TOKENIZER_SETTINGS = (
     "_add_bos_token",
     "_add_eos_token",
@@ -54,39 +70,56 @@ _NONDETERMINISTIC = re.compile(
 
 def uncacheable_reason(tokenizer: Any, options: EncodeOptions) -> str | None:
     """Return why tokens of this tokenizer cannot be cached, or None where they can."""
-    inner = _unwrap(tokenizer)
+    inner, template = _unwrap(tokenizer), options.template
     # The tokens of a slow tokenizer, or one that comes with the model, depend on code, which cannot be serialized.
     if not (hasattr(inner, "backend_tokenizer") and type(inner).__module__.startswith(("transformers.", "mlx_lm."))):
         return "the tokenizer is custom code"
     if options.format == "text" or not options.chat_template:
         return None
-    if getattr(tokenizer, "_chat_template", None) is not None:
+    if template.text is None and getattr(tokenizer, "_chat_template", None) is not None:
         return "the model's chat template is custom code"
-    match = _NONDETERMINISTIC.search(str(getattr(inner, "chat_template", None)))
-    return f"the model's chat template uses {match[0]}, so its text varies over time" if match else None
+    text = str(getattr(inner, "chat_template", None)) if template.text is None else template.text
+    is_fixed = isinstance(getattr(inner, "chat_template", None), str) or template.text is not None
+    for match in _NONDETERMINISTIC.finditer(text):
+        if not (match[0] == DATE_FUNCTION and template.date is not None and is_fixed):
+            return f"the model's chat template uses {match[0]}, so its text varies over time"
+    return None
 
 
 def cache_key(content: str, tokenizer: str, options: EncodeOptions) -> str:
     """Return the key (SHA-256, hex) for a file with the hash `content` and a tokenizer with the given identity."""
+    if not depends_on_date(tokenizer, options):
+        options = replace(options, template=replace(options.template, date=None))
     return disk_cache.cache_key(
         {"content": content, "tokenizer": tokenizer, "options": asdict(options), "code": code_identity()}
     )
 
 
+def depends_on_date(tokenizer: str, options: EncodeOptions) -> bool:
+    """Return whether the chat template writes today's date; `tokenizer` is the identity of the tokenizer."""
+    text = options.template.text
+    return tokenizer.endswith(_DATED) if text is None else writes_date(text)
+
+
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Return a SHA-256 (hex) of everything that decides the tokens and chat texts of a fast tokenizer."""
+    """Return a SHA-256 (hex) of everything that decides the tokens and chat texts of a fast tokenizer.
+
+    It has the suffix `_DATED` where the chat template writes today's date.
+    """
     inner = _unwrap(tokenizer)
-    return disk_cache.cache_key(
+    identity = disk_cache.cache_key(
         {
             "classes": [f"{type(each).__module__}.{type(each).__qualname__}" for each in (tokenizer, inner)],
             "state": inner.backend_tokenizer.to_str(),
             "special": [inner.special_tokens_map, inner.all_special_ids, inner.eos_token_id, inner.get_added_vocab()],
             "template": [inner.chat_template, getattr(tokenizer, "_thinking_kwarg", None)],
             "thinking": getattr(tokenizer, "has_thinking", None),
+            "stop": sorted(stop_ids(tokenizer)),
             "has_chat_template": getattr(tokenizer, "has_chat_template", None),
             "settings": {name: vars(inner).get(name) for name in _TOKENIZER_SETTINGS},
         }
     )
+    return identity + _DATED if writes_date(str(inner.chat_template)) else identity
 
 
 @cache

@@ -73,8 +73,34 @@ class SplitStats:
     """Rows left out because no token is supervised (after the cut) or there are fewer than 2 tokens."""
     longest: int = 0
     """Tokens of the longest row before any cut."""
+    split: int = 0
+    """Conversations of the data that became one row for each turn."""
+    lost_reasoning: int = 0
+    """Turns of the assistant whose reasoning the chat template leaves out."""
+    lost_reasoning_line: int = 0
+    """The line of the first; 0 where there is none."""
+    lost_context: int = 0
+    """Messages that are not supervised, and tools, that the chat template leaves out."""
+    lost_context_line: int = 0
+    """The line of the first; 0 where there is none."""
+
+    def template_notes(self, split: str) -> list[str]:
+        """Return what the log says about what the chat template leaves out of the rows of `split`."""
+        notes = []
+        if self.lost_reasoning:
+            notes.append(
+                f"{split}: the chat template leaves out the reasoning of {self.lost_reasoning:,} turns, first in line "
+                f"{self.lost_reasoning_line}"
+            )
+        if self.lost_context:
+            notes.append(
+                f"{split}: the chat template leaves out {self.lost_context:,} messages or tools of the context, first "
+                f"in line {self.lost_context_line}"
+            )
+        return notes
 
     def __add__(self, other: SplitStats) -> SplitStats:
-        """Return the stats of both parts of a split together."""
+        """Return the stats of this part of a split and the one that follows it together."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
-        return SplitStats(**sums | {"longest": max(self.longest, other.longest)})
+        first = {name: getattr(self, name) or getattr(other, name) for name in sums if name.endswith("_line")}
+        return SplitStats(**sums | first | {"longest": max(self.longest, other.longest)})

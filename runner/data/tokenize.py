@@ -12,6 +12,7 @@ from typing import Any
 
 from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
+from runner.data.chat_template import writes_date
 from runner.data.encode import ChunkWriter, EncodeTask, TokenBuffer, read_chunks, tokenize_in_memory
 from runner.data.formats import EncodeOptions, choose_format
 from runner.data.jsonl import first_rows, open_data_file, read_jsonl
@@ -20,6 +21,7 @@ from runner.data.row_errors import RowErrors
 from runner.data.source import EXPECTED_FILES, SPLITS, describe_content, find_dataset, find_split_files
 from runner.data.text_encoder import TextEncoder
 from runner.data.token_cache import TokenCache
+from runner.data.token_cache_key import depends_on_date
 from runner.data.token_set import SplitStats, TokenSet
 from runner.data.tokenize_workers import encode_in_parallel, encode_serially, worker_count
 
@@ -36,6 +38,8 @@ class TokenizedDataset:
     stats: dict[str, SplitStats]
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
+    dated: bool = False
+    """Whether the chat template writes today's date."""
 
     def first_rows(self, split: str, count: int) -> list[dict[str, Any]]:
         """Return the first `count` rows of a split as read, including those that were left out; all if negative."""
@@ -89,7 +93,16 @@ def load_dataset(
         files=files,
         stats={split: stats for split, (_, stats) in loaded.items()},
         notes=token_cache.notes if token_cache else [],
+        dated=_is_dated(tokenizer, token_cache, options),
     )
+
+
+def _is_dated(tokenizer: Any | LazyTokenizer, token_cache: TokenCache | None, options: EncodeOptions) -> bool:
+    """Return whether the chat template in use writes today's date, without loading a tokenizer just for that."""
+    if token_cache and token_cache.identity:
+        return depends_on_date(token_cache.identity, options)
+    template = options.template.text or getattr(resolve_tokenizer(tokenizer), "chat_template", None)
+    return writes_date(str(template))
 
 
 def tokenize_file(
@@ -113,7 +126,9 @@ def tokenize_file(
     if first_row is None:
         errors.merge(line_errors)
         return None
-    task = EncodeTask(file, choose_format(first_row, TextEncoder(tokenizer), options), tokenizer, options)
+    task = EncodeTask(
+        file, choose_format(first_row, TextEncoder(tokenizer, options.template), options), tokenizer, options
+    )
     digest = hashlib.sha256()
     with open_data_file(file) as lines:
         workers = worker_count(os.fstat(lines.fileno()).st_size)

@@ -147,8 +147,7 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
     """Return the stored settings by dotted name, or none and why config.yaml cannot be read."""
     try:
         config = retired.upgrade_config(safe_yaml.read_mapping(path / layout.CONFIG))
-        sections = {name: config.pop(name) for name in schema.OPEN_SECTIONS if name in config}
-        return serialize.flatten_dict(config) | sections, None
+        return serialize.group_open_sections(serialize.flatten_dict(config)), None
     except FileNotFoundError:
         return {}, "config.yaml is missing"
     except OSError as error:

@@ -93,7 +93,16 @@ class ComponentLoader:
             "batches": (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to),
             "environment": {**numeric_environment, **numeric_platform()},
         }
-        generation_key = (d.path, d.chat_template, d.metric, d.metric_split, d.metric_rows, d.max_new_tokens)
+        template = EncodeOptions.from_config(d).template
+        generation_key = (
+            d.path,
+            d.chat_template,
+            str(template),
+            d.metric,
+            d.metric_split,
+            d.metric_rows,
+            d.max_new_tokens,
+        )
         key = (json.dumps(validation_key, sort_keys=True, default=str), generation_key)
         if key not in self._baselines:
             self._baselines[key] = load_baseline(validation_key) if t.cache_baseline else Baseline()

@@ -132,9 +132,12 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
                 (counts.truncated, f"cut at {config.data.max_length}"),
                 (counts.dropped, "dropped as too long"),
                 (counts.unsupervised, "without a supervised token"),
+                (counts.split, "conversations rendered turn by turn, a row for each"),
             )
             if number
         ]
+        for note in counts.template_notes(split):
+            display.line(f"data   {note}", "yellow")
         display.line(
             f"data   {split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
             f"longest {counts.longest}" + (f"; {', '.join(exceptions)}" if exceptions else "")

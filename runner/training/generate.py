@@ -57,7 +57,7 @@ def generate(
     `before_step` is called before every decoding step and may raise to stop.
     """
     model.eval()
-    encoder = TextEncoder(tokenizer)
+    encoder = TextEncoder(tokenizer, options.template)
     questions = [split_row(row, options) for row in rows]
     prompts = [_encode_prompt(turns, row, encoder, options) for (turns, _), row in zip(questions, rows, strict=True)]
     token_ids = _decode(model, tokenizer, prompts, max_tokens, before_step)

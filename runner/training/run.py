@@ -16,6 +16,7 @@ from runner.reports.progress import Display
 from runner.runs.inspect import objective_value
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
+from runner.training import template_date
 from runner.training.answers import record_answers_before_training
 from runner.training.build import build_backup, build_retention, build_trainer, open_writer
 from runner.training.component_loader import ComponentLoader
@@ -41,6 +42,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         stack.callback(spec.directory.unlock)
         stops = stack.enter_context(StopSignals())
         spec, point = find_resume_point(spec)
+        spec = template_date.fill_date(spec)
         if point is not None and is_already_finished(spec, point):
             _print_finished(spec, stops)
             return _objective(spec, point.saved.progress.best_loss)
@@ -57,6 +59,8 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         with _exit_on_stop(stops, writer):
             components = load_components(spec, loader, display, stops)
         stack.callback(components.adapted.remove)
+        if components.data.dated:
+            template_date.record_date(spec)
         if shared is None:
             free_frozen_weights(spec.config, components, display)
         trainer = build_trainer(spec, point, components, writer, stops, display)

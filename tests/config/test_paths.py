@@ -37,6 +37,7 @@ def test_every_path_of_the_schema_has_its_kind():
     assert schema.path_settings() == {
         "model.path": PathKind.INPUT,
         "data.path": PathKind.INPUT,
+        "data.template": PathKind.INPUT,
         "adapter": PathKind.INPUT,
         "data.cache_folder": PathKind.OUTPUT,
         "checkpoint.backup": PathKind.OUTPUT,

@@ -27,10 +27,15 @@ THREE_TURNS = [
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
-def encode(name, row, tokenizer, options):
+def encode_rows(name, row, tokenizer, options):
     row_format = FORMATS[name]
     row_format.validate(row, options.keys)
-    return row_format.encode(row, TextEncoder(tokenizer), options)
+    return row_format.encode(row, TextEncoder(tokenizer), options).rows
+
+
+def encode(name, row, tokenizer, options):
+    (encoded,) = encode_rows(name, row, tokenizer, options)
+    return encoded
 
 
 def supervised_texts(tokens, spans, tokenizer):
@@ -154,22 +159,15 @@ def test_assistant_turns_are_found_where_the_generation_prompt_opens_a_reasoning
     assert supervised_texts(tokens, spans, tokenizer) == ["Paris.<|im_end|>\n", "the lazy dog\n<|im_end|>\n"]
 
 
-def test_assistant_turns_are_found_where_the_template_has_no_special_tokens(
-    chat_templates, make_tokenizer, make_options
+@pytest.mark.parametrize("template", ["PLAIN", "PLAIN_REWRITING"])
+def test_a_template_without_special_tokens_gives_a_row_for_each_turn_that_ends_with_eos(
+    template, chat_templates, make_tokenizer, make_options
 ):
-    tokenizer = make_tokenizer(chat_templates["PLAIN"])
-    row = {"messages": THREE_TURNS}
-    tokens, spans = encode("chat", row, tokenizer, make_options())
-    assert tokens == ChatDataset([row], tokenizer).process(row)[0]
+    tokenizer = make_tokenizer(chat_templates[template], eos="<|endoftext|>")
+    rows = encode_rows("chat", {"messages": THREE_TURNS}, tokenizer, make_options())
     parts = [{"messages": THREE_TURNS[:end]} for end in (3, 5, 7)]
     processed = [ChatDataset([part], tokenizer, mask_prompt=True).process(part) for part in parts]
-    assert spans == [(offset, len(part_tokens)) for part_tokens, offset in processed]
-
-
-def test_a_turn_whose_end_cannot_be_determined_is_a_row_error(chat_templates, make_tokenizer, make_options):
-    tokenizer = make_tokenizer(chat_templates["PLAIN_REWRITING"], eos="<|endoftext|>")
-    with pytest.raises(RowError, match=r"message 3.*rewrites earlier turns"):
-        encode("chat", {"messages": THREE_TURNS}, tokenizer, make_options())
+    assert rows == [([*tokens, tokenizer.eos_token_id], [(offset, len(tokens) + 1)]) for tokens, offset in processed]
 
 
 def test_turns_beyond_max_length_are_not_searched(tokenizer, make_options):
@@ -282,5 +280,5 @@ def test_a_generation_prompt_inside_a_user_message_does_not_shift_the_mask(token
     answer = {"role": "assistant", "content": "Paris"}
     tokens, spans = encode("chat", {"messages": [question, answer]}, tokenizer, make_options())
     assert supervised_texts(tokens, spans, tokenizer) == ["Paris<|im_end|>\n"]
-    with pytest.raises(RowError, match="the start of message 1 cannot be determined"):
-        encode("chat", {"messages": [answer, question, answer]}, tokenizer, make_options())
+    tokens, spans = encode("chat", {"messages": [answer, question, answer]}, tokenizer, make_options())
+    assert supervised_texts(tokens, spans, tokenizer) == ["Paris<|im_end|>\n"] * 2

@@ -12,6 +12,7 @@ import pytest
 
 from runner.config.schema import KeysConfig
 from runner.data import token_cache_key
+from runner.data.chat_template import TemplateOptions
 
 CHANGED_OPTIONS = {
     "format": "chat",
@@ -20,6 +21,7 @@ CHANGED_OPTIONS = {
     "on_too_long": "drop",
     "chat_template": False,
     "keys": KeysConfig(messages="turns"),
+    "template": TemplateOptions(args={"enable_thinking": False}),
 }
 
 

@@ -91,9 +91,10 @@ def _number(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Ca
 
 def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: str | None) -> list[int]:
     """Encode the prompt as the run's rows were encoded: with the chat template if they were."""
+    from runner.data.chat_template import TemplateOptions
     from runner.data.text_encoder import TextEncoder
 
-    encoder = TextEncoder(loaded.base.tokenizer)
+    encoder = TextEncoder(loaded.base.tokenizer, TemplateOptions.from_config(config.data))
     try:
         if encoder.has_chat_template and config.data.chat_template and not _trained_on_text(config, encoder):
             turns = [{"role": "system", "content": system}] if system is not None else []

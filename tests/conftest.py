@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import signal
@@ -189,13 +191,37 @@ class CommandLine:
             return {int(row["job"]): row for row in csv.DictReader(lines)}
 
 
-@pytest.fixture(scope="session")
-def make_cli() -> Callable[[Path], CommandLine]:
-    """`make_cli(folder)`: the command line in a folder of the test's choice."""
+class CommandLineInProcess(CommandLine):
+    """The same without a process for each command, so that Python's imports are paid once; `start` still makes one."""
 
-    def make(folder: Path) -> CommandLine:
+    def __call__(self, *arguments: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
+        """Run the program to its end, assert that its exit code is `expect`, and return its output."""
+        if env:
+            return super().__call__(*arguments, expect=expect, env=env)
+        from runner.cli.main import main
+
+        output = io.StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            patch.chdir(self.folder)
+            for name in ("PYTHONPATH", "OPENBLAS_NUM_THREADS", "COLUMNS"):
+                patch.setenv(name, self.environment[name])
+            patch.delenv("RUNNER_TRACEBACK", raising=False)
+            code = main(arguments)
+        assert code == expect, f"exit code {code}\n{output.getvalue()}"
+        return output.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_cli() -> Callable[..., CommandLine]:
+    """`make_cli(folder, in_process=True)`: the command line, `cli` or `inline`, in a folder of the test's choice."""
+
+    def make(folder: Path, in_process: bool = False) -> CommandLine:
         folder.mkdir(parents=True, exist_ok=True)
-        return CommandLine(folder)
+        return CommandLineInProcess(folder) if in_process else CommandLine(folder)
 
     return make
 
@@ -204,3 +230,9 @@ def make_cli() -> Callable[[Path], CommandLine]:
 def cli(tmp_path: Path) -> CommandLine:
     """`cli("model=tiny", …)` runs the program in a temporary folder."""
     return CommandLine(tmp_path)
+
+
+@pytest.fixture
+def inline(tmp_path: Path) -> CommandLineInProcess:
+    """As `cli`, but the program runs in this process: for tests that need no process of its own."""
+    return CommandLineInProcess(tmp_path)

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import first_line, relative_path
-from runner.config.invocation import Invocation
+from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
 from runner.reports.screen import Screen
 from runner.reports.sweep_results import SweepResults, print_sweep_results, read_sweep_results, write_sweep_results
 from runner.runs import sweep_manifest
@@ -58,7 +58,7 @@ def run_sweep(
     composer = JobComposer(context.config_loader, composed)
     parser = OverridesParser.create(config_loader=context.config_loader)
     if manifest.jobs:
-        _complete_earlier_version(manifest, parser, composer, composed, invocation)
+        _complete_earlier_version(manifest, arguments, parser, composer, composed, invocation)
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
         added = extend(manifest, parser.parse_overrides(list(invocation.sweep_overrides)), composer, planner)
         recorded = [a for a in manifest.arguments if a.startswith("-") or not a.startswith("hydra")]
@@ -146,6 +146,7 @@ def _param_text(value: Any) -> str:
 
 def _complete_earlier_version(
     manifest: SweepManifest,
+    arguments: Sequence[str],
     parser: OverridesParser,
     composer: JobComposer,
     composed: DictConfig,
@@ -172,10 +173,12 @@ def _complete_earlier_version(
             "begun are composed from the present files"
         )
     manifest.record(jobs=completed)
-    arguments = [a for a in manifest.arguments if not a.startswith(("-", "hydra", "+hydra", "repeat="))]
+    texts = [a for a in manifest.arguments if not a.startswith(("-", "hydra", "+hydra"))]
+    texts = [text for text in texts if grid.override_key(text) not in INVOCATION_ARGUMENTS]
+    texts += [argument for argument in arguments if argument.startswith("stored=")]  # of a repeated run
     try:
         recorded = [frozenset(job.overrides) for job in manifest.jobs]
-        missed = [o for o in expand(arguments, None, parser, composer) if not any(job >= {*o} for job in recorded)]
+        missed = [o for o in expand(texts, None, parser, composer) if not any(job >= {*o} for job in recorded)]
         jobs = JobPlanner(composer, manifest, composed, invocation.stop_at).plan(missed)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(

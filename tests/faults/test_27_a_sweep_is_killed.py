@@ -38,7 +38,7 @@ def modified_times(job: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, make_cli):
     """The two jobs that finish, each run by itself."""
-    cli = make_cli(tmp_path_factory.mktemp("alone"))
+    cli = make_cli(tmp_path_factory.mktemp("alone"), in_process=True)
     for number, rate in zip(FINE, ("1e-3", "2e-3"), strict=True):
         cli(*SMALL, f"lora.keys={KEYS}", f"optimizer.learning_rate={rate}", f"hydra.run.dir={number}")
     return cli.folder
@@ -46,16 +46,16 @@ def alone(tmp_path_factory, make_cli):
 
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_a_sweep_killed_at_any_time_resumes_to_the_results_of_single_runs(
-    cli, alone, launcher, cases, assert_equal_runs
+    inline, alone, launcher, cases, assert_equal_runs
 ):
     moments = random.Random(f"27 {launcher}")
     for number in range(cases.of(full=12, quick=1)):
-        sweep = cli.folder / f"s{number}"
+        sweep = inline.folder / f"s{number}"
         overrides = ("-m", *SMALL, *GRID, f"hydra/launcher={launcher}", f"hydra.sweep.dir=s{number}")
         before: dict[int, dict[str, int]] = {}
         kills = 0
         while kills < 3:
-            process = cli.start(*overrides, start_new_session=True)
+            process = inline.start(*overrides, start_new_session=True)
             time.sleep(moments.uniform(1.5, 4.5))
             if process.poll() is not None:
                 process.communicate()
@@ -70,9 +70,9 @@ def test_a_sweep_killed_at_any_time_resumes_to_the_results_of_single_runs(
             if state(sweep / str(DIVERGED)) == "diverged":
                 before.setdefault(DIVERGED, modified_times(sweep / str(DIVERGED)))
         failed = {job: modified_times(sweep / str(job)) for job in FAILED if state(sweep / str(job)) == "failed"}
-        out = cli(*overrides, expect=1)
+        out = inline(*overrides, expect=1)
         assert "Traceback" not in out
-        rows = cli.results(sweep)
+        rows = inline.results(sweep)
         assert [rows[n]["state"] for n in range(6)] == ["finished", "diverged", "finished", *["failed"] * 3]
         assert "nonsense" in rows[3]["reason"] and "not finite" in rows[1]["reason"]
         for job, then in before.items():
@@ -84,16 +84,16 @@ def test_a_sweep_killed_at_any_time_resumes_to_the_results_of_single_runs(
         cases.done()
 
 
-def test_the_same_command_restarts_a_sweep_killed_before_it_recorded_a_job(cli):
+def test_the_same_command_restarts_a_sweep_killed_before_it_recorded_a_job(inline):
     """A kill between the lock and the first line of sweep.jsonl, as a loaded machine shows it now and then."""
-    sweep = cli.folder / "s"
-    process = cli.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True)
+    sweep = inline.folder / "s"
+    process = inline.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True)
     while not sweep.exists():
         assert process.poll() is None
         time.sleep(0.001)
     kill_tree(process)
     assert not (sweep / "sweep.jsonl").exists(), "the kill came too late to show anything"
-    out = cli("-m", *SMALL, "train.iters=2", "lora.rank=2", "hydra.sweep.dir=s")
+    out = inline("-m", *SMALL, "train.iters=2", "lora.rank=2", "hydra.sweep.dir=s")
     assert "finished" in out and state(sweep / "0") == "finished"
 
 

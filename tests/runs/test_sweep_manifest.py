@@ -56,6 +56,19 @@ def test_changes_apply_to_the_jobs_recorded_before_and_not_to_later_ones(tmp_pat
         assert second == job(1, tiny, seed=2)
 
 
+def test_changes_of_one_job_are_apart_from_its_config_and_end_with_later_ones_of_all_jobs(tmp_path, tiny):
+    manifest = sweep_manifest.read_manifest(tmp_path)
+    manifest.record(jobs=[job(0, tiny, seed=1), job(1, tiny, seed=2)])
+    manifest.record(changes={"checkpoint.keep_last": 9})
+    manifest.record(own_changes={1: {"checkpoint.keep_last": 5, "train.report_every": 2}})
+    for found in (manifest, read(manifest)):
+        assert [found.jobs[n].later_changes["checkpoint.keep_last"] for n in (0, 1)] == [9, 5]
+        assert found.jobs[1].config["checkpoint"]["keep_last"] == 9
+    manifest.record(changes={"checkpoint.keep_last": 7})
+    for found in (manifest, read(manifest)):
+        assert found.jobs[1].later_changes == {"checkpoint.keep_last": 7, "train.report_every": 2}
+
+
 def test_a_manifest_torn_at_any_byte_reads_as_its_whole_records_and_can_be_extended(tmp_path, tiny):
     manifest = sweep_manifest.read_manifest(tmp_path)
     first, second = [job(0, tiny, seed=1), job(1, tiny, seed=2)], [job(2, tiny, seed=3), job(3, tiny, seed=4)]
@@ -117,6 +130,7 @@ JOB = {"job": 0, "id": "x", "overrides": []}
                 {"choices": {"model": 3}},
             )
         ),
+        '{"set": {"seed": 1}, "job": 0}',
         '{"schema": 2, "lines": 1, "arguments": [], "launcher": {"name": "a b"}}',
         '{"schema": 2, "lines": 1, "arguments": [], "launcher": {"name": "process", "jobs": 0}}',
     ],

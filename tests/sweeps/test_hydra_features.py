@@ -23,9 +23,9 @@ def stored(job: Path) -> dict:
     return yaml.safe_load((job / "config.yaml").read_text())
 
 
-def test_a_group_and_dicts_of_its_settings_are_swept_together(cli):
-    cli("-m", *SMALL, "lora=attention", "lora={rank: 4},{rank: 8, dropout: 0.1}", "hydra.sweep.dir=s")
-    found = [stored(cli.folder / f"s/{number}")["lora"] for number in (0, 1)]
+def test_a_group_and_dicts_of_its_settings_are_swept_together(inline):
+    inline("-m", *SMALL, "lora=attention", "lora={rank: 4},{rank: 8, dropout: 0.1}", "hydra.sweep.dir=s")
+    found = [stored(inline.folder / f"s/{number}")["lora"] for number in (0, 1)]
     assert [(lora["rank"], lora["dropout"], len(lora["keys"])) for lora in found] == [(4, 0.0, 4), (8, 0.1, 4)]
 
 
@@ -47,28 +47,28 @@ def test_values_are_paired_by_a_group_of_ones_own(cli, launcher):
     )
 
 
-def test_recipes_that_are_sweeps_bring_their_own_values(cli):
+def test_recipes_that_are_sweeps_bring_their_own_values(inline):
     for name, ranks in (("a", "2,3"), ("b", "4")):
         text = f"# @package _global_\nhydra: {{mode: MULTIRUN, sweeper: {{params: {{lora.rank: '{ranks}'}}}}}}\n"
-        write(cli.folder / f"mine/experiment/{name}.yaml", text)
-    cli("--config-dir", "mine", "-m", *SMALL, "experiment=a,b", "seed=1,2", "hydra.sweep.dir=s")
-    jobs = [stored(cli.folder / f"s/{number}") for number in range(6)]
+        write(inline.folder / f"mine/experiment/{name}.yaml", text)
+    inline("--config-dir", "mine", "-m", *SMALL, "experiment=a,b", "seed=1,2", "hydra.sweep.dir=s")
+    jobs = [stored(inline.folder / f"s/{number}") for number in range(6)]
     found = [(config["experiment"], config["seed"], config["lora"]["rank"]) for config in jobs]
     assert sorted(found) == [("a", 1, 2), ("a", 1, 3), ("a", 2, 2), ("a", 2, 3), ("b", 1, 4), ("b", 2, 4)]
 
 
-def test_a_recipe_chooses_the_launcher_and_a_resume_may_choose_another(cli):
+def test_a_recipe_chooses_the_launcher_and_a_resume_may_choose_another(inline):
     text = (
         "# @package _global_\ndefaults:\n  - override /hydra/launcher: process\n"
         "hydra: {launcher: {jobs: 1}}\ntrain: {iters: 2}\n"
     )
-    write(cli.folder / "mine/experiment/rec.yaml", text)
-    out = cli("--config-dir", "mine", "-m", *SMALL, "experiment=rec", "seed=1", "hydra.sweep.dir=s")
+    write(inline.folder / "mine/experiment/rec.yaml", text)
+    out = inline("--config-dir", "mine", "-m", *SMALL, "experiment=rec", "seed=1", "hydra.sweep.dir=s")
     assert "processes: 1 at once" in out
-    assert "processes: 1 at once" in cli("resume=s", "seed=2")
-    assert "processes: 2 at once" in cli("resume=s", "seed=3,4", "hydra.launcher.jobs=2")
-    assert "processes:" not in cli("resume=s", "seed=5", "hydra/launcher=serial")
-    assert "processes:" not in cli("resume=s", "seed=6")
+    assert "processes: 1 at once" in inline("resume=s", "seed=2")
+    assert "processes: 2 at once" in inline("resume=s", "seed=3,4", "hydra.launcher.jobs=2")
+    assert "processes:" not in inline("resume=s", "seed=5", "hydra/launcher=serial")
+    assert "processes:" not in inline("resume=s", "seed=6")
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_a_recipe_chooses_the_launcher_and_a_resume_may_choose_another(cli):
         (["hydra.job.chdir=true"], "hydra.job.chdir=true is not supported"),
     ],
 )
-def test_what_a_sweep_cannot_do_is_refused_before_it_is_recorded(cli, arguments, message):
-    assert message in cli("-m", *SMALL, "seed=1,2", *arguments, "hydra.sweep.dir=s", expect=2)
-    assert not (cli.folder / "s").exists()
+def test_what_a_sweep_cannot_do_is_refused_before_it_is_recorded(inline, arguments, message):
+    assert message in inline("-m", *SMALL, "seed=1,2", *arguments, "hydra.sweep.dir=s", expect=2)
+    assert not (inline.folder / "s").exists()
 
 
 SWEEPER = '''
@@ -112,40 +112,40 @@ ConfigStore.instance().store(
 
 
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
-def test_a_sweeper_of_another_package_works_with_our_launchers_and_its_jobs_are_recorded(cli, launcher):
-    write(cli.folder / "plugins/hydra_plugins/two_rounds.py", SWEEPER)
-    env = {"PYTHONPATH": os.pathsep.join([str(cli.folder / "plugins"), cli.environment["PYTHONPATH"]])}
+def test_a_sweeper_of_another_package_works_with_our_launchers_and_its_jobs_are_recorded(inline, launcher):
+    write(inline.folder / "plugins/hydra_plugins/two_rounds.py", SWEEPER)
+    env = {"PYTHONPATH": os.pathsep.join([str(inline.folder / "plugins"), inline.environment["PYTHONPATH"]])}
     arguments = ("-m", "hydra/sweeper=two_rounds", f"hydra/launcher={launcher}", *SMALL, "hydra.sweep.dir=s")
-    cli(*arguments, env=env)
-    jobs = read_manifest(cli.folder / "s").jobs
+    inline(*arguments, env=env)
+    jobs = read_manifest(inline.folder / "s").jobs
     assert [(job.folder, job.config["lora"]["rank"]) for job in jobs] == [("0", 2), ("1", 4), ("2", 8)]
-    (cli.folder / "s/2/config.yaml").unlink()
-    for path in (cli.folder / "s/2/checkpoints").glob("step-*"):
-        path.rename(cli.folder / path.name)
-    (cli.folder / "s/2").rename(cli.folder / "gone")
-    assert "3 jobs, 1 to start, 2 done" in cli("resume=s")  # without that sweeper
-    assert stored(cli.folder / "s/2")["lora"]["rank"] == 8
+    (inline.folder / "s/2/config.yaml").unlink()
+    for path in (inline.folder / "s/2/checkpoints").glob("step-*"):
+        path.rename(inline.folder / path.name)
+    (inline.folder / "s/2").rename(inline.folder / "gone")
+    assert "3 jobs, 1 to start, 2 done" in inline("resume=s")  # without that sweeper
+    assert stored(inline.folder / "s/2")["lora"]["rank"] == 8
 
 
-def test_folders_are_named_by_a_template_or_by_their_number_where_it_gives_no_name(cli):
-    cli("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.subdir=r${lora.rank}-${hydra:job.num}", "hydra.sweep.dir=s")
-    assert (cli.folder / "s/r2-0/adapters").is_dir() and (cli.folder / "s/r4-1/adapters").is_dir()
-    out = cli("resume=s", "lora.rank=8")
-    assert "1 to start, 2 done" in out and (cli.folder / "s/r8-2/adapters").is_dir()
-    cli("-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=${hydra.job.override_dirname}", "hydra.sweep.dir=t")
-    assert any("seed=1" in path.name for path in (cli.folder / "t").iterdir())
-    cli("-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=a/${seed}", "hydra.sweep.dir=u")
-    assert (cli.folder / "u/0/adapters").is_dir()
-    names = [run["run"] for run in json.loads(cli("show", "s", "--json"))["runs"]]
+def test_folders_are_named_by_a_template_or_by_their_number_where_it_gives_no_name(inline):
+    inline("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.subdir=r${lora.rank}-${hydra:job.num}", "hydra.sweep.dir=s")
+    assert (inline.folder / "s/r2-0/adapters").is_dir() and (inline.folder / "s/r4-1/adapters").is_dir()
+    out = inline("resume=s", "lora.rank=8")
+    assert "1 to start, 2 done" in out and (inline.folder / "s/r8-2/adapters").is_dir()
+    inline("-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=${hydra.job.override_dirname}", "hydra.sweep.dir=t")
+    assert any("seed=1" in path.name for path in (inline.folder / "t").iterdir())
+    inline("-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=a/${seed}", "hydra.sweep.dir=u")
+    assert (inline.folder / "u/0/adapters").is_dir()
+    names = [run["run"] for run in json.loads(inline("show", "s", "--json"))["runs"]]
     assert set(names) == {"r2-0", "r4-1", "r8-2"}
 
 
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
-def test_the_record_of_hydra_is_written_where_and_if_it_is_asked_for(cli, launcher):
-    cli("-m", *SMALL, "seed=1,2", f"hydra/launcher={launcher}", "hydra.output_subdir=record", "hydra.sweep.dir=s")
-    assert yaml.safe_load((cli.folder / "s/1/record/overrides.yaml").read_text())[-1] == "seed=2"
-    cli("-m", *SMALL, "seed=1,2", "hydra.output_subdir=null", "hydra.sweep.dir=t")
-    assert not any(path.name in (".hydra", "record") for path in (cli.folder / "t/0").iterdir())
+def test_the_record_of_hydra_is_written_where_and_if_it_is_asked_for(inline, launcher):
+    inline("-m", *SMALL, "seed=1,2", f"hydra/launcher={launcher}", "hydra.output_subdir=record", "hydra.sweep.dir=s")
+    assert yaml.safe_load((inline.folder / "s/1/record/overrides.yaml").read_text())[-1] == "seed=2"
+    inline("-m", *SMALL, "seed=1,2", "hydra.output_subdir=null", "hydra.sweep.dir=t")
+    assert not any(path.name in (".hydra", "record") for path in (inline.folder / "t/0").iterdir())
 
 
 CALLBACK = """
@@ -175,24 +175,24 @@ def test_callbacks_are_told_when_a_job_starts_and_ends(cli, launcher):
     assert sorted(notes) == ["end 0 COMPLETED", "end 1 COMPLETED", "start 0", "start 1"]
 
 
-def test_settings_of_hydra_in_a_config_have_the_value_of_the_job(cli):
-    cli("-m", *SMALL, "seed=1,2", "checkpoint.dir=saved-${hydra:job.num}", "hydra.sweep.dir=s")
-    assert [stored(cli.folder / f"s/{number}")["checkpoint"]["dir"] for number in (0, 1)] == ["saved-0", "saved-1"]
+def test_settings_of_hydra_in_a_config_have_the_value_of_the_job(inline):
+    inline("-m", *SMALL, "seed=1,2", "checkpoint.dir=saved-${hydra:job.num}", "hydra.sweep.dir=s")
+    assert [stored(inline.folder / f"s/{number}")["checkpoint"]["dir"] for number in (0, 1)] == ["saved-0", "saved-1"]
 
 
-def test_a_recipe_without_its_package_line_is_told_so(cli):
-    write(cli.folder / "mine/experiment/x.yaml", "train: {iters: 2}\n")
-    out = cli("--config-dir", "mine", *SMALL, "experiment=x", expect=2)
+def test_a_recipe_without_its_package_line_is_told_so(inline):
+    write(inline.folder / "mine/experiment/x.yaml", "train: {iters: 2}\n")
+    out = inline("--config-dir", "mine", *SMALL, "experiment=x", expect=2)
     assert "experiment/x.yaml: a recipe sets settings of all sections" in out and "# @package _global_" in out
 
 
-def test_vars_are_free_values_for_references_in_recipes(cli):
-    write(cli.folder / "mine/experiment/v.yaml", "# @package _global_\nvars: {x: 3}\nlora: {rank: '${vars.x}'}\n")
-    cli("--config-dir", "mine", "-m", *SMALL, "experiment=v", "vars.x=3,5", "hydra.sweep.dir=s")
-    assert [stored(cli.folder / f"s/{number}")["lora"]["rank"] for number in (0, 1)] == [3, 5]
+def test_vars_are_free_values_for_references_in_recipes(inline):
+    write(inline.folder / "mine/experiment/v.yaml", "# @package _global_\nvars: {x: 3}\nlora: {rank: '${vars.x}'}\n")
+    inline("--config-dir", "mine", "-m", *SMALL, "experiment=v", "vars.x=3,5", "hydra.sweep.dir=s")
+    assert [stored(inline.folder / f"s/{number}")["lora"]["rank"] for number in (0, 1)] == [3, 5]
 
 
-def test_fail_fast_starts_no_job_after_one_has_failed(cli):
+def test_fail_fast_starts_no_job_after_one_has_failed(inline):
     arguments = ("-m", *SMALL, "lora.keys=[nonsense],[self_attn.q_proj]", "hydra.launcher.fail_fast=true")
-    cli(*arguments, "hydra.sweep.dir=s", expect=1)
-    assert not (cli.folder / "s/1").exists()
+    inline(*arguments, "hydra.sweep.dir=s", expect=1)
+    assert not (inline.folder / "s/1").exists()

@@ -39,20 +39,20 @@ def job_settings(sweep: Path, *names: str) -> list[tuple]:
     return found
 
 
-def test_a_refused_resume_removes_nothing_and_a_second_one_is_refused_too(cli):
-    process = cli.start("-m", *SMALL, "train.iters=100000", "lora.rank=2,4", "hydra.sweep.dir=s")
-    cli.wait_for(cli.folder / "s/0", 10, process)
+def test_a_refused_resume_removes_nothing_and_a_second_one_is_refused_too(inline):
+    process = inline.start("-m", *SMALL, "train.iters=100000", "lora.rank=2,4", "hydra.sweep.dir=s")
+    inline.wait_for(inline.folder / "s/0", 10, process)
     for _ in range(2):
-        assert f"pid {process.pid}" in cli("resume=s", expect=3)
-        assert (cli.folder / "s/.lock").exists()
+        assert f"pid {process.pid}" in inline("resume=s", expect=3)
+        assert (inline.folder / "s/.lock").exists()
     process.kill()
     process.communicate()
 
 
-@pytest.mark.slow
-def test_of_two_starts_in_one_directory_one_wins_and_the_other_is_refused(cli):
+@pytest.mark.parametrize("tries", [1, pytest.param(6, marks=pytest.mark.long)])
+def test_of_two_starts_in_one_directory_one_wins_and_the_other_is_refused(cli, tries):
     arguments = ("-m", *SMALL, "train.iters=1", "lora.rank=2,4")
-    for number in range(6):
+    for number in range(tries):
         processes = [cli.start(*arguments, f"hydra.sweep.dir=s{number}") for _ in range(2)]
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         codes = sorted(process.returncode for process in processes)
@@ -61,37 +61,39 @@ def test_of_two_starts_in_one_directory_one_wins_and_the_other_is_refused(cli):
 
 
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
-def test_a_sweep_resumed_in_another_working_directory_trains_the_same_data(cli, make_cli, launcher, tmp_path_factory):
-    shutil.copytree(find_dataset("builtin:tiny"), cli.folder / "my")
-    elsewhere = make_cli(tmp_path_factory.mktemp("elsewhere"))
+def test_a_sweep_resumed_in_another_working_directory_trains_the_same_data(
+    inline, make_cli, launcher, tmp_path_factory
+):
+    shutil.copytree(find_dataset("builtin:tiny"), inline.folder / "my")
+    elsewhere = make_cli(tmp_path_factory.mktemp("elsewhere"), in_process=True)
     shutil.copytree(find_dataset("builtin:tiny"), elsewhere.folder / "my")
     text = '{"prompt": "other", "completion": "data"}\n'
     for split in ("train", "valid"):
         (elsewhere.folder / "my" / f"{split}.jsonl").write_text(text * 8)
     arguments = ("-m", *SMALL, "data.path=my", "seed=1,2", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
-    cli(*arguments)
-    sweep = cli.folder / "s"
-    values = [row["objective"] for _, row in sorted(cli.results(sweep).items())]
+    inline(*arguments)
+    sweep = inline.folder / "s"
+    values = [row["objective"] for _, row in sorted(inline.results(sweep).items())]
     shutil.rmtree(sweep / "1")
     elsewhere(f"resume={sweep}")
-    assert [row["objective"] for _, row in sorted(cli.results(sweep).items())] == values
-    assert {stored(sweep / job)["data"]["path"] for job in ("0", "1")} == {str(cli.folder / "my")}
+    assert [row["objective"] for _, row in sorted(inline.results(sweep).items())] == values
+    assert {stored(sweep / job)["data"]["path"] for job in ("0", "1")} == {str(inline.folder / "my")}
 
 
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
-def test_a_recipe_that_changes_or_goes_does_not_change_the_jobs_still_to_start(cli, launcher):
-    recipe = cli.folder / "mine/experiment/rec.yaml"
+def test_a_recipe_that_changes_or_goes_does_not_change_the_jobs_still_to_start(inline, launcher):
+    recipe = inline.folder / "mine/experiment/rec.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text(RECIPE % 2)
     arguments = ("--config-dir", "mine", *SMALL, "experiment=rec", "seed=1,2,3", f"hydra/launcher={launcher}")
-    cli("-m", *arguments, "hydra.sweep.dir=s")
+    inline("-m", *arguments, "hydra.sweep.dir=s")
     for number, change in enumerate(
-        (lambda: recipe.write_text(RECIPE % 4), lambda: shutil.rmtree(cli.folder / "mine"))
+        (lambda: recipe.write_text(RECIPE % 4), lambda: shutil.rmtree(inline.folder / "mine"))
     ):
         change()
-        shutil.rmtree(cli.folder / f"s/{number + 1}")
-        cli("resume=s")
-        assert job_settings(cli.folder / "s", "lora.rank", "seed") == [(2, 1), (2, 2), (2, 3)]
+        shutil.rmtree(inline.folder / f"s/{number + 1}")
+        inline("resume=s")
+        assert job_settings(inline.folder / "s", "lora.rank", "seed") == [(2, 1), (2, 2), (2, 3)]
 
 
 def test_a_recipe_edited_while_the_sweep_runs_changes_nothing(cli):
@@ -107,23 +109,23 @@ def test_a_recipe_edited_while_the_sweep_runs_changes_nothing(cli):
     assert job_settings(cli.folder / "s", "lora.rank", "seed") == [(2, 1), (2, 2)]
 
 
-def test_jobs_save_and_end_with_the_process_launcher_that_was_killed(cli, assert_equal_runs):
+def test_jobs_save_and_end_with_the_process_launcher_that_was_killed(inline, assert_equal_runs):
     arguments = (*SMALL, "train.iters=400", "seed=1,2,3", "hydra/launcher=process", "hydra.launcher.jobs=2")
-    process = cli.start("-m", *arguments, "hydra.sweep.dir=s")
-    cli.wait_for(cli.folder / "s/0", 20, process)
-    cli.wait_for(cli.folder / "s/1", 20, process)
-    pids = [json.loads((cli.folder / f"s/{job}/status.json").read_text())["pid"] for job in (0, 1)]
+    process = inline.start("-m", *arguments, "hydra.sweep.dir=s")
+    inline.wait_for(inline.folder / "s/0", 20, process)
+    inline.wait_for(inline.folder / "s/1", 20, process)
+    pids = [json.loads((inline.folder / f"s/{job}/status.json").read_text())["pid"] for job in (0, 1)]
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a job outlived its parent"
         time.sleep(0.05)
-    states = [json.loads((cli.folder / f"s/{job}/status.json").read_text())["state"] for job in (0, 1)]
+    states = [json.loads((inline.folder / f"s/{job}/status.json").read_text())["state"] for job in (0, 1)]
     assert set(states) <= {"stopped", "finished"} and "stopped" in states  # a short job may end by itself meanwhile
-    assert f"1 to start, {states.count('stopped')} to resume" in cli("resume=s")
-    cli(*SMALL, "train.iters=400", "seed=2", "hydra.run.dir=alone")
-    assert_equal_runs(cli.folder / "alone", cli.folder / "s/1")
+    assert f"1 to start, {states.count('stopped')} to resume" in inline("resume=s")
+    inline(*SMALL, "train.iters=400", "seed=2", "hydra.run.dir=alone")
+    assert_equal_runs(inline.folder / "alone", inline.folder / "s/1")
 
 
 def test_a_worker_that_is_stopping_on_a_signal_saves_though_its_parent_ends(inline):
@@ -161,20 +163,20 @@ def test_a_worker_that_is_killed_fails_its_own_job_only(cli):
     assert [rows[number]["state"] for number in range(3)] == ["failed", "finished", "finished"]
 
 
-def test_values_typed_on_resume_are_added_to_the_grid(cli):
-    cli("-m", *SMALL, "lora.rank=2,4", "seed=0,1", "hydra.sweep.dir=s")
-    assert "4 jobs, 4 done" in cli("resume=s", "seed=0,1")
-    assert "6 jobs, 2 to start, 4 done" in cli("resume=s", "lora.rank=8")
-    assert "9 jobs, 3 to start, 6 done" in cli("resume=s", "seed=2")
+def test_values_typed_on_resume_are_added_to_the_grid(inline):
+    inline("-m", *SMALL, "lora.rank=2,4", "seed=0,1", "hydra.sweep.dir=s")
+    assert "4 jobs, 4 done" in inline("resume=s", "seed=0,1")
+    assert "6 jobs, 2 to start, 4 done" in inline("resume=s", "lora.rank=8")
+    assert "9 jobs, 3 to start, 6 done" in inline("resume=s", "seed=2")
     pairs = {(rank, seed) for rank in (2, 4, 8) for seed in (0, 1, 2)}
-    assert set(job_settings(cli.folder / "s", "lora.rank", "seed")) == pairs
+    assert set(job_settings(inline.folder / "s", "lora.rank", "seed")) == pairs
 
 
-def test_a_group_typed_on_resume_takes_all_other_settings_from_the_record(cli):
-    cli("-m", *SMALL, "optimizer.learning_rate=1e-3,2e-3", "hydra.sweep.dir=s")
-    cli("resume=s", "optimizer=sgd")
+def test_a_group_typed_on_resume_takes_all_other_settings_from_the_record(inline):
+    inline("-m", *SMALL, "optimizer.learning_rate=1e-3,2e-3", "hydra.sweep.dir=s")
+    inline("resume=s", "optimizer=sgd")
     names = ("optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay")
-    assert job_settings(cli.folder / "s", *names) == [
+    assert job_settings(inline.folder / "s", *names) == [
         ("adamw", 1e-3, 0.01),
         ("adamw", 2e-3, 0.01),
         ("sgd", 1e-3, 0.0),
@@ -182,15 +184,15 @@ def test_a_group_typed_on_resume_takes_all_other_settings_from_the_record(cli):
     ]
 
 
-def test_a_free_setting_typed_on_resume_applies_to_all_jobs(cli):
-    cli("-m", *SMALL, "seed=1,2", "hydra.sweep.dir=s")
-    out = cli("resume=s", "checkpoint.keep_last=1", "train.iters=8")
+def test_a_free_setting_typed_on_resume_applies_to_all_jobs(inline):
+    inline("-m", *SMALL, "seed=1,2", "hydra.sweep.dir=s")
+    out = inline("resume=s", "checkpoint.keep_last=1", "train.iters=8")
     assert "changed for all jobs: train.iters=8" in out and "2 jobs, 2 to resume" in out
-    assert "changed on resume: train.iters 6 -> 8" in (cli.folder / "s/0/run.log").read_text()
-    assert job_settings(cli.folder / "s", "checkpoint.keep_last", "train.iters") == [(1, 8)] * 2
-    assert "2 jobs, 2 done" in cli("resume=s")
-    cli("resume=s", "seed=3")  # later jobs have it from the start
-    assert job_settings(cli.folder / "s", "checkpoint.keep_last", "train.iters", "seed")[2] == (1, 8, 3)
+    assert "changed on resume: train.iters 6 -> 8" in (inline.folder / "s/0/run.log").read_text()
+    assert job_settings(inline.folder / "s", "checkpoint.keep_last", "train.iters") == [(1, 8)] * 2
+    assert "2 jobs, 2 done" in inline("resume=s")
+    inline("resume=s", "seed=3")  # later jobs have it from the start
+    assert job_settings(inline.folder / "s", "checkpoint.keep_last", "train.iters", "seed")[2] == (1, 8, 3)
 
 
 def test_what_was_changed_for_one_job_stays_until_it_is_changed_for_all_jobs_again(inline):
@@ -240,32 +242,32 @@ def test_a_recipe_named_on_resume_comes_from_the_config_folder_of_the_sweep(inli
     assert "experiment=c is not a choice" in out and f"{folder.parent}, does not exist any more" in out
 
 
-def test_what_cannot_be_added_is_refused_and_not_recorded(cli):
-    cli("-m", *SMALL, "seed=1,2", "hydra.sweep.dir=s")
-    before = (cli.folder / "s/sweep.jsonl").read_bytes()
+def test_what_cannot_be_added_is_refused_and_not_recorded(inline):
+    inline("-m", *SMALL, "seed=1,2", "hydra.sweep.dir=s")
+    before = (inline.folder / "s/sweep.jsonl").read_bytes()
     for typed, message in (
         ("checkpoint.keep_last=1,2", "may change on resume, so it applies to all jobs"),
         ("train.iters=4", "is before update 6"),
         ("lora.rank=0", "lora.rank=0 is invalid"),
         ("vars.x=1", "the jobs were planned with their vars"),
     ):
-        assert message in cli("resume=s", typed, expect=2)
-        assert (cli.folder / "s/sweep.jsonl").read_bytes() == before
+        assert message in inline("resume=s", typed, expect=2)
+        assert (inline.folder / "s/sweep.jsonl").read_bytes() == before
 
 
-def test_train_iters_of_a_schedule_that_ends_there_is_refused_for_all_jobs(cli):
-    cli("-m", *SMALL, "schedule=cosine", "seed=1,2", "hydra.sweep.dir=s")
-    assert "the cosine schedule ends at train.iters" in cli("resume=s", "train.iters=8", expect=2)
+def test_train_iters_of_a_schedule_that_ends_there_is_refused_for_all_jobs(inline):
+    inline("-m", *SMALL, "schedule=cosine", "seed=1,2", "hydra.sweep.dir=s")
+    assert "the cosine schedule ends at train.iters" in inline("resume=s", "train.iters=8", expect=2)
 
 
-def test_stop_at_holds_for_one_invocation(cli):
-    cli("-m", *SMALL, "seed=1,2", "train.stop_at=3", "hydra.sweep.dir=s")
-    assert {row["step"] for row in cli.results(cli.folder / "s").values()} == {"3"}
-    cli("resume=s")
-    assert {row["step"] for row in cli.results(cli.folder / "s").values()} == {"6"}
+def test_stop_at_holds_for_one_invocation(inline):
+    inline("-m", *SMALL, "seed=1,2", "train.stop_at=3", "hydra.sweep.dir=s")
+    assert {row["step"] for row in inline.results(inline.folder / "s").values()} == {"3"}
+    inline("resume=s")
+    assert {row["step"] for row in inline.results(inline.folder / "s").values()} == {"6"}
 
 
-def test_a_job_can_be_changed_by_itself_after_it_failed(cli):
-    cli("-m", *SMALL, "lora.keys=[self_attn.q_proj],[nonsense]", "hydra.sweep.dir=s", expect=1)
-    cli("repeat=s/1", "lora.keys=[self_attn.k_proj]", "hydra.run.dir=other")
-    assert "1 of 2 jobs failed" in cli("resume=s", expect=1)
+def test_a_job_can_be_changed_by_itself_after_it_failed(inline):
+    inline("-m", *SMALL, "lora.keys=[self_attn.q_proj],[nonsense]", "hydra.sweep.dir=s", expect=1)
+    inline("repeat=s/1", "lora.keys=[self_attn.k_proj]", "hydra.run.dir=other")
+    assert "1 of 2 jobs failed" in inline("resume=s", expect=1)

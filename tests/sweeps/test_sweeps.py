@@ -20,51 +20,58 @@ def alone(cli, name: str, *arguments: str) -> Path:
     return cli.folder / name
 
 
-def test_a_sweep_prints_a_table_ranked_by_the_objective_and_writes_results_and_curves(cli):
-    out = cli("-m", *SMALL, "lora.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", "hydra.sweep.dir=s")
-    rows = cli.results(cli.folder / "s")
+def test_a_sweep_prints_a_table_ranked_by_the_objective_and_writes_results_and_curves(inline):
+    out = inline("-m", *SMALL, "lora.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", "hydra.sweep.dir=s")
+    rows = inline.results(inline.folder / "s")
     assert [r["state"] for r in rows.values()] == ["finished"] * 4
     values = [float(r["objective"]) for r in rows.values()]
     assert values == sorted(values) and next(iter(rows)) in (1, 3)
     assert [line.split()[0] for line in out.splitlines() if "finished" in line][-4:] == [str(n) for n in rows]
-    svg = (cli.folder / "s/curves.svg").read_text()
+    svg = (inline.folder / "s/curves.svg").read_text()
     assert svg.count("<polyline") == 4 and "rank=2" in svg
-    assert (cli.folder / "s/multirun.yaml").exists()
+    assert (inline.folder / "s/multirun.yaml").exists()
 
 
-def test_resume_of_a_finished_sweep_runs_nothing_and_of_an_extended_one_only_the_new_jobs(cli):
-    cli("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
-    before = {p: p.stat().st_mtime_ns for p in (cli.folder / "s").rglob("adapters.safetensors")}
-    out = cli("resume=s")
+def test_resume_of_a_finished_sweep_runs_nothing_and_of_an_extended_one_only_the_new_jobs(inline):
+    inline("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
+    before = {p: p.stat().st_mtime_ns for p in (inline.folder / "s").rglob("adapters.safetensors")}
+    out = inline("resume=s")
     assert "2 done" in out and "to start" not in out
-    out = cli("resume=s", "lora.rank=2,3,4")
+    out = inline("resume=s", "lora.rank=2,3,4")
     assert "1 to start, 2 done" in out
-    rows = cli.results(cli.folder / "s")
+    rows = inline.results(inline.folder / "s")
     assert {n: r["lora.rank"] for n, r in sorted(rows.items())} == {0: "2", 1: "4", 2: "3"}
-    assert before.items() <= {p: p.stat().st_mtime_ns for p in (cli.folder / "s").rglob("adapters.safetensors")}.items()
+    assert (
+        before.items() <= {p: p.stat().st_mtime_ns for p in (inline.folder / "s").rglob("adapters.safetensors")}.items()
+    )
 
 
-def test_an_invalid_value_in_any_job_is_refused_before_the_first_starts_and_leaves_no_folder(cli):
-    out = cli("-m", *SMALL, "lora.rank=2,0", "hydra.sweep.dir=s", expect=2)
+def test_an_invalid_value_in_any_job_is_refused_before_the_first_starts_and_leaves_no_folder(inline):
+    out = inline("-m", *SMALL, "lora.rank=2,0", "hydra.sweep.dir=s", expect=2)
     assert "lora.rank=0" in out
-    assert not (cli.folder / "s").exists()
+    assert not (inline.folder / "s").exists()
 
 
-@pytest.mark.parametrize("launcher", ["serial", "process", "joblib"])
-def test_stop_at_stops_every_job_and_resume_finishes_each_equal_to_a_single_run(cli, assert_equal_runs, launcher):
+@pytest.mark.parametrize(
+    "launcher", ["serial", *(pytest.param(name, marks=pytest.mark.long) for name in ("process", "joblib"))]
+)
+def test_stop_at_stops_every_job_and_resume_finishes_each_equal_to_a_single_run(
+    cli, inline, assert_equal_runs, launcher
+):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
-    assert "stop_at" not in (cli.folder / "s/sweep.jsonl").read_text() + (cli.folder / "s/0/config.yaml").read_text()
-    assert {r["state"] for r in cli.results(cli.folder / "s").values()} == {"stopped"}
-    out = cli("resume=s")
+    run = cli if launcher == "joblib" else inline
+    run("-m", *SMALL, "lora.rank=2,4", "train.stop_at=3", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    assert "stop_at" not in (run.folder / "s/sweep.jsonl").read_text() + (run.folder / "s/0/config.yaml").read_text()
+    assert {r["state"] for r in run.results(run.folder / "s").values()} == {"stopped"}
+    out = run("resume=s")
     assert "2 to resume" in out
     for number, rank in enumerate((2, 4)):
-        assert_equal_runs(cli.folder / f"s/{number}", alone(cli, f"alone{rank}", *SMALL, f"lora.rank={rank}"))
+        assert_equal_runs(run.folder / f"s/{number}", alone(inline, f"alone{rank}", *SMALL, f"lora.rank={rank}"))
 
 
 @pytest.mark.slow
-def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, assert_equal_runs):
+def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, assert_equal_runs):
     """Gradient checkpointing, dropout, a quantized base and several ranks, each after every other kind."""
     common = {"train": {"iters": 6}, "lora": {"dropout": 0.1}, "data": {"metric": "exact_match"}}
     variants = {
@@ -84,16 +91,16 @@ def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, assert_eq
     for name in variants:
         alone(cli, f"alone_{name}", *overrides, f"experiment={name}")
     for round_, order in enumerate((list(variants), list(variants)[::-1])):
-        cli("-m", *overrides, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
+        inline("-m", *overrides, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
         for number, name in enumerate(order):
             assert_equal_runs(cli.folder / f"s{round_}/{number}", cli.folder / f"alone_{name}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["process", "joblib"])
-def test_every_launcher_gives_identical_runs(cli, launcher, assert_equal_runs):
+def test_every_launcher_gives_identical_runs(cli, inline, launcher, assert_equal_runs):
     overrides = (*SMALL, "lora.rank=2,4")
-    cli("-m", *overrides, "hydra.sweep.dir=serial")
+    inline("-m", *overrides, "hydra.sweep.dir=serial")
     cli("-m", *overrides, f"hydra/launcher={launcher}", "hydra.sweep.dir=other")
     for number in (0, 1):
         assert_equal_runs(cli.folder / f"serial/{number}", cli.folder / f"other/{number}")
@@ -115,96 +122,91 @@ def test_a_signal_to_a_sweep_saves_the_job_in_progress_and_ends_the_sweep(cli, l
     assert "resume=s" in out
 
 
-@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_a_job_killed_before_it_wrote_its_config_starts_again_whatever_its_checkpoint_folder(
-    cli, launcher, assert_equal_runs
+    inline, launcher, assert_equal_runs
 ):
     arguments = (*SMALL, "checkpoint.dir=saved", "lora.rank=2,4")
-    cli("-m", *arguments, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
-    job = cli.folder / "s/1"
-    finished = job.rename(cli.folder / "finished")
+    inline("-m", *arguments, f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    job = inline.folder / "s/1"
+    finished = job.rename(inline.folder / "finished")
     (job / "saved").mkdir(parents=True)  # the claim
     shutil.copytree(finished / ".hydra", job / ".hydra")
     shutil.copy(finished / ".lock", job)
     (job / "run.log").write_text("")
-    out = cli("resume=s")
+    out = inline("resume=s")
     assert "1 to start, 1 done" in out
     for run in (job, finished):
         (run / "saved").rename(run / "checkpoints")
     assert_equal_runs(job, finished)
 
 
-@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.slow)])
-def test_a_resumed_job_keeps_its_stored_config_where_the_files_that_it_was_composed_from_changed(cli, launcher):
-    (cli.folder / "mine/experiment").mkdir(parents=True)
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
+def test_a_resumed_job_keeps_its_stored_config_where_the_files_that_it_was_composed_from_changed(inline, launcher):
+    (inline.folder / "mine/experiment").mkdir(parents=True)
     text = (
         "# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /data: tiny\n"
         "train: {iters: 6}\nlora: {dropout: %s}\n"
     )
-    (cli.folder / "mine/experiment/mine.yaml").write_text(text % 0.1)
+    (inline.folder / "mine/experiment/mine.yaml").write_text(text % 0.1)
     arguments = ("--config-dir=mine", "experiment=mine", "seed=1,2", f"hydra/launcher={launcher}")
-    cli("-m", *arguments, "train.stop_at=3", "hydra.sweep.dir=s")
-    before = (cli.folder / "s/0/config.yaml").read_text()
-    (cli.folder / "mine/experiment/mine.yaml").write_text(text % 0.2)
-    cli("resume=s")
-    assert [row["state"] for row in cli.results(cli.folder / "s").values()] == ["finished"] * 2
-    assert (cli.folder / "s/0/config.yaml").read_text() == before
+    inline("-m", *arguments, "train.stop_at=3", "hydra.sweep.dir=s")
+    before = (inline.folder / "s/0/config.yaml").read_text()
+    (inline.folder / "mine/experiment/mine.yaml").write_text(text % 0.2)
+    inline("resume=s")
+    assert [row["state"] for row in inline.results(inline.folder / "s").values()] == ["finished"] * 2
+    assert (inline.folder / "s/0/config.yaml").read_text() == before
 
 
-def test_a_job_never_starts_in_a_link_that_leads_out_of_the_sweep(cli):
-    cli("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
-    shutil.rmtree(cli.folder / "s/1")
-    (cli.folder / "elsewhere").mkdir()
-    (cli.folder / "s/1").symlink_to(cli.folder / "elsewhere")
-    assert "s/1 is a symbolic link" in cli("resume=s", expect=2)
-    assert list((cli.folder / "elsewhere").iterdir()) == []
+def test_a_job_never_starts_in_a_link_that_leads_out_of_the_sweep(inline):
+    inline("-m", *SMALL, "lora.rank=2,4", "hydra.sweep.dir=s")
+    shutil.rmtree(inline.folder / "s/1")
+    (inline.folder / "elsewhere").mkdir()
+    (inline.folder / "s/1").symlink_to(inline.folder / "elsewhere")
+    assert "s/1 is a symbolic link" in inline("resume=s", expect=2)
+    assert list((inline.folder / "elsewhere").iterdir()) == []
 
 
-def test_a_second_process_on_a_sweep_is_refused_with_the_pid_of_the_first(cli):
-    overrides = (*SMALL, "train.iters=100000", "lora.rank=2,4")
-    process = cli.start("-m", *overrides, "hydra.sweep.dir=s")
-    cli.wait_for(cli.folder / "s/0", 10, process)
-    out = cli("resume=s", expect=3)
-    assert f"pid {process.pid}" in out
-    process.kill()
-    process.communicate()
-
-
-@pytest.mark.parametrize("launcher", ["serial", "process"])
-def test_repeat_of_a_run_as_a_sweep_can_be_resumed(cli, launcher):
-    alone(cli, "run", *SMALL, "lora.rank=2")
-    cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
-    cli("resume=s")
-    rows = cli.results(cli.folder / "s")
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
+def test_repeat_of_a_run_as_a_sweep_can_be_resumed(inline, launcher):
+    alone(inline, "run", *SMALL, "lora.rank=2")
+    inline("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", f"hydra/launcher={launcher}", "hydra.sweep.dir=s")
+    inline("resume=s")
+    rows = inline.results(inline.folder / "s")
     assert {r["state"] for r in rows.values()} == {"finished"}
-    assert json.loads((cli.folder / "s/0/status.json").read_text())["iters"] == 6
+    assert json.loads((inline.folder / "s/0/status.json").read_text())["iters"] == 6
 
 
-def test_a_sweep_started_by_an_earlier_version_resumes(cli):
+def test_a_sweep_started_by_an_earlier_version_resumes(inline):
     """There, resume=, repeat= and train.stop_at= were settings, recorded in manifests and configs."""
-    alone(cli, "run", *SMALL, "lora.rank=2")
-    cli("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
-    manifest = cli.folder / "s/sweep.jsonl"
+    alone(inline, "run", *SMALL, "lora.rank=2")
+    inline("-m", "repeat=run", "lora.rank=3,4", "train.stop_at=2", "hydra.sweep.dir=s")
+    manifest = inline.folder / "s/sweep.jsonl"
     launch, *jobs = map(json.loads, manifest.read_text().splitlines())
     for job in jobs:
         job["overrides"] = ["repeat=run", *job["overrides"], "train.stop_at=2"]
         job["id"] = f"old{job['job']}"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in (launch, *jobs)))
-    stored = cli.folder / "s/0/config.yaml"
+    stored = inline.folder / "s/0/config.yaml"
     config = yaml.safe_load(stored.read_text()) | {"resume": None, "repeat": "run"}
     config["train"]["stop_at"] = 2
     stored.write_text(yaml.safe_dump(config))
-    assert "2 to resume" in cli("resume=s")
-    assert {r["state"] for r in cli.results(cli.folder / "s").values()} == {"finished"}
-    assert "1 to start, 2 done" in cli("resume=s", "lora.rank=3,4,5")
+    assert "2 to resume" in inline("resume=s")
+    assert {r["state"] for r in inline.results(inline.folder / "s").values()} == {"finished"}
+    assert "1 to start, 2 done" in inline("resume=s", "lora.rank=3,4,5")
 
 
 def test_jobs_that_an_earlier_version_was_killed_before_recording_are_planned_from_its_arguments(inline):
-    inline("-m", *SMALL, "lora.rank=3,4", "seed=1,2", "train.stop_at=2", "hydra.sweep.dir=s")
+    alone(inline, "run", *SMALL, "lora.dropout=0.2", "train.stop_at=1")
+    inline("-m", "repeat=run", "lora.rank=3,4", "seed=1,2", "train.stop_at=2", "hydra.sweep.dir=s")
     manifest = inline.folder / "s/sweep.jsonl"
     head, *jobs = map(json.loads, manifest.read_text().splitlines())
     old = {"schema": 1, "words": head["arguments"]}
-    lines = [old, *({key: job[key] for key in ("job", "id", "overrides")} for job in jobs[:2])]
+    lines = [old]
+    for job in jobs[:2]:
+        lines.append(
+            {"job": job["job"], "id": "old", "overrides": [*job["overrides"], "stored=run", "train.stop_at=2"]}
+        )
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"job": 2, "id"')
     for number in (1, 2, 3):
         shutil.rmtree(inline.folder / f"s/{number}")
@@ -213,6 +215,8 @@ def test_jobs_that_an_earlier_version_was_killed_before_recording_are_planned_fr
     rows = inline.results(inline.folder / "s")
     pairs = [(rows[number]["lora.rank"], rows[number]["seed"]) for number in range(4)]
     assert pairs == [("3", "1"), ("3", "2"), ("4", "1"), ("4", "2")]
+    config = yaml.safe_load((inline.folder / "s/3/config.yaml").read_text())
+    assert config["lora"]["dropout"] == 0.2  # that of the repeated run
     assert "4 jobs, 4 done" in inline("resume=s")
 
 
@@ -228,29 +232,29 @@ def test_repeat_of_a_sweep_means_its_best_job(inline):
     assert "schedule.warmup=3 leaves no update" in out and "type schedule.warmup=1 or less" in out
 
 
-def test_resume_of_a_sweep_excludes_repeat(cli):
-    cli("-m", *SMALL, "lora.rank=2,4", "train.stop_at=1", "hydra.sweep.dir=s")
-    assert "leave out repeat=" in cli("resume=s", "repeat=s/0", expect=2)
+def test_resume_of_a_sweep_excludes_repeat(inline):
+    inline("-m", *SMALL, "lora.rank=2,4", "train.stop_at=1", "hydra.sweep.dir=s")
+    assert "leave out repeat=" in inline("resume=s", "repeat=s/0", expect=2)
 
 
-def test_a_sweep_in_an_experiment_file_runs_without_the_multirun_flag(cli):
-    (cli.folder / "mine/experiment").mkdir(parents=True)
-    (cli.folder / "mine/experiment/ranks.yaml").write_text(
+def test_a_sweep_in_an_experiment_file_runs_without_the_multirun_flag(inline):
+    (inline.folder / "mine/experiment").mkdir(parents=True)
+    (inline.folder / "mine/experiment/ranks.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /data: tiny\n"
         "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      lora.rank: 2,4\n      seed: [1, 2]\n"
         "train:\n  iters: 2\n"
     )
-    out = cli("--config-dir", "mine", "experiment=ranks", "hydra.sweep.dir=s")
+    out = inline("--config-dir", "mine", "experiment=ranks", "hydra.sweep.dir=s")
     assert "4 jobs" in out
-    out = cli("resume=s", "lora.rank=2,4,6")
+    out = inline("resume=s", "lora.rank=2,4,6")
     assert "2 to start, 4 done" in out
 
 
-def test_group_choices_and_globs_are_swept(cli):
-    cli(
+def test_group_choices_and_globs_are_swept(inline):
+    inline(
         "-m", "model=tiny", "data=tiny", "train.iters=1", "schedule=glob(c*)", "optimizer=sgd,adam", "hydra.sweep.dir=s"
     )
-    rows = cli.results(cli.folder / "s")
+    rows = inline.results(inline.folder / "s")
     assert {(r["schedule"], r["optimizer"]) for r in rows.values()} == {
         (s, o) for s in ("constant", "cosine") for o in ("sgd", "adam")
     }

@@ -71,7 +71,8 @@ def test_stop_at_stops_every_job_and_resume_finishes_each_equal_to_a_single_run(
 
 
 @pytest.mark.slow
-def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, assert_equal_runs):
+@pytest.mark.parametrize("own_processes", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, assert_equal_runs, own_processes):
     """Gradient checkpointing, dropout, a quantized base and several ranks, each after every other kind."""
     common = {"train": {"iters": 6}, "lora": {"dropout": 0.1}, "data": {"metric": "exact_match"}}
     variants = {
@@ -89,7 +90,7 @@ def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, a
         (cli.folder / f"mine/experiment/{name}.yaml").write_text(text)
     overrides = ("--config-dir", str(cli.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
     for name in variants:
-        alone(cli, f"alone_{name}", *overrides, f"experiment={name}")
+        alone(cli if own_processes else inline, f"alone_{name}", *overrides, f"experiment={name}")
     for round_, order in enumerate((list(variants), list(variants)[::-1])):
         inline("-m", *overrides, f"experiment={','.join(order)}", f"hydra.sweep.dir=s{round_}")
         for number, name in enumerate(order):
@@ -97,7 +98,7 @@ def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["process", "joblib"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("process", marks=pytest.mark.long)])
 def test_every_launcher_gives_identical_runs(cli, inline, launcher, assert_equal_runs):
     overrides = (*SMALL, "lora.rank=2,4")
     inline("-m", *overrides, "hydra.sweep.dir=serial")

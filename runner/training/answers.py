@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.config.schema import DataConfig
+from runner.config.schema import Config
 from runner.data.formats import EncodeOptions
 from runner.data.metrics import METRICS
 from runner.models.lora import Params
@@ -19,12 +19,12 @@ from runner.training.signals import StopRequested
 from runner.training.trainer import Trainer
 
 
-def record_answers_before_training(trainer: Trainer, config: DataConfig) -> None:
+def record_answers_before_training(trainer: Trainer, config: Config) -> None:
     """Record the base model's answers at step 0, if answers are configured; those of an earlier job are reused.
 
     A stop signal abandons them: the run stops before its first update, and its resume generates them.
     """
-    if not config.metric_rows or trainer.state.progress.step > 0 or trainer.stops.signal is not None:
+    if not config.data.metric_rows or trainer.state.progress.step > 0 or trainer.stops.signal is not None:
         return
     baseline = trainer.components.baseline
     with suppress(StopRequested):
@@ -33,7 +33,7 @@ def record_answers_before_training(trainer: Trainer, config: DataConfig) -> None
         _record(trainer, config, baseline.generation)
 
 
-def record_answers_after_training(trainer: Trainer, params: Params, config: DataConfig) -> None:
+def record_answers_after_training(trainer: Trainer, params: Params, config: Config) -> None:
     """Record the answers of the result, whose weights are `params`.
 
     Raises:
@@ -55,32 +55,33 @@ def compare_answers(trainer: Trainer, metric: str) -> list[str]:
     )
 
 
-def _generate(trainer: Trainer, params: Params, config: DataConfig, when: str) -> GenerationResult:
-    components, split = trainer.components, config.metric_split
-    assert config.metric is not None
-    rows = components.data.first_rows(split, config.metric_rows)
+def _generate(trainer: Trainer, params: Params, config: Config, when: str) -> GenerationResult:
+    components, data = trainer.components, config.data
+    assert data.metric is not None
+    rows = components.data.first_rows(data.metric_split, data.metric_rows)
     trainer.stops.check()
     trainer.components.adapted.place(params)
-    trainer.display.line(f"answering {len(rows)} {split} rows {when} training")
+    trainer.display.line(f"answering {len(rows)} {data.metric_split} rows {when} training")
     return generate(
-        components.adapted.model,
-        components.base.tokenizer,
+        components.base,
         rows,
-        EncodeOptions.from_config(config),
-        METRICS[config.metric],
-        max_tokens=config.max_new_tokens,
+        EncodeOptions.from_config(data),
+        METRICS[data.metric],
+        max_tokens=data.max_new_tokens,
         before_step=trainer.stops.check,
+        log=trainer.display.line,
+        cache_probe=config.train.cache_probes,
     )
 
 
-def _record(trainer: Trainer, config: DataConfig, result: GenerationResult) -> None:
+def _record(trainer: Trainer, config: Config, result: GenerationResult) -> None:
     step = trainer.state.progress.step
     for answer in result.answers:
         trainer.writer.log_sample(step=step, **vars(answer))
     trainer.writer.log_metrics(
         step=step,
-        split=config.metric_split,
-        metric=config.metric,
+        split=config.data.metric_split,
+        metric=config.data.metric,
         score=result.score,
         rows=len(result.answers),
         generated_tokens=result.tokens,

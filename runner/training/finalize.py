@@ -86,7 +86,7 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
         params = state_files.read_params(trainer.writer.store.load_step(result_step))
     lines = _evaluate_test_split(trainer, spec, params, result_step) if config.train.test else []
     if config.data.metric_rows and config.data.metric:
-        record_answers_after_training(trainer, params, config.data)
+        record_answers_after_training(trainer, params, config)
         lines += compare_answers(trainer, config.data.metric)
     return lines
 

@@ -1,22 +1,19 @@
-"""Answers to held-out rows, generated greedily in batches and scored by the data set's metric."""
+"""Answers to held-out rows, generated greedily and scored by the data set's metric."""
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from runner.common.errors import DataError
 from runner.data.formats import EncodeOptions
 from runner.data.metrics import Metric
-from runner.data.text_encoder import TextEncoder
-
-BATCH_SIZE = 32
-"""Rows decoded at once. On the CPU, the cost of a decoding step hardly grows up to this size."""
+from runner.data.row_errors import RowError
+from runner.data.text_encoder import Message, TextEncoder
+from runner.models.load import BaseModel
+from runner.training.decoding import decode
 
 
 @dataclass(frozen=True)
@@ -42,85 +39,122 @@ class GenerationResult:
     """Generated tokens."""
 
 
+@dataclass(frozen=True)
+class Question:
+    """A row taken apart."""
+
+    turns: list[Message]
+    """The conversation before the answer."""
+    expected: str
+    prompt_tokens: list[int]
+
+
 def generate(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    base: BaseModel,
     rows: Sequence[Mapping[str, Any]],
     options: EncodeOptions,
     metric: Metric,
     *,
     max_tokens: int,
     before_step: Callable[[], None] = lambda: None,
+    log: Callable[[str], None] = lambda line: None,
+    cache_probe: bool = True,
 ) -> GenerationResult:
-    """Generate greedy answers to `rows` and score them.
+    """Generate greedy answers to `rows` with `base`, which may carry an adapter, and score them.
 
-    `before_step` is called before every decoding step and may raise to stop.
+    `before_step` is called before every decoding step and may raise to stop; `log` with lines for the user.
+    `cache_probe`: see `decoding.decode`.
+
+    Raises:
+        DataError: a row has no question and answer, or cannot be rendered.
+        ModelError: mlx-lm cannot generate with this architecture.
     """
-    model.eval()
-    encoder = TextEncoder(tokenizer, options.template)
-    questions = [split_row(row, options) for row in rows]
-    prompts = [_encode_prompt(turns, row, encoder, options) for (turns, _), row in zip(questions, rows, strict=True)]
-    token_ids = _decode(model, tokenizer, prompts, max_tokens, before_step)
+    base.model.eval()
+    encoder = TextEncoder(base.tokenizer, options.template)
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            questions.append(split_row(row, encoder, options))
+        except RowError as reason:
+            raise DataError(f"data.metric_rows: row {number} cannot be answered: {reason}.") from None
+    token_ids = decode(
+        base,
+        [question.prompt_tokens for question in questions],
+        max_tokens,
+        before_step=before_step,
+        log=log,
+        cache_probe=cache_probe,
+    )
     answers = []
-    for index, (row, (turns, expected), ids) in enumerate(zip(rows, questions, token_ids, strict=True)):
-        text = tokenizer.decode(ids)
-        answers.append(Answer(index, turns[-1]["content"], expected, text, metric.score(row, text)))
+    for index, (row, question, ids) in enumerate(zip(rows, questions, token_ids, strict=True)):
+        text = base.tokenizer.decode(ids)
+        # The metric compares with `completion` where a row has one.
+        score = metric.score({**row, "completion": question.expected}, text)
+        answers.append(Answer(index, _text_of(question.turns[-1]), question.expected, text, score))
     score = sum(answer.score for answer in answers) / max(1, len(answers))
     return GenerationResult(answers, score, sum(map(len, token_ids)))
 
 
-def split_row(row: Mapping[str, Any], options: EncodeOptions) -> tuple[list[dict[str, Any]], str]:
-    """Split a row into the turns of the question and the expected answer, in a chat the last assistant turn.
+def split_row(row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Question:
+    """Split a row into the question and the expected answer: the completion, or the last assistant turn of a chat.
+
+    Where that turn calls tools, the expected answer is the call as the chat template renders it. Where the template
+    has no place for calls, it is the last turn with a text.
 
     Raises:
         DataError: the row has no question and answer, such as plain text.
+        RowError: the chat template fails on it.
     """
     keys = options.keys
     if keys.prompt in row and keys.completion in row:
-        return [{"role": "user", "content": row[keys.prompt]}], row[keys.completion]
+        turns: list[Message] = [{"role": "user", "content": row[keys.prompt]}]
+        return Question(turns, row[keys.completion], _encode_prompt(turns, row, encoder, options))
     messages = row.get(keys.messages) or []
     for end in range(len(messages) - 1, 0, -1):
-        if messages[end]["role"] == "assistant":
-            return messages[:end], messages[end]["content"]
+        turn = messages[end]
+        if turn["role"] != "assistant":
+            continue
+        turns = messages[:end]
+        expected = _rendered_call(turns, turn, row, encoder) if turn.get("tool_calls") else _text_of(turn)
+        if expected:
+            return Question(turns, expected, _encode_prompt(turns, row, encoder, options))
     raise DataError(
         "data.metric_rows generates answers, which needs rows with prompt and completion, or messages that end with "
-        "an assistant turn."
+        "an assistant turn that has a text, or a tool call that the chat template renders."
     )
+
+
+def _rendered_call(turns: list[Message], turn: Message, row: Mapping[str, Any], encoder: TextEncoder) -> str:
+    """Return what the model generates for a turn that calls tools; empty where the template leaves the calls out."""
+    tools = row.get("tools")
+    whole = encoder.render([*turns, turn], tools)
+    before, prompt = encoder.render(turns, tools), encoder.render(turns, tools, add_generation_prompt=True)
+    if whole.startswith(prompt):
+        answer = whole[len(prompt) :]
+    elif whole.startswith(before):  # the generation prompt opens a block, such as one for thoughts, that is closed here
+        answer = whole[len(os.path.commonprefix([whole, prompt])) :]
+    else:
+        return ""
+    names = [str((call.get("function") or call).get("name", "")) for call in turn["tool_calls"]]
+    if not all(name and name in answer for name in names):
+        return ""
+    tokens = encoder.encode(answer, add_special_tokens=False)
+    ends = set(encoder.tokenizer.eos_token_ids)
+    length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return str(encoder.tokenizer.decode(tokens[:length]))
+
+
+def _text_of(turn: Message) -> str:
+    """Return the text of a turn; of a list of parts, those that are text."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) else ""
 
 
 def _encode_prompt(
-    turns: list[dict[str, Any]], row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptions
+    turns: list[Message], row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptions
 ) -> list[int]:
     if encoder.has_chat_template and options.chat_template:
         return encoder.encode_chat(turns, row.get("tools"), add_generation_prompt=True)
-    return encoder.encode(turns[-1]["content"])
-
-
-def _decode(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompts: list[list[int]],
-    max_tokens: int,
-    before_step: Callable[[], None],
-) -> list[list[int]]:
-    """Generate a continuation of each prompt; prompts of similar length are decoded together."""
-    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    generated: list[list[int]] = [[] for _ in prompts]
-    generator = BatchGenerator(
-        model,
-        stop_tokens=[[token] for token in sorted(tokenizer.eos_token_ids)],
-        completion_batch_size=BATCH_SIZE,
-        prefill_batch_size=BATCH_SIZE,
-    )
-    try:
-        ids = generator.insert([prompts[i] for i in by_length], [max_tokens] * len(prompts))
-        prompt_of = dict(zip(ids, by_length, strict=True))
-        before_step()
-        while responses := generator.next_generated():
-            before_step()
-            for response in responses:
-                if response.finish_reason != "stop":
-                    generated[prompt_of[response.uid]].append(response.token)
-    finally:
-        generator.close()
-    return generated
+    return encoder.encode(_text_of(turns[-1]))

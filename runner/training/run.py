@@ -73,7 +73,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
 def _train_and_finalize(trainer: Trainer, spec: RunSpec) -> None:
     """Train until the run ends, then write its result and report how it ended."""
     with closing(trainer.batches):
-        record_answers_before_training(trainer, spec.config.data)
+        record_answers_before_training(trainer, spec.config)
         trainer.display.begin(trainer.state.progress.step, spec.stop_at)
         stop = trainer.train()
     trainer.display.stop()

@@ -110,12 +110,13 @@ def _generate(
     arguments.print_note(f"answering {len(values)} {split} rows")
     assert config.data.metric is not None
     return generate(
-        loaded.base.model,
-        loaded.base.tokenizer,
+        loaded.base,
         values,
         EncodeOptions.from_config(config.data),
         METRICS[config.data.metric],
         max_tokens=config.data.max_new_tokens,
+        log=arguments.print_note,
+        cache_probe=config.train.cache_probes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from runner.data.row_errors import RowError
 from runner.data.text_encoder import Message, TextEncoder
 from runner.models.load import BaseModel
 from runner.training.decoding import decode
+
+_UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\n]*$")
+"""The start that two tags have in common, such as that of <think> and <tool_call>."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def _rendered_call(turns: list[Message], turn: Message, row: Mapping[str, Any], 
     if whole.startswith(prompt):
         answer = whole[len(prompt) :]
     elif whole.startswith(before):  # the generation prompt opens a block, such as one for thoughts, that is closed here
-        answer = whole[len(os.path.commonprefix([whole, prompt])) :]
+        shared = _UNFINISHED_TAG.sub("", os.path.commonprefix([whole, prompt]))
+        answer = whole[len(shared) :]
     else:
         return ""
     names = [str((call.get("function") or call).get("name", "")) for call in turn["tool_calls"]]

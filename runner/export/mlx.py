@@ -17,6 +17,7 @@ from runner.common.errors import ModelError, StorageError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.storage_errors import insufficient_space, storage_errors
+from runner.export.verify_export import verify_model_folder
 from runner.models.load import BaseModel
 
 _COPIED_FILES = ("*.py", "generation_config.json")
@@ -51,9 +52,10 @@ def export_adapter(files: Mapping[str, bytes], target: Path, base: tuple[BaseMod
 
 
 def export_model(base: BaseModel, target: Path) -> None:
-    """Create the model folder `target` (see `write_model_folder`), complete or not at all.
+    """Create the model folder `target` (see `write_model_folder`), complete and loadable or not at all.
 
     Raises:
+        ModelError: stock mlx-lm would not read the same model from it.
         ConfigError, StorageError: `target` exists, there is too little space, or the disk fails.
     """
     with create_folder_atomically(target) as folder:
@@ -66,6 +68,7 @@ def export_model(base: BaseModel, target: Path) -> None:
                 write_model_folder(base, folder)
         except RuntimeError as error:  # MLX reports a failed write as a RuntimeError
             raise StorageError(f"{target} cannot be written: {' '.join(str(error).split())[:200]}") from error
+        verify_model_folder(base, folder, target)
 
 
 def write_model_folder(base: BaseModel, folder: Path) -> None:

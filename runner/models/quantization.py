@@ -41,18 +41,20 @@ def expand_layers(model: nn.Module, dtype: mx.Dtype | None) -> list[str]:
     layer. `dtype` is that of the expanded weights; None selects the one that the model's other parameters have.
     """
     dtype, remaining = dtype or _prevailing_dtype(model), []
-    for name in quantized_layers(model):
-        parent = _parent_of(model, name)
-        key = name.rpartition(".")[2]
-        layer = parent[int(key)] if isinstance(parent, list) else parent[key]
-        cls = _expanded_class(layer)
-        if cls is None:
+    for name in list(quantized_layers(model)):
+        expanded = expanded_layer(module_at(model, name), dtype)
+        if expanded is None:
             remaining.append(name)
             continue
-        expanded = _new_layer(cls, layer, expand_weight(layer, dtype))
         mx.eval(expanded.parameters())
-        parent[int(key) if isinstance(parent, list) else key] = expanded
+        replace_module(model, name, expanded)
     return remaining
+
+
+def expanded_layer(layer: nn.Module, dtype: mx.Dtype) -> nn.Module | None:
+    """Return the unquantized layer that computes what the quantized `layer` does, or None if its kind is not known."""
+    cls = _expanded_class(layer)
+    return None if cls is None else _new_layer(cls, layer, expand_weight(layer, dtype))
 
 
 def expand_weight(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
@@ -75,8 +77,10 @@ def quantize_like(layer: nn.Module, weight: mx.array) -> nn.Module:
     """Return a copy of the quantized `layer` that holds `weight`, quantized by the same mode, bits and group size."""
     affine = layer.mode == "affine"
     options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    copy = _new_layer(type(layer), layer, weight)
-    copy.group_size, copy.bits, copy.mode = layer.group_size, layer.bits, layer.mode
+    cls: type[nn.Module] = type(layer)
+    copy: nn.Module = cls.__new__(cls)  # type: ignore[call-overload]  # without its random weights
+    copy.__dict__.update(layer.__dict__)
+    dict.update(copy, layer)
     if layer.get("global_scale") is not None:
         from mlx_lm.models.switch_layers import _quantize_experts
 
@@ -88,6 +92,21 @@ def quantize_like(layer: nn.Module, weight: mx.array) -> nn.Module:
         if affine:
             copy.biases = biases[0]
     return copy
+
+
+def module_at(model: nn.Module, name: str) -> Any:
+    """Return the module or list at this dotted path."""
+    node: Any = model
+    for part in name.split("."):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at this dotted path of `model`."""
+    path, _, key = name.rpartition(".")
+    parent = module_at(model, path) if path else model
+    parent[int(key) if isinstance(parent, list) else key] = module
 
 
 def remove_from_config(config: dict[str, Any]) -> None:
@@ -144,14 +163,6 @@ def _new_layer(cls: type[nn.Module], layer: nn.Module, weight: mx.array) -> nn.M
     new.freeze()
     new.train(layer.training)
     return new
-
-
-def _parent_of(model: nn.Module, name: str) -> Any:
-    """Return the module or list that holds the layer of this dotted path."""
-    node: Any = model
-    for part in name.split(".")[:-1]:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    return node
 
 
 def _prevailing_dtype(model: nn.Module) -> mx.Dtype:

@@ -44,9 +44,7 @@ def exported(adapted: AdaptedModel, target: Path, *, dequantize: bool) -> mx.arr
     return mlx_lm.load(str(target))[0](IDS)
 
 
-@pytest.mark.parametrize(
-    ("family", "mode"), [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL)]
-)
+@pytest.mark.parametrize(("family", "mode"), [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL)])
 def test_a_fused_quantized_model_loads_in_stock_mlx_lm(tmp_path: Path, family: str, mode: str) -> None:
     folder = write_model(tmp_path / "base", family, dtype=mx.bfloat16, mode=mode, **MODES[mode])
     adapted = adapted_model(folder, "always")

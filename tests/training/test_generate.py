@@ -16,9 +16,7 @@ from runner.models.load import load_base_model
 from runner.training.generate import generate, split_row
 
 CALL = {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-TOOL_ROW = {
-    "messages": [{"role": "user", "content": "Rain in Oslo?"}, {"role": "assistant", "tool_calls": [CALL]}]
-}
+TOOL_ROW = {"messages": [{"role": "user", "content": "Rain in Oslo?"}, {"role": "assistant", "tool_calls": [CALL]}]}
 TEMPLATE_WITH_CALLS = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] or '' }}"
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
@@ -56,7 +54,11 @@ def test_a_call_that_the_template_leaves_out_is_not_expected() -> None:
 
 def test_the_last_text_of_the_assistant_is_expected_also_as_a_list_of_parts() -> None:
     answer = [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]
-    rows = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}, {"role": "user", "content": "R"}]
+    rows = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "R"},
+    ]
     assert expected({"messages": rows}) == "AB"
     with pytest.raises(DataError, match="needs rows with prompt and completion"):
         expected({"text": "plain"})

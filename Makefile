@@ -15,6 +15,8 @@ PIP = -m pip install --quiet --disable-pip-version-check
 STAMP = $(VENV)/.setup-$(EXTRAS)
 REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
 REFERENCE_PACKAGES = torch transformers gguf accelerate
+# Only its chat templates are read, so that it needs none of what it depends on.
+REFERENCE_FILES = trl
 # Workers run side by side: one BLAS thread each, unless the environment says otherwise.
 PYTEST = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
@@ -81,6 +83,7 @@ $(REFERENCE_STAMP): constraints.txt
 	fi
 	@echo "setup: installing $(REFERENCE_PACKAGES) for comparison (large)"
 	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt $(REFERENCE_PACKAGES)
+	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt --no-deps $(REFERENCE_FILES)
 	@touch "$(REFERENCE_STAMP)"
 
 faults: models compiled ## every fault of tests/faults/rows.py with full counts, one line a row (an hour)

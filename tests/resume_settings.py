@@ -51,6 +51,8 @@ FROZEN: dict[str, Any] = {
 FREE: dict[str, Any] = {
     "model.revision": "main",
     "model.trust_remote_code": True,
+    "data.template_args": {"enable_thinking": False},
+    "data.template_date": "2026-01-02",
     "data.metric": "exact_match",
     "data.metric_split": "valid",
     "data.metric_rows": 2,
@@ -95,5 +97,5 @@ FREE: dict[str, Any] = {
     "objective.direction": "maximize",
 }
 """Another value of every setting that may change."""
-BY_FINGERPRINT = {"model.path", "data.path", "adapter"}
+BY_FINGERPRINT = {"model.path", "data.path", "data.template", "adapter"}
 """Settings that are free, and compared by the fingerprints of what they name (rows 17 and 19 of faults/rows.py)."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 
 def utc_now() -> str:
     """Return the time (UTC) as text, to the second: ``2026-11-24T10:00:00Z``."""
     return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def today() -> date:
+    """Return the day, in local time."""
+    return datetime.fromtimestamp(time.time()).date()

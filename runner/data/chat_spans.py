@@ -264,13 +264,14 @@ class Conversation:
         """
         if index == len(self.turns) - 1:
             return len(self.text)
-        end = None
-        with suppress(RowError):
+        try:
             alone = Conversation(self._chat, self.turns[: index + 1], self.tools)
+        except RowError:  # a template may fail on the beginning of a conversation and yet render the whole
+            end = self._find_end_after_text(index, start)
+        else:
             if self.text.startswith(alone.text) and len(alone.text) > start:
                 return len(alone.text)
             end = self._find_end_as_rendered_last(alone, index, start)
-        end = end or self._find_end_after_text(index, start)
         if end is None:
             raise _Unlocated(
                 f"the end of message {index + 1} cannot be determined: the chat template rewrites earlier turns"

@@ -35,9 +35,11 @@ class TemplateTraits:
     @cached_property
     def takes_parts_only(self) -> bool:
         """Whether content has to be a list of parts: text as a string is not rendered."""
-        return not self._shows(_exchange(_ANSWER), _QUESTION, _ANSWER) and self._shows(
-            [as_parts(message) for message in _exchange(_ANSWER)], _QUESTION, _ANSWER
-        )
+        if self._render(_exchange(_ANSWER), _QUESTION, _ANSWER) is not None:
+            return False
+        rendered = self._render([as_parts(message) for message in _exchange(_ANSWER)], _QUESTION, _ANSWER)
+        # A template that knows no parts writes the list itself.
+        return rendered is not None and "'type'" not in rendered and '"type"' not in rendered
 
     @cached_property
     def tool_calls(self) -> ToolCallForm | None:
@@ -80,9 +82,6 @@ class TemplateTraits:
                 return text
         return None
 
-    def _shows(self, messages: list[Message], *texts: str) -> bool:
-        return self._render(messages, *texts) is not None
-
     def _render(self, messages: list[Message], *texts: str) -> str | None:
         """Return the rendered messages if they contain all `texts`, else None."""
         if self._needs_parts(messages):
@@ -115,7 +114,7 @@ def split_think_block(content: str) -> tuple[str, str]:
     The opening tag may be missing: some templates write it before the turn.
     """
     before, closing, after = content.partition(THINK_CLOSE)
-    if not closing or THINK_OPEN in before and before.split(THINK_OPEN)[0].strip():
+    if not closing or (THINK_OPEN in before and before.split(THINK_OPEN)[0].strip()):
         return "", content
     return before.split(THINK_OPEN)[-1].strip(), after.strip("\n")
 

@@ -47,11 +47,13 @@ class TurnEnds:
 
     @cached_property
     def turn_header(self) -> str:
-        """The part of the generation prompt that the template also writes before an answer."""
+        """The part of the generation prompt that the template also writes before every answer."""
         with suppress(RowError):
             prompted = self._encoder.render([_user(_QUESTION)], add_generation_prompt=True)
-            answered = self._encoder.render([_user(_QUESTION), _assistant(_ANSWER)])
-            common = common_prefix_length(prompted, answered)
+            answered = [_user(_QUESTION), _assistant(_ANSWER)]
+            # An earlier turn may lack what the last one has, such as an empty reasoning block.
+            conversations = (answered, [*answered, _user(_NEXT), _assistant(_ANSWER)])
+            common = min(common_prefix_length(prompted, self._encoder.render(each)) for each in conversations)
             return self.generation_prompt[: max(0, common - len(prompted) + len(self.generation_prompt))]
         return ""
 

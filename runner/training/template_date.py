@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import date, datetime
 
+from runner.common.clock import today
 from runner.config.serialize import change_dict
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec
@@ -35,4 +36,4 @@ def _first_day(spec: RunSpec) -> date:
             return datetime.fromisoformat(str(started)).astimezone().date()
         except ValueError:
             pass
-    return date.today()
+    return today()

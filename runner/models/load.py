@@ -131,7 +131,7 @@ def _read_gguf(file: Path, config: schema.ModelConfig, dequantize: bool, dtype: 
     from runner.models.gguf.load import load_gguf
 
     gguf = load_gguf(file, keep_quantized=not dequantize, dtype=dtype)
-    return BaseModel(gguf.model, gguf.tokenizer, gguf.config, config.path)
+    return BaseModel(gguf.model, gguf.tokenizer, gguf.config, config.path, notes=gguf.notes)
 
 
 def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, str]:

@@ -158,10 +158,20 @@ def test_linear_rope_scaling_divides_positions(gguf_files: ModuleType, tmp_path:
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"general__architecture": "qwen3"}, "'qwen3'.*supported: llama"),
+        ({"general__architecture": "qwen3vl"}, "'qwen3vl'.*supported: llama, qwen2.*safetensors"),
+        ({"general__architecture": "qwen3"}, "'qwen3.block_count' is missing"),
         ({"general__architecture": None}, "None.*supported: llama"),
-        ({"llama__expert_count": 8}, "expert_count' is 8"),
-        ({"llama__rope__scaling__type": "yarn"}, "'yarn' is not supported.*linear"),
+        ({"llama__expert_count": 8}, "'llama.expert_used_count' is missing"),
+        ({"llama__expert_count": 8, "llama__expert_used_count": 9}, "uses 9 experts of 8"),
+        ({"llama__expert_count": 8, "llama__expert_used_count": 2}, "'blk.0.ffn_gate_exps.weight' is missing"),
+        ({"llama__rope__scaling__type": "dynamic"}, "'dynamic' is not supported.*linear"),
+        (
+            {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0},
+            "original_context_length' is missing",
+        ),
+        ({"llama__rope__scaling__attn_factor": 1.5}, "attn_factor' is 1.5, which is not supported"),
+        ({"llama__attention__sliding_window": 128}, "sliding_window' is 128, which is not supported"),
+        ({"llama__final_logit_softcapping": 30.0}, "final_logit_softcapping' is 30.0, which is not supported"),
         ({"llama__rope__dimension_count": 8}, "dimension_count' is 8, but a head has 16"),
         ({"llama__attention__head_count_kv": [2, 2]}, "head_count_kv' is a list"),
         ({"llama__attention__head_count": 8, "llama__rope__dimension_count": 8}, "do not fit|should be"),

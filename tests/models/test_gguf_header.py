@@ -69,7 +69,7 @@ HOSTILE = {
         "'t' is of ggml type IQ2_XXS.*supported: F32.*safetensors",
     ),
     "uneven K-quant": (start(1, 0) + tensor(shape=(288, 2), kind=12) + bytes(9999), "Q4_K has the invalid shape"),
-    "K-quant cut short": (start(1, 0) + tensor(shape=(256, 2), kind=14) + bytes(32 + 2 * 210 - 1), "past the end"),
+    "K-quant cut short": (start(1, 0) + tensor(shape=(256, 2), kind=14) + bytes(2 * 210 - 1), "past the end"),
     "unknown tensor type": (start(1, 0) + tensor(kind=4711), "ggml type number 4711"),
     "tensor twice": (start(2, 0) + tensor() + tensor(offset=32) + bytes(128), "'t' appears twice"),
     "tensors overlap": (start(2, 0) + tensor(shape=(16,)) + tensor(b"u", offset=32) + bytes(128), "overlap"),

@@ -1,1 +1,1 @@
-"""Read llama-family GGUF files as mlx-lm models, configs and tokenizers."""
+"""Read GGUF files as mlx-lm models, configs and tokenizers."""

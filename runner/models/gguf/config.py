@@ -1,185 +1,156 @@
-"""Convert a llama-family GGUF header into a config in the format of the hub's config.json.
+"""Convert a GGUF header into a config in the format of the hub's config.json.
 
-Every setting that would change what the model computes and that mlx-lm's llama cannot express is refused by name: an
-error is better than a silently different model.
+Every setting that would change what the model computes and that mlx-lm's model class cannot express is refused by name:
+an error is better than a silently different model.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runner.common.errors import ModelError, shorten
-from runner.models.gguf.header import Header, MetadataSection, T, Value
+from runner.models.gguf.families import FAMILIES, IGNORED_KEYS, NEUTRAL_VALUES, Family, ModelShape, find_family
+from runner.models.gguf.header import Header, Value
+from runner.models.gguf.metadata import ArchitectureMetadata
+from runner.models.gguf.rope import rope_scaling
 from runner.models.gguf.tokenizer import stop_token_ids
 
-ARCHITECTURES = ("llama",)
 
-_NEUTRAL_VALUES: dict[str, Value] = {
-    "expert_count": 0,
-    "embedding_scale": 1.0,
-    "residual_scale": 1.0,
-    "logit_scale": 1.0,
-    "attention.scale": 0.0,
-    "attention.clamp_kqv": 0.0,
-    "attention.sliding_window": 0,
-    "rope.scaling.attn_factor": 1.0,
-    "use_parallel_residual": False,
-}
-"""Keys that change the computation, each with the one supported value, at which it does not."""
+def model_config(
+    path: Path, header: Header, rope_factors: Mapping[str, np.ndarray]
+) -> tuple[Family, dict[str, Any], list[str]]:
+    """Return the family and the config of the model in `header`, and lines for the log; errors name the file `path`.
 
-
-class _LlamaMetadata(MetadataSection):
-    """The `llama.*` metadata."""
-
-    prefix = "llama"
-
-    def require(self, key: str, expected: type[T], default: T | None = None) -> T:
-        value = self.get(key, expected, default)
-        if value is None:
-            raise ModelError(f"{self.path}: the metadata key 'llama.{key}' is missing.")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.require(key, int, default)
-        if not 1 <= value < 1 << 31:
-            raise ModelError(f"{self.path}: 'llama.{key}' is {value}.")
-        return value
-
-    def positive(self, key: str, default: float | None = None) -> float:
-        """Return a float32 as its shortest decimal: 1e-05, not 9.999999747378752e-06."""
-        value = float(str(np.float32(self.require(key, float, default))))
-        if not 0 < value < math.inf:
-            raise ModelError(f"{self.path}: 'llama.{key}' is {value}.")
-        return value
-
-
-def llama_config(path: Path, header: Header, rope_factors: np.ndarray | None) -> dict[str, Any]:
-    """Return the config of the llama model in `header`; errors name the file `path`.
-
-    `rope_factors`: the values of rope_freqs.weight, (head_dim / 2,), if the file has it.
+    `rope_factors`: the values of the file's tensors of RoPE factors, by name.
 
     Raises:
         ModelError: the architecture is not supported, a value is missing, of the wrong type or out of range, or a
-            setting has no counterpart in mlx-lm's llama. Names the file and the key.
+            setting has no counterpart in mlx-lm's model class. Names the file and the key.
     """
-    metadata = header.metadata
-    _require_supported_file(path, metadata)
-    llama = _LlamaMetadata(path, metadata)
-    for key, neutral in _NEUTRAL_VALUES.items():
-        value = llama.get(key, type(neutral), neutral)
-        if value != neutral:
-            raise ModelError(f"{path}: 'llama.{key}' is {value}, which is not supported.")
-    layers = llama.count("block_count")
-    if layers > len(header.tensors):
-        raise ModelError(f"{path}: {layers} blocks, but only {len(header.tensors)} tensors.")
-    hidden, heads = llama.count("embedding_length"), llama.count("attention.head_count")
-    head_dim = llama.count("attention.key_length", max(hidden // heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if llama.count(key, head_dim) != head_dim or head_dim % 2:
-            raise ModelError(f"{path}: 'llama.{key}' is {llama.count(key, head_dim)}, but a head has {head_dim}.")
-    kv_heads = llama.count("attention.head_count_kv", heads)
-    intermediate = llama.count("feed_forward_length")
-    vocabulary_size = _row_count(path, header, "token_embd.weight", hidden)
-    expected = (heads * head_dim, kv_heads * head_dim, intermediate)
-    actual = tuple(
-        _row_count(path, header, f"blk.0.{stem}.weight", hidden) for stem in ("attn_q", "attn_k", "ffn_gate")
-    )
-    if expected != actual or heads % kv_heads:
-        raise ModelError(f"{path}: the rows of q, k and ffn should be {expected} by its metadata, but are {actual}.")
-    if rope_factors is not None and rope_factors.size != head_dim // 2:
-        raise ModelError(f"{path}: rope_freqs.weight has {rope_factors.size} values, a head needs {head_dim // 2}.")
-    stop_ids = stop_token_ids(metadata)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": llama.positive("attention.layer_norm_rms_epsilon"),
-        "vocab_size": vocabulary_size,
-        "max_position_embeddings": llama.count("context_length"),
-        "rope_theta": llama.positive("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(llama, rope_factors),
-        "attention_bias": _has_bias(header, "attn_q", "attn_k", "attn_v", "attn_output"),
-        "mlp_bias": _has_bias(header, "ffn_gate", "ffn_up", "ffn_down"),
+    metadata = _require_supported_file(path, header.metadata)
+    family, notes = find_family(metadata), list[str]()
+    shape = _read_shape(metadata, header, family)
+    settings = family.settings(metadata, shape, notes)
+    metadata.require_neutral({k: v for k, v in NEUTRAL_VALUES.items() if f"{metadata.prefix}.{k}" not in metadata.used})
+    rotated = metadata.count("rope.dimension_count", shape.head_dim)
+    is_partial = family.rotates_part and rotated < shape.head_dim
+    if rotated % 2 or (rotated != shape.head_dim and not is_partial):
+        raise ModelError(
+            f"{path}: '{metadata.prefix}.rope.dimension_count' is {rotated}, but a head has {shape.head_dim}."
+        )
+    stop_ids = stop_token_ids(header.metadata)
+    config = {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": metadata.positive("attention.layer_norm_rms_epsilon"),
+        "vocab_size": _rows(path, header, "token_embd.weight", shape.hidden),
+        "max_position_embeddings": shape.context,
+        "rope_theta": metadata.positive("rope.freq_base", 10000.0),
+        "rope_scaling": rope_scaling(metadata, rope_factors, rotated, family.rope_scalings),
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
+        "pad_token_id": header.metadata.get("tokenizer.ggml.padding_token_id"),
         "eos_token_id": stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None),
     }
+    biased = {name.split(".")[-2] for name in header.tensors if name.startswith("blk.") and name.endswith(".bias")}
+    config |= {flag: not biased.isdisjoint(stems) for flag, stems in family.bias_flags.items()}
+    config |= _read_widths(metadata, header, family, shape, settings)
+    unknown = sorted(
+        key
+        for key in header.metadata
+        if key.startswith(f"{metadata.prefix}.")
+        and key not in metadata.used
+        and key.removeprefix(f"{metadata.prefix}.") not in IGNORED_KEYS
+    )
+    if unknown:
+        notes.append(f"unknown metadata was ignored: {shorten(', '.join(unknown), 200)}")
+    return family, config | settings, notes
 
 
-def _require_supported_file(path: Path, metadata: dict[str, Value]) -> None:
+def _require_supported_file(path: Path, metadata: dict[str, Value]) -> ArchitectureMetadata:
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise ModelError(
             f"{path}: its architecture is {shorten(repr(architecture))}, which is not supported as GGUF (supported:"
-            f" {', '.join(ARCHITECTURES)}). Use the model's Hugging Face folder or hub id instead."
+            f" {', '.join(FAMILIES)}). Use the safetensors of the same model: its Hugging Face folder or hub id."
         )
     if str(metadata.get("split.count", 1)) not in ("0", "1"):
         raise ModelError(f"{path}: it is one part of a split model; merge the parts first (gguf-split --merge).")
+    return ArchitectureMetadata(path, metadata, architecture)
 
 
-def _row_count(path: Path, header: Header, name: str, columns: int) -> int:
-    """Return the number of rows of the matrix `name`, which must have `columns` columns."""
+def _read_shape(metadata: ArchitectureMetadata, header: Header, family: Family) -> ModelShape:
+    path, prefix = metadata.path, metadata.prefix
+    layers = metadata.count("block_count")
+    if layers > len(header.tensors):
+        raise ModelError(f"{path}: {layers} blocks, but only {len(header.tensors)} tensors.")
+    hidden, heads = metadata.count("embedding_length"), metadata.count("attention.head_count")
+    head_dim = metadata.count("attention.key_length", max(hidden // heads, 1))
+    value_dim = metadata.count("attention.value_length", head_dim)
+    if value_dim != head_dim or head_dim % 2:
+        raise ModelError(f"{path}: '{prefix}.attention.value_length' is {value_dim}, but a head has {head_dim}.")
+    kv_heads = metadata.count("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ModelError(f"{path}: {heads} heads cannot share {kv_heads} key and value heads.")
+    if family.computes_head_dim and heads * head_dim != hidden:
+        raise ModelError(f"{path}: {heads} heads of {head_dim} do not fit the hidden size {hidden}.")
+    return ModelShape(layers, hidden, heads, kv_heads, head_dim, metadata.count("context_length"))
+
+
+def _read_widths(
+    metadata: ArchitectureMetadata, header: Header, family: Family, shape: ModelShape, settings: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the widths of the feed-forward layers, and check the sizes that the model is built with.
+
+    Only the first block is checked here, so that the model that is built is no larger than the file; all other
+    tensors are compared with the model.
+    """
+    path, hidden = metadata.path, shape.hidden
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    rows = {"attn_q": queries, "attn_k": keys, "attn_v": keys, "attn_qkv": queries + 2 * keys}
+    widths: dict[str, int] = {}
+    if "ffn_gate_exps" in family.modules:
+        experts = int(settings.get("num_experts") or settings["num_local_experts"])
+        width = _rows(path, header, "blk.0.ffn_gate_exps.weight", hidden, experts)
+        widths["intermediate_size"] = width
+        if family.model_type != "mixtral":
+            widths = {"intermediate_size": metadata.count("feed_forward_length", width), "moe_intermediate_size": width}
+        if "ffn_gate_shexp" in family.modules:
+            widths["shared_expert_intermediate_size"] = _rows(path, header, "blk.0.ffn_gate_shexp.weight", hidden)
+    else:
+        widths["intermediate_size"] = metadata.count("feed_forward_length")
+        is_fused = "ffn_gate" not in family.modules
+        rows |= {"ffn_gate": widths["intermediate_size"]}
+        rows |= {"ffn_up": widths["intermediate_size"] * (2 if is_fused else 1)}
+    stems = [stem for stem in rows if stem in family.modules]
+    expected = tuple(rows[stem] for stem in stems)
+    actual = tuple(_rows(path, header, f"blk.0.{stem}.weight", hidden) for stem in stems)
+    if expected != actual:
+        raise ModelError(
+            f"{path}: the rows of {', '.join(stems)} should be {expected} by its metadata, but are {actual}."
+        )
+    return widths
+
+
+def _rows(path: Path, header: Header, name: str, columns: int, experts: int | None = None) -> int:
+    """Return the number of rows of the matrix `name`, which must have `columns` columns; of each expert's, if given."""
     info = header.tensors.get(name)
     if info is None:
-        raise ModelError(f"{path}: tensor {name!r} is missing; the file is not a complete llama model.")
-    if len(info.shape) != 2 or info.shape[1] != columns:
-        raise ModelError(f"{path}: tensor {name!r} has the shape {info.shape}, not (rows, {columns}).")
-    return info.shape[0]
-
-
-def _has_bias(header: Header, *stems: str) -> bool:
-    """Return whether any of the layers named `stems` has a bias in any block."""
-    biased = {name.split(".")[-2] for name in header.tensors if name.startswith("blk.") and name.endswith(".bias")}
-    return not biased.isdisjoint(stems)
-
-
-def _rope_scaling(llama: _LlamaMetadata, factors: np.ndarray | None) -> dict[str, Any] | None:
-    kind = llama.require("rope.scaling.type", str, "linear" if "llama.rope.scale_linear" in llama.metadata else "none")
-    if kind not in ("none", "linear"):
-        raise ModelError(
-            f"{llama.path}: RoPE scaling {shorten(repr(kind))} is not supported (supported: linear, and Llama 3's)."
-        )
-    factor = llama.positive("rope.scaling.factor", llama.require("rope.scale_linear", float, 1.0))
-    is_linear = kind == "linear" and factor != 1.0
-    if factors is None or np.all(factors == 1):
-        return {"rope_type": "linear", "factor": factor} if is_linear else None
-    scaling = None if is_linear else _llama3_scaling(llama, factors)
-    if scaling is None:
-        raise ModelError(
-            f"{llama.path}: the values of rope_freqs.weight are not those of Llama 3's RoPE scaling with its published"
-            " low and high frequency factors (1 and 4), the only ones supported."
-        )
-    return scaling
-
-
-def _llama3_scaling(llama: _LlamaMetadata, factors: np.ndarray) -> dict[str, Any] | None:
-    """Return the `rope_scaling` of Llama 3.1 that yields `factors`, or None if none does.
-
-    The formula is that of Llama 3.1's release (`apply_scaling` in its model.py).
-    """
-    base, head_dim = llama.positive("rope.freq_base", 10000.0), 2 * factors.size
-    factor = float(np.max(factors))
-    original = llama.count("rope.scaling.original_context_length", 8192)
-    low, high = 1.0, 4.0
-    turns = original / (2 * np.pi * base ** (np.arange(0, head_dim, 2) / head_dim))
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-4, atol=0):
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+        hint = ""
+        if experts is not None and name.replace("_exps", ".0") in header.tensors:
+            hint = " It holds each expert apart, as early converters wrote them: convert the model again."
+        raise ModelError(f"{path}: tensor {name!r} is missing; the file is not a complete model.{hint}")
+    outer = () if experts is None else (experts,)
+    if len(info.shape) != len(outer) + 2 or info.shape[:-2] != outer or info.shape[-1] != columns:
+        expected = ", ".join(map(str, (*outer, "rows", columns)))
+        raise ModelError(f"{path}: tensor {name!r} has the shape {info.shape}, not ({expected}).")
+    return info.shape[-2]

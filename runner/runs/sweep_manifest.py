@@ -221,6 +221,7 @@ def _apply(manifest: SweepManifest, line: dict[str, Any]) -> None:
             if not is_count(number := line["job"]) or number >= len(manifest.jobs):
                 raise ValueError(f"job {number} is not recorded")
             job = manifest.jobs[number]
+            serialize.change_dict(job.config or {}, changes)  # raises where they do not fit the config
             manifest.jobs[number] = replace(job, own_changes={**job.own_changes, **changes})
         else:
             manifest.jobs = [job.with_changes(changes) for job in manifest.jobs]

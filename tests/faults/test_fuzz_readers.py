@@ -268,14 +268,14 @@ class _Never(Exception):
 @pytest.mark.fault(8, 23)
 def test_a_sweep_manifest_is_read_or_refused(cases, tmp_path):
     old = {"schema": 1, "words": ["model=tiny", "seed=1,2"], "time": "2026-11-24T10:00:00Z"}
-    head = {"schema": 2, "lines": 3, "arguments": ["seed=0,1"], "launcher": {"name": "process", "jobs": 2}}
+    head = {"schema": 2, "lines": 4, "arguments": ["seed=0,1"], "launcher": {"name": "process", "jobs": 2}}
     jobs = [{"job": i, "id": f"a{i}", "overrides": ["model=tiny", f"seed={i}"]} for i in range(2)]
     first = {**jobs[0], "folder": "0", "choices": {"model": "tiny"}, "config": {"seed": 0, "lora": {"rank": 8}}}
     second = {**jobs[1], "folder": "r-1", "like": 0, "changes": {"seed": 1, "lora.rank": 4}}
+    changes, own = {"set": {"checkpoint.keep_last": 1}}, {"set": {"lora.rank": 1}, "job": 1}
     old_lines, lines = (
-        [json.dumps(line).encode() + b"\n" for line in record] for record in ((old, *jobs), (head, first, second))
+        [json.dumps(line).encode() + b"\n" for line in record] for record in ((old, *jobs), (head, first, second, own))
     )
-    changes = {"set": {"checkpoint.keep_last": 1}}
     path = tmp_path / sweeps.NAME
 
     def read(data: Any) -> None:
@@ -286,7 +286,7 @@ def test_a_sweep_manifest_is_read_or_refused(cases, tmp_path):
             assert job.folder and "/" not in job.folder and not job.folder.startswith(".")
 
     whole = [damaged(b"".join(old_lines)), damaged(b"".join(lines))]
-    fuzz(cases, read, ConfigError, *whole, *map(altered, (old, jobs[0], head, first, second, changes)), JSON)
+    fuzz(cases, read, ConfigError, *whole, *map(altered, (old, jobs[0], head, first, second, changes, own)), JSON)
 
 
 @pytest.mark.fault(23)

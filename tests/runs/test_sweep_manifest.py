@@ -141,6 +141,15 @@ def test_a_file_that_is_no_manifest_is_refused_with_its_line(tmp_path, line):
         sweep_manifest.read_manifest(tmp_path)
 
 
+def test_changes_of_one_job_that_do_not_fit_its_config_are_refused(tmp_path, tiny):
+    manifest = sweep_manifest.read_manifest(tmp_path)
+    manifest.record(jobs=[job(0, tiny)])
+    with (tmp_path / sweep_manifest.NAME).open("a") as file:
+        file.write('{"set": {"seed.x": 1}, "job": 0}\n')
+    with pytest.raises(ConfigError, match=r"sweep.jsonl, line 3"):
+        read(manifest)
+
+
 @pytest.mark.parametrize("name", ["3", "r16", "lora.rank=4,seed=0", "a" * 120])
 def test_a_plain_name_can_be_that_of_a_folder(name):
     assert sweep_manifest.is_valid_folder(name)

@@ -25,6 +25,11 @@ FREE, PROVENANCE = OnResume.FREE, OnResume.PROVENANCE
 DEFAULT_LORA_SCALE = 20.0
 """lora.scale where neither it nor lora.alpha is set, as in mlx-lm."""
 
+FLOATING_POINT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+"""Values of model.quantize.mode with the bits and the group size that each requires."""
+AFFINE_GROUP_SIZES = (32, 64, 128)
+"""Values of model.quantize.group_size for the mode affine."""
+
 
 @dataclass(kw_only=True)
 class QuantizeConfig:
@@ -32,8 +37,12 @@ class QuantizeConfig:
 
     bits: int | None = setting(None, choices=(2, 3, 4, 5, 6, 8))
     """Bits per weight; null keeps the base model as it is."""
-    group_size: int = setting(64, choices=(32, 64, 128))
+    group_size: int = setting(64, choices=(16, 32, 64, 128))
     """Number of weights that share one scale."""
+    # Free, so that runs of before this setting keep their identity: a resume compares the weights' fingerprint.
+    mode: str = setting("affine", choices=("affine", *FLOATING_POINT_MODES), on_resume=FREE)
+    """Format of the weights: affine (integers with a scale and an offset a group; groups of 32, 64 or 128), or floating
+    point with bits and group size of its own: mxfp4 (4 bits, 32), mxfp8 (8, 32), nvfp4 (4, 16)."""
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,15 @@ from typing import Any
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 from runner.config import schema, serialize
-from runner.config.schema import DEFAULT_LORA_SCALE, Config, DataConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from runner.config.schema import (
+    DEFAULT_LORA_SCALE,
+    Config,
+    DataConfig,
+    LoraConfig,
+    OptimizerConfig,
+    QuantizeConfig,
+    ScheduleConfig,
+)
 from runner.config.setting import MISSING, PathKind, Setting, absolute_path, is_valid_path, metadata_of
 
 _SECRET = re.compile(
@@ -57,6 +65,7 @@ def validate(config: Config) -> None:
     problems = [
         problem for name, found in schema.metadata().items() for problem in _setting_problems(name, values[name], found)
     ]
+    problems += _quantize_problems(config.model.quantize)
     problems += _lora_problems(config.lora)
     problems += _optimizer_problems(config)
     problems += _schedule_problems(config)
@@ -162,6 +171,19 @@ def _setting_problems(name: str, value: Any, metadata: Setting) -> Iterator[str]
     elif not metadata.accepts(value):
         hint = did_you_mean(str(value), [str(choice) for choice in metadata.choices])
         yield f"{name}={value} is invalid: must be {metadata.requirement()}.{hint}"
+
+
+def _quantize_problems(quantize: QuantizeConfig) -> list[str]:
+    mode, prefix = quantize.mode, "model.quantize"
+    if mode in schema.FLOATING_POINT_MODES:
+        bits, group_size = schema.FLOATING_POINT_MODES[mode]
+        if (quantize.bits, quantize.group_size) != (bits, group_size):
+            return [f"{prefix}.mode={mode} needs {prefix}.bits={bits} {prefix}.group_size={group_size}."]
+    elif quantize.bits is not None and quantize.group_size not in schema.AFFINE_GROUP_SIZES:
+        sizes = ", ".join(map(str, schema.AFFINE_GROUP_SIZES))
+        problem = f"{prefix}.group_size={quantize.group_size} is invalid with {prefix}.mode=affine"
+        return [f"{problem}: must be one of {sizes}."]
+    return []
 
 
 def _lora_problems(lora: LoraConfig) -> list[str]:

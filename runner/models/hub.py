@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import pkgutil
+import re
+from importlib.metadata import version
 from pathlib import Path
 
-from runner.common.errors import ModelError
+import mlx_lm.models
+
+from runner.common.errors import ModelError, did_you_mean
 
 _UNREACHABLE = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError")
 _NO_ACCESS = ("RepositoryNotFoundError", "GatedRepoError")
+
+_UNKNOWN_TYPE = re.compile(r"^Model type .* not supported")
+_MISSING_ARGUMENTS = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)")
 
 
 def find_model_folder(path: str, revision: str | None) -> Path:
@@ -34,12 +43,18 @@ def find_model_folder(path: str, revision: str | None) -> Path:
     return Path(snapshot_download(path, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
 
 
-def load_error(path: str, error: Exception) -> ModelError:
-    """Convert what mlx-lm, transformers or the hub's library raised while loading `path` into a ModelError."""
-    return ModelError(f"model.path={path} cannot be loaded: {_reason(error)}")
+def load_error(path: str, error: Exception, part: str) -> ModelError:
+    """Return the ModelError for what mlx-lm, transformers or the hub's library raised while loading a model.
+
+    Args:
+        path: `model.path`.
+        error: what was raised.
+        part: what was being loaded: the model or its tokenizer.
+    """
+    return ModelError(f"model.path={path} cannot be loaded: {_reason(path, error, part)}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(path: str, error: Exception, part: str) -> str:
     if type(error).__name__ in _UNREACHABLE:
         return (
             "it is neither a local folder nor in the hub's cache, and the hub cannot be reached. "
@@ -47,6 +62,30 @@ def _reason(error: Exception) -> str:
         )
     if type(error).__name__ in _NO_ACCESS:
         return "the hub has no such model, or it requires a login (hf auth login). Check the name."
-    text = " ".join(str(error).split())
-    text = text.replace("Pass trust_remote_code=True", "Type model.trust_remote_code=true")
-    return (text[:400] or type(error).__name__).rstrip(".") + "."
+    text = " ".join(str(error).split())[:400].rstrip(".")
+    if "trust_remote_code=True" in text:
+        return text.replace("Pass trust_remote_code=True", "Type model.trust_remote_code=true") + "."
+    if part == "tokenizer":
+        return f"its tokenizer: {text or type(error).__name__}."
+    model_type = _model_type(path)
+    if (model_type is None and error.args == ("model_type",)) or text.startswith("Model type None "):
+        return "its config.json has no model_type, which names the architecture."
+    if _UNKNOWN_TYPE.search(text):
+        known = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
+        return (
+            f"{text}: mlx-lm {version('mlx-lm')} has no such architecture.{did_you_mean(str(model_type), known)} Use "
+            "a model of another architecture, or an mlx-lm that has it."
+        )
+    if missing := _MISSING_ARGUMENTS.search(text):
+        return f"its config.json lacks what mlx-lm needs for model_type '{model_type}': {missing[1]}."
+    described = f"{text} ({type(error).__name__})" if text else type(error).__name__
+    return f"mlx-lm {version('mlx-lm')} fails on its files (model_type '{model_type}'): {described}."
+
+
+def _model_type(path: str) -> str | None:
+    """Return the architecture that the model's config.json names, if the model is a folder with one."""
+    try:
+        name = json.loads((Path(path) / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if name is None else str(name)

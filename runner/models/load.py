@@ -80,7 +80,7 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
     except (RunnerError, MemoryError):
         raise
     except Exception as error:  # mlx-lm, transformers and the hub's library raise all kinds of errors
-        raise hub.load_error(config.path, error) from error
+        raise hub.load_error(config.path, error, "model") from error
     if on_cpu() and quantization.needs_gpu(base.model):
         raise ModelError(
             f"model.path={config.path}: MLX multiplies NVFP4 weights that have a global scale on a GPU only. "
@@ -152,7 +152,7 @@ def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, s
         except (RunnerError, MemoryError):
             raise
         except Exception as error:
-            raise hub.load_error(config.path, error) from error
+            raise hub.load_error(config.path, error, "tokenizer") from error
 
     # Code that comes with a model may read other files, so the folder does not identify the tokenizer then.
     tokenizer = LazyTokenizer(read_tokenizer, None if config.trust_remote_code else folder)
@@ -182,6 +182,13 @@ def _quantize(base: BaseModel, quantize: schema.QuantizeConfig) -> None:
 
     if quantization.is_quantized(base.model):
         raise ModelError(f"model.quantize.bits={quantize.bits}: {base.model_path} is quantized already.")
-    base.model, base.config = quantize_model(base.model, base.config, quantize.group_size, quantize.bits)
+    base.model, base.config = quantize_model(
+        base.model, base.config, quantize.group_size, quantize.bits, mode=quantize.mode
+    )
+    if not quantization.is_quantized(base.model):
+        raise ModelError(
+            f"model.quantize.bits={quantize.bits}: no layer of {base.model_path} can be quantized in groups of "
+            f"{quantize.group_size}, because no width is a multiple of it."
+        )
     if on_cpu():
         base.notes.append("model.quantize.bits: quantized products are slow on the CPU backend")

@@ -167,7 +167,7 @@ def generation_error(base: BaseModel, error: Exception) -> ModelError:
     """Return what tells that mlx-lm failed to generate with this model."""
     return ModelError(
         f"mlx-lm cannot generate with {base.model_path}, whose model_type is '{base.config.get('model_type')}': "
-        f"{_describe(error)}. Train without answers: data.metric_rows=0."
+        f"{_describe(error)}. Its loss can be computed all the same; without answers: data.metric_rows=0."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,7 +135,8 @@ def _rendered_call(turns: list[Message], turn: Message, row: Mapping[str, Any], 
     if whole.startswith(prompt):
         answer = whole[len(prompt) :]
     elif whole.startswith(before):  # the generation prompt opens a block, such as one for thoughts, that is closed here
-        shared = _UNFINISHED_TAG.sub("", os.path.commonprefix([whole, prompt]))
+        length = next((i for i, pair in enumerate(zip(whole, prompt, strict=False)) if pair[0] != pair[1]), len(whole))
+        shared = _UNFINISHED_TAG.sub("", whole[:length])
         answer = whole[len(shared) :]
     else:
         return ""

@@ -159,3 +159,28 @@ def test_frozen_and_free_settings_together_are_all_settings():
     frozen = set(serialize.default_settings()) - free
     assert {"seed", "lora.rank", "optimizer.learning_rate", "train.batch_size", "train.grad_accumulation"} <= frozen
     assert {"train.iters", "train.eval_every", "checkpoint.every", "loggers", "model.path", "data.path"} <= free
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "mode", "problem"),
+    [
+        (4, 32, "mxfp4", None),
+        (8, 32, "mxfp8", None),
+        (4, 16, "nvfp4", None),
+        (4, 64, "affine", None),
+        (None, 64, "affine", None),
+        (4, 64, "mxfp4", "model.quantize.mode=mxfp4 needs model.quantize.bits=4 model.quantize.group_size=32"),
+        (None, 16, "nvfp4", "model.quantize.mode=nvfp4 needs model.quantize.bits=4 model.quantize.group_size=16"),
+        (4, 16, "affine", "group_size=16 is invalid with model.quantize.mode=affine: must be one of 32, 64, 128"),
+        (4, 32, "mxfp", "Did you mean 'mxfp"),
+    ],
+)
+def test_each_mode_of_quantization_has_its_bits_and_group_sizes(
+    bits: int | None, group_size: int, mode: str, problem: str | None, tiny
+) -> None:
+    changes = {"model.quantize.bits": bits, "model.quantize.group_size": group_size, "model.quantize.mode": mode}
+    if problem is None:
+        tiny(**changes)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        tiny(**changes)

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import tiny_models
 
 from runner.common.errors import ModelError
 from runner.config.schema import ModelConfig, QuantizeConfig
@@ -149,6 +150,47 @@ def test_an_incomplete_or_unsupported_folder_is_refused_with_the_reason(folder, 
     (broken / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no model"):
         load(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_type": "lama"},
+            r"'?lama'? not supported: mlx-lm .* has no such architecture\. Did you mean 'llama'\?",
+        ),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_size": None}, r"model_type 'llama'"),
+        ({"num_attention_heads": 3}, r"fails on its files \(model_type 'llama'\): "),
+        (
+            {"model_type": "qwen2", "rms_norm_eps": ...},
+            r"lacks what mlx-lm needs for model_type 'qwen2': 'rms_norm_eps'",
+        ),
+        ({"model_type": ...}, "its config.json has no model_type"),
+        ({"quantization": {"group_size": 64}}, r"model_type 'llama'.*bits.*KeyError"),
+    ],
+)
+def test_what_mlx_lm_raises_names_the_model_type(folder, tmp_path, change, message):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    config = {**json.loads((broken / "config.json").read_text()), **change}
+    (broken / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    with pytest.raises(ModelError, match=f"cannot be loaded: .*{message}"):
+        load(broken)
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)])
+def test_a_base_is_quantized_at_load_in_every_mode(mode, bits, group_size):
+    base = load(quantize=QuantizeConfig(bits=bits, group_size=group_size, mode=mode))
+    assert {layer.mode for layer in quantized_layers(base)} == {mode}
+    assert base.config["quantization"] == {"bits": bits, "group_size": group_size, "mode": mode}
+
+
+def test_quantizing_in_groups_that_no_layer_is_wide_enough_for_is_refused(tmp_path, monkeypatch):
+    narrow = {**tiny_models.CONFIGS["llama"], "intermediate_size": 64, "head_dim": 16}
+    monkeypatch.setitem(tiny_models.CONFIGS, "llama", narrow)
+    folder = tiny_models.write_model(tmp_path / "model", "llama")
+    with pytest.raises(ModelError, match="no layer of .* can be quantized in groups of 128"):
+        load(folder, quantize=QuantizeConfig(bits=4, group_size=128))
 
 
 def test_a_models_own_code_runs_only_if_trusted_and_changes_the_content_hash(folder, tmp_path):

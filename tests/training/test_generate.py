@@ -65,21 +65,21 @@ def test_the_last_text_of_the_assistant_is_expected_also_as_a_list_of_parts() ->
 
 
 def test_the_metric_scores_what_is_expected_of_a_tool_call_and_of_renamed_keys() -> None:
+    seen = []
+
     class Recorder:
         name = "recorder"
-        seen: list[str] = []
 
         def score(self, row: Any, text: str) -> float:
-            self.seen.append(row["completion"])
+            seen.append(row["completion"])
             return METRICS["exact_match"].score(row, row["completion"])
 
     base = load_base_model(ModelConfig(path="builtin:tiny"))
     base.lazy_tokenizer._tokenizer.chat_template = TEMPLATE_WITH_CALLS
     keys = KeysConfig(prompt="q", completion="a")
     options = EncodeOptions.from_config(DataConfig(path="builtin:tiny", keys=keys))
-    metric = Recorder()
-    result = generate(base, [TOOL_ROW, {"q": "one", "a": "two"}], options, metric, max_tokens=2)
-    assert metric.seen == [RENDERED, "two"]
+    result = generate(base, [TOOL_ROW, {"q": "one", "a": "two"}], options, Recorder(), max_tokens=2)
+    assert seen == [RENDERED, "two"]
     assert result.score == 1.0
     assert [answer.prompt for answer in result.answers] == ["Rain in Oslo?", "one"]
 

@@ -132,6 +132,8 @@ def _answer(loaded: LoadedAdapter, prompt_tokens: list[int], options: Namespace,
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    from runner.training.decoding import generation_error
+
     mx.random.seed(options.seed)
     sampler = make_sampler(temp=options.temp, top_p=options.top_p)
     prints = not options.json
@@ -145,6 +147,10 @@ def _answer(loaded: LoadedAdapter, prompt_tokens: list[int], options: Namespace,
             text += response.text
             if prints:
                 print(printable(response.text), end="", flush=True)
+    except (OSError, MemoryError):  # such as a closed pipe
+        raise
+    except Exception as error:  # mlx-lm's caches and models raise all kinds of errors
+        raise generation_error(loaded.base, error) from error
     finally:
         if prints:
             print(flush=True)

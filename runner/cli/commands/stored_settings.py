@@ -17,7 +17,13 @@ from runner.config import environment, groups, schema, serialize, validation
 from runner.config.schema import Config, ModelConfig
 from runner.runs.directory import RunDirectory
 
-NUMERIC_SETTINGS = ("model.dtype", "model.dequantize", "model.quantize.bits", "model.quantize.group_size")
+NUMERIC_SETTINGS = (
+    "model.dtype",
+    "model.dequantize",
+    "model.quantize.bits",
+    "model.quantize.group_size",
+    "model.quantize.mode",
+)
 """Settings that give the same base model other values in memory."""
 CHANGEABLE = (
     "model.path",

@@ -48,6 +48,8 @@ def encode_value(value: Any) -> bytes:
         return struct.pack("<I", 8) + encode_string(value)
     if all(isinstance(item, str) for item in value):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(encode_string, value))
+    if any(isinstance(item, float) for item in value):
+        return struct.pack("<IIQ", 9, 6, len(value)) + np.asarray(value, "<f4").tobytes()
     return struct.pack("<IIQ", 9, 5, len(value)) + np.asarray(value, "<i4").tobytes()
 
 
@@ -113,7 +115,7 @@ def vocabulary(**changes: Any) -> dict[str, Any]:
 
     `changes` replaces values by the last part of their key; None removes one.
     """
-    control = ["<|end|>", "<|start|>", "<|stop|>"]
+    control = ["<|unknown|>", "<|start|>", "<|stop|>"]
     merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2", "12 3", "Ġ Ġ"]
     tokens = [*control, *byte_symbols(), *[merge.replace(" ", "") for merge in merges], "<tool>"]
     values = {

@@ -186,8 +186,9 @@ def test_linear_rope_scaling_divides_positions(gguf_files: ModuleType, tmp_path:
         ),
         ({"llama__embedding_length": "64"}, "'64', where one int"),
         ({"split__count": 3}, "one part of a split model"),
-        ({"tokenizer__ggml__pre": "tekken"}, "'tekken'.*supported: smollm"),
-        ({"tokenizer__ggml__model": "llama"}, "'llama' .SentencePiece.*supported: 'gpt2'"),
+        ({"tokenizer__ggml__pre": "kimi-k2"}, "'kimi-k2'.*supported: smollm.*safetensors"),
+        ({"tokenizer__ggml__model": "bert"}, "'bert', which is not supported.*'gpt2'.*'llama', SentencePiece"),
+        ({"tokenizer__ggml__model": "llama"}, "no score .tokenizer.ggml.scores. for each of its 268 tokens"),
     ],
     ids=lambda item: next(iter(item)) if isinstance(item, dict) else "",
 )

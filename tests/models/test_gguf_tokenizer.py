@@ -55,6 +55,21 @@ PIECES = {
         "I'M 12345": ["I", "'M", " ", "1", "2", "3", "4", "5"],
         "(foo) bar\n \n": ["(foo", ")", " bar", "\n \n"],
     },
+    "tekken": {
+        "I'M 123 aHTMLParser": ["I", "'M", " ", "1", "2", "3", " a", "HTMLParser"],
+        "a/b\n/": ["a", "/b", "\n", "/"],
+    },
+    "gpt-4o": {"I'M 12345 it's": ["I'M", " ", "123", "45", " it's"], "日本語ABC": ["日本語", "ABC"]},
+    "deepseek-llm": {"a 12\n\n日本": ["a", " ", "1", "2", "\n", "\n", "日本"], "x!? y": ["x", "!?", " y"]},
+    "deepseek-coder": {"a 12\n日本 x": ["a", " ", "1", "2", "\n", "日本", " x"], "x, $y": ["x", ",", " $", "y"]},
+    "deepseek-v3": {"a 12345日本x": ["a", " ", "123", "45", "日本", "x"], "_abc +x\n": ["_abc", " +", "x", "\n"]},
+    "starcoder": {"I'M 12": ["I", "'", "M", " ", "1", "2"]},
+    "refact": {"x  1": ["x", "  ", "1"]},
+    "command-r": {"don't 12": ["don", "'t", " ", "1", "2"]},
+    "falcon": {"a`b 1234": ["a", "`", "b", " ", "123", "4"]},
+    "qwen35": {"नमस्ते 12": ["नमस्ते", " ", "1", "2"]},
+    "seed-coder": {"x=\n\ny": ["x", "=", "\n\n", "y"]},
+    "dbrx": {"I'M 1234": ["I", "'M", " ", "123", "4"]},
 }
 
 
@@ -143,7 +158,7 @@ def test_the_wrapper_knows_every_stop_token(gguf_files: ModuleType) -> None:
     [
         ({"pre": "smolm"}, "'smolm'.*supported: smollm.*Did you mean 'smollm'"),
         ({"pre": None}, "pre-tokenizer .* is None.*supported: smollm"),
-        ({"model": "llama"}, "SentencePiece.*supported: 'gpt2'"),
+        ({"model": "t5"}, "'t5', which is not supported.*'gpt2'.*'llama', SentencePiece"),
         ({"model": None}, "tokenizer model is None"),
         ({"tokens": None, "token_type": None}, "lists 0 tokens"),
         ({"token_type": [1]}, "1 token types"),

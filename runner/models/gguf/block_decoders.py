@@ -1,7 +1,7 @@
 """Expand the block types that store sub-block scales or a code book: float32 values from raw blocks.
 
-Block layouts, after ggml's public description. A super-block holds 256 values of one row, in sub-blocks of 16 or 32 that
-have a scale (and a minimum) of their own; `d` and `dmin` are float16 and scale those.
+Block layouts, after ggml's public description. A super-block holds 256 values of one row, in sub-blocks of 16 or 32
+that have a scale (and a minimum) of their own; `d` and `dmin` are float16 and scale those.
 
     Q5_0    d, 4 bytes of fifth bits, 16 bytes of lower 4 bits      value = d * (code - 16)
     Q5_1    d, minimum f16, 4 bytes, 16 bytes                       value = d * code + minimum

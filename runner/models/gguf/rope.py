@@ -128,9 +128,8 @@ def _llama3(metadata: ArchitectureMetadata, factors: np.ndarray) -> dict[str, An
 def _longrope(metadata: ArchitectureMetadata, factors: Mapping[str, np.ndarray], kind: str) -> dict[str, Any]:
     """Return Phi-3's scaling for long contexts, whose attention factor follows from the two context lengths."""
     if kind not in ("none", "longrope") or not {LONG, SHORT} <= factors.keys() or FREQUENCIES in factors:
-        raise ModelError(
-            f"{metadata.path}: RoPE scaling {shorten(repr(kind))} with {' and '.join(sorted(factors))} is not supported."
-        )
+        tensors = " and ".join(sorted(factors))
+        raise ModelError(f"{metadata.path}: RoPE scaling {shorten(repr(kind))} with {tensors} is not supported.")
     original = metadata.count("rope.scaling.original_context_length")
     ratio = metadata.count("context_length") / original
     _require_attention_factor(metadata, math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0)

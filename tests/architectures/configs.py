@@ -421,6 +421,15 @@ NOT_MODELS = (
 """Modules of mlx_lm.models that hold no model."""
 
 
+NOT_TRAINED_BY_STOCK = {
+    "deepseek_v41": "the indices that it gathers by depend on trained layers",
+    "gemma3n": "it reads the weight of a layer that has an adapter",
+    "kimi_k3": "it reads the weight of a layer that has an adapter",
+    "recurrent_gemma": "its class lacks what freezing needs",
+}
+"""Architectures that stock mlx-lm cannot train with an adapter on every layer, and why."""
+
+
 def architectures() -> list[str]:
     """Return every architecture of mlx-lm that can be built."""
     names = [module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)]

@@ -268,7 +268,7 @@ def test_memory_does_not_grow_over_thirty_jobs(cli):
         "import sys, resource; from runner.__main__ import main; import mlx.core as mx\n"
         "sizes = []\n"
         "from runner.training import run as module\n"
-        "own = module.run\n"
+        "own = module.train_run\n"
         "def watched(*a, **k):\n"
         "    out = own(*a, **k); sizes.append(mx.get_active_memory() + mx.get_cache_memory())\n"
         "    lines = dict(line.split(':') for line in open('/proc/self/status'))\n"
@@ -276,7 +276,7 @@ def test_memory_does_not_grow_over_thirty_jobs(cli):
         "    sizes_rss.append(sum(int(lines[n].split()[0]) << 10 for n in ('RssAnon', 'VmSwap')))\n"
         "    return out\n"
         "sizes_rss = []\n"
-        "module.run = watched\n"
+        "module.train_run = watched\n"
         "rc = main(['-m', 'model=tiny', 'data=tiny', 'train.iters=2', 'seed=range(30)', 'hydra.sweep.dir=s'])\n"
         "print('SIZES', sizes[4], sizes[-1], sizes_rss[9], sizes_rss[-1]); sys.exit(rc)"
     )

@@ -111,7 +111,7 @@ def _add_override(argument: str, invocation: Invocation, folders: list[Path]) ->
         invocation.overrides.append(f"+{key}{package}={value}")  # no group of the defaults list of conf/config.yaml
     elif key in INVOCATION_ARGUMENTS:
         _set_on_invocation(invocation, key, value)
-    elif key.startswith("vars."):
+    elif key.startswith(("vars.", "data.template_args.")) or key == "data.template_args":
         invocation.settings[key] = value
         invocation.overrides.append(f"++{key}={value}")
     elif key.startswith("loggers."):

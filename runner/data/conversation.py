@@ -164,7 +164,7 @@ def _with_calls(message: Message, calls: list[dict[str, Any]], traits: TemplateT
     """
     form = traits.tool_calls
     if form is None:
-        return {**message, "tool_calls": calls}
+        return {**message, "content": message.get("content") or "", "tool_calls": calls}
     if not message.get("content"):
         message = {**message, "content": form.content}
     placed = []

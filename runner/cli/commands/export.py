@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
@@ -16,6 +18,9 @@ from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.text import relative_path
 from runner.config.schema import Config
+
+if TYPE_CHECKING:
+    from runner.models.load import BaseModel
 
 _LARGEST_CONFIG = 1 << 20  # bytes of adapter_config.json
 
@@ -110,7 +115,12 @@ def _export_mlx(
         # The adapter is loaded with its base to check that it fits.
         loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
         loaded.detach()
+        _set_template(loaded.base, settings.config)
         base = (loaded.base, base_target)
+    elif settings.config.data.template:
+        arguments.print_note(
+            f"the run used the chat template {settings.config.data.template}, which an adapter folder does not contain"
+        )
     export_adapter({ADAPTERS: source.adapters, ADAPTER_CONFIG: config}, target, base)
 
 
@@ -125,7 +135,16 @@ def _export_fused(source: AdapterSource, settings: StoredSettings, target: Path,
     fused = fuse_adapter(loaded.adapted, dequantize=options.dequantize)
     if fused.config.get("quantization"):
         arguments.print_note("the base stays quantized, which rounds the merged layers; --dequantize avoids it")
+    _set_template(fused, settings.config)
     export_model(fused, target)
+
+
+def _set_template(base: BaseModel, config: Config) -> None:
+    """Give the tokenizer that is exported the chat template that the run used instead of the model's."""
+    from runner.data.chat_template import TemplateOptions
+
+    if (template := TemplateOptions.from_config(config.data).text) is not None:
+        vars(base.tokenizer).get("_tokenizer", base.tokenizer).chat_template = template
 
 
 def _name_for_mlx_lm(config: Config) -> str | None:
@@ -141,4 +160,6 @@ def _generate_command(model: Path | str | None, adapter: Path | None, config: Co
     command = ["mlx_lm.generate", "--model", relative_path(model) if isinstance(model, Path) else model]
     command += ["--adapter-path", relative_path(adapter)] if adapter else []
     command += [] if config.data.chat_template else ["--ignore-chat-template"]
+    if config.data.template_args:
+        command += ["--chat-template-config", json.dumps(config.data.template_args)]
     return f"{shlex.join(command)} --prompt …"

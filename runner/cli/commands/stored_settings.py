@@ -34,6 +34,7 @@ CHANGEABLE = (
     "train.batch_size",
     "train.eval_batches",
 )
+_TEMPLATE_ARGS = "data.template_args."
 _OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 
 
@@ -65,6 +66,11 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
         name, value = match["key"], match["value"]
         if name == "data":
             stored["data"] = _group_settings("data", value)
+        elif name.startswith(_TEMPLATE_ARGS):
+            former = typed.get("data.template_args", stored.get("data", {}).get("template_args") or {})
+            typed["data.template_args"] = former | {
+                name.removeprefix(_TEMPLATE_ARGS): environment.parse_value(name, value)
+            }
         else:
             _require_changeable(name, run, override)
             typed[name] = environment.parse_value(name, value)

@@ -97,6 +97,19 @@ def test_a_fused_model_has_the_logits_of_base_and_adapter(run: Path) -> None:
     assert tokenizer.has_chat_template and tokenizer.eos_token_ids == {2}
 
 
+def test_an_export_has_the_template_of_the_run_and_names_its_variables(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    settings = [f"data.template={template}", "data.template_args.enable_thinking=false"]
+    assert export.run([str(run), "--to", "fused", *settings]) == 0
+    assert mlx_lm.load(str(run / "export-fused"))[1].chat_template == template.read_text()
+    assert """--chat-template-config '{"enable_thinking": false}'""" in capsys.readouterr().out
+    assert export.run([str(run), "--to", "mlx", *settings]) == 0
+    assert f"chat template {template}, which an adapter folder does not contain" in capsys.readouterr().err
+
+
 def test_a_quantized_base_stays_quantized_unless_dequantize_is_given(quantized_run: Path) -> None:
     run, ours = quantized_run, logits_of(quantized_run)
     assert export.run([str(run), "--to", "fused"]) == 0

@@ -15,7 +15,7 @@ from runner.common.errors import ModelError, did_you_mean
 _UNREACHABLE = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError")
 _NO_ACCESS = ("RepositoryNotFoundError", "GatedRepoError")
 
-_UNKNOWN_TYPE = re.compile(r"^Model type .* not supported")
+_UNKNOWN_TYPE = re.compile(r"^Model type .* not supported|^module 'mlx_lm\.models\.\w+' has no attribute 'Model'")
 _MISSING_ARGUMENTS = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)")
 
 
@@ -43,7 +43,7 @@ def find_model_folder(path: str, revision: str | None) -> Path:
     return Path(snapshot_download(path, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
 
 
-def load_error(path: str, error: Exception, part: str) -> ModelError:
+def load_error(path: str, error: Exception | SystemExit, part: str) -> ModelError:
     """Return the ModelError for what mlx-lm, transformers or the hub's library raised while loading a model.
 
     Args:
@@ -54,7 +54,7 @@ def load_error(path: str, error: Exception, part: str) -> ModelError:
     return ModelError(f"model.path={path} cannot be loaded: {_reason(path, error, part)}")
 
 
-def _reason(path: str, error: Exception, part: str) -> str:
+def _reason(path: str, error: Exception | SystemExit, part: str) -> str:
     if type(error).__name__ in _UNREACHABLE:
         return (
             "it is neither a local folder nor in the hub's cache, and the hub cannot be reached. "
@@ -73,9 +73,11 @@ def _reason(path: str, error: Exception, part: str) -> str:
     if _UNKNOWN_TYPE.search(text):
         known = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
         return (
-            f"{text}: mlx-lm {version('mlx-lm')} has no such architecture.{did_you_mean(str(model_type), known)} Use "
+            f"model_type '{model_type}' is not supported: mlx-lm {version('mlx-lm')} has no such architecture.{did_you_mean(str(model_type), known)} Use "
             "a model of another architecture, or an mlx-lm that has it."
         )
+    if isinstance(error, SystemExit):
+        return f"mlx-lm's code of model_type '{model_type}' needs a package that is not installed; it is named above."
     if missing := _MISSING_ARGUMENTS.search(text):
         return f"its config.json lacks what mlx-lm needs for model_type '{model_type}': {missing[1]}."
     described = f"{text} ({type(error).__name__})" if text else type(error).__name__

@@ -79,7 +79,7 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
         mx.eval(base.model.parameters())
     except (RunnerError, MemoryError):
         raise
-    except Exception as error:  # mlx-lm, transformers and the hub's library raise all kinds of errors
+    except (Exception, SystemExit) as error:  # mlx-lm, transformers and the hub's library raise all kinds of errors
         raise hub.load_error(config.path, error, "model") from error
     if on_cpu() and quantization.needs_gpu(base.model):
         raise ModelError(

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.common.errors import DataError
+from runner.data.conversation import normalize
 from runner.data.formats import EncodeOptions
 from runner.data.metrics import Metric
 from runner.data.row_errors import RowError
+from runner.data.template_traits import TemplateTraits
 from runner.data.text_encoder import Message, TextEncoder
 from runner.models.load import BaseModel
 from runner.training.decoding import decode
@@ -113,12 +115,19 @@ def split_row(row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptio
         turns: list[Message] = [{"role": "user", "content": row[keys.prompt]}]
         return Question(turns, row[keys.completion], _encode_prompt(turns, row, encoder, options))
     messages = row.get(keys.messages) or []
+    normal: list[Message] = list(messages)
+    calls: list[tuple[str, ...]] = [()] * len(messages)
+    if encoder.has_chat_template:
+        said = normalize(messages, encoder.find_once(TemplateTraits))
+        normal, calls = [turn.message for turn in said], [tuple(name for name, _ in turn.calls) for turn in said]
     for end in range(len(messages) - 1, 0, -1):
-        turn = messages[end]
-        if turn["role"] != "assistant":
+        if messages[end]["role"] != "assistant":
             continue
-        turns = messages[:end]
-        expected = _rendered_call(turns, turn, row, encoder) if turn.get("tool_calls") else _text_of(turn)
+        turns = normal[:end]
+        if calls[end]:
+            expected = _rendered_call(turns, normal[end], calls[end], row.get("tools"), encoder)
+        else:
+            expected = _text_of(messages[end])
         if expected:
             return Question(turns, expected, _encode_prompt(turns, row, encoder, options))
     raise DataError(
@@ -127,9 +136,10 @@ def split_row(row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptio
     )
 
 
-def _rendered_call(turns: list[Message], turn: Message, row: Mapping[str, Any], encoder: TextEncoder) -> str:
+def _rendered_call(
+    turns: list[Message], turn: Message, names: tuple[str, ...], tools: Any, encoder: TextEncoder
+) -> str:
     """Return what the model generates for a turn that calls tools; empty where the template leaves the calls out."""
-    tools = row.get("tools")
     whole = encoder.render([*turns, turn], tools)
     before, prompt = encoder.render(turns, tools), encoder.render(turns, tools, add_generation_prompt=True)
     if whole.startswith(prompt):
@@ -140,8 +150,7 @@ def _rendered_call(turns: list[Message], turn: Message, row: Mapping[str, Any], 
         answer = whole[len(shared) :]
     else:
         return ""
-    names = [str((call.get("function") or call).get("name", "")) for call in turn["tool_calls"]]
-    if not all(name and name in answer for name in names):
+    if not all(name in answer for name in names):
         return ""
     tokens = encoder.encode(answer, add_special_tokens=False)
     ends = set(encoder.tokenizer.eos_token_ids)

@@ -157,7 +157,7 @@ def test_an_incomplete_or_unsupported_folder_is_refused_with_the_reason(folder, 
     [
         (
             {"model_type": "lama"},
-            r"'?lama'? not supported: mlx-lm .* has no such architecture\. Did you mean 'llama'\?",
+            r"model_type 'lama' is not supported: mlx-lm .* has no such architecture\. Did you mean 'llama'\?",
         ),
         ({"model_type": None}, "model_type"),
         ({"hidden_size": None}, r"model_type 'llama'"),
@@ -167,6 +167,8 @@ def test_an_incomplete_or_unsupported_folder_is_refused_with_the_reason(folder, 
             r"lacks what mlx-lm needs for model_type 'qwen2': 'rms_norm_eps'",
         ),
         ({"model_type": ...}, "its config.json has no model_type"),
+        ({"model_type": "switch_layers"}, "model_type 'switch_layers' is not supported"),
+        ({"model_type": "olmo"}, "code of model_type 'olmo' needs a package"),
         ({"quantization": {"group_size": 64}}, r"model_type 'llama'.*bits.*KeyError"),
     ],
 )

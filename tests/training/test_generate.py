@@ -45,6 +45,12 @@ def test_a_tool_call_is_expected_as_the_template_renders_it() -> None:
     assert expected(TOOL_ROW, thinking) == RENDERED
 
 
+def test_arguments_as_a_string_are_expected_as_the_template_renders_an_object() -> None:
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    answer = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": function}]}
+    assert expected({"messages": [TOOL_ROW["messages"][0], answer]}, TEMPLATE_WITH_CALLS) == RENDERED
+
+
 def test_a_call_that_the_template_leaves_out_is_not_expected() -> None:
     with pytest.raises(DataError, match="a tool call that the chat template renders"):
         expected(TOOL_ROW)

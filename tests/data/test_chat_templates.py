@@ -48,7 +48,7 @@ TWO_ENDS = (
     "{% if add_generation_prompt %}<start>assistant:{% endif %}"
 )
 # A turn ends where the next begins.
-OPENED = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+OPENED = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}" + PROMPT
 # Nothing ends a turn.
 HEADINGS = (
     "{% for m in messages %}### {{ m.role }}\n{{ m.content }}\n\n{% endfor %}"

@@ -248,3 +248,17 @@ def test_a_damaged_stored_hash_is_ignored(damage, load, hashed_files, folder, mo
         entry.write_bytes(damage(entry.read_bytes()))
     assert not load().notes
     assert len(hashed_files) == 4
+
+
+def test_a_template_that_writes_the_date_is_cached_under_the_date_of_the_run(
+    make_tokenizer, chat_templates, make_options
+):
+    dated = make_tokenizer("{{ strftime_now('%d %b %Y') }}" + chat_templates["CHATML"])
+    plain = make_tokenizer(chat_templates["CHATML"])
+    today, tomorrow = (make_options(template_date=f"2026-11-{day}") for day in (29, 30))
+    assert "strftime_now" in token_cache_key.uncacheable_reason(dated, make_options())
+    assert token_cache_key.uncacheable_reason(dated, today) is None
+    for tokenizer, differ in ((dated, True), (plain, False)):
+        identity = token_cache_key.tokenizer_identity(tokenizer)
+        keys = {token_cache_key.cache_key("a", identity, options) for options in (today, tomorrow)}
+        assert (len(keys) == 2) is differ

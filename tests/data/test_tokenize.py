@@ -182,3 +182,22 @@ def test_a_split_without_a_row_to_train_on_is_refused(tokenizer, make_options, w
     write_rows("train.jsonl", LONG)
     with pytest.raises(DataError, match=r"train\.jsonl has no row to train on: 1 longer than max_length 4"):
         load_dataset(str(tmp_path), tokenizer, make_options(max_length=4, on_too_long="drop"))
+
+
+def test_the_rows_of_a_conversation_have_its_line_and_what_is_left_out_is_counted(
+    chat_templates, make_tokenizer, make_options, write_rows
+):
+    thinking = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
+    question = {"role": "user", "content": "well?"}
+    rows = [{"messages": [question, thinking][:2] * count} for count in (1, 2, 3)]
+    for template, lines, stats in (
+        ("REWRITING", [1, 2, 3], {"split": 0, "lost_reasoning": 3, "lost_reasoning_line": 2}),
+        ("PLAIN", [1, 2, 2, 3, 3, 3], {"split": 2, "lost_reasoning": 0, "lost_reasoning_line": 0}),
+    ):
+        errors, buffer = RowErrors(), TokenBuffer()
+        file = write_rows(f"{template}.jsonl", *rows)
+        tokenizer = make_tokenizer(chat_templates[template])
+        tokenize_file(file, tokenizer, make_options(), errors, buffer, lambda: None)
+        errors.raise_if_any()
+        assert buffer.to_token_set().lines.tolist() == lines
+        assert {name: getattr(buffer.stats, name) for name in stats} == stats

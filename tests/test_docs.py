@@ -76,6 +76,12 @@ def place(tmp_path_factory, make_cli):
     cli("experiment=smoke", "train.iters=100", "train.stop_at=80", "checkpoint.every=20", "checkpoint.keep_every=20",
          f"hydra.run.dir={RUN}")  # fmt: skip
     cli("-m", "experiment=smoke", "train.iters=2", "lora.rank=4,8,16", f"hydra.sweep.dir={SWEEP}")
+    import gguf_families
+
+    case = gguf_families.CASES["mistral-nemo"]
+    case = gguf_families.Case(case.architecture, case.config | {"num_hidden_layers": 4})
+    weights = gguf_families.weights_of(gguf_families.build_model(case.config))
+    gguf_families.write_weights(case, weights).write(folder / "Mistral-7B-Instruct-v0.3.Q4_K_M.gguf")
     (folder / "usb_disk").mkdir()
     cli("experiment=smoke", "train.iters=2", "checkpoint.backup=usb_disk", "hydra.run.dir=mirrored")
     next((folder / "usb_disk").iterdir()).rename(folder / "usb_disk/2026-11-24-10-00-00-0123abcd")

@@ -32,7 +32,8 @@ def metadata_of(name: str, **changes: Any) -> dict[str, Any]:
     values = MODELS[name]["metadata"] | changes
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
     for key, dtype in (("scores", "<f4"), ("token_type", "<i4")):
-        if isinstance(metadata.get(f"tokenizer.ggml.{key}"), list):
+        listed = metadata.get(f"tokenizer.ggml.{key}")
+        if isinstance(listed, list) and all(isinstance(item, int | float) for item in listed):
             metadata[f"tokenizer.ggml.{key}"] = np.array(metadata[f"tokenizer.ggml.{key}"], dtype)
     return metadata
 
@@ -176,3 +177,18 @@ def test_a_saved_folder_loads_in_stock_mlx_lm_with_equal_ids(case: str, name: st
 def test_an_inconsistent_vocabulary_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=rf"some\.gguf: .*{reason}"):
         tokenizer_of("llama", **changes)
+
+
+WRONG = (0, -1, (1 << 32) - 1, True, float("nan"), "text", np.arange(2), np.ones(460), ["a", "b"], [])
+
+
+@pytest.mark.parametrize("key", [*MODELS["llama"]["metadata"], "precompiled_charsmap", "remove_extra_whitespaces"])
+def test_any_value_under_any_key_builds_or_raises_a_model_error(key: str) -> None:
+    refused = 0
+    for wrong in WRONG:
+        try:
+            tokenizer_of("llama", **{key: wrong})
+        except ModelError as error:
+            assert "some.gguf: " in str(error)
+            refused += 1
+    assert refused > 3 or key == "pre"

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CohereTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from runner.common.errors import ModelError
+from runner.models.gguf.pre_tokenizers import PRE_TOKENIZERS
 from runner.models.gguf.tokenizer import build_tokenizer, stop_token_ids, wrap_tokenizer
 
 PATH = Path("some.gguf")
@@ -176,3 +178,36 @@ def test_an_unsupported_or_inconsistent_tokenizer_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelError, match=rf"some\.gguf: .*{reason}"):
         tokenizer_of(gguf_files.vocabulary(**changes))
+
+
+@pytest.mark.parametrize(
+    ("pre", "tokenizer_class"),
+    [
+        ("qwen2", Qwen2Tokenizer),
+        ("qwen35", Qwen3_5Tokenizer),
+        ("gpt-2", GPT2Tokenizer),
+        ("command-r", CohereTokenizer),
+    ],
+)
+def test_ids_equal_those_of_the_tokenizers_that_transformers_builds(
+    gguf_files: ModuleType, pre: str, tokenizer_class: Any
+) -> None:
+    metadata = gguf_files.vocabulary(pre=pre)
+    ids = {token: token_id for token_id, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split()) for merge in metadata["tokenizer.ggml.merges"]]
+    theirs = tokenizer_class(vocab=ids, merges=merges, add_prefix_space=False)
+    ours = tokenizer_of(metadata)
+    for text in (
+        " hello  12345 x",
+        "日本 é 👍\n\n\tx  ",
+        "e\u0301 I'M it's",
+        "नमस्ते ²³ a_b == c\r\n",
+        "hello hello 123",
+    ):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_every_pre_tokenizer_keeps_every_character(gguf_files: ModuleType) -> None:
+    text = "Hello I'M  12345 日本語ABC def_x=\n\n  y!! 한국 xHTMLParser's/x\u00a0½ \r\n  "
+    for pre in PRE_TOKENIZERS:
+        assert "".join(pieces(tokenizer_of(gguf_files.vocabulary(pre=pre)), text)) == text, pre

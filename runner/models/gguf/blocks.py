@@ -27,8 +27,8 @@ from runner.models.gguf.header import BLOCK_SIZES, TensorInfo
 GROUP_SIZE = 32
 AFFINE_TYPES = ("Q4_0", "Q4_1", "Q8_0")
 """The block types that are kept quantized on request."""
-_CHUNK_VALUES = 1 << 22
-"""How many values are expanded at once: temporary arrays take some 20 bytes a value."""
+_CHUNK_VALUES = 1 << 19
+"""How many values are expanded at once: temporary arrays take some 20 bytes a value and should fit the caches."""
 
 
 @dataclass(frozen=True, slots=True)

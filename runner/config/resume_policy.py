@@ -36,6 +36,14 @@ def is_set_by(name: str, keys: Iterable[str]) -> bool:
     return any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for key in keys)
 
 
+def may_become(name: str, old: Any, new: Any) -> bool:
+    """Return whether a resume may change the frozen setting `name` from `old` to `new`.
+
+    Naming the format that auto found changes no row, and rows that fit several formats need it.
+    """
+    return old == new or (name == "data.format" and old == "auto")
+
+
 def frozen_fingerprint(config: Config) -> str:
     """Return the SHA-256 (hex) of the frozen settings."""
     frozen = {name: value for name, value in flatten(config).items() if not is_free_on_resume(name)}
@@ -62,7 +70,7 @@ def refuse_frozen_changes(stored: Config, config: Config, run: Path, step: int =
     problems = [
         f"{name} was {format_value(old)} and cannot become {format_value(new)} on resume."
         for name, (old, new) in changed.items()
-        if not is_free_on_resume(name)
+        if not is_free_on_resume(name) and not may_become(name, old, new)
     ]
     if "train.iters" in changed:
         old, new = changed["train.iters"]

@@ -55,6 +55,9 @@ _TEMPLATE_RESERVED = frozenset(
 """Arguments of apply_chat_template that are no variables for the template."""
 
 
+_MIX_KEYS = ("path", "weight", "config", "revision", "splits", "format", "keys")
+
+
 def validate(config: Config) -> None:
     """Check every value of `config` before anything is loaded or written.
 
@@ -105,6 +108,8 @@ def make_paths_absolute(config: Config) -> None:
     for name, kind in schema.path_settings().items():
         if values[name] is not None:
             serialize.set_value(config, name, absolute_path(values[name], kind))
+    for source in config.data.mix or []:
+        source["path"] = absolute_path(source["path"], PathKind.INPUT)
 
 
 def lora_scale(lora: LoraConfig) -> float:
@@ -222,6 +227,37 @@ def _evaluation_problems(config: Config) -> list[str]:
     if config.objective.metric == "score" and not config.data.metric_rows:
         problems.append("objective.metric=score needs data.metric_rows.")
     return problems
+
+
+def _mix_problems(data: DataConfig) -> Iterator[str]:
+    """Check the sources of data.mix, whose keys the schema does not name."""
+    if data.mix is None:
+        return
+    if not data.mix:
+        yield "data.mix is an empty list: name its sources, such as data.mix=[{path: a, weight: 2}, {path: b, weight: 1}]."
+    formats = schema.metadata()["data.format"]
+    names = {"keys": [f.name for f in dataclasses.fields(schema.KeysConfig)], "splits": ["train", "valid", "test"]}
+    for number, source in enumerate(data.mix):
+        where = f"data.mix[{number}]"
+        if not isinstance(source.get("path"), str):
+            yield f"{where} has no path: each source is {{path: …}}, with weight, format and so on where they differ."
+        for key, value in source.items():
+            if key not in _MIX_KEYS:
+                yield f"{where} has no setting '{shorten(key)}'.{did_you_mean(str(key), _MIX_KEYS)}"
+            elif key in names and not _is_mapping_of_texts(value, names[key]):
+                yield f"{where}.{key} is invalid: must map some of {', '.join(names[key])} to names."
+            elif key == "weight" and not (isinstance(value, int | float) and 0 < value < math.inf):
+                yield f"{where}.weight={shorten(value)} is invalid: must be a number above 0."
+            elif key == "format" and value not in formats.choices:
+                yield f"{where}.format={shorten(value)} is invalid: must be {formats.requirement()}."
+            elif key in ("config", "revision") and not isinstance(value, str | None):
+                yield f"{where}.{key}={shorten(value)} is invalid: must be a text."
+    if len({"weight" in source for source in data.mix}) > 1:
+        yield "data.mix: some sources have a weight and some have none: give one to all or to none."
+
+
+def _is_mapping_of_texts(value: Any, names: Iterable[str]) -> bool:
+    return isinstance(value, Mapping) and all(k in names and isinstance(v, str) for k, v in value.items())
 
 
 def _unused_options(name: str, section: OptimizerConfig | ScheduleConfig) -> Iterator[str]:

@@ -11,12 +11,14 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from runner.data.chat_template import TemplateOptions
 from runner.data.encoded import Encoded, Span
 from runner.data.formats import EncodeOptions, RowFormat
+from runner.data.holdout import Holdout
 from runner.data.jsonl import MAX_LINE_BYTES, parse_lines
 from runner.data.row_errors import RowError, RowErrors
 from runner.data.text_encoder import TextEncoder
-from runner.data.token_set import SplitStats, TokenSet
+from runner.data.token_set import SplitStats, TokenSet, row_location
 
 CHUNK_BYTES = 1 << 20
 """Bytes of JSONL that are encoded at a time; encoding takes up to ten times as much memory."""
@@ -29,6 +31,8 @@ class Chunk:
     lines: bytes
     first_line: int
     """The number of the first line, from 1."""
+    part: int = 0
+    """The number of the file in its split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +109,27 @@ def read_chunks(file: BinaryIO, on_bytes: Callable[[bytes], None]) -> Iterator[C
 
 
 @dataclass(frozen=True)
-class EncodeTask:
-    """What all chunks of a file share; it can be pickled if the tokenizer can."""
+class EncodePart:
+    """One file of a split, and how its rows are encoded."""
 
     file: Path
     row_format: RowFormat
-    tokenizer: Any
     options: EncodeOptions
+    holdout: Holdout | None = None
+    """Which of its rows belong to the split; None for all."""
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """What all chunks of a split share; it can be pickled if the tokenizer can."""
+
+    parts: tuple[EncodePart, ...]
+    tokenizer: Any
+
+    @property
+    def template(self) -> TemplateOptions:
+        """The chat template of all parts."""
+        return self.parts[0].options.template
 
 
 def encode_chunk(chunk: Chunk, task: EncodeTask, encoder: TextEncoder, errors: RowErrors) -> EncodedChunk:
@@ -120,11 +138,14 @@ def encode_chunk(chunk: Chunk, task: EncodeTask, encoder: TextEncoder, errors: R
     Raises:
         DataError: reading the file cannot continue, for example because a line is too long.
     """
-    builder = _ChunkBuilder(task.options)
-    for row in parse_lines(io.BytesIO(chunk.lines), task.file, errors, chunk.first_line):
+    part = task.parts[chunk.part]
+    builder = _ChunkBuilder(part.options, chunk.part)
+    for row in parse_lines(io.BytesIO(chunk.lines), part.file, errors, chunk.first_line):
+        if part.holdout is not None and not part.holdout.selects(row.value):
+            continue
         try:
-            task.row_format.validate(row.value, task.options.keys)
-            builder.add_row(row.line, task.row_format.encode(row.value, encoder, task.options))
+            part.row_format.validate(row.value, part.options.keys)
+            builder.add_row(row.line, part.row_format.encode(row.value, encoder, part.options))
         except RowError as error:
             errors.add(row.file, row.line, str(error))
     return builder.finish()
@@ -133,8 +154,8 @@ def encode_chunk(chunk: Chunk, task: EncodeTask, encoder: TextEncoder, errors: R
 class _ChunkBuilder:
     """Truncates or drops rows that are too long and appends the others to byte buffers."""
 
-    def __init__(self, options: EncodeOptions) -> None:
-        self.options = options
+    def __init__(self, options: EncodeOptions, part: int) -> None:
+        self.options, self.part = options, part
         self.tokens, self.supervised = bytearray(), bytearray()
         self.total = self.longest = 0
         self.ends: list[int] = []
@@ -174,13 +195,13 @@ class _ChunkBuilder:
         mask[:1] = 0
         supervised = int(mask.sum())
         if supervised == 0:
-            self.counts["unsupervised"] += 1
+            self.counts["prompt_too_long" if too_long else "unsupervised"] += 1
             return
         self.tokens += row.tobytes()
         self.supervised += mask.tobytes()
         self.total += len(row)
         self.ends.append(self.total)
-        self.lines.append(line)
+        self.lines.append(row_location(self.part, line))
         self.counts["truncated"] += too_long
         self.counts["supervised"] += supervised
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from runner.common.errors import DataError
-from runner.data.row_errors import RowError, RowErrors
+from runner.data.row_errors import RowError, RowErrors, locate
 
 MAX_LINE_BYTES = 4 << 20
 """Longest row. Tokenizing takes about 70 times as much memory, and training uses max_length tokens of it."""
@@ -36,6 +35,11 @@ class JsonlRow:
     file: Path
     line: int
     value: dict[str, Any]
+
+    @property
+    def location(self) -> str:
+        """File and line, for a message."""
+        return locate(self.file, self.line)
 
 
 def read_jsonl(path: Path, errors: RowErrors | None = None) -> Iterator[JsonlRow]:
@@ -94,11 +98,6 @@ def parse_lines(lines: BinaryIO, path: Path, errors: RowErrors, first_line: int 
             yield JsonlRow(path, number, _parse_object(line))
         except RowError as error:
             errors.add(path, number, str(error))
-
-
-def first_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    """Return the first `count` rows of a JSONL file without reading those after them; all where `count` is negative."""
-    return [row.value for row in islice(read_jsonl(path), count if count >= 0 else None)]
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runner.data.mixture import Mixture
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class DataPosition:
@@ -29,13 +31,22 @@ class BatchOrder:
     of its bit generators, but not those of ``Generator.permutation``.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, window_batches: int) -> None:
-        """`lengths`: (rows,), at least one, in tokens."""
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        window_batches: int,
+        mixture: Mixture | None = None,
+    ) -> None:
+        """`lengths`: (rows,), at least one, in tokens. A `mixture` chooses the rows of an epoch; else it is each once.
+        """
         assert len(lengths) > 0 and batch_size > 0 and window_batches > 0
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
         self.seed = seed
         self.window_batches = window_batches
+        self.mixture = mixture
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
@@ -68,14 +79,16 @@ class BatchOrder:
 
     def _arrange_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the full batches, (batches, batch_size), and the rows of the smaller last one, (remainder,)."""
-        rows = np.argsort(_random(self.seed, epoch, "rows", len(self.lengths)), kind="stable")
+        rows = np.argsort(random_keys(self.seed, epoch, "rows", len(self.lengths)), kind="stable")
+        if self.mixture is not None:
+            rows = self.mixture.rows(self.seed, epoch, random_keys)[rows]
         full_rows = len(rows) - len(rows) % self.batch_size
         rows, last = rows[:full_rows], rows[full_rows:]
         window_batches = min(self.window_batches, max(1, full_rows // self.batch_size // 4))
         window = np.arange(full_rows) // (window_batches * self.batch_size)
         rows = rows[np.lexsort((self.lengths[rows], window))]
         full = rows.reshape(-1, self.batch_size)
-        full = full[np.argsort(_random(self.seed, epoch, "batches", len(full)), kind="stable")]
+        full = full[np.argsort(random_keys(self.seed, epoch, "batches", len(full)), kind="stable")]
         full.flags.writeable = last.flags.writeable = False
         return full, last
 
@@ -93,7 +106,7 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int, limit: int = -1) ->
     return [rows[index * batch_size : (index + 1) * batch_size] for index in selected]
 
 
-def _random(seed: int, epoch: int, purpose: str, count: int) -> np.ndarray:
+def random_keys(seed: int, epoch: int, purpose: str, count: int) -> np.ndarray:
     """Return (count,) uint64, a function of the arguments alone."""
     stream = f"{seed}/{epoch}/{purpose}".encode()
     key = int.from_bytes(hashlib.blake2b(stream, digest_size=16).digest(), "little")

@@ -13,6 +13,11 @@ class RowError(ValueError):
     """The reason why a row cannot be used, worded to follow its file and line."""
 
 
+def locate(file: Path, number: int) -> str:
+    """Return where a row is: the file and the line of JSON Lines, of other files the number of the row."""
+    return f"{file}:{number}" if file.suffix == ".jsonl" else f"{file} row {number}"
+
+
 class RowErrors:
     """The row errors of all files of a data set: the first `MAX_LISTED` as text, and the number of all of them."""
 
@@ -21,10 +26,10 @@ class RowErrors:
         self.listed: list[str] = []
 
     def add(self, file: Path, line: int, reason: str) -> None:
-        """Record that `line` (from 1) of `file` cannot be used."""
+        """Record that `line` (from 1) of `file`, or its row of that number, cannot be used."""
         self.count += 1
         if len(self.listed) < MAX_LISTED:
-            self.listed.append(f"  {file}:{line}: {reason}")
+            self.listed.append(f"  {locate(file, line)}: {reason}")
 
     def merge(self, later: RowErrors) -> None:
         """Append the errors of rows that come after the ones recorded so far."""

@@ -1,60 +1,155 @@
-"""Locating a data set: a local folder, a built-in set, or a data set of the Hugging Face Hub."""
+"""Locating the files of a data set: a file, a folder, a built-in set, or a data set of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runner.common.errors import DataError, did_you_mean
+from runner.config.schema import DataConfig, SplitsConfig
+from runner.data import hub_data
+from runner.data.formats import EncodeOptions
+from runner.data.readers import SUFFIXES
 
-SPLIT_FILE_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-"""Accepted file names (without .jsonl) of each split, in order of preference."""
+SPLIT_FILE_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
+"""Accepted file names (without suffix) of each split, in order of preference."""
 SPLITS = tuple(SPLIT_FILE_NAMES)
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_SETS = Path(__file__).parent / "sets"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-EXPECTED_FILES = "A data set is a folder with train.jsonl and, optionally, valid.jsonl and test.jsonl."
+EXPECTED_FILES = (
+    "A data set is a file of rows, or a folder with train.jsonl (or .json, .csv, .parquet) and, optionally, valid and "
+    "test files."
+)
+_SHARD = r"-\d+-of-\d+"
+
+SplitFiles = dict[str, tuple[Path, ...]]
+"""The files of each split that exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set to train on, alone or in a mix."""
+
+    path: str
+    options: EncodeOptions
+    config: str | None = None
+    revision: str | None = None
+    splits: SplitsConfig | None = None
+    weight: float | None = None
+
+    def find_files(self) -> SplitFiles:
+        """Return the files of each split, downloading those of a hub data set. Raises DataError."""
+        names = {split: name for split, name in asdict(self.splits or SplitsConfig()).items() if name}
+        found = _find_existing(self.path)
+        if found is None and HUB_ID.fullmatch(self.path):
+            return self._find_at_hub(names)
+        folder = found or find_dataset(self.path)
+        if folder.is_file():
+            if self.config or names:
+                raise DataError(f"{folder} is one file: data.config and data.splits are for folders and the hub.")
+            return {"train": (folder,)}
+        if self.config:
+            if not (folder / self.config).is_dir():
+                raise DataError(f"{folder} has no folder '{self.config}' (data.config). {describe_content(folder)}")
+            folder = folder / self.config
+        return find_split_files(folder, names)
+
+    def _find_at_hub(self, names: dict[str, str]) -> SplitFiles:
+        if not self.config and not any("[" in name for name in names.values()):
+            folder = hub_data.download_json(self.path, self.revision, required=not hub_data.has_datasets_library())
+            if folder is not None and (hub_data.has_datasets_library() is False or _has_split_files(folder, names)):
+                return find_split_files(folder, names)
+        return hub_data.split_files(self.path, self.config, self.revision, names, SPLIT_FILE_NAMES)
 
 
 def find_dataset(path: str) -> Path:
-    """Return the folder that a value of `data.path` names.
+    """Return the file or folder that a value of `data.path` names.
 
-    Tried in this order: an existing folder; ``builtin:NAME``; a Hub id ``org/name``, of which only the JSON files are
-    downloaded (offline, they are taken from the Hub's cache).
+    Tried in this order: an existing file or folder; ``builtin:NAME``; a Hub id ``org/name``, of which only the JSON
+    files are downloaded (offline, they are taken from the Hub's cache).
 
     Raises:
-        DataError: there is no such folder, built-in set or Hub data set.
+        DataError: there is no such file, folder, built-in set or Hub data set.
     """
-    if path.startswith(BUILTIN_PREFIX):
-        return _find_builtin(path.removeprefix(BUILTIN_PREFIX))
-    folder = Path(path).expanduser()
-    if path and folder.is_dir():
-        return folder
-    if path and folder.exists():
-        raise DataError(f"{path} is a file. {EXPECTED_FILES} Name the folder: data.path={folder.parent}")
+    found = _find_existing(path)
+    if found is not None:
+        return found
     if HUB_ID.fullmatch(path):
-        return _download_from_hub(path)
+        downloaded = hub_data.download_json(path, None, required=True)
+        assert downloaded is not None
+        return downloaded
     raise DataError(
-        f"There is no folder '{path}'.{_suggest_folder(folder)} {EXPECTED_FILES} "
+        f"There is no file or folder '{path}'.{_suggest_folder(Path(path).expanduser())} {EXPECTED_FILES} "
         f"Other values of data.path: {BUILTIN_PREFIX}NAME, or a Hub id such as org/name."
     )
 
 
-def find_split_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each split that exists in `folder` or, where it has none, in its ``data/``.
+def _find_existing(path: str) -> Path | None:
+    if path.startswith(BUILTIN_PREFIX):
+        return _find_builtin(path.removeprefix(BUILTIN_PREFIX))
+    found = Path(path).expanduser()
+    if not path or not found.exists():
+        return None
+    if found.is_dir():
+        return found
+    if found.suffix not in SUFFIXES:
+        raise DataError(f"{path} is no data file: its name must end with {', '.join(SUFFIXES)}. {EXPECTED_FILES}")
+    return found
+
+
+def find_split_files(folder: Path, names: dict[str, str] | None = None) -> SplitFiles:
+    """Return the files of each split that exists in `folder` or, where it has none, in its ``data/``.
+
+    A split is one file, or shards such as ``train-00000-of-00002.parquet``. `names` are names of splits that differ
+    from the usual ones.
 
     Raises:
-        DataError: there is no split file; the message lists the content of the folder.
+        DataError: there is no split file, or none of a name in `names`; the message lists the content of the folder.
     """
     for location in (folder, folder / "data"):
-        files = {}
-        for split, names in SPLIT_FILE_NAMES.items():
-            existing = [file for name in names if (file := location / f"{name}.jsonl").exists()]
-            if existing:
-                files[split] = existing[0]
-        if files:
+        if files := _split_files_in(location, names or {}):
+            for split, name in (names or {}).items():
+                if split not in files:
+                    raise DataError(f"{location} has no file '{name}' (data.splits). {describe_content(location)}")
             return files
     raise DataError(f"{folder} has none of train.jsonl, valid.jsonl, test.jsonl. {describe_content(folder)}")
+
+
+def _has_split_files(folder: Path, names: dict[str, str]) -> bool:
+    return any(_split_files_in(location, names) for location in (folder, folder / "data"))
+
+
+def _split_files_in(folder: Path, names: dict[str, str]) -> SplitFiles:
+    files: SplitFiles = {}
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    for split, usual in SPLIT_FILE_NAMES.items():
+        for name in (names[split],) if split in names else usual:
+            for suffix in SUFFIXES:
+                shards = re.compile(re.escape(name) + f"({_SHARD})?" + re.escape(suffix))
+                if found := tuple(entry for entry in entries if shards.fullmatch(entry.name)):
+                    whole = tuple(entry for entry in found if entry.stem == name)
+                    files.setdefault(split, whole or found)
+    return files
+
+
+def find_sources(data: DataConfig) -> list[Source]:
+    """Return the sources of data.mix, or else the one that data.path names. Raises DataError for data.template."""
+    options = EncodeOptions.from_config(data)
+    if data.mix is None:
+        return [Source(path=data.path, options=options, config=data.config, revision=data.revision, splits=data.splits)]
+    return [
+        Source(
+            path=item["path"],
+            options=options.of_source(item.get("format"), item.get("keys") or {}),
+            config=item.get("config"),
+            revision=item.get("revision"),
+            splits=SplitsConfig(**item.get("splits") or {}),
+            weight=item.get("weight"),
+        )
+        for item in data.mix
+    ]
 
 
 def describe_content(folder: Path) -> str:
@@ -69,7 +164,7 @@ def describe_content(folder: Path) -> str:
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     hint = ""
     if any(Path(name).stem in ("train", "training") and name != "train.jsonl" for name in names):
-        hint = " The file must be named train.jsonl and contain one JSON object per line."
+        hint = f" The file must be named train, with one of {', '.join(SUFFIXES)}."
     return f"It contains: {shown}.{hint}"
 
 
@@ -91,28 +186,3 @@ def _suggest_folder(folder: Path) -> str:
         return did_you_mean(folder.name, [entry.name for entry in folder.parent.iterdir() if entry.is_dir()])
     except OSError:
         return ""
-
-
-def _download_from_hub(name: str) -> Path:
-    # huggingface_hub takes part of a second to import, and a local folder does not need it.
-    from huggingface_hub import errors, snapshot_download
-
-    missing = f"'{name}' is not a local folder, and the Hub data set of that name"
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.jsonl", "*.json"]))
-    except errors.GatedRepoError as error:
-        raise DataError(
-            f"{missing} is gated: request access on its page, then set HF_TOKEN in the environment."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise DataError(
-            f"{missing} does not exist or is private. For a private data set, set HF_TOKEN in the environment; "
-            "for a local folder, check the name."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise DataError(
-            f"{missing} is neither cached nor reachable. Connect once (without HF_HUB_OFFLINE), or name a local "
-            f"folder. {EXPECTED_FILES}"
-        ) from error
-    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
-        raise DataError(f"{missing} cannot be downloaded: {error}") from error

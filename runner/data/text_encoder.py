@@ -42,11 +42,16 @@ class TextEncoder:
         return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of plain text, by default with the tokenizer's BOS (and EOS) tokens."""
+        """Return the token ids of plain text, by default with the tokenizer's BOS (and EOS) tokens.
+
+        A text that begins with the BOS token, as one that was rendered before does, gets no second one.
+        """
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            tokens = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         except Exception as error:
             raise RowError(f"the tokenizer fails on it ({_describe(error)})") from error
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return tokens[1:] if add_special_tokens and bos is not None and tokens[:2] == [bos, bos] else tokens
 
     def append_eos(self, tokens: list[int]) -> list[int]:
         """Return `tokens` with the EOS token, unless they end with it or the tokenizer has none."""

@@ -6,6 +6,7 @@ written the tokens are made in memory, as without a cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from runner.data.encode import TokenBuffer, TokenizeFile, tokenize_in_memory
 from runner.data.formats import EncodeOptions
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.data.row_errors import RowErrors
+from runner.data.split_parts import Part, split_content
 from runner.data.token_cache_entry import EntryWriter, read_entry
 from runner.data.token_cache_key import (
     cache_key,
@@ -53,21 +55,25 @@ class TokenCache:
         self.notes: list[str] = []
         """Lines for the log."""
 
-    def load_or_tokenize(self, file: Path, tokenize: TokenizeFile, errors: RowErrors) -> tuple[TokenSet, SplitStats]:
-        """Return the cached tokens of `file`, or else what `tokenize` makes, which is then cached.
+    def load_or_tokenize(
+        self, parts: Sequence[Part], tokenize: TokenizeFile, errors: RowErrors
+    ) -> tuple[TokenSet, SplitStats]:
+        """Return the cached tokens of the files of a split, or else what `tokenize` makes, which is then cached.
 
         Raises:
-            DataError: the file cannot be read, or `tokenize` raises it.
+            DataError: a file cannot be read, or `tokenize` raises it.
         """
-        if self._disabled or not file.is_file() or file.stat().st_size < self._min_file_bytes():
+        files = [part.file for part in parts]
+        are_files = all(file.is_file() for file in files)
+        if self._disabled or not are_files or sum(file.stat().st_size for file in files) < self._min_file_bytes():
             return tokenize_in_memory(tokenize, errors)
         if self.identity is None:
             self.identity = self._identify_tokenizer()
         if self.identity is None:
             return tokenize_in_memory(tokenize, errors)
-        content = content_hash(file, self._content_hashes)
+        content = split_content(parts, [content_hash(file, self._content_hashes) for file in files])
         key = cache_key(content, self.identity, self._options)
-        cached = self._load(key, file)
+        cached = self._load(key, files[0])
         if cached is not None:
             return cached
         file_errors = RowErrors()
@@ -78,7 +84,8 @@ class TokenCache:
             file_errors = RowErrors()
             result = tokenize_in_memory(tokenize, file_errors)
         else:
-            store_content_hash(file, self._content_hashes)
+            for file in files:
+                store_content_hash(file, self._content_hashes)
         errors.merge(file_errors)
         return result
 

@@ -38,7 +38,10 @@ SETTLED_SECONDS = 3.0
 PACKAGES = ("tokenizers", "transformers", "mlx-lm", "jinja2")
 CODE_FILES = (
     "jsonl.py",
+    "readers.py",
+    "holdout.py",
     "formats.py",
+    "conversions.py",
     "conversation.py",
     "template_traits.py",
     "turn_ends.py",

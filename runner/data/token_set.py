@@ -20,7 +20,7 @@ class TokenSet:
     offsets: np.ndarray
     """(rows + 1,) int64: row i is ``tokens[offsets[i]:offsets[i + 1]]``."""
     lines: np.ndarray
-    """(rows,) int64: the line of the file that each row comes from."""
+    """(rows,) int64: the file and the line that each row comes from, see `row_location`."""
 
     def __post_init__(self) -> None:
         for array in (self.tokens, self.supervised, self.offsets, self.lines):
@@ -50,6 +50,24 @@ class TokenSet:
         return digest.hexdigest()
 
 
+_LINE_BITS = 40
+
+
+def row_location(part: int, line: int) -> int:
+    """Return the location of a row as one number: the number of its file in the split, and the line there."""
+    return part << _LINE_BITS | line
+
+
+def split_location(location: int) -> tuple[int, int]:
+    """Return the number of the file and the line of a `row_location`."""
+    return location >> _LINE_BITS, location & ((1 << _LINE_BITS) - 1)
+
+
+def part_numbers(locations: np.ndarray) -> np.ndarray:
+    """Return the number of the file of each of `locations`, (rows,) int64."""
+    return locations >> _LINE_BITS
+
+
 def fingerprint_header(tokens: int, rows: int) -> bytes:
     """Return the first bytes that a fingerprint hashes; the bytes of the arrays follow."""
     return f"tokens {tokens} rows {rows}\n".encode()
@@ -70,7 +88,9 @@ class SplitStats:
     dropped: int = 0
     """Rows left out because they are too long."""
     unsupervised: int = 0
-    """Rows left out because no token is supervised (after the cut) or there are fewer than 2 tokens."""
+    """Rows left out because no token is supervised or there are fewer than 2 tokens."""
+    prompt_too_long: int = 0
+    """Rows left out because the cut leaves nothing that is supervised: their prompt alone reaches max_length."""
     longest: int = 0
     """Tokens of the longest row before any cut."""
     split: int = 0

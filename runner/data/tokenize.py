@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
 from runner.data.chat_template import writes_date
-from runner.data.encode import ChunkWriter, EncodeTask, TokenBuffer, read_chunks, tokenize_in_memory
-from runner.data.formats import EncodeOptions, choose_format
-from runner.data.jsonl import first_rows, open_data_file, read_jsonl
+from runner.data.encode import Chunk, ChunkWriter, EncodePart, EncodeTask, TokenBuffer, tokenize_in_memory
+from runner.data.formats import FORMATS, EncodeOptions, choose_format, format_name, format_note
+from runner.data.holdout import Holdout, find_threshold
+from runner.data.jsonl import JsonlRow
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
+from runner.data.mixture import Mixture
+from runner.data.readers import ChunkReader, read_rows
 from runner.data.row_errors import RowErrors
-from runner.data.source import EXPECTED_FILES, SPLITS, describe_content, find_dataset, find_split_files
+from runner.data.source import EXPECTED_FILES, SPLITS, Source, describe_content
+from runner.data.split_parts import Part, split_content
 from runner.data.text_encoder import TextEncoder
 from runner.data.token_cache import TokenCache
 from runner.data.token_cache_key import depends_on_date
-from runner.data.token_set import SplitStats, TokenSet
+from runner.data.token_set import SplitStats, TokenSet, part_numbers, split_location
 from runner.data.tokenize_workers import encode_in_parallel, encode_serially, worker_count
 
 
@@ -33,17 +38,42 @@ class TokenizedDataset:
     train: TokenSet
     valid: TokenSet
     test: TokenSet
-    files: dict[str, Path]
-    """The file of each split that exists."""
+    parts: dict[str, tuple[Part, ...]]
+    """The files of each split that exists."""
     stats: dict[str, SplitStats]
+    tokenizer: Any
+    """The tokenizer, or the LazyTokenizer that loads it."""
+    options: EncodeOptions
+    """The options of all sources; a source's own may have another format and other keys."""
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
     dated: bool = False
     """Whether the chat template writes today's date."""
+    mixture: Mixture | None = None
+    """The shares of the sources in an epoch; None where every row comes once."""
 
     def first_rows(self, split: str, count: int) -> list[dict[str, Any]]:
-        """Return the first `count` rows of a split as read, including those that were left out; all if negative."""
-        return first_rows(self.files[split], count) if split in self.files else []
+        """Return the first `count` rows of a split, including those that were left out; all if negative.
+
+        They are texts, prompts and completions, or messages, in the fields that `options.keys` names.
+        """
+        return list(islice(self._standard_rows(split), count if count >= 0 else None))
+
+    def locate(self, split: str, row: int) -> tuple[Path, int]:
+        """Return the file and the line (or the number of the row) that row `row` of a split comes from."""
+        part, line = split_location(int(getattr(self, split).lines[row]))
+        return self.parts[split][part].file, line
+
+    def _standard_rows(self, split: str) -> Iterator[dict[str, Any]]:
+        for part in self.parts.get(split, ()):
+            row_format = None
+            for row in read_rows(part.file):
+                if row_format is None:
+                    row_format = FORMATS[format_name(row, part.options)]
+                    encoder = TextEncoder(resolve_tokenizer(self.tokenizer), self.options.template)
+                if part.holdout is None or part.holdout.selects(row.value):
+                    standard = row_format.standardize(row.value, part.options.keys, part.options.renders(encoder))
+                    yield _with_keys(standard, part.options, self.options)
 
 
 def load_dataset(
@@ -54,47 +84,122 @@ def load_dataset(
     cache: DiskCache | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> TokenizedDataset:
-    """Locate, read and tokenize a data set. Of `splits`, train is required; valid and test may be missing.
+    """Load the data set that `path` names; see `load_sources`."""
+    return load_sources([Source(path=path, options=options)], tokenizer, options, splits, cache, check_stop)
+
+
+def load_sources(
+    sources: Sequence[Source],
+    tokenizer: Any | LazyTokenizer,
+    options: EncodeOptions,
+    splits: Sequence[str] = SPLITS,
+    cache: DiskCache | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+    valid_fraction: float | None = None,
+) -> TokenizedDataset:
+    """Locate, read and tokenize data sets as one. Of `splits`, train is required; valid and test may be missing.
 
     With a `cache`, tokens of an earlier run are mapped from disk and new ones are stored there; a lazy tokenizer is
     loaded only if something has to be tokenized. `check_stop` is called regularly while tokenizing and may raise.
+    `valid_fraction` is the share of the training rows that becomes the validation split of a source without one.
 
     Raises:
         DataError: with the row errors of all files, or where an existing split has no row to train on.
     """
-    folder = find_dataset(path)
-    files = find_split_files(folder)
-    if "train" in splits and "train" not in files:
-        raise DataError(f"{folder} has no train.jsonl. {EXPECTED_FILES} {describe_content(folder)}")
-    files = {split: file for split, file in files.items() if split in splits}
+    parts, notes = _find_parts(sources, splits, valid_fraction)
     errors = RowErrors()
     token_cache = TokenCache(cache, tokenizer, options) if cache else None
     loaded = {split: (TokenBuffer().to_token_set(), SplitStats()) for split in SPLITS}
-    for split, file in files.items():
+    for split, split_parts in parts.items():
 
-        def tokenize(writer: ChunkWriter, errors: RowErrors, file: Path = file) -> str | None:
-            return tokenize_file(file, resolve_tokenizer(tokenizer), options, errors, writer, check_stop)
+        def tokenize(writer: ChunkWriter, errors: RowErrors, parts: tuple[Part, ...] = split_parts) -> str | None:
+            return tokenize_parts(parts, resolve_tokenizer(tokenizer), errors, writer, check_stop)
 
         loaded[split] = (
-            token_cache.load_or_tokenize(file, tokenize, errors)
+            token_cache.load_or_tokenize(split_parts, tokenize, errors)
             if token_cache
             else tokenize_in_memory(tokenize, errors)
         )
     errors.raise_if_any()
-    for split, file in files.items():
-        _, stats = loaded[split]
-        if stats.rows == 0:
-            raise DataError(
-                f"{file} has no row to train on: {stats.dropped} longer than max_length {options.max_length}, "
-                f"{stats.unsupervised} without a supervised token."
-            )
+    for split, split_parts in parts.items():
+        _require_rows(loaded[split][1], split_parts, options)
     return TokenizedDataset(
         **{split: tokens for split, (tokens, _) in loaded.items()},
-        files=files,
+        parts=parts,
         stats={split: stats for split, (_, stats) in loaded.items()},
-        notes=token_cache.notes if token_cache else [],
+        tokenizer=tokenizer,
+        options=options,
+        notes=[*notes, *(token_cache.notes if token_cache else [])],
         dated=_is_dated(tokenizer, token_cache, options),
+        mixture=_mixture(sources, parts.get("train", ()), loaded["train"][0]),
     )
+
+
+def _find_parts(
+    sources: Sequence[Source], splits: Sequence[str], valid_fraction: float | None
+) -> tuple[dict[str, tuple[Part, ...]], list[str]]:
+    """Return the files of each of `splits`, those of all sources one after the other, and notes about them."""
+    parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
+    notes = []
+    for number, source in enumerate(sources):
+        files = source.find_files()
+        if "train" in splits and "train" not in files:
+            folder = next(iter(files.values()))[0].parent
+            raise DataError(f"{source.path} has no train.jsonl. {EXPECTED_FILES} {describe_content(folder)}")
+        cut: dict[str, Holdout | None] = dict.fromkeys(files)
+        if valid_fraction is not None and "valid" not in files and "train" in files:
+            rows = (row.value for file in files["train"] for row in read_rows(file, RowErrors()))
+            threshold = find_threshold(rows, valid_fraction)
+            files = {**files, "valid": files["train"]}
+            cut |= {"train": Holdout(threshold, valid=False), "valid": Holdout(threshold, valid=True)}
+            notes.append(
+                f"data   {source.path} has no validation split: {valid_fraction:.3g} of its training rows are cut off "
+                "for it (data.valid_fraction)"
+            )
+        for split, split_files in files.items():
+            parts[split] += [Part(file, source.options, number, cut[split]) for file in split_files]
+        for file in files.get("train", ())[:1] if "train" in splits else ():
+            first = next(read_rows(file, RowErrors()), None)
+            note = format_note(first, format_name(first, source.options), source.options.keys) if first else None
+            notes += [f"data   {file}: {note}"] if note else []
+    return {split: tuple(found) for split, found in parts.items() if found and split in splits}, notes
+
+
+def _require_rows(stats: SplitStats, parts: Sequence[Part], options: EncodeOptions) -> None:
+    if stats.rows:
+        return
+    reasons = [
+        f"{count} {outcome}"
+        for count, outcome in (
+            (stats.dropped, f"longer than max_length {options.max_length}"),
+            (stats.prompt_too_long, f"with a prompt that alone reaches max_length {options.max_length}"),
+            (stats.unsupervised, "without a supervised token"),
+        )
+        if count
+    ]
+    hint = " A larger data.max_length keeps more of each row." if stats.dropped or stats.prompt_too_long else ""
+    if not reasons and any(part.holdout for part in parts):
+        reasons, hint = ["too few different rows to cut validation rows off"], " Set data.valid_fraction=null."
+    raise DataError(f"{parts[0].file} has no row to train on: {', '.join(reasons) or 'it is empty'}.{hint}")
+
+
+def _mixture(sources: Sequence[Source], parts: Sequence[Part], train: TokenSet) -> Mixture | None:
+    if len(sources) == 1 or not len(train):
+        return None
+    source_of_part = np.array([part.source for part in parts])
+    found = source_of_part[part_numbers(train.lines)]
+    sizes = np.bincount(found, minlength=len(sources))
+    return Mixture.from_weights([int(size) for size in sizes], [source.weight for source in sources])
+
+
+def _with_keys(row: dict[str, Any], own: EncodeOptions, common: EncodeOptions) -> dict[str, Any]:
+    """Return the row with its fields named as the common keys say."""
+    renamed = dict(row)
+    for name in ("text", "prompt", "completion", "messages"):
+        source_key, key = getattr(own.keys, name), getattr(common.keys, name)
+        if source_key != key and source_key in row:
+            renamed[key] = row[source_key]
+    return renamed
 
 
 def _is_dated(tokenizer: Any | LazyTokenizer, token_cache: TokenCache | None, options: EncodeOptions) -> bool:
@@ -113,32 +218,51 @@ def tokenize_file(
     writer: ChunkWriter,
     check_stop: Callable[[], None],
 ) -> str | None:
-    """Write the tokens of `file` to `writer` chunk by chunk, using all cores where the file is large.
+    """Write the tokens of one file to `writer`; see `tokenize_parts`."""
+    return tokenize_parts([Part(file, options)], tokenizer, errors, writer, check_stop)
+
+
+def tokenize_parts(
+    parts: Sequence[Part],
+    tokenizer: Any,
+    errors: RowErrors,
+    writer: ChunkWriter,
+    check_stop: Callable[[], None],
+) -> str | None:
+    """Write the tokens of the files of a split to `writer` chunk by chunk, using all cores where they are large.
 
     Returns:
-        The SHA-256 (hex) of what was read, or None where no line is a row; its lines are then in `errors`.
+        The `split_content` of what was read, or None where a file has no row; its lines are then in `errors`.
 
     Raises:
-        DataError: reading the file cannot continue, for example because no format fits its first row.
+        DataError: reading a file cannot continue, for example because no format fits its first row.
     """
-    line_errors = RowErrors()
-    first_row = next(read_jsonl(file, line_errors), None)
-    if first_row is None:
-        errors.merge(line_errors)
-        return None
-    task = EncodeTask(
-        file, choose_format(first_row, TextEncoder(tokenizer, options.template), options), tokenizer, options
+    encoder = TextEncoder(tokenizer, parts[0].options.template)
+    encode_parts = []
+    for part in parts:
+        line_errors = RowErrors()
+        first_row: JsonlRow | None = next(read_rows(part.file, line_errors), None)
+        if first_row is None:
+            errors.merge(line_errors)
+            return None
+        row_format = choose_format(first_row, encoder, part.options)
+        encode_parts.append(EncodePart(part.file, row_format, part.options, part.holdout))
+    task = EncodeTask(tuple(encode_parts), tokenizer)
+    contents: list[str] = []
+
+    def chunks() -> Iterator[Chunk]:
+        for number, part in enumerate(parts):
+            reader = ChunkReader(part.file, number, errors)
+            yield from reader
+            contents.append(reader.content())
+
+    workers = worker_count(sum(part.file.stat().st_size for part in parts))
+    encoded = (
+        encode_in_parallel(task, chunks(), errors, check_stop, workers)
+        if workers
+        else encode_serially(task, chunks(), errors, check_stop)
     )
-    digest = hashlib.sha256()
-    with open_data_file(file) as lines:
-        workers = worker_count(os.fstat(lines.fileno()).st_size)
-        chunks = read_chunks(lines, digest.update)
-        encoded = (
-            encode_in_parallel(task, chunks, errors, check_stop, workers)
-            if workers
-            else encode_serially(task, chunks, errors, check_stop)
-        )
-        with closing(encoded):
-            for chunk in encoded:
-                writer.append(chunk)
-    return digest.hexdigest()
+    with closing(encoded):
+        for chunk in encoded:
+            writer.append(chunk)
+    return split_content(parts, contents)

@@ -47,7 +47,7 @@ def encode_serially(
     Raises:
         DataError: as `encode_chunk`.
     """
-    encoder = TextEncoder(task.tokenizer, task.options.template)
+    encoder = TextEncoder(task.tokenizer, task.template)
     for chunk in chunks:
         check_stop()
         yield encode_chunk(chunk, task, encoder, errors)
@@ -189,7 +189,7 @@ def _run_worker(connection: Connection) -> None:
         task: EncodeTask = connection.recv()
     except Exception:  # a tokenizer that can be pickled may need code that this process cannot import
         return
-    encoder = TextEncoder(task.tokenizer, task.options.template)
+    encoder = TextEncoder(task.tokenizer, task.template)
     with suppress(EOFError, OSError):
         connection.send(True)
         while True:

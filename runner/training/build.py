@@ -128,7 +128,7 @@ def build_trainer(
         display.line("no checkpoint yet: training starts from the beginning")
     train = config.train
     window = window_of_run(config, point.saved.window if point else None, components.backend)
-    order = BatchOrder(data.train.lengths, train.batch_size, config.seed, window)
+    order = BatchOrder(data.train.lengths, train.batch_size, config.seed, window, data.mixture)
     if point is not None and state.position.batch >= order.batches_per_epoch:
         raise CheckpointError(
             f"{point.checkpoint.path} is damaged: its position is batch {state.position.batch} of an epoch of "

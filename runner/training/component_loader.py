@@ -11,8 +11,9 @@ from runner.backends.hidden_caches import hidden_caches
 from runner.backends.protocol import Backend
 from runner.config import schema
 from runner.data.formats import EncodeOptions
+from runner.data.source import find_sources
 from runner.data.token_cache import open_token_cache
-from runner.data.tokenize import TokenizedDataset, load_dataset
+from runner.data.tokenize import TokenizedDataset, load_sources
 from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
 from runner.models.load import BaseModel, load_base_model
 from runner.training.baseline import Baseline, load_baseline
@@ -46,16 +47,18 @@ class ComponentLoader:
     def data(self, config: schema.DataConfig, base: BaseModel, check_stop: Callable[[], None]) -> TokenizedDataset:
         """Return the configured data, tokenized for `base`; `check_stop` is called meanwhile and may raise to stop."""
         options = EncodeOptions.from_config(config)
-        key = (config.path, options, base.fingerprint)
+        sources = find_sources(config)
+        key = (sources, options, config.valid_fraction, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
             self.close()
-            data = load_dataset(
-                config.path,
+            data = load_sources(
+                sources,
                 base.lazy_tokenizer,
                 options,
                 cache=open_token_cache(config),
                 check_stop=check_stop,
+                valid_fraction=config.valid_fraction,
             )
             self._data = (key, data)
         return self._data[1]
@@ -95,8 +98,10 @@ class ComponentLoader:
         }
         template = EncodeOptions.from_config(d).template
         generation_key = (
-            d.path,
+            str(find_sources(d)),
+            d.valid_fraction,
             d.chat_template,
+            d.system_prompt,
             str(template),
             d.metric,
             d.metric_split,

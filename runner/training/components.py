@@ -75,6 +75,7 @@ def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, st
             "data_train": data.train.fingerprint,
             "data_valid": data.valid.fingerprint,
             "config": resume_policy.frozen_fingerprint(config),
+            **({"data_mix": data.mixture.fingerprint} if data.mixture else {}),
         },
         numeric_environment=backend.numeric_environment(),
         hyperparameters=serialize.flatten_dict(spec.stored),
@@ -110,7 +111,7 @@ def free_frozen_weights(config: Config, components: Components, display: Display
 def _require_splits(config: Config, data: TokenizedDataset) -> None:
     """Refuse before training what would otherwise fail after it."""
     if config.train.test and not len(data.test):
-        raise ConfigError("train.test=true: the data has no test.jsonl.")
+        raise ConfigError("train.test=true: the data has no test split.")
     split = config.data.metric_split
     if config.data.metric_rows and not len(data.test if split == "test" else data.valid):
         raise ConfigError(f"data.metric_rows={config.data.metric_rows}: the data has no {split} rows to answer.")
@@ -131,6 +132,7 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
             for number, outcome in (
                 (counts.truncated, f"cut at {config.data.max_length}"),
                 (counts.dropped, "dropped as too long"),
+                (counts.prompt_too_long, f"left out: the prompt alone reaches {config.data.max_length}"),
                 (counts.unsupervised, "without a supervised token"),
                 (counts.split, "conversations rendered turn by turn, a row for each"),
             )
@@ -143,7 +145,7 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
             f"longest {counts.longest}" + (f"; {', '.join(exceptions)}" if exceptions else "")
         )
     if not len(data.valid):
-        display.line("data   no valid.jsonl: no validation, the last checkpoint is the result", "yellow")
+        display.line("data   no validation split (data.valid_fraction=0.05 would cut one off): the last checkpoint is the result", "yellow")
 
 
 def _describe_hidden_cache(

@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.common.errors import DataError
 from runner.data.conversation import normalize
-from runner.data.formats import EncodeOptions
+from runner.data.formats import EncodeOptions, with_system_prompt
 from runner.data.metrics import Metric
 from runner.data.row_errors import RowError
 from runner.data.template_traits import TemplateTraits
@@ -170,5 +170,6 @@ def _encode_prompt(
     turns: list[Message], row: Mapping[str, Any], encoder: TextEncoder, options: EncodeOptions
 ) -> list[int]:
     if encoder.has_chat_template and options.chat_template:
+        turns = with_system_prompt(turns, options.system_prompt)
         return encoder.encode_chat(turns, row.get("tools"), add_generation_prompt=True)
     return encoder.encode(_text_of(turns[-1]))

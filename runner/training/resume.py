@@ -108,7 +108,10 @@ def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoad
     data = loader.data(spec.config.data, base, stops.check)
     saved = point.saved.identity.fingerprints
     current = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
+    if data.mixture or "data_mix" in saved:
+        current["data_mix"] = data.mixture.fingerprint if data.mixture else "none"
     problems = {
+        "data_mix": "the sources or the weights of data.mix changed",
         "model": "the base model has other weights",
         "data_train": "the training data changed",
         "data_valid": "the validation data changed",
@@ -116,7 +119,7 @@ def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoad
     lines = [
         f"{problem}: the fingerprint was {saved.get(name, 'none')[:16]} and is {current[name][:16]}."
         for name, problem in problems.items()
-        if saved.get(name) != current[name]
+        if name in current and saved.get(name) != current[name]
     ]
     if lines:
         if base.dequantized and saved.get("model") != base.fingerprint:
@@ -232,7 +235,7 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
     problems = [
         f"{name} was {former[name]} and cannot become {value}."
         for name, value in current.items()
-        if name in former and former[name] != value  # another version may have other settings
+        if name in former and not resume_policy.may_become(name, former[name], value)  # another version may have other settings
     ]
     if problems:
         problems.append(f"Step {saved.progress.step} was saved with the former value; config.yaml was edited since.")

@@ -158,13 +158,13 @@ def folder(write_rows, tmp_path, monkeypatch):
 def tokenized_files(monkeypatch):
     """The names of the files that were tokenized instead of found in the cache, as a growing list."""
     names = []
-    tokenize_file = tokenize_module.tokenize_file
+    tokenize_parts = tokenize_module.tokenize_parts
 
-    def recording(file, *arguments):
-        names.append(file.name)
-        return tokenize_file(file, *arguments)
+    def recording(parts, *arguments):
+        names.extend(part.file.name for part in parts)
+        return tokenize_parts(parts, *arguments)
 
-    monkeypatch.setattr(tokenize_module, "tokenize_file", recording)
+    monkeypatch.setattr(tokenize_module, "tokenize_parts", recording)
     return names
 
 

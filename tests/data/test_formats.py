@@ -240,12 +240,15 @@ def test_a_plain_transformers_tokenizer_gives_the_same_tokens(tokenizer, make_op
 @pytest.mark.parametrize(
     ("row", "name"),
     [
-        ({"text": "a", "messages": [], "prompt": "", "completion": ""}, "completions"),
-        ({"text": "a", "messages": []}, "chat"),
+        ({"prompt": "", "completion": ""}, "completions"),
+        ({"messages": [], "prompt": ""}, "chat"),
         ({"text": "a", "prompt": "b"}, "text"),
+        ({"conversations": []}, "sharegpt"),
+        ({"instruction": "", "output": ""}, "alpaca"),
+        ({"prompt": "", "chosen": "", "rejected": ""}, "preference"),
     ],
 )
-def test_auto_tries_the_formats_in_the_order_of_mlx_lm(row, name, tokenizer, make_options):
+def test_auto_takes_the_format_whose_fields_the_first_row_has(row, name, tokenizer, make_options):
     assert choose_format(JsonlRow(Path("f"), 1, row), TextEncoder(tokenizer), make_options()) is FORMATS[name]
 
 

@@ -17,7 +17,7 @@ from runner.data.source import find_dataset, find_split_files
 from runner.common.errors import DataError
 try:
     folder = find_dataset(sys.argv[1])
-    for split, file in find_split_files(folder).items():
+    for split, (file,) in find_split_files(folder).items():
         print(split, file.name, file.read_text().strip())
 except DataError as error:
     print("DataError:", error)

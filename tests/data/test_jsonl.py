@@ -125,15 +125,14 @@ def test_a_missing_folder_is_refused_with_suggestions(tmp_path):
 
 @pytest.mark.parametrize("path", ["", "/nowhere/at/all", "a/b/c", "../gone/", "-x/y"])
 def test_a_path_that_is_neither_a_folder_nor_a_hub_id_is_refused(path):
-    with pytest.raises(DataError, match="There is no folder"):
+    with pytest.raises(DataError, match="There is no file or folder"):
         find_dataset(path)
 
 
-def test_a_file_given_as_data_path_is_refused_with_its_folder(file):
-    path = file(b'{"text": "a"}\n')
-    with pytest.raises(DataError) as caught:
-        find_dataset(str(path))
-    assert f"data.path={path.parent}" in str(caught.value)
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path):
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(DataError, match=r"rows\.txt is no data file: its name must end with \.jsonl"):
+        find_dataset(str(tmp_path / "rows.txt"))
 
 
 def test_built_in_sets_are_found_by_name(tmp_path, monkeypatch):
@@ -156,16 +155,16 @@ def test_a_folder_without_split_files_is_refused_with_its_content(tmp_path):
         find_split_files(tmp_path / "old")
 
 
-@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev"])
+@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "eval"])
 def test_common_names_of_the_validation_file_are_accepted(name, write_rows, tmp_path):
     path = write_rows(f"{name}.jsonl", {"text": "a"})
-    assert find_split_files(tmp_path) == {"valid": path}
+    assert find_split_files(tmp_path) == {"valid": (path,)}
 
 
 def test_valid_jsonl_comes_before_the_other_names(write_rows, tmp_path):
     write_rows("dev.jsonl", {"text": "a"})
     path = write_rows("valid.jsonl", {"text": "a"})
-    assert find_split_files(tmp_path) == {"valid": path}
+    assert find_split_files(tmp_path) == {"valid": (path,)}
 
 
 def test_a_missing_training_file_is_refused_with_the_content_of_the_folder(

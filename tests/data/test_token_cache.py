@@ -71,15 +71,15 @@ def test_small_files_are_not_cached(load, folder, tmp_path, monkeypatch):
 def test_a_file_that_changes_while_it_is_read_is_not_cached(
     load, folder, monkeypatch, entries, load_uncached, replace_bytes
 ):
-    tokenize_file = tokenize_module.tokenize_file
+    tokenize_parts = tokenize_module.tokenize_parts
 
-    def change_and_tokenize(file, *arguments):
-        if file.name == "train.jsonl":
-            replace_bytes(file, b"what is 3?", b"what is 4?")
-        return tokenize_file(file, *arguments)
+    def change_and_tokenize(parts, *arguments):
+        if parts[0].file.name == "train.jsonl":
+            replace_bytes(parts[0].file, b"what is 3?", b"what is 4?")
+        return tokenize_parts(parts, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_module, "tokenize_file", change_and_tokenize)
+        patch.setattr(tokenize_module, "tokenize_parts", change_and_tokenize)
         data = load()
     assert "changed while it was read" in data.notes[0]
     assert len(entries()) == 1
@@ -207,16 +207,16 @@ def test_all_offsets_and_lines_are_checked_in_large_columns_too(name, load, entr
 
 
 def test_two_writers_of_the_same_entry_both_get_its_tokens(load, entries, monkeypatch):
-    tokenize_file, inner = tokenize_module.tokenize_file, []
+    tokenize_parts, inner = tokenize_module.tokenize_parts, []
 
     def tokenize_and_load_again(*arguments):
-        digest = tokenize_file(*arguments)
+        digest = tokenize_parts(*arguments)
         if not inner:
             inner.append(None)
             inner[0] = load()
         return digest
 
-    monkeypatch.setattr(tokenize_module, "tokenize_file", tokenize_and_load_again)
+    monkeypatch.setattr(tokenize_module, "tokenize_parts", tokenize_and_load_again)
     outer = load()
     assert_equal(outer, inner[0])
     assert not outer.notes + inner[0].notes

@@ -20,6 +20,7 @@ CHANGED_OPTIONS = {
     "max_length": 61,
     "on_too_long": "drop",
     "chat_template": False,
+    "system_prompt": "Be brief.",
     "keys": KeysConfig(messages="turns"),
     "template": TemplateOptions(args={"enable_thinking": False}),
 }

@@ -95,7 +95,7 @@ def test_rows_without_a_supervised_token_are_left_out_and_counted(tokenize):
     good = {"messages": [{"role": "user", "content": "Paris?"}, *ANSWER]}
     tokens, stats = tokenize(all_prompt, no_answer, good, max_length=20)
     assert tokens.lines.tolist() == [3]
-    assert (stats.rows, stats.unsupervised, stats.truncated) == (1, 2, 0)
+    assert (stats.rows, stats.unsupervised, stats.prompt_too_long, stats.truncated) == (1, 1, 1, 0)
 
 
 def test_a_row_of_one_token_is_left_out(tokenize):
@@ -175,7 +175,8 @@ def test_splits_are_loaded_with_stats_and_raw_rows(tokenizer, make_options, writ
     assert {split: stats.rows for split, stats in data.stats.items()} == {"train": 2, "valid": 0, "test": 1}
     assert [row["text"] for row in data.first_rows("test", -1)] == ["e f"]
     assert data.first_rows("valid", -1) == []
-    assert data.files == {"train": tmp_path / "train.jsonl", "test": tmp_path / "test.jsonl"}
+    files = {split: [part.file for part in parts] for split, parts in data.parts.items()}
+    assert files == {"train": [tmp_path / "train.jsonl"], "test": [tmp_path / "test.jsonl"]}
 
 
 def test_a_split_without_a_row_to_train_on_is_refused(tokenizer, make_options, write_rows, tmp_path):

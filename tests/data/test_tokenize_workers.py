@@ -20,7 +20,8 @@ from runner.common.errors import DataError, RunnerError
 from runner.data import encode, tokenize_workers
 from runner.data import tokenize as tokenize_module
 from runner.data.encode import TokenBuffer, read_chunks
-from runner.data.jsonl import MAX_LINE_BYTES, first_rows, read_jsonl
+from runner.data.jsonl import MAX_LINE_BYTES, read_jsonl
+from runner.data.readers import first_rows
 from runner.data.row_errors import RowErrors
 from runner.data.tokenize import tokenize_file
 
@@ -205,11 +206,11 @@ def test_chunks_are_whole_lines_and_cover_the_file(lines, ended, size):
 def test_the_first_rows_are_read_without_the_later_ones(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b'{"n": 1}\n{"n": 2}\nnot JSON\n')
-    assert [row["n"] for row in first_rows(path, 2)] == [1, 2]
+    assert [row.value["n"] for row in first_rows(path, 2)] == [1, 2]
     with pytest.raises(DataError):
         first_rows(path, 3)
     path.write_bytes(b'{"n": 1}\n{"n": 2}\n{"n": 3}\n')
-    assert [row["n"] for row in first_rows(path, -1)] == [1, 2, 3]
+    assert [row.value["n"] for row in first_rows(path, -1)] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from runner.common.errors import ConfigError, DataError
 from runner.common.text import printable
 from runner.config.schema import Config
 from runner.data.row_errors import RowError
-from runner.data.source import BUILTIN_PREFIX, find_dataset, find_split_files
+from runner.data.source import BUILTIN_PREFIX, find_sources
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter
@@ -97,6 +97,7 @@ def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: s
     encoder = TextEncoder(loaded.base.tokenizer, TemplateOptions.from_config(config.data))
     try:
         if encoder.has_chat_template and config.data.chat_template and not _trained_on_text(config, encoder):
+            system = config.data.system_prompt if system is None else system
             turns = [{"role": "system", "content": system}] if system is not None else []
             return encoder.encode_chat([*turns, {"role": "user", "content": prompt}], add_generation_prompt=True)
         if system is not None:
@@ -114,14 +115,15 @@ def _trained_on_text(config: Config, encoder: TextEncoder) -> bool:
     data = config.data
     if data.format != "auto":
         return data.format == "text"
-    if not (data.path.startswith(BUILTIN_PREFIX) or Path(data.path).is_dir()):
+    if data.mix is None and not (data.path.startswith(BUILTIN_PREFIX) or Path(data.path).exists()):
         return False
-    from runner.data.formats import FORMATS, EncodeOptions, choose_format
-    from runner.data.jsonl import read_jsonl
+    from runner.data.formats import FORMATS, choose_format
+    from runner.data.readers import read_rows
 
     try:
-        first = next(iter(read_jsonl(find_split_files(find_dataset(data.path))["train"])))
-        return choose_format(first, encoder, EncodeOptions.from_config(config.data)) is FORMATS["text"]
+        source = find_sources(data)[0]
+        first = next(iter(read_rows(source.find_files()["train"][0])))
+        return choose_format(first, encoder, source.options) is FORMATS["text"]
     except (DataError, KeyError, StopIteration):
         return False
 

@@ -10,7 +10,7 @@ from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.common.errors import ConfigError, DataError
 from runner.config.schema import Config
-from runner.data.source import find_dataset, find_split_files
+from runner.data.source import find_sources
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter
@@ -34,9 +34,9 @@ def run(argv: list[str]) -> int:
     if "train.eval_batches" not in settings.typed:
         config.train.eval_batches = -1
     metric_rows = _metric_rows(options.rows, config)
-    if options.split not in find_split_files(find_dataset(config.data.path)):
+    if options.split not in _splits_of(config):
         raise DataError(
-            f"{config.data.path} has no {options.split}.jsonl. Another split: --split valid. Other data: data.path=…"
+            f"{config.data.path} has no {options.split} split. Another split: --split valid. Other data: data.path=…"
         )
     blas.load_blas()
     from runner.backends.hidden_caches import hidden_caches
@@ -44,13 +44,20 @@ def run(argv: list[str]) -> int:
     from runner.cli.commands.load_adapter import load_adapter
     from runner.data.formats import EncodeOptions
     from runner.data.token_cache import open_token_cache
-    from runner.data.tokenize import load_dataset
+    from runner.data.tokenize import load_sources
     from runner.training.dataloader import evaluation_loader
     from runner.training.evaluate import evaluate
 
     loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
     encode_options, cache = EncodeOptions.from_config(config.data), open_token_cache(config.data)
-    data = load_dataset(config.data.path, loaded.base.lazy_tokenizer, encode_options, (options.split,), cache)
+    data = load_sources(
+        find_sources(config.data),
+        loaded.base.lazy_tokenizer,
+        encode_options,
+        (options.split,),
+        cache,
+        valid_fraction=config.data.valid_fraction,
+    )
     for note in data.notes:
         arguments.print_note(note)
     rows = getattr(data, options.split)
@@ -86,6 +93,12 @@ def run(argv: list[str]) -> int:
     if options.json:
         arguments.print_json(document)
     return 0
+
+
+def _splits_of(config: Config) -> set[str]:
+    """Return the splits that the data has, with the one that is cut off the training rows."""
+    splits = {split for source in find_sources(config.data) for split in source.find_files()}
+    return splits | ({"valid"} if config.data.valid_fraction is not None else set())
 
 
 def _metric_rows(rows: int | None, config: Config) -> int:

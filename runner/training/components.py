@@ -145,7 +145,10 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
             f"longest {counts.longest}" + (f"; {', '.join(exceptions)}" if exceptions else "")
         )
     if not len(data.valid):
-        display.line("data   no validation split (data.valid_fraction=0.05 would cut one off): the last checkpoint is the result", "yellow")
+        display.line(
+            "data   no validation split (data.valid_fraction=0.05 would cut one off): the last checkpoint is the result",
+            "yellow",
+        )
 
 
 def _describe_hidden_cache(

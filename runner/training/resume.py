@@ -235,7 +235,8 @@ def _refuse_edited_config(spec: RunSpec, saved: SavedState) -> None:
     problems = [
         f"{name} was {former[name]} and cannot become {value}."
         for name, value in current.items()
-        if name in former and not resume_policy.may_become(name, former[name], value)  # another version may have other settings
+        if name in former
+        and not resume_policy.may_become(name, former[name], value)  # another version may have other settings
     ]
     if problems:
         problems.append(f"Step {saved.progress.step} was saved with the former value; config.yaml was edited since.")

@@ -65,7 +65,10 @@ def test_a_row_is_encoded_as_the_messages_that_it_means(row, messages, tokenizer
 
 def test_a_function_call_and_tools_as_json_text_become_those_of_messages(tokenizer, make_options):
     row = {
-        "conversations": [HUMAN, {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'}],
+        "conversations": [
+            HUMAN,
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        ],
         "tools": '[{"type": "function", "function": {"name": "weather"}}]',
     }
     standard = FORMATS["sharegpt"].standardize(row, make_options().keys, True)
@@ -89,7 +92,10 @@ def test_plain_chosen_text_is_trained_as_text(tokenizer, make_options):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"conversations": [HUMAN, {"from": "gtp", "value": "yo"}]}, r"turn 2 is from 'gtp'; known: .*Did you mean 'gpt'"),
+        (
+            {"conversations": [HUMAN, {"from": "gtp", "value": "yo"}]},
+            r"turn 2 is from 'gtp'; known: .*Did you mean 'gpt'",
+        ),
         ({"conversations": [HUMAN, {"from": "gpt"}]}, "turn 2 has no 'value'"),
         ({"conversations": "hi"}, "'conversations' is a string, not a list"),
         ({"conversations": [HUMAN, {"from": "function_call", "value": "x"}]}, "no JSON object with 'name'"),
@@ -123,7 +129,11 @@ def test_fields_that_are_not_used_are_told(make_options):
 def test_a_system_prompt_is_added_where_a_row_has_none(tokenizer, make_options, make_tokenizer):
     options = make_options(system_prompt="Be brief.")
     expected = encode({"messages": [SYSTEM, USER, ANSWER]}, tokenizer, make_options())
-    for row in ({"messages": [USER, ANSWER]}, {"prompt": "hi", "completion": "yo"}, {"messages": [SYSTEM, USER, ANSWER]}):
+    for row in (
+        {"messages": [USER, ANSWER]},
+        {"prompt": "hi", "completion": "yo"},
+        {"messages": [SYSTEM, USER, ANSWER]},
+    ):
         assert encode(row, tokenizer, options) == expected
     assert with_system_prompt([USER], None) == [USER]
     with pytest.raises(RowError, match="data.system_prompt needs a chat template"):

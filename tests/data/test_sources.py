@@ -23,7 +23,7 @@ from runner.data.readers import read_rows
 from runner.data.source import find_sources
 from runner.data.tokenize import load_dataset, load_sources
 
-ROWS = [{"prompt": f"what is {n}, \"quoted\"\nand ä?", "completion": f"the {n * 'a'}"} for n in range(1, 30)]
+ROWS = [{"prompt": f'what is {n}, "quoted"\nand ä?', "completion": f"the {n * 'a'}"} for n in range(1, 30)]
 
 
 def write_file(path, rows):

@@ -7,6 +7,9 @@ written by reference/make_gguf_blocks.py.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,3 +77,17 @@ def test_a_file_truncated_after_its_header_was_read_is_refused(gguf_files: Modul
     path.write_bytes(path.read_bytes()[: info.start + 287])
     with pytest.raises(ModelError, match="tensor 't' is truncated"):
         read_tensor(path, info)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["gguf_blocks", "sentencepiece"])
+def test_the_reference_can_be_reproduced(name: str) -> None:
+    folder = Path(__file__).parent / "reference"
+    # SentencePiece is among mlx-lm's own requirements; the gguf package is not.
+    python = sys.executable if name == "sentencepiece" else os.environ.get("RUNNER_REFERENCE_PYTHON") or sys.executable
+    command = [python, str(folder / f"make_{name}.py")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    again, recorded = json.loads(done.stdout), json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    for key in ("types", "models"):
+        assert again.get(key) == recorded.get(key)

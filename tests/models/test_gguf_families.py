@@ -13,6 +13,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from gguf_families import CASES
+from mlx.utils import tree_flatten
 
 from runner.common.errors import ModelError
 from runner.models.gguf.families import FAMILIES
@@ -144,3 +145,15 @@ def test_experts_in_separate_tensors_are_refused_with_the_way_out(tmp_path: Path
         file.tensors[f"blk.0.{stem}.0.weight"] = (type_name, shape[1:], raw[: len(raw) // 4])
     with pytest.raises(ModelError, match="each expert apart.*convert the model again"):
         load_gguf(file.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=mx.float32)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("mistral-nemo", mx.float16), ("gemma3", mx.bfloat16)])
+def test_a_gpu_computes_in_the_16_bits_that_the_family_bears(
+    name: str, dtype: mx.Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.models.gguf.load.on_cpu", lambda: False)
+    case, weights, encode = quantized_case(name)
+    file = gguf_families.write_weights(case, weights, encode)
+    loaded = load_gguf(file.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=None)
+    assert {array.dtype for _, array in tree_flatten(loaded.model.parameters())} == {dtype}
+    assert f"expanded to {loaded.config['torch_dtype']}" in loaded.notes[0]

@@ -54,6 +54,8 @@ class Family:
     """Whether the file holds the rows of q and k in llama.cpp's order."""
     norm_offset: float = 0.0
     """What the file's norm weights have more than the model's."""
+    overflows_float16: bool = False
+    """Whether activations exceed the range of float16, so that bfloat16 is the 16-bit type to compute in."""
     bias_flags: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """The settings of config.json that say whether any of these tensors has a bias; missing ones are zero."""
 
@@ -288,7 +290,15 @@ FAMILIES: dict[str, Family] = {
         _qwen3_moe,
         computes_head_dim=False,
     ),
-    "gemma": Family("gemma", "GemmaForCausalLM", _ATTENTION | _MLP, _gemma, computes_head_dim=False, norm_offset=1.0),
+    "gemma": Family(
+        "gemma",
+        "GemmaForCausalLM",
+        _ATTENTION | _MLP,
+        _gemma,
+        computes_head_dim=False,
+        norm_offset=1.0,
+        overflows_float16=True,
+    ),
     "gemma2": Family(
         "gemma2",
         "Gemma2ForCausalLM",
@@ -296,6 +306,7 @@ FAMILIES: dict[str, Family] = {
         _gemma2,
         computes_head_dim=False,
         norm_offset=1.0,
+        overflows_float16=True,
     ),
     "gemma3": Family(
         "gemma3_text",
@@ -305,6 +316,7 @@ FAMILIES: dict[str, Family] = {
         rope_scalings=frozenset({"linear"}),
         computes_head_dim=False,
         norm_offset=1.0,
+        overflows_float16=True,
     ),
     "phi3": Family(
         "phi3",

@@ -53,7 +53,7 @@ def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> Gg
     `keep_quantized` keeps Q4_0, Q4_1 and Q8_0 matrices quantized (4 or 8 bits, groups of 32) instead of dequantizing
     them; MLX has no counterpart of the other block types, which are always expanded. `dtype` is that of all other
     parameters and of the scales; None selects float32 on the CPU, the only dtype that is fast there, and elsewhere the
-    dtype in which most of the file is stored.
+    dtype in which most of the file is stored (bfloat16 instead of float16 for Gemma, which exceeds its range).
 
     Raises:
         ModelError: the file is damaged or hostile, its architecture, tensor types, tokenizer or RoPE scaling are not
@@ -66,7 +66,7 @@ def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> Gg
     if len(tokenizer) > config["vocab_size"]:
         raise ModelError(f"{path}: {len(tokenizer)} tokens, but embeddings for {config['vocab_size']}.")
     tokenizer.model_max_length = config["max_position_embeddings"]
-    dtype = dtype or _default_dtype(header)
+    dtype = dtype or _default_dtype(header, family)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
 
     bits: dict[str, int] = {}
@@ -171,14 +171,16 @@ def _row_order(parameter: str, config: dict[str, Any]) -> np.ndarray | None:
     return None
 
 
-def _default_dtype(header: Header) -> mx.Dtype:
+def _default_dtype(header: Header, family: Family) -> mx.Dtype:
     if on_cpu():
         return mx.float32
     stored_bytes: Counter[str] = Counter()
     for info in header.tensors.values():
         stored_bytes[info.type_name] += info.nbytes
     prevailing = max(stored_bytes, key=stored_bytes.__getitem__)
-    return {"F32": mx.float32, "BF16": mx.bfloat16}.get(prevailing, mx.float16)
+    if prevailing == "F32":
+        return mx.float32
+    return mx.bfloat16 if prevailing == "BF16" or family.overflows_float16 else mx.float16
 
 
 def _layer_config(bits: int) -> dict[str, Any]:

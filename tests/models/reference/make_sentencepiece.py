@@ -1,9 +1,9 @@
 """Write sentencepiece.json: small SentencePiece BPE vocabularies, and the ids that SentencePiece gives to odd texts.
 
-The vocabularies are written as llama.cpp's converter does (scores and types as they are, user-defined tokens with plain
-blanks). Each is trained with other settings: "llama" with a prefix blank and byte fallback, "gemma" without a prefix and
-with user-defined runs of blanks and newlines, "unknown" without byte fallback and with the removal of extra blanks.
-Needs sentencepiece and protobuf, in a separate environment:
+The vocabularies are written as llama.cpp's converter does (scores and types as they are, user-defined tokens with
+plain blanks). Each is trained with other settings: "llama" with a prefix blank and byte fallback, "gemma" without a
+prefix and with user-defined runs of blanks and newlines, "unknown" without byte fallback and with the removal of extra
+blanks. Needs sentencepiece, which mlx-lm requires too:
 
     python tests/models/reference/make_sentencepiece.py > tests/models/reference/sentencepiece.json
 """
@@ -24,11 +24,36 @@ CORPUS = (
     "Der Fuchs springt über den Zaun, naïve café déjà vu. aaa aaaa aaaaa banana bandana",
 )
 TEXTS = (
-    "", " ", "  ", "   a", "a", "Hello", " Hello", "Hello ", "Hello   world  ", "the lazy fox", "aaaaaaa", "bananana",
-    "12345 67 8", "3.14159", "line\nbreak\n\n\nmore\n", "tab\tand\r\nreturn", "naïve café déjà", "日本語とEnglish", "👍🏽 emoji 👨‍👩‍👧",
-    "é vs é", "\u2581already\u2581blank", "<0x0A> >x<", "def f(x):\n        return x", "“quoted” it's", "\u00a0nbsp\u3000wide",
-    "ﬁ ligature ½ Ⅷ", "\x00\x7f", "العربية हिन्दी", "SELECT * FROM t WHERE a >= 1;",
-)  # fmt: skip
+    "",
+    " ",
+    "  ",
+    "   a",
+    "a",
+    "Hello",
+    " Hello",
+    "Hello ",
+    "Hello   world  ",
+    "the lazy fox",
+    "aaaaaaa",
+    "bananana",
+    "12345 67 8",
+    "3.14159",
+    "line\nbreak\n\n\nmore\n",
+    "tab\tand\r\nreturn",
+    "naïve café déjà",
+    "日本語とEnglish",
+    "👍🏽 emoji 👨‍👩‍👧",
+    "é vs é",
+    "\u2581already\u2581blank",
+    "<0x0A> >x<",
+    "def f(x):\n        return x",
+    "“quoted” it's",
+    "\u00a0nbsp\u3000wide",
+    "ﬁ ligature ½ Ⅷ",
+    "\x00\x7f",
+    "العربية हिन्दी",
+    "SELECT * FROM t WHERE a >= 1;",
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"byte_fallback": True, "add_dummy_prefix": True, "remove_extra_whitespaces": False, "split_digits": True},

@@ -19,7 +19,7 @@ import pytest
 
 from runner.common.errors import ModelError
 from runner.models.gguf import blocks
-from runner.models.gguf.blocks import AFFINE_TYPES, QuantizedMatrix, read_tensor
+from runner.models.gguf.blocks import QuantizedMatrix, read_tensor
 from runner.models.gguf.header import BLOCK_SIZES, read_header
 
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "reference" / "gguf_blocks.json").read_text())["types"]
@@ -45,10 +45,7 @@ def test_each_block_type_expands_to_the_values_of_the_gguf_package(
     raw = bytes.fromhex(REFERENCE[type_name]["blocks"])
     expected = np.frombuffer(bytes.fromhex(REFERENCE[type_name]["values"]), dtype="<f4").reshape(2, -1)
     values = read_values(write_tensor(gguf_files, tmp_path / "a.gguf", type_name, expected.shape, raw))
-    if type_name in AFFINE_TYPES:  # `scale * code + bias` rounds otherwise than `scale * (code - 8)`
-        np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
-    else:
-        np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(values, expected)
     three = read_values(write_tensor(gguf_files, tmp_path / "b.gguf", type_name, (2, 1, expected.shape[1]), raw))
     np.testing.assert_array_equal(three[:, 0], values)
 

@@ -71,6 +71,8 @@ def open_session(invocation: Invocation) -> Iterator[HydraSession]:
         settings = stored_settings(invocation, source)
         ConfigStore.instance().store(group="stored", name="run", package="_global_", node=settings)
         arguments.append("stored=run")
+    if "train.iters" in invocation.settings and "train.epochs" not in invocation.settings:
+        arguments.append("train.epochs=null")  # else the epochs of a recipe or a stored run would count
     flags = hydra_internals.parse_flags(arguments)
     primary = flags.config_path or str(CONF_DIR)
     path = hydra_internals.search_path(primary if "://" in primary else abspath(primary), flags.config_dir)

@@ -43,7 +43,7 @@ def resolve_to_start(composed: DictConfig, stop_at: int | None, *, needs_adapter
         ConfigError: as `resolve_config`; `stop_at` lies beyond the last update, or there is no such adapter.
     """
     config = resolve_config(composed)
-    if stop_at is not None and stop_at > config.train.iters:
+    if stop_at is not None and config.train.epochs is None and stop_at > config.train.iters:
         raise ConfigError(f"train.stop_at={stop_at} is invalid: must be at most train.iters={config.train.iters}.")
     if needs_adapter and config.adapter and not os.path.exists(config.adapter):
         raise ConfigError(f"adapter={config.adapter}: there is no such file or folder.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from runner import loggers
 from runner.common.errors import ConfigError, did_you_mean
 from runner.config import retired, schema, serialize, validation
+from runner.config.foreign_names import explain_foreign
 from runner.config.groups import CONF_DIR, CONFIG_DIR_FLAGS, config_dirs, group_choices
 from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
 from runner.config.quoting import quote_text, unquote
@@ -56,6 +57,8 @@ def parse_arguments(arguments: Sequence[str]) -> Invocation:
             raise ConfigError(
                 f"{error}\nThe --config-dir of the sweep, {recorded}, does not exist any more: type --config-dir DIR."
             ) from None
+    if {"train.iters", "train.epochs"} <= invocation.settings.keys() and invocation.settings["train.epochs"] != "null":
+        raise ConfigError("train.iters and train.epochs both set the length of the run: give one of them.")
     return invocation
 
 
@@ -72,6 +75,8 @@ def _parse_flag(flag: str, remaining: Iterator[str]) -> list[str]:
     """Return the flag for Hydra, with its value from `remaining` if it has one; --config-dir becomes absolute."""
     name, equals, value = flag.partition("=")
     if name not in _FLAGS:
+        if explanation := explain_foreign(name):
+            raise ConfigError(f"{explanation} Settings are typed without dashes: key=value.")
         raise ConfigError(f"'{name}' is not a flag.{did_you_mean(name, _FLAGS)} python -m runner --help lists them.")
     if name in CONFIG_DIR_FLAGS:
         folder = value if equals else next(remaining, None)
@@ -94,6 +99,8 @@ def _add_override(argument: str, invocation: Invocation, folders: list[Path]) ->
     if match is None:
         if argument in _known_names():
             raise ConfigError(f"'{argument}' needs a value: {argument}=…")
+        if explanation := explain_foreign(argument):
+            raise ConfigError(explanation)
         hint = did_you_mean(argument, _known_names())
         raise ConfigError(f"'{argument}' is not a command and not a setting (key=value).{hint}")
     sign, key, package, value = match["sign"], match["key"], match["package"] or "", match["value"]
@@ -157,7 +164,7 @@ def _check_name(key: str, value: str, sign: str) -> None:
             return
         names = [name for name in settings if name.startswith(f"{key}.")]
         raise ConfigError(f"{key} is a section: set one of {', '.join(names)}.")
-    if explanation := retired.explain(key):
+    if explanation := retired.explain(key) or explain_foreign(key):
         raise ConfigError(explanation)
     note = f" (a {sign} cannot add one)" if sign else ""
     raise ConfigError(validation.unknown_setting(key, _known_names(), note))

@@ -72,6 +72,12 @@ def refuse_frozen_changes(stored: Config, config: Config, run: Path, step: int =
         for name, (old, new) in changed.items()
         if not is_free_on_resume(name) and not may_become(name, old, new)
     ]
+    if "train.epochs" in changed and "train.iters" not in changed and not iters_may_change(flatten(stored)):
+        old, new = changed["train.epochs"]
+        problems.append(
+            f"train.epochs was {format_value(old)} and cannot become {format_value(new)}: the {stored.schedule.name} "
+            "schedule ends with the run, so the updates already made would have had other learning rates."
+        )
     if "train.iters" in changed:
         old, new = changed["train.iters"]
         if not iters_may_change(flatten(stored)):

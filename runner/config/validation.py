@@ -14,6 +14,7 @@ from typing import Any
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 from runner.config import schema, serialize
+from runner.config.foreign_names import explain_foreign
 from runner.config.schema import (
     DEFAULT_LORA_SCALE,
     Config,
@@ -86,6 +87,8 @@ def missing_value(name: str) -> str:
 
 def unknown_setting(name: str, known: Iterable[str], note: str = "") -> str:
     """Return the message for a setting that there is not, with the nearest of the `known` names."""
+    if explanation := explain_foreign(name):
+        return explanation
     hint = did_you_mean(name, known)
     return f"There is no setting '{name}'{note}.{hint}\nAll settings: python -m runner --cfg job, or docs/config.md"
 
@@ -208,7 +211,8 @@ def _optimizer_problems(config: Config) -> list[str]:
 def _schedule_problems(config: Config) -> list[str]:
     schedule, problems = config.schedule, []
     end = schedule.iters or config.train.iters
-    if schedule.warmup >= end and schedule.warmup:
+    is_known = schedule.iters is not None or config.train.epochs is None  # else the data decides
+    if is_known and schedule.warmup >= end and schedule.warmup:
         problems.append(
             f"schedule.warmup={schedule.warmup} leaves no update before the end of the schedule at {end}: "
             f"type schedule.warmup={end - 1}{' or less' if end > 1 else ''}."

@@ -59,6 +59,10 @@ class TokenizedDataset:
         """
         return list(islice(self._standard_rows(split), count if count >= 0 else None))
 
+    def decode(self, tokens: Any) -> str:
+        """Return the text of `tokens`, special tokens included."""
+        return str(resolve_tokenizer(self.tokenizer).decode([int(token) for token in tokens]))
+
     def locate(self, split: str, row: int) -> tuple[Path, int]:
         """Return the file and the line (or the number of the row) that row `row` of a split comes from."""
         part, line = split_location(int(getattr(self, split).lines[row]))

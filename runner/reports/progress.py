@@ -74,6 +74,10 @@ class Display:
         if self._label is not None:
             self._console.print(Text(f"{text}  {self._label}"))
 
+    def set_iters(self, iters: int) -> None:
+        """Set the number of updates of the run, where it was not known at first."""
+        self._iters = iters
+
     def begin(self, step: int, stop_at: int | None = None) -> None:
         """Start the live line: training continues after update `step`, to `stop_at` or the end."""
         self._iters = stop_at or self._iters

@@ -16,7 +16,7 @@ from runner.reports.progress import Display
 from runner.runs.inspect import objective_value
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
-from runner.training import template_date
+from runner.training import epochs, template_date
 from runner.training.answers import record_answers_before_training
 from runner.training.build import build_backup, build_retention, build_trainer, open_writer
 from runner.training.component_loader import ComponentLoader
@@ -50,6 +50,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         if point is not None:
             with _exit_on_stop(stops):
                 require_same_inputs(spec, point, loader, stops)  # a refused resume writes nothing
+                spec = epochs.fill_iters(spec, loader, stops.check, point.saved.progress.step)
         writer = stack.enter_context(closing(open_writer(spec, point)))
         stack.enter_context(_failure_recorded(spec, writer))
         stack.enter_context(_mlx_memory_limits(spec.config.train.cache_limit_gb))
@@ -57,8 +58,15 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         if advice := blas.load_blas().advice:
             display.line(advice, "yellow")
         with _exit_on_stop(stops, writer):
+            if point is None and spec.config.train.epochs is not None:
+                spec = epochs.fill_iters(spec, loader, stops.check)
+                spec.directory.write_config(spec.stored)
+                writer.update_status(iters=spec.config.train.iters)
+                display.set_iters(spec.config.train.iters)
             components = load_components(spec, loader, display, stops)
         stack.callback(components.adapted.remove)
+        if spec.config.train.epochs is not None:
+            display.line(epochs.describe(spec.config, len(components.data.train)))
         if components.data.dated:
             template_date.record_date(spec)
         if shared is None:

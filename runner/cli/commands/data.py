@@ -1,0 +1,141 @@
+"""`runner data`: what training on a data set would see, before it starts. Loads the tokenizer, not the model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from runner.cli.commands import COMMANDS, CommandParser, arguments
+from runner.common.errors import ConfigError
+from runner.common.text import printable
+from runner.config.schema import Config
+
+_BAR = 40
+_COLOUR, _PLAIN = "\033[32m", "\033[0m"
+
+
+def run(argv: list[str]) -> int:
+    """Print the report on the data that `argv` configures.
+
+    Raises:
+        RunnerError: a wrong argument, or a tokenizer or a data set that cannot be used.
+    """
+    parser = CommandParser(prog="runner data", description=COMMANDS["data"])
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows of train to show (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings as for a run: data.path=…, model=…"
+    )
+    has_help = any(argument in ("-h", "--help") for argument in argv)
+    options = parser.parse_args(argv) if has_help else parser.parse_intermixed_args(argv)
+    if options.rows < 0:
+        raise ConfigError(f"--rows {options.rows} is invalid: must be 0 or more.")
+    config = _compose(options.overrides)
+    from runner.data.formats import EncodeOptions
+    from runner.data.report import data_report
+    from runner.data.source import find_sources
+    from runner.data.token_cache import open_token_cache
+    from runner.data.tokenize import load_sources
+    from runner.models.tokenizer_only import load_tokenizer_only
+
+    data = load_sources(
+        find_sources(config.data),
+        load_tokenizer_only(config.model),
+        EncodeOptions.from_config(config.data),
+        cache=open_token_cache(config.data),
+        valid_fraction=config.data.valid_fraction,
+    )
+    report = {"model": config.model.path, "data": config.data.path, **data_report(data, options.rows)}
+    if config.data.mix is not None:
+        report |= {"data": config.data.mix, "rows_an_epoch": list(data.mixture.counts) if data.mixture else None}
+    if options.json:
+        arguments.print_json(report)
+        return 0
+    for line in _lines(report, config):
+        print(printable(line))
+    for shown in report["rows"]:
+        _print_row(shown, data.decode)
+    return 0
+
+
+def _compose(overrides: list[str]) -> Config:
+    from runner.cli.overrides import parse_arguments
+
+    invocation = parse_arguments(overrides)
+    if invocation.multirun or invocation.resume:
+        raise ConfigError("runner data takes the settings of one new run: no -m and no resume=.")
+    from runner.app import compose
+    from runner.app.resolve import resolve_config
+
+    with compose.open_session(invocation) as session:
+        return resolve_config(compose.without_hydra(session.compose()))
+
+
+def _lines(report: dict[str, Any], config: Config) -> list[str]:
+    lines = [f"model  {report['model']}", f"data   {report['data']}"]
+    if report.get("rows_an_epoch"):
+        lines.append(f"mix    rows of each source in an epoch: {', '.join(f'{n:,}' for n in report['rows_an_epoch'])}")
+    lines += report["notes"]
+    for split, found in report["splits"].items():
+        lines += ["", *_split_lines(split, found, config)]
+    for split, found in report["in_train_and"].items():
+        for kind in ("exact", "near"):
+            if found[kind]["rows"]:
+                lines.append(
+                    f"{split}: {_pairs_text(found[kind])} {'are' if kind == 'exact' else 'are nearly'} in train"
+                )
+    if not any("valid" == split for split in report["splits"]):
+        lines.append("no validation split: data.valid_fraction=0.05 would cut one off")
+    return lines
+
+
+def _split_lines(split: str, found: dict[str, Any], config: Config) -> list[str]:
+    lengths = found["lengths"]
+    lines = [
+        f"{split}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} supervised "
+        f"({found['supervised_share']:.0%})",
+        "  tokens a row: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()),
+    ]
+    largest = max(bin["rows"] for bin in found["histogram"])
+    for bin in found["histogram"]:
+        bar = "#" * round(_BAR * bin["rows"] / largest)
+        lines.append(f"  {bin['from']:>7,} to {bin['below'] - 1:>7,} {bin['rows']:>9,} {bar}")
+    limit = config.data.max_length
+    for key, text in (
+        ("cut", f"cut at max_length {limit} (the longest has {found['longest_before_cut']:,} tokens)"),
+        ("dropped_too_long", f"left out: longer than max_length {limit}"),
+        ("prompt_too_long", f"left out: the prompt alone reaches max_length {limit}"),
+        ("without_supervised_token", "left out: no supervised token"),
+    ):
+        if found[key]:
+            lines.append(f"  {found[key]:,} rows {text}")
+    lines += [f"  {note}" for note in found["template_notes"]]
+    if found["compared"] < found["rows"]:
+        lines.append(f"  the first {found['compared']:,} rows are compared for duplicates")
+    for key, text in (
+        ("exact_duplicates", "repeat an earlier row"),
+        ("near_duplicates", "nearly repeat an earlier row"),
+    ):
+        if found[key]["rows"]:
+            lines.append(f"  {_pairs_text(found[key])} {text}")
+    return lines
+
+
+def _pairs_text(pairs: dict[str, Any]) -> str:
+    examples = "; ".join(f"{later} = {first}" for later, first in pairs["examples"])
+    return f"{pairs['rows']:,} rows ({examples})"
+
+
+def _print_row(shown: dict[str, Any], decode: Any) -> None:
+    """Print a row with its supervised tokens in colour, or between ⟦ and ⟧ where there is no terminal."""
+    begin, end = (_COLOUR, _PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
+    text, position = "", 0
+    for start, stop in shown["supervised"]:
+        text += printable(decode(shown["tokens"][position:start]))
+        text += f"{begin}{printable(decode(shown['tokens'][start:stop]))}{end}"
+        position = stop
+    text += printable(decode(shown["tokens"][position:]))
+    print(
+        f"\n--- {printable(shown['file'])}:{shown['line']}, {len(shown['tokens'])} tokens, supervised in {begin}…{end}"
+    )
+    print(text)

@@ -82,6 +82,7 @@ def place(tmp_path_factory, make_cli):
     case = gguf_families.Case(case.architecture, case.config | {"num_hidden_layers": 4})
     weights = gguf_families.weights_of(gguf_families.build_model(case.config))
     gguf_families.write_weights(case, weights).write(folder / "Mistral-7B-Instruct-v0.3.Q4_K_M.gguf")
+    (folder / "questions.csv").write_text("question,answer\n" + "".join(f"{n}?,{n}\n" for n in range(30)))
     (folder / "usb_disk").mkdir()
     cli("experiment=smoke", "train.iters=2", "checkpoint.backup=usb_disk", "hydra.run.dir=mirrored")
     next((folder / "usb_disk").iterdir()).rename(folder / "usb_disk/2026-11-24-10-00-00-0123abcd")
@@ -100,10 +101,11 @@ def cut_short(words: list[str]) -> list[str]:
     own = {word.partition("=")[0] for word in words}
     if own & {"resume", "--cfg", "--help", "-sc"} or "repeat" in own or not any("=" in w or w == "-m" for w in words):
         return ["train.iters=2"] if "repeat" in own else []
-    extra = ["train.iters=2", "lora.num_layers=4"]
+    extra = [] if "train.epochs" in own else ["train.iters=2"]
+    extra += ["lora.num_layers=4"]
     extra += [] if own & {"model", "model.path", "adapter"} else ["model=tiny"]
     extra += ["model=tiny"] if "adapter" in own else []
-    extra += [] if own & {"data", "data.path"} else ["data=tiny"]
+    extra += [] if own & {"data", "data.path", "data.mix"} else ["data=tiny"]
     extra += ["data.metric=exact_match"] if "data.metric_rows" in own else []
     kept = {word.partition("=")[0] for word in extra} & own - {"train.iters"}
     return [word for word in extra if word.partition("=")[0] not in kept]

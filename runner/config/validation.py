@@ -76,6 +76,7 @@ def validate(config: Config) -> None:
     problems += [*_unused_options("optimizer", config.optimizer), *_unused_options("schedule", config.schedule)]
     problems += _evaluation_problems(config)
     problems += _template_problems(config.data)
+    problems += _mix_problems(config.data)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -18,7 +18,7 @@ from runner.config.invocation import Invocation
     ("argument", "message"),
     [
         ("lora.rnk=3", "Did you mean 'lora.rank'"),
-        ("learning_rate=3", "Did you mean 'optimizer.learning_rate'"),
+        ("learning_rate=3", "here it is optimizer.learning_rate"),
         ("optimizer=sdg", "Did you mean 'sgd'"),
         ("experiment=first", "Did you mean 'first_run'"),
         ("optimizer.name=sgd", "type optimizer=sgd"),

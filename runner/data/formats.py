@@ -91,6 +91,9 @@ class CompletionsFormat:
     def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
         _require_keys(row, self.required_keys(keys))
         if isinstance(row[keys.prompt], list) or isinstance(row[keys.completion], list):
+            for key in self.required_keys(keys):
+                if isinstance(row[key], list) and not all(isinstance(message, dict) for message in row[key]):
+                    raise RowError(f"'{key}' is a list, not a string or a list of messages")
             _CHAT.validate(self.standardize(row, keys, True), keys)
             return
         _require_string(row[keys.prompt], f"'{keys.prompt}'")

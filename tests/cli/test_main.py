@@ -87,7 +87,7 @@ def test_a_missing_test_split_is_refused_before_training(cli):
     (cli.folder / "data").mkdir()
     (cli.folder / "data/train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     out = cli("model=tiny", "data.path=data", "train.test=true", expect=2)
-    assert "no test.jsonl" in out and "step " not in out
+    assert "no test split" in out and "step " not in out
 
 
 def test_the_commands_at_the_end_can_be_pasted_for_any_path(cli):

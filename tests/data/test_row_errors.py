@@ -21,7 +21,7 @@ USER = {"role": "user", "content": "a"}
         ("text", {"text": " \n"}, "'text' is empty"),
         ("text", {"text": "a\ud83d"}, "has half of a surrogate pair at character 2"),
         ("completions", {"prompt": "a", "completions": "b"}, "Did you mean 'completions'?"),
-        ("completions", {"prompt": ["a"], "completion": "b"}, "message 1 is a string"),
+        ("completions", {"prompt": ["a"], "completion": "b"}, "'prompt' is a list, not a string"),
         ("completions", {"prompt": "a", "completion": ""}, "'completion' is empty"),
         ("completions", {"prompt": "a", "completion": "b", "tools": "c"}, "'tools' is a string, not a list"),
         ("chat", {"messages": "a"}, "'messages' is a string"),

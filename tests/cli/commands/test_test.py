@@ -101,7 +101,7 @@ def test_options_may_stand_before_and_after_settings(run: Path, capsys: pytest.C
 
 def test_invalid_arguments_are_refused_before_a_model_is_loaded(run: Path, tmp_path: Path) -> None:
     data = write_split(tmp_path / "data", "train", [{"text": "a"}])
-    with pytest.raises(DataError, match=r"has no test\.jsonl.*--split valid"):
+    with pytest.raises(DataError, match=r"has no test split.*--split valid"):
         test.run([str(run), f"data.path={data}"])
     with pytest.raises(ConfigError, match="needs a metric"):
         test.run([str(run), "data.metric=null", "--rows", "3"])

@@ -61,6 +61,9 @@ class SweepJob:
     """The config that it runs, as config.yaml stores it; None in a sweep of an earlier version."""
     choices: Mapping[str, str] = field(default_factory=dict)
     """Group to choice, as composed; Hydra's own groups excluded."""
+    references: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that were composed with references (${…}) to other settings, as written: dotted name to value. `config`
+    has what they refer to; a job that is derived from this one with another value follows them again."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings that were changed for all jobs after this one was recorded; `config` has them."""
     own_changes: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +82,9 @@ class SweepJob:
             return self
         config = serialize.change_dict(self.config, changes)
         own = {name: value for name, value in self.own_changes.items() if name not in changes}
-        return replace(self, config=config, changes={**self.changes, **changes}, own_changes=own)
+        references = {name: value for name, value in self.references.items() if name not in changes}
+        changes = {**self.changes, **changes}
+        return replace(self, config=config, references=references, changes=changes, own_changes=own)
 
     @property
     def later_changes(self) -> dict[str, Any]:
@@ -175,9 +180,15 @@ def read_manifest(folder: Path) -> SweepManifest:
                     break
             _apply(manifest, content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number} cannot be understood: {shorten(repr(error))}.") from None
+            raise ConfigError(f"{path}, line {number} cannot be understood: {_reason(error)}.") from None
         manifest.size += len(line)
     return manifest
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{shorten(error.args[0])} is missing"
+    return shorten(error) if isinstance(error, ValueError) else "a value has the wrong type"
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -198,6 +209,8 @@ def _job_line(job: SweepJob, configs: Sequence[Mapping[str, Any] | None]) -> dic
     """Return the line of `job`: its config in full, or as its differences from the first job that has one."""
     assert job.config is not None
     line = {"job": job.number, "id": job.id, "folder": job.folder, "overrides": job.overrides, "choices": job.choices}
+    if job.references:
+        line["references"] = job.references
     like = next(number for number, config in enumerate(configs) if config is not None)
     if like == job.number:
         return {**line, "config": job.config}
@@ -267,7 +280,7 @@ def _job(manifest: SweepManifest, line: dict[str, Any]) -> SweepJob:
     choices = _settings(line.get("choices", {}))
     if not all(isinstance(text, str) and _CHOICE.fullmatch(text) for pair in choices.items() for text in pair):
         raise ValueError("choices of groups are expected")
-    return SweepJob(number, folder, overrides, config, choices)
+    return SweepJob(number, folder, overrides, config, choices, _settings(line.get("references", {})))
 
 
 def _settings(value: object) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Any other setting is free on resume: it has one value and applies to all jobs.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from runner.runs.sweep_manifest import SweepJob, SweepManifest
 from runner.sweeps import grid
 from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
+from runner.sweeps.params import with_params
 from runner.sweeps.plan import has_begun
 
 
@@ -40,6 +42,7 @@ def extend(manifest: SweepManifest, typed: Sequence[Override], composer: JobComp
     Raises:
         ConfigError: an override is invalid, or several values of a free setting.
     """
+    _refuse_unused_vars(manifest, typed)
     spanning = [override for override in typed if _spans_grid(override, manifest, composer)]
     free = [override for override in typed if override not in spanning]
     changes = _changes(manifest, free, planner)
@@ -51,14 +54,29 @@ def extend(manifest: SweepManifest, typed: Sequence[Override], composer: JobComp
     if any(override.key_or_group == "experiment" for override in spanning):
         if any(argument.startswith("repeat=") for argument in manifest.arguments):
             raise ConfigError("experiment= cannot be added to a sweep that repeats a run: start a new sweep.")
-        return Extension(changes, planner.plan((*others, *values) for (others, _), values in combinations))
+        keys = {override.key_or_group for override in spanning}
+        planned = []
+        for (others, _), values in combinations:
+            own = composer.compose((*others, *values)).params  # of a recipe that is a sweep itself
+            planned += with_params((*others, *values), own, keys, composer)
+        return Extension(changes, planner.plan(planned, changes={**manifest.jobs[0].changes, **changes}))
     return Extension(changes, planner.plan_changed((job, others, values) for (others, job), values in combinations))
+
+
+def _refuse_unused_vars(manifest: SweepManifest, typed: Sequence[Override]) -> None:
+    """Refuse a typed value below vars that a job has no recorded reference to: the job would be the same."""
+    for name in (override.key_or_group for override in typed):
+        pattern = re.compile(rf"{re.escape(name)}(?![\w.])")
+        if name.startswith("vars.") and not all(pattern.search(str(job.references)) for job in manifest.jobs):
+            raise ConfigError(f"{name}: no setting of all jobs is recorded to follow it: type the settings themselves.")
 
 
 def _spans_grid(override: Override, manifest: SweepManifest, composer: JobComposer) -> bool:
     key = override.key_or_group
     if composer.is_group(override):
         return key != "loggers"
+    if key.startswith("vars."):
+        return True
     if key in GROUPS:
         return True  # a dict of a section's settings
     typed = {o for job in manifest.jobs for o in job.overrides if grid.override_key(o) == key}
@@ -68,10 +86,6 @@ def _spans_grid(override: Override, manifest: SweepManifest, composer: JobCompos
 def _changes(manifest: SweepManifest, free: Sequence[Override], planner: JobPlanner) -> dict[str, Any]:
     """Return the values of free settings that differ from those of a job, as they are stored."""
     for override in free:
-        if override.key_or_group.startswith("vars."):
-            raise ConfigError(
-                f"{override.input_line}: the jobs were planned with their vars: type the settings themselves."
-            )
         if override.is_sweep_override():
             raise ConfigError(
                 f"{override.input_line}: {override.key_or_group} may change on resume, so it applies to all jobs: "

@@ -11,8 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from runner.app import guard
 from runner.app.compose import remove_alternatives, without_hydra
 from runner.app.hydra_internals import CheckedLoader
+from runner.common.errors import ConfigError
 from runner.config.schema import Config
 
 
@@ -58,10 +60,14 @@ class JobComposer:
         """Return the recorded config `stored` of a job with the overrides `typed` on top.
 
         Args:
-            stored: the recorded config.
+            stored: the recorded config, which may hold references to its other settings.
             overrides: those of the recorded job; its values go on top of a group that is typed.
             typed: values and choices of groups.
+
+        Raises:
+            ConfigError: the file of a group sets hydra.sweeper.params, or more references than a config may have.
         """
+        guard.check_references([stored])
         groups = [override for override in typed if self.is_group(self.parse(override))]
         settings = copy.deepcopy(dict(stored))
         remove_alternatives(settings, {self.parse(override).key_or_group for override in typed})
@@ -73,7 +79,12 @@ class JobComposer:
         replaced = {self.parse(override).key_or_group for override in groups}
         base = {name: value for name, value in settings.items() if name not in replaced}
         ConfigStore.instance().store(group="stored", name="job", package="_global_", node=base)
-        config = self._load([*groups, "stored=job"]).config
+        config, _, params = self._load([*groups, "stored=job"])
+        if params:
+            raise ConfigError(
+                f"{' '.join(groups)}: the file sets hydra.sweeper.params, which only an experiment can add to a sweep: "
+                f"type the values of {', '.join(params)}."
+            )
         below = [override for override in overrides if self.parse(override).key_or_group.split(".")[0] in replaced]
         self._set_values(config, [*below, *typed])
         return config
@@ -86,7 +97,11 @@ class JobComposer:
 
     def is_group(self, override: Override) -> bool:
         """Return whether the override chooses from a group, as Hydra decides it; a dict is a value of a section."""
-        return not isinstance(override.value(), dict) and self._loader.has_group(override.key_or_group)
+        return not isinstance(override.value(), dict) and self.has_group(override.key_or_group)
+
+    def has_group(self, name: str) -> bool:
+        """Return whether a folder of configs or a registered group has this name."""
+        return self._loader.has_group(name)
 
     def _load(self, overrides: Sequence[str]) -> ComposedJob:
         composed = self._loader.load_sweep_config(self._sweep_config, list(overrides))

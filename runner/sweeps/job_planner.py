@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app.resolve import config_to_store, resolve_to_start
 from runner.common.errors import ConfigError
-from runner.config import schema, serialize
+from runner.config import environment, schema, serialize
 from runner.runs.sweep_manifest import SweepJob, SweepManifest, is_valid_folder
 from runner.sweeps.hydra_node import set_folder, with_hydra_node
 from runner.sweeps.job_composer import ComposedJob, JobComposer
@@ -36,8 +36,19 @@ class JobPlanner:
         self._folders = {job.folder for job in manifest.jobs}
         self._count = len(manifest.jobs)
 
-    def plan(self, overrides_of_jobs: Iterable[Sequence[str]], *, again: bool = False) -> list[SweepJob]:
-        """Return the jobs with these overrides that are new; with `again`, those with the config of another job too.
+    def plan(
+        self,
+        overrides_of_jobs: Iterable[Sequence[str]],
+        *,
+        changes: Mapping[str, Any] | None = None,
+        again: bool = False,
+    ) -> list[SweepJob]:
+        """Return the jobs with these overrides that are new.
+
+        Args:
+            overrides_of_jobs: those of each job.
+            changes: settings that were changed for all jobs of the sweep since it started.
+            again: whether jobs with the config of another job are returned too.
 
         Raises:
             ConfigError: no job can run with one of them; names the job.
@@ -45,7 +56,7 @@ class JobPlanner:
         planned = []
         for overrides in overrides_of_jobs:
             composed = self._composer.compose(overrides)
-            if (job := self._plan(overrides, composed, again=again)) is not None:
+            if (job := self._plan(overrides, composed, changes or {}, again=again)) is not None:
                 planned.append(job)
         return planned
 
@@ -61,12 +72,13 @@ class JobPlanner:
         planned = []
         for job, kept, typed in jobs:
             assert job.config is not None
-            config = self._composer.change(job.config, job.overrides, typed)
+            stored = serialize.change_dict(job.config, job.references)
+            config = self._composer.change(stored, job.overrides, typed)
             choices = dict(job.choices)
             choices.update(
                 {self._composer.parse(o).key_or_group: o.partition("=")[2] for o in typed if self._is_group(o)}
             )
-            if (new := self._plan([*kept, *typed], ComposedJob(config, choices, {}))) is not None:
+            if (new := self._plan([*kept, *typed], ComposedJob(config, choices, {}), {})) is not None:
                 planned.append(new)
         return planned
 
@@ -86,17 +98,19 @@ class JobPlanner:
     def _is_group(self, override: str) -> bool:
         return self._composer.is_group(self._composer.parse(override))
 
-    def _plan(self, overrides: Sequence[str], composed: ComposedJob, *, again: bool = False) -> SweepJob | None:
+    def _plan(
+        self, overrides: Sequence[str], composed: ComposedJob, changes: Mapping[str, Any], *, again: bool = False
+    ) -> SweepJob | None:
         number = self._count
         folder = self._folder(overrides, composed, number)
-        config = self._resolve(overrides, composed, number, folder)
+        config = serialize.change_dict(self._resolve(overrides, composed, number, folder), changes)
         if (key := config_key(config)) in self._configs and not again:
             return None
         self._configs.add(key)
         self._folders.add(folder)
         self._count += 1
         recorded = tuple(o for o in overrides if not o.lstrip("+").startswith(("stored=", "hydra.", "hydra/")))
-        return SweepJob(number, folder, recorded, config, composed.choices)
+        return SweepJob(number, folder, recorded, config, composed.choices, _references(composed.config))
 
     def _resolve(
         self, overrides: Sequence[str], composed: ComposedJob, number: int, folder: str, *, needs_adapter: bool = True
@@ -126,6 +140,15 @@ class JobPlanner:
         return with_hydra_node(
             composed.config, self._sweep_config, number=number, overrides=overrides, choices=composed.choices
         )
+
+
+def _references(composed: DictConfig) -> dict[str, Any]:
+    """Return the settings of a composed config that refer to others, as written; those to the environment are stored so
+    in the config itself."""
+    written = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(written, dict)
+    flat = serialize.flatten_dict({str(name): value for name, value in written.items()})
+    return {name: value for name, value in flat.items() if "${" in environment.REFERENCE.sub("", str(value))}
 
 
 def config_key(config: Mapping[str, Any]) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
@@ -28,6 +26,7 @@ from runner.sweeps import grid
 from runner.sweeps.extension import extend
 from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
+from runner.sweeps.params import expand
 from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs
 
 
@@ -56,11 +55,10 @@ def run_sweep(
     folder = Path(composed.hydra.sweep.dir)
     manifest = sweep_manifest.read_manifest(folder)
     composer = JobComposer(context.config_loader, composed)
-    parser = OverridesParser.create(config_loader=context.config_loader)
     if manifest.jobs:
-        _complete_earlier_version(manifest, arguments, parser, composer, composed, invocation)
+        _complete_earlier_version(manifest, arguments, composer, composed, invocation)
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
-        added = extend(manifest, parser.parse_overrides(list(invocation.sweep_overrides)), composer, planner)
+        added = extend(manifest, [composer.parse(text) for text in invocation.sweep_overrides], composer, planner)
         recorded = [a for a in manifest.arguments if a.startswith("-") or not a.startswith("hydra")]
         manifest.record(
             arguments=grid.merge_arguments(recorded, grid.stored_arguments(invocation)),
@@ -72,7 +70,7 @@ def run_sweep(
             print(f"changed for all jobs: {name}={value}")
     else:
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
-        combinations = expand(arguments, params, parser, composer)
+        combinations = expand(arguments, params or {}, composer)
         jobs = planner.plan(combinations)
         OmegaConf.save(composed, folder / "multirun.yaml")  # as Hydra's own sweeper does
         manifest.record(arguments=grid.stored_arguments(invocation), launcher=launcher_record(composed), jobs=jobs)
@@ -113,41 +111,9 @@ def launcher_record(composed: DictConfig) -> dict[str, Any]:
     return {"name": str(composed.hydra.runtime.choices["hydra/launcher"]), "jobs": jobs if type(jobs) is int else None}
 
 
-def expand(
-    arguments: Sequence[str], params: dict[str, Any] | None, parser: OverridesParser, composer: JobComposer
-) -> list[tuple[str, ...]]:
-    """Return the overrides of every job of a new sweep.
-
-    Where recipes are swept that are sweeps themselves, each brings the values of its own hydra.sweeper.params.
-    """
-    texts = [f"{key}={_param_text(value)}" for key, value in (params or {}).items()]
-    combinations = grid.expand_grid(parser.parse_overrides([*texts, *arguments]))
-    typed = {grid.override_key(argument) for argument in arguments}
-    expanded: list[tuple[str, ...]] = []
-    for overrides in combinations:
-        own = composer.compose(overrides).params
-        if own == (params or {}):
-            expanded.append(overrides)
-            continue
-        more = [f"{key}={_param_text(value)}" for key, value in own.items() if key.lstrip("+") not in typed]
-        for values in grid.expand_grid(parser.parse_overrides(more)):
-            expanded.append((*overrides, *values))
-    if len(expanded) > grid.MAX_JOBS:
-        raise ConfigError(f"A sweep of more than {grid.MAX_JOBS:,} jobs is refused: try fewer values at once.")
-    return expanded
-
-
-def _param_text(value: Any) -> str:
-    """Return a value of hydra.sweeper.params, which is text in the grammar of overrides or a list of values."""
-    if OmegaConf.is_list(value) or isinstance(value, (list, tuple)):
-        return ",".join(json.dumps(item) if isinstance(item, str) else str(item) for item in value)
-    return str(value)
-
-
 def _complete_earlier_version(
     manifest: SweepManifest,
     arguments: Sequence[str],
-    parser: OverridesParser,
     composer: JobComposer,
     composed: DictConfig,
     invocation: Invocation,
@@ -178,7 +144,7 @@ def _complete_earlier_version(
     texts += [argument for argument in arguments if argument.startswith("stored=")]  # of a repeated run
     try:
         recorded = [frozenset(job.overrides) for job in manifest.jobs]
-        missed = [o for o in expand(texts, None, parser, composer) if not any(job >= {*o} for job in recorded)]
+        missed = [o for o in expand(texts, {}, composer) if not any(job >= {*o} for job in recorded)]
         jobs = JobPlanner(composer, manifest, composed, invocation.stop_at).plan(missed)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -187,9 +188,30 @@ def test_a_recipe_without_its_package_line_is_told_so(inline):
 
 
 def test_vars_are_free_values_for_references_in_recipes(inline):
-    write(inline.folder / "mine/experiment/v.yaml", "# @package _global_\nvars: {x: 3}\nlora: {rank: '${vars.x}'}\n")
+    text = "# @package _global_\nvars: {x: 3}\nlora: {rank: '${vars.x}', alpha: '${lora.rank}'}\n"
+    write(inline.folder / "mine/experiment/v.yaml", text)
     inline("--config-dir", "mine", "-m", *SMALL, "experiment=v", "vars.x=3,5", "hydra.sweep.dir=s")
-    assert [stored(inline.folder / f"s/{number}")["lora"]["rank"] for number in (0, 1)] == [3, 5]
+    shutil.rmtree(inline.folder / "mine")  # a resume follows the recorded references
+    inline("resume=s", "vars.x=7")
+    inline("resume=s", "vars.x=7", "lora.rank=9")
+    found = [stored(inline.folder / f"s/{number}")["lora"] for number in range(4)]
+    assert [(lora["rank"], lora["alpha"]) for lora in found] == [(3, 3.0), (5, 5.0), (7, 7.0), (9, 9.0)]
+
+
+def test_a_recipe_that_is_a_sweep_adds_its_values_on_resume_and_groups_of_ones_own_are_swept_in_it(inline):
+    for name, rank in (("small", 3), ("large", 5)):
+        write(inline.folder / f"mine/size/{name}.yaml", f"# @package _global_\nlora: {{rank: {rank}}}\n")
+    params = "{size: 'small,large', vars.x: '1', optimizer.learning_rate: 1e-2}"
+    text = f"# @package _global_\nhydra: {{mode: MULTIRUN, sweeper: {{params: {params}}}}}\n"
+    write(inline.folder / "mine/experiment/sizes.yaml", text)
+    inline("-m", *SMALL, "seed=1", "optimizer.learning_rate=1e-4", "hydra.sweep.dir=s")
+    inline("resume=s", "checkpoint.keep_last=1")
+    inline("resume=s", "--config-dir", "mine", "experiment=sizes")
+    configs = [stored(inline.folder / f"s/{number}") for number in range(3)]
+    found = [(c["lora"]["rank"], c["optimizer"]["learning_rate"], c["checkpoint"]["keep_last"]) for c in configs]
+    assert found == [(8, 1e-4, 1), (3, 1e-2, 1), (5, 1e-2, 1)]
+    write(inline.folder / "mine/size/both.yaml", text)
+    assert "type the values of size, vars.x" in inline("resume=s", "size=both", expect=2)
 
 
 def test_fail_fast_starts_no_job_after_one_has_failed(inline):

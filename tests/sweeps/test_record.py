@@ -253,7 +253,7 @@ def test_what_cannot_be_added_is_refused_and_not_recorded(inline):
         ("checkpoint.keep_last=1,2", "may change on resume, so it applies to all jobs"),
         ("train.iters=4", "is before update 6"),
         ("lora.rank=0", "lora.rank=0 is invalid"),
-        ("vars.x=1", "the jobs were planned with their vars"),
+        ("vars.x=1", "vars.x: no setting of all jobs is recorded to follow it"),
     ):
         assert message in inline("resume=s", typed, expect=2)
         assert (inline.folder / "s/sweep.jsonl").read_bytes() == before

@@ -163,9 +163,9 @@ def _in_float64(adapted: Any, params: dict, batch: Any) -> tuple[Any, dict]:
     import mlx.core as mx
     import numpy as np
 
-    from runner.models.split_model import SplitModel
+    from runner.models.split_probe import split
 
-    forward, names = SplitModel(adapted.model), list(params)
+    forward, names = split(adapted.model), list(params)
     adapted.model.train()
 
     def logits(*arrays: Any) -> Any:
@@ -207,11 +207,11 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
     from runner.backends.mlx.backend import MlxBackend
     from runner.config.schema import TrainConfig
     from runner.data.order import evaluation_batches
-    from runner.models.split_model import SplitModel
+    from runner.models.split_probe import split
     from runner.training.dataloader import BatchBuilder, EvaluationLoader
     from runner.training.evaluate import evaluate
 
-    backend = MlxBackend(adapted, SplitModel(adapted.model), chunk=TrainConfig.loss_chunk)
+    backend = MlxBackend(adapted, split(adapted.model), chunk=TrainConfig.loss_chunk)
     chosen = evaluation_batches(tokens.valid.lengths, Work(0, 0).batch_size)
     batches = EvaluationLoader(BatchBuilder(tokens.valid, pad_to=16), [np.asarray(rows) for rows in chosen])
     params, losses = adapted.params(), []

@@ -23,6 +23,8 @@ def hidden_caches(
         "cut": split_model.frozen_blocks,  # other names of the parts would leave all cached states unused
         "blas": blas.identity(),
         "engine": backend.kernel_version,
+        # An earlier version computed blocks apart by a forward pass of its own, which some families do not have.
+        **({} if backend.kernel_version else {"parts": 2}),
         **numeric_platform(),
     }
     return HiddenStateCaches(

@@ -47,12 +47,17 @@ class AdaptedModel:
         self.dropout = DropoutKeys()
         depth = len(self.model.layers)
         self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
-        keys = _checked_keys(self.model, lora.keys)
+        self.keys = keys = _checked_keys(self.model, lora.keys)
         scale = validation.lora_scale(lora)
         self.lora_parameters = {"rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}
         # mlx-lm draws the factors from MLX's global random state, which nothing else uses.
         mx.random.seed(seed)
         linear_to_lora_layers(self.model, self.num_layers, {**self.lora_parameters, "keys": set(keys)})
+        if not tree_flatten(self.model.trainable_parameters()):
+            raise ModelError(
+                f"model.path={self.model_path}: no layer of its last {self.num_layers} blocks can have an adapter: "
+                "mlx-lm adapts linear, embedding and expert layers only."
+            )
         for _, module in self._adapters():
             if lora.dropout > 0:
                 module.dropout = KeyedDropout(lora.dropout, self.dropout)
@@ -81,18 +86,55 @@ class AdaptedModel:
 
     def remove(self) -> None:
         """Remove the adapter and restore the base model's own layers."""
-        base_layers = [(name, m.embedding if "embedding" in m else m.linear) for name, m in self._adapters()]
+        base_layers = [(name, _base_of(module)) for name, module in self._adapters()]
         self.model.update_modules(tree_unflatten(base_layers))
         self.model.freeze()
         self.model.eval()
+
+    def explain(self, error: Exception) -> ModelError:
+        """Return why the model with its adapter cannot compute, where `error` is what it raised."""
+        adapters = self._adapters()
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        self.model.update_modules(tree_unflatten([(name, _base_of(module)) for name, module in adapters]))
+        if _fails(self.model):
+            return ModelError(f"model.path={self.model_path}: mlx-lm cannot compute this model here: {reason}.")
+        read = []
+        for key in self.keys:
+            own = [(name, module) for name, module in adapters if name.endswith(f".{key}")]
+            self.model.update_modules(tree_unflatten(own))
+            if _fails(self.model):
+                read.append(key)
+            self.model.update_modules(tree_unflatten([(name, _base_of(module)) for name, module in own]))
+        self.model.update_modules(tree_unflatten(adapters))
+        if not read:
+            return ModelError(f"model.path={self.model_path}: mlx-lm cannot train this model: {reason}.")
+        others = ",".join(key for key in self.keys if key not in read)
+        return ModelError(
+            f"lora.keys: the model reads the weights of {', '.join(read)} itself, so there can be no adapter on it. "
+            f"Leave it out: 'lora.keys=[{others}]'"
+        )
 
     def _adapters(self) -> list[tuple[str, nn.Module]]:
         return [(name, m) for name, m in self.model.named_modules() if hasattr(m, "lora_a")]
 
 
+def _base_of(module: nn.Module) -> nn.Module:
+    """Return the base model's layer inside a layer with an adapter."""
+    return module.embedding if "embedding" in module else module.linear
+
+
+def _fails(model: nn.Module) -> bool:
+    """Return whether `model` cannot compute four tokens."""
+    try:
+        mx.eval(model(mx.array([[1, 2, 1, 0]])))
+    except Exception:
+        return True
+    return False
+
+
 def _dtype_of(module: nn.Module) -> mx.Dtype:
     """Return the dtype that the layer with an adapter computes in."""
-    layer = module.embedding if "embedding" in module else module.linear
+    layer = _base_of(module)
     return layer.scales.dtype if "scales" in layer else layer.weight.dtype
 
 
@@ -194,7 +236,10 @@ def _trained_with(where: str) -> str:
 
 
 def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:
-    """Return the names of a block's layers that can have an adapter, or those of them that `keys` names."""
+    """Return the names of a block's layers that can have an adapter, or those of them that `keys` names.
+
+    A key is a layer's name, or the end of the names of one or several, as in PEFT's `target_modules`.
+    """
     known: set[str] = set()
     for block in model.layers:
         for name, module in block.named_modules():
@@ -202,12 +247,15 @@ def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:
                 known.add(name)
     if keys is None:
         return sorted(known)
+    chosen: set[str] = set()
     for key in keys:
-        if key not in known:
+        matches = {key} & known or {name for name in known if name.endswith(f".{key}")}
+        if not matches:
             raise ModelError(
                 f"lora.keys: no block has '{key}'; it has {', '.join(sorted(known))}.{did_you_mean(key, known)}"
             )
-    return sorted(keys)
+        chosen |= matches
+    return sorted(chosen)
 
 
 def _adaptable(module: nn.Module) -> bool:

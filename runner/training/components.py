@@ -61,7 +61,7 @@ def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, st
     adapted = AdaptedModel(base, config.lora, config.seed, model_path=spec.stored["model"]["path"])
     try:
         _describe(config, data, adapted, display)
-        backend = select_backend(adapted, config)
+        backend = select_backend(adapted, config, _longest_row(data))
         if backend.fallback_reason:
             display.line(backend.fallback_reason)
         caches = loader.hidden_caches(backend, base, config, display.line)
@@ -117,6 +117,11 @@ def _require_splits(config: Config, data: TokenizedDataset) -> None:
         raise ConfigError(f"data.metric_rows={config.data.metric_rows}: the data has no {split} rows to answer.")
 
 
+def _longest_row(data: TokenizedDataset) -> int | None:
+    """Return the tokens of the longest row of any split; None without rows."""
+    return max((int(split.lengths.max()) for split in (data.train, data.valid, data.test) if len(split)), default=None)
+
+
 def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, display: Display) -> None:
     trainable, total = trainable_share(adapted)
     blocks = f"the last {adapted.num_layers} of {len(adapted.model.layers)} blocks"
@@ -169,5 +174,6 @@ def _describe_hidden_cache(
         display.line(f"cache  hidden states of the first {count} blocks are computed once per row{location}")
     elif frozen and config.train.hidden_cache.enabled:
         display.line(
-            f"cache  the first {frozen} blocks of this model cannot be computed separately: they run in each step"
+            f"cache  the first {frozen} blocks run in each step, since they cannot be computed separately: "
+            f"{backend.split_model.parts.reason}"
         )

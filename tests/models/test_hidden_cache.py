@@ -23,6 +23,7 @@ from runner.models.hidden_store import Budget, HiddenStateStore
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
 from runner.models.split_model import SplitModel
+from runner.models.split_probe import split
 from runner.training.component_loader import ComponentLoader
 from runner.training.dataloader import BatchBuilder, EvaluationLoader, join_batches
 
@@ -165,33 +166,86 @@ def test_the_split_forward_pass_equals_the_whole_bitwise() -> None:
     base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
     ids = mx.array([[1, 70, 71, 72, 3, 100, 259, 2] * 8])
     for cut in range(1, len(base.model.layers)):
-        split_model = SplitModel(base.model, cut)
+        split_model = split(base.model, cut)
         assert split_model.frozen_blocks == cut
-        assert mx.array_equal(split_model.logits(ids), split_model.logits(split_model.run_frozen_blocks(ids)))
+        assert mx.array_equal(split_model.logits(ids), split_model.logits(ids, split_model.run_frozen_blocks(ids)))
 
 
-def test_a_model_that_treats_its_blocks_by_position_has_no_cut() -> None:
-    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+def replace_forward(base, forward: Callable) -> None:
     trunk = base.model.model
-    own = type(trunk)
+    trunk.__class__ = type("Other", (type(trunk),), {"__call__": forward})
 
-    class ByPosition(own):  # type: ignore[misc, valid-type]
-        def __call__(self, inputs, cache=None, input_embeddings=None):
-            h = self.embed_tokens(inputs)
-            for number, block in enumerate(self.layers):
-                h = block(h, "causal", None) * (1.0 + number)
-            return self.norm(h)
 
-    trunk.__class__ = ByPosition
-    made = SplitModel(base.model, 1)
+def test_a_model_that_treats_its_blocks_by_position_is_cut_right() -> None:
+    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+
+    def forward(self, inputs, cache=None, input_embeddings=None):
+        h = self.embed_tokens(inputs)
+        for number, block in enumerate(self.layers):
+            h = block(h, "causal", None) * (1.0 + number)
+        return self.norm(h)
+
+    replace_forward(base, forward)
+    made, ids = split(base.model, 2), mx.array([[1, 70, 71, 72]])
+    assert made.has_separate_head and made.frozen_blocks == 2
+    assert mx.array_equal(made.logits(ids), made.logits(ids, made.run_frozen_blocks(ids))).item()
+
+
+def test_blocks_whose_other_outputs_are_read_above_the_cut_are_not_cached() -> None:
+    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+
+    def forward(self, inputs, cache=None, input_embeddings=None):
+        outputs = [self.embed_tokens(inputs)]
+        for block in self.layers:
+            outputs.append(block(outputs[-1], "causal", None))
+        return self.norm(outputs[-1] + 1e-3 * outputs[1])
+
+    replace_forward(base, forward)
+    assert split(base.model, 1).frozen_blocks == 1
+    made = split(base.model, 2)
     assert made.has_separate_head and made.frozen_blocks == 0
+    assert made.parts.reason == "the blocks above them read more than their output"
+
+
+def test_values_that_blocks_keep_on_their_objects_are_not_taken_for_the_row_s_own() -> None:
+    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+    blocks = base.model.layers
+    cls = type(blocks[0])
+
+    class Sharing(cls):  # type: ignore[misc, valid-type]
+        def __call__(self, x, mask=None, cache=None):
+            if self is not blocks[0]:
+                return cls.__call__(self, x, mask, cache) + 0.1 * blocks[0].shared["x"][:, -1:]
+            object.__setattr__(self, "shared", {"x": x})
+            return cls.__call__(self, x, mask, cache)
+
+    for block in blocks:
+        block.__class__ = Sharing
+    made = split(base.model, 2)
+    assert made.has_separate_head and made.frozen_blocks == 0
+
+
+def test_a_window_shorter_than_the_row_is_part_of_the_probe() -> None:
+    """A state that depends on how far a row is padded differs between the cache and the batch."""
+    base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
+
+    def forward(self, inputs, cache=None, input_embeddings=None):
+        h = self.embed_tokens(inputs) * (2.0 if inputs.shape[1] > 100 else 1.0)
+        for block in self.layers:
+            h = block(h, "causal", None)
+        return self.norm(h)
+
+    replace_forward(base, forward)
+    assert split(base.model, 2, 90).frozen_blocks == 2
+    made = split(base.model, 2, 120)
+    assert made.frozen_blocks == 0 and "padding" in made.parts.reason
 
 
 def mlx_backend() -> MlxBackend:
     """MLX on the tiny model, cut above its first block."""
     base = load_base_model(schema.ModelConfig(path="builtin:tiny"))
     adapted = AdaptedModel(base, schema.LoraConfig(num_layers=len(base.model.layers) - 1), seed=0)
-    return MlxBackend(adapted, SplitModel(adapted.model, 1), chunk=256)
+    return MlxBackend(adapted, split(adapted.model, 1), chunk=256)
 
 
 def caches(backend: MlxBackend, cache_key_parts: dict | None = None, **config) -> HiddenStateCaches:
@@ -225,8 +279,8 @@ def test_hidden_states_depend_on_the_row_alone(rows, tmp_path: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
     fed, plain = BatchBuilder(rows, 16, trunk)(chosen), BatchBuilder(rows, 16)(chosen)
     own, ours = (
-        split_model.logits(inputs).reshape(-1, 320)[mx.array(plain.batch.positions)]
-        for inputs in (mx.array(plain.batch.inputs), mx.array(fed.hidden))
+        split_model.logits(mx.array(plain.batch.inputs), states).reshape(-1, 320)[mx.array(plain.batch.positions)]
+        for states in (None, mx.array(fed.hidden))
     )
     assert mx.abs(own - ours).max().item() < 1e-4 < mx.abs(own).max().item()
 

@@ -16,7 +16,7 @@ from runner.data.token_set import TokenSet
 from runner.models.dropout import dropout_key
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
-from runner.models.split_model import SplitModel
+from runner.models.split_probe import split
 from runner.training import optimizer
 from runner.training.dataloader import BatchBuilder
 from runner.training.train_state import TrainState
@@ -43,7 +43,7 @@ def build_adapted(dropout: float = 0.0, bits: int | None = None) -> AdaptedModel
 
 
 def mlx(adapted: AdaptedModel, **options) -> MlxBackend:
-    return MlxBackend(adapted, SplitModel(adapted.model), chunk=256, **options)
+    return MlxBackend(adapted, split(adapted.model), chunk=256, **options)
 
 
 def loss_of(adapted: AdaptedModel, batch) -> float:
@@ -102,7 +102,7 @@ def test_a_model_that_cannot_be_split_gives_the_same_logits_whole():
     assert whole.loss(params, batch) == pytest.approx(backend.loss(params, batch), abs=1e-4)
 
 
-def test_a_model_with_capped_logits_is_not_split():
+def test_the_head_of_a_model_with_capped_logits_caps_them():
     adapted = build_adapted()
     base = type(adapted.model)
 
@@ -111,7 +111,12 @@ def test_a_model_with_capped_logits_is_not_split():
             return 0.1 * mx.tanh(base.__call__(self, *args) / 0.1)
 
     adapted.model.__class__ = Capped
-    assert not SplitModel(adapted.model).has_separate_head
+    capped = split(adapted.model)
+    assert capped.has_separate_head
+    ids = mx.array([[5, 6, 7, 250]])
+    logits = capped.head(capped.hidden(ids)[:, [3, 1]])
+    assert mx.abs(logits).max().item() < 0.1
+    assert mx.allclose(logits, adapted.model(ids)[:, [3, 1]], atol=1e-6).item()
 
 
 def test_accumulation_weights_micro_batches_by_their_tokens():

@@ -41,7 +41,9 @@ def agrees(engine: Engine, adapted: AdaptedModel, split_model: SplitModel) -> bo
     training, min_positions, chunk = model.training, engine.partitioner.min_positions, engine.head.chunk
     try:
         model.eval()
-        expected, expected_grads = loss.loss_and_grads(adapted.place, params, *map(mx.array, (inputs, *batch)))
+        expected, expected_grads = loss.loss_and_grads(
+            adapted.place, params, mx.array(inputs), None, *map(mx.array, batch)
+        )
         mx.eval(expected, expected_grads)
         engine.partitioner.min_positions, engine.head.chunk = 1, 2
         arrays = {name: as_numpy(array) for name, array in params.items()}

@@ -84,6 +84,7 @@ class MlxBackend:
         self,
         params: Params,
         inputs: mx.array,
+        states: mx.array | None,
         positions: mx.array,
         targets: mx.array,
         weights: mx.array,
@@ -91,14 +92,13 @@ class MlxBackend:
     ) -> tuple[mx.array, Params]:
         self._adapted.dropout.set_key(key)
         with gradient_checkpointing(self._adapted.model.layers, self._grad_checkpoint):
-            return self._loss.loss_and_grads(self._adapted.place, params, inputs, positions, targets, weights)
+            return self._loss.loss_and_grads(self._adapted.place, params, inputs, states, positions, targets, weights)
 
-    def _arrays(self, batch: BackendBatch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Return inputs (token ids or hidden states), positions, targets and weights."""
+    def _arrays(self, batch: BackendBatch) -> tuple[mx.array, mx.array | None, mx.array, mx.array, mx.array]:
+        """Return token ids, hidden states or None, positions, targets and weights."""
         b = batch.batch
-        hidden = None if batch.hidden is None else mx.array(batch.hidden).view(self.split_model.hidden_dtype)
-        inputs = mx.array(b.inputs) if hidden is None else hidden
-        return inputs, mx.array(b.positions), mx.array(b.targets), mx.array(b.weights)
+        states = None if batch.hidden is None else mx.array(batch.hidden).view(self.split_model.hidden_dtype)
+        return mx.array(b.inputs), states, mx.array(b.positions), mx.array(b.targets), mx.array(b.weights)
 
     def _set_training(self, on: bool) -> None:
         if self._adapted.model.training != on:

@@ -21,8 +21,9 @@ from runner.models.split_model import SplitModel
 class ChunkedLoss:
     """The sum over supervised tokens of -log p(target), float32.
 
-    Arguments of its methods: `inputs` as in `SplitModel.hidden`; `positions`, `targets`, `weights` (n,), where
-    positions are indices into the flattened (batch * length) and padding has weight 0.
+    Arguments of its methods: `inputs`, token ids (batch, length), and `states`, their hidden states after the frozen
+    blocks or None; `positions`, `targets`, `weights` (n,), where positions are indices into the flattened
+    (batch * length) and padding has weight 0.
     """
 
     split_model: SplitModel
@@ -31,12 +32,14 @@ class ChunkedLoss:
     all_positions: bool
     """Compute the head at every position, and pick the supervised ones from its logits."""
 
-    def __call__(self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    def __call__(
+        self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array
+    ) -> mx.array:
         """Return the loss without gradients."""
         if not self._chunked:
-            return self._in_one(inputs, positions, targets, weights)
+            return self._in_one(inputs, states, positions, targets, weights)
         total = mx.array(0.0)
-        hidden = self._selected(inputs, positions)
+        hidden = self._selected(inputs, states, positions)
         for start in range(0, len(targets), self.chunk):
             part = slice(start, start + self.chunk)
             h = mx.depends(hidden[part], [total]) if start else hidden[part]
@@ -48,6 +51,7 @@ class ChunkedLoss:
         place: Callable[[Params], None],
         params: Params,
         inputs: mx.array,
+        states: mx.array | None,
         positions: mx.array,
         targets: mx.array,
         weights: mx.array,
@@ -60,9 +64,9 @@ class ChunkedLoss:
         def surrogate(params: Params) -> tuple[mx.array, mx.array]:
             place(params)
             if not self._chunked:
-                loss = self._in_one(inputs, positions, targets, weights)
+                loss = self._in_one(inputs, states, positions, targets, weights)
                 return loss, loss
-            hidden = self._selected(inputs, positions)
+            hidden = self._selected(inputs, states, positions)
             loss, grad_hidden = self._chunks_with_grad(mx.stop_gradient(hidden), targets, weights)
             # A scalar whose gradient by the hidden states is `grad_hidden`: the backward pass begins with it.
             return (hidden.astype(mx.float32) * grad_hidden.astype(mx.float32)).sum(), mx.stop_gradient(loss)
@@ -74,12 +78,14 @@ class ChunkedLoss:
     def _chunked(self) -> bool:
         return self.split_model.has_separate_head and not self.all_positions
 
-    def _selected(self, inputs: mx.array, positions: mx.array) -> mx.array:
-        hidden = self.split_model.hidden(inputs)
+    def _selected(self, inputs: mx.array, states: mx.array | None, positions: mx.array) -> mx.array:
+        hidden = self.split_model.hidden(inputs, states)
         return hidden.reshape(-1, hidden.shape[-1])[positions]
 
-    def _in_one(self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        logits = self.split_model.logits(inputs)
+    def _in_one(
+        self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array
+    ) -> mx.array:
+        logits = self.split_model.logits(inputs, states)
         return cross_entropy(logits.reshape(-1, logits.shape[-1])[positions], targets, weights)
 
     def _chunks_with_grad(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:

@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
         arguments.print_note(note)
     rows = getattr(data, options.split)
     assert loaded.adapted is not None
-    backend = select_backend(loaded.adapted, config)
+    backend = select_backend(loaded.adapted, config, int(rows.lengths.max()) if len(rows) else None)
     caches = hidden_caches(backend, loaded.base, config, arguments.print_note)
     batches = evaluation_loader(rows, config, caches)
     tested = evaluate(backend, loaded.adapted.params(), batches)

@@ -23,7 +23,7 @@ from runner.config import schema
 from runner.data.token_set import TokenSet
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel
-from runner.models.split_model import SplitModel
+from runner.models.split_probe import split
 from runner.training.dataloader import BatchBuilder
 from runner.training.evaluate import evaluate
 
@@ -80,7 +80,7 @@ def batch(lengths, hidden=None, prompt=0):
 def mlx_loss_and_grads(adapted_model: AdaptedModel, backend_batch):
     """Loss and gradients by MLX's own differentiation."""
     adapted_model.model.eval()
-    value, grads = MlxBackend(adapted_model, SplitModel(adapted_model.model), chunk=256).loss_and_grads(
+    value, grads = MlxBackend(adapted_model, split(adapted_model.model), chunk=256).loss_and_grads(
         adapted_model.params(), backend_batch, mx.random.key(0)
     )
     mx.eval(value, grads)
@@ -276,7 +276,7 @@ def test_hidden_states_at_the_cut_give_bitwise_the_same_gradients_as_token_ids(o
 
 def test_validation_loss_equals_that_of_mlx(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
-    forward, batches = SplitModel(adapted_model.model), [batch([20, 40]), batch([9])]
+    forward, batches = split(adapted_model.model), [batch([20, 40]), batch([9])]
     expected = evaluate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, chunk=256, ops=ops)
     result = evaluate(CpuBackend(engine, forward), adapted_model.params(), batches)
@@ -286,7 +286,7 @@ def test_validation_loss_equals_that_of_mlx(ops) -> None:
 
 def test_validation_loss_of_more_rows_than_are_computed_at_once_equals_that_of_mlx(ops) -> None:
     adapted_model = adapted(MODELS["tied"]())
-    forward, batches = SplitModel(adapted_model.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
+    forward, batches = split(adapted_model.model), [batch([150, 40, 260, 90, 500, 3, 381, 4], prompt=30)]
     expected = evaluate(MlxBackend(adapted_model, forward, chunk=256), adapted_model.params(), batches)
     engine = Engine(adapted_model.model, threads=2, chunk=256, ops=ops)
     result = evaluate(CpuBackend(engine, forward), adapted_model.params(), batches)

@@ -13,7 +13,7 @@ from runner.backends.mlx.loss import ChunkedLoss, cross_entropy
 from runner.config import schema
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
-from runner.models.split_model import SplitModel
+from runner.models.split_probe import split
 
 N = 192
 
@@ -34,12 +34,12 @@ def batch():
     positions = mx.array(np.sort(numbers.choice(256, N, replace=False)).astype(np.int32))
     targets = mx.array(numbers.integers(3, 300, N).astype(np.int32))
     weights = mx.array((np.arange(N) < N - 20).astype(np.float32))
-    return ids, positions, targets, weights
+    return ids, None, positions, targets, weights
 
 
 def expected(base, factor):
     """The loss in one piece, as written in a textbook, by a factor on the hidden states before the head."""
-    ids, positions, targets, weights = batch()
+    ids, _, positions, targets, weights = batch()
 
     def loss(f):
         hidden = (base.model.model(ids) * f).reshape(256, -1)[positions]
@@ -50,7 +50,7 @@ def expected(base, factor):
 
 
 def chunked_loss(base, path: str, chunk: int) -> ChunkedLoss:
-    split_model = SplitModel(base.model)
+    split_model = split(base.model)
     split_model.has_separate_head = path != "unsplit model"
     return ChunkedLoss(split_model=split_model, chunk=chunk, all_positions=path == "all positions")
 
@@ -108,13 +108,13 @@ def peak_memory(loss: ChunkedLoss, adapted: AdaptedModel, *, compiled: bool = Fa
     numbers = np.random.default_rng(0)
     ids = mx.array(numbers.integers(3, 300, (8, 256)).astype(np.int32))
     positions = mx.array(np.sort(numbers.choice(2048, 1024, replace=False)).astype(np.int32))
-    args = ids, positions, mx.array(numbers.integers(3, 300, 1024).astype(np.int32)), mx.ones(1024)
+    args = ids, None, positions, mx.array(numbers.integers(3, 300, 1024).astype(np.int32)), mx.ones(1024)
     params = adapted.params()
 
     def step(params, *args):
         return loss.loss_and_grads(adapted.place, params, *args)
 
-    mx.eval(params, args)
+    mx.eval(params, args[0], args[2:])
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval((mx.compile(step) if compiled else step)(params, *args))
@@ -143,11 +143,11 @@ def test_logits_of_all_chunks_never_exist_at_once(compiled, share):
     vocabulary, count, hidden_size = 20_000, 1024, 16
     weight, key = mx.random.normal((vocabulary, hidden_size), key=mx.random.key(0)), mx.random.key(1)
     split_model = SimpleNamespace(
-        has_separate_head=True, hidden=lambda x: x * split_model.factor, head=lambda h: h @ weight.T
+        has_separate_head=True, hidden=lambda x, states: x * split_model.factor, head=lambda h: h @ weight.T
     )
     loss = ChunkedLoss(split_model=split_model, chunk=64, all_positions=False)
     inputs = mx.random.normal((count, hidden_size), key=key)[None]
-    args = mx.arange(count), mx.arange(count), mx.ones(count)
+    args = None, mx.arange(count), mx.arange(count), mx.ones(count)
 
     def step(factor, inputs):
         return loss.loss_and_grads(
@@ -155,7 +155,7 @@ def test_logits_of_all_chunks_never_exist_at_once(compiled, share):
         )
 
     call = mx.compile(step) if compiled else step
-    mx.eval(inputs, weight, args)
+    mx.eval(inputs, weight, args[1:])
     for factor in (1.0, 2.0):  # the second call of a compiled step does not trace
         before = mx.get_active_memory()
         mx.reset_peak_memory()

@@ -1,4 +1,4 @@
-"""Load a written model folder as stock mlx-lm does, and compare it with the model in memory.
+"""Load a written model folder as stock mlx-lm does, and compare settings, weights, logits and tokens with those in memory.
 
 Weights are compared one array at a time, so the comparison needs memory for one more array, whatever the model's size.
 The forward pass of the loaded model is then computed with the arrays that are in memory already.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +35,11 @@ def verify_model_folder(base: BaseModel, folder: Path, target: Path) -> None:
 
     try:
         loaded, config = load_model(folder, lazy=True, trust_remote_code="model_file" in base.config)
-        difference = _weights_difference(base.model, loaded) or _logits_difference(base.model, loaded)
+        difference = (
+            _weights_difference(base.model, loaded)
+            or _logits_difference(base.model, loaded)
+            or _settings_difference(base.model, loaded)
+        )
         if difference is None:
             tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
             if tokenizer.encode(_SENTENCE) != base.tokenizer.encode(_SENTENCE):
@@ -49,6 +54,33 @@ def verify_model_folder(base: BaseModel, folder: Path, target: Path) -> None:
             f"(model_type '{base.config.get('model_type')}'): {difference.rstrip('.')}. An adapter folder of the same "
             "run (--to mlx) is used with the base model as it is."
         )
+
+
+def _settings_difference(expected: nn.Module, loaded: nn.Module) -> str | None:
+    """Return which setting of a module differs, such as the base of a rotary embedding or a window, or None.
+
+    Some have no effect on as few tokens as the logits are compared for.
+    """
+    modules = dict(loaded.named_modules())
+    for name, module in expected.named_modules():
+        settings, others = _settings(module), _settings(modules.get(name, module))
+        for key in settings.keys() & others.keys():  # layers that were merged may lack what their constructors set
+            if settings[key] != others[key]:
+                return f"{key} of {name or 'the model'} is {others[key]} instead of {settings[key]}"
+    return None
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the plain attributes of a module, and its arrays that are no parameters, such as frequencies."""
+    settings: dict[str, Any] = {}
+    for key, value in [*vars(module).items(), *module.items()]:
+        if key in ("_no_grad", "_training"):
+            continue
+        if value is None or isinstance(value, (bool, int, float, str)):
+            settings[key] = value
+        elif isinstance(value, mx.array) and key.startswith("_"):
+            settings[key] = value.tolist()
+    return settings
 
 
 def _weights_difference(expected: nn.Module, loaded: nn.Module) -> str | None:

@@ -20,8 +20,10 @@ from mlx.utils import tree_flatten
 _SAMPLE_SIZE = 1024
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module, carried_over: Mapping[str, Any]) -> str:
     """Return the SHA-256 over every parameter's name, shape, dtype and up to 1,024 evenly spaced elements.
+
+    `carried_over` is hashed, too, if there is any: earlier versions loaded another model from the same weights.
 
     Sampling identifies a model of 8B parameters in well under a second. Another fine-tune of the same architecture
     differs in nearly all elements, hence in the sample.
@@ -33,7 +35,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         if mx.issubdtype(sample.dtype, mx.floating):
             sample = sample.astype(mx.float32)
         samples[_label(name, array)] = sample
-    return _digest(samples)
+    return _digest(samples, prefix=json.dumps(carried_over, sort_keys=True, default=str) if carried_over else "")
 
 
 def content_hash(model: nn.Module, config: Mapping[str, Any], fingerprint: str, code_sha256: str = "") -> str:

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from runner.common.errors import ModelError, RunnerError, did_you_mean
 from runner.config import schema
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
-from runner.models import fetch, hub, quantization
+from runner.models import fetch, hub, quantization, transformers5_config
 from runner.models.device import on_cpu
 from runner.models.identity import content_hash, weights_fingerprint
 from runner.models.preflight import check_model_folder
@@ -44,8 +44,10 @@ class BaseModel:
     """Identity of everything that determines the output, used as a cache key: see `identity.content_hash`."""
     folder: Path | None = None
     """The folder that the model was read from; None for a GGUF file and a generated model."""
-    dequantized: bool = False
-    """Whether the weights were quantized in their files."""
+    differs_from_earlier_versions: list[str] = field(default_factory=list)
+    """A sentence for each reason why the model is not the one that earlier versions loaded from the same files."""
+    carried_over: dict[str, Any] = field(default_factory=dict)
+    """Keys of `config` that stock mlx-lm does not find in the folder's config.json."""
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
 
@@ -88,7 +90,7 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
         )
     base.model.freeze()
     base.model.eval()
-    base.fingerprint = weights_fingerprint(base.model)
+    base.fingerprint = weights_fingerprint(base.model, base.carried_over)
     base.content_hash = content_hash(base.model, base.config, base.fingerprint, code_sha256)
     return base
 
@@ -105,7 +107,7 @@ def remove_quantization(base: BaseModel, dtype: mx.Dtype | None = None) -> None:
             "own and cannot be dequantized. Keep it: model.dequantize=never."
         )
     quantization.remove_from_config(base.config)
-    base.dequantized = True
+    base.differs_from_earlier_versions.append(ROUNDED_BY_EARLIER_VERSIONS)
 
 
 def _read(config: schema.ModelConfig, dequantize: bool, dtype: mx.Dtype | None) -> tuple[BaseModel, str]:
@@ -135,11 +137,14 @@ def _read_gguf(file: Path, config: schema.ModelConfig, dequantize: bool, dtype: 
 
 
 def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, str]:
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import load_config, load_model, load_tokenizer
 
     check_model_folder(folder)
     # Lazily: each layer is read when it is converted, and what it was converted from is freed.
-    model, model_config = load_model(folder, lazy=True, trust_remote_code=config.trust_remote_code)
+    carried = transformers5_config.carried_over(load_config(folder), config.path)
+    model, model_config = load_model(
+        folder, lazy=True, model_config=carried, trust_remote_code=config.trust_remote_code
+    )
     quantization.refuse_quantized_activations(model_config, config.path)
     eos_token_ids = model_config.get("eos_token_id")
 
@@ -158,7 +163,11 @@ def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, s
     tokenizer = LazyTokenizer(read_tokenizer, None if config.trust_remote_code else folder)
     code_file = model_config.get("model_file")  # mlx-lm has run it to build the architecture
     code_sha256 = hashlib.sha256((folder / code_file).read_bytes()).hexdigest() if code_file else ""
-    return BaseModel(model, tokenizer, model_config, config.path, folder=folder), code_sha256
+    base = BaseModel(model, tokenizer, model_config, config.path, folder=folder, carried_over=carried)
+    if carried:
+        base.notes.append(transformers5_config.carried_over_note(config.path))
+        base.differs_from_earlier_versions.append(transformers5_config.OLD_RUNS_MISREAD)
+    return base, code_sha256
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -17,7 +17,6 @@ from runner.common.filesystem import FileSystem
 from runner.common.text import shorten
 from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
-from runner.models.load import ROUNDED_BY_EARLIER_VERSIONS
 from runner.runs.run_spec import RunSpec
 from runner.training import legacy_window, state_files
 from runner.training.component_loader import ComponentLoader
@@ -122,8 +121,8 @@ def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoad
         if name in current and saved.get(name) != current[name]
     ]
     if lines:
-        if base.dequantized and saved.get("model") != base.fingerprint:
-            lines.append(ROUNDED_BY_EARLIER_VERSIONS)
+        if saved.get("model") != base.fingerprint:
+            lines += base.differs_from_earlier_versions
         command = warm_start_command(spec.source.run, point.checkpoint.path)
         lines.append(f"To start a new run on them from these weights: {command}")
         raise ConfigError(f"{point.checkpoint.path} cannot be resumed:\n" + "\n".join(lines))

@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
     else:
         print(
             f"Stock mlx-lm cannot load {settings.config.model.path} by its name, nor a base that was quantized while "
-            "loading: --with-base writes it as a folder."
+            "loading, nor all that transformers 5 saves: --with-base writes it as a folder."
         )
     return 0
 
@@ -149,7 +149,11 @@ def _set_template(base: BaseModel, config: Config) -> None:
 
 def _name_for_mlx_lm(config: Config) -> str | None:
     """Return the name by which stock mlx-lm loads the same base model, or None if there is none."""
+    from runner.models.transformers5_config import misread_by_stock
+
     path = config.model.path
+    if Path(path).is_dir() and misread_by_stock(Path(path)):
+        return None
     unknown = path.startswith("builtin:") or path.endswith(".gguf") or config.model.quantize.bits is not None
     return None if unknown else path
 

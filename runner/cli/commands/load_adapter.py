@@ -14,7 +14,7 @@ from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.config import schema, serialize
 from runner.models.arrays import parse_arrays
 from runner.models.device import on_cpu
-from runner.models.load import ROUNDED_BY_EARLIER_VERSIONS, BaseModel, load_base_model
+from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, Params
 
 _BASE_FIELDS = ("model", "base_fingerprint")
@@ -131,7 +131,7 @@ def _different_base(source: AdapterSource, settings: StoredSettings, base: BaseM
         f"{settings.config.model.path} has other weights than the base model that {source.folder} was trained on "
         f"(fingerprint {fingerprint[:16]}). Name the right one with model.path=…; a run trained on a GPU keeps the "
         "model's own dtype: model.dtype=bfloat16 model.dequantize=never. --any-base uses this one."
-        + (f" {ROUNDED_BY_EARLIER_VERSIONS}" if base.dequantized else "")
+        + "".join(f" {sentence}" for sentence in base.differs_from_earlier_versions)
     )
 
 

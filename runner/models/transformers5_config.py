@@ -8,7 +8,6 @@ and compute with their defaults where these are absent, without an error.
 from __future__ import annotations
 
 import copy
-import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import fields

@@ -51,9 +51,13 @@ class GridSweeper(Sweeper):
 
 class _Launcher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
-        """Keep what Hydra passes to its plugins."""
+        """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
+        from runner.common.errors import ConfigError
+
         self.context, self.config = hydra_context, config
         self.invocation = task_function.invocation
+        if type(fail_fast := config.hydra.launcher.fail_fast) is not bool:
+            raise ConfigError(f"hydra.launcher.fail_fast={fail_fast} is invalid: must be true or false.")
 
 
 class SerialLauncher(_Launcher):

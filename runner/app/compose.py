@@ -21,6 +21,7 @@ from runner.config import schema, serialize
 from runner.config.groups import CONF_DIR
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
+from runner.runs import sweep_manifest
 from runner.runs.find import run_or_best_job
 from runner.runs.run_spec import ResumeSource, find_resume_source
 
@@ -77,7 +78,9 @@ def open_session(invocation: Invocation) -> Iterator[HydraSession]:
     primary = flags.config_path or str(CONF_DIR)
     path = hydra_internals.search_path(primary if "://" in primary else abspath(primary), flags.config_dir)
     typed = frozenset({*invocation.hydra_settings, *invocation.settings})
-    loader = hydra_internals.CheckedLoader(path, guard.check_file, partial(guard.check_config, typed=typed))
+    manifest = invocation.sweep and invocation.sweep / sweep_manifest.NAME
+    check_config = partial(guard.check_config, typed=typed, recorded_in=manifest)
+    loader = hydra_internals.CheckedLoader(path, guard.check_file, check_config)
     with hydra_internals.open_hydra(loader) as hydra:
         yield HydraSession(hydra, flags, source)
 

@@ -45,12 +45,13 @@ def check_file(file: Path) -> None:
         raise ConfigError(f"{file} cannot be read: {error}.") from None
 
 
-def check_config(composed: DictConfig, typed: Collection[str]) -> None:
+def check_config(composed: DictConfig, typed: Collection[str], recorded_in: Path | None = None) -> None:
     """Refuse a composed config in which a file would run code, or write outside the directories that were typed.
 
     Args:
         composed: the config with Hydra's node.
         typed: names of the settings that were typed on the command line.
+        recorded_in: the manifest of the sweep whose arguments are composed again, if one is resumed.
 
     Raises:
         ConfigError: names the setting and what to do.
@@ -60,12 +61,20 @@ def check_config(composed: DictConfig, typed: Collection[str]) -> None:
     hydra = settings.pop("hydra")
     # A typed group such as hydra/job_logging counts for its settings, unless --config-dir may have replaced its file.
     has_config_dir = any(source["provider"] == "command-line" for source in hydra["runtime"]["config_sources"])
+    subfolder = hydra.get("output_subdir")
+    if subfolder is not None and not _SUBFOLDER.fullmatch(subfolder):
+        raise ConfigError(
+            f"hydra.output_subdir={shorten(subfolder)} is invalid: must be the name of a folder in the directory of the "
+            "run, such as .hydra, or null."
+        )
     typed_prefixes = {name if has_config_dir else name.replace("/", ".") for name in typed}
     for name in _risky_settings(hydra):
         if not any(_is_within(name, prefix) or _is_within(prefix, name) for prefix in typed_prefixes):
+            source = "a file" if recorded_in is None else str(recorded_in)
+            again = "instead" if recorded_in is None else "again"
             raise ConfigError(
-                f"{shorten(name)} comes from a file, not from the command line, and could run code or write anywhere. "
-                "If you wrote that file yourself, type the setting instead."
+                f"{shorten(name)} comes from {source}, not from the command line, and could run code or write "
+                f"anywhere. If you wrote that file yourself, type the setting {again}."
             )
     check_references([settings, hydra["run"], hydra["sweep"], hydra["job"]])
     if settings.get("model", {}).get("trust_remote_code") is True and not {"model", TRUST} & set(typed):
@@ -112,9 +121,6 @@ def _risky_settings(hydra: Mapping[str, Any]) -> Iterator[str]:
             yield f"hydra.{logging}"
     if hydra["job"].get("env_set"):
         yield "hydra.job.env_set"
-    subfolder = hydra.get("output_subdir")
-    if subfolder is not None and not _SUBFOLDER.fullmatch(subfolder):
-        yield "hydra.output_subdir"
 
 
 def _registered_plugin(plugin: str, hydra: Mapping[str, Any]) -> dict[str, Any]:

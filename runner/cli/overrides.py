@@ -140,7 +140,7 @@ def _set_on_invocation(invocation: Invocation, key: str, value: str) -> None:
             raise ConfigError(f"train.stop_at={value} is invalid: must be a whole number, 1 or more.")
         invocation.stop_at = int(value)
     else:
-        setattr(invocation, key, Path.cwd() / os.path.expanduser(unquote(value)))
+        setattr(invocation, key, Path(os.path.abspath(os.path.expanduser(unquote(value)))))
 
 
 def _known_names() -> list[str]:

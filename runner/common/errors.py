@@ -72,7 +72,7 @@ class StorageError(RunnerError):
     exit_code = EXIT_STORAGE
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of `known`, or the empty string where none is close.
 
     Only the first thousand candidates and short names are compared: the time grows with the square of the length.
@@ -80,5 +80,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if len(name) > _MAX_NAME_LENGTH:
         return ""
     candidates = [candidate for candidate in islice(known, _MAX_CANDIDATES) if len(candidate) <= _MAX_NAME_LENGTH]
-    closest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    closest = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
     return f" Did you mean '{shorten(closest[0])}'?" if closest else ""

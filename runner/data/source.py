@@ -183,6 +183,9 @@ def _find_builtin(name: str) -> Path:
 def _suggest_folder(folder: Path) -> str:
     """Return a "did you mean" for a missing folder, from the folders beside it."""
     try:
-        return did_you_mean(folder.name, [entry.name for entry in folder.parent.iterdir() if entry.is_dir()])
+        names = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+        return did_you_mean(
+            folder.name, names, cutoff=0.7
+        )  # names of folders have less in common than those of settings
     except OSError:
         return ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runner.reports import settings_text
 from runner.reports.screen import Screen
-from runner.reports.tables import Column, TableRow
+from runner.reports.tables import Column, TableRow, table_width
 from runner.runs.inspect import RunInfo, differing_settings
 from runner.runs.objective import Objective
 
@@ -43,8 +44,13 @@ class SeedGroup:
         return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
 
 
-def seed_groups(runs: Sequence[RunInfo], objective: Objective) -> list[SeedGroup]:
-    """Return the runs grouped by everything but the seed, the best mean first; none where no seed differs."""
+def seed_groups(
+    runs: Sequence[RunInfo], objective: Objective, varied: Mapping[Path, Mapping[str, Any]] | None = None
+) -> list[SeedGroup]:
+    """Return the runs grouped by everything but the seed, the best mean first; none where no seed differs.
+
+    `varied` are the settings to show of each run, by its path; by default all that differ.
+    """
     names = differing_settings(runs)
     if _SEED not in names:
         return []
@@ -58,7 +64,8 @@ def seed_groups(runs: Sequence[RunInfo], objective: Objective) -> list[SeedGroup
     found = []
     for group in groups.values():
         values = [value for run in group if (value := objective.value(run)) is not None]
-        found.append(SeedGroup({name: group[0].settings.get(name) for name in names}, group, values))
+        settings = {name: group[0].settings.get(name) for name in names} if varied is None else varied[group[0].path]
+        found.append(SeedGroup({name: value for name, value in settings.items() if name != _SEED}, group, values))
     sign = -1.0 if objective.maximize else 1.0
     return sorted(found, key=lambda group: (not group.values, sign * group.mean if group.values else 0.0))
 
@@ -68,9 +75,12 @@ def print_seed_groups(groups: Sequence[SeedGroup], metric: str, screen: Screen) 
     names = list(groups[0].settings)
     columns = [*[Column(name, right=True) for name in names], Column("seeds", right=True), Column(metric, right=True)]
     texts = [settings_text.texts_of(name, [group.settings[name] for group in groups]) for name in names]
-    rows = [
-        TableRow([*[column[i] for column in texts], f"{len(group.values)} of {len(group.runs)}", group.text()])
-        for i, group in enumerate(groups)
-    ]
+    results = [[f"{len(group.values)} of {len(group.runs)}", group.text()] for group in groups]
+    cells = [[*[column[i] for column in texts], *result] for i, result in enumerate(results)]
+    if screen.width is not None and table_width(columns, cells) > screen.width:
+        columns = [*columns[-2:], Column("settings that differ", cut=True)]
+        labels = settings_text.pairs([group.runs[:1] for group in groups], names)
+        cells = [[*result, label] for result, label in zip(results, labels, strict=True)]
+    rows = [TableRow(row) for row in cells]
     screen.heading("over seeds, mean ± standard deviation")
     screen.table(columns, rows)

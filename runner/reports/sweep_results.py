@@ -6,13 +6,15 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 from runner.common.atomic_io import write_atomically
 from runner.common.text import shell_path
-from runner.reports import svg
+from runner.reports import settings_text, svg
 from runner.reports.cells import STATE_STYLES, run_notes
+from runner.reports.job_settings import varied_settings
 from runner.reports.next_commands import after_sweep, command_lines
 from runner.reports.screen import Screen
 from runner.reports.seed_groups import print_seed_groups, seed_groups
@@ -34,8 +36,8 @@ class JobResult:
     job: SweepJob
     run: RunInfo
     objective: float | None
-    varied: dict[str, str]
-    """Its overrides that not all jobs of the sweep share."""
+    varied: dict[str, Any]
+    """Its values of the settings that the sweep varies."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_sweep_results(manifest: SweepManifest, errors: Mapping[int, str]) -> Sw
             run.state, run.reason = "failed", error
         run.reason = run.reason or error
     objective = objective_of(list(runs.values()))
-    varied = _varied_overrides(jobs)
+    varied = varied_settings(jobs, runs)
     results = {
         run.path: JobResult(job, run, objective.value(run), varied[job.number])
         for job, run in zip(jobs, runs.values(), strict=True)
@@ -95,7 +97,7 @@ def results_csv(results: SweepResults) -> str:
         run = result.run
         cells: list[Any] = [result.job.number, run.state, result.objective, run.best_loss, run.best_step, run.step]
         cells += [run.iters, run.status.get("seconds"), run.reason, result.job.folder]
-        writer.writerow(["" if c is None else c for c in cells] + [result.varied.get(name, "") for name in names])
+        writer.writerow(["" if c is None else c for c in cells] + [_text(result.varied[name]) for name in names])
     return out.getvalue()
 
 
@@ -103,7 +105,7 @@ def results_svg(results: SweepResults) -> str:
     """Return the validation curves of the best jobs as an SVG image."""
     curves = []
     for result in results.jobs[:_MAX_CURVES]:
-        settings = " ".join(f"{name.split('.')[-1]}={value}" for name, value in result.varied.items())
+        settings = " ".join(f"{name.split('.')[-1]}={_text(value)}" for name, value in result.varied.items())
         curves.append((f"{result.job.number}: {settings}"[:_MAX_CURVE_NAME], result.run.losses("valid")))
     suffix = f", the best {_MAX_CURVES}" if len(results.jobs) > _MAX_CURVES else ""
     return svg.plot(f"{results.folder.name}: validation loss{suffix}", curves)
@@ -115,10 +117,13 @@ def print_sweep_results(results: SweepResults, screen: Screen) -> None:
     columns = [Column("job", right=True), *[Column(name) for name in names], Column("state")]
     columns += [Column(results.objective.metric, right=True), Column("at step", right=True)]
     screen.line("")
-    screen.table(columns, [_table_row(result, names) for result in results.jobs[:_MAX_TABLE_ROWS]])
+    texts = [settings_text.texts_of(name, [result.varied[name] for result in results.jobs]) for name in names]
+    rows = zip(results.jobs, zip(*texts, strict=True) if texts else repeat(()), strict=False)
+    screen.table(columns, [_table_row(result, list(values)) for result, values in islice(rows, _MAX_TABLE_ROWS)])
     if len(results.jobs) > _MAX_TABLE_ROWS:
         screen.line(f"… and {len(results.jobs) - _MAX_TABLE_ROWS} more in results.csv")
-    if groups := seed_groups([result.run for result in results.jobs], results.objective):
+    varied = {result.run.path: result.varied for result in results.jobs}
+    if groups := seed_groups([result.run for result in results.jobs], results.objective, varied):
         print_seed_groups(groups, results.objective.metric, screen)
     screen.line("")
     screen.line(f"sweep       {shell_path(results.folder)}")
@@ -129,24 +134,17 @@ def print_sweep_results(results: SweepResults, screen: Screen) -> None:
         screen.line(line)
 
 
-def _table_row(result: JobResult, names: Sequence[str]) -> TableRow:
+def _table_row(result: JobResult, values: Sequence[str]) -> TableRow:
     run = result.run
-    cells = [str(result.job.number), *[result.varied.get(name, "") for name in names], run.state]
+    cells = [str(result.job.number), *values, run.state]
     cells.append("" if result.objective is None else f"{result.objective:.4f}")
     cells.append("" if run.best_step is None else str(run.best_step))
-    return TableRow(cells, {len(names) + 1: STATE_STYLES.get(run.state, "")}, run_notes(run))
+    return TableRow(cells, {len(values) + 1: STATE_STYLES.get(run.state, "")}, run_notes(run))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else settings_text.value_text(value)
 
 
 def _read_job(folder: Path) -> RunInfo:
     return read_run(folder) if (folder / "config.yaml").exists() else RunInfo(path=folder, state="not started")
-
-
-def _varied_overrides(jobs: Sequence[SweepJob]) -> dict[int, dict[str, str]]:
-    """Return the overrides of each job that not all jobs share, by the job's number."""
-    overrides = {job.number: dict(o.lstrip("+").split("=", 1) for o in job.overrides) for job in jobs}
-    names = {name for settings in overrides.values() for name in settings}
-    varied = {name for name in names if len({settings.get(name) for settings in overrides.values()}) > 1}
-    return {
-        number: {name: value for name, value in settings.items() if name in varied}
-        for number, settings in overrides.items()
-    }

@@ -48,10 +48,11 @@ class RunDirectory:
         self.result = path / layout.RESULT
         self._lock: int | None = None
 
-    def claim(self) -> None:
+    def claim(self, written: Collection[str] = ()) -> None:
         """Create the directory for a new run and lock it: only one process can hold the lock.
 
-        A directory left by a start that was killed before it wrote its config is taken over.
+        A directory left by a start that was killed before it wrote its config is taken over. It may hold the names
+        that a start has `written` into it.
 
         Raises:
             ConfigError: the directory belongs to a run, holds other files, or cannot be created.
@@ -62,7 +63,7 @@ class RunDirectory:
             for path in (self.path / layout.HYDRA, self.log, self.checkpoints):
                 if path.is_symlink():
                     raise ConfigError(f"{path} is a symbolic link, which a run does not follow: {_CHOOSE_ANOTHER}.")
-            expected = {layout.LOCK, layout.HYDRA, layout.LOG, self.checkpoints.name}
+            expected = {layout.LOCK, layout.HYDRA, layout.LOG, self.checkpoints.name, *written}
             if not self.config.exists() and unexpected_names(self.path, expected):
                 raise ConfigError(f"{self.path} is not empty and not a run: {_CHOOSE_ANOTHER}.")
             self.lock()

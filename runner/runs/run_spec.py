@@ -16,6 +16,7 @@ from runner.config.schema import Config
 from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
 from runner.runs.find import is_sweep_folder
+from runner.runs.sweep_manifest import read_manifest
 
 _MIN_SECRET_LENGTH = 4
 """A shorter value is no secret, and replacing it would change unrelated text."""
@@ -78,6 +79,11 @@ def find_resume_source(path: Path) -> ResumeSource:
     """
     path = Path(path)
     if not path.exists():
+        jobs = [job.folder for job in read_manifest(path.parent).jobs]
+        if path.name in jobs:
+            raise ConfigError(f"resume={path}: this job has not started; to start it: {resume_command(path.parent)}")
+        if jobs:
+            raise ConfigError(f"resume={path}: the sweep has no such job; it has {jobs[0]} to {jobs[-1]}.")
         raise ConfigError(f"resume={path}: there is no such directory.")
     if STEP_NAME.fullmatch(path.name):
         for parent in path.parents:

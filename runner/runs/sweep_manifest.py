@@ -45,7 +45,7 @@ _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w./@:-]*=.*", re.DOTALL)
 _FOLDER = re.compile(r"\w[\w.,=+@-]{0,119}")
 _NAME = re.compile(r"[\w./-]{1,100}")
 _CHOICE = re.compile(r"[^\x00-\x1f]{1,300}")
-_RESERVED_FOLDERS = {"logs"}
+_RESERVED_FOLDERS = {"logs", NAME, "results.csv", "curves.svg", "multirun.yaml"}
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,15 @@ class SweepManifest:
 def is_valid_folder(name: str) -> bool:
     """Return whether a job's folder may have this name: a plain name of at most 120 characters."""
     return _FOLDER.fullmatch(name) is not None and name not in _RESERVED_FOLDERS
+
+
+def unusable_reason(name: str) -> str:
+    """Return why a job's folder cannot have this name, which may be valid but taken."""
+    if is_valid_folder(name):
+        return "which another job has"
+    if name in _RESERVED_FOLDERS:
+        return "which the sweep needs itself"
+    return "which is no plain name of at most 120 letters, digits and . , = + @ - _"
 
 
 def read_manifest(folder: Path) -> SweepManifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
 from runner.config import serialize
 from runner.config.invocation import Invocation
 from runner.config.schema import Config
+from runner.reports.job_settings import job_labels
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 from runner.runs.sweep_manifest import SweepJob, read_manifest
@@ -40,13 +41,17 @@ class JobTask:
         """Run the job that Hydra set up in this process, and return its objective."""
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
-        job = read_manifest(self.sweep).job_in(folder.name)
+        manifest = read_manifest(self.sweep)
+        job = manifest.job_in(folder.name)
         if job is None:  # neither the sweeper nor the launcher is ours: nothing was recorded
             config = resolve_config(composed)
             config.experiment = config.experiment or hydra.runtime.choices.get("experiment")
             overrides = tuple(override for override in hydra.overrides.task if not override.startswith("stored="))
             job = SweepJob(hydra.job.num, folder.name, overrides, config_to_store(composed, config))
-        return train_job(job, folder, label=f"job {job.number}  {' '.join(job.overrides)}", invocation=self.invocation)
+        label = job_labels(manifest.jobs).get(job.number, " ".join(job.overrides))
+        return train_job(
+            job, folder, label=f"job {job.number}  {label}", invocation=self.invocation, written=[hydra.output_subdir]
+        )
 
 
 def train_job(
@@ -57,12 +62,13 @@ def train_job(
     invocation: Invocation,
     loader: ComponentLoader | None = None,
     record: Mapping[str, str] | None = None,
+    written: Sequence[str | None] = (),
 ) -> float | None:
     """Run `job` in `folder` and return its objective.
 
     A folder with a config.yaml resumes from its newest checkpoint, with its stored config and what was changed since,
     for all jobs or for this one. Any other is claimed, and gets the files of `record`, Hydra's record of a start: path
-    to text.
+    to text. It may hold the names that Hydra has `written` there already.
 
     Raises:
         RunnerError: the job failed or diverged; its status says why.
@@ -84,7 +90,7 @@ def train_job(
     config = resolve_to_start(composed, invocation.stop_at, needs_adapter=source is None)
     directory = RunDirectory(folder, config.checkpoint.dir)
     if source is None:
-        directory.claim()
+        directory.claim({*filter(None, written), *(name.partition("/")[0] for name in record or {})})
         for name, text in (record or {}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")

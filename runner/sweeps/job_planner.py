@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from runner.app.resolve import config_to_store, resolve_to_start
-from runner.common.errors import ConfigError
+from runner.common.errors import ConfigError, RunnerError
+from runner.common.text import shorten
 from runner.config import environment, schema, serialize
-from runner.runs.sweep_manifest import SweepJob, SweepManifest, is_valid_folder
+from runner.config.setting import PathKind, absolute_path
+from runner.data.source import HUB_ID, find_dataset, find_sources
+from runner.runs.sweep_manifest import SweepJob, SweepManifest, is_valid_folder, unusable_reason
 from runner.sweeps.hydra_node import set_folder, with_hydra_node
 from runner.sweeps.job_composer import ComposedJob, JobComposer
 
@@ -34,6 +38,8 @@ class JobPlanner:
         self._folder_template = OmegaConf.to_container(sweep_config.hydra.sweep, resolve=False)["subdir"]  # type: ignore
         self._configs = {config_key(job.config) for job in manifest.jobs if job.config is not None}
         self._folders = {job.folder for job in manifest.jobs}
+        self._existing_inputs: set[str] = set()
+        self._unusable_names: list[str] = []
         self._count = len(manifest.jobs)
 
     def plan(
@@ -58,6 +64,7 @@ class JobPlanner:
             composed = self._composer.compose(overrides)
             if (job := self._plan(overrides, composed, changes or {}, again=again)) is not None:
                 planned.append(job)
+        self._print_unusable_names()
         return planned
 
     def plan_changed(self, jobs: Iterable[tuple[SweepJob, Sequence[str], Sequence[str]]]) -> list[SweepJob]:
@@ -80,6 +87,7 @@ class JobPlanner:
             )
             if (new := self._plan([*kept, *typed], ComposedJob(config, choices, {}), {})) is not None:
                 planned.append(new)
+        self._print_unusable_names()
         return planned
 
     def changed_config(self, job: SweepJob, typed: Sequence[str]) -> dict[str, Any]:
@@ -102,12 +110,14 @@ class JobPlanner:
         self, overrides: Sequence[str], composed: ComposedJob, changes: Mapping[str, Any], *, again: bool = False
     ) -> SweepJob | None:
         number = self._count
-        folder = self._folder(overrides, composed, number)
+        folder, unusable = self._folder(overrides, composed, number)
         config = serialize.change_dict(self._resolve(overrides, composed, number, folder), changes)
         if (key := config_key(config)) in self._configs and not again:
             return None
         self._configs.add(key)
         self._folders.add(folder)
+        if unusable is not None:
+            self._unusable_names.append(f"job {number}: '{shorten(unusable)}', {unusable_reason(unusable)}")
         self._count += 1
         recorded = tuple(o for o in overrides if not o.lstrip("+").startswith(("stored=", "hydra.", "hydra/")))
         return SweepJob(number, folder, recorded, config, composed.choices, _references(composed.config))
@@ -120,21 +130,53 @@ class JobPlanner:
             if "${hydra:" in str(OmegaConf.to_container(composed.config, resolve=False)):
                 set_folder(self._with_hydra(overrides, composed, number), self._manifest.folder, folder)
             config = resolve_to_start(composed.config, self._stop_at, needs_adapter=needs_adapter)
-        except ConfigError as error:
-            raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
+            if needs_adapter or any(override.startswith(("data", "model")) for override in overrides):
+                self._require_inputs(config)
+        except RunnerError as error:
+            raise type(error)(f"job {' '.join(overrides)}: {error}") from error
         config.experiment = config.experiment or composed.choices.get("experiment")
         stored = config_to_store(composed.config, config)
         del stored["model"]["trust_remote_code"]  # is given for one invocation
         return stored
 
-    def _folder(self, overrides: Sequence[str], composed: ComposedJob, number: int) -> str:
-        """Return the name of the job's folder: hydra.sweep.subdir, or its number where that cannot name one."""
+    def _require_inputs(self, config: schema.Config) -> None:
+        """Refuse local data and models that do not exist; those on the hub are known when they are fetched.
+
+        Raises:
+            DataError, ConfigError: names what is missing.
+        """
+        key = repr((config.data, config.model))
+        if key in self._existing_inputs:
+            return
+        for source in find_sources(config.data):
+            if not HUB_ID.fullmatch(source.path):
+                find_dataset(source.path)
+        model = config.model.path
+        if (model.startswith(("/", ".", "~")) or model.endswith(".gguf")) and not os.path.exists(
+            absolute_path(model, PathKind.INPUT)
+        ):
+            raise ConfigError(f"model.path={model}: there is no such file or folder.")
+        self._existing_inputs.add(key)
+
+    def _print_unusable_names(self) -> None:
+        """Print in one line which jobs have their number as their folder instead of hydra.sweep.subdir."""
+        if names := self._unusable_names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            print(f"named by number, as hydra.sweep.subdir gives no usable folder: {names[0]}{more}")
+            self._unusable_names = []
+
+    def _folder(self, overrides: Sequence[str], composed: ComposedJob, number: int) -> tuple[str, str | None]:
+        """Return the name of the job's folder, and the one from hydra.sweep.subdir where that cannot be used.
+
+        It is hydra.sweep.subdir, or else the job's number.
+        """
         names = [str(number), f"job-{number}"]
         if self._folder_template != _NUMBERED:
             job_config = self._with_hydra(overrides, composed, number)
             HydraConfig.instance().set_config(job_config)  # for ${hydra:…}
             names.insert(0, str(OmegaConf.select(job_config, "hydra.sweep.subdir")))
-        return next(name for name in names if is_valid_folder(name) and name not in self._folders)
+        folder = next(name for name in names if is_valid_folder(name) and name not in self._folders)
+        return folder, names[0] if folder != names[0] and len(names) > 2 else None
 
     def _with_hydra(self, overrides: Sequence[str], composed: ComposedJob, number: int) -> DictConfig:
         return with_hydra_node(

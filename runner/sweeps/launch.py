@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +23,7 @@ from runner.runs.directory import RunDirectory, unexpected_names
 from runner.runs.sweep_manifest import SweepManifest
 from runner.sweeps import grid
 from runner.sweeps.job import JobTask
+from runner.sweeps.sweep import GRID_SWEEPER, refuse_failed, report
 
 _LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME}
 """What a start leaves that ended before it recorded a job."""
@@ -87,6 +89,7 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
             "so nothing depends on the working directory. Leave it out."
         )
     context = session.context(composed)
+    HydraConfig.instance().set_config(composed)  # for ${hydra:…} in the directory
     is_named = "hydra.sweep.dir" in invocation.hydra_settings
     with _claimed(Path(composed.hydra.sweep.dir).absolute(), is_named, invocation.sweep is not None) as folder:
         set_hydra(composed, "sweep.dir", str(folder))
@@ -94,7 +97,14 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
             hydra_context=context, task_function=JobTask(invocation, folder), config=composed
         )
         context.callbacks.on_multirun_start(config=composed, config_name=session.config_name)
-        sweeper.sweep(arguments=_task_overrides(composed))
+        results = None
+        try:
+            sweeper.sweep(arguments=_task_overrides(composed))
+        finally:
+            if composed.hydra.sweeper._target_ != GRID_SWEEPER and _has_jobs(folder):
+                results = report(sweep_manifest.read_manifest(folder), {})
+        if results is not None:
+            refuse_failed(results)
         context.callbacks.on_multirun_end(config=composed, config_name=session.config_name)
 
 

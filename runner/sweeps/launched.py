@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from runner.config.invocation import Invocation
 from runner.config.quoting import unquote
+from runner.reports.job_settings import job_labels
 from runner.runs import sweep_manifest
 from runner.sweeps import grid
 from runner.sweeps.hydra_node import set_folder, with_hydra_node
@@ -45,7 +46,8 @@ def launched_jobs(
         found = [manifest.job_in(name or "") for name in named]
         jobs = [job for job in found if job is not None]
         assert len(jobs) == len(named)
-    return [PlannedJob(job, has_begun(folder / job.folder)) for job in jobs]
+    labels = job_labels(manifest.jobs)
+    return [PlannedJob(job, has_begun(folder / job.folder), labels[job.number]) for job in jobs]
 
 
 def job_config_of(planned: PlannedJob, composed: DictConfig) -> DictConfig:

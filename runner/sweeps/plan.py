@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
 _DIVERGED = "diverged"
 """A job that diverged does so again with the same settings, so a resumed sweep does not run it again."""
+_INPUTS = ("data.", "model.")
+"""Sections of what a run reads."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class PlannedJob:
     job: SweepJob
     resumes: bool
     """Whether its run has begun, and resumes from its newest checkpoint."""
+    label: str = ""
+    """What tells it from the other jobs of the sweep."""
 
     def launch_overrides(self, sweep: Path, output_subdir: str | None) -> list[str]:
         """Return the overrides for a launcher of Hydra: those of the job, its folder, and what Hydra may write there.
@@ -40,7 +43,8 @@ class PlannedJob:
 def remaining_jobs(manifest: SweepManifest) -> list[PlannedJob]:
     """Return all jobs that are not done, in the order of their numbers.
 
-    A finished job is run again where settings were changed since, as `resume=` does with a single run.
+    A finished job is run again where settings were changed since, as `resume=` does with a single run; not for another
+    location of its data or model, which it does not need any more.
     """
     remaining = []
     for job in manifest.jobs:
@@ -56,15 +60,10 @@ def has_begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def job_labels(jobs: Sequence[SweepJob]) -> list[str]:
-    """Return the overrides of each job that not all jobs share, as one text."""
-    shared = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if len(jobs) > 1 else set()
-    return [" ".join(override for override in job.overrides if override not in shared) for job in jobs]
-
-
 def _is_done(directory: RunDirectory, job: SweepJob) -> bool:
     state = directory.read_status()["state"]
-    if state != "finished" or not job.later_changes:
+    changes = {name: value for name, value in job.later_changes.items() if not name.startswith(_INPUTS)}
+    if state != "finished" or not changes:
         return state in ("finished", _DIVERGED)
     stored = serialize.flatten_stored(directory.read_config())
-    return all(stored.get(name) == value for name, value in job.later_changes.items())
+    return all(stored.get(name) == value for name, value in changes.items())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runner.app.hydra_internals import job_error
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import first_line, relative_path
 from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
@@ -28,6 +29,9 @@ from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
 from runner.sweeps.params import expand
 from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs
+
+GRID_SWEEPER = "hydra_plugins.mlx_runner.plugins.GridSweeper"
+"""The sweeper that calls `run_sweep`."""
 
 
 class SweepFailed(RunnerError):
@@ -96,19 +100,28 @@ def launch_and_report(
             overrides = [job.launch_overrides(manifest.folder, output_subdir) for job in jobs]
             returns = list(launcher.launch(overrides, initial_job_idx=0))
     finally:
-        results = _report(manifest, jobs, returns)
+        # `returns` is shorter than `jobs` where a signal ended the launch.
+        failed = [(planned.job, done) for planned, done in zip(jobs, returns, strict=False) if job_error(done)]
+        results = report(manifest, {job.number: str(job_error(done)) for job, done in failed})
+    refuse_failed(results)
+    return returns
+
+
+def refuse_failed(results: SweepResults) -> None:
+    """Raise SweepFailed if a job failed or diverged."""
     if results.failed:
         raise SweepFailed(
-            f"{results.failed} of {len(manifest.jobs)} jobs failed or diverged; the table and results.csv say why. "
+            f"{results.failed} of {len(results.jobs)} jobs failed or diverged; the table and results.csv say why. "
             "resume= tries failed ones again; diverged ones need other settings."
         )
-    return returns
 
 
 def launcher_record(composed: DictConfig) -> dict[str, Any]:
     """Return what the manifest records of the launcher."""
     jobs = composed.hydra.launcher.get("jobs")
-    return {"name": str(composed.hydra.runtime.choices["hydra/launcher"]), "jobs": jobs if type(jobs) is int else None}
+    name = str(composed.hydra.runtime.choices["hydra/launcher"])
+    # Hydra's name of its default, which is ours here.
+    return {"name": "serial" if name == "basic" else name, "jobs": jobs if type(jobs) is int else None}
 
 
 def _complete_earlier_version(
@@ -170,16 +183,12 @@ def _plan_text(manifest: SweepManifest, jobs: Sequence[PlannedJob]) -> str:
     resumed = sum(job.resumes for job in jobs)
     counts = {"to start": len(jobs) - resumed, "to resume": resumed, "done": len(manifest.jobs) - len(jobs)}
     parts = [f"{count} {what}" for what, count in counts.items() if count]
-    return f"sweep  {relative_path(manifest.folder)}: {len(manifest.jobs)} jobs, {', '.join(parts)}"
+    total = "1 job" if len(manifest.jobs) == 1 else f"{len(manifest.jobs)} jobs"
+    return f"sweep  {relative_path(manifest.folder)}: {total}, {', '.join(parts)}"
 
 
-def _report(manifest: SweepManifest, jobs: Sequence[PlannedJob], returns: Sequence[JobReturn]) -> SweepResults:
-    """Write and print the results; `returns` is shorter than `jobs` where a signal ended the launch."""
-    errors = {
-        planned.job.number: str(done._return_value)
-        for planned, done in zip(jobs, returns, strict=False)
-        if done.status == JobStatus.FAILED
-    }
+def report(manifest: SweepManifest, errors: Mapping[int, str]) -> SweepResults:
+    """Write and print the results; `errors` are what jobs raised, by number."""
     results = read_sweep_results(manifest, errors)
     write_sweep_results(results)
     print_sweep_results(results, Screen())

@@ -77,6 +77,11 @@ def test_a_recipe_chooses_the_launcher_and_a_resume_may_choose_another(inline):
     [
         (["hydra/launcher=process", "hydra.launcher.jobs=0"], "must be 1 or more"),
         (["hydra.launcher.jobs=2"], "hydra.launcher.jobs needs hydra/launcher=process"),
+        (["hydra.launcher.fail_fast=maybe"], "hydra.launcher.fail_fast=maybe is invalid: must be true or false"),
+        (["hydra.output_subdir=../.."], "must be the name of a folder in the directory of the run"),
+        (["hydra.output_subdir=."], "must be the name of a folder in the directory of the run"),
+        (["data.path=/nope"], "There is no file or folder '/nope'. A data set"),
+        (["model.path=/nope"], "model.path=/nope: there is no such file or folder"),
         (["hydra.job.chdir=true"], "hydra.job.chdir=true is not supported"),
     ],
 )
@@ -117,7 +122,9 @@ def test_a_sweeper_of_another_package_works_with_our_launchers_and_its_jobs_are_
     write(inline.folder / "plugins/hydra_plugins/two_rounds.py", SWEEPER)
     env = {"PYTHONPATH": os.pathsep.join([str(inline.folder / "plugins"), inline.environment["PYTHONPATH"]])}
     arguments = ("-m", "hydra/sweeper=two_rounds", f"hydra/launcher={launcher}", *SMALL, "hydra.sweep.dir=s")
-    inline(*arguments, env=env)
+    out = inline(*arguments, env=env)
+    assert "resume=s lora.rank=" in out and (inline.folder / "s/curves.svg").is_file()
+    assert [row["lora.rank"] for _, row in sorted(inline.results(inline.folder / "s").items())] == ["2", "4", "8"]
     jobs = read_manifest(inline.folder / "s").jobs
     assert [(job.folder, job.config["lora"]["rank"]) for job in jobs] == [("0", 2), ("1", 4), ("2", 8)]
     (inline.folder / "s/2/config.yaml").unlink()
@@ -135,16 +142,23 @@ def test_folders_are_named_by_a_template_or_by_their_number_where_it_gives_no_na
     assert "1 to start, 2 done" in out and (inline.folder / "s/r8-2/adapters").is_dir()
     inline("-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=${hydra.job.override_dirname}", "hydra.sweep.dir=t")
     assert any("seed=1" in path.name for path in (inline.folder / "t").iterdir())
-    inline("-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=a/${seed}", "hydra.sweep.dir=u")
-    assert (inline.folder / "u/0/adapters").is_dir()
+    out = inline("-m", *SMALL, "seed=1,2", "hydra.sweep.subdir=a/${seed}", "hydra.sweep.dir=u-${hydra:job.name}")
+    assert (inline.folder / "u-runner/0/adapters").is_dir()
+    assert "job 0: 'a/1', which is no plain name" in out and "and 1 more" in out
+    out = inline("-m", *SMALL, "seed=1", "hydra.sweep.subdir=sweep.jsonl", "hydra.sweep.dir=v")
+    assert "job 0: 'sweep.jsonl', which the sweep needs itself" in out
     names = [run["run"] for run in json.loads(inline("show", "s", "--json"))["runs"]]
     assert set(names) == {"r2-0", "r4-1", "r8-2"}
 
 
-@pytest.mark.parametrize("launcher", ["serial", pytest.param("process", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "launcher", ["serial", *(pytest.param(name, marks=pytest.mark.long) for name in ("process", "joblib"))]
+)
 def test_the_record_of_hydra_is_written_where_and_if_it_is_asked_for(inline, launcher):
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     inline("-m", *SMALL, "seed=1,2", f"hydra/launcher={launcher}", "hydra.output_subdir=record", "hydra.sweep.dir=s")
-    assert yaml.safe_load((inline.folder / "s/1/record/overrides.yaml").read_text())[-1] == "seed=2"
+    assert "seed=2" in yaml.safe_load((inline.folder / "s/1/record/overrides.yaml").read_text())
     inline("-m", *SMALL, "seed=1,2", "hydra.output_subdir=null", "hydra.sweep.dir=t")
     assert not any(path.name in (".hydra", "record") for path in (inline.folder / "t/0").iterdir())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from runner.reports.job_settings import job_labels, varied_settings
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
-from runner.sweeps.plan import PlannedJob, job_labels, remaining_jobs
+from runner.sweeps.plan import PlannedJob, remaining_jobs
 
 
 def manifest_of(folder: Path, count: int) -> SweepManifest:
@@ -45,6 +46,13 @@ def test_a_finished_job_runs_again_where_a_setting_was_changed_for_all_jobs_and_
         assert [planned.job.number for planned in remaining_jobs(manifest)] == left
 
 
+def test_a_finished_job_does_not_run_again_for_another_location_of_its_data(tmp_path):
+    manifest = manifest_of(tmp_path, 1)
+    job_in_state(tmp_path, 0, "finished")
+    manifest.jobs = [job.with_changes({"data.path": "/elsewhere", "model.revision": "x"}) for job in manifest.jobs]
+    assert remaining_jobs(manifest) == []
+
+
 def test_a_launcher_gets_the_folder_of_the_job_and_no_record_is_written_again(tmp_path):
     job = SweepJob(3, "r 3", ("model=tiny",))
     begun, new = PlannedJob(job, True), PlannedJob(job, False)
@@ -58,6 +66,27 @@ def test_a_launcher_gets_the_folder_of_the_job_and_no_record_is_written_again(tm
 
 
 def test_a_label_holds_what_differs_between_jobs():
-    jobs = [SweepJob(n, str(n), ("model=tiny", f"seed={n}")) for n in range(2)]
-    assert job_labels(jobs) == ["seed=0", "seed=1"]
-    assert job_labels(jobs[:1]) == ["model=tiny seed=0"]
+    jobs = [SweepJob(n, str(n), ("model=tiny", f"seed={n}"), {"seed": n}) for n in range(2)]
+    assert job_labels(jobs) == {0: "seed=0", 1: "seed=1"}
+    assert job_labels(jobs[:1]) == {0: ""}
+
+
+def test_the_settings_that_vary_have_the_values_of_each_jobs_config_whatever_was_typed():
+    def config(path: str, rank: int, rate: float) -> dict:
+        lora = {"rank": rank, "alpha": 8.0}
+        return {"data": {"path": path}, "lora": lora, "optimizer": {"learning_rate": rate}, "vars": {"x": rank}}
+
+    jobs = [
+        SweepJob(0, "0", ("data.path='builtin\\:tiny'",), config("builtin:tiny", 8, 1e-4), {"optimizer": "adamw"}),
+        SweepJob(1, "1", ("data.path=/a b", "++vars.x=4"), config("/a b", 4, 1e-4), {"optimizer": "adamw"}),
+        SweepJob(2, "2", ("lora={rank: 4}", "optimizer=sgd"), config("/a b", 4, 1e-3), {"optimizer": "sgd"}),
+        SweepJob(3, "3", ("seed=1",)),  # of an earlier version
+    ]
+    assert list(varied_settings(jobs[:3]).values()) == [
+        {"data.path": "builtin:tiny", "vars.x": 8, "lora.rank": 8, "optimizer": "adamw"},
+        {"data.path": "/a b", "vars.x": 4, "lora.rank": 4, "optimizer": "adamw"},
+        {"data.path": "/a b", "vars.x": 4, "lora.rank": 4, "optimizer": "sgd"},
+    ]
+    assert varied_settings(jobs)[3]["seed"] == "1"
+    changed = [jobs[0], jobs[1].with_changes({"data.path": "builtin:tiny"})]
+    assert "data.path" not in varied_settings(changed)[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from runner.common.errors import ConfigError
 from runner.data.source import find_dataset
 from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import read_manifest
@@ -253,10 +254,46 @@ def test_what_cannot_be_added_is_refused_and_not_recorded(inline):
         ("checkpoint.keep_last=1,2", "may change on resume, so it applies to all jobs"),
         ("train.iters=4", "is before update 6"),
         ("lora.rank=0", "lora.rank=0 is invalid"),
+        ("data.path=/nope", "There is no file or folder '/nope'"),
         ("vars.x=1", "vars.x: no setting of all jobs is recorded to follow it"),
     ):
         assert message in inline("resume=s", typed, expect=2)
         assert (inline.folder / "s/sweep.jsonl").read_bytes() == before
+    assert "the sweep has no such job; it has 0 to 1" in inline("resume=s/9", expect=2)
+
+
+def test_a_new_location_of_the_data_leaves_finished_jobs_alone_and_jobs_added_later_have_it(inline):
+    inline("-m", *SMALL, "seed=1", "hydra.sweep.dir=s")
+    shutil.copytree(find_dataset("builtin:tiny"), inline.folder / "my")
+    row = (inline.folder / "my/train.jsonl").read_text().splitlines()[0]
+    (inline.folder / "my/train.jsonl").write_text(f"{row}\n" * 8)  # other rows, so that job 0 could not resume
+    assert "1 job, 1 done" in inline("resume=s", "data.path=my")
+    (inline.folder / "elsewhere").mkdir()
+    inline.folder = inline.folder / "elsewhere"
+    out = inline("resume=../s", "seed=2")
+    assert "job 1  seed=2" in out and "elsewhere/.." not in out
+    rows = inline.results(inline.folder.parent / "s")
+    assert [rows[number]["data.path"] for number in (0, 1)] == ["builtin:tiny", str(inline.folder.parent / "my")]
+
+
+def test_a_typed_callback_is_not_inherited_and_the_refusal_names_the_manifest(inline):
+    callback = "+hydra.callbacks.c._target_=hydra.experimental.callback.Callback"
+    inline("-m", *SMALL, "seed=1", callback, "hydra.sweep.dir=s")
+    out = inline("resume=s", expect=2)
+    assert f"hydra.callbacks.c comes from {inline.folder / 's/sweep.jsonl'}" in out and "type the setting again" in out
+    assert "1 job, 1 done" in inline("resume=s", callback)
+
+
+def test_a_damaged_manifest_is_explained_in_words(tmp_path):
+    head = '{"schema": 2, "lines": 2, "arguments": [], "launcher": {}}\n'
+    for line, reason in (
+        ("no JSON", "it is not JSON"),
+        ("[1]", "a value has the wrong type"),
+        ('{"job": 0, "folder": "0"}', "id is missing"),
+    ):
+        (tmp_path / "sweep.jsonl").write_text(f"{head}{line}\n")
+        with pytest.raises(ConfigError, match=f"sweep.jsonl, line 2 cannot be understood: {reason}"):
+            read_manifest(tmp_path)
 
 
 def test_train_iters_of_a_schedule_that_ends_there_is_refused_for_all_jobs(inline):

@@ -32,7 +32,7 @@ from runner.sweeps.job import JobTask
 from runner.sweeps.launched import job_config_of, launched_jobs
 from runner.sweeps.launchers.memory import jobs_that_fit
 from runner.sweeps.launchers.serial import loading_order
-from runner.sweeps.plan import PlannedJob, job_labels
+from runner.sweeps.plan import PlannedJob
 from runner.training.signals import StopSignals
 
 _POLL_SECONDS = 0.5
@@ -102,7 +102,6 @@ class ProcessLaunch:
         invocation: Invocation,
     ) -> None:
         self.jobs = jobs
-        self.labels = job_labels([planned.job for planned in jobs])
         self.returns = [JobReturn() for _ in jobs]
         self._context, self._composed, self._invocation = context, composed, invocation
         self._sweep = Path(composed.hydra.sweep.dir)
@@ -169,7 +168,7 @@ class ProcessLaunch:
             log = self._sweep / "logs" / f"{planned.job.folder}.log"
             idle.job = i
             record = {} if planned.resumes else record_files(result.cfg)
-            idle.send({"job": planned.job.number, "label": self.labels[i], "log": str(log), "record": record})
+            idle.send({"job": planned.job.number, "label": planned.label, "log": str(log), "record": record})
 
     def _start_worker(self) -> Worker:
         process = subprocess.Popen(
@@ -240,7 +239,7 @@ class ProcessLaunch:
         step = f"{status.get('step', 0)}/{status.get('iters', '?')}"
         losses = [(label, status.get(f"{label}_loss")) for label in ("train", "valid")]
         texts = [f"{label} {loss:.4f}" for label, loss in losses if isinstance(loss, float)]
-        return "  ".join([f"job {self.jobs[i].job.number:<3} {step:>11}", *texts, *outcome, self.labels[i]])
+        return "  ".join([f"job {self.jobs[i].job.number:<3} {step:>11}", *texts, *outcome, self.jobs[i].label])
 
 
 def launch(

@@ -9,11 +9,12 @@ from hydra.core.utils import JobReturn, JobStatus, env_override
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from runner.common.errors import Diverged
 from runner.config.invocation import Invocation
 from runner.sweeps.hydra_node import record_files
 from runner.sweeps.job import JobTask, train_job
 from runner.sweeps.launched import job_config_of, launched_jobs
-from runner.sweeps.plan import PlannedJob, job_labels
+from runner.sweeps.plan import PlannedJob
 
 
 def launch(
@@ -38,7 +39,6 @@ def launch(
 
     loader, sweep = ComponentLoader(), Path(composed.hydra.sweep.dir)
     jobs = launched_jobs(job_overrides, context, composed, invocation)
-    labels = job_labels([planned.job for planned in jobs])
     returns = [JobReturn() for _ in jobs]
     for i in loading_order(jobs):
         planned, result = jobs[i], returns[i]
@@ -50,7 +50,7 @@ def launch(
                 result.return_value = train_job(
                     planned.job,
                     sweep / planned.job.folder,
-                    label=f"job {planned.job.number}  {labels[i]}",
+                    label=f"job {planned.job.number}  {planned.label}",
                     invocation=invocation,
                     loader=loader,
                     record={} if planned.resumes else record_files(job_config),
@@ -58,7 +58,8 @@ def launch(
             result.status = JobStatus.COMPLETED
         except Exception as error:
             result.return_value, result.status = error, JobStatus.FAILED
-            print(f"job {planned.job.number} failed: {error}", flush=True)
+            state = "diverged" if isinstance(error, Diverged) else "failed"
+            print(f"job {planned.job.number} {state}: {error}", flush=True)
         context.callbacks.on_job_end(config=job_config, job_return=result)
         if fail_fast and result.status == JobStatus.FAILED:
             break

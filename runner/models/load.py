@@ -79,6 +79,8 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
         if config.quantize.bits is not None:
             _quantize(base, config.quantize)
         mx.eval(base.model.parameters())
+        base.model.freeze()
+        base.model.eval()
     except (RunnerError, MemoryError):
         raise
     except (Exception, SystemExit) as error:  # mlx-lm, transformers and the hub's library raise all kinds of errors
@@ -88,8 +90,6 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
             f"model.path={config.path}: MLX multiplies NVFP4 weights that have a global scale on a GPU only. "
             "Expand them: model.dequantize=auto (runner export: --dequantize)."
         )
-    base.model.freeze()
-    base.model.eval()
     base.fingerprint = weights_fingerprint(base.model, base.carried_over)
     base.content_hash = content_hash(base.model, base.config, base.fingerprint, code_sha256)
     return base

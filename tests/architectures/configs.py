@@ -430,6 +430,9 @@ NOT_TRAINED_BY_STOCK = {
 """Architectures that stock mlx-lm cannot train with an adapter on every layer, and why."""
 
 
+NOT_LOADED_BY_STOCK = {"afm7": "stock mlx-lm refuses every adapter of it, its own too"}
+
+
 def architectures() -> list[str]:
     """Return every architecture of mlx-lm that can be built."""
     names = [module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
         if config.quantize.bits is not None:
             _quantize(base, config.quantize)
         mx.eval(base.model.parameters())
+        if not hasattr(base.model, "_no_grad"):  # its class does not call the constructor of nn.Module
+            raise ModelError(
+                f"model.path={config.path}: model_type '{base.config.get('model_type')}' is not supported, because "
+                f"mlx-lm {version('mlx-lm')} cannot freeze a model of that class, which training an adapter and loading "
+                "it need."
+            )
         base.model.freeze()
         base.model.eval()
     except (RunnerError, MemoryError):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 from tiny_models import CONFIGS, MIXED, write_model
@@ -14,6 +15,7 @@ from tiny_models import CONFIGS, MIXED, write_model
 from runner.common.errors import ModelError
 from runner.config.schema import LoraConfig, ModelConfig
 from runner.export import mlx as export_mlx
+from runner.export import verify_export
 from runner.export.fused import fuse_adapter
 from runner.models import quantization
 from runner.models.load import BaseModel, load_base_model
@@ -115,3 +117,28 @@ def test_a_layer_that_cannot_be_merged_is_named(tmp_path: Path) -> None:
     layer.fuse = lambda: layer.no_such_attribute
     with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj cannot be merged.*--to mlx"):
         fuse_adapter(adapted, dequantize=False)
+
+
+class RulesOutAToken(nn.Module):
+    """A model whose logits of one token are infinite, as phi3small's."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        logits = mx.repeat(ids[..., None].astype(mx.float32), 4, axis=-1) + self.offset
+        return mx.where(mx.arange(4) == 0, -float("inf"), logits)
+
+
+def test_tokens_that_a_model_rules_out_hide_no_difference_of_logits() -> None:
+    assert verify_export._logits_difference(RulesOutAToken(0), RulesOutAToken(0)) is None
+    assert "its logits differ by up to 0.5" in str(
+        verify_export._logits_difference(RulesOutAToken(0), RulesOutAToken(0.5))
+    )
+
+
+def test_only_rounding_passes_as_the_same_weight() -> None:
+    weight = mx.random.normal((8, 8), key=mx.random.key(0))
+    assert verify_export._equal_weights(weight, weight * (1 + 2e-7))
+    assert not verify_export._equal_weights(weight, weight * (1 + 2e-6))

@@ -108,3 +108,10 @@ def test_not_a_number_is_a_difference() -> None:
     one = mx.array([0.0, -1.0])
     assert decoding._agree(one, one)
     assert not decoding._agree(one, mx.array([0.0, float("nan")]))
+
+
+def test_tokens_that_a_model_rules_out_hide_no_difference() -> None:
+    one, other = mx.array([float("-inf"), -1.0]), mx.array([float("-inf"), -1.1])
+    assert decoding._agree(one, one)
+    assert not decoding._agree(one, other)
+    assert not decoding._agree(one, mx.array([-2.0, -1.0]))

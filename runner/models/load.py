@@ -197,7 +197,10 @@ def _quantize(base: BaseModel, quantize: schema.QuantizeConfig) -> None:
     from mlx_lm.utils import quantize_model
 
     if quantization.is_quantized(base.model):
-        raise ModelError(f"model.quantize.bits={quantize.bits}: {base.model_path} is quantized already.")
+        raise ModelError(
+            f"model.quantize.bits={quantize.bits}: {base.model_path} is quantized already. To quantize it "
+            "anew: model.dequantize=always."
+        )
     base.model, base.config = quantize_model(
         base.model, base.config, quantize.group_size, quantize.bits, mode=quantize.mode
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -48,6 +49,33 @@ def test_each_block_type_expands_to_the_values_of_the_gguf_package(
     np.testing.assert_array_equal(values, expected)
     three = read_values(write_tensor(gguf_files, tmp_path / "b.gguf", type_name, (2, 1, expected.shape[1]), raw))
     np.testing.assert_array_equal(three[:, 0], values)
+
+
+@pytest.mark.parametrize("type_name", blocks.AFFINE_TYPES)
+def test_a_block_type_that_is_kept_quantized_has_the_same_values_in_mlx(
+    gguf_files: ModuleType, tmp_path: Path, type_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = bytes.fromhex(REFERENCE[type_name]["blocks"])
+    expected = np.frombuffer(bytes.fromhex(REFERENCE[type_name]["values"]), dtype="<f4").reshape(2, -1)
+    path = write_tensor(gguf_files, tmp_path / "a.gguf", type_name, (6, expected.shape[1]), raw * 3)
+    monkeypatch.setattr(blocks, "_CHUNK_VALUES", 4 * 256)  # pieces of 4 and 2 blocks
+    matrix = read_tensor(path, read_header(path).tensors["t"], keep_quantized=True)
+    assert isinstance(matrix, QuantizedMatrix)
+    arrays = [mx.array(array) for array in (matrix.pack(), matrix.scales, matrix.biases)]
+    values = mx.dequantize(*arrays, group_size=32, bits=matrix.bits)
+    np.testing.assert_array_equal(np.array(values), np.tile(expected, (3, 1)))
+    inputs = mx.random.normal((4, expected.shape[1]), key=mx.random.key(0))
+    products = mx.quantized_matmul(inputs, *arrays, transpose=True, group_size=32, bits=matrix.bits)
+    np.testing.assert_allclose(
+        np.array(products), np.array(inputs @ values.T), rtol=0, atol=1e-5 * np.abs(expected).sum(1).max()
+    )
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q5_K"])
+def test_a_kept_block_whose_scale_is_nan_is_refused(gguf_files: ModuleType, tmp_path: Path, type_name: str) -> None:
+    path = write_tensor(gguf_files, tmp_path / "a.gguf", type_name, (1, 256), b"\xff" * BLOCK_SIZES[type_name][1])
+    with pytest.raises(ModelError, match="tensor 't' contains NaN or Inf"):
+        read_tensor(path, read_header(path).tensors["t"], keep_quantized=True)
 
 
 def test_a_tensor_expanded_in_pieces_is_the_same_tensor(

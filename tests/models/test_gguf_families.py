@@ -87,6 +87,9 @@ def test_block_quantized_weights_are_those_of_the_independent_expansion(name: st
     loaded = load_gguf(file.write(tmp_path / "tiny.gguf"), keep_quantized=keep, dtype=mx.float32)
     if keep:
         assert loaded.notes and "Q6_K" in loaded.notes[0] and "expanded to float32" in loaded.notes[0]
+        assert "Q4_K" not in loaded.notes[0]
+        kept = {layer.bits for layer in loaded.model.modules() if hasattr(layer, "bits")}
+        assert kept >= ({5} if name == "phi3" else {4, 5})
     actual = gguf_families.weights_of(mlx_lm.utils.dequantize_model(loaded.model) if keep else loaded.model)
     assert actual.keys() == weights.keys()
     for parameter, expected in weights.items():
@@ -154,5 +157,5 @@ def test_a_gpu_computes_in_the_16_bits_that_the_family_bears(
     case, weights, encode = quantized_case(name)
     file = gguf_families.write_weights(case, weights, encode)
     loaded = load_gguf(file.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=None)
-    assert {array.dtype for _, array in tree_flatten(loaded.model.parameters())} == {dtype}
+    assert {array.dtype for _, array in tree_flatten(loaded.model.parameters())} == {dtype, mx.uint32}
     assert f"expanded to {loaded.config['torch_dtype']}" in loaded.notes[0]

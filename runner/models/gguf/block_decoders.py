@@ -112,13 +112,13 @@ def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _float16(blocks, 0) * scales.astype(np.float32), _float16(blocks, 2) * minima.astype(np.float32)
 
 
-def _q4_k(blocks: np.ndarray) -> np.ndarray:
-    return _scaled(_fields(blocks[:, 16:], 4, 32), *_scales_and_minima(blocks))
-
-
-def _q5_k(blocks: np.ndarray) -> np.ndarray:
-    codes = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
-    return _scaled(codes, *_scales_and_minima(blocks))
+def affine_sub_blocks(type_name: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes, scales and minima of raw Q4_K or Q5_K blocks: uint8 (blocks, 256), float32 (blocks, 8) twice."""
+    if type_name == "Q4_K":
+        codes = _fields(blocks[:, 16:], 4, 32)
+    else:
+        codes = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
+    return codes, *_scales_and_minima(blocks)
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ _DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "IQ4_XS": _iq4_xs,
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
+    "Q4_K": lambda blocks: _scaled(*affine_sub_blocks("Q4_K", blocks)),
+    "Q5_K": lambda blocks: _scaled(*affine_sub_blocks("Q5_K", blocks)),
     "Q6_K": _q6_k,
 }

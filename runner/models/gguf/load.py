@@ -50,8 +50,8 @@ class GgufModel:
 def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> GgufModel:
     """Load the model in the GGUF file `path`.
 
-    `keep_quantized` keeps Q4_0, Q4_1 and Q8_0 matrices quantized (4 or 8 bits, groups of 32) instead of dequantizing
-    them; MLX has no counterpart of the other block types, which are always expanded. `dtype` is that of all other
+    `keep_quantized` keeps Q4_0, Q4_1, Q8_0, Q4_K and Q5_K matrices quantized (4, 5 or 8 bits, groups of 32) instead of
+    dequantizing them; MLX has no counterpart of the other block types, which are always expanded. `dtype` is that of all other
     parameters and of the scales; None selects float32 on the CPU, the only dtype that is fast there, and elsewhere the
     dtype in which most of the file is stored (bfloat16 instead of float16 for Gemma, which exceeds its range).
 
@@ -79,7 +79,7 @@ def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> Gg
             raise ModelError(f"{path}: tensor {source!r} is not part of a {family.model_type} model as supported here.")
         if info.shape != shapes[target] and (1, *info.shape) != shapes[target]:
             raise ModelError(f"{path}: tensor {source!r} has the shape {info.shape}, not {shapes[target]}.")
-        tensor = read_tensor(path, info)
+        tensor = read_tensor(path, info, keep_quantized=keep_quantized)
         if family.interleaves_rows and (order := _row_order(target, config)) is not None:
             tensor = tensor[order]
         if keep_quantized and isinstance(tensor, QuantizedMatrix):
@@ -153,8 +153,8 @@ def _expansion_notes(header: Header, dtype: str) -> list[str]:
     if not types:
         return []
     return [
-        f"{', '.join(types)} have no counterpart in MLX: these weights are expanded to {dtype}; model.quantize.bits"
-        " quantizes a model that is expanded as a whole again"
+        f"{', '.join(types)} have no counterpart in MLX: these weights are expanded to {dtype}; with"
+        " model.dequantize=always, model.quantize.bits quantizes the whole model again"
     ]
 
 

@@ -25,6 +25,10 @@ ROUNDED_BY_EARLIER_VERSIONS = (
     "Earlier versions rounded the weights of a quantized base model to 16 bits while dequantizing it, and this one "
     "does not: what they trained on such a base needs the version that it was trained with."
 )
+_WINDOW_IGNORED = ("mistral", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2")
+"""Model types with an attention window in every layer, which mlx-lm does not compute."""
+_WINDOW_OPTIONAL = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""Model types whose window is not computed by mlx-lm either, and not by transformers unless `use_sliding_window`."""
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -174,7 +178,22 @@ def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, s
     if carried:
         base.notes.append(transformers5_config.carried_over_note(config.path))
         base.differs_from_earlier_versions.append(transformers5_config.OLD_RUNS_MISREAD)
+    base.notes += _window_notes(model_config)
     return base, code_sha256
+
+
+def _window_notes(config: dict[str, Any]) -> list[str]:
+    """Return what tells that the model attends over the whole row, where its authors restricted it to a window."""
+    model_type, window = config.get("model_type"), config.get("sliding_window")
+    ignored = model_type in _WINDOW_IGNORED and not config.get("layer_types")  # which some of them do read
+    optional = model_type in _WINDOW_OPTIONAL and config.get("use_sliding_window")
+    longest = config.get("max_position_embeddings")
+    if not (ignored or optional) or type(window) is not int or (type(longest) is int and longest <= window):
+        return []
+    return [
+        f"the model's attention window of {window:,} tokens is not computed by mlx-lm {version('mlx-lm')}: longer rows are "
+        "attended to as a whole"
+    ]
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -213,3 +213,24 @@ def test_a_models_own_code_runs_only_if_trusted_and_changes_the_content_hash(fol
     changed = load(custom, trust_remote_code=True)
     assert changed.fingerprint == trusted.fingerprint
     assert changed.content_hash != trusted.content_hash
+
+
+@pytest.mark.parametrize(
+    ("added", "noted"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, True),
+        ({"model_type": "mistral", "sliding_window": None}, False),
+        ({"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 64}, False),
+        ({"model_type": "qwen3", "sliding_window": 64}, False),
+        ({"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True}, True),
+        ({"model_type": "llama", "sliding_window": 64}, False),
+    ],
+)
+def test_a_window_that_mlx_lm_does_not_compute_is_noted(tmp_path: Path, added: dict[str, object], noted: bool) -> None:
+    model_folder = tiny_models.write_model(tmp_path / "model", "qwen3" if added["model_type"] == "qwen3" else "llama")
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, **added}))
+    notes = load(model_folder).notes
+    assert [note.startswith("the model's attention window of 64 tokens is not computed") for note in notes] == [
+        True
+    ] * noted

@@ -92,7 +92,7 @@ class JobComposer:
     def parse(self, override: str) -> Override:
         """Return the parsed override."""
         if override not in self._parsed:
-            self._parsed[override] = self._parser.parse_override(override)
+            self._parsed[override] = self._parser.parse_overrides([override])[0]
         return self._parsed[override]
 
     def is_group(self, override: Override) -> bool:

@@ -10,7 +10,7 @@ FROZEN: dict[str, Any] = {
     "model.dequantize": "never",
     "model.quantize.bits": 4,
     "model.quantize.group_size": 32,
-    "data.format": "completions",
+    "data.format": "text",
     "data.keys.text": "body",
     "data.keys.prompt": "question",
     "data.keys.completion": "answer",
@@ -97,5 +97,27 @@ FREE: dict[str, Any] = {
     "objective.direction": "maximize",
 }
 """Another value of every setting that may change."""
-BY_FINGERPRINT = {"model.path", "data.path", "data.template", "adapter"}
+BY_FINGERPRINT = {
+    "model.path",
+    "model.quantize.mode",
+    "data.path",
+    "data.config",
+    "data.revision",
+    "data.splits.train",
+    "data.splits.valid",
+    "data.splits.test",
+    "data.mix",
+    "data.valid_fraction",
+    "data.system_prompt",
+    "data.template",
+    "data.keys.conversations",
+    "data.keys.instruction",
+    "data.keys.input",
+    "data.keys.output",
+    "data.keys.chosen",
+    "data.keys.rejected",
+    "adapter",
+}
 """Settings that are free, and compared by the fingerprints of what they name (rows 17 and 19 of faults/rows.py)."""
+COMPUTED = {"train.epochs"}
+"""Settings that train.iters is computed from (tests/training/test_epochs.py)."""

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import yaml
-from resume_settings import BY_FINGERPRINT, FREE, FROZEN
+from resume_settings import BY_FINGERPRINT, COMPUTED, FREE, FROZEN
 
 from runner.common.errors import ConfigError
 from runner.common.text import shell_path
@@ -15,6 +15,8 @@ from runner.config import schema, serialize
 from runner.config.resume_policy import is_free_on_resume
 
 pytestmark = pytest.mark.fault(18)
+BEGUN = {"train.iters": 8, "data.format": "completions"}
+"""The run was started with these; a format that was found may be named on resume, one that was named may not change."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def module_folder(tmp_path_factory):
 @pytest.fixture
 def config(tiny):
     """The config that the run was started with."""
-    return tiny(**{"train.iters": 8})
+    return tiny(**BEGUN)
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def change(config, name, value):
 def test_the_lists_contain_all_settings():
     names = set(serialize.default_settings())
     assert set(FROZEN) == {name for name in names if not is_free_on_resume(name)}
-    assert set(FREE) | BY_FINGERPRINT | set(schema.provenance_settings()) == {
+    assert set(FREE) | BY_FINGERPRINT | COMPUTED | set(schema.provenance_settings()) == {
         name for name in names if is_free_on_resume(name)
     }
 
@@ -69,13 +71,19 @@ def test_a_changed_frozen_setting_is_refused_and_nothing_is_written(config, trai
     assert contents(run, but=(".lock",)) == before
 
 
+def test_the_format_that_was_found_may_be_named(tiny, train, tmp_path):
+    run = train(tiny(**{"train.iters": 8}), tmp_path / "run", stop_at=4)
+    train(tiny(**BEGUN), run, resume=run)
+    assert "changed on resume: data.format auto -> completions\n" in (run / "run.log").read_text()
+
+
 @pytest.mark.slow
 def test_a_changed_free_setting_is_applied_logged_and_stored(tiny, train, run, tmp_path, rows):
     run = shutil.copytree(run, tmp_path / "run")
     (tmp_path / "second").mkdir()
     changes = {**FREE, "checkpoint.backup": str(tmp_path / "second")}
-    before = serialize.flatten(tiny(**{"train.iters": 8}))
-    train(tiny(**changes), run, resume=run)
+    before = serialize.flatten(tiny(**BEGUN))
+    train(tiny(**{**BEGUN, **changes}), run, resume=run)
     log = (run / "run.log").read_text()
     stored = serialize.flatten(serialize.from_dict(yaml.safe_load((run / "config.yaml").read_text()), "config.yaml"))
     for name, value in changes.items():

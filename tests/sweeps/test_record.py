@@ -152,7 +152,7 @@ def test_a_worker_that_is_stopping_on_a_signal_saves_though_its_parent_ends(inli
         time.sleep(0.01)
     worker.send_signal(signal.SIGINT)
     worker.stdin.close()
-    assert json.loads(worker.stdout.readline())["code"] == 130
+    assert json.loads(worker.stdout.readline())["code"] in (130, 143)  # whichever it noticed first
     assert worker.wait(timeout=60) == 0
     found = json.loads(status.read_text())
     assert found["state"] == "stopped" and found["last_checkpoint"] == found["step"]

@@ -64,8 +64,8 @@ def check_config(composed: DictConfig, typed: Collection[str], recorded_in: Path
     subfolder = hydra.get("output_subdir")
     if subfolder is not None and not _SUBFOLDER.fullmatch(subfolder):
         raise ConfigError(
-            f"hydra.output_subdir={shorten(subfolder)} is invalid: must be the name of a folder in the directory of the "
-            "run, such as .hydra, or null."
+            f"hydra.output_subdir={shorten(subfolder)} is invalid: must be the name of a folder in the run's "
+            "directory, such as .hydra, or null."
         )
     typed_prefixes = {name if has_config_dir else name.replace("/", ".") for name in typed}
     for name in _risky_settings(hydra):

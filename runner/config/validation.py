@@ -239,7 +239,7 @@ def _mix_problems(data: DataConfig) -> Iterator[str]:
     if data.mix is None:
         return
     if not data.mix:
-        yield "data.mix is an empty list: name its sources, such as data.mix=[{path: a, weight: 2}, {path: b, weight: 1}]."
+        yield "data.mix is an empty list: name its sources, such as data.mix=[{path: a, weight: 2}, {path: b}]."
     formats = schema.metadata()["data.format"]
     names = {"keys": [f.name for f in dataclasses.fields(schema.KeysConfig)], "splits": ["train", "valid", "test"]}
     for number, source in enumerate(data.mix):

@@ -51,7 +51,8 @@ def _sharegpt_message(turn: Any, name: str) -> Row:
     if role is None:
         known = [*SHAREGPT_ROLES, *_FUNCTION_CALLS]
         raise RowError(
-            f"{name} is from {shorten(repr(speaker), 60)}; known: {', '.join(known)}.{did_you_mean(str(speaker), known)}"
+            f"{name} is from {shorten(repr(speaker), 60)}; known: {', '.join(known)}."
+            f"{did_you_mean(str(speaker), known)}"
         )
     return {"role": role, "content": text, **rest}
 

@@ -39,7 +39,7 @@ class BatchOrder:
         window_batches: int,
         mixture: Mixture | None = None,
     ) -> None:
-        """`lengths`: (rows,), at least one, in tokens. A `mixture` chooses the rows of an epoch; else it is each once."""
+        """`lengths`: (rows,), at least one, in tokens. A `mixture` chooses an epoch's rows; else it is each once."""
         assert len(lengths) > 0 and batch_size > 0 and window_batches > 0
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size

@@ -73,8 +73,8 @@ def _reason(path: str, error: Exception | SystemExit, part: str) -> str:
     if _UNKNOWN_TYPE.search(text):
         known = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
         return (
-            f"model_type '{model_type}' is not supported: mlx-lm {version('mlx-lm')} has no such architecture.{did_you_mean(str(model_type), known)} Use "
-            "a model of another architecture, or an mlx-lm that has it."
+            f"model_type '{model_type}' is not supported: mlx-lm {version('mlx-lm')} has no such architecture."
+            f"{did_you_mean(str(model_type), known)} Use a model of another architecture, or an mlx-lm that has it."
         )
     if isinstance(error, SystemExit):
         return f"mlx-lm's code of model_type '{model_type}' needs a package that is not installed; it is named above."

@@ -87,8 +87,8 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
         if not hasattr(base.model, "_no_grad"):  # its class does not call the constructor of nn.Module
             raise ModelError(
                 f"model.path={config.path}: model_type '{base.config.get('model_type')}' is not supported, because "
-                f"mlx-lm {version('mlx-lm')} cannot freeze a model of that class, which training an adapter and loading "
-                "it need."
+                f"mlx-lm {version('mlx-lm')} cannot freeze a model of that class, which training an adapter and "
+                "loading it need."
             )
         base.model.freeze()
         base.model.eval()

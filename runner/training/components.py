@@ -151,7 +151,7 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
         )
     if not len(data.valid):
         display.line(
-            "data   no validation split (data.valid_fraction=0.05 would cut one off): the last checkpoint is the result",
+            "data   no validation split, the last checkpoint is the result (data.valid_fraction=0.05 cuts one off)",
             "yellow",
         )
 

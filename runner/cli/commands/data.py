@@ -84,7 +84,7 @@ def _lines(report: dict[str, Any], config: Config) -> list[str]:
                 lines.append(
                     f"{split}: {_pairs_text(found[kind])} {'are' if kind == 'exact' else 'are nearly'} in train"
                 )
-    if not any("valid" == split for split in report["splits"]):
+    if "valid" not in report["splits"]:
         lines.append("no validation split: data.valid_fraction=0.05 would cut one off")
     return lines
 

@@ -9,7 +9,7 @@ of 32, packed little endian. A block of three of them holds 32 values of one row
 
 where byte i of the 4-bit codes holds value i in its lower half and value i + 16 in its upper half. The other two are
 Q4_K and Q5_K, whose blocks hold eight such groups. Nothing is rounded here: a scale or bias of these needs up to 17
-bits, so it is float32 until `load` casts it to the model's dtype. All other block types are expanded by `block_decoders`.
+bits, so it is float32 until `load` casts it to the model's dtype. `block_decoders` expands all other block types.
 """
 
 from __future__ import annotations

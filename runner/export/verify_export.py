@@ -1,6 +1,7 @@
 """Load a written model folder as stock mlx-lm does, and compare it with the model in memory.
 
-Settings, weights, logits and tokens are compared; weights one array at a time, so the comparison needs memory for one more array, whatever the model's size.
+Settings, weights, logits and tokens are compared; weights one array at a time, so the comparison needs memory for one
+more array, whatever the model's size.
 The forward pass of the loaded model is then computed with the arrays that are in memory already.
 """
 

@@ -52,8 +52,9 @@ def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> Gg
 
     `keep_quantized` keeps Q4_0, Q4_1, Q8_0, Q4_K and Q5_K matrices quantized (4, 5 or 8 bits, groups of 32) instead of
     dequantizing them; MLX has no counterpart of the other block types, which are always expanded. `dtype` is that of
-    all other parameters and of the scales; None selects float32 on the CPU, the only dtype that is fast there, and elsewhere the
-    dtype in which most of the file is stored (bfloat16 instead of float16 for Gemma, which exceeds its range).
+    all other parameters and of the scales; None selects float32 on the CPU, the only dtype that is fast there, and
+    elsewhere the dtype in which most of the file is stored (bfloat16 instead of float16 for Gemma, which exceeds its
+    range).
 
     Raises:
         ModelError: the file is damaged or hostile, its architecture, tensor types, tokenizer or RoPE scaling are not

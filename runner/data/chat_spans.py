@@ -170,8 +170,36 @@ class Conversation:
         if self._encoder.has_generation_marks:
             (start, start_token), end = self._last_marked_range()
         else:
-            (start, start_token), end = self._find_start(index), len(self.text)
+            try:
+                start, start_token = self._find_start(index)
+            except _Unlocated:
+                if not self._continue_prompt():
+                    raise
+                start, start_token = self._find_start(index)
+            end = len(self.text)
         return self._bounded(index, start, start_token, end)
+
+    def _continue_prompt(self) -> bool:
+        """Replace the text by the last turn's prompt and the turn, where the template rewrites what comes before it.
+
+        Mistral's templates write the system message only where a question is the last message. The model sees the
+        prompt; the turn is what follows the last message before it, which both renderings have. Returns False where
+        they do not agree on all of that message.
+        """
+        before = self.turns[-2] if len(self.turns) > 1 else None
+        with suppress(RowError):
+            prompt = self._encoder.render(self._messages[:-1], self.tools, add_generation_prompt=True)
+            first, last = 0, len(prompt)  # the first character of the longest end of the prompt that the text has
+            while first < last:
+                middle = (first + last) // 2
+                first, last = (first, middle) if prompt[middle:] in self.text else (middle + 1, last)
+            shared = prompt[first:]
+            if before is not None and before.text and before.role != "assistant" and before.text in shared:
+                self.text = prompt + self.text[self.text.rindex(shared) + len(shared) :]
+                self.__dict__.pop("tokens", None)
+                self._last_boundary = (0, 0)
+                return True
+        return False
 
     def append_missing_end(self, turn: str) -> None:
         """Append the EOS token where the conversation ends with a `turn` of the assistant that nothing ends."""

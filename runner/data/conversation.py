@@ -21,7 +21,8 @@ from runner.data.text_encoder import Message
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that hold reasoning; transformers passes all of them on as the first."""
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "environment")
-_TRAIN_FIELDS = ("weight", "train")
+_TRAIN_FIELDS = ("weight", "train", "training")
+_DETAIL_FIELDS = ("train_detail", "training_detail")
 _REASONING_PARTS = ("thinking", "reasoning")
 
 
@@ -86,11 +87,16 @@ def is_trained(message: Message, name: str = "the message") -> bool:
         RowError: another value of these fields, or one that trains on a turn of somebody else.
     """
     is_assistant = message["role"] == "assistant"
-    weight, train = message.get("weight"), message.get("train")
+    weight = message.get("weight")
+    train = message.get("train") if message.get("train") is not None else message.get("training")  # Axolotl's name
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise RowError(f"the weight of {name} is {shorten(json.dumps(weight), 60)}; it can be 0 or 1")
     if train is not None and not isinstance(train, bool):
         raise RowError(f"'train' of {name} is {json_type(train)}, not true or false")
+    if message.get("train") is not None and message.get("training") not in (None, train):
+        raise RowError(f"'train' and 'training' of {name} contradict each other")
+    if detail := next((key for key in _DETAIL_FIELDS if message.get(key)), None):
+        raise RowError(f"'{detail}' of {name} leaves out parts of a message; only whole messages can be left out")
     if train and not is_assistant:
         raise RowError(f"'train' of {name} is true, but only turns of the assistant are trained on")
     if train and weight == 0:

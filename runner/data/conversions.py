@@ -127,9 +127,11 @@ def preferred(row: Row, keys: KeysConfig) -> Row:
         chosen = [chosen]
     if isinstance(chosen, list):
         if isinstance(prompt, list):
-            return prompt_and_answer(rest, prompt, chosen, keys)
-        repeats_prompt = len(chosen) > 1 or prompt is None
-        if isinstance(prompt, str) and not repeats_prompt:
+            repeated = len(prompt) if len(chosen) > len(prompt) and chosen[: len(prompt)] == prompt else 0
+            return prompt_and_answer(rest, prompt, chosen[repeated:], keys)
+        first = chosen[0] if chosen else None
+        lacks_prompt = len(chosen) == 1 or (isinstance(first, dict) and first.get("role") == "assistant")
+        if isinstance(prompt, str) and lacks_prompt:
             chosen = [{"role": "user", "content": prompt}, *chosen]
         return {**rest, keys.messages: chosen}
     if isinstance(prompt, list):
@@ -142,7 +144,9 @@ def preferred(row: Row, keys: KeysConfig) -> Row:
 def prompt_and_answer(rest: Row, prompt: Any, answer: Any, keys: KeysConfig) -> Row:
     """Return messages of which those of the `answer` are trained on, and the assistant's in the `prompt` are not."""
     before = [
-        {**message, "train": False} if isinstance(message, dict) and message.get("role") == "assistant" else message
+        {**message, "train": False, "training": None}
+        if isinstance(message, dict) and message.get("role") == "assistant"
+        else message
         for message in prompt
     ]
     return {**rest, keys.messages: [*before, *answer]}

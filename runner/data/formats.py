@@ -90,6 +90,8 @@ class CompletionsFormat:
 
     def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
         _require_keys(row, self.required_keys(keys))
+        if row.get("label") is False:
+            raise RowError("'label' is false: an unwanted answer, as in TRL's unpaired preferences; remove such rows")
         if isinstance(row[keys.prompt], list) or isinstance(row[keys.completion], list):
             for key in self.required_keys(keys):
                 if isinstance(row[key], list) and not all(isinstance(message, dict) for message in row[key]):
@@ -361,6 +363,8 @@ def _validate_message(message: Any, name: str) -> None:
         alias = ROLE_ALIASES.get(role) if isinstance(role, str) else None
         hint = f" Did you mean '{alias}'?" if alias else did_you_mean(str(role), ROLES)
         raise RowError(f"{name} has the role {shorten(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
+    if message.get("function_call"):
+        raise RowError(f"{name} has a 'function_call', the old form of 'tool_calls'; write it as those")
     calls = message.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise RowError(f"'tool_calls' of {name} is {json_type(calls)}, not a list")

@@ -161,6 +161,8 @@ def _csv_values(file: Path, errors: RowErrors) -> Iterator[Any]:
             header = next(rows, None)
             if header is None:
                 raise DataError(f"{file} is empty. Expected a header with the names of the columns, then the rows.")
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"{file} has several columns named '{twice[0]}'. Rename them in its header.")
             for number, row in enumerate((row for row in rows if row), start=1):
                 if len(row) == len(header):
                     yield dict(zip(header, row, strict=True))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.duplicates import Duplicates, find_duplicates
+from runner.data.duplicates import Duplicates, RowId, find_duplicates
 from runner.data.token_set import TokenSet
 from runner.data.tokenize import TokenizedDataset
 
@@ -24,7 +24,7 @@ def data_report(data: TokenizedDataset, rows: int) -> dict[str, Any]:
         "in_train_and": {
             split: {
                 "exact": _pairs(data, duplicates.between(duplicates.exact, split, "train")),
-                "near": _pairs(data, duplicates.between(duplicates.near, split, "train")),
+                "near": _pairs(data, _of_other_rows(data, duplicates.between(duplicates.near, split, "train"))),
             }
             for split in splits
             if split != "train" and "train" in splits
@@ -74,14 +74,20 @@ def _describe(data: TokenizedDataset, split: str, token_set: TokenSet, duplicate
         "dropped_too_long": stats.dropped,
         "prompt_too_long": stats.prompt_too_long,
         "without_supervised_token": stats.unsupervised,
+        "rendered_turn_by_turn": stats.split,
         "template_notes": stats.template_notes(split),
         "compared": duplicates.compared[split],
         "exact_duplicates": _pairs(data, duplicates.between(duplicates.exact, split, split)),
-        "near_duplicates": _pairs(data, duplicates.between(duplicates.near, split, split)),
+        "near_duplicates": _pairs(data, _of_other_rows(data, duplicates.between(duplicates.near, split, split))),
     }
 
 
-def _pairs(data: TokenizedDataset, pairs: list[tuple[tuple[str, int], tuple[str, int]]]) -> dict[str, Any]:
+def _of_other_rows(data: TokenizedDataset, pairs: list[tuple[RowId, RowId]]) -> list[tuple[RowId, RowId]]:
+    """Return the pairs without those of one conversation, which has a row for each of its turns."""
+    return [(later, first) for later, first in pairs if data.locate(*later) != data.locate(*first)]
+
+
+def _pairs(data: TokenizedDataset, pairs: list[tuple[RowId, RowId]]) -> dict[str, Any]:
     """Return the number of pairs and the locations of the first."""
     located = [[_location(data, *later), _location(data, *first)] for later, first in pairs[:_EXAMPLES]]
     return {"rows": len({later for later, _ in pairs}), "examples": located}

@@ -130,8 +130,21 @@ def _split_files_in(folder: Path, names: dict[str, str]) -> SplitFiles:
                 shards = re.compile(re.escape(name) + f"({_SHARD})?" + re.escape(suffix))
                 if found := tuple(entry for entry in entries if shards.fullmatch(entry.name)):
                     whole = tuple(entry for entry in found if entry.stem == name)
+                    if split not in files and not whole:
+                        _require_all_shards(folder, name, found)
                     files.setdefault(split, whole or found)
     return files
+
+
+def _require_all_shards(folder: Path, name: str, shards: tuple[Path, ...]) -> None:
+    """Raise DataError if the shards of a split are not all of one set."""
+    numbers = [tuple(map(int, re.findall(r"\d+", shard.stem.removeprefix(name)))) for shard in shards]
+    total = numbers[0][1]
+    if sorted(numbers) != [(number, total) for number in range(total)]:
+        raise DataError(
+            f"{folder}: the files {name}-…-of-… are {len(shards)} and not the {total:,} of one set. "
+            "Add the missing ones; data.path may also name a single file."
+        )
 
 
 def find_sources(data: DataConfig) -> list[Source]:

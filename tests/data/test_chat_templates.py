@@ -65,6 +65,13 @@ MOVED_SYSTEM = (
     "[Q]{{ ns.system + ' ' if ns.system and loop.index0 == ns.last }}{{ m.content }}[A]"
     "{% elif m.role == 'assistant' %}{{ m.content }}<eos>{% endif %}{% endfor %}"
 )
+# The system message stands in the question only where that is the last message, as in Mistral Nemo's template.
+SYSTEM_IN_PROMPT = (
+    "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}"
+    "{% else %}{% set system, rest = '', messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}[Q]{{ system + ' ' if system and loop.last }}{{ m.content }}[A]"
+    "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
+)
 # Earlier turns lose their reasoning.
 DROPS_THINKING = (
     "{% set ns = namespace(last=0) %}"
@@ -172,6 +179,16 @@ def test_a_system_message_that_moves_to_the_last_question_gives_a_row_for_each_a
     assert result.rows == ["[Q]Be brief. q1[A]a1<eos>", "[Q]q1[A]a1<eos>[Q]Be brief. q2[A]a2<eos>"]
     assert result.texts == [["a1<eos>"], ["a2<eos>"]]
     assert encode(MOVED_SYSTEM, *TWO_TURNS).texts == [["a1<eos>", "a2<eos>"]]
+
+
+def test_a_system_message_that_only_prompts_have_is_kept_in_the_row_of_each_answer(encode):
+    result = encode(SYSTEM_IN_PROMPT, system("Be brief."), *TWO_TURNS)
+    assert result.rows == ["[Q]Be brief. q1[A]a1<eos>", "[Q]q1[A]a1<eos>[Q]Be brief. q2[A]a2<eos>"]
+    assert result.texts == [["a1<eos>"], ["a2<eos>"]]
+    assert result.encoded.lost_context == 0
+    # The answer says what the question says: the prompt ends with the last of both.
+    same = encode(SYSTEM_IN_PROMPT, system("s"), user("x[A]"), assistant("x[A]"))
+    assert (same.rows, same.texts) == (["[Q]s x[A][A]x[A]<eos>"], [["x[A]<eos>"]])
 
 
 THINKING = (

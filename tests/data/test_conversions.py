@@ -54,6 +54,16 @@ def encode(row, tokenizer, options, name=None):
         ({"prompt": "hi", "chosen": [ANSWER], "rejected": []}, [USER, ANSWER]),
         ({"prompt": "hi", "chosen": [USER, ANSWER], "rejected": []}, [USER, ANSWER]),
         ({"prompt": "hi", "chosen": "yo", "rejected": "no"}, [USER, ANSWER]),
+        ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": []}, [USER, ANSWER]),
+        ({"prompt": "hi", "chosen": [ANSWER, USER, ANSWER], "rejected": []}, [USER, ANSWER, USER, ANSWER]),
+        (
+            {"messages": [USER, {**ANSWER, "training": False}, USER, {**ANSWER, "training": True}]},
+            [USER, {**ANSWER, "train": False}, USER, ANSWER],
+        ),
+        (
+            {"prompt": [USER, {**ANSWER, "training": True}, USER], "completion": [ANSWER]},
+            [USER, {**ANSWER, "weight": 0}, USER, ANSWER],
+        ),
     ],
 )
 def test_a_row_is_encoded_as_the_messages_that_it_means(row, messages, tokenizer, make_options):
@@ -106,6 +116,10 @@ def test_plain_chosen_text_is_trained_as_text(tokenizer, make_options):
         ({"instruction": "a", "input": 3, "output": "b"}, "'input' is a number"),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "'completion' is empty"),
         ({"chosen": [], "rejected": []}, "'messages' is an empty list"),
+        ({"prompt": "a", "completion": "b", "label": False}, "'label' is false: an unwanted answer"),
+        ({"messages": [USER, {**ANSWER, "train_detail": [{"train": False}]}]}, "'train_detail' of message 2"),
+        ({"messages": [USER, {**ANSWER, "train": True, "training": False}]}, "'train' and 'training' of message 2"),
+        ({"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]}, "message 2 has a 'function_call'"),
     ],
 )
 def test_a_row_that_cannot_be_converted_is_refused_with_the_reason(row, reason, tokenizer, make_options):

@@ -91,6 +91,7 @@ def test_a_json_array_is_read_without_being_in_memory(tmp_path):
         ("a.csv", "text\n", r"a\.csv is empty"),
         ("a.csv", "text,b\nx,y\nz\n", r"a\.csv row 2: 1 values, but the header has 2 columns"),
         ("a.csv", 'text\n"x', r"a\.csv:2: the CSV cannot be read"),
+        ("a.csv", "prompt,completion,completion\na,b,c\n", r"a\.csv has several columns named 'completion'"),
         ("a.parquet", "PAR1", r"a\.parquet cannot be read as Parquet"),
     ],
 )
@@ -108,6 +109,14 @@ def test_nulls_of_parquet_are_fields_that_the_row_does_not_have(tmp_path):
     found = [row.value for row in read_rows(write_file(tmp_path / "a.parquet", rows))]
     assert found[0] == {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "a"}]}]}
     assert found[1] == {"messages": [{"role": "user", "content": "b"}], "extra": "c"}
+
+
+@pytest.mark.parametrize("present", [["00000-of-00003", "00002-of-00003"], ["00000-of-00001", "00000-of-00002"]])
+def test_a_split_of_which_shards_are_missing_is_refused(present, tmp_path, load_config):
+    for shard in present:
+        write_file(tmp_path / f"train-{shard}.jsonl", ROWS[:2])
+    with pytest.raises(DataError, match="the files train-…-of-… are 2 and not the"):
+        load_config(path=str(tmp_path))
 
 
 def test_shards_are_read_in_order_with_the_row_of_each_file(tmp_path, load_config):

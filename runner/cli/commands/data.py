@@ -109,6 +109,8 @@ def _split_lines(split: str, found: dict[str, Any], config: Config) -> list[str]
     ):
         if found[key]:
             lines.append(f"  {found[key]:,} rows {text}")
+    if found["rendered_turn_by_turn"]:
+        lines.append(f"  {found['rendered_turn_by_turn']:,} conversations rendered turn by turn, a row for each")
     lines += [f"  {note}" for note in found["template_notes"]]
     if found["compared"] < found["rows"]:
         lines.append(f"  the first {found['compared']:,} rows are compared for duplicates")

@@ -45,6 +45,18 @@ def test_the_report_counts_lengths_duplicates_and_leaks(inline, tmp_path, monkey
     assert "valid: 1 rows (valid.jsonl:1 = train.jsonl:2) are in train" in printed
 
 
+def test_rows_of_one_conversation_are_counted_and_are_no_near_duplicates_of_each_other(inline, tmp_path):
+    template = "{% for m in messages %}[Q]{{ 'last ' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "t.jinja").write_text(template)
+    words = row(0)["prompt"]
+    turns = [{"role": "user", "content": words}, {"role": "assistant", "content": "yes"}]
+    write(tmp_path / "d/train.jsonl", [{"messages": [*turns, {"role": "user", "content": "a"}, turns[1]]}])
+    arguments = ("data", "model=tiny", "data.path=d", "data.template=t.jinja")
+    train = json.loads(inline(*arguments, "--json"))["splits"]["train"]
+    assert (train["rows"], train["rendered_turn_by_turn"], train["near_duplicates"]["rows"]) == (2, 1, 0)
+    assert "  1 conversations rendered turn by turn, a row for each" in inline(*arguments)
+
+
 def test_data_that_cannot_be_used_is_refused_as_in_a_run(inline, tmp_path):
     write(tmp_path / "d/train.jsonl", [{"prompt": "a", "completion": ""}])
     assert "train.jsonl:1: 'completion' is empty" in inline("data", "model=tiny", "data.path=d", expect=2)

@@ -18,6 +18,7 @@ from runner.runs.sweep_manifest import NAME as SWEEP_MANIFEST
 
 _MOST_RUNS = 5
 """Unfinished runs of a sweep without a manifest that are listed one by one."""
+_MAX_CONFIG_BYTES = 1 << 20
 _UNFINISHED = ("stopped", "interrupted", "failed")
 
 
@@ -130,6 +131,8 @@ def _use_with_mlx_lm(run: RunInfo) -> list[Command]:
     model = run.settings.get("model.path")
     if not isinstance(model, str) or model.startswith("builtin:") or model.endswith(".gguf") or "${" in model:
         return []
+    if _is_in_transformers5_format(Path(model) / "config.json"):  # stock mlx-lm may compute another model from it
+        return [Command("use with mlx-lm", f"{PROGRAM} export {shell_path(run.path)} --to fused")]
     adapter = shell_path(run.path / "adapters")
     return [
         Command(
@@ -137,6 +140,14 @@ def _use_with_mlx_lm(run: RunInfo) -> list[Command]:
             f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {adapter} --prompt '…'",
         )
     ]
+
+
+def _is_in_transformers5_format(config: Path) -> bool:
+    try:
+        with config.open("rb") as file:
+            return b'"rope_parameters"' in file.read(_MAX_CONFIG_BYTES)
+    except OSError:
+        return False
 
 
 def _slower(run: RunInfo, valid: Sequence[CheckpointInfo]) -> list[Command]:

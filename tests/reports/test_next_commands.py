@@ -67,3 +67,10 @@ def test_a_sweep_is_finished_before_it_is_extended() -> None:
     assert lines(after_sweep(Path("s"), finished=False, varied=["seed"])) == ["python -m runner resume=s"]
     assert lines(after_sweep(Path("s"), finished=True, varied=["seed"])) == ["python -m runner resume=s seed=…"]
     assert after_sweep(Path("s"), finished=True, varied=[]) == []
+
+
+def test_the_adapter_of_a_base_that_stock_mlx_lm_may_misread_is_used_from_a_fused_export(tmp_path: Path) -> None:
+    run = run_with(**{"model.path": str(tmp_path)})
+    assert any(line.startswith("mlx_lm.generate") for line in lines(after_run(run, has_result=True)))
+    (tmp_path / "config.json").write_text('{"rope_parameters": {"rope_theta": 1e6}}')
+    assert lines(after_run(run, has_result=True))[-1] == "python -m runner export r --to fused"

@@ -248,7 +248,7 @@ class Conversation:
         return start, start_token
 
     def _find_prompt_end(self, index: int) -> tuple[int, int]:
-        preceding = self._messages[:index]
+        preceding, prompt = self._messages[:index], ""
         # A template may fail on the messages before a turn (an empty list, say) and yet render the conversation.
         with suppress(RowError):
             prompt = self._encoder.render(preceding, self.tools, add_generation_prompt=True)
@@ -262,7 +262,7 @@ class Conversation:
                 start = self._ends.whole_tokens(self.text, common_prefix_length(prompt, self.text))
                 return start, common_prefix_length(prompt_tokens, self.tokens)
         counted = self._find_start_by_count(index)
-        if counted is None:
+        if counted is None or rendered_row.loses_context(self.turns[:index], prompt, self.text[:counted]):
             raise _Unlocated(
                 f"the start of message {index + 1} cannot be determined: the chat template renders the messages "
                 "before it differently from the whole conversation"

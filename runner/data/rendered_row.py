@@ -42,6 +42,17 @@ def lost_context(turns: Sequence[Turn], tools: object, rendered: str) -> int:
     return lost
 
 
+def loses_context(turns: Sequence[Turn], prompt: str, rendered: str) -> bool:
+    """Return whether `rendered` lacks a message of others than the assistant that the `prompt` has."""
+    return any(
+        bool(turn.text)
+        and turn.role != "assistant"
+        and contains(prompt, turn.text)
+        and not contains(rendered, turn.text)
+        for turn in turns
+    )
+
+
 def contains(rendered: str, text: str) -> bool:
     """Return whether `rendered` has `text`: as it is, with other white space, or escaped as JSON does."""
     text = text.strip()

@@ -181,6 +181,18 @@ def test_a_system_message_that_moves_to_the_last_question_gives_a_row_for_each_a
     assert encode(MOVED_SYSTEM, *TWO_TURNS).texts == [["a1<eos>", "a2<eos>"]]
 
 
+@pytest.mark.parametrize("template", [MOVED_SYSTEM, SYSTEM_IN_PROMPT])
+def test_an_answer_whose_prompt_has_another_system_message_is_not_trained_without_it(template, encode):
+    with_prompt = template.replace("{% if m.role == 'user' %}[Q]", "{% if m.role == 'user' %}<user>").replace("[A]", "")
+    with_prompt = with_prompt.replace("{{ m.content }}<eos>", "<assistant>{{ m.content }}<eos>") + PROMPT
+    result = encode(with_prompt, system("Be brief."), *TWO_TURNS)
+    assert result.rows == [
+        "<user>Be brief. q1<assistant>a1<eos>",
+        "<user>q1<assistant>a1<eos><user>Be brief. q2<assistant>a2<eos>",
+    ]
+    assert result.texts == [["a1<eos>"], ["a2<eos>"]]
+
+
 def test_a_system_message_that_only_prompts_have_is_kept_in_the_row_of_each_answer(encode):
     result = encode(SYSTEM_IN_PROMPT, system("Be brief."), *TWO_TURNS)
     assert result.rows == ["[Q]Be brief. q1[A]a1<eos>", "[Q]q1[A]a1<eos>[Q]Be brief. q2[A]a2<eos>"]

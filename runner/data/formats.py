@@ -277,6 +277,8 @@ def format_note(row: JsonlRow, name: str, keys: KeysConfig) -> str | None:
         return f"preference pairs: trains on '{keys.chosen}'; '{keys.rejected}' is not used"
     if name == "chat" and keys.prompt in row.value:
         return f"trains on '{keys.messages}'; '{keys.prompt}' beside it is not used"
+    if name in ("chat", "completions") and row.value.get("system"):
+        return "'system' is not used: put it into the messages, or set data.system_prompt"
     return None
 
 

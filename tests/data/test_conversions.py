@@ -137,6 +137,9 @@ def test_a_row_that_fits_several_formats_is_refused_with_the_setting(tokenizer, 
 def test_fields_that_are_not_used_are_told(make_options):
     row = JsonlRow(Path("a.jsonl"), 1, {"messages": [], "prompt": "a", "chosen": 1, "rejected": 2})
     assert format_note(row, "chat", make_options().keys) == "trains on 'messages'; 'prompt' beside it is not used"
+    for name, fields in (("chat", {"messages": []}), ("completions", {"prompt": "a", "completion": "b"})):
+        row_with_system = JsonlRow(Path("a.jsonl"), 1, {**fields, "system": "Be brief."})
+        assert "'system' is not used" in str(format_note(row_with_system, name, make_options().keys))
     assert "'rejected' is not used" in str(format_note(row, "preference", make_options().keys))
 
 

@@ -191,8 +191,8 @@ def _window_notes(config: dict[str, Any]) -> list[str]:
     if not (ignored or optional) or type(window) is not int or (type(longest) is int and longest <= window):
         return []
     return [
-        f"the model's attention window of {window:,} tokens is not computed by mlx-lm {version('mlx-lm')}: longer rows are "
-        "attended to as a whole"
+        f"the model's attention window of {window:,} tokens is not computed by mlx-lm {version('mlx-lm')}: "
+        "longer rows are attended to as a whole"
     ]
 
 

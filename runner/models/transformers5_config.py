@@ -1,8 +1,9 @@
 """Values that transformers 5 writes to config.json under keys that mlx-lm's architectures do not read.
 
 `rope_parameters` took the place of `rope_theta`, `rope_scaling`, `partial_rotary_factor` and what single architectures
-had besides, `layer_types` that of `sliding_window_pattern`, and `num_local_experts` that of `num_experts`. Most architectures of mlx-lm read the older keys only
-and compute with their defaults where these are absent, without an error.
+had besides, `layer_types` that of `sliding_window_pattern`, and `num_local_experts` that of `num_experts`. Most
+architectures of mlx-lm read the older keys only and compute with their defaults where these are absent, without an
+error.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 from runner.common.errors import ModelError
 
 OLD_RUNS_MISREAD = (
-    "The base model's config.json is in the format of transformers 5, of which earlier versions did not read everything: "
-    "what they trained on it needs the version that it was trained with."
+    "The base model's config.json is in the format of transformers 5, of which earlier versions did not read all: what "
+    "they trained on it needs the version that it was trained with."
 )
 _THETA = ("rope_theta", "rotary_emb_base")
 _SLIDING_THETA = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
@@ -73,9 +74,9 @@ def misread_by_stock(folder: Path) -> bool:
 def carried_over_note(path: str) -> str:
     """Return the line for the log about a model with keys that were carried over."""
     return (
-        f"the config.json of {path} is in the format of transformers 5, of which stock mlx-lm {version('mlx-lm')} misses "
-        "a part (rope_parameters, layer_types): that part is read here; stock mlx-lm computes something else from this "
-        "folder, but the same from a fused export"
+        f"the config.json of {path} is in the format of transformers 5, of which stock mlx-lm {version('mlx-lm')} "
+        "misses a part (rope_parameters, layer_types): that part is read here; stock mlx-lm computes something "
+        "else from this folder, but the same from a fused export"
     )
 
 

@@ -163,7 +163,7 @@ def test_an_export_is_the_same_model_in_stock_mlx_lm(tmp_path: Path, case: str) 
     ("case", "key"), [("base", "rope_theta"), ("yarn", "rope_scaling"), ("by layer type", "sliding_window_pattern")]
 )
 def test_an_export_that_stock_mlx_lm_misreads_is_noticed(tmp_path: Path, case: str, key: str) -> None:
-    family, old, new = CASES[case]
+    family, old, _ = CASES[case]
     folder = write(tmp_path / "model", family, old)
     base = load(folder)
     verify_model_folder(base, folder, folder)

@@ -34,20 +34,40 @@ SIZES: dict[str, Any] = {
 ROPE = {"rope_theta": 400.0, "rope_type": "default"}
 YARN = {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
-    **ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    **ROPE,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 LONGROPE = {
-    **ROPE, "rope_type": "longrope", "partial_rotary_factor": 0.75, "original_max_position_embeddings": 16,
-    "long_factor": [1 + 0.5 * i for i in range(6)], "short_factor": [1 + 0.25 * i for i in range(6)],
-}  # fmt: skip
-BY_LAYER_TYPE = {"full_attention": {**ROPE, "rope_type": "linear", "factor": 8.0}, "sliding_attention": {**ROPE, "rope_theta": 50.0}}  # fmt: skip
+    **ROPE,
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 16,
+    "long_factor": [1 + 0.5 * i for i in range(6)],
+    "short_factor": [1 + 0.25 * i for i in range(6)],
+}
+BY_LAYER_TYPE = {
+    "full_attention": {**ROPE, "rope_type": "linear", "factor": 8.0},
+    "sliding_attention": {**ROPE, "rope_theta": 50.0},
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 DEEPSEEK = {
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "moe_intermediate_size": 32,
-}  # fmt: skip
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
 PATTERN = ["sliding_attention"] * 2 + ["full_attention"]
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
 
@@ -71,16 +91,62 @@ def cases() -> Iterator[tuple[str, type, dict[str, Any]]]:
         {**GEMMA, "num_hidden_layers": 6, "rope_parameters": BY_LAYER_TYPE, "layer_types": PATTERN * 2},
     )
     yield "phi3", hf.Phi3Config, {"sliding_window": None, "original_max_position_embeddings": 512}
-    yield "phi3_longrope", hf.Phi3Config, {"sliding_window": None, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE}  # fmt: skip
+    yield (
+        "phi3_longrope",
+        hf.Phi3Config,
+        {"sliding_window": None, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    )
     yield "granite", hf.GraniteConfig, {}
     yield "olmo2", hf.Olmo2Config, {}
-    yield "olmo3", hf.Olmo3Config, {"sliding_window": 8, "num_hidden_layers": 4, "rope_parameters": {"full_attention": {**YARN, "attention_factor": None}, "sliding_attention": ROPE}}  # fmt: skip
+    yield (
+        "olmo3",
+        hf.Olmo3Config,
+        {
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+            "rope_parameters": {"full_attention": {**YARN, "attention_factor": None}, "sliding_attention": ROPE},
+        },
+    )
     yield "stablelm", hf.StableLmConfig, {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}}
     yield "glm4", hf.Glm4Config, {"head_dim": 16, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
-    yield "gpt_neox", hf.GPTNeoXConfig, {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}, "intermediate_size": 256, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"}  # fmt: skip
-    yield "cohere2", hf.Cohere2Config, {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": PATTERN * 2, "tie_word_embeddings": True, "layer_norm_eps": 1e-5, "head_dim": 16}  # fmt: skip
-    yield "exaone4", hf.Exaone4Config, {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": PATTERN * 2, "head_dim": 16}  # fmt: skip
-    yield "minimax_m2", hf.MiniMaxM2Config, {"head_dim": 16, "shared_intermediate_size": 0, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}  # fmt: skip
+    yield (
+        "gpt_neox",
+        hf.GPTNeoXConfig,
+        {
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
+            "intermediate_size": 256,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "gelu_new",
+        },
+    )
+    yield (
+        "cohere2",
+        hf.Cohere2Config,
+        {
+            "sliding_window": 8,
+            "num_hidden_layers": 6,
+            "layer_types": PATTERN * 2,
+            "tie_word_embeddings": True,
+            "layer_norm_eps": 1e-5,
+            "head_dim": 16,
+        },
+    )
+    yield (
+        "exaone4",
+        hf.Exaone4Config,
+        {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": PATTERN * 2, "head_dim": 16},
+    )
+    yield (
+        "minimax_m2",
+        hf.MiniMaxM2Config,
+        {
+            "head_dim": 16,
+            "shared_intermediate_size": 0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+        },
+    )
     yield "deepseek_v3", hf.DeepseekV3Config, DEEPSEEK
     yield "ernie4_5", hf.Ernie4_5Config, {"head_dim": 16}
     yield "seed_oss", hf.SeedOssConfig, {"head_dim": 16}

@@ -1,10 +1,10 @@
 """Locating the assistant's turns in a rendered conversation, or rendering it turn by turn where that cannot be done.
 
 A conversation is rendered once, as the template writes it, and every turn of the assistant is located in the text:
-where the template marks them (``{% generation %}``), by its marks; else from the text before a turn, which has to be
-what the model sees when it writes the turn, to the token that ends it. What is located is compared with what the row
-says. Where a turn cannot be located, is not ended by a token at which the model could stop, or lacks its answer, the
-conversation is rendered once for each turn, with what comes before it: the model sees the same at inference.
+where the template marks them (``{% generation %}``), by its marks; else from the end of the prompt for a turn to the
+token that ends it. The text before a turn has to be the prompt that the model sees when it writes the turn, and what
+is located is compared with what the row says. Where a turn does not follow its prompt, is not ended by a token at which
+the model could stop, or lacks its answer, the conversation is rendered once for each turn, as its prompt and the turn.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from runner.common.text import shorten
 from runner.data import rendered_row
 from runner.data.conversation import Turn, normalize
 from runner.data.encoded import Encoded, Span
 from runner.data.row_errors import RowError
-from runner.data.template_traits import TemplateTraits
+from runner.data.template_traits import THINK_CLOSE, TemplateTraits
 from runner.data.text_encoder import Message, TextEncoder
 from runner.data.turn_ends import TurnEnds, common_prefix_length
 
@@ -154,6 +155,8 @@ class Conversation:
             start, start_token = marks[index][0] if marks else self._find_start(index)
             if start_token >= limit:
                 break
+            if marks and (prompt := self._render_prompt(index)) is not None:
+                self._require_prompt(prompt, index)
             if located and located[-1].end > start:
                 raise _Unlocated(f"message {located[-1].index + 1} has no end of its own in the chat template")
             end = marks[index][1] if marks else self._find_end(index, start)
@@ -161,45 +164,112 @@ class Conversation:
         return located
 
     def locate_last(self) -> LocatedTurn:
-        """Return the last turn, which is the assistant's.
+        """Return the last turn, which is the assistant's; the text becomes the turn's prompt and the turn.
 
         Raises:
             _Unlocated: it cannot be located, or lacks its answer.
+            RowError: its reasoning cannot follow the prompt.
         """
         index = len(self.turns) - 1
-        if self._encoder.has_generation_marks:
+        start, end = self._follow_prompt(), len(self.text)
+        if start is not None:
+            start_token = self._count_tokens(self.text[:start])
+        elif self._encoder.has_generation_marks:
             (start, start_token), end = self._last_marked_range()
         else:
-            try:
-                start, start_token = self._find_start(index)
-            except _Unlocated:
-                if not self._continue_prompt():
-                    raise
-                start, start_token = self._find_start(index)
-            end = len(self.text)
-        return self._bounded(index, start, start_token, end)
+            start, start_token = self._find_start(index)
+        return self._bounded(index, start, start_token, len(self.text) if end is None else end)
 
-    def _continue_prompt(self) -> bool:
-        """Replace the text by the last turn's prompt and the turn, where the template rewrites what comes before it.
+    def _follow_prompt(self) -> int | None:
+        """Where the rendered text does not begin with the last turn's prompt, replace it by the prompt and the turn.
 
-        Mistral's templates write the system message only where a question is the last message. The model sees the
-        prompt; the turn is what follows the last message before it, which both renderings have. Returns False where
-        they do not agree on all of that message.
+        A prompt may end with a reasoning block that the turn lacks (Qwen3 with ``enable_thinking=false``), or have
+        context that the turn's rendering lacks: Mistral's templates write the system message only where a question is
+        the last message.
+
+        Returns:
+            The character after the prompt; None where the text begins with the prompt, or nothing can be done.
+
+        Raises:
+            RowError: the turn's reasoning cannot follow the prompt.
         """
-        before = self.turns[-2] if len(self.turns) > 1 else None
-        with suppress(RowError):
-            prompt = self._encoder.render(self._messages[:-1], self.tools, add_generation_prompt=True)
-            first, last = 0, len(prompt)  # the first character of the longest end of the prompt that the text has
+        index, turn = len(self.turns) - 1, self.turns[-1]
+        prompt = self._render_prompt(index)
+        if prompt is None:
+            return None
+        if self.text.startswith(prompt):
+            if not self._has_extra_header(index, len(prompt)):
+                return None
+            extra, rest = "", self.text[len(prompt) + len(self._ends.turn_header) :]
+        else:
+            split = self._split_from_prompt(prompt)
+            if split is None:
+                return None
+            extra, rest = split
+        if extra:
+            answer = self._without_think_block(rest.removeprefix(self._ends.turn_header))
+            if self._chat.traits.opens_reasoning(extra):
+                closing = self._chat.traits.reasoning_closing
+                rest = turn.reasoning + closing + answer.lstrip("\n")
+            elif rendered_row.contains_reasoning(turn, rest):
+                raise RowError(
+                    f"the reasoning of message {index + 1} cannot follow the generation prompt, which ends with "
+                    f"{shorten(repr(extra), 60)}: remove the reasoning, or set the template's "
+                    "variable that makes room for it (data.template_args, such as enable_thinking=true)"
+                )
+            else:
+                rest = answer
+        # Encoded apart, as generation does: no token lies across the end of the prompt.
+        prompt_tokens = self._encoder.encode(prompt, add_special_tokens=False)
+        self.text = prompt + rest
+        self.tokens = prompt_tokens + self._encoder.encode(rest, add_special_tokens=False)
+        self._last_boundary = (len(prompt), len(prompt_tokens))
+        return len(prompt)
+
+    def _split_from_prompt(self, prompt: str) -> tuple[str, str] | None:
+        """Return the end of the prompt that the text lacks, and the text after the rest of the prompt; None if unknown.
+
+        The rest of the prompt may differ in earlier messages, but the last one has to be the same.
+        """
+        before = self.turns[-2]
+        header = self._ends.turn_header or self._ends.generation_prompt
+        extra = self._ends.generation_prompt.removeprefix(header)
+        for end in dict.fromkeys((extra if prompt.endswith(extra) else "", "")):
+            head = prompt.removesuffix(end)
+            if self.text.startswith(head):
+                return end, self.text[len(head) :]
+            first, last = 0, len(head)  # the first character of the longest end of the head that the text has
             while first < last:
                 middle = (first + last) // 2
-                first, last = (first, middle) if prompt[middle:] in self.text else (middle + 1, last)
-            shared = prompt[first:]
-            if before is not None and before.text and before.role != "assistant" and before.text in shared:
-                self.text = prompt + self.text[self.text.rindex(shared) + len(shared) :]
-                self.__dict__.pop("tokens", None)
-                self._last_boundary = (0, 0)
-                return True
-        return False
+                first, last = (first, middle) if head[middle:] in self.text else (middle + 1, last)
+            shared = head[first:]
+            if before.text and before.text in shared:
+                return end, self.text[self.text.rindex(shared) + len(shared) :]
+        without_prompt = self._encoder.render(self._messages[:-1], self.tools)
+        if without_prompt and self.text.startswith(without_prompt):
+            common = self._ends.whole_tokens(self.text, common_prefix_length(prompt, self.text))
+            return prompt[common:], self.text[common:]
+        rest = self.text.rpartition(before.text)[2] if before.text else ""
+        if header and rest.count(header) == 1 and prompt.endswith(header + extra):
+            return extra, rest.partition(header)[2]  # the last message itself has another form in the prompt
+        return None
+
+    def _without_think_block(self, rest: str) -> str:
+        """Return the text of a turn without the reasoning block that it may begin with."""
+        block, closing, answer = rest.partition(THINK_CLOSE)
+        own = self.turns[-1].text
+        if not closing or (own and own in block):
+            return rest
+        return answer.lstrip("\n")
+
+    def _render_prompt(self, index: int) -> str | None:
+        """Return the generation prompt for message `index`; None where the template writes none."""
+        if index == 0:
+            return None
+        # A template may fail on the messages before a turn and yet render the conversation.
+        with suppress(RowError):
+            return self._encoder.render(self._messages[:index], self.tools, add_generation_prompt=True)
+        return None
 
     def append_missing_end(self, turn: str) -> None:
         """Append the EOS token where the conversation ends with a `turn` of the assistant that nothing ends."""
@@ -237,37 +307,38 @@ class Conversation:
         """Return the first character and the first token that the assistant generates for message `index`.
 
         Raises:
-            _Unlocated: it cannot be determined.
+            _Unlocated: it cannot be determined, or the text before it is not the prompt for the turn.
         """
-        start, start_token = self._find_prompt_end(index)
-        header = self._ends.turn_header
-        if header and self.text.startswith(header, start) and not self.turns[index].text.startswith(header.strip()):
-            # The template opens the turn with a header that its own prompt lacks here, for example after a tool call.
-            start += len(header)
-            start_token = self._count_tokens(self.text[:start])
-        return start, start_token
+        prompt = self._render_prompt(index)
+        if prompt is not None:
+            self._require_prompt(prompt, index)
+            if self._has_extra_header(index, len(prompt)):
+                raise _Unlocated(f"message {index + 1} begins with a header that the generation prompt lacks")
+            return len(prompt), self._count_tokens(prompt)
+        start = self._find_start_by_count(index)
+        if start is None:
+            raise self._unlocated_start(index)
+        return start, self._count_tokens(self.text[:start])
 
-    def _find_prompt_end(self, index: int) -> tuple[int, int]:
-        preceding, prompt = self._messages[:index], ""
-        # A template may fail on the messages before a turn (an empty list, say) and yet render the conversation.
-        with suppress(RowError):
-            prompt = self._encoder.render(preceding, self.tools, add_generation_prompt=True)
-            if self.text.startswith(prompt):
-                return len(prompt), self._count_tokens(prompt)
-            without_prompt = self._encoder.render(preceding, self.tools)
-            if without_prompt and self.text.startswith(without_prompt):
-                # The generation prompt and the turn agree up to a point: a template may open a reasoning block in the
-                # prompt that this turn lacks.
-                prompt_tokens = self._encoder.encode(prompt, add_special_tokens=False)
-                start = self._ends.whole_tokens(self.text, common_prefix_length(prompt, self.text))
-                return start, common_prefix_length(prompt_tokens, self.tokens)
-        counted = self._find_start_by_count(index)
-        if counted is None or rendered_row.loses_context(self.turns[:index], prompt, self.text[:counted]):
-            raise _Unlocated(
-                f"the start of message {index + 1} cannot be determined: the chat template renders the messages "
-                "before it differently from the whole conversation"
-            )
-        return counted, self._count_tokens(self.text[:counted])
+    def _require_prompt(self, prompt: str, index: int) -> None:
+        if not self.text.startswith(prompt):
+            raise self._unlocated_start(index)
+
+    @staticmethod
+    def _unlocated_start(index: int) -> _Unlocated:
+        return _Unlocated(
+            f"the start of message {index + 1} cannot be determined: the chat template renders the messages "
+            "before it differently from the whole conversation"
+        )
+
+    def _has_extra_header(self, index: int, start: int) -> bool:
+        """Return whether the turn that follows its prompt opens with the header of turns, as after a tool result."""
+        header = self._ends.turn_header
+        return bool(
+            header
+            and self.text.startswith(header, start)
+            and not self.turns[index].text.startswith(header.strip())
+        )
 
     def _find_start_by_count(self, index: int) -> int | None:
         """Return the character after the turn's generation prompt, if there is exactly one for every assistant turn.

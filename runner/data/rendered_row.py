@@ -32,6 +32,11 @@ def loses_reasoning(turn: Turn, rendered: str) -> bool:
     return bool(turn.reasoning) and not contains(rendered, turn.reasoning)
 
 
+def contains_reasoning(turn: Turn, rendered: str) -> bool:
+    """Return whether the turn has reasoning and the `rendered` text has it."""
+    return bool(turn.reasoning) and contains(rendered, turn.reasoning)
+
+
 def lost_context(turns: Sequence[Turn], tools: object, rendered: str) -> int:
     """Return how many of the other messages, and of the tools, are missing in the rendered row."""
     lost = sum(bool(turn.text) and not turn.trained and not contains(rendered, turn.text) for turn in turns)
@@ -40,17 +45,6 @@ def lost_context(turns: Sequence[Turn], tools: object, rendered: str) -> int:
         name = function.get("name") if isinstance(function, dict) else None
         lost += isinstance(name, str) and not contains(rendered, name)
     return lost
-
-
-def loses_context(turns: Sequence[Turn], prompt: str, rendered: str) -> bool:
-    """Return whether `rendered` lacks a message of others than the assistant that the `prompt` has."""
-    return any(
-        bool(turn.text)
-        and turn.role != "assistant"
-        and contains(prompt, turn.text)
-        and not contains(rendered, turn.text)
-        for turn in turns
-    )
 
 
 def contains(rendered: str, text: str) -> bool:

@@ -71,6 +71,23 @@ class TemplateTraits:
             _exchange(_ANSWER, reasoning_content=_REASONING), _ANSWER
         )
 
+    def opens_reasoning(self, end_of_prompt: str) -> bool:
+        """Return whether a generation prompt that ends so opens a reasoning block, which the turn continues."""
+        end = end_of_prompt.rstrip()
+        return end.endswith(THINK_OPEN) or bool(end and self._reasoning_prefix.rstrip().endswith(end))
+
+    @cached_property
+    def reasoning_closing(self) -> str:
+        """What comes between the reasoning of a turn and its answer."""
+        rendered = self._render(_exchange(_ANSWER, reasoning_content=_REASONING), _REASONING, _ANSWER) or ""
+        return rendered.partition(_REASONING)[2].partition(_ANSWER)[0] or f"\n{THINK_CLOSE}\n\n"
+
+    @cached_property
+    def _reasoning_prefix(self) -> str:
+        """The rendered text before the reasoning of the last turn; empty where the template writes no reasoning."""
+        rendered = self._render(_exchange(_ANSWER, reasoning_content=_REASONING), _REASONING, _ANSWER) or ""
+        return rendered.partition(_REASONING)[0]
+
     def _tool_call(self, arguments: Any, content: str | None) -> str | None:
         call = {"id": "call12345", "type": "function", "function": {"name": _TOOL, "arguments": arguments}}
         messages = [_exchange("")[0], {"role": "assistant", "content": content, "tool_calls": [call]}]

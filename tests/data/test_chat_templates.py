@@ -226,6 +226,47 @@ def test_turns_that_cannot_be_told_apart_are_rendered_one_by_one_with_their_reas
     assert result.encoded.lost_reasoning == 0
 
 
+# Only the last turn has a reasoning block; the prompt has `block` (Qwen3 with enable_thinking=false, Qwen3.5).
+BLOCK_IN_PROMPT = DROPS_THINKING.replace(
+    "{% if reasoning and loop.index0 > ns.last %}", "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+).replace("<assistant>{% endif %}", "<assistant>{{ block }}{% endif %}")
+EMPTY_BLOCK = "<think>\n\n</think>\n\n"
+
+
+def test_an_answer_without_the_block_of_its_prompt_gets_a_row_in_which_it_follows_the_prompt(encode):
+    result = encode(BLOCK_IN_PROMPT, *TWO_TURNS, args={"block": EMPTY_BLOCK})
+    assert result.rows == [
+        f"<user>q1<end><assistant>{EMPTY_BLOCK}a1<end>",
+        f"<user>q1<end><assistant>a1<end><user>q2<end><assistant>{EMPTY_BLOCK}a2<end>",
+    ]
+    assert result.texts == [["a1<end>"], ["a2<end>"]]
+    one_row = encode(BLOCK_IN_PROMPT, *TWO_TURNS, args={"block": ""})
+    assert one_row.texts == [["a1<end>", f"{EMPTY_BLOCK}a2<end>"]]
+    marked = BLOCK_IN_PROMPT.replace("{{ text }}", "{% generation %}{{ text }}{% endgeneration %}")
+    assert encode(marked, *TWO_TURNS, args={"block": EMPTY_BLOCK}).rows == result.rows
+
+
+def test_reasoning_that_cannot_follow_the_prompt_refuses_the_row(encode):
+    with pytest.raises(RowError, match=r"the reasoning of message 2 cannot follow the generation prompt.*enable_think"):
+        encode(BLOCK_IN_PROMPT, *THINKING, args={"block": EMPTY_BLOCK})
+
+
+@pytest.mark.parametrize("drops_all", [False, True])
+def test_an_answer_whose_prompt_opens_a_reasoning_block_continues_and_closes_it(drops_all, encode):
+    template = BLOCK_IN_PROMPT
+    if drops_all:  # as DeepSeek's templates
+        template = PLAIN.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].strip() }}").replace(
+            "<assistant>{% endif %}", "<assistant>{{ block }}{% endif %}"
+        )
+    result = encode(template, *THINKING, args={"block": "<think>\n"})
+    assert result.texts == [[f"r{i}\n</think>\n\na{i}<end>"] for i in (1, 2)]
+    assert result.rows[0] == "<user>q1<end><assistant><think>\nr1\n</think>\n\na1<end>"
+    assert result.encoded.lost_reasoning == 0
+    assert encode(template, *TWO_TURNS, args={"block": "<think>\n"}).texts == [
+        [f"\n</think>\n\na{i}<end>"] for i in (1, 2)
+    ]
+
+
 def test_reasoning_goes_into_the_content_of_a_template_that_has_no_field_for_it(encode):
     result = encode(PLAIN, user("q"), assistant("a", reasoning_content="r"))
     assert result.texts == [["<think>\nr\n</think>\n\na<end>"]]

@@ -151,23 +151,34 @@ def test_assistant_turns_around_tool_messages_are_found_where_the_template_rewri
     ]
 
 
-def test_assistant_turns_are_found_where_the_generation_prompt_opens_a_reasoning_block(
+def test_a_turn_whose_generation_prompt_opens_a_reasoning_block_closes_it(chat_templates, make_tokenizer, make_options):
+    tokenizer = make_tokenizer(chat_templates["THINKING"])
+    rows = encode_rows("chat", {"messages": THREE_TURNS[:5]}, tokenizer, make_options())
+    assert [supervised_texts(*row, tokenizer) for row in rows] == [
+        ["\n</think>\n\nParis.<|im_end|>\n"],
+        ["\n</think>\n\nthe lazy dog\n<|im_end|>\n"],
+    ]
+
+
+def test_a_template_without_special_tokens_gives_a_row_for_each_turn_that_ends_with_eos(
     chat_templates, make_tokenizer, make_options
 ):
-    tokenizer = make_tokenizer(chat_templates["THINKING"])
-    tokens, spans = encode("chat", {"messages": THREE_TURNS[:5]}, tokenizer, make_options())
-    assert supervised_texts(tokens, spans, tokenizer) == ["Paris.<|im_end|>\n", "the lazy dog\n<|im_end|>\n"]
-
-
-@pytest.mark.parametrize("template", ["PLAIN", "PLAIN_REWRITING"])
-def test_a_template_without_special_tokens_gives_a_row_for_each_turn_that_ends_with_eos(
-    template, chat_templates, make_tokenizer, make_options
-):
-    tokenizer = make_tokenizer(chat_templates[template], eos="<|endoftext|>")
+    tokenizer = make_tokenizer(chat_templates["PLAIN"], eos="<|endoftext|>")
     rows = encode_rows("chat", {"messages": THREE_TURNS}, tokenizer, make_options())
     parts = [{"messages": THREE_TURNS[:end]} for end in (3, 5, 7)]
     processed = [ChatDataset([part], tokenizer, mask_prompt=True).process(part) for part in parts]
     assert rows == [([*tokens, tokenizer.eos_token_id], [(offset, len(tokens) + 1)]) for tokens, offset in processed]
+
+
+def test_a_question_that_has_another_form_in_the_prompt_gives_a_row_for_each_turn_after_its_prompt(
+    chat_templates, make_tokenizer, make_options
+):
+    tokenizer = make_tokenizer(chat_templates["PLAIN_REWRITING"], eos="<|endoftext|>")
+    rows = encode_rows("chat", {"messages": THREE_TURNS}, tokenizer, make_options())
+    for (tokens, _), end in zip(rows, (2, 4, 6), strict=True):
+        prompt = tokenizer.apply_chat_template(THREE_TURNS[:end], add_generation_prompt=True, tokenize=False)
+        answer = f"{THREE_TURNS[end]['content']}!\n<|endoftext|>"
+        assert tokenizer.decode(tokens, skip_special_tokens=False) == prompt + answer
 
 
 def test_turns_beyond_max_length_are_not_searched(tokenizer, make_options):

@@ -335,9 +335,7 @@ class Conversation:
         """Return whether the turn that follows its prompt opens with the header of turns, as after a tool result."""
         header = self._ends.turn_header
         return bool(
-            header
-            and self.text.startswith(header, start)
-            and not self.turns[index].text.startswith(header.strip())
+            header and self.text.startswith(header, start) and not self.turns[index].text.startswith(header.strip())
         )
 
     def _find_start_by_count(self, index: int) -> int | None:

@@ -218,7 +218,9 @@ def answer_alone(text: str, chat: ChatEncoder) -> str:
 
     TRL's variants show all reasoning, and some mark the header or leave the end out.
     """
-    text = re.sub(r"^(?:[^<]*</think>|[^<]*<channel\|>|.*?<think>.*?</think>)", "", text.strip(), flags=re.DOTALL).strip()
+    text = re.sub(
+        r"^(?:[^<]*</think>|[^<]*<channel\|>|.*?<think>.*?</think>)", "", text.strip(), flags=re.DOTALL
+    ).strip()
     text = re.sub(r"^<｜tool▁outputs▁end｜>", "", text.replace(chat.ends.turn_header.strip(), ""))
     while (shorter := re.sub(rf"(?:{SPECIAL.pattern})$", "", text.strip())) != text:
         text = shorter

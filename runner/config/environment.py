@@ -21,6 +21,8 @@ from runner.config.schema import Config
 REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,([^{}]*))?\}")
 """A reference without others inside it: the variable and its default."""
 _REFERENCE_START = re.compile(r"\$\{\s*oc\.env\s*:")  # OmegaConf allows the spaces
+_MIN_SECRET_LENGTH = 4
+"""A shorter value is no secret, and replacing it would change unrelated text."""
 
 
 def has_reference(text: str) -> bool:
@@ -78,6 +80,17 @@ def referenced_values(settings: Any, written: Any) -> Iterator[tuple[str, str]]:
             yield from referenced_values(value, written.get(key))
     elif isinstance(settings, str) and isinstance(written, str) and has_reference(written):
         yield settings, written
+
+
+def redacted(text: str, settings: Any, written: Any) -> str:
+    """Return `text` with ${oc.env:NAME} in place of each value that came from the environment.
+
+    `settings` and `written` as in `referenced_values`.
+    """
+    for value, reference in sorted(referenced_values(settings, written), key=lambda pair: -len(pair[0])):
+        if len(value) >= _MIN_SECRET_LENGTH:
+            text = text.replace(value, reference)
+    return text
 
 
 def parse_value(name: str, text: str) -> Any:

@@ -133,7 +133,7 @@ def load_sources(
         stats={split: stats for split, (_, stats) in loaded.items()},
         tokenizer=tokenizer,
         options=options,
-        notes=[*notes, *(token_cache.notes if token_cache else [])],
+        notes=[*notes, *_format_notes(sources, parts.get("train", ())), *(token_cache.notes if token_cache else [])],
         dated=_is_dated(tokenizer, token_cache, options),
         mixture=_mixture(sources, parts.get("train", ()), loaded["train"][0]),
     )
@@ -162,11 +162,18 @@ def _find_parts(
             )
         for split, split_files in files.items():
             parts[split] += [Part(file, source.options, number, cut[split]) for file in split_files]
-        for file in files.get("train", ())[:1] if "train" in splits else ():
-            first = next(read_rows(file, RowErrors()), None)
-            note = format_note(first, format_name(first, source.options), source.options.keys) if first else None
-            notes += [f"data   {file}: {note}"] if note else []
     return {split: tuple(found) for split, found in parts.items() if found and split in splits}, notes
+
+
+def _format_notes(sources: Sequence[Source], train: Sequence[Part]) -> list[str]:
+    """Return what the log says about the format of each source: by the first row of its training rows."""
+    notes = []
+    for number, source in enumerate(sources):
+        file = next((part.file for part in train if part.source == number), None)
+        first = next(read_rows(file, RowErrors()), None) if file else None
+        note = format_note(first, format_name(first, source.options), source.options.keys) if first else None
+        notes += [f"data   {file}: {note}"] if note else []
+    return notes
 
 
 def _require_rows(stats: SplitStats, parts: Sequence[Part], options: EncodeOptions) -> None:

@@ -18,9 +18,6 @@ from runner.runs.directory import RunDirectory
 from runner.runs.find import is_sweep_folder
 from runner.runs.sweep_manifest import read_manifest
 
-_MIN_SECRET_LENGTH = 4
-"""A shorter value is no secret, and replacing it would change unrelated text."""
-
 
 @dataclass(frozen=True)
 class ResumeSource:
@@ -64,11 +61,7 @@ class RunSpec:
 
     def redacted(self, text: str) -> str:
         """Return `text` with ${oc.env:NAME} in place of each value that a setting took from the environment."""
-        references = environment.referenced_values(to_dict(self.config), self.stored)
-        for value, reference in sorted(references, key=lambda pair: -len(pair[0])):
-            if len(value) >= _MIN_SECRET_LENGTH:
-                text = text.replace(value, reference)
-        return text
+        return environment.redacted(text, to_dict(self.config), self.stored)
 
 
 def find_resume_source(path: Path) -> ResumeSource:

@@ -130,12 +130,16 @@ class JobPlanner:
             if "${hydra:" in str(OmegaConf.to_container(composed.config, resolve=False)):
                 set_folder(self._with_hydra(overrides, composed, number), self._manifest.folder, folder)
             config = resolve_to_start(composed.config, self._stop_at, needs_adapter=needs_adapter)
-            if needs_adapter or any(override.startswith(("data", "model")) for override in overrides):
-                self._require_inputs(config)
         except RunnerError as error:
             raise type(error)(f"job {' '.join(overrides)}: {error}") from error
         config.experiment = config.experiment or composed.choices.get("experiment")
         stored = config_to_store(composed.config, config)
+        if needs_adapter or any(override.startswith(("data", "model")) for override in overrides):
+            try:
+                self._require_inputs(config)
+            except RunnerError as error:
+                reason = environment.redacted(str(error), serialize.to_dict(config), stored)
+                raise type(error)(f"job {' '.join(overrides)}: {reason}") from None
         del stored["model"]["trust_remote_code"]  # is given for one invocation
         return stored
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from runner.backends.mlx.backend import MlxBackend
 from runner.backends.mlx.loss import cross_entropy
@@ -96,7 +97,8 @@ class GradientProbe:
             yield
         finally:
             self._adapted.dropout.set_key(None)
-            self._adapted.place(self._initial)
+            # Not `place`, which casts: these are the weights that training starts from.
+            model.update(tree_unflatten(list(self._initial.items())))
             model.train(training)
 
 

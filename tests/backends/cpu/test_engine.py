@@ -299,7 +299,7 @@ def selected(adapted_model: AdaptedModel) -> Backend:
     """The backend that is chosen for `adapted_model`, with NumPy's kernels."""
     config = schema.Config()
     config.train.cache_probes = config.train.cpu_native = False
-    return select_backend(adapted_model, config)
+    return select_backend(adapted_model, config, longest_row=64)
 
 
 def test_a_supported_model_gets_the_engine_and_keeps_its_adapter() -> None:
@@ -378,7 +378,7 @@ def test_a_setting_that_the_engine_does_not_support_falls_back_to_mlx_with_the_r
     settings.model.path = "builtin:tiny"
     setattr(getattr(settings, section), name, value)
     adapted_model = AdaptedModel(load_base_model(settings.model), settings.lora, seed=0)
-    backend = select_backend(adapted_model, settings)
+    backend = select_backend(adapted_model, settings, longest_row=64)
     assert isinstance(backend, CpuBackend if value is True else MlxBackend)
     if reason is None:
         assert backend.fallback_reason is None

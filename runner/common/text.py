@@ -30,6 +30,11 @@ def shorten(text: object, limit: int = 200) -> str:
     return printable(cut).replace("\n", "·")
 
 
+def count(number: int, noun: str) -> str:
+    """Return ``1 row`` or ``2,000 rows``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def relative_path(path: Path) -> str:
     """Return `path` relative to the working directory where it lies below it, else as it is."""
     relative = os.path.relpath(path)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from runner.common.errors import DataError
+from runner.common.errors import DataError, did_you_mean
 from runner.config.schema import DataConfig
 
 _MAX_TEMPLATE_BYTES = 1_000_000
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_ANY_MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 DATE_FUNCTION = "strftime_now"
+_GIVEN_VARIABLES = {
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"),
+    DATE_FUNCTION,
+}
 _DIRECTIVES = "aAbBcdDeFGghHIjmMnpRSTuUVwWxXyYzZ"
 """The letters of strftime's directives; each is replaced by its value."""
 
@@ -61,6 +67,38 @@ def read_template(file: Path) -> str:
 def has_generation_marks(template: str) -> bool:
     """Return whether the template marks what the assistant writes with ``{% generation %}``."""
     return _MARKS.search(template) is not None
+
+
+def read_variables(template: str) -> set[str] | None:
+    """Return the variables that the template reads, beside those of the row; None where it cannot be parsed."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_ANY_MARK.sub("", template))
+    except TemplateSyntaxError:
+        return None  # rendering gives the reason
+    return meta.find_undeclared_variables(parsed) - _GIVEN_VARIABLES
+
+
+def require_read(args: Mapping[str, Any], template: str, also: Mapping[str, str]) -> None:
+    """Refuse a variable in `args` that the template never reads: it would have no effect.
+
+    `also` are further names of variables, with the names in the template.
+
+    Raises:
+        DataError: names the nearest variable that the template reads, or all of them.
+    """
+    variables = read_variables(template)
+    if variables is None:
+        return
+    known = variables | {name for name, meant in also.items() if meant in variables}
+    for name in args:
+        if name not in known:
+            listed = f"It reads: {', '.join(sorted(known))}." if known else "It reads none."
+            raise DataError(
+                f"data.template_args.{name} has no effect: the chat template does not read it."
+                f"{did_you_mean(name, known)} {listed}"
+            )
 
 
 def writes_date(template: str) -> bool:

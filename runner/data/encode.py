@@ -13,7 +13,7 @@ import numpy as np
 
 from runner.data.chat_template import TemplateOptions
 from runner.data.encoded import Encoded, Span
-from runner.data.formats import EncodeOptions, RowFormat
+from runner.data.formats import EncodeOptions, RowFormat, refuse_media
 from runner.data.holdout import Holdout
 from runner.data.jsonl import MAX_LINE_BYTES, parse_lines
 from runner.data.row_errors import RowError, RowErrors
@@ -144,6 +144,7 @@ def encode_chunk(chunk: Chunk, task: EncodeTask, encoder: TextEncoder, errors: R
         if part.holdout is not None and not part.holdout.selects(row.value):
             continue
         try:
+            refuse_media(row.value, part.options.keys)
             part.row_format.validate(row.value, part.options.keys)
             builder.add_row(row.line, part.row_format.encode(row.value, encoder, part.options))
         except RowError as error:

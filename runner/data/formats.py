@@ -27,6 +27,7 @@ from runner.data.text_encoder import Message, TextEncoder
 ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES)
 ROLE_ALIASES = {"human": "user"} | dict.fromkeys(("gpt", "bot", "ai", "model"), "assistant")
 """Names that other data sets use, for a hint in the error message."""
+_MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 _MAX_LISTED_KEYS = 20
 
 
@@ -310,6 +311,13 @@ def _encode_conversation(
     chat = encoder.find_once(ChatEncoder)
     messages = with_system_prompt(messages, options.system_prompt)
     return chat.encode(messages, row.get("tools"), options.max_length, options.mask_prompt)
+
+
+def refuse_media(row: Mapping[str, Any], keys: KeysConfig) -> None:
+    """Raise RowError for a row with an image, a video or a sound beside its text, which would not be trained on."""
+    for field in _MEDIA_FIELDS:
+        if row.get(field) and field not in vars(keys).values():
+            raise RowError(f"'{field}' is not text; only text is trained on. Remove the field, or the row")
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runner.common.errors import DataError
+from runner.common.text import shorten
 from runner.data.row_errors import RowError, RowErrors, locate
 
 MAX_LINE_BYTES = 4 << 20
@@ -107,7 +108,9 @@ def _parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 (byte {error.start + 1}: 0x{line[error.start]:02x})") from None
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=object_of_pairs)
+    except RowError:
+        raise
     except json.JSONDecodeError as error:
         raise RowError(f"not JSON (column {error.colno}: {error.msg})") from None
     except RecursionError:
@@ -117,6 +120,23 @@ def _parse_object(line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"{json_type(value)}, not an object; expected one JSON object per line")
     return value
+
+
+def object_of_pairs(pairs: list[tuple[str, Any]], on_repeated: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Return a JSON object; a key that it has twice is given to `on_repeated`, or raises RowError."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
+        if on_repeated is None:
+            raise RowError(repeated_key(key))
+        on_repeated(key)
+    return value
+
+
+def repeated_key(key: str) -> str:
+    """Return the reason why a row with a repeated key cannot be used."""
+    return f"the key '{shorten(key, 60)}' occurs twice in one object; only one of its values would be used"
 
 
 def json_type(value: Any) -> str:

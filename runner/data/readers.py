@@ -13,19 +13,21 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from runner.common.errors import DataError
 from runner.data.encode import CHUNK_BYTES, Chunk, read_chunks
-from runner.data.jsonl import MAX_LINE_BYTES, JsonlRow, open_data_file, read_jsonl
+from runner.data.jsonl import MAX_LINE_BYTES, JsonlRow, object_of_pairs, open_data_file, read_jsonl, repeated_key
 from runner.data.row_errors import RowErrors
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-"""Kinds of files, in order of preference where a split exists as several."""
+"""Kinds of files."""
 _ARRAY_START = re.compile(rb"\s*\[\s*(\{|\]|$)")
-_SPACE = re.compile(r"[\s,]*")
+_OBJECT_OVER_LINES = re.compile(rb"\s*\{\s*(?:\"[^\"\n]*\"\s*:\s*[\[{]\s*)?[\r\n]")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _READ_CHARACTERS = 1 << 20
 _PARQUET_ROWS = 256
 
@@ -99,6 +101,11 @@ def _is_converted(file: Path) -> bool:
         return True
     with open_data_file(file) as opened:
         start = opened.read(1000).removeprefix(codecs.BOM_UTF8)
+    if _OBJECT_OVER_LINES.match(start):
+        raise DataError(
+            f"{file} begins with an object over several lines. Expected a JSON array of rows, or one row a line: "
+            f"if the rows are a list in the object, `jq -c '.NAME[]' {file.name} > train.jsonl` writes them so."
+        )
     match = _ARRAY_START.match(start)
     return match is not None and (match[1] != b"]" or file.suffix == ".json")
 
@@ -107,15 +114,22 @@ def _values(file: Path, errors: RowErrors) -> Iterator[Any]:
     """Yield the value of each row; None for a row that was added to `errors`."""
     if file.suffix == ".csv":
         return _csv_values(file, errors)
-    return _parquet_values(file) if file.suffix == ".parquet" else _array_values(file)
+    return _parquet_values(file) if file.suffix == ".parquet" else _array_values(file, errors)
 
 
-def _array_values(file: Path) -> Iterator[Any]:
+def _array_values(file: Path, errors: RowErrors) -> Iterator[Any]:
     """Yield the items of a JSON array, which is never in memory as a whole."""
-    decoder = json.JSONDecoder()
+    repeated: list[str] = []
+    decoder = json.JSONDecoder(object_pairs_hook=partial(object_of_pairs, on_repeated=repeated.append))
+    number = 0
+
+    def broken(position: int, reason: str) -> DataError:
+        line = lines_before + buffer.count("\n", 0, position)
+        return DataError(f"{file}:{line}: the JSON array is broken ({reason}).")
+
     with open_data_file(file) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig") as text:
         lines_before, buffer, at_end = 1, "", False
-        position, started = 0, False
+        position, started, separated = 0, False, True
         try:
             while True:
                 if not at_end and len(buffer) - position < _READ_CHARACTERS:
@@ -125,10 +139,15 @@ def _array_values(file: Path) -> Iterator[Any]:
                 position = _skip(buffer, position)
                 if not started:
                     started, position = True, _skip(buffer, position + 1)
-                if buffer[position : position + 1] == "]":
+                if buffer[position : position + 1] == "]" and not (separated and number):
                     if (buffer[position + 1 :] + text.read(1000)).strip():
                         raise DataError(f"{file} has more after the end of its JSON array.")
                     return
+                if not separated:
+                    if buffer[position : position + 1] != ",":
+                        raise broken(position, "Expecting ',' or ']' after a row")
+                    separated, position = True, _skip(buffer, position + 1)
+                repeated.clear()
                 try:
                     value, position = decoder.raw_decode(buffer, position)
                 except json.JSONDecodeError as error:
@@ -137,9 +156,11 @@ def _array_values(file: Path) -> Iterator[Any]:
                         more = text.read(_READ_CHARACTERS)
                         buffer, position, at_end = buffer[position:] + more, 0, not more
                         continue
-                    line = lines_before + buffer.count("\n", 0, error.pos)
-                    raise DataError(f"{file}:{line}: the JSON array is broken ({error.msg}).") from None
-                yield value
+                    raise broken(error.pos, error.msg) from None
+                number, separated = number + 1, False
+                if repeated:
+                    errors.add(file, number, repeated_key(repeated[0]))
+                yield None if repeated else value
         except UnicodeDecodeError:
             raise DataError(f"{file} is not UTF-8. Save it as UTF-8.") from None
         except RecursionError:

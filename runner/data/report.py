@@ -24,7 +24,7 @@ def data_report(data: TokenizedDataset, rows: int) -> dict[str, Any]:
         "in_train_and": {
             split: {
                 "exact": _pairs(data, duplicates.between(duplicates.exact, split, "train")),
-                "near": _pairs(data, _of_other_rows(data, duplicates.between(duplicates.near, split, "train"))),
+                "near": _pairs(data, duplicates.between(duplicates.near, split, "train")),
             }
             for split in splits
             if split != "train" and "train" in splits
@@ -78,21 +78,16 @@ def _describe(data: TokenizedDataset, split: str, token_set: TokenSet, duplicate
         "template_notes": stats.template_notes(split),
         "compared": duplicates.compared[split],
         "exact_duplicates": _pairs(data, duplicates.between(duplicates.exact, split, split)),
-        "near_duplicates": _pairs(data, _of_other_rows(data, duplicates.between(duplicates.near, split, split))),
+        "near_duplicates": _pairs(data, duplicates.between(duplicates.near, split, split)),
     }
 
 
-def _of_other_rows(data: TokenizedDataset, pairs: list[tuple[RowId, RowId]]) -> list[tuple[RowId, RowId]]:
-    """Return the pairs without those of one conversation, which has a row for each of its turns."""
-    return [(later, first) for later, first in pairs if data.locate(*later) != data.locate(*first)]
-
-
 def _pairs(data: TokenizedDataset, pairs: list[tuple[RowId, RowId]]) -> dict[str, Any]:
-    """Return the number of pairs and the locations of the first."""
-    located = [[_location(data, *later), _location(data, *first)] for later, first in pairs[:_EXAMPLES]]
-    return {"rows": len({later for later, _ in pairs}), "examples": located}
+    """Return the number of source rows that repeat another one, and the locations of the first.
 
-
-def _location(data: TokenizedDataset, split: str, row: int) -> str:
-    file, line = data.locate(split, row)
-    return f"{file.name}:{line}"
+    A conversation that is rendered turn by turn is one source row: it counts once, and does not repeat itself.
+    """
+    located = dict.fromkeys((data.locate(*later), data.locate(*first)) for later, first in pairs)
+    different = [(later, first) for later, first in located if later != first]
+    examples = [[f"{file.name}:{line}" for file, line in pair] for pair in different[:_EXAMPLES]]
+    return {"rows": len({later for later, _ in different}), "examples": examples}

@@ -125,14 +125,23 @@ def _split_files_in(folder: Path, names: dict[str, str]) -> SplitFiles:
     files: SplitFiles = {}
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     for split, usual in SPLIT_FILE_NAMES.items():
+        candidates: list[tuple[Path, ...]] = []
         for name in (names[split],) if split in names else usual:
-            for suffix in SUFFIXES:
-                shards = re.compile(re.escape(name) + f"({_SHARD})?" + re.escape(suffix))
-                if found := tuple(entry for entry in entries if shards.fullmatch(entry.name)):
-                    whole = tuple(entry for entry in found if entry.stem == name)
-                    if split not in files and not whole:
-                        _require_all_shards(folder, name, found)
-                    files.setdefault(split, whole or found)
+            for suffix in ("",) if name.endswith(SUFFIXES) else SUFFIXES:
+                whole = tuple(entry for entry in entries if entry.name == name + suffix)
+                shard = re.compile(re.escape(name) + _SHARD + re.escape(suffix))
+                shards = tuple(entry for entry in entries if shard.fullmatch(entry.name))
+                if shards and not whole:
+                    _require_all_shards(folder, name, shards)
+                candidates += [found for found in (whole, shards) if found]
+        if len(candidates) > 1:
+            first, second = candidates[0][0].name, candidates[1][0].name
+            raise DataError(
+                f"{folder} has {first} and {second}, and only one of them can be the split {split}. Remove one, or "
+                f"choose it: data.splits.{split}={first}"
+            )
+        if candidates:
+            files[split] = candidates[0]
     return files
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from runner.common.errors import DataError
 from runner.common.text import first_line
-from runner.data.chat_template import TemplateOptions, has_generation_marks, with_fixed_date, writes_date
+from runner.data.chat_template import TemplateOptions, has_generation_marks, require_read, with_fixed_date, writes_date
 from runner.data.row_errors import RowError
 from runner.data.template_limits import LimitExceeded, template_limits
 
@@ -25,6 +25,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any, template: TemplateOptions | None = None) -> None:
+        """Raises DataError for a variable in `template` that the chat template never reads."""
         self.tokenizer = tokenizer
         self.template = template or TemplateOptions()
         wrapper_answer = getattr(tokenizer, "has_chat_template", None)
@@ -33,6 +34,9 @@ class TextEncoder:
         )
         self._found: dict[Any, Any] = {}
         self._custom_code = self.template.text is None and getattr(tokenizer, "_chat_template", None) is not None
+        if self.template.args and self.template_text is not None:
+            thinking = getattr(tokenizer, "_thinking_kwarg", None)  # mlx-lm's wrapper renames enable_thinking to it
+            require_read(self.template.args, self.template_text, {"enable_thinking": thinking} if thinking else {})
 
     def find_once(self, find: Callable[[TextEncoder], _Found]) -> _Found:
         """Return what `find` finds out about this encoder; called again, the same object."""

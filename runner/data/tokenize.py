@@ -127,15 +127,21 @@ def load_sources(
     errors.raise_if_any()
     for split, split_parts in parts.items():
         _require_rows(loaded[split][1], split_parts, options)
+    mixture = _mixture(sources, parts.get("train", ()), loaded["train"][0])
     return TokenizedDataset(
         **{split: tokens for split, (tokens, _) in loaded.items()},
         parts=parts,
         stats={split: stats for split, (_, stats) in loaded.items()},
         tokenizer=tokenizer,
         options=options,
-        notes=[*notes, *_format_notes(sources, parts.get("train", ())), *(token_cache.notes if token_cache else [])],
+        notes=[
+            *notes,
+            *_format_notes(sources, parts.get("train", ())),
+            *_unused_sources(sources, mixture),
+            *(token_cache.notes if token_cache else []),
+        ],
         dated=_is_dated(tokenizer, token_cache, options),
-        mixture=_mixture(sources, parts.get("train", ()), loaded["train"][0]),
+        mixture=mixture,
     )
 
 
@@ -201,6 +207,18 @@ def _mixture(sources: Sequence[Source], parts: Sequence[Part], train: TokenSet) 
     found = source_of_part[part_numbers(train.lines)]
     sizes = np.bincount(found, minlength=len(sources))
     return Mixture.from_weights([int(size) for size in sizes], [source.weight for source in sources])
+
+
+def _unused_sources(sources: Sequence[Source], mixture: Mixture | None) -> list[str]:
+    """Return a line for each source of a mix of which no row is in an epoch."""
+    if mixture is None:
+        return []
+    return [
+        f"data   {source.path} has no row in an epoch: "
+        f"{'its weight is too small' if size else 'none of its rows can be trained on'} (data.mix)"
+        for source, size, count in zip(sources, mixture.sizes, mixture.counts, strict=True)
+        if not size or not count
+    ]
 
 
 def _with_keys(row: dict[str, Any], own: EncodeOptions, common: EncodeOptions) -> dict[str, Any]:

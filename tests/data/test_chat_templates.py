@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from runner.common.errors import DataError
 from runner.data.chat_spans import ChatEncoder
 from runner.data.chat_template import TemplateOptions
 from runner.data.row_errors import RowError
@@ -387,6 +388,15 @@ def test_the_date_of_the_options_takes_the_place_of_today(encode):
         .rows[0]
         .startswith("Today is Friday, 09 Feb 24; 2024-02-09 00:00 (040).\n")
     )
+
+
+def test_a_variable_that_the_template_never_reads_is_refused(encode):
+    template = "{% if think is not defined %}{% set think = true %}{% endif %}{{ think }}{{ bos_token }}" + MARKED
+    assert encode(template, *TWO_TURNS, args={"think": False}).rows[0].startswith("False")
+    with pytest.raises(DataError, match=r"args\.thnik has no effect.*Did you mean 'think'\? It reads: bos_token, think"):
+        encode(template, *TWO_TURNS, args={"thnik": False})
+    with pytest.raises(DataError, match="It reads none"):
+        encode(PLAIN, *TWO_TURNS, args={"enable_thinking": False})
 
 
 def test_template_and_variables_of_the_options_are_used(encode):

@@ -161,10 +161,12 @@ def test_common_names_of_the_validation_file_are_accepted(name, write_rows, tmp_
     assert find_split_files(tmp_path) == {"valid": (path,)}
 
 
-def test_valid_jsonl_comes_before_the_other_names(write_rows, tmp_path):
+def test_of_two_names_of_the_validation_file_one_has_to_be_chosen(write_rows, tmp_path):
     write_rows("dev.jsonl", {"text": "a"})
     path = write_rows("valid.jsonl", {"text": "a"})
-    assert find_split_files(tmp_path) == {"valid": (path,)}
+    with pytest.raises(DataError, match=r"data\.splits\.valid=valid\.jsonl"):
+        find_split_files(tmp_path)
+    assert find_split_files(tmp_path, {"valid": "valid.jsonl"}) == {"valid": (path,)}
 
 
 def test_a_missing_training_file_is_refused_with_the_content_of_the_folder(

@@ -14,7 +14,7 @@ import pytest
 
 from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
-from runner.config.schema import DataConfig
+from runner.config.schema import DataConfig, SplitsConfig
 from runner.data import holdout
 from runner.data.formats import EncodeOptions
 from runner.data.mixture import Mixture
@@ -87,6 +87,13 @@ def test_a_json_array_is_read_without_being_in_memory(tmp_path):
         ("a.json", '[{"text": "a"}] x', r"more after the end of its JSON array"),
         ("a.json", '[{"text": "a"}, 3]', r"a\.json row 2: it is not an object"),
         ("a.json", "[]", r"a\.json is empty"),
+        ("a.json", '[{"text": "a"} {"text": "b"}]', r"a\.json:1: the JSON array is broken \(Expecting ',' or '\]'"),
+        ("a.json", '[{"text": "a"},,,{"text": "b"}]', r"a\.json:1: the JSON array is broken"),
+        ("a.json", '[{"text": "a"},\n]', r"a\.json:2: the JSON array is broken"),
+        ("a.json", '[{"text": "a"}, {"text": "b", "text": "c"}]', r"a\.json row 2: the key 'text' occurs twice"),
+        ("a.jsonl", '{"m": [{"role": "a", "role": "b"}]}', r"a\.jsonl:1: the key 'role' occurs twice"),
+        ("a.json", '{\n  "data": [\n {"text": "a"}\n]}', r"begins with an object over several lines.*jq -c"),
+        ("a.jsonl", '{"data": [\n {"text": "a"}\n]}', r"begins with an object over several lines"),
         ("a.csv", "", r"a\.csv is empty"),
         ("a.csv", "text\n", r"a\.csv is empty"),
         ("a.csv", "text,b\nx,y\nz\n", r"a\.csv row 2: 1 values, but the header has 2 columns"),
@@ -117,6 +124,33 @@ def test_a_split_of_which_shards_are_missing_is_refused(present, tmp_path, load_
         write_file(tmp_path / f"train-{shard}.jsonl", ROWS[:2])
     with pytest.raises(DataError, match="the files train-…-of-… are 2 and not the"):
         load_config(path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "train.csv"),
+        ("train.jsonl", "train-00000-of-00001.jsonl"),
+        ("train-00000-of-00001.parquet", "train.csv"),
+        ("train.json", "valid.jsonl", "dev.jsonl"),
+    ],
+)
+def test_of_two_files_for_a_split_none_is_ignored(names, tmp_path, load_config):
+    files = [write_file(tmp_path / name, ROWS[number:]) for number, name in enumerate(names)]
+    first, second = names[-2:]
+    with pytest.raises(DataError, match=f"has {first} and {second}, and only one of them can be the split") as refused:
+        load_config(path=str(tmp_path))
+    split, _, name = str(refused.value).rpartition("data.splits.")[2].partition("=")
+    files[-1].unlink()
+    data = load_config(path=str(tmp_path))
+    assert data.parts[split][0].file.name == name
+
+
+def test_a_file_of_several_for_a_split_is_chosen_by_its_whole_name(tmp_path, load_config):
+    for number, name in enumerate(("train.jsonl", "train.csv")):
+        write_file(tmp_path / name, ROWS[number:])
+    sources = find_sources(DataConfig(path=str(tmp_path), splits=SplitsConfig(train="train.csv")))
+    assert [file.name for file in sources[0].find_files()["train"]] == ["train.csv"]
 
 
 def test_shards_are_read_in_order_with_the_row_of_each_file(tmp_path, load_config):
@@ -255,6 +289,20 @@ def test_sources_of_a_mix_have_formats_and_keys_of_their_own(tmp_path, load_conf
     bad = write_file(tmp_path / "b.csv", [{"question": "q", "answer": ""}])
     with pytest.raises(DataError, match=rf"{bad} row 1: 'answer' is empty"):
         load_config(path="unused", mix=mix)
+
+
+def test_a_source_without_a_row_in_an_epoch_is_told(tmp_path, load_config):
+    mix = [{"path": str(write_file(tmp_path / f"{n}.jsonl", ROWS)), "weight": w} for n, w in ((1, 0.001), (2, 1))]
+    (note,) = load_config(mix=mix).notes
+    assert note == f"data   {mix[0]['path']} has no row in an epoch: its weight is too small (data.mix)"
+
+
+@pytest.mark.parametrize("field", ["images", "image", "audio", "videos"])
+def test_a_row_with_other_media_than_text_is_refused(field, tmp_path, load_config):
+    path = write_file(tmp_path / "a.parquet", [{**ROWS[0], field: None}, {**ROWS[1], field: [{"bytes": b"x"}]}])
+    with pytest.raises(DataError, match=f"a.parquet row 2: '{field}' is not text; only text is trained on"):
+        load_config(path=str(path))
+    assert len(load_config(path=str(write_file(tmp_path / "b.jsonl", [{**ROWS[0], field: []}]))).train) == 1
 
 
 def test_a_prompt_beyond_max_length_is_named_as_such(tmp_path, tokenizer, make_options):

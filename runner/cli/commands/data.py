@@ -7,7 +7,7 @@ from typing import Any
 
 from runner.cli.commands import COMMANDS, CommandParser, arguments
 from runner.common.errors import ConfigError
-from runner.common.text import printable
+from runner.common.text import count, printable
 from runner.config.schema import Config
 
 _BAR = 40
@@ -82,7 +82,8 @@ def _lines(report: dict[str, Any], config: Config) -> list[str]:
         for kind in ("exact", "near"):
             if found[kind]["rows"]:
                 lines.append(
-                    f"{split}: {_pairs_text(found[kind])} {'are' if kind == 'exact' else 'are nearly'} in train"
+                    f"{split}: {_pairs_text(found[kind])} {'is' if found[kind]['rows'] == 1 else 'are'}"
+                    f"{'' if kind == 'exact' else ' nearly'} in train"
                 )
     if "valid" not in report["splits"]:
         lines.append("no validation split: data.valid_fraction=0.05 would cut one off")
@@ -92,12 +93,12 @@ def _lines(report: dict[str, Any], config: Config) -> list[str]:
 def _split_lines(split: str, found: dict[str, Any], config: Config) -> list[str]:
     lengths = found["lengths"]
     lines = [
-        f"{split}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} supervised "
+        f"{split}: {count(found['rows'], 'row')}, {count(found['tokens'], 'token')}, {found['supervised_tokens']:,} supervised "
         f"({found['supervised_share']:.0%})",
         "  tokens a row: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()),
     ]
     largest = max(bin["rows"] for bin in found["histogram"])
-    for bin in found["histogram"]:
+    for bin in filter(lambda bin: bin["rows"], found["histogram"]):
         bar = "#" * round(_BAR * bin["rows"] / largest)
         lines.append(f"  {bin['from']:>7,} to {bin['below'] - 1:>7,} {bin['rows']:>9,} {bar}")
     limit = config.data.max_length
@@ -108,24 +109,24 @@ def _split_lines(split: str, found: dict[str, Any], config: Config) -> list[str]
         ("without_supervised_token", "left out: no supervised token"),
     ):
         if found[key]:
-            lines.append(f"  {found[key]:,} rows {text}")
+            lines.append(f"  {count(found[key], 'row')} {text}")
     if found["rendered_turn_by_turn"]:
-        lines.append(f"  {found['rendered_turn_by_turn']:,} conversations rendered turn by turn, a row for each")
+        lines.append(f"  {count(found['rendered_turn_by_turn'], 'conversation')} rendered turn by turn, a row for each")
     lines += [f"  {note}" for note in found["template_notes"]]
     if found["compared"] < found["rows"]:
         lines.append(f"  the first {found['compared']:,} rows are compared for duplicates")
     for key, text in (
-        ("exact_duplicates", "repeat an earlier row"),
-        ("near_duplicates", "nearly repeat an earlier row"),
+        ("exact_duplicates", "repeat"),
+        ("near_duplicates", "nearly repeat"),
     ):
         if found[key]["rows"]:
-            lines.append(f"  {_pairs_text(found[key])} {text}")
+            lines.append(f"  {_pairs_text(found[key])} {text}{'s' * (found[key]['rows'] == 1)} an earlier row")
     return lines
 
 
 def _pairs_text(pairs: dict[str, Any]) -> str:
     examples = "; ".join(f"{later} = {first}" for later, first in pairs["examples"])
-    return f"{pairs['rows']:,} rows ({examples})"
+    return f"{count(pairs['rows'], 'row')} ({examples})"
 
 
 def _print_row(shown: dict[str, Any], decode: Any) -> None:

@@ -40,9 +40,10 @@ def test_the_report_counts_lengths_duplicates_and_leaks(inline, tmp_path, monkey
     assert 0 < start < end == len(first["tokens"])
     assert row(0)["prompt"] in first["text"]
     printed = inline(*arguments, "--rows", "1")
-    assert "1 rows left out: the prompt alone reaches max_length 200" in printed
+    assert "1 row left out: the prompt alone reaches max_length 200" in printed
+    assert " 0 #" not in printed and not any(line.endswith(" 0 ") for line in printed.splitlines())
     assert "⟦answer 0" in printed
-    assert "valid: 1 rows (valid.jsonl:1 = train.jsonl:2) are in train" in printed
+    assert "valid: 1 row (valid.jsonl:1 = train.jsonl:2) is in train" in printed
 
 
 def test_rows_of_one_conversation_are_counted_and_are_no_near_duplicates_of_each_other(inline, tmp_path):
@@ -54,7 +55,11 @@ def test_rows_of_one_conversation_are_counted_and_are_no_near_duplicates_of_each
     arguments = ("data", "model=tiny", "data.path=d", "data.template=t.jinja")
     train = json.loads(inline(*arguments, "--json"))["splits"]["train"]
     assert (train["rows"], train["rendered_turn_by_turn"], train["near_duplicates"]["rows"]) == (2, 1, 0)
-    assert "  1 conversations rendered turn by turn, a row for each" in inline(*arguments)
+    assert "  1 conversation rendered turn by turn, a row for each" in inline(*arguments)
+    # One conversation in both splits is one row that leaks.
+    write(tmp_path / "d/valid.jsonl", [json.loads((tmp_path / "d/train.jsonl").read_text())])
+    leaks = json.loads(inline(*arguments, "--json"))["in_train_and"]["valid"]["exact"]
+    assert leaks == {"rows": 1, "examples": [["valid.jsonl:1", "train.jsonl:1"]]}
 
 
 def test_data_that_cannot_be_used_is_refused_as_in_a_run(inline, tmp_path):

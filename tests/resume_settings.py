@@ -51,7 +51,6 @@ FROZEN: dict[str, Any] = {
 FREE: dict[str, Any] = {
     "model.revision": "main",
     "model.trust_remote_code": True,
-    "data.template_args": {"enable_thinking": False},
     "data.template_date": "2026-01-02",
     "data.metric": "exact_match",
     "data.metric_split": "valid",
@@ -110,6 +109,7 @@ BY_FINGERPRINT = {
     "data.valid_fraction",
     "data.system_prompt",
     "data.template",
+    "data.template_args",
     "data.keys.conversations",
     "data.keys.instruction",
     "data.keys.input",

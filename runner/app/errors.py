@@ -115,6 +115,9 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
             return f"{name} is not an option of the chosen launcher. hydra.launcher.jobs needs hydra/launcher=process."
         known = [*serialize.default_settings(), *schema.section_metadata(), *schema.GROUPS]
         return validation.unknown_setting(name, known)
+    # OmegaConf names an item of a list by its number alone; one setting is a list of mappings.
+    if name.startswith("data.mix") or (re.fullmatch(r"\d*", name) and "Cannot assign" in text and "Dict[" in text):
+        return "data.mix is invalid: must be a list of sources, such as data.mix=[{path: a.jsonl}, {path: b.jsonl}]."
     if name == "experiment" and "DictConfig" in text:
         return "a recipe sets settings of all sections, so its file has to begin with the line '# @package _global_'."
     if "is not Optional" in text:

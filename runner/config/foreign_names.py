@@ -28,7 +28,8 @@ OUR_NAMES: dict[str, tuple[str, ...]] = {
     # data
     **dict.fromkeys(("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "model_max_length"), _LENGTH),
     **dict.fromkeys(
-        ("dataset", "dataset_name", "dataset_path", "train_file", "hf_dataset", "data_path"), ("data.path",)
+        ("dataset", "dataset_name", "dataset_path", "dataset_dir", "train_file", "hf_dataset", "data_path"),
+        ("data.path",),
     ),
     **dict.fromkeys(("datasets", "interleave_probs", "mix_strategy"), ("data.mix",)),
     **dict.fromkeys(("dataset_config_name", "dataset_config", "subset"), ("data.config",)),
@@ -76,7 +77,28 @@ OUR_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("random_seed", "data_seed"), ("seed",)),
 }
 """The last part of a name there, in lower case, and what it is here."""
+_ANSWERS = {
+    **dict.fromkeys(
+        ("use_dora", "peft_use_dora"), "DoRA is not offered: lora.type=lora is the only kind of adapter."
+    ),
+    **dict.fromkeys(
+        ("packing", "sample_packing", "eval_packing", "neat_packing", "eval_sample_packing", "pad_to_sequence_len"),
+        "Rows are neither packed into one nor padded to a length: docs/data.md, 'Batches'.",
+    ),
+    **dict.fromkeys(
+        ("roles_to_train", "train_on_eos", "train_on_eot"),
+        'Every turn of the assistant is trained on, its end included; "train": false in a message leaves it out.',
+    ),
+    **dict.fromkeys(("eot_tokens",), "The ends of turns are found in the chat template: docs/chat.md."),
+    **dict.fromkeys(
+        ("dataset_num_proc", "dataset_processes", "preprocessing_num_workers", "dataloader_num_workers"),
+        "Rows are tokenized on all cores.",
+    ),
+}
+"""The sentence for a name that has no counterpart here."""
+_REVERSED = "The meaning is reversed: {name}=true is data.mask_prompt=false, and false is true."
 _NOTES = {
+    **{name: _REVERSED.format(name=name) for name in ("train_on_inputs", "train_on_prompt")},
     "warmup_ratio": "schedule.warmup is a number of updates here: the ratio times train.iters.",
     "lora_alpha": "lora.alpha is the numerator as in PEFT: scale = alpha / rank.",
     "target_modules": "A suffix such as q_proj names the layer in every block.",
@@ -87,7 +109,7 @@ _NOTES = {
 def explain_foreign(name: str) -> str | None:
     """Return the sentence for the name of a setting in another program, if `name` ends with one."""
     last = name.lstrip("-").rpartition(".")[2].lower().replace("-", "_")
-    note = _NOTES.get(last, "")
+    note = _NOTES.get(last) or _ANSWERS.get(last, "")
     ours = OUR_NAMES.get(last)
     if ours is None:
         return f"There is no setting '{name}'. {note}" if note else None

@@ -26,6 +26,17 @@ def test_every_answer_is_a_name_that_there_is():
         ("--max-seq-length", "here it is data.max_length"),
         ("warmup_ratio=0.1", "the ratio times train.iters"),
         ("num_train_epochs=3", "here it is train.epochs"),
+        ("use_dora=true", "no setting 'use_dora'. DoRA is not offered: lora.type"),
+        ("sample_packing=true", "Rows are neither packed into one nor padded to a length: docs/data.md"),
+        ("train.packing=true", "Rows are neither packed"),
+        ("roles_to_train=[assistant]", "Every turn of the assistant is trained on"),
+        ("eot_tokens=[x]", "found in the chat template"),
+        ("dataset_dir=x", "here it is data.path"),
+        ("dataset_num_proc=4", "tokenized on all cores"),
+        (
+            "train_on_inputs=true",
+            "here it is data.mask_prompt. The meaning is reversed: train_on_inputs=true is data.mask_prompt=false",
+        ),
         ("save_steps=3", "here it is checkpoint.every"),
     ],
 )

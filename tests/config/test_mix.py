@@ -24,6 +24,12 @@ def test_a_wrong_source_is_refused_with_its_number(mix, says, tiny):
         tiny(**{"data.mix": mix})
 
 
+@pytest.mark.parametrize("value", ["[a.jsonl,b.jsonl]", "{path: a.jsonl}", "a.jsonl", "[{path: a}, b]", "[[a]]"])
+def test_another_value_than_a_list_of_sources_is_answered_with_one(value, inline):
+    printed = inline("model=tiny", f"data.mix={value}", expect=2)
+    assert "data.mix is invalid: must be a list of sources, such as data.mix=[{path: a.jsonl}, " in printed
+
+
 def test_a_mix_on_the_command_line_is_composed(inline):
     printed = inline("data.mix=[{path: a, weight: 2}, {path: b/c, weight: 1}]", "--cfg", "job")
     assert "- path: a\n    weight: 2\n" in printed

@@ -78,9 +78,7 @@ OUR_NAMES: dict[str, tuple[str, ...]] = {
 }
 """The last part of a name there, in lower case, and what it is here."""
 _ANSWERS = {
-    **dict.fromkeys(
-        ("use_dora", "peft_use_dora"), "DoRA is not offered: lora.type=lora is the only kind of adapter."
-    ),
+    **dict.fromkeys(("use_dora", "peft_use_dora"), "DoRA is not offered: lora.type=lora is the only kind of adapter."),
     **dict.fromkeys(
         ("packing", "sample_packing", "eval_packing", "neat_packing", "eval_sample_packing", "pad_to_sequence_len"),
         "Rows are neither packed into one nor padded to a length: docs/data.md, 'Batches'.",

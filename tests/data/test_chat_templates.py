@@ -393,7 +393,9 @@ def test_the_date_of_the_options_takes_the_place_of_today(encode):
 def test_a_variable_that_the_template_never_reads_is_refused(encode):
     template = "{% if think is not defined %}{% set think = true %}{% endif %}{{ think }}{{ bos_token }}" + MARKED
     assert encode(template, *TWO_TURNS, args={"think": False}).rows[0].startswith("False")
-    with pytest.raises(DataError, match=r"args\.thnik has no effect.*Did you mean 'think'\? It reads: bos_token, think"):
+    with pytest.raises(
+        DataError, match=r"args\.thnik has no effect.*Did you mean 'think'\? It reads: bos_token, think"
+    ):
         encode(template, *TWO_TURNS, args={"thnik": False})
     with pytest.raises(DataError, match="It reads none"):
         encode(PLAIN, *TWO_TURNS, args={"enable_thinking": False})

@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from runner.common.text import count
+
 
 @dataclass(frozen=True)
 class TokenSet:
@@ -109,12 +111,12 @@ class SplitStats:
         notes = []
         if self.lost_reasoning:
             notes.append(
-                f"{split}: the chat template leaves out the reasoning of {self.lost_reasoning:,} turns, first in line "
+                f"{split}: the chat template leaves out the reasoning of {count(self.lost_reasoning, 'turn')}, first in line "
                 f"{self.lost_reasoning_line}"
             )
         if self.lost_context:
             notes.append(
-                f"{split}: the chat template leaves out {self.lost_context:,} messages or tools of the context, first "
+                f"{split}: the chat template leaves out {count(self.lost_context, 'message')} or tools of the context, first "
                 f"in line {self.lost_context_line}"
             )
         return notes

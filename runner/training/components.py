@@ -11,6 +11,7 @@ from runner.backends import blas
 from runner.backends.protocol import Backend
 from runner.backends.select import select_backend
 from runner.common.errors import ConfigError, ModelError
+from runner.common.text import count
 from runner.config import resume_policy, serialize
 from runner.config.schema import Config
 from runner.data.tokenize import TokenizedDataset
@@ -132,6 +133,7 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
     product = f", {report.kind} BLAS, {report.threads} threads" if report.threads and on_cpu() else ""
     display.line(f"device {'CPU' if on_cpu() else 'GPU'}{product}")
     for split, counts in data.stats.items():
+        conversations = "conversation" if counts.split == 1 else "conversations"
         exceptions = [
             f"{number} {outcome}"
             for number, outcome in (
@@ -139,14 +141,14 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
                 (counts.dropped, "dropped as too long"),
                 (counts.prompt_too_long, f"left out: the prompt alone reaches {config.data.max_length}"),
                 (counts.unsupervised, "without a supervised token"),
-                (counts.split, "conversations rendered turn by turn, a row for each"),
+                (counts.split, f"{conversations} rendered turn by turn, a row for each"),
             )
             if number
         ]
         for note in counts.template_notes(split):
             display.line(f"data   {note}", "yellow")
         display.line(
-            f"data   {split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
+            f"data   {split}: {count(counts.rows, 'row')}, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
             f"longest {counts.longest}" + (f"; {', '.join(exceptions)}" if exceptions else "")
         )
     if not len(data.valid):

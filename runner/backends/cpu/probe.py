@@ -25,8 +25,11 @@ def agrees(engine: Engine, adapted: AdaptedModel, split_model: SplitModel) -> bo
     model = adapted.model
     initial = dict(tree_flatten(model.trainable_parameters()))
     keys = mx.random.split(mx.random.key(0), max(1, len(initial)))
-    params = {  # B starts at zero, where the gradient of A is zero as well
-        name: mx.random.normal(array.shape, scale=0.02, key=key) if name.endswith("lora_b") else array
+    # B starts at zero, where the gradient of A is zero as well. A large one would make the model's activations so wild
+    # that float32 noise alone exceeds the tolerance.
+    spread = 0.02 / max(1.0, adapted.lora_parameters["scale"])
+    params = {
+        name: mx.random.normal(array.shape, scale=spread, key=key) if name.endswith("lora_b") else array
         for (name, array), key in zip(initial.items(), keys, strict=False)
     }
     # Token ids from all of the vocabulary: the first ones are often special tokens that the model has never learned.

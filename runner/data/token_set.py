@@ -111,13 +111,13 @@ class SplitStats:
         notes = []
         if self.lost_reasoning:
             notes.append(
-                f"{split}: the chat template leaves out the reasoning of {count(self.lost_reasoning, 'turn')}, first in line "
-                f"{self.lost_reasoning_line}"
+                f"{split}: the chat template leaves out the reasoning of {count(self.lost_reasoning, 'turn')}, "
+                f"first in line {self.lost_reasoning_line}"
             )
         if self.lost_context:
             notes.append(
-                f"{split}: the chat template leaves out {count(self.lost_context, 'message')} or tools of the context, first "
-                f"in line {self.lost_context_line}"
+                f"{split}: the chat template leaves out {count(self.lost_context, 'message')} or tools of the context, "
+                f"first in line {self.lost_context_line}"
             )
         return notes
 

@@ -93,8 +93,8 @@ def _lines(report: dict[str, Any], config: Config) -> list[str]:
 def _split_lines(split: str, found: dict[str, Any], config: Config) -> list[str]:
     lengths = found["lengths"]
     lines = [
-        f"{split}: {count(found['rows'], 'row')}, {count(found['tokens'], 'token')}, {found['supervised_tokens']:,} supervised "
-        f"({found['supervised_share']:.0%})",
+        f"{split}: {count(found['rows'], 'row')}, {count(found['tokens'], 'token')}, "
+        f"{found['supervised_tokens']:,} supervised ({found['supervised_share']:.0%})",
         "  tokens a row: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()),
     ]
     largest = max(bin["rows"] for bin in found["histogram"])

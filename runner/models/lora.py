@@ -49,7 +49,12 @@ class AdaptedModel:
         self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
         self.keys = keys = _checked_keys(self.model, lora.keys)
         scale = validation.lora_scale(lora)
-        self.lora_parameters = {"rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}
+        self.lora_parameters: dict[str, Any] = {
+            "rank": lora.rank,
+            "scale": scale,
+            "dropout": lora.dropout,
+            "keys": keys,
+        }
         # mlx-lm draws the factors from MLX's global random state, which nothing else uses.
         mx.random.seed(seed)
         linear_to_lora_layers(self.model, self.num_layers, {**self.lora_parameters, "keys": set(keys)})

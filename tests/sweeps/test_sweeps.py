@@ -97,8 +97,8 @@ def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, a
             assert_equal_runs(cli.folder / f"s{round_}/{number}", cli.folder / f"alone_{name}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", pytest.param("process", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["joblib", "process"])
 def test_every_launcher_gives_identical_runs(cli, inline, launcher, assert_equal_runs):
     overrides = (*SMALL, "lora.rank=2,4")
     inline("-m", *overrides, "hydra.sweep.dir=serial")

@@ -1,10 +1,9 @@
-"""Locating the assistant's turns in a rendered conversation, or rendering it turn by turn where that cannot be done.
+"""Locating the assistant's turns in a rendered conversation.
 
 A conversation is rendered once, as the template writes it, and every turn of the assistant is located in the text:
 where the template marks them (``{% generation %}``), by its marks; else from the end of the prompt for a turn to the
 token that ends it. The text before a turn has to be the prompt that the model sees when it writes the turn, and what
-is located is compared with what the row says. Where a turn does not follow its prompt, is not ended by a token at which
-the model could stop, or lacks its answer, the conversation is rendered once for each turn, as its prompt and the turn.
+is located is compared with what the row says.
 """
 
 from __future__ import annotations
@@ -17,88 +16,14 @@ from typing import Any
 
 from runner.common.text import shorten
 from runner.data import rendered_row
-from runner.data.conversation import Turn, normalize
-from runner.data.encoded import Encoded, Span
+from runner.data.conversation import Turn
+from runner.data.encoded import Span
 from runner.data.row_errors import RowError
 from runner.data.template_traits import THINK_CLOSE, TemplateTraits
-from runner.data.text_encoder import Message, TextEncoder
+from runner.data.text_encoder import TextEncoder
 from runner.data.turn_ends import TurnEnds, common_prefix_length
 
-_OTHER_TEMPLATE = "data.template=FILE uses another template"
-
-
-class ChatEncoder:
-    """Encodes conversations with one chat template, whose properties are found once."""
-
-    def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder = encoder
-        self.ends = TurnEnds(encoder)
-        self.traits = TemplateTraits(encoder)
-
-    def encode(self, messages: list[Message], tools: Any, limit: int, mask_prompt: bool = True) -> Encoded:
-        """Return the token rows of a conversation; the turns of the assistant are supervised, their ends included.
-
-        Turns that start at token `limit` or later are not searched: truncation removes them, and locating a turn
-        costs a rendering of everything before it. Without `mask_prompt`, everything is supervised except the turns
-        that the row leaves out.
-
-        Raises:
-            RowError: the template fails, leaves out an answer, or the turns cannot be told apart.
-        """
-        turns = normalize(messages, self.traits)
-        conversation = Conversation(self, turns, tools)
-        if not mask_prompt:
-            return self._encode_unmasked(conversation, limit)
-        if not any(turn.trained for turn in turns):
-            return Encoded([(conversation.tokens, [])])
-        try:
-            located = conversation.locate(limit)
-        except _Unlocated:
-            return self._encode_turn_by_turn(turns, tools)
-        return Encoded(
-            [(conversation.tokens, [turn.span for turn in located if turns[turn.index].trained])],
-            lost_reasoning=sum(
-                rendered_row.loses_reasoning(turns[turn.index], conversation.text[turn.start : turn.end])
-                for turn in located
-                if turns[turn.index].trained
-            ),
-            lost_context=rendered_row.lost_context(turns, tools, conversation.text),
-        )
-
-    def _encode_turn_by_turn(self, turns: list[Turn], tools: Any) -> Encoded:
-        """Return a row for each trained turn: what the model sees before it, and the turn."""
-        rows: list[tuple[list[int], list[Span]]] = []
-        lost_reasoning = lost_context = 0
-        for index, turn in enumerate(turns):
-            if not turn.trained:
-                continue
-            conversation = Conversation(self, turns[: index + 1], tools)
-            try:
-                located = conversation.locate_last()
-            except _Unlocated as reason:
-                raise RowError(f"{reason} ({reason.remedy})") from None
-            rows.append((conversation.tokens, [located.span]))
-            lost_reasoning += rendered_row.loses_reasoning(turn, conversation.text[located.start : located.end])
-            lost_context = rendered_row.lost_context(turns[: index + 1], tools, conversation.text)
-        return Encoded(rows, lost_reasoning, lost_context)
-
-    def _encode_unmasked(self, conversation: Conversation, limit: int) -> Encoded:
-        turns, text = conversation.turns, conversation.text
-        for index, turn in enumerate(turns):
-            if turn.trained and (lost := rendered_row.lost_answer(turn, text)):
-                raise RowError(f"{_lost_message(index, lost)} ({_OTHER_TEMPLATE})")
-        conversation.append_missing_end(text)
-        spans = [(0, len(conversation.tokens))]
-        if any(turn.role == "assistant" and not turn.trained for turn in turns):
-            try:
-                located = conversation.locate(limit)
-            except _Unlocated as reason:
-                raise RowError(f"{reason}, so turns cannot be left out ({_OTHER_TEMPLATE})") from None
-            untrained = [turn.span for turn in located if not turns[turn.index].trained]
-            spans = _complement(untrained, len(conversation.tokens))
-        lost_reasoning = sum(rendered_row.loses_reasoning(turn, text) for turn in turns if turn.trained)
-        lost_context = rendered_row.lost_context(turns, conversation.tools, text)
-        return Encoded([(conversation.tokens, spans)], lost_reasoning, lost_context)
+OTHER_TEMPLATE = "data.template=FILE uses another template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,24 +39,27 @@ class LocatedTurn:
     """Its tokens."""
 
 
-class _Unlocated(Exception):
+class Unlocated(Exception):
     """A turn cannot be located in this rendering; the message is the reason."""
 
-    remedy = f"{_OTHER_TEMPLATE}, data.mask_prompt=false trains on all tokens"
+    remedy = f"{OTHER_TEMPLATE}, data.mask_prompt=false trains on all tokens"
 
 
-class _AnswerLost(_Unlocated):
+class AnswerLost(Unlocated):
     """The rendering leaves out what an assistant's message says."""
 
-    remedy = _OTHER_TEMPLATE
+    remedy = OTHER_TEMPLATE
 
 
 class Conversation:
     """One rendered conversation and where the assistant's turns are in it."""
 
-    def __init__(self, chat: ChatEncoder, turns: Sequence[Turn], tools: Any) -> None:
+    def __init__(
+        self, encoder: TextEncoder, ends: TurnEnds, traits: TemplateTraits, turns: Sequence[Turn], tools: Any
+    ) -> None:
+        """`ends` and `traits` are those of the template of `encoder`."""
         self.turns, self.tools = turns, tools
-        self._chat, self._encoder, self._ends = chat, chat.encoder, chat.ends
+        self._encoder, self._ends, self._traits = encoder, ends, traits
         self._messages = [turn.message for turn in turns]
         self.text = self._encoder.render(self._messages, tools)
         """The rendered conversation."""
@@ -146,7 +74,7 @@ class Conversation:
         """Return every turn of the assistant that starts before token `limit`.
 
         Raises:
-            _Unlocated: one cannot be located, has no end, or lacks its answer.
+            Unlocated: one cannot be located, has no end, or lacks its answer.
         """
         located: list[LocatedTurn] = []
         indexes = [index for index, turn in enumerate(self.turns) if turn.role == "assistant"]
@@ -158,7 +86,7 @@ class Conversation:
             if marks and (prompt := self._render_prompt(index)) is not None:
                 self._require_prompt(prompt, index)
             if located and located[-1].end > start:
-                raise _Unlocated(f"message {located[-1].index + 1} has no end of its own in the chat template")
+                raise Unlocated(f"message {located[-1].index + 1} has no end of its own in the chat template")
             end = marks[index][1] if marks else self._find_end(index, start)
             located.append(self._bounded(index, start, start_token, end))
         return located
@@ -167,7 +95,7 @@ class Conversation:
         """Return the last turn, which is the assistant's; the text becomes the turn's prompt and the turn.
 
         Raises:
-            _Unlocated: it cannot be located, or lacks its answer.
+            Unlocated: it cannot be located, or lacks its answer.
             RowError: its reasoning cannot follow the prompt.
         """
         index = len(self.turns) - 1
@@ -208,8 +136,8 @@ class Conversation:
             extra, rest = split
         if extra:
             answer = self._without_think_block(rest.removeprefix(self._ends.turn_header))
-            if self._chat.traits.opens_reasoning(extra):
-                closing = self._chat.traits.reasoning_closing
+            if self._traits.opens_reasoning(extra):
+                closing = self._traits.reasoning_closing
                 rest = turn.reasoning + closing + answer.lstrip("\n")
             elif rendered_row.contains_reasoning(turn, rest):
                 raise RowError(
@@ -280,12 +208,12 @@ class Conversation:
         """Return the turn from `start` to `end`, completed by a token that ends it.
 
         Raises:
-            _Unlocated: nothing ends the turn, though the tokenizer has an EOS token; or it lacks its answer.
+            Unlocated: nothing ends the turn, though the tokenizer has an EOS token; or it lacks its answer.
         """
         turn = self.turns[index]
         rendered = self.text[start:end]
         if turn.trained and (lost := rendered_row.lost_answer(turn, rendered)):
-            raise _AnswerLost(_lost_message(index, lost))
+            raise AnswerLost(lost_message(index, lost))
         is_last = index == len(self.turns) - 1
         if not self._ends.is_ended(rendered):
             # Some templates leave it to the token that opens the next turn to end this one.
@@ -297,7 +225,7 @@ class Conversation:
                 end = len(self.text)
                 self.append_missing_end(rendered)
             elif self._ends.stop_tokens and turn.trained:
-                raise _Unlocated(f"nothing in the chat template ends message {index + 1}")
+                raise Unlocated(f"nothing in the chat template ends message {index + 1}")
             elif turn.trained:
                 end = self._ends.next_special(self.text, end)
         end_token = self._count_tokens(self.text[:end]) if end < len(self.text) else len(self.tokens)
@@ -307,13 +235,13 @@ class Conversation:
         """Return the first character and the first token that the assistant generates for message `index`.
 
         Raises:
-            _Unlocated: it cannot be determined, or the text before it is not the prompt for the turn.
+            Unlocated: it cannot be determined, or the text before it is not the prompt for the turn.
         """
         prompt = self._render_prompt(index)
         if prompt is not None:
             self._require_prompt(prompt, index)
             if self._has_extra_header(index, len(prompt)):
-                raise _Unlocated(f"message {index + 1} begins with a header that the generation prompt lacks")
+                raise Unlocated(f"message {index + 1} begins with a header that the generation prompt lacks")
             return len(prompt), self._count_tokens(prompt)
         start = self._find_start_by_count(index)
         if start is None:
@@ -325,8 +253,8 @@ class Conversation:
             raise self._unlocated_start(index)
 
     @staticmethod
-    def _unlocated_start(index: int) -> _Unlocated:
-        return _Unlocated(
+    def _unlocated_start(index: int) -> Unlocated:
+        return Unlocated(
             f"the start of message {index + 1} cannot be determined: the chat template renders the messages "
             "before it differently from the whole conversation"
         )
@@ -357,12 +285,12 @@ class Conversation:
         """Return the character after message `index`, which starts at `start`.
 
         Raises:
-            _Unlocated: it cannot be determined.
+            Unlocated: it cannot be determined.
         """
         if index == len(self.turns) - 1:
             return len(self.text)
         try:
-            alone = Conversation(self._chat, self.turns[: index + 1], self.tools)
+            alone = Conversation(self._encoder, self._ends, self._traits, self.turns[: index + 1], self.tools)
         except RowError:  # a template may fail on the beginning of a conversation and yet render the whole
             end = self._find_end_after_text(index, start)
         else:
@@ -370,7 +298,7 @@ class Conversation:
                 return len(alone.text)
             end = self._find_end_as_rendered_last(alone, index, start)
         if end is None:
-            raise _Unlocated(
+            raise Unlocated(
                 f"the end of message {index + 1} cannot be determined: the chat template rewrites earlier turns"
             )
         return end
@@ -408,7 +336,7 @@ class Conversation:
         """Return the start (character and token) and the end of every assistant's turn as the template marks them."""
         marks = self._merged_marks()
         if len(marks) != len(indexes):
-            raise _Unlocated(f"the chat template marks {len(marks)} turns, and the assistant has {len(indexes)}")
+            raise Unlocated(f"the chat template marks {len(marks)} turns, and the assistant has {len(indexes)}")
         return {
             index: ((start, self._count_tokens(self.text[:start])), end)
             for index, (start, end) in zip(indexes, marks, strict=True)
@@ -417,7 +345,7 @@ class Conversation:
     def _last_marked_range(self) -> tuple[tuple[int, int], int]:
         marks = self._merged_marks()
         if not marks:
-            raise _Unlocated(f"the chat template does not mark message {len(self.turns)} as the assistant's")
+            raise Unlocated(f"the chat template does not mark message {len(self.turns)} as the assistant's")
         start, end = marks[-1]
         return (start, self._count_tokens(self.text[:start])), end
 
@@ -460,10 +388,6 @@ def _overlap(turn: str, text: str, start: int) -> int:
     return next((len(turn) - cut for cut in range(len(turn)) if text.startswith(turn[cut:], start)), 0)
 
 
-def _complement(spans: list[Span], length: int) -> list[Span]:
-    edges = [0, *(position for span in spans for position in span), length]
-    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
-
-
-def _lost_message(index: int, lost: str) -> str:
+def lost_message(index: int, lost: str) -> str:
+    """Return what an error says about message `index`, of which the template leaves out `lost`."""
     return f"the chat template leaves out of message {index + 1} {lost}"

@@ -6,6 +6,7 @@ supervised, not only the last.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,8 @@ from runner.common.errors import DataError, did_you_mean
 from runner.common.text import shorten
 from runner.config.schema import DataConfig, KeysConfig
 from runner.data import conversions
-from runner.data.chat_spans import ChatEncoder, prompt_length
+from runner.data.chat_encoder import ChatEncoder
+from runner.data.chat_spans import prompt_length
 from runner.data.chat_template import TemplateOptions
 from runner.data.conversation import REASONING_FIELDS, TOOL_ROLES
 from runner.data.encoded import Encoded
@@ -174,7 +176,7 @@ class TextFormat:
         return row
 
 
-class _ConvertedFormat:
+class _ConvertedFormat(ABC):
     """A format whose rows become those of the formats above before anything else."""
 
     needs_chat_template = False
@@ -187,11 +189,13 @@ class _ConvertedFormat:
         row, row_format = self._convert(row, options.keys, options.renders(encoder))
         return row_format.encode(row, encoder, options)
 
+    @abstractmethod
     def required_keys(self, keys: KeysConfig) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Return the keys that a row of this format has."""
 
+    @abstractmethod
     def standardize(self, row: dict[str, Any], keys: KeysConfig, renders: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the row as one of messages, of prompt and completion, or of text."""
 
     def _convert(self, row: dict[str, Any], keys: KeysConfig, renders: bool) -> tuple[dict[str, Any], RowFormat]:
         """Return the converted row, validated, and its format."""

@@ -46,6 +46,7 @@ CODE_FILES = (
     "template_traits.py",
     "turn_ends.py",
     "rendered_row.py",
+    "chat_encoder.py",
     "chat_spans.py",
     "chat_template.py",
     "text_encoder.py",

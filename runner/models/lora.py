@@ -79,6 +79,20 @@ class AdaptedModel:
         """Return the current trainable arrays."""
         return dict(sorted(tree_flatten(self.model.trainable_parameters())))
 
+    def probe_params(self) -> Params:
+        """Return weights for comparing gradients: those of the adapter, with a small random B.
+
+        B starts at zero, where the gradient of A is zero as well. A large one would make the model's activations so
+        wild that rounding alone exceeds a tolerance.
+        """
+        params = self.params()
+        spread = 0.02 / max(1.0, self.lora_parameters["scale"])
+        keys = mx.random.split(mx.random.key(0), max(1, len(params)))
+        return {
+            name: mx.random.normal(array.shape, scale=spread, key=key) if name.endswith("lora_b") else array
+            for (name, array), key in zip(params.items(), keys, strict=False)
+        }
+
     def adapter_config(self) -> dict[str, Any]:
         """Return the content of adapter_config.json as mlx-lm reads it."""
         return {

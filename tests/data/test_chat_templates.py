@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from runner.common.errors import DataError
-from runner.data.chat_spans import ChatEncoder
+from runner.data.chat_encoder import ChatEncoder
 from runner.data.chat_template import TemplateOptions
 from runner.data.row_errors import RowError
 from runner.data.text_encoder import TextEncoder

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from runner.data.chat_spans import ChatEncoder
+from runner.data.chat_encoder import ChatEncoder
 from runner.data.chat_template import TemplateOptions
 from runner.data.conversation import normalize
 from runner.data.row_errors import RowError

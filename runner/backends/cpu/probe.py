@@ -6,7 +6,6 @@ import math
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from runner.backends.cpu.engine import Engine
 from runner.backends.cpu.linear import as_numpy
@@ -23,15 +22,7 @@ _POSITIONS = 8
 def agrees(engine: Engine, adapted: AdaptedModel, split_model: SplitModel) -> bool:
     """Return whether `engine` gives the loss and the gradients that MLX gives, on eight tokens."""
     model = adapted.model
-    initial = dict(tree_flatten(model.trainable_parameters()))
-    keys = mx.random.split(mx.random.key(0), max(1, len(initial)))
-    # B starts at zero, where the gradient of A is zero as well. A large one would make the model's activations so wild
-    # that float32 noise alone exceeds the tolerance.
-    spread = 0.02 / max(1.0, adapted.lora_parameters["scale"])
-    params = {
-        name: mx.random.normal(array.shape, scale=spread, key=key) if name.endswith("lora_b") else array
-        for (name, array), key in zip(initial.items(), keys, strict=False)
-    }
+    initial, params = adapted.params(), adapted.probe_params()
     # Token ids from all of the vocabulary: the first ones are often special tokens that the model has never learned.
     vocabulary = len(engine.embedding)
     inputs = (np.arange(1, _POSITIONS + 1, dtype=np.int32) * max(1, vocabulary // 9) % vocabulary)[None]

@@ -30,12 +30,7 @@ class GradientProbe:
     def __init__(self, adapted: AdaptedModel) -> None:
         """Compute them. Raises whatever MLX raises where the model has no gradients."""
         self._adapted, model = adapted, adapted.model
-        self._initial, self._key = adapted.params(), mx.random.key(0)
-        keys = mx.random.split(self._key, max(1, len(self._initial)))
-        self._params: Params = {  # B starts at zero, where the gradient of A is zero as well
-            name: mx.random.normal(array.shape, scale=0.02, key=key) if name.endswith("lora_b") else array
-            for (name, array), key in zip(self._initial.items(), keys, strict=False)
-        }
+        self._initial, self._params, self._key = adapted.params(), adapted.probe_params(), mx.random.key(0)
         blocks, called = list(model.layers), set[int]()
         logits = model(token_row(1, 2))  # not evaluated
         vocabulary, self._tolerance = logits.shape[-1], _TOLERANCE[float_dtype(logits)]

@@ -119,7 +119,7 @@ for _group, _name, _node in (
     ("hydra/sweeper", "grid", _GRID),
     ("hydra/launcher", "basic", _SERIAL),
     ("hydra/launcher", "serial", _SERIAL),
-    # jobs: how many at once; null means as many as fit memory and cores.
+    # jobs: how many at once; null means as many as fit memory and cores, and one on a GPU.
     ("hydra/launcher", "process", {"_target_": f"{_MODULE}.ProcessLauncher", "jobs": None, "fail_fast": False}),
 ):
     _store.store(group=_group, name=_name, node=_node, provider="mlx_runner")

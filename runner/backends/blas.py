@@ -8,7 +8,6 @@ linker searches the global scope first, so a BLAS that is loaded there before ``
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 import sys
@@ -19,7 +18,9 @@ from pathlib import Path
 
 from runner.backends import blas_library
 from runner.backends.blas_library import BlasError, LoadedBlas
+from runner.backends.mlx_build import installed, mlx_build
 from runner.common.cores import usable_cores
+from runner.common.system_packages import install_hint
 
 SLOW = "MLX runs on its reference BLAS here, 15 times slower or more"
 # BLIS is tried after the OpenBLAS of the wheel, which is faster where both were measured.
@@ -31,6 +32,13 @@ SYSTEM_NAMES = (
     "libmkl_rt.so.2",
     "libmkl_rt.so",
 )
+OPENBLAS_PACKAGES = {
+    "apt-get": "libopenblas0-pthread",
+    "dnf": "openblas-threads",
+    "zypper": "libopenblas_pthreads0",
+    "pacman": "openblas",
+}
+COMPILER_PACKAGES = dict.fromkeys(OPENBLAS_PACKAGES, "gcc")
 BLIS_NAMES = ("libblis-mt.so.4", "libblis.so.4")
 # OpenBLAS's idle threads spin before they sleep, by default 2^26 times, which takes a core from MLX's single-threaded
 # work and from other processes. With 2^12 a step took the same time on two idle cores and a quarter less CPU time, and
@@ -93,10 +101,12 @@ def thread_count(jobs: int, cores: int) -> int:
 
 
 def _load_best(jobs: int) -> BlasReport:
-    backend = _backend()
-    if backend != "mlx-cpu":
+    build = mlx_build()
+    if build == "missing":
         advice = "MLX has no backend here: pip install 'mlx-runner[cpu]', or 'mlx-runner[cuda]' for NVIDIA"
-        return BlasReport(kind=backend, advice=advice if backend == "missing" else None)
+        return BlasReport(kind="missing", advice=advice)
+    if build != "cpu":
+        return BlasReport(kind="native")
     requested = os.environ.get("RUNNER_BLAS", "").strip()
     if requested.lower() == "off":
         return _reference(f"{SLOW}: RUNNER_BLAS=off is set")
@@ -132,7 +142,7 @@ def _candidates(requested: str) -> Iterator[tuple[str, str]]:
         named = os.path.expanduser(requested)
         yield "named", os.path.abspath(named) if os.path.exists(named) else named
     yield from (("system", path) for path in _system_libraries(SYSTEM_NAMES))
-    if wheel := _installed("scipy-openblas32"):
+    if wheel := installed("scipy-openblas32"):
         yield "wheel", str(wheel.locate_file("scipy_openblas32/lib/libscipy_openblas.so"))
     yield from (("system", path) for path in _system_libraries(BLIS_NAMES))
 
@@ -158,36 +168,19 @@ def _system_folders() -> list[Path]:
 
 
 def _advice(reasons: dict[str, str]) -> str:
-    debian = "apt-get install libopenblas0-pthread"
+    library, compiler = install_hint(OPENBLAS_PACKAGES), install_hint(COMPILER_PACKAGES)
     if "wheel" not in reasons:
-        remedy = f"pip install scipy-openblas32, or install OpenBLAS (Debian: {debian})"
+        remedy = f"pip install scipy-openblas32, or install OpenBLAS{library}"
     elif "compiler" in reasons["wheel"]:
-        remedy = f"install a C compiler (Debian: apt-get install gcc) or OpenBLAS ({debian})"
+        remedy = f"install a C compiler{compiler} or OpenBLAS{library}"
     else:
-        remedy = f"install OpenBLAS (Debian: {debian}) or name one with RUNNER_BLAS=<path>"
+        remedy = f"install OpenBLAS{library} or name one with RUNNER_BLAS=<path>"
     details = "; ".join(" ".join(reason.split()) for reason in reasons.values())
     return f"{SLOW}: {remedy}" + (f" [{details}]" if details else "")
 
 
 def _reference(advice: str) -> BlasReport:
     return BlasReport(kind="reference", version="reference BLAS", core=platform.machine(), threads=1, advice=advice)
-
-
-def _backend() -> str:
-    """Return mlx-cpu, native (nothing to load), or missing (the bare ``mlx`` package of Linux, without a backend)."""
-    if sys.platform != "linux" or _installed("mlx-cuda-12") or _installed("mlx-cuda-13"):
-        return "native"
-    if _installed("mlx-cpu"):
-        return "mlx-cpu"
-    core = _installed("mlx")
-    return "missing" if core and not Path(str(core.locate_file("mlx/lib/libmlx.so"))).exists() else "native"
-
-
-def _installed(name: str) -> importlib.metadata.Distribution | None:
-    try:
-        return importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.backends import blas
+from runner.backends import blas, mlx_build
 from runner.backends.blas_library import FORWARDED
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU_BUILD = sys.platform == "linux" and blas._backend() == "mlx-cpu"
-WHEEL = blas._installed("scipy-openblas32")
+CPU_BUILD = mlx_build.mlx_build() == "cpu"
+WHEEL = mlx_build.installed("scipy-openblas32")
 WHEEL_LIBRARY = str(WHEEL.locate_file("scipy_openblas32/lib/libscipy_openblas.so")) if WHEEL else ""
 COMPILER = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
 
@@ -151,8 +151,8 @@ def test_without_wheel_and_system_library_the_advice_is_to_install_one(tmp_path:
         "report =",
         """
 blas._system_folders = lambda: []
-found = blas._installed
-blas._installed = lambda name: None if name == "scipy-openblas32" else found(name)
+found = blas.installed
+blas.installed = lambda name: None if name == "scipy-openblas32" else found(name)
 report =""",
         1,
     )
@@ -213,7 +213,7 @@ def test_mlx_without_a_backend_is_recognised(monkeypatch: pytest.MonkeyPatch, tm
             return tmp_path / name
 
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(blas, "_installed", lambda name: Bare() if name == "mlx" else None)
+    monkeypatch.setattr(mlx_build, "installed", lambda name: Bare() if name == "mlx" else None)
     monkeypatch.setattr(blas, "_report", None)
     report = blas.load_blas()
     assert report.kind == "missing" and "mlx-runner[cpu]" in str(report.advice)

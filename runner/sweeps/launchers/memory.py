@@ -1,4 +1,4 @@
-"""How many jobs fit into the memory and cores of this machine."""
+"""How many jobs may run at once on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from runner.backends.mlx_build import is_gpu_build
 from runner.common.cores import usable_cores
 
 _SHARE_OF_MEMORY = 0.8
@@ -16,7 +17,12 @@ _FACTOR = 3
 
 
 def jobs_that_fit(models: Iterable[str]) -> int:
-    """Return how many jobs may run at once, at least 1; `models` are the values of model.path that they use."""
+    """Return how many jobs fit into memory and cores, at least 1; `models` are the values of model.path that they use.
+
+    On a GPU it is one: two would share its memory and its time.
+    """
+    if is_gpu_build():
+        return 1
     largest = max((_weight_bytes(model) for model in models), default=0)
     by_memory = int(_SHARE_OF_MEMORY * _available_bytes() / (_PROCESS_BYTES + _FACTOR * largest))
     return max(1, min(usable_cores(), by_memory))

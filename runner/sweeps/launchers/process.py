@@ -23,6 +23,7 @@ from rich.text import Text
 
 from runner.app import guard
 from runner.backends.blas import thread_count
+from runner.backends.mlx_build import is_gpu_build
 from runner.common.cores import usable_cores
 from runner.common.errors import RunnerError
 from runner.config.invocation import Invocation
@@ -107,7 +108,8 @@ class ProcessLaunch:
         self._sweep = Path(composed.hydra.sweep.dir)
         self._waiting = loading_order(jobs)
         self._at_once = min(at_once, len(jobs))
-        self._threads = max(1, thread_count(self._at_once, usable_cores()))
+        self._threads = None if is_gpu_build() else thread_count(self._at_once, usable_cores())
+        """BLAS threads of each worker; None where a GPU computes."""
         self._workers: dict[int, Worker] = {}
         """By the descriptor of their replies."""
         self._selector = selectors.DefaultSelector()
@@ -120,7 +122,8 @@ class ProcessLaunch:
         """
         logs = self._sweep / "logs"
         logs.mkdir(exist_ok=True)
-        print(f"processes: {self._at_once} at once, {self._threads} BLAS threads each; output in {logs}", flush=True)
+        threads = f", {self._threads} BLAS threads each" if self._threads else ""
+        print(f"processes: {self._at_once} at once{threads}; output in {logs}", flush=True)
         with StopSignals() as stops, ExitStack() as stack:
             console = Console(highlight=False, soft_wrap=True)
             live = None
@@ -171,11 +174,12 @@ class ProcessLaunch:
             idle.send({"job": planned.job.number, "label": planned.label, "log": str(log), "record": record})
 
     def _start_worker(self) -> Worker:
+        threads = {"OPENBLAS_NUM_THREADS": str(self._threads)} if self._threads else {}
         process = subprocess.Popen(
             [sys.executable, "-m", "runner.sweeps.launchers.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": str(self._threads), **self._composed.hydra.job.env_set},
+            env={**os.environ, **threads, **self._composed.hydra.job.env_set},
             start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on once
         )
         worker = Worker(process)
@@ -257,7 +261,7 @@ def launch(
     this process ends, its workers save and end too.
 
     Args:
-        at_once: how many jobs run at once; None: as many as fit into memory and cores.
+        at_once: how many jobs run at once; None: as many as fit into memory and cores, and one on a GPU.
         fail_fast: whether no job is started after one has failed.
 
     Raises:

@@ -3,6 +3,7 @@
 PYTHON ?=
 VENV ?= .venv
 REFERENCE_VENV ?= .venv-reference
+DARWIN_VENV ?= .venv-darwin
 # Linux machines with an NVIDIA GPU, once: make setup EXTRAS=cuda,dev. The choice stays with the environment, and
 # another choice makes a new one, because the CPU and the CUDA build of MLX overwrite each other's files.
 EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,dev)
@@ -18,31 +19,47 @@ REFERENCE_PACKAGES = torch transformers gguf accelerate
 # Only its chat templates are read, so that it needs none of what it depends on.
 REFERENCE_FILES = trl
 # Workers run side by side: one BLAS thread each, unless the environment says otherwise.
-PYTEST = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+ONE_THREAD = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1}
+PYTEST_WORDS = -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+PYTEST = $(ONE_THREAD) $(RUN) $(PYTEST_WORDS)
 
 # Sets $$python to the first interpreter that runs, fits and can make a virtual environment, or ends with a line
-# that says what to install. A pyenv shim is found on PATH but may fail: hence the trial.
-FIND_PYTHON = python=; bare=; \
+# that says what to install. A pyenv shim is found on PATH but may fail: hence the trial. A Python for Intel also runs
+# on Apple Silicon, translated by Rosetta, but pip finds no MLX for it.
+FIND_PYTHON = python=; bare=; intel=; \
 	for name in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3); do \
 	  "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || continue; \
+	  if "$$name" -c 'import platform, sys; sys.exit((sys.platform, platform.machine()) != ("darwin", "x86_64"))'; then \
+	    intel=$${intel:-$$name}; continue; \
+	  fi; \
 	  if "$$name" -c 'import ensurepip, venv' 2>/dev/null; then python=$$name; break; fi; \
 	  bare=$${bare:-$$name}; \
 	done; \
 	if [ -z "$$python" ] && [ -n "$$bare" ]; then \
 	  version=$$("$$bare" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
-	  echo "setup: $$bare cannot make virtual environments; install them (Debian, Ubuntu: apt-get install python$$version-venv)" >&2; \
+	  hint=; if command -v apt-get >/dev/null; then hint=" (apt-get install python$$version-venv)"; fi; \
+	  echo "setup: $$bare cannot make virtual environments; install its modules ensurepip and venv$$hint" >&2; \
+	  exit 2; \
+	fi; \
+	hint=; if command -v brew >/dev/null; then hint=" (brew install python@3.12)"; fi; \
+	if [ -z "$$python" ] && [ -n "$$intel" ]; then \
+	  if [ "$$(sysctl -n hw.optional.arm64 2>/dev/null)" = 1 ]; then \
+	    echo "setup: $$intel is a Python for Intel, which Rosetta translates; MLX needs one for arm64: install it$$hint, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+	  else \
+	    echo "setup: MLX needs a Mac with Apple Silicon; this one has an Intel processor" >&2; \
+	  fi; \
 	  exit 2; \
 	fi; \
 	if [ -z "$$python" ]; then \
-	  echo "setup: no Python 3.11, 3.12 or 3.13 $(if $(PYTHON),in PYTHON=$(PYTHON),that runs on PATH); install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+	  echo "setup: no Python 3.11, 3.12 or 3.13 $(if $(PYTHON),in PYTHON=$(PYTHON),that runs on PATH); install one$$hint, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
 	  exit 2; \
 	fi
 
-.PHONY: help setup models compiled train test test-all faults bench bench-full check clean
+.PHONY: help setup models compiled train test test-all test-darwin faults bench bench-full check clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-	  printf '  make %-10s %s\n' "$$name" "$$text"; \
+	  printf '  make %-11s %s\n' "$$name" "$$text"; \
 	done
 
 setup: $(STAMP) ## make .venv and install everything into it (PYTHON=, EXTRAS=)
@@ -75,6 +92,11 @@ test: models compiled ## run the tests, all but those against torch (WORKERS=, P
 test-all: models compiled $(REFERENCE_STAMP) ## run every test, torch and transformers as references among them
 	@RUNNER_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE_VENV)/bin/python" $(PYTEST)
 
+test-darwin: models compiled ## run the tests of make test in a simulated macOS with a GPU, and list what it skips
+	@"$(RUN)" tests/darwin/environment.py "$(DARWIN_VENV)"
+	@RUNNER_CACHE="$(CURDIR)/$(DARWIN_VENV)/cache" $(ONE_THREAD) "$(DARWIN_VENV)/bin/python" $(PYTEST_WORDS) \
+	  -m "not reference and not long"
+
 $(REFERENCE_STAMP): constraints.txt
 	@if "$(REFERENCE_VENV)/bin/python" -c 'import pip' 2>/dev/null; then :; else \
 	  $(FIND_PYTHON); \
@@ -103,5 +125,5 @@ check: setup ## formatting, lint, types, layers, and docs and conf/ in step with
 	@"$(RUN)" -m runner.config.reference --check
 
 clean: ## remove virtual environments, caches and built files; outputs/ stays
-	rm -rf "$(VENV)" "$(REFERENCE_VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf "$(VENV)" "$(REFERENCE_VENV)" "$(DARWIN_VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import run_cli_silently
+from runner.common.cores import usable_cores
 
 MAX_LENGTH = 512
 """Maximum tokens of a row: about 2,000 characters in a real model; the tiny one has a token per byte."""
@@ -47,7 +48,7 @@ def main() -> None:
         _measure(float(options.one[0]), options.one[1], options.updates)
         return
     results = []
-    print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
+    print(f"load average {os.getloadavg()[0]:.2f}, {usable_cores()} cores")
     print("     rows      JSONL      tokens  start   first update      peak           step")
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

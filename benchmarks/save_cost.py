@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import run_cli_silently
+from runner.common.cores import usable_cores
 
 RANKS = {1: 2, 10: 14, 100: 143}
 """Size of the adapter in MB (32 bits a number, SmolLM2-135M, all linear layers of 16 blocks) to its rank."""
@@ -40,7 +41,7 @@ def main() -> None:
         _measure(int(options.one[0]), options.one[1] == "background", options.updates, options.every)
         return
     results = []
-    print(f"load average {os.getloadavg()[0]:.2f}, {len(os.sched_getaffinity(0))} cores")
+    print(f"load average {os.getloadavg()[0]:.2f}, {usable_cores()} cores")
     print("adapter  checkpoint  mode          update   waits for a save (ms)   whole save (ms)  later update  share at")
     print(
         "                                   p50 ms   p50    p95    most      p50     p95      slower by ms  every 100"

@@ -24,6 +24,9 @@ from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec, find_resume_source, new_run_id
 
+# Some GPUs (CUDA, Apple's since M5) multiply float32 in TF32 unless told otherwise; tests compare it with tolerances
+# far below its 10 bits. Before any test imports MLX, and inherited by the processes that tests start.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 blas.load_blas(jobs=os.cpu_count() or 1)  # before any test imports MLX
 
 # A busy machine is no failure.
@@ -33,6 +36,18 @@ hypothesis_settings.load_profile("no deadline")
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = ("time", "tokens_per_second", "peak_memory_gb")
 """Fields of a metrics row in which two equal runs may differ."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `cpu` where MLX computes on a GPU, and give what they need as the reason."""
+    marked = [(item, marker) for item in items if (marker := item.get_closest_marker("cpu"))]
+    if not marked:
+        return
+    from runner.models.device import on_cpu
+
+    if not on_cpu():
+        for item, marker in marked:
+            item.add_marker(pytest.mark.skip(reason=f"MLX computes on a GPU here: {marker.args[0]}"))
 
 
 def changed(settings: Config, changes: dict[str, Any]) -> Config:
@@ -149,11 +164,12 @@ class CommandLine:
         self.folder = folder
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "120"}
         self.environment.pop("RUNNER_TRACEBACK", None)
+        self.python = sys.executable
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start the program and return its process."""
         return subprocess.Popen(
-            [sys.executable, "-m", "runner", *arguments],
+            [self.python, "-m", "runner", *arguments],
             cwd=self.folder,
             env={**self.environment, **options.pop("env", {})},
             stdout=subprocess.PIPE,

@@ -9,8 +9,10 @@ import pytest
 from runner.backends import select
 from runner.backends.cpu import probe
 from runner.models import split_probe
+from runner.models.device import on_cpu
 
 pytestmark = pytest.mark.usefixtures("cache")
+PROBES = {"parts", "engine"} if on_cpu() else {"parts"}
 SHORT = {"train.iters": 1, "checkpoint.every": None}
 
 
@@ -33,7 +35,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_equal_models_and_settings_are_probed_once(tiny, train, tmp_path, cache, probed):
     first = train(tiny(**SHORT), tmp_path / "first")
-    assert set(probed) == {"parts", "engine"}
+    assert set(probed) == PROBES
     probed.clear()
     second = train(tiny(**SHORT, **{"seed": 3, "optimizer.learning_rate": 1e-4}), tmp_path / "second")
     assert not probed
@@ -56,7 +58,7 @@ def test_other_models_and_settings_are_probed_again(tiny, train, tmp_path, probe
     train(tiny(**SHORT), tmp_path / "first")
     probed.clear()
     train(tiny(**SHORT, **other), tmp_path / "second")
-    assert set(probed) == {"parts", "engine"}
+    assert set(probed) == PROBES
 
 
 def test_changed_code_is_probed_again(tiny, train, tmp_path, probed, monkeypatch):
@@ -64,7 +66,7 @@ def test_changed_code_is_probed_again(tiny, train, tmp_path, probed, monkeypatch
     probed.clear()
     monkeypatch.setattr(select, "code_digest", lambda: "other")
     train(tiny(**SHORT), tmp_path / "second")
-    assert set(probed) == {"parts", "engine"}
+    assert set(probed) == PROBES
 
 
 @pytest.mark.parametrize("harm", [lambda file: file.write_text("{}"), lambda file: file.unlink()], ids=["cut", "gone"])
@@ -75,9 +77,10 @@ def test_a_damaged_cache_entry_is_probed_again(tiny, train, tmp_path, cache, pro
     harm(file)
     probed.clear()
     train(tiny(**SHORT), tmp_path / "second")
-    assert set(probed) == {"parts", "engine"} and file.read_bytes() == before
+    assert set(probed) == PROBES and file.read_bytes() == before
 
 
+@pytest.mark.cpu("the probe of the CPU engine")
 def test_a_failed_probe_is_not_cached(tiny, train, tmp_path, cache, monkeypatch):
     monkeypatch.setattr(probe, "agrees", lambda engine, adapted, forward: False)
     run = train(tiny(**SHORT), tmp_path / "run")

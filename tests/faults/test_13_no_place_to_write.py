@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +27,8 @@ def read_only(cli):
         inner = script + shlex.join([sys.executable, "-m", "runner", *arguments])
         (cli.folder / "place").mkdir(exist_ok=True)
         probe = ["unshare", "--mount", "--map-root-user", "--user", "sh", "-c"]
+        if sys.platform != "linux" or not shutil.which("unshare"):
+            pytest.skip("mounts a tmpfs in a namespace of its own")
         if subprocess.run([*probe, "mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode != 0:
             pytest.skip("file systems cannot be mounted here")
         done = subprocess.run(

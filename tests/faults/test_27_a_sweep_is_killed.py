@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import system
 
 pytestmark = [pytest.mark.fault(27), pytest.mark.slow]
 
@@ -99,13 +100,7 @@ def test_the_same_command_restarts_a_sweep_killed_before_it_recorded_a_job(inlin
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """SIGKILL to a process and all of its descendants, in whatever session they are."""
-    found, pids = {process.pid}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                pids[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, IndexError):
-                continue
+    found, pids = {process.pid}, system.parents()
     while True:
         more = {pid for pid, parent in pids.items() if parent in found} - found
         if not more:

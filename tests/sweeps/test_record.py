@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import system
 import yaml
 
 from runner.common.errors import ConfigError
@@ -122,7 +123,7 @@ def test_jobs_save_and_end_with_the_process_launcher_that_was_killed(inline, ass
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{status['pid']}").exists() for status in before):
+    while any(system.is_running(status["pid"]) for status in before):
         assert time.monotonic() < deadline, "a job outlived its parent"
         time.sleep(0.05)
     after = [json.loads((inline.folder / f"s/{job}/status.json").read_text()) for job in (0, 1)]

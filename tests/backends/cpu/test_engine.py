@@ -27,6 +27,7 @@ from runner.models.split_probe import split
 from runner.training.dataloader import BatchBuilder
 from runner.training.evaluate import evaluate
 
+pytestmark = pytest.mark.cpu("the engine computes on the CPU only")
 SMALL = {
     "hidden_size": 48,
     "num_hidden_layers": 3,

@@ -11,6 +11,7 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from runner.common.device_errors import find_device_error
 from runner.common.errors import ConfigError, RunnerError, StorageError, did_you_mean
 from runner.common.text import first_line
 from runner.config import retired, schema, serialize, validation
@@ -32,6 +33,8 @@ def translate_error(error: BaseException, config_dirs: Sequence[Path] = ()) -> R
             return cause
     if message := _config_message(chain, config_dirs):
         return ConfigError(message)
+    if failure := find_device_error(error):
+        return failure
     if isinstance(error, OSError) and error.errno:
         return StorageError(f"{error.filename or 'Writing'}: {os.strerror(error.errno)}.")
     text = first_line(str(error)) or "no message"

@@ -38,6 +38,8 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
     context = session.context(composed)
     directory, source = _open_directory(invocation, session.source, composed, config.checkpoint.dir)
     set_hydra(composed, "run.dir", str(directory.path))
+    if invocation.report_run is not None:
+        invocation.report_run(directory.path)
 
     def run_in_job(job_config: DictConfig) -> float | None:
         from runner.backends import blas
@@ -48,7 +50,16 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
         resolved = resolve_config(job_config)
         resolved.experiment = resolved.experiment or HydraConfig.get().runtime.choices.get("experiment")
         stored = config_to_store(job_config, resolved)
-        return train_run(RunSpec(resolved, stored, directory, source, new_run_id(), stop_at=invocation.stop_at))
+        spec = RunSpec(
+            resolved,
+            stored,
+            directory,
+            source,
+            new_run_id(),
+            stop_at=invocation.stop_at,
+            supervise=invocation.supervise,
+        )
+        return train_run(spec)
 
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
         if source is not None and directory.path == source.run:

@@ -16,6 +16,7 @@ class StopReason(Enum):
     SIGTERM = "SIGTERM"
     SIGINT = "SIGINT"
     SIGHUP = "SIGHUP"
+    REPLACE = "process replaced"
 
     @property
     def is_completion(self) -> bool:

@@ -32,6 +32,7 @@ Examples:
   python -m runner resume=outputs/2026-11-24/10-00-00                        resume exactly
   python -m runner repeat=outputs/2026-11-24/10-00-00 lora.rank=32           a new run with changes
   python -m runner adapter=old/adapters.npz                                  start from an adapter
+  python -m runner lora.rank=16 supervise=true                               survive kills and the GPU
 
 Commands (runner COMMAND --help):
 COMMANDS
@@ -44,8 +45,8 @@ More:
   --version
 
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 3 directory in use,
-4 loss not finite, 5 checkpoint damaged, 74 storage error, 130/143/129 stopped by Ctrl-C,
-SIGTERM or hang-up and resumable.
+4 loss not finite, 5 checkpoint damaged, 6 out of memory, 7 GPU error, 8 supervise=true gave
+up, 74 storage error, 130/143/129 stopped by Ctrl-C, SIGTERM or hang-up and resumable.
 """
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runner.cli.commands import COMMANDS, run_command
@@ -22,11 +22,15 @@ from runner.config.groups import config_dirs
 _EXIT_SIGINT, _EXIT_SIGPIPE = 130, 141
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: that of this process) and return the exit code."""
+def main(argv: Sequence[str] | None = None, report_run: Callable[[Path], None] | None = None) -> int:
+    """Run the command line `argv` (default: that of this process) and return the exit code.
+
+    Args:
+        report_run: given where this process is supervised; see `Invocation`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, report_run)
     except RunnerError as error:
         return _report(error, error)
     except KeyboardInterrupt:
@@ -48,7 +52,7 @@ def _is_command(arguments: list[str]) -> bool:
     return bool(arguments) and arguments[0] in COMMANDS
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], report_run: Callable[[Path], None] | None) -> int:
     if _is_command(arguments):
         return run_command(arguments[0], arguments[1:])
     if any(argument in ("--help", "-h", "help") for argument in arguments):
@@ -60,27 +64,37 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"runner {__version__}")
     else:
-        _start(arguments)
+        return _start(arguments, report_run)
     return EXIT_DONE
 
 
-def _start(arguments: list[str]) -> None:
+def _start(arguments: list[str], report_run: Callable[[Path], None] | None) -> int:
     """Start or resume the run or the sweep that `arguments` describe, or print what --cfg and the like ask for."""
     from runner.cli.overrides import parse_arguments
+    from runner.runs.sweep_manifest import has_sweep_manifest
 
     invocation = parse_arguments(arguments)  # before Hydra is imported, so that a typo is answered at once
+    resumes_sweep = invocation.resume is not None and has_sweep_manifest(invocation.resume)
+    # The launcher of a sweep supervises its jobs.
+    is_alone = not (resumes_sweep or invocation.multirun or invocation.prints_only)
+    if invocation.supervise and is_alone and report_run is None:
+        from runner.cli.supervise import supervise_run
+
+        return supervise_run(arguments, invocation)
+    invocation.report_run = report_run
     from runner.app import compose, run
     from runner.sweeps import launch
 
-    if invocation.resume and launch.has_sweep_manifest(invocation.resume) and not invocation.prints_only:
+    if resumes_sweep and not invocation.prints_only:
         invocation = launch.resume_sweep(invocation)
     with compose.open_session(invocation) as session:
         if invocation.prints_only:
             session.print_requested()
-            return
+            return EXIT_DONE
         composed = session.compose()
         start = launch.start_sweep if compose.is_multirun(composed) else run.start_run
         start(invocation, session, composed)
+    return EXIT_DONE
 
 
 def _report(error: RunnerError, cause: BaseException) -> int:

@@ -1,7 +1,8 @@
 """The parser of the command line of a run or sweep: flags and overrides, checked before Hydra is imported.
 
 A typo is answered at once, with "did you mean". Paths are expanded and quoted for Hydra's grammar, and `+` is dropped
-from settings that the schema knows. `resume=`, `repeat=` and `train.stop_at=` are kept for the invocation alone.
+from settings that the schema knows. `resume=`, `repeat=`, `supervise=` and `train.stop_at=` are kept for the invocation
+alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.config import retired, schema, serialize, validation
 from runner.config.foreign_names import explain_foreign
 from runner.config.groups import CONF_DIR, CONFIG_DIR_FLAGS, config_dirs, group_choices
-from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
+from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation, Supervision
 from runner.config.quoting import quote_text, unquote
 from runner.runs import sweep_manifest
 
@@ -89,8 +90,8 @@ def _parse_flag(flag: str, remaining: Iterator[str]) -> list[str]:
 
 
 def _add_override(argument: str, invocation: Invocation, folders: list[Path]) -> None:
-    """Check the override and add it to `invocation`, for Hydra in its form; Hydra must not see resume=, repeat= and
-    train.stop_at=."""
+    """Check the override and add it to `invocation`, for Hydra in its form; Hydra must not see those of the
+    invocation alone."""
     name, equals, _ = argument.partition("=")
     validation.refuse_secrets(argument, where=name if equals else "")
     match = _OVERRIDE.fullmatch(argument)
@@ -132,13 +133,18 @@ def _add_override(argument: str, invocation: Invocation, folders: list[Path]) ->
 
 
 def _set_on_invocation(invocation: Invocation, key: str, value: str) -> None:
-    """Set `resume=`, `repeat=` or `train.stop_at=` on `invocation`; null means not set, as for any setting."""
+    """Set an argument of the invocation alone; null means not set, as for any setting."""
     if value == "null":
         return
+    is_count = re.fullmatch(r"\+?[0-9]{1,18}", value) is not None and int(value) >= 1
     if key == "train.stop_at":
-        if not re.fullmatch(r"\+?[0-9]{1,18}", value) or int(value) < 1:
+        if not is_count:
             raise ConfigError(f"train.stop_at={value} is invalid: must be a whole number, 1 or more.")
         invocation.stop_at = int(value)
+    elif key == "supervise":
+        if not is_count and value not in ("true", "false"):
+            raise ConfigError(f"supervise={value} is invalid: must be true, false, or a number of updates, 1 or more.")
+        invocation.supervise = None if value == "false" else Supervision(int(value) if is_count else None)
     else:
         setattr(invocation, key, Path(os.path.abspath(os.path.expanduser(unquote(value)))))
 

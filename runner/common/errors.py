@@ -18,7 +18,12 @@ EXIT_CONFIG = 2
 EXIT_IN_USE = 3
 EXIT_DIVERGED = 4
 EXIT_DAMAGED = 5
+EXIT_MEMORY = 6
+EXIT_GPU = 7
+EXIT_GAVE_UP = 8
 EXIT_STORAGE = 74
+EXIT_REPLACE = 75
+"""A supervised process has saved and is to be replaced by a new one; its supervisor alone sees it."""
 
 _MAX_NAME_LENGTH = 200
 _MAX_CANDIDATES = 1000
@@ -64,6 +69,24 @@ class CheckpointError(RunnerError):
     """Raised for a checkpoint or adapter that is missing, damaged or does not fit the run; names it and the reason."""
 
     exit_code = EXIT_DAMAGED
+
+
+class OutOfMemory(RunnerError):
+    """Raised when the machine or its GPU has no memory left for the run; what was saved before is intact."""
+
+    exit_code = EXIT_MEMORY
+
+
+class GpuError(RunnerError):
+    """Raised when the GPU or its driver aborted the computation; what was saved before is intact."""
+
+    exit_code = EXIT_GPU
+
+
+class GaveUp(RunnerError):
+    """Raised when the process of a supervised run died too often without a new checkpoint."""
+
+    exit_code = EXIT_GAVE_UP
 
 
 class StorageError(RunnerError):

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-INVOCATION_ARGUMENTS = {"resume": "DIR", "repeat": "DIR", "train.stop_at": "N"}
+INVOCATION_ARGUMENTS = {"resume": "DIR", "repeat": "DIR", "train.stop_at": "N", "supervise": "true"}
 """Arguments that are typed like settings but stored in no config, with a placeholder for their values."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What `supervise=` asks for."""
+
+    replace_every: int | None = None
+    """Updates after which the process of a run is replaced by a new one, at a checkpoint; None: by default."""
 
 
 @dataclass
 class Invocation:
     """One command line: the arguments for Hydra, and what belongs to this invocation alone.
 
-    `resume`, `repeat` and `stop_at` are typed like settings (`resume=DIR`, `repeat=DIR`, `train.stop_at=200`) but are
-    no part of the config: a run's config.yaml does not hold them, so that no later resume or repeat inherits them.
+    `resume`, `repeat`, `stop_at` and `supervise` are typed like settings (`resume=DIR`, `repeat=DIR`,
+    `train.stop_at=200`, `supervise=true`) but are no part of the config: a run's config.yaml does not hold them, so
+    that no later resume or repeat inherits them.
     """
 
     flags: list[str] = field(default_factory=list)
     """Flags for Hydra, such as -m and --config-dir=DIR."""
     overrides: list[str] = field(default_factory=list)
-    """Overrides for Hydra, without `resume`, `repeat` and `stop_at`."""
+    """Overrides for Hydra, without those of `INVOCATION_ARGUMENTS`."""
     multirun: bool = False
     """Whether -m or --multirun was typed."""
     prints_only: bool = False
@@ -31,6 +41,11 @@ class Invocation:
     """Run directory, or sweep (its best job), whose stored config a new run or sweep starts from; an absolute path."""
     stop_at: int | None = None
     """Update after which every run of this invocation stops, resumable."""
+    supervise: Supervision | None = None
+    """Start a run again from its last checkpoint where its process is killed or its GPU or memory fails; with a number
+    instead of true, also replace the process after that many updates (default: 10,000 on a GPU)."""
+    report_run: Callable[[Path], None] | None = None
+    """Tells the supervising process the directory of the run; None where there is none."""
     sweep: Path | None = None
     """Directory of the sweep to finish, where `resume` named a sweep."""
     sweep_overrides: list[str] = field(default_factory=list)

@@ -7,6 +7,7 @@ from typing import Any
 
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
+from runner.runs.restarts import read_restarts, restart_summary
 
 STATE_STYLES = {
     "running": "cyan",
@@ -54,8 +55,10 @@ def format_time(seconds: float) -> str | None:
 
 
 def run_notes(run: RunInfo) -> list[str]:
-    """Return what does not fit into columns: why the run failed, and what of its directory is damaged."""
+    """Return what does not fit into columns: its restarts, why it failed, and what of its directory is damaged."""
     notes = []
+    if restarts := restart_summary(run.status):
+        notes.append(f"restarts: {restarts}")
     if run.reason and run.state in ("failed", "diverged"):
         notes.append(f"{run.state}: {run.reason}")
     if run.problem:
@@ -81,6 +84,7 @@ def run_fields(run: RunInfo) -> dict[str, Any]:
         "best": None if run.best_loss is None else best_fields(run),
         "updated": format_time(run.updated),
         "size_bytes": run.size_bytes,
+        "restarts": read_restarts(run.status),
     }
 
 

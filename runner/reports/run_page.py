@@ -18,6 +18,7 @@ from runner.reports.next_commands import Command, command_fields, for_run
 from runner.reports.screen import Screen
 from runner.reports.tables import Column, TableRow
 from runner.runs.inspect import RunInfo
+from runner.runs.restarts import restart_summary
 
 _MAX_REASON_LINES = 20
 _LAST_ROWS = 5
@@ -116,7 +117,8 @@ def print_run_page(page: RunPage, screen: Screen) -> None:
     progress = f" at step {run.step} of {'?' if run.iters is None else run.iters}" if run.step is not None else ""
     age = f"  (last update {format_age(time.time() - run.updated)} ago, {format_time(run.updated)})"
     screen.line((run.state, STATE_STYLES.get(run.state, "")), progress, (age, "dim"))
-    for label, text in (("reason", run.reason), ("damaged", run.problem), ("parent", run.status.get("parent"))):
+    labelled = {"reason": run.reason, "damaged": run.problem, "parent": run.status.get("parent")}
+    for label, text in {**labelled, "restarts": restart_summary(run.status)}.items():
         if isinstance(text, str):
             for i, line in enumerate(text.splitlines()[:_MAX_REASON_LINES]):
                 screen.line(f"{label if i == 0 else '':<9}{line}")

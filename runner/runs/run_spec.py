@@ -12,6 +12,7 @@ from runner.common.commands import resume_command
 from runner.common.errors import ConfigError
 from runner.common.layout import STEP_NAME
 from runner.config import environment
+from runner.config.invocation import Supervision
 from runner.config.schema import Config
 from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
@@ -58,6 +59,9 @@ class RunSpec:
     """Update after which this invocation stops the run, resumable."""
     label: str | None = None
     """Name of a sweep's job that shares the terminal with other jobs; None for a run alone."""
+
+    supervise: Supervision | None = None
+    """Given where a supervisor starts this process again."""
 
     def redacted(self, text: str) -> str:
         """Return `text` with ${oc.env:NAME} in place of each value that a setting took from the environment."""

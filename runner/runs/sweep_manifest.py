@@ -168,6 +168,11 @@ def unusable_reason(name: str) -> str:
     return "which is no plain name of at most 120 letters, digits and . , = + @ - _"
 
 
+def has_sweep_manifest(folder: Path) -> bool:
+    """Return whether `folder` is the directory of a sweep that recorded its jobs."""
+    return (folder / NAME).is_file()
+
+
 def read_manifest(folder: Path) -> SweepManifest:
     """Read the manifest of the sweep in `folder`: empty where there is none, without an incomplete last record.
 

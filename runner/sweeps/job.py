@@ -62,13 +62,15 @@ def train_job(
     invocation: Invocation,
     loader: ComponentLoader | None = None,
     record: Mapping[str, str] | None = None,
+    changes: Mapping[str, Any] | None = None,
     written: Sequence[str | None] = (),
 ) -> float | None:
     """Run `job` in `folder` and return its objective.
 
     A folder with a config.yaml resumes from its newest checkpoint, with its stored config and what was changed since,
     for all jobs or for this one. Any other is claimed, and gets the files of `record`, Hydra's record of a start: path
-    to text. It may hold the names that Hydra has `written` there already.
+    to text. It may hold the names that Hydra has `written` there already. `changes` are settings for this start, by
+    dotted name.
 
     Raises:
         RunnerError: the job failed or diverged; its status says why.
@@ -85,7 +87,7 @@ def train_job(
     else:
         assert job.config is not None
         stored = serialize.change_dict(job.config, job.own_changes)
-    composed = composed_from(stored)
+    composed = composed_from(serialize.change_dict(stored, changes or {}))
     composed.model.trust_remote_code = invocation.settings.get(guard.TRUST) == "true"
     config = resolve_to_start(composed, invocation.stop_at, needs_adapter=source is None)
     directory = RunDirectory(folder, config.checkpoint.dir)
@@ -95,7 +97,14 @@ def train_job(
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
     spec = RunSpec(
-        config, config_to_store(composed, config), directory, source, new_run_id(), invocation.stop_at, label
+        config,
+        config_to_store(composed, config),
+        directory,
+        source,
+        new_run_id(),
+        stop_at=invocation.stop_at,
+        label=label,
+        supervise=invocation.supervise,
     )
     return train_run(spec, loader)
 

@@ -23,15 +23,10 @@ from runner.runs.directory import RunDirectory, unexpected_names
 from runner.runs.sweep_manifest import SweepManifest
 from runner.sweeps import grid
 from runner.sweeps.job import JobTask
-from runner.sweeps.sweep import GRID_SWEEPER, refuse_failed, report
+from runner.sweeps.sweep import GRID_SWEEPER, PROCESS_LAUNCHER, refuse_failed, report
 
 _LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME}
 """What a start leaves that ended before it recorded a job."""
-
-
-def has_sweep_manifest(path: Path) -> bool:
-    """Return whether `path` is the directory of a sweep that recorded its jobs."""
-    return (path / sweep_manifest.NAME).is_file()
 
 
 def resume_sweep(invocation: Invocation) -> Invocation:
@@ -80,6 +75,7 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
         RunnerError: the sweep was refused, or jobs failed.
         SystemExit: a signal stopped it; it can be resumed.
     """
+    _refuse_unsupervised(invocation, composed)
     if invocation.resume is not None:
         raise ConfigError("resume=RUN continues one run: leave out -m. To vary a run: repeat=RUN with -m.")
     validation.refuse_secrets(OmegaConf.to_container(composed, resolve=False))
@@ -106,6 +102,19 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
         if results is not None:
             refuse_failed(results)
         context.callbacks.on_multirun_end(config=composed, config_name=session.config_name)
+
+
+def _refuse_unsupervised(invocation: Invocation, composed: DictConfig) -> None:
+    """Refuse supervise= where no process could start a job again: jobs of other launchers share one process."""
+    if invocation.supervise is None:
+        return
+    if invocation.report_run is not None:
+        raise ConfigError("supervise=true: this is a sweep, set up by a recipe. Type -m as well.")
+    if composed.hydra.launcher._target_ != PROCESS_LAUNCHER:
+        raise ConfigError(
+            "supervise=true in a sweep needs a process for each job: type hydra/launcher=process too "
+            "(with hydra.launcher.jobs=1 one job at a time)."
+        )
 
 
 @contextmanager
@@ -150,7 +159,7 @@ def _claim(path: Path) -> RunDirectory:
 def _require_unused(path: Path) -> None:
     """Refuse a directory with anything in it but the remains of a start that ended before it recorded a job."""
     if path.is_symlink() or unexpected_names(path, _LEFT_BY_A_START) or _has_jobs(path):
-        hint = f" To finish the sweep in it: resume={path}" if has_sweep_manifest(path) else ""
+        hint = f" To finish the sweep in it: resume={path}" if sweep_manifest.has_sweep_manifest(path) else ""
         raise ConfigError(f"{path} exists already: choose another hydra.sweep.dir.{hint}")
 
 

@@ -31,6 +31,7 @@ from runner.sweeps.params import expand
 from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs
 
 GRID_SWEEPER = "hydra_plugins.mlx_runner.plugins.GridSweeper"
+PROCESS_LAUNCHER = "hydra_plugins.mlx_runner.plugins.ProcessLauncher"
 """The sweeper that calls `run_sweep`."""
 
 

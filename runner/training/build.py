@@ -27,6 +27,7 @@ from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluat
 from runner.training.legacy_window import window_of_run
 from runner.training.lr_schedule import learning_rate
 from runner.training.plan import TrainingPlan
+from runner.training.process_limit import ProcessLimit
 from runner.training.resume import ResumePoint, numeric_differences
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopSignals
@@ -76,7 +77,7 @@ def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
 
 
 def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
-    """Return the status of a run that begins or resumes; it keeps when the run started and was resumed before."""
+    """Return the status of a run that begins or resumes; it keeps when the run started, resumed and died before."""
     previous, source = spec.directory.read_status(), spec.source
     return {
         "run_id": spec.run_id,
@@ -85,6 +86,7 @@ def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
         "iters": spec.config.train.iters,
         "started": previous.get("started", utc_now()),
         "resumed": [*previous.get("resumed", []), utc_now()] if source and not source.branch else None,
+        "restarts": previous.get("restarts"),
         "parent": str(source.checkpoint) if source and source.branch else previous.get("parent"),
     }
 
@@ -148,6 +150,7 @@ def build_trainer(
         writer=writer,
         stops=stops,
         display=display,
+        process_limit=ProcessLimit(spec.supervise),
     )
 
 

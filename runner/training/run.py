@@ -8,9 +8,11 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 import mlx.core as mx
 
 from runner.backends import blas
+from runner.checkpoints.save_policy import StopReason
 from runner.common.clock import utc_now
-from runner.common.commands import repeat_command
-from runner.common.errors import Diverged, RunnerError, StorageError
+from runner.common.commands import repeat_command, resume_command
+from runner.common.device_errors import find_device_error
+from runner.common.errors import EXIT_REPLACE, Diverged, OutOfMemory, RunnerError, StorageError
 from runner.models.device import on_cpu
 from runner.reports.progress import Display
 from runner.runs.inspect import objective_value
@@ -35,9 +37,11 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
 
     Raises:
         RunnerError: with the documented exit code; status.json has the reason.
-        SystemExit: 128 + the signal's number, after a stop signal.
+        SystemExit: 128 + the signal's number, after a stop signal; EXIT_REPLACE, where a supervised process has made
+            its number of updates.
     """
     with ExitStack() as stack:
+        stack.enter_context(_device_errors_explained(spec))
         spec.directory.lock()
         stack.callback(spec.directory.unlock)
         stops = stack.enter_context(StopSignals())
@@ -53,6 +57,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
                 spec = epochs.fill_iters(spec, loader, stops.check, point.saved.progress.step)
         writer = stack.enter_context(closing(open_writer(spec, point)))
         stack.enter_context(_failure_recorded(spec, writer))
+        stack.enter_context(_device_errors_explained(spec))  # before they are recorded
         stack.enter_context(_mlx_memory_limits(spec.config.train.cache_limit_gb))
         display = stack.enter_context(_open_display(spec))
         if advice := blas.load_blas().advice:
@@ -85,6 +90,9 @@ def _train_and_finalize(trainer: Trainer, spec: RunSpec) -> None:
         trainer.display.begin(trainer.state.progress.step, spec.stop_at)
         stop = trainer.train()
     trainer.display.stop()
+    if stop is StopReason.REPLACE:
+        trainer.writer.finish_rows()
+        raise SystemExit(EXIT_REPLACE)
     finalize(trainer, spec, stop)
 
 
@@ -120,6 +128,23 @@ def _exit_on_stop(stops: StopSignals, writer: RunWriter | None = None) -> Iterat
         if writer is not None:
             writer.update_status(state="stopped", reason=stops.signal.name, ended=utc_now())
         raise SystemExit(128 + stops.signal) from None
+
+
+@contextmanager
+def _device_errors_explained(spec: RunSpec) -> Iterator[None]:
+    """Raise an error of the memory or the GPU as OutOfMemory or GpuError, with the command to type next."""
+    try:
+        yield
+    except Exception as error:
+        failure = find_device_error(error)
+        if failure is None:
+            raise
+        saves_memory = isinstance(failure, OutOfMemory) and not spec.config.train.grad_checkpoint
+        command = resume_command(spec.directory.path) + " train.grad_checkpoint=true" * saves_memory
+        raise type(failure)(
+            f"{failure}\nNothing that was saved is lost. To continue"
+            f"{' with less memory, more slowly, to the same result' if saves_memory else ''}: {command}"
+        ) from error
 
 
 @contextmanager

@@ -56,10 +56,13 @@ class StopSignals:
         self.request(signal.Signals(number))
 
 
-def request_stop() -> None:
-    """Ask this process to stop, from any thread, as a first SIGTERM does; a stop in progress is not cut short by it."""
+def request_stop(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask this process to stop, from any thread, as a first signal does; a stop in progress is not cut short by it.
+
+    Before a run records signals, the process ends as by SIGTERM.
+    """
     stops = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if isinstance(stops, StopSignals):
-        stops.request(signal.SIGTERM)
+        stops.request(number)
     else:
         os.kill(os.getpid(), signal.SIGTERM)

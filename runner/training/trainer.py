@@ -19,6 +19,7 @@ from runner.training.components import Components
 from runner.training.dataloader import EvaluationLoader, PrefetchingLoader
 from runner.training.evaluate import EvaluationResult, evaluate
 from runner.training.plan import TrainingPlan
+from runner.training.process_limit import ProcessLimit
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.train_state import ReportWindow, TrainState
@@ -45,6 +46,7 @@ class Trainer:
     writer: RunWriter
     stops: StopSignals
     display: Display
+    process_limit: ProcessLimit
     saved_at: float = field(default_factory=time.monotonic)
     """When it last saved, or else started, by `time.monotonic`."""
     train_seconds: float = 0.0
@@ -76,7 +78,8 @@ class Trainer:
     def stop_reason(self) -> StopReason | None:
         """Return why the run ends at the current step, or None if it continues."""
         progress = self.state.progress
-        return self.plan.stop_reason(progress.step, progress.bad_evaluations, self.stops.signal)
+        stop = self.plan.stop_reason(progress.step, progress.bad_evaluations, self.stops.signal)
+        return StopReason.REPLACE if stop is None and self.process_limit.is_reached() else stop
 
     def update(self) -> None:
         """Make one optimizer update and add it to the sums since the last report."""
@@ -90,6 +93,7 @@ class Trainer:
         progress.step += 1
         progress.tokens += tokens
         progress.since_report.add(loss_sum, supervised, tokens, grad_norm)
+        self.process_limit.count_update()
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         self.display.step(progress.step, loss_sum / supervised, tokens, seconds)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,9 +25,10 @@ from runner.app import guard
 from runner.backends.blas import thread_count
 from runner.backends.mlx_build import is_gpu_build
 from runner.common.cores import usable_cores
-from runner.common.errors import RunnerError
+from runner.common.errors import GaveUp, RunnerError
 from runner.config.invocation import Invocation
 from runner.runs.directory import RunDirectory
+from runner.runs.restarts import RestartPolicy, ends_process
 from runner.sweeps.hydra_node import record_files
 from runner.sweeps.job import JobTask
 from runner.sweeps.launched import job_config_of, launched_jobs
@@ -92,7 +93,8 @@ class Worker:
 
 
 class ProcessLaunch:
-    """Runs jobs in worker processes. A killed worker fails its own job only, and another takes its place."""
+    """Runs jobs in worker processes. A killed worker fails its own job only, and another takes its place; where the
+    sweep is supervised, its job is started again."""
 
     def __init__(
         self,
@@ -113,6 +115,8 @@ class ProcessLaunch:
         self._workers: dict[int, Worker] = {}
         """By the descriptor of their replies."""
         self._selector = selectors.DefaultSelector()
+        self._policies: dict[int, RestartPolicy] = {}
+        """By the index of a supervised job that has ended once."""
 
     def run(self, fail_fast: bool) -> None:
         """Run all jobs.
@@ -140,12 +144,16 @@ class ProcessLaunch:
                     worker = self._workers[key.fd]
                     if (reply := worker.read_reply()) is None:
                         continue
-                    i = worker.job
-                    self._finish(worker, reply)
-                    if i is not None:
-                        (live.console if live else console).print(self._outcome_text(i), markup=False)
+                    i, code = worker.job, self._end_job(worker, reply)
+                    if i is None:
+                        continue
+                    text = None if stops.signal is not None else self._start_again(i, code)
+                    if text is None:
+                        self._finish(i, code, reply)
+                        text = self._outcome_text(i)
                         if fail_fast and self.returns[i].status == JobStatus.FAILED:
                             self._waiting.clear()
+                    (live.console if live else console).print(text, markup=False)
                 if live is not None:
                     live.update(Text("\n".join(self._progress_text(worker) for worker in self._running())))
             if stops.signal is not None:
@@ -167,11 +175,13 @@ class ProcessLaunch:
             result.cfg = job_config_of(planned, self._composed)
             result.overrides = list(planned.job.overrides)
             task = JobTask(self._invocation, self._sweep)
-            self._context.callbacks.on_job_start(config=result.cfg, task_function=task)
+            if i not in self._policies:  # else it is started again
+                self._context.callbacks.on_job_start(config=result.cfg, task_function=task)
             log = self._sweep / "logs" / f"{planned.job.folder}.log"
             idle.job = i
             record = {} if planned.resumes else record_files(result.cfg)
-            idle.send({"job": planned.job.number, "label": planned.label, "log": str(log), "record": record})
+            request = {"job": planned.job.number, "label": planned.label, "log": str(log), "record": record}
+            idle.send({**request, "changes": self._policies[i].changes if i in self._policies else {}})
 
     def _start_worker(self) -> Worker:
         threads = {"OPENBLAS_NUM_THREADS": str(self._threads)} if self._threads else {}
@@ -184,23 +194,43 @@ class ProcessLaunch:
         )
         worker = Worker(process)
         typed = {name: value for name, value in self._invocation.settings.items() if name == guard.TRUST}
-        worker.send({"sweep": str(self._sweep), "stop_at": self._invocation.stop_at, "settings": typed})
+        supervise = self._invocation.supervise and asdict(self._invocation.supervise)
+        start = {"sweep": str(self._sweep), "stop_at": self._invocation.stop_at, "settings": typed}
+        worker.send({**start, "supervise": supervise})
         self._workers[worker.replies.fileno()] = worker
         self._selector.register(worker.replies, selectors.EVENT_READ)
         return worker
 
-    def _finish(self, worker: Worker, reply: dict[str, Any]) -> None:
-        """Record how the worker's job ended; without a reply, the process itself has ended."""
-        i, worker.job = worker.job, None
-        code, reason = reply.get("code"), reply.get("error")
-        if code is None or code > 128:
+    def _end_job(self, worker: Worker, reply: dict[str, Any]) -> int:
+        """Take the worker's job from it and return its exit code; without a reply, the process itself has ended."""
+        worker.job = None
+        code: int | None = reply.get("code")
+        if code is None or ends_process(code):
             descriptor = worker.replies.fileno()
             self._selector.unregister(worker.replies)
             del self._workers[descriptor]
             ended = worker.close()
             code = ended if code is None else code
-        if i is None:
-            return
+        return code
+
+    def _start_again(self, i: int, code: int) -> str | None:
+        """Put the job back among those that wait if its process died, and return a line about it.
+
+        Returns:
+            None where it ended for another reason, died too often, or is not supervised.
+        """
+        if self._invocation.supervise is None:
+            return None
+        job = self.jobs[i].job
+        with suppress(GaveUp):  # its status says why
+            if line := self._policies.setdefault(i, RestartPolicy()).next_start(code, self._sweep / job.folder):
+                self._waiting.insert(0, i)
+                return f"job {job.number:<3} {line}"
+        return None
+
+    def _finish(self, i: int, code: int, reply: dict[str, Any]) -> None:
+        """Record how a job ended."""
+        reason = reply.get("error")
         result, job = self.returns[i], self.jobs[i].job
         if code == 0:
             result.status, result.return_value = JobStatus.COMPLETED, reply.get("value")
@@ -211,7 +241,7 @@ class ProcessLaunch:
                 reason = f"killed by {signal.Signals(-code).name}"
                 if status.get("state") == "interrupted":
                     # The process could not: its status still says running.
-                    directory.write_status({**status, "state": "interrupted", "reason": reason})
+                    directory.write_status({"reason": reason, **status, "state": "interrupted"})
             result.status = JobStatus.FAILED
             result.return_value = RunnerError(
                 f"job {job.number}: {status.get('reason') or reason or f'exit code {code}'}"

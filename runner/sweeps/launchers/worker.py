@@ -1,8 +1,8 @@
 """A worker process of hydra/launcher=process: it imports MLX once and trains one job after the other.
 
-Requests come as JSON lines on standard input: first {"sweep": …, "stop_at": …, "settings": …}, then for each job
-{"job": N, "label": …, "log": PATH, "record": …}. The reply to each is a line on standard output: {"job": N, "code":
-exit code}, with its "value" (the objective) or its "error".
+Requests come as JSON lines on standard input: first {"sweep": …, "stop_at": …, "settings": …, "supervise": …}, then for
+each job {"job": N, "label": …, "log": PATH, "record": …, "changes": …}. The reply to each is a line on standard output:
+{"job": N, "code": exit code}, with its "value" (the objective) or its "error".
 Where standard input ends, its parent has ended: the job in progress saves and stops.
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from runner.common.errors import EXIT_DONE, RunnerError
-from runner.config.invocation import Invocation
+from runner.config.invocation import Invocation, Supervision
+from runner.runs.restarts import ends_process
 from runner.runs.sweep_manifest import SweepJob, read_manifest
 from runner.training.signals import request_stop
 
@@ -36,7 +37,8 @@ def main() -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
     start = json.loads(requests.readline())
-    invocation = Invocation(stop_at=start["stop_at"], settings=start["settings"])
+    supervise = None if start["supervise"] is None else Supervision(**start["supervise"])
+    invocation = Invocation(stop_at=start["stop_at"], settings=start["settings"], supervise=supervise)
     sweep = Path(start["sweep"])
     from runner.backends import blas
 
@@ -53,7 +55,7 @@ def main() -> None:
             reply = _train(job, sweep / job.folder, request, invocation, loader)
             pending.task_done()
             print(json.dumps({"job": job.number, **reply}), file=replies, flush=True)
-            if reply["code"] > 128:
+            if ends_process(reply["code"]):
                 break
 
 
@@ -73,7 +75,13 @@ def _train(
 
     try:
         value = train_job(
-            job, folder, label=request["label"], invocation=invocation, loader=loader, record=request["record"]
+            job,
+            folder,
+            label=request["label"],
+            invocation=invocation,
+            loader=loader,
+            record=request["record"],
+            changes=request["changes"],
         )
     except RunnerError as error:
         print("\n".join(f"runner: {line}" for line in str(error).splitlines()), file=sys.stderr)

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from runner.cli.main import main as run_program
@@ -33,7 +34,7 @@ def main() -> int:
 def _watch(channel: socket.socket) -> None:
     """Stop where the supervisor asks for it or ends; a second request ends the process at once, as a second signal."""
     requested = False
-    with channel.makefile() as lines:
+    with suppress(ConnectionError), channel.makefile() as lines:  # reset, where a killed supervisor left lines unread
         for line in lines:
             number = signal.Signals(int(line))
             if requested:

@@ -92,6 +92,7 @@ def _train_and_finalize(trainer: Trainer, spec: RunSpec) -> None:
     trainer.display.stop()
     if stop is StopReason.REPLACE:
         trainer.writer.finish_rows()
+        trainer.writer.update_status(step=trainer.state.progress.step)
         raise SystemExit(EXIT_REPLACE)
     finalize(trainer, spec, stop)
 

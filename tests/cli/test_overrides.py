@@ -11,7 +11,7 @@ import pytest
 from runner.cli.overrides import parse_arguments
 from runner.common.errors import ConfigError
 from runner.config.groups import CONF_DIR, group_choices
-from runner.config.invocation import Invocation
+from runner.config.invocation import Invocation, Supervision
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,9 @@ from runner.config.invocation import Invocation
         ("train.stop_at=0", "train.stop_at=0 is invalid: must be a whole number, 1 or more."),
         ("train.stop_at=-3", "must be a whole number"),
         ("train.stop_at=2.5", "must be a whole number"),
+        ("supervise=yes", "supervise=yes is invalid: must be true, false, or a number of updates, 1 or more."),
+        ("supervise=0", "must be true, false, or a number"),
+        ("supervize=true", "Did you mean 'supervise'"),
         ("train.stop_at=3,5", "must be a whole number"),
         ("train.stop_at", "needs a value: train.stop_at="),
         ("resume", "needs a value: resume="),
@@ -77,7 +80,10 @@ def test_resume_repeat_and_stop_at_belong_to_the_invocation_and_never_reach_hydr
     assert invocation.arguments == ["lora.rank=4"] and invocation.settings == {"lora.rank": "4"}
     assert (invocation.resume, invocation.repeat, invocation.stop_at) == (tmp_path / "a b's", None, 20)
     assert parse_arguments(["repeat=runs/old"]).repeat == tmp_path / "runs/old"
-    assert parse_arguments(["resume=null", "repeat=null", "train.stop_at=null"]) == Invocation()
+    assert parse_arguments(["resume=null", "repeat=null", "train.stop_at=null", "supervise=false"]) == Invocation()
+    supervised = [parse_arguments([f"supervise={value}"]) for value in ("true", "500")]
+    assert [invocation.supervise for invocation in supervised] == [Supervision(), Supervision(500)]
+    assert [invocation.arguments for invocation in supervised] == [[], []]
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):

@@ -54,10 +54,12 @@ class ModelConfig:
     """Hub id, folder, .gguf file or builtin:NAME; a resume requires the same weights."""
     revision: str | None = setting(None, on_resume=FREE)
     """Branch, tag or commit of the hub repository; null means its main branch."""
-    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
-    """Data type of the base model; auto is float32 on the CPU and the model's own type elsewhere."""
+    dtype: str = setting("auto", choices=("auto", "native", "float32", "bfloat16", "float16"))
+    """Data type of the base model; native is the one that it is stored in, auto is float32 on the CPU and native
+    elsewhere. What auto chose when the run began is kept when it is resumed on another device."""
     dequantize: str = setting("auto", choices=("auto", "always", "never"))
-    """Expand a quantized base model; auto does so on the CPU only, where quantized products are slow."""
+    """Expand a quantized base model; auto does so on the CPU only, where quantized products are slow, and is kept like
+    that of model.dtype."""
     quantize: QuantizeConfig = section(QuantizeConfig)
     trust_remote_code: bool = setting(False, on_resume=FREE)
     """Run Python code that comes with the model; only honoured when typed, never from a file."""

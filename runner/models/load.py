@@ -19,6 +19,7 @@ from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.models import fetch, hub, quantization, transformers5_config
 from runner.models.device import on_cpu
 from runner.models.identity import content_hash, weights_fingerprint
+from runner.models.precision import precision_of, resolve_auto
 from runner.models.preflight import check_model_folder
 
 ROUNDED_BY_EARLIER_VERSIONS = (
@@ -29,6 +30,7 @@ _WINDOW_IGNORED = ("mistral", "ministral3", "mixtral", "phi3", "phimoe", "starco
 """Model types with an attention window in every layer, which mlx-lm does not compute."""
 _WINDOW_OPTIONAL = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """Model types whose window is not computed by mlx-lm either, and not by transformers unless `use_sliding_window`."""
+# "native" has none: nothing is cast.
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -45,6 +47,8 @@ class BaseModel:
     """`model.path`, which adapter_config.json names as the base model."""
     fingerprint: str = ""
     """Identity of the weights, stored in checkpoints: see `identity.weights_fingerprint`."""
+    precision: dict[str, str] = field(default_factory=dict)
+    """The dtype and dequantize that it was loaded with, neither of them `auto`: see `precision.precision_of`."""
     content_hash: str = ""
     """Identity of everything that determines the output, used as a cache key: see `identity.content_hash`."""
     folder: Path | None = None
@@ -70,19 +74,22 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
     Raises:
         ModelError: there is no such model, or it is not supported; names what.
     """
-    dequantize = config.dequantize == "always" or (config.dequantize == "auto" and on_cpu())
-    dtype = _DTYPES.get(config.dtype) or (mx.float32 if on_cpu() else None)
+    config = resolve_auto(config)
+    dequantize, dtype = config.dequantize == "always", _DTYPES.get(config.dtype)
     try:
         base, code_sha256 = _read(config, dequantize, dtype)
         if config.trust_remote_code:
             base.notes.append(f"model.trust_remote_code=true: code that came with {config.path} may run")
         if dequantize and quantization.is_quantized(base.model):
             remove_quantization(base, dtype)
-            base.notes.append("the quantized base is dequantized: on the CPU only float32 products are fast")
+            reason = "on the CPU only float32 products are fast" if on_cpu() else "model.dequantize=always"
+            base.notes.append(f"the quantized base is dequantized: {reason}")
         if dtype is not None:
             _cast(base.model, dtype)
         if config.quantize.bits is not None:
             _quantize(base, config.quantize)
+        elif config.dtype == "native" and on_cpu() and _is_slow_on_the_cpu(base.model):
+            base.notes.append("the base model keeps its own data types, whose products are slow on the CPU")
         mx.eval(base.model.parameters())
         if not hasattr(base.model, "_no_grad"):  # its class does not call the constructor of nn.Module
             raise ModelError(
@@ -99,8 +106,9 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
     if on_cpu() and quantization.needs_gpu(base.model):
         raise ModelError(
             f"model.path={config.path}: MLX multiplies NVFP4 weights that have a global scale on a GPU only. "
-            "Expand them: model.dequantize=auto (runner export: --dequantize)."
+            "Expand them: model.dequantize=auto (runner export: --dequantize). A run that began on a GPU is resumed there."
         )
+    base.precision = precision_of(config)
     base.fingerprint = weights_fingerprint(base.model, base.carried_over)
     base.content_hash = content_hash(base.model, base.config, base.fingerprint, code_sha256)
     return base
@@ -210,6 +218,10 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
         return array if keep or not may_cast(name) else array.astype(dtype)
 
     model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _is_slow_on_the_cpu(model: nn.Module) -> bool:
+    return quantization.is_quantized(model) or quantization.prevailing_dtype(model) != mx.float32
 
 
 def _quantize(base: BaseModel, quantize: schema.QuantizeConfig) -> None:

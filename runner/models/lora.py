@@ -22,6 +22,7 @@ from runner.models import npz
 from runner.models.arrays import parse_arrays
 from runner.models.dropout import DropoutKeys, KeyedDropout
 from runner.models.load import BaseModel
+from runner.models.precision import ADAPTER_FIELD
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_CONFIG_VALUES = 10_000
@@ -101,6 +102,7 @@ class AdaptedModel:
             "num_layers": self.num_layers,
             "lora_parameters": self.lora_parameters,
             "base_fingerprint": self.base.fingerprint,
+            ADAPTER_FIELD: self.base.precision,
         }
 
     def remove(self) -> None:

@@ -40,7 +40,7 @@ def expand_layers(model: nn.Module, dtype: mx.Dtype | None) -> list[str]:
     Each layer is computed and its quantized weights are freed before the next one, so the peak is the model and one
     layer. `dtype` is that of the expanded weights; None selects the one that the model's other parameters have.
     """
-    dtype, remaining = dtype or _prevailing_dtype(model), []
+    dtype, remaining = dtype or prevailing_dtype(model), []
     for name in list(quantized_layers(model)):
         expanded = expanded_layer(module_at(model, name), dtype)
         if expanded is None:
@@ -165,7 +165,7 @@ def _new_layer(cls: type[nn.Module], layer: nn.Module, weight: mx.array) -> nn.M
     return new
 
 
-def _prevailing_dtype(model: nn.Module) -> mx.Dtype:
+def prevailing_dtype(model: nn.Module) -> mx.Dtype:
     """Return the dtype of most floating-point elements outside quantized weights."""
     counts: dict[mx.Dtype, int] = {}
     for _, array in tree_flatten(model.parameters()):

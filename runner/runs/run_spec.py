@@ -59,6 +59,8 @@ class RunSpec:
     """Update after which this invocation stops the run, resumable."""
     label: str | None = None
     """Name of a sweep's job that shares the terminal with other jobs; None for a run alone."""
+    precision: dict[str, str] | None = None
+    """What model.dtype and model.dequantize on auto meant when the run began; None where it begins here."""
 
     supervise: Supervision | None = None
     """Given where a supervisor starts this process again."""

@@ -16,6 +16,7 @@ from runner.data.token_cache import open_token_cache
 from runner.data.tokenize import TokenizedDataset, load_sources
 from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
 from runner.models.load import BaseModel, load_base_model
+from runner.models.precision import resolve_auto
 from runner.training.baseline import Baseline, load_baseline
 
 
@@ -34,8 +35,12 @@ class ComponentLoader:
         self._caches: tuple[Any, HiddenStateCaches | None] | None = None
         self._baselines: dict[Any, Baseline] = {}
 
-    def base(self, config: schema.ModelConfig) -> BaseModel:
-        """Return the configured base model; load it unless it is the last job's."""
+    def base(self, config: schema.ModelConfig, precision: Mapping[str, str] | None = None) -> BaseModel:
+        """Return the configured base model; load it unless it is the last job's.
+
+        `precision`: what `auto` meant when the run began; None means that it begins here.
+        """
+        config = resolve_auto(config, precision)
         key = astuple(config)
         if self._base is None or self._base[0] != key:
             self._base = self._data = None  # two base models may not fit into memory

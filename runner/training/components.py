@@ -19,6 +19,7 @@ from runner.models.device import on_cpu
 from runner.models.hidden_cache import HiddenStateCaches
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, trainable_share
+from runner.models.precision import resolve_auto
 from runner.reports.progress import Display
 from runner.runs.run_spec import RunSpec
 from runner.training.baseline import Baseline
@@ -49,7 +50,7 @@ def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, st
         StopRequested: a signal arrived while the data was tokenized.
     """
     config = spec.config
-    base = loader.base(config.model)
+    base = loader.base(config.model, spec.precision)
     for note in base.notes:
         display.line(note)
     data = loader.data(config.data, base, stops.check)
@@ -80,6 +81,7 @@ def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, st
         },
         numeric_environment=backend.numeric_environment(),
         hyperparameters=serialize.flatten_dict(spec.stored),
+        precision=base.precision,
     )
     baseline = loader.baseline(config, base, data, identity.numeric_environment)
     return Components(base, data, adapted, backend, caches, identity, baseline)
@@ -99,7 +101,7 @@ def free_frozen_weights(config: Config, components: Components, display: Display
 
     def reload() -> nn.Module:
         display.line("cache  entry is gone: reloading the weights of the frozen blocks", "yellow")
-        fresh = load_base_model(config.model)
+        fresh = load_base_model(resolve_auto(config.model, components.base.precision))
         if fresh.content_hash != components.base.content_hash:
             raise ModelError(f"model.path={config.model.path} has changed since the run began.")
         return fresh.model

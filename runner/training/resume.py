@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from runner.checkpoints import mirror, verify
 from runner.checkpoints.store import CheckpointStore
 from runner.checkpoints.verify import CheckpointRecord, LoadedCheckpoint
@@ -17,6 +19,7 @@ from runner.common.filesystem import FileSystem
 from runner.common.text import shorten
 from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
+from runner.models.load import BaseModel
 from runner.runs.run_spec import RunSpec
 from runner.training import legacy_window, state_files
 from runner.training.component_loader import ComponentLoader
@@ -52,8 +55,9 @@ class ResumePoint:
 def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
     """Return `spec`, completed from the run that it resumes, and the verified checkpoint to resume from.
 
-    A run that resumes in its own directory keeps its run id. Where an earlier version left data.window to the backend,
-    it is the one that the checkpoint records. Without a checkpoint (None) the run starts from the beginning.
+    A run that resumes in its own directory keeps its run id. It keeps what model.dtype and model.dequantize on auto meant
+    when it began, on any device. Where an earlier version left data.window to the backend, it is the one that the
+    checkpoint records. Without a checkpoint (None) the run starts from the beginning.
 
     Raises:
         CheckpointError: there are checkpoints and none is valid, or the one that was named is damaged.
@@ -83,6 +87,7 @@ def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
     _refuse_edited_config(spec, saved)
     _refuse_changed_environment(spec, saved)
     changes = _change_messages(spec, previous)
+    spec = replace(spec, precision=saved.identity.precision)
     return spec, ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
 
 
@@ -103,7 +108,7 @@ def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoad
         StopRequested: a stop signal arrived meanwhile.
     """
     assert spec.source is not None
-    base = loader.base(spec.config.model)
+    base = loader.base(spec.config.model, spec.precision)
     data = loader.data(spec.config.data, base, stops.check)
     saved = point.saved.identity.fingerprints
     current = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
@@ -122,7 +127,7 @@ def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoad
     ]
     if lines:
         if saved.get("model") != base.fingerprint:
-            lines += base.differs_from_earlier_versions
+            lines += [*base.differs_from_earlier_versions, *_device_reason(point.saved.identity, base)]
         command = warm_start_command(spec.source.run, point.checkpoint.path)
         lines.append(f"To start a new run on them from these weights: {command}")
         raise ConfigError(f"{point.checkpoint.path} cannot be resumed:\n" + "\n".join(lines))
@@ -139,6 +144,17 @@ def numeric_differences(saved: RunIdentity, current: RunIdentity) -> list[str]:
         f"{_ENVIRONMENT_NAMES.get(key, key)} was {_environment_text(before[key])}, is {_environment_text(value)}"
         for key, value in after.items()
         if key in before and before[key] != value
+    ]
+
+
+def _device_reason(saved: RunIdentity, base: BaseModel) -> list[str]:
+    """Return what tells that the base may differ because it was converted on another device than this one."""
+    before, now = saved.numeric_environment.get("device"), str(mx.default_device())
+    if not isinstance(before, str) or before == now or base.precision["dtype"] == "native":
+        return []
+    return [
+        f"The checkpoint is of {shorten(before)}, this is {now}, and the base is converted while it is loaded "
+        f"(model.dtype={base.precision['dtype']}): devices may round that differently. Resume it on such a device."
     ]
 
 

@@ -21,6 +21,7 @@ from runner.data.order import DataPosition
 from runner.models.arrays import parse_arrays
 from runner.models.dropout import dropout_seed
 from runner.models.lora import Params
+from runner.models.precision import recorded_precision
 from runner.training.optimizer import NonFiniteArray, require_same_arrays
 from runner.training.run_writer import FilePositions
 from runner.training.train_state import Progress, TrainState
@@ -41,6 +42,8 @@ class RunIdentity:
     """Versions, device, BLAS and the like: a difference is logged, since results may differ in the last digits."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """The config, flat."""
+    precision: dict[str, str] = field(default_factory=dict)
+    """The dtype and dequantize of the base model, neither of them `auto`: a resume keeps them on any device."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def checkpoint_files(
         "seconds": round(written.seconds, 3),
         "fingerprints": identity.fingerprints,
         "environment": identity.numeric_environment,
+        "precision": identity.precision,
         "hyperparameters": identity.hyperparameters,
     }
     return {
@@ -146,6 +150,7 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
                 fingerprints={name: _text(value, name) for name, value in dict(data["fingerprints"]).items()},
                 numeric_environment=dict(data["environment"]),
                 hyperparameters=dict(data["hyperparameters"]),
+                precision=recorded_precision(data.get("precision"), data["environment"].get("device")),
             ),
         )
     except KeyError as error:

@@ -36,7 +36,7 @@ def test_every_supported_tensor_type_decodes_to_its_values(
     gguf_files: ModuleType, tmp_path: Path, type_name: str, keep: bool
 ) -> None:
     tiny = gguf_files.tiny_llama(dict.fromkeys(gguf_files.MATRICES, type_name))
-    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=keep, dtype=None)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=keep, dtype=mx.float32)
     if keep and type_name in BITS:
         expected = {"group_size": 32, "bits": BITS[type_name], "mode": "affine"}
         assert model.config["quantization"] == expected
@@ -51,13 +51,13 @@ def test_every_supported_tensor_type_decodes_to_its_values(
 
 def test_a_file_of_mixed_types_keeps_the_bits_of_each_layer(gguf_files: ModuleType, tmp_path: Path) -> None:
     path = gguf_files.tiny_llama(gguf_files.MIXED_TYPES).write(tmp_path / "tiny.gguf")
-    quantized = load_gguf(path, keep_quantized=True, dtype=None)
+    quantized = load_gguf(path, keep_quantized=True, dtype=mx.float32)
     quantization = quantized.config["quantization"]
     bits = {name: quantization.get(name, quantization)["bits"] for name in ("model.layers.1.self_attn.q_proj",
             "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")}  # fmt: skip
     assert list(bits.values()) == [4, 8, 4, 8]
     assert quantized.model.layers[0].self_attn.v_proj.weight.dtype == mx.float32
-    dequantized = load_gguf(path, keep_quantized=False, dtype=None)
+    dequantized = load_gguf(path, keep_quantized=False, dtype=mx.float32)
     np.testing.assert_allclose(np.array(quantized.model(IDS)), np.array(dequantized.model(IDS)), atol=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_biases_are_unpermuted_with_their_weights_and_missing_ones_are_zero(
     gguf_files: ModuleType, tmp_path: Path
 ) -> None:
     tiny = gguf_files.tiny_llama(biases=True)
-    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=mx.float32)
     actual = parameters(model)
     for name, values in tiny.expected.items():
         np.testing.assert_array_equal(actual[name], values, err_msg=name)
@@ -75,7 +75,7 @@ def test_biases_are_unpermuted_with_their_weights_and_missing_ones_are_zero(
 
 def test_a_separate_output_matrix_unties_the_embeddings(gguf_files: ModuleType, tmp_path: Path) -> None:
     tiny = gguf_files.tiny_llama(tied=False)
-    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=mx.float32)
     assert model.config["tie_word_embeddings"] is False
     np.testing.assert_array_equal(parameters(model)["lm_head.weight"], tiny.expected["lm_head.weight"])
 
@@ -111,7 +111,7 @@ def test_metadata_is_converted_to_the_hubs_config(gguf_files: ModuleType, tmp_pa
         llama__attention__key_length=16,
         llama__attention__value_length=16,
     )
-    config = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None).config
+    config = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=mx.float32).config
     assert (config["rope_theta"], config["max_position_embeddings"], config["head_dim"]) == (500000.0, 4096, 16)
     assert (config["rms_norm_eps"], config["rope_scaling"], config["tie_word_embeddings"]) == (1e-5, None, True)
     assert config["eos_token_id"] == [2, 0]
@@ -136,7 +136,7 @@ def test_llama_3_rope_factors_are_converted_to_its_rope_scaling(gguf_files: Modu
     tiny = gguf_files.tiny_llama(llama__rope__scaling__original_context_length=1024)
     factors = llama3_factors(8.0, 1024)
     tiny.file.tensors["rope_freqs.weight"] = ("F32", (8,), factors.tobytes())
-    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=mx.float32)
     assert model.config["rope_scaling"] == {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -150,7 +150,7 @@ def test_llama_3_rope_factors_are_converted_to_its_rope_scaling(gguf_files: Modu
 
 def test_linear_rope_scaling_divides_positions(gguf_files: ModuleType, tmp_path: Path) -> None:
     tiny = gguf_files.tiny_llama(llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
-    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+    model = load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=mx.float32)
     assert model.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     assert model.model.layers[0].self_attn.rope.scale == 0.25
 
@@ -197,7 +197,7 @@ def test_unsupported_settings_are_refused_by_name(
 ) -> None:
     path = gguf_files.tiny_llama(**metadata).write(tmp_path / "tiny.gguf")
     with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{reason}"):
-        load_gguf(path, keep_quantized=False, dtype=None)
+        load_gguf(path, keep_quantized=False, dtype=mx.float32)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_an_invalid_tensor_is_refused_by_name(
     else:
         tiny.file.tensors[name] = tensor
     with pytest.raises(ModelError, match=rf"tiny\.gguf: .*{reason}"):
-        load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=None)
+        load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=mx.float32)
 
 
 def test_more_tokens_than_embeddings_are_refused(gguf_files: ModuleType, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_more_tokens_than_embeddings_are_refused(gguf_files: ModuleType, tmp_pat
     tokens = [*gguf_files.vocabulary()["tokenizer.ggml.tokens"], "more"]
     tiny.file.metadata |= gguf_files.vocabulary(tokens=tokens, token_type=[1] * len(tokens))
     with pytest.raises(ModelError, match="269 tokens, but embeddings for 268"):
-        load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=None)
+        load_gguf(tiny.write(tmp_path / "tiny.gguf"), keep_quantized=False, dtype=mx.float32)
 
 
 WRONG = {
@@ -261,7 +261,7 @@ def test_any_value_under_any_metadata_key_loads_or_raises_a_model_error(
         metadata = {**tiny.file.metadata, key: WRONG[wrong]}
         path = type(tiny.file)(metadata, tiny.file.tensors).write(tmp_path / "tiny.gguf")
         try:
-            load_gguf(path, keep_quantized=False, dtype=None)
+            load_gguf(path, keep_quantized=False, dtype=mx.float32)
         except ModelError as error:
             assert "tiny.gguf: " in str(error)
             refused += 1

@@ -156,6 +156,6 @@ def test_a_gpu_computes_in_the_16_bits_that_the_family_bears(
     monkeypatch.setattr("runner.models.gguf.load.on_cpu", lambda: False)
     case, weights, encode = quantized_case(name)
     file = gguf_families.write_weights(case, weights, encode)
-    loaded = load_gguf(file.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=None)
+    loaded = load_gguf(file.write(tmp_path / "tiny.gguf"), keep_quantized=True, dtype=mx.float32)
     assert {array.dtype for _, array in tree_flatten(loaded.model.parameters())} == {dtype, mx.uint32}
     assert f"expanded to {loaded.config['torch_dtype']}" in loaded.notes[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -13,11 +13,11 @@ from runner.common.errors import ModelError
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.config import schema, serialize
 from runner.models.arrays import parse_arrays
-from runner.models.device import on_cpu
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, Params
+from runner.models.precision import ADAPTER_FIELD, on_the_other_device, recorded_precision, resolve_auto
 
-_BASE_FIELDS = ("model", "base_fingerprint")
+_BASE_FIELDS = ("model", "base_fingerprint", ADAPTER_FIELD)
 """Fields of adapter_config.json that describe the base model, which is compared by its weights."""
 
 
@@ -85,21 +85,33 @@ def load_adapter(
 def _load_base(
     source: AdapterSource, settings: StoredSettings, *, any_base: bool, log: Callable[[str], None]
 ) -> BaseModel:
-    """Load the base model alone; its weights must be those that the adapter was trained on, unless `any_base`."""
-    fingerprint, model = source.adapter_config.get("base_fingerprint"), settings.config.model
+    """Load the base model alone; its weights must be those that the adapter was trained on, unless `any_base`.
+
+    What `auto` meant in training it means here, on any device, unless it is typed.
+    """
+    fingerprint = source.adapter_config.get("base_fingerprint")
+    recorded = recorded_precision(source.adapter_config.get(ADAPTER_FIELD))
+    model = resolve_auto(
+        settings.config.model,
+        {name: value for name, value in recorded.items() if f"model.{name}" not in settings.typed},
+    )
+    trained_model = resolve_auto(settings.trained_model, recorded)
     verified = any_base
-    if not verified and _numerics(model) != _numerics(settings.trained_model):
+    if not verified and _numerics(model) != _numerics(trained_model):
         # A fingerprint depends on dtype and quantization, so it is compared as the model was trained.
-        trained = load_base_model(settings.trained_model)
-        if trained.fingerprint != fingerprint:
+        trained = load_base_model(trained_model)
+        elsewhere = trained.fingerprint != fingerprint and _trained_on_the_other_device(source, settings, recorded)
+        if trained.fingerprint != fingerprint and not elsewhere:
             raise ModelError(_different_base(source, settings, trained))
         del trained  # before the other is loaded
         verified = True
     base = load_base_model(model)
     if not verified and base.fingerprint != fingerprint:
-        model_on_cpu = _as_on_cpu(model)
-        if on_cpu() or model_on_cpu == model or load_base_model(model_on_cpu).fingerprint != fingerprint:
-            raise ModelError(_different_base(source, settings, base))
+        difference = _different_base(source, settings, base)
+        del base
+        if not _trained_on_the_other_device(source, settings, recorded):
+            raise ModelError(difference)
+        base = load_base_model(on_the_other_device(settings.trained_model))
     for note in base.notes:
         log(note)
     if any_base and base.fingerprint != fingerprint:
@@ -107,18 +119,17 @@ def _load_base(
     return base
 
 
+def _trained_on_the_other_device(source: AdapterSource, settings: StoredSettings, recorded: Mapping[str, str]) -> bool:
+    """Return whether the adapter, which is older than the record of it, was trained on what `auto` means elsewhere."""
+    other = on_the_other_device(settings.trained_model)
+    if recorded or other == settings.trained_model:
+        return False
+    return load_base_model(other).fingerprint == source.adapter_config.get("base_fingerprint")
+
+
 def _numerics(model: schema.ModelConfig) -> list[object]:
     flat = serialize.flatten(model, "model.")
     return [flat[name] for name in NUMERIC_SETTINGS]
-
-
-def _as_on_cpu(model: schema.ModelConfig) -> schema.ModelConfig:
-    """Return `model` with what `auto` means on the CPU: a run trained there has the fingerprint of those values."""
-    return replace(
-        model,
-        dtype="float32" if model.dtype == "auto" else model.dtype,
-        dequantize="always" if model.dequantize == "auto" else model.dequantize,
-    )
 
 
 def _different_base(source: AdapterSource, settings: StoredSettings, base: BaseModel) -> str:
@@ -129,8 +140,7 @@ def _different_base(source: AdapterSource, settings: StoredSettings, base: BaseM
         )
     return (
         f"{settings.config.model.path} has other weights than the base model that {source.folder} was trained on "
-        f"(fingerprint {fingerprint[:16]}). Name the right one with model.path=…; a run trained on a GPU keeps the "
-        "model's own dtype: model.dtype=bfloat16 model.dequantize=never. --any-base uses this one."
+        f"(fingerprint {fingerprint[:16]}). Name the right one with model.path=…; --any-base uses this one."
         + "".join(f" {sentence}" for sentence in base.differs_from_earlier_versions)
     )
 

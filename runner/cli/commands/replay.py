@@ -1,12 +1,14 @@
 """`runner verify --replay`: train again from one checkpoint to the next, in a scratch folder, and compare the two.
 
 On the CPU the two must be equal bit for bit. A GPU may compute the same step with different last bits: there the steps
-are trained twice, and the stored checkpoint may differ by a few times what these two differ by.
+are trained twice, and the stored checkpoint may differ by a few times what these two differ by, or by the rounding of
+sums in another order where they happen to be equal.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -36,6 +38,7 @@ from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 NOISE_FACTOR = 4.0
 """On a GPU, how many times the difference between two replays a stored checkpoint may differ from the first."""
+FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
 _STATE, _OPTIMIZER = "train_state.json", "optimizer.safetensors"
 _PROGRESS_FIELDS = ("step", "tokens")
 _ROW_FIELDS = ("step", "split", "loss", "learning_rate", "grad_norm", "epoch", "tokens", "supervised_tokens")
@@ -96,17 +99,17 @@ def replay(run: Path, valid_steps: list[int], start: int | None = None) -> Repla
     checkpoints = RunDirectory(run, stored_settings.read_settings(run).config.checkpoint.dir).checkpoints
     stored = _Trained.load(checkpoints / step_name(last))
     _set_thread_count(stored.state["environment"])
-    window = stored.state["position"].get("window")  # None in older checkpoints: the settings hold it
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="replay-", dir=folder))
     try:
-        replayed = _train(run, checkpoints, first, last, scratch / "1", window)
+        replayed = _train(run, checkpoints, first, stored, scratch / "1")
         noise = None
         if "cpu" not in str(replayed.state["environment"]["device"]):
-            second = _train(run, checkpoints, first, last, scratch / "2", window)
+            second = _train(run, checkpoints, first, stored, scratch / "2")
             noise = tensor_differences(replayed.checkpoint, second.checkpoint)
-        differences = _compare(stored, replayed, noise)
+        tokens = stored.state["progress"]["tokens"] / last
+        differences = _compare(stored, replayed, noise, noise_floor(last - first, tokens))
         if noise is None:
             size = stored.state["metrics_offset"]
             differences += _compare_rows(run / "metrics.jsonl", scratch / "1/metrics.jsonl", size)
@@ -132,6 +135,16 @@ def choose_steps(run: Path, valid_steps: list[int], start: int | None) -> tuple[
         known = ", ".join(str(step) for step in (0, *valid_steps[:-1]))
         raise ConfigError(f"--from {start}: {run} can be trained again from step {known}.")
     return start, later[0]
+
+
+def noise_floor(updates: int, tokens: float) -> float:
+    """Return the relative difference that a GPU may make over `updates` of `tokens` each, if two replays are equal too.
+
+    The gradient of a weight is a sum over the tokens of an update. In another order, the sum of n terms differs by
+    about sqrt(n) times the rounding of one (Higham and Mary, "A new approach to probabilistic rounding error analysis",
+    2019), and the differences of the updates add up.
+    """
+    return FLOAT32_EPSILON * math.sqrt(max(1.0, tokens)) * updates
 
 
 def tensor_differences(first: LoadedCheckpoint, second: LoadedCheckpoint) -> dict[str, float]:
@@ -161,21 +174,23 @@ class _Trained:
         return _Trained(loaded, json.loads(loaded.files[_STATE]))
 
 
-def _train(run: Path, checkpoints: Path, first: int, last: int, scratch: Path, window: int | None) -> _Trained:
-    """Train `run` from step `first` to `last` in the folder `scratch`."""
+def _train(run: Path, checkpoints: Path, first: int, stored: _Trained, scratch: Path) -> _Trained:
+    """Train `run` from step `first` to that of `stored` in the folder `scratch`."""
     from runner.backends import blas
 
     blas.load_blas()  # before MLX is imported
+    from runner.models.precision import recorded_precision
     from runner.training.run import train_run as train
 
-    settings = _settings(run)
+    settings, state, last = _settings(run), stored.state, stored.checkpoint.checkpoint.step
     if not first:  # an earlier version stored null where the backend chose: the checkpoint records it
-        settings.data.window = window or settings.data.window
+        settings.data.window = state["position"].get("window") or settings.data.window
+    precision = recorded_precision(state.get("precision"), state["environment"].get("device"))
     directory = RunDirectory(scratch, settings.checkpoint.dir)
     directory.claim()
     source = ResumeSource(run.absolute(), (checkpoints / step_name(first)).absolute()) if first else None
-    stored = RunDirectory(run).read_config()
-    spec = RunSpec(settings, stored, directory, source, new_run_id(), stop_at=last, label="replay")
+    config = RunDirectory(run).read_config()
+    spec = RunSpec(settings, config, directory, source, new_run_id(), stop_at=last, label="replay", precision=precision)
     with open(os.devnull, "w") as null, redirect_stdout(null):
         try:
             train(spec)
@@ -193,10 +208,11 @@ def _settings(run: Path) -> Config:
     return settings
 
 
-def _compare(stored: _Trained, replayed: _Trained, noise: Mapping[str, float] | None) -> list[str]:
+def _compare(stored: _Trained, replayed: _Trained, noise: Mapping[str, float] | None, floor: float) -> list[str]:
+    """Return what differs; `noise` is None where the two have to be equal."""
     differences = []
     for name, difference in tensor_differences(stored.checkpoint, replayed.checkpoint).items():
-        if difference > (NOISE_FACTOR * noise[name] if noise else 0.0):
+        if difference > (max(NOISE_FACTOR * noise[name], floor) if noise else 0.0):
             differences.append(f"{name} differs by up to {difference:.1e} of its largest value")
     then, now = (_compared_values(trained.state) for trained in (stored, replayed))
     differences += [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]

@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from runner.common.errors import ModelError
-from runner.models.device import on_cpu
 from runner.models.gguf import tokenizer as gguf_tokenizer
 from runner.models.gguf.blocks import AFFINE_TYPES, GROUP_SIZE, QuantizedMatrix, read_tensor
 from runner.models.gguf.config import model_config
@@ -52,9 +51,8 @@ def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> Gg
 
     `keep_quantized` keeps Q4_0, Q4_1, Q8_0, Q4_K and Q5_K matrices quantized (4, 5 or 8 bits, groups of 32) instead of
     dequantizing them; MLX has no counterpart of the other block types, which are always expanded. `dtype` is that of
-    all other parameters and of the scales; None selects float32 on the CPU, the only dtype that is fast there, and
-    elsewhere the dtype in which most of the file is stored (bfloat16 instead of float16 for Gemma, which exceeds its
-    range).
+    all other parameters and of the scales; None selects the one in which most of the file is stored (bfloat16 instead
+    of float16 for Gemma, which exceeds its range).
 
     Raises:
         ModelError: the file is damaged or hostile, its architecture, tensor types, tokenizer or RoPE scaling are not
@@ -173,8 +171,6 @@ def _row_order(parameter: str, config: dict[str, Any]) -> np.ndarray | None:
 
 
 def _default_dtype(header: Header, family: Family) -> mx.Dtype:
-    if on_cpu():
-        return mx.float32
     stored_bytes: Counter[str] = Counter()
     for info in header.tensors.values():
         stored_bytes[info.type_name] += info.nbytes

@@ -34,7 +34,7 @@ hypothesis_settings.register_profile("no deadline", deadline=None)
 hypothesis_settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
-VOLATILE = ("time", "tokens_per_second", "peak_memory_gb")
+VOLATILE = ("time", "tokens_per_second", "peak_memory_gb", "active_memory_gb", "cache_memory_gb")
 """Fields of a metrics row in which two equal runs may differ."""
 
 

@@ -302,7 +302,9 @@ class TrainConfig:
     """Evaluate the result on the test split at the end."""
     early_stopping: EarlyStoppingConfig = section(EarlyStoppingConfig)
     cache_limit_gb: float | None = setting(None, above=0, on_resume=FREE)
-    """Limit of MLX's cache of freed buffers, in GB; null keeps MLX's own."""
+    """Limit of MLX's cache of freed buffers, in GB; it is emptied between updates when it is more than half full. null
+    means an eighth of the memory that a GPU should work in, because cached buffers stay wired and Metal reclaims them
+    only when 95 % of it is used; on the CPU, MLX's own limit."""
 
 
 @dataclass(kw_only=True)

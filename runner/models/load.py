@@ -106,7 +106,7 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
     if on_cpu() and quantization.needs_gpu(base.model):
         raise ModelError(
             f"model.path={config.path}: MLX multiplies NVFP4 weights that have a global scale on a GPU only. "
-            "Expand them: model.dequantize=auto (runner export: --dequantize). A run that began on a GPU is resumed there."
+            "Expand them: model.dequantize=auto (runner export: --dequantize); a run that began on a GPU stays there."
         )
     base.precision = precision_of(config)
     base.fingerprint = weights_fingerprint(base.model, base.carried_over)

@@ -33,12 +33,12 @@ class Display:
         self,
         log: Path,
         iters: int,
-        memory_gb: Callable[[], float],
+        memory: Callable[[], str],
         stream: TextIO | None = None,
         label: str | None = None,
         redact: Callable[[str], str] = str,
     ) -> None:
-        """`memory_gb` returns the peak memory so far, in GB (1e9 bytes); `redact` removes secrets from a line.
+        """`memory` returns the memory in use, as text; `redact` removes secrets from a line.
 
         With a `label` the run shares the terminal with other jobs of a sweep: its lines go to run.log only, and the
         terminal shows the label with the progress and the outcome.
@@ -48,7 +48,7 @@ class Display:
         self._console = _QuietConsole(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._log = open_text(log)
         self._iters = iters
-        self._memory_gb = memory_gb
+        self._memory = memory
         self._loss: float | None = None
         self._rate = _Rate()
         self._bar: Progress | None = None
@@ -126,7 +126,7 @@ class Display:
 
     def _speed(self, step: int) -> str:
         remaining = format_duration(self._rate.seconds_per_update * max(0, self._iters - step))
-        return f"{self._rate.tokens_per_second:.0f} tok/s  {remaining} left  {self._memory_gb():.2f} GB"
+        return f"{self._rate.tokens_per_second:.0f} tok/s  {remaining} left  {self._memory()}"
 
 
 class _Rate:

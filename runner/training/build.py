@@ -26,6 +26,7 @@ from runner.training.components import Components
 from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluation_loader
 from runner.training.legacy_window import window_of_run
 from runner.training.lr_schedule import learning_rate
+from runner.training.memory import BufferCache
 from runner.training.plan import TrainingPlan
 from runner.training.process_limit import ProcessLimit
 from runner.training.resume import ResumePoint, numeric_differences
@@ -110,6 +111,7 @@ def build_trainer(
     writer: RunWriter,
     stops: StopSignals,
     display: Display,
+    buffer_cache: BufferCache,
 ) -> Trainer:
     """Build the trainer in its initial state, or restore it from the checkpoint of `point`.
 
@@ -151,6 +153,7 @@ def build_trainer(
         stops=stops,
         display=display,
         process_limit=ProcessLimit(spec.supervise),
+        buffer_cache=buffer_cache,
     )
 
 

@@ -55,8 +55,8 @@ class ResumePoint:
 def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
     """Return `spec`, completed from the run that it resumes, and the verified checkpoint to resume from.
 
-    A run that resumes in its own directory keeps its run id. It keeps what model.dtype and model.dequantize on auto meant
-    when it began, on any device. Where an earlier version left data.window to the backend, it is the one that the
+    A run that resumes in its own directory keeps its run id. It keeps what model.dtype and model.dequantize on auto
+    meant when it began, on any device. Where an earlier version left data.window to the backend, it is the one that the
     checkpoint records. Without a checkpoint (None) the run starts from the beginning.
 
     Raises:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 
-import mlx.core as mx
-
 from runner.backends import blas
 from runner.checkpoints.save_policy import StopReason
 from runner.common.clock import utc_now
@@ -24,6 +22,7 @@ from runner.training.build import build_backup, build_retention, build_trainer, 
 from runner.training.component_loader import ComponentLoader
 from runner.training.components import free_frozen_weights, load_components
 from runner.training.finalize import finalize, finish_backup
+from runner.training.memory import memory_limits, memory_usage
 from runner.training.resume import find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
@@ -58,8 +57,11 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         writer = stack.enter_context(closing(open_writer(spec, point)))
         stack.enter_context(_failure_recorded(spec, writer))
         stack.enter_context(_device_errors_explained(spec))  # before they are recorded
-        stack.enter_context(_mlx_memory_limits(spec.config.train.cache_limit_gb))
+        buffer_cache = stack.enter_context(memory_limits(spec.config.train.cache_limit_gb))
         display = stack.enter_context(_open_display(spec))
+        if not on_cpu() and buffer_cache.limit is not None:
+            size = f"{buffer_cache.limit / 1e9:.2f} GB"
+            display.line(f"memory up to {size} of freed buffers stay cached (train.cache_limit_gb)")
         if advice := blas.load_blas().advice:
             display.line(advice, "yellow")
         with _exit_on_stop(stops, writer):
@@ -76,7 +78,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
             template_date.record_date(spec)
         if shared is None:
             free_frozen_weights(spec.config, components, display)
-        trainer = build_trainer(spec, point, components, writer, stops, display)
+        trainer = build_trainer(spec, point, components, writer, stops, display, buffer_cache)
         _train_and_finalize(trainer, spec)
         if stops.signal is not None:
             raise SystemExit(128 + stops.signal)
@@ -113,7 +115,7 @@ def _open_display(spec: RunSpec) -> Display:
     return Display(
         spec.directory.log,
         spec.config.train.iters,
-        lambda: mx.get_peak_memory() / 1e9,
+        lambda: str(memory_usage()),
         label=spec.label,
         redact=spec.redacted,
     )
@@ -161,20 +163,3 @@ def _failure_recorded(spec: RunSpec, writer: RunWriter) -> Iterator[None]:
         with suppress(StorageError):  # a full disk refuses the status as well: the first error is reported
             writer.update_status(state=state, reason=reason, ended=utc_now())
         raise
-
-
-@contextmanager
-def _mlx_memory_limits(cache_limit_gb: float | None) -> Iterator[None]:
-    """Set MLX's wired and cache limits, reset its peak memory, and at the end empty its cache of freed buffers."""
-    mx.reset_peak_memory()
-    previous = mx.set_cache_limit(int(cache_limit_gb * 1e9)) if cache_limit_gb is not None else None
-    if not on_cpu():
-        from mlx_lm.utils import maybe_set_recommended_wired_limit
-
-        maybe_set_recommended_wired_limit()
-    try:
-        yield
-    finally:
-        if previous is not None:
-            mx.set_cache_limit(previous)
-        mx.clear_cache()  # the next job in this process starts with as much memory as this one

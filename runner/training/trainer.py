@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import mlx.core as mx
-
 from runner.backends.protocol import BackendBatch
 from runner.checkpoints.save_policy import SavePolicy, StopReason
 from runner.common.errors import Diverged
@@ -18,6 +16,7 @@ from runner.training import state_files
 from runner.training.components import Components
 from runner.training.dataloader import EvaluationLoader, PrefetchingLoader
 from runner.training.evaluate import EvaluationResult, evaluate
+from runner.training.memory import BufferCache, memory_usage
 from runner.training.plan import TrainingPlan
 from runner.training.process_limit import ProcessLimit
 from runner.training.run_writer import RunWriter
@@ -47,6 +46,7 @@ class Trainer:
     stops: StopSignals
     display: Display
     process_limit: ProcessLimit
+    buffer_cache: BufferCache
     saved_at: float = field(default_factory=time.monotonic)
     """When it last saved, or else started, by `time.monotonic`."""
     train_seconds: float = 0.0
@@ -94,6 +94,7 @@ class Trainer:
         progress.tokens += tokens
         progress.since_report.add(loss_sum, supervised, tokens, grad_norm)
         self.process_limit.count_update()
+        self.buffer_cache.empty_if_half_full()
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         self.display.step(progress.step, loss_sum / supervised, tokens, seconds)
@@ -206,7 +207,7 @@ class Trainer:
         self, split: str, loss: float, *, supervised: int, tokens: int, seconds: float, **fields: float | None
     ) -> None:
         """Append a row to the metrics: a loss, and the tokens and seconds that it was computed from."""
-        position, progress = self.state.position, self.state.progress
+        position, progress, memory = self.state.position, self.state.progress, memory_usage()
         self.writer.log_metrics(
             step=progress.step,
             split=split,
@@ -216,5 +217,7 @@ class Trainer:
             tokens=progress.tokens,
             supervised_tokens=supervised,
             tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-            peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
+            peak_memory_gb=round(memory.peak, 3),
+            active_memory_gb=round(memory.active, 3),
+            cache_memory_gb=round(memory.cache, 3),
         )

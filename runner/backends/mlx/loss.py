@@ -42,8 +42,8 @@ class ChunkedLoss:
         hidden = self._selected(inputs, states, positions)
         for start in range(0, len(targets), self.chunk):
             part = slice(start, start + self.chunk)
-            h = mx.depends(hidden[part], [total]) if start else hidden[part]
-            total = total + cross_entropy(self.split_model.head(h), targets[part], weights[part])
+            total = total + cross_entropy(self.split_model.head(hidden[part]), targets[part], weights[part])
+            mx.eval(total)  # nothing is differentiated here, so the chunk's logits are freed
         return total
 
     def loss_and_grads(

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from runner import __version__
 from runner.backends import blas
+from runner.models.device import device_identity
 from runner.models.split_model import SplitModel
 
 
@@ -24,4 +25,5 @@ def common_environment(split_model: SplitModel) -> dict[str, Any]:
         "device": str(mx.default_device()),
         "blas": blas.identity(),
         "trunk": split_model.frozen_blocks,
+        **device_identity(),
     }

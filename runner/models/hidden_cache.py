@@ -21,7 +21,7 @@ from runner.common.cache_dir import cache_dir
 from runner.common.disk_cache import cache_key
 from runner.config.schema import HiddenCacheConfig
 from runner.data.token_set import TokenSet
-from runner.models.device import on_cpu
+from runner.models.device import device_identity, on_cpu
 from runner.models.hidden_store import GB, Budget, HiddenStateStore
 
 MIN_BYTES_ON_DISK = 10**5
@@ -144,6 +144,7 @@ def numeric_platform() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": _processor(),
         "device": str(mx.default_device()),
+        **device_identity(),  # empty on the CPU of other systems than macOS, whose caches stay valid
     }
 
 

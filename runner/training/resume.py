@@ -37,6 +37,8 @@ _ENVIRONMENT_NAMES = {
     "head": "train.head",
     "trunk": "number of blocks in the hidden-state cache",
     "cpu_ops": "cross-entropy in NumPy",
+    "tf32": "TF32 (MLX_ENABLE_TF32)",
+    "macos": "macOS",
 }
 """What messages call the keys of a checkpoint's numeric environment; the others are shown as they are."""
 

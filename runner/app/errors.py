@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from runner.common.device_errors import find_device_error
 from runner.common.errors import ConfigError, RunnerError, StorageError, did_you_mean
+from runner.common.filesystem import is_apple_double
 from runner.common.text import first_line
 from runner.config import retired, schema, serialize, validation
 
@@ -99,7 +100,7 @@ def _location_of_choice(group: str, choice: str, config_dirs: Sequence[Path]) ->
     """Return `file, line n: ` where a YAML in `config_dirs` chooses `group: choice`; Hydra does not say where."""
     wrong_choice = re.compile(rf"\b{re.escape(group)}\s*:\s*{re.escape(choice)}\b")
     for folder in config_dirs:
-        for path in sorted(folder.rglob("*.yaml")):
+        for path in sorted(path for path in folder.rglob("*.yaml") if not is_apple_double(path.name)):
             for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 if wrong_choice.search(line):
                     return f"{path}, line {number}: "

@@ -142,7 +142,7 @@ class DiskCache:
                     path.unlink()
                 elif path.name.startswith(_DRAFT_PREFIX):
                     _lock(path, stack)
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)  # macOS removes some names with others
 
     def _record_path(self, key: str) -> Path:
         return self.folder / f"{key}.json"
@@ -220,9 +220,10 @@ def _size(path: Path) -> int:
 
     A file system may count blocks only once it allocates them, so an entry written seconds ago may be counted too low.
     """
-    try:
-        files = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else [path]
-        statuses = [file.lstat() for file in files]
-    except OSError:
-        return 0
-    return sum(min(status.st_size, status.st_blocks * 512) for status in statuses)
+    size = 0
+    with suppress(OSError):
+        for file in list(path.iterdir()) if path.is_dir() and not path.is_symlink() else [path]:
+            with suppress(FileNotFoundError):
+                status = file.lstat()
+                size += min(status.st_size, status.st_blocks * 512)
+    return size

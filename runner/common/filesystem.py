@@ -135,6 +135,8 @@ class FileSystem:
         with storage_errors(root, "synced"):
             for folder, _, files in os.walk(root, onerror=_raise):
                 for name in files:
+                    if is_apple_double(name):
+                        continue
                     handle = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CLOEXEC)
                     try:
                         _sync(handle)
@@ -143,25 +145,34 @@ class FileSystem:
                 self.fsync_folder(Path(folder))
 
     def remove_tree(self, path: Path) -> None:
-        """Remove `path`, which must exist, and everything below it; a link itself, never what it points to."""
+        """Remove `path`, which must exist, and everything below it; a link itself, never what it points to.
+
+        A name that is gone when its turn comes is no error: see `is_apple_double`.
+        """
         try:
             if not stat.S_ISDIR(os.lstat(path).st_mode):
                 os.unlink(path)
                 return
             # fwalk holds each folder open, so no part of the path can be swapped for a link meanwhile.
-            for _, folders, files, handle in os.fwalk(path, topdown=False, onerror=_raise):
+            for _, folders, files, handle in os.fwalk(path, topdown=False, onerror=_raise_unless_gone):
                 for name in files:
-                    os.unlink(name, dir_fd=handle)
-                for name in folders:
-                    if stat.S_ISDIR(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
-                        os.rmdir(name, dir_fd=handle)
-                    else:
+                    with suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=handle)
+                for name in folders:
+                    with suppress(FileNotFoundError):
+                        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode)
+                        (os.rmdir if is_folder else os.unlink)(name, dir_fd=handle)
             os.rmdir(path)
         except RecursionError:
             raise StorageError(f"{path}: cannot be removed: folders nested too deeply; remove it by hand.") from None
         except OSError as error:
             raise storage_error(path, "removed", error) from error
+
+
+def is_apple_double(name: str) -> bool:
+    """Return whether `name` is ``._NAME``: there macOS keeps what a disk of another system (exFAT, SMB) cannot store of
+    the file NAME beside it. It renames and removes the one with the other."""
+    return name.startswith("._")
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -256,3 +267,8 @@ def _sync(handle: int, *, full: bool = True) -> None:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

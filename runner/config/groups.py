@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from runner.common.filesystem import is_apple_double
+
 CONF_DIR = Path(__file__).parent.parent / "conf"
 if not CONF_DIR.is_dir():  # a clone or an editable install: the wheel carries conf/ inside the package
     CONF_DIR = Path(__file__).parent.parent.parent / "conf"
@@ -28,5 +30,6 @@ def group_choices(group: str, folders: Sequence[Path] = (CONF_DIR,)) -> list[str
     choices = set()
     for folder in folders:
         base = folder / group
-        choices |= {str(p.relative_to(base).with_suffix("")) for p in base.rglob("*.yaml")} if base.is_dir() else set()
+        files = (path for path in base.rglob("*.yaml") if not is_apple_double(path.name)) if base.is_dir() else ()
+        choices |= {str(path.relative_to(base).with_suffix("")) for path in files}
     return sorted(choices)

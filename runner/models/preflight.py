@@ -13,6 +13,7 @@ from typing import Any
 
 from runner.checkpoints.safetensors_file import read_header
 from runner.common.errors import CheckpointError, ModelError
+from runner.common.filesystem import is_apple_double
 
 _MAX_BYTES = 100_000_000
 """Of a file other than the weights. The largest tokenizer.json of a known model has about 35 MB."""
@@ -37,7 +38,8 @@ def check_model_folder(folder: Path) -> None:
         for file in sorted(folder.glob("model*.safetensors")):
             tensor_count += len(read_header(file)[0])
         for file in sorted({file for pattern in _CHECKED_FILES for file in folder.glob(pattern)}):
-            _check_size(file)
+            if not is_apple_double(file.name):
+                _check_size(file)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     except OSError as error:

@@ -19,7 +19,7 @@ from runner.common.atomic_io import is_draft, write_atomically
 from runner.common.clock import utc_now
 from runner.common.commands import resume_command
 from runner.common.errors import ConfigError, DirectoryInUse, StorageError
-from runner.common.filesystem import FileSystem, open_regular, read_bounded
+from runner.common.filesystem import FileSystem, is_apple_double, open_regular, read_bounded
 from runner.common.layout import STATES
 from runner.common.safe_yaml import load_yaml_file
 from runner.common.storage_errors import storage_error, storage_errors
@@ -67,7 +67,7 @@ class RunDirectory:
             if not self.config.exists() and unexpected_names(self.path, expected):
                 raise ConfigError(f"{self.path} is not empty and not a run: {_CHOOSE_ANOTHER}.")
             self.lock()
-            if self.config.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+            if self.config.exists() or (self.checkpoints.is_dir() and unexpected_names(self.checkpoints, ())):
                 self.unlock()
                 raise ConfigError(
                     f"{self.path} already belongs to a run. For a new run {_CHOOSE_ANOTHER}. "
@@ -176,8 +176,7 @@ def unexpected_names(folder: Path, expected: Collection[str]) -> list[str]:
     """Return the names in `folder` that are not `expected`, sorted. Drafts of killed processes do not count, nor what a
     file manager of a desktop leaves in every folder that it shows."""
     names = sorted({path.name for path in folder.iterdir()} - {*expected} - _DESKTOP_FILES)
-    # macOS stores "._NAME" beside NAME on disks of other systems.
-    return [name for name in names if not is_draft(name) and not name.startswith("._")]
+    return [name for name in names if not is_draft(name) and not is_apple_double(name)]
 
 
 def _is_file_at(handle: int, path: Path) -> bool:

@@ -131,7 +131,8 @@ def folder_size(path: Path) -> int:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
                 else:
-                    size += entry.stat(follow_symlinks=False).st_size
+                    with suppress(FileNotFoundError):
+                        size += entry.stat(follow_symlinks=False).st_size
     return size
 
 

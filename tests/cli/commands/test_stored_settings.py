@@ -83,7 +83,7 @@ def test_a_data_group_replaces_the_section(stored: Callable[..., Path]) -> None:
         ("+data.path=x", "is not a setting"),
         ("data.max_length=long", "data.max_length has to be int"),
         ("data.max_length=0", "must be 2 or more"),
-        ("model.dtype=int8", "must be one of auto, float32"),
+        ("model.dtype=int8", "must be one of auto, native, float32"),
         ("train.batch_size=[", "cannot be read"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
@@ -22,7 +24,6 @@ OVERRIDES = (
     "data=tiny",
     "schedule=cosine",
     "lora.dropout=0.2",
-    "train.grad_accumulation=2",
     "train.report_every=1",
     "train.eval_every=20",
     "checkpoint.every=5",
@@ -34,6 +35,7 @@ SITECUSTOMIZE = '''
 FAILURES, once, by an allocation that no machine has room for."""
 
 import importlib.util
+import contextlib
 import json
 import os
 import sys
@@ -113,28 +115,18 @@ def wait_for_child(run: Path, supervisor: subprocess.Popen, former: set[int], st
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_once_and_dies_five_times_in_five_ways_equals_one_left_alone(
+def test_a_run_whose_process_dies_five_times_in_five_ways_equals_one_left_alone(
     failing_cli, inline, tmp_path, assert_equal_runs
 ):
     steps = random.Random("supervise")
-    inline(*OVERRIDES, "train.iters=60", "hydra.run.dir=alone")
+    inline(*OVERRIDES, "train.iters=80", "hydra.run.dir=alone")
     # Memory fails twice behind the three signals: as MLX's own crash, and as Python's exception.
-    (tmp_path / "failures.json").write_text('[[45, "mlx"], [53, "python"]]')
+    (tmp_path / "failures.json").write_text('[[46, "mlx"], [60, "python"]]')
     run, children = tmp_path / "run", set[int]()
-    # A terminal sends Ctrl-C to both processes: the child must not count two, and is not started again.
-    overrides = (*OVERRIDES, "train.iters=60", "hydra.run.dir=run", "supervise=true")
-    supervisor = failing_cli.start(*overrides, start_new_session=True)
-    children.add(wait_for_child(run, supervisor, children, 1))
-    os.killpg(supervisor.pid, signal.SIGINT)
-    output, _ = supervisor.communicate(timeout=60)
-    assert supervisor.returncode == 130 and "starting again" not in output, output
-    status = read_status(run)
-    assert (status["state"], status["reason"]) == ("stopped", "SIGINT")
-    assert status["step"] == status["last_checkpoint"] < 20
-
-    supervisor = failing_cli.start("resume=run", "supervise=true")
-    for number, first in ((signal.SIGKILL, 21), (signal.SIGABRT, 28), (signal.SIGBUS, 35)):
-        child = wait_for_child(run, supervisor, children, steps.randint(first, first + 4))
+    overrides = (*OVERRIDES, "train.iters=80", "hydra.run.dir=run", "supervise=true")
+    supervisor = failing_cli.start(*overrides)
+    for number, first in ((signal.SIGKILL, 2), (signal.SIGABRT, 15), (signal.SIGBUS, 28)):
+        child = wait_for_child(run, supervisor, children, steps.randint(first, first + 9))
         os.kill(child, number)
         children.add(child)
     output, _ = supervisor.communicate(timeout=300)
@@ -143,9 +135,10 @@ def test_a_run_that_is_stopped_once_and_dies_five_times_in_five_ways_equals_one_
 
     status = read_status(run)
     assert status["state"] == "finished" and "reason" not in status
-    *causes, crash, failure = [entry["cause"] for entry in status["restarts"]]
-    assert causes == ["SIGKILL", "SIGABRT", "SIGBUS"] and failure == "out of memory"
-    assert crash in CRASHES
+    causes = [entry["cause"] for entry in status["restarts"]]
+    assert (
+        len(causes) == 5 and {"SIGKILL", "SIGABRT", "SIGBUS", "out of memory"} <= {*causes} and {*CRASHES} & {*causes}
+    )
     log = (run / "run.log").read_text()
     for entry in status["restarts"]:
         begin = "from the beginning" if entry["checkpoint"] is None else f"from step {entry['checkpoint']}"
@@ -217,6 +210,7 @@ def sweep_overrides(launcher: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_jobs_of_a_sweep_whose_workers_die_equal_jobs_left_alone(failing_cli, inline, tmp_path, assert_equal_runs):
     for job, rank in ((0, 2), (1, 4)):
         inline(*OVERRIDES, "train.iters=40", f"lora.rank={rank}", f"hydra.run.dir=alone{job}")
@@ -262,14 +256,20 @@ def test_a_recipe_that_is_a_sweep_asks_for_m(cli):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_supervisor_alone_stops_the_run_resumably(cli, tmp_path, number):
-    supervisor = cli.start(*OVERRIDES, "train.iters=3000", "hydra.run.dir=run", "supervise=true")
+@pytest.mark.parametrize(
+    ("number", "to_both"), [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True)]
+)
+def test_a_stop_reaches_the_child_once_and_the_run_is_not_started_again(cli, tmp_path, number, to_both):
+    """A terminal's Ctrl-C is sent to both processes, and a second signal would end the child without a save."""
+    overrides = (*OVERRIDES, "train.iters=3000", "hydra.run.dir=run", "supervise=true")
+    supervisor = cli.start(*overrides, start_new_session=True)
     wait_for_child(tmp_path / "run", supervisor, set(), 3)
-    supervisor.send_signal(number)
-    supervisor.communicate(timeout=60)
-    assert supervisor.returncode == 128 + number
-    assert read_status(tmp_path / "run")["reason"] == number.name
+    (os.killpg if to_both else os.kill)(supervisor.pid, number)
+    output, _ = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == 128 + number and "starting again" not in output
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["reason"]) == ("stopped", number.name)
+    assert status["step"] == status["last_checkpoint"]
 
 
 @pytest.mark.slow
@@ -321,3 +321,29 @@ def test_what_is_typed_with_resume_is_typed_again_with_the_directory_of_the_run(
     typed = (*typed, "train.grad_checkpoint=false")
     changed = next_arguments(tmp_path, *typed, changes={"train.grad_checkpoint": True})
     assert changed == [f"resume={tmp_path}", "checkpoint.keep_last=9", "train.grad_checkpoint=true"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_on_a_terminal_the_child_draws_its_live_line_and_ctrl_c_stops_the_run(cli, tmp_path):
+    run, output, killed, stopped = tmp_path / "run", b"", 0, False
+    overrides = [*OVERRIDES, "train.iters=5000", "hydra.run.dir=run", "supervise=true"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(cli.folder)
+        os.execve(cli.python, [cli.python, "-m", "runner", *overrides], {**cli.environment, "TERM": "xterm"})
+    with contextlib.suppress(OSError):  # Linux reports the end of the other side as an error
+        while data := os.read(terminal, 65536):
+            output += data
+            status = read_status(run)
+            if not killed and status.get("step", 0) >= 7:
+                killed = status["pid"]
+                os.kill(killed, signal.SIGKILL)
+            if killed and not stopped and status.get("pid") not in (None, killed) and status["step"] >= 14:
+                stopped = bool(os.write(terminal, b"\x03"))
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    before, after = output.split(b"runner: SIGKILL after step")
+    assert b"\x1b[?25l" in before and b"training" in before  # the live line hides the cursor
+    assert before.endswith(b"\r\x1b[2K\x1b[?25h") and b"training" in after
+    assert (read_status(run)["state"], read_status(run)["reason"]) == ("stopped", "SIGINT")

@@ -43,6 +43,20 @@ class BackendBatch:
         return self.batch.real_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes that a step takes at its peak, beyond the weights, the adapter and the optimizer."""
+
+    activations: int
+    """What the backward pass reads, gradients and temporary arrays."""
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.logits
+
+
 class Backend(Protocol):
     """Loss, gradients and hidden states of the frozen blocks of one adapted model."""
 
@@ -50,6 +64,9 @@ class Backend(Protocol):
     """How the model is split."""
     fallback_reason: str | None
     """Why a faster way to compute is not used, for one line of the log; None where nothing is lost."""
+
+    uses_host_memory: bool
+    """Whether what it allocates is outside of MLX's own count of memory."""
 
     @property
     def kernel_version(self) -> str | None:
@@ -73,6 +90,15 @@ class Backend(Protocol):
 
         Weights that were freed are loaded again first.
         """
+
+    def update_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
+        """Return the peak memory of `loss_and_grads` for a batch of these shapes; nothing is computed."""
+
+    def evaluation_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
+        """Return the peak memory of `loss` for a batch of these shapes; nothing is computed."""
+
+    def frozen_memory(self, inputs: np.ndarray) -> StepMemory:
+        """Return the peak memory of `run_frozen_blocks` for inputs of this shape; nothing is computed."""
 
     def free_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
         """Free the weights of the frozen blocks and return their bytes; `reload` loads the base again, should

@@ -76,6 +76,33 @@ def select_backend(adapted: AdaptedModel, config: Config, longest_row: int | Non
     return _mlx_backend(adapted, frozen_blocks, length, config, choice.reason)
 
 
+def unverified_backend(adapted: AdaptedModel, config: Config) -> Backend:
+    """Return the backend that `select_backend` returns where all probes agree; nothing is computed.
+
+    For questions about shapes: the weights of the model need not be there.
+
+    Raises:
+        ModelError: MLX cannot train this model, or not with this adapter.
+    """
+    t = config.train
+    frozen_blocks = len(adapted.model.layers) - adapted.num_layers if t.hidden_cache.enabled else 0
+    try:
+        parts = split_probe.unverified_parts(adapted.model, frozen_blocks)
+        split_model = SplitModel(adapted.model, parts)
+    except Exception as error:  # models and MLX raise all kinds of errors
+        raise adapted.explain(error) from error
+    if t.cpu_engine and on_cpu() and (engine := _choose(adapted, config, Ops()).engine):
+        return CpuBackend(engine, split_model)
+    return MlxBackend(
+        adapted,
+        split_model,
+        chunk=t.loss_chunk,
+        all_positions=t.head == "all",
+        grad_checkpoint=t.grad_checkpoint,
+        compiled=t.compile == "always" or (t.compile == "auto" and not on_cpu()),
+    )
+
+
 def _choose(adapted: AdaptedModel, config: Config, ops: Ops) -> Choice:
     """Decide by the settings, then by the model, whether the engine may compute the run."""
     t = config.train

@@ -75,21 +75,12 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
         ModelError: there is no such model, or it is not supported; names what.
     """
     config = resolve_auto(config)
-    dequantize, dtype = config.dequantize == "always", _DTYPES.get(config.dtype)
+    dequantize, dtype = conversion(config)
     try:
         base, code_sha256 = _read(config, dequantize, dtype)
         if config.trust_remote_code:
             base.notes.append(f"model.trust_remote_code=true: code that came with {config.path} may run")
-        if dequantize and quantization.is_quantized(base.model):
-            remove_quantization(base, dtype)
-            reason = "on the CPU only float32 products are fast" if on_cpu() else "model.dequantize=always"
-            base.notes.append(f"the quantized base is dequantized: {reason}")
-        if dtype is not None:
-            _cast(base.model, dtype)
-        if config.quantize.bits is not None:
-            _quantize(base, config.quantize)
-        elif config.dtype == "native" and on_cpu() and _is_slow_on_the_cpu(base.model):
-            base.notes.append("the base model keeps its own data types, whose products are slow on the CPU")
+        convert_weights(base, config)
         mx.eval(base.model.parameters())
         if not hasattr(base.model, "_no_grad"):  # its class does not call the constructor of nn.Module
             raise ModelError(
@@ -114,13 +105,38 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
     return base
 
 
-def remove_quantization(base: BaseModel, dtype: mx.Dtype | None = None) -> None:
+def conversion(config: schema.ModelConfig) -> tuple[bool, mx.Dtype | None]:
+    """Return whether a quantized base is dequantized, and the dtype that weights are cast to; None: their own."""
+    config = resolve_auto(config)
+    return config.dequantize == "always", _DTYPES.get(config.dtype)
+
+
+def convert_weights(base: BaseModel, config: schema.ModelConfig, *, evaluate: bool = True) -> None:
+    """Dequantize, cast and quantize the weights of `base` as configured; without `evaluate` nothing is computed yet.
+
+    Raises:
+        ModelError: a layer cannot be dequantized, or the model not be quantized.
+    """
+    dequantize, dtype = conversion(config)
+    if dequantize and quantization.is_quantized(base.model):
+        remove_quantization(base, dtype, evaluate=evaluate)
+        reason = "on the CPU only float32 products are fast" if on_cpu() else "model.dequantize=always"
+        base.notes.append(f"the quantized base is dequantized: {reason}")
+    if dtype is not None:
+        _cast(base.model, dtype)
+    if config.quantize.bits is not None:
+        _quantize(base, config.quantize)
+    elif config.dtype == "native" and on_cpu() and _is_slow_on_the_cpu(base.model):
+        base.notes.append("the base model keeps its own data types, whose products are slow on the CPU")
+
+
+def remove_quantization(base: BaseModel, dtype: mx.Dtype | None = None, *, evaluate: bool = True) -> None:
     """Dequantize every quantized layer of `base` to `dtype` and remove the quantization from its config.
 
     Raises:
         ModelError: a layer is of a kind that cannot be dequantized.
     """
-    if remaining := quantization.expand_layers(base.model, dtype):
+    if remaining := quantization.expand_layers(base.model, dtype, evaluate=evaluate):
         raise ModelError(
             f"{base.model_path}: {remaining[0]} ({len(remaining)} in all) is quantized in a way of its architecture's "
             "own and cannot be dequantized. Keep it: model.dequantize=never."
@@ -145,7 +161,7 @@ def _read(config: schema.ModelConfig, dequantize: bool, dtype: mx.Dtype | None) 
         if not Path(path).is_file():
             raise ModelError(f"model.path={path}: no such file.")
         return _read_gguf(Path(path), config, dequantize, dtype), ""
-    return _read_folder(hub.find_model_folder(path, config.revision), config)
+    return read_folder(hub.find_model_folder(path, config.revision), config)
 
 
 def _read_gguf(file: Path, config: schema.ModelConfig, dequantize: bool, dtype: mx.Dtype | None) -> BaseModel:
@@ -155,7 +171,8 @@ def _read_gguf(file: Path, config: schema.ModelConfig, dequantize: bool, dtype: 
     return BaseModel(gguf.model, gguf.tokenizer, gguf.config, config.path, notes=gguf.notes)
 
 
-def _read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, str]:
+def read_folder(folder: Path, config: schema.ModelConfig) -> tuple[BaseModel, str]:
+    """Return the model of a folder with weights that are not read yet, and the SHA-256 of code that came with it."""
     from mlx_lm.utils import load_config, load_model, load_tokenizer
 
     check_model_folder(folder)

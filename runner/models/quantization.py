@@ -34,11 +34,12 @@ def needs_gpu(model: nn.Module) -> bool:
     return any(layer.get("global_scale") is not None for layer in quantized_layers(model).values())
 
 
-def expand_layers(model: nn.Module, dtype: mx.Dtype | None) -> list[str]:
+def expand_layers(model: nn.Module, dtype: mx.Dtype | None, *, evaluate: bool = True) -> list[str]:
     """Replace each quantized layer of `model` by an unquantized one, and return the paths of those that cannot be.
 
     Each layer is computed and its quantized weights are freed before the next one, so the peak is the model and one
-    layer. `dtype` is that of the expanded weights; None selects the one that the model's other parameters have.
+    layer. `dtype` is that of the expanded weights; None selects the one that the model's other parameters have. Without
+    `evaluate` nothing is computed yet.
     """
     dtype, remaining = dtype or prevailing_dtype(model), []
     for name in list(quantized_layers(model)):
@@ -46,7 +47,8 @@ def expand_layers(model: nn.Module, dtype: mx.Dtype | None) -> list[str]:
         if expanded is None:
             remaining.append(name)
             continue
-        mx.eval(expanded.parameters())
+        if evaluate:
+            mx.eval(expanded.parameters())
         replace_module(model, name, expanded)
     return remaining
 

@@ -9,17 +9,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from runner.backends.cpu.engine import Engine
+from runner.backends.cpu.engine import MAX_POSITIONS, Engine, group_rows
 from runner.backends.cpu.linear import as_numpy
+from runner.backends.cpu.memory import buffer_sizes
 from runner.backends.cpu.partitions import PackedBatch, PackedRows
 from runner.backends.numeric_environment import common_environment
-from runner.backends.protocol import BackendBatch
+from runner.backends.protocol import BackendBatch, StepMemory
 from runner.models.lora import Params
 from runner.models.split_model import SplitModel
 
 
 class CpuBackend:
     """Implements `runner.backends.protocol.Backend` for float32 models of the engine's architectures."""
+
+    uses_host_memory = True
 
     def __init__(self, engine: Engine, split_model: SplitModel, *, fallback_reason: str | None = None) -> None:
         self.engine, self.split_model, self.fallback_reason = engine, split_model, fallback_reason
@@ -55,6 +58,28 @@ class CpuBackend:
         if self.split_model.reload_frozen_weights():
             self.engine.reload_frozen_weights(self.split_model.model)
         return self.engine.run_frozen_blocks(inputs)
+
+    def update_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
+        """Return the memory of the buffers that `loss_and_grads` uses."""
+        return self._memory(params, batch.batch.input_lengths, batch.supervised, cached=batch.hidden is not None)
+
+    def evaluation_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
+        """Return the memory of the buffers that `loss` uses, which computes some rows at a time."""
+        lengths = batch.batch.input_lengths
+        cached, share = batch.hidden is not None, batch.supervised / max(1, int(lengths.sum()))
+        groups = [lengths[group] for group in group_rows(list(lengths), MAX_POSITIONS)]
+        largest = max(groups, key=lambda group: int(group.sum()))
+        supervised = min(batch.supervised, -(-int(largest.sum() * share) // 1))
+        return self._memory(params, largest, supervised, cached=cached, backward=False)
+
+    def frozen_memory(self, inputs: np.ndarray) -> StepMemory:
+        """Return the memory of the buffers that `run_frozen_blocks` uses."""
+        return self._memory({}, np.full(len(inputs), inputs.shape[1]), 0, cached=False, backward=False, trained=False)
+
+    def _memory(self, params: Params, lengths: np.ndarray, supervised: int, **options: bool) -> StepMemory:
+        sizes = buffer_sizes(self.engine, params, lengths, supervised, **options)
+        logits = sizes.pop("logits", 0)
+        return StepMemory(activations=4 * sum(sizes.values()), logits=4 * logits)
 
     def free_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
         """Free the weights of the frozen blocks and return their bytes."""

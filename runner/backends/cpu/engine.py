@@ -25,7 +25,7 @@ _ARCHITECTURES = ("llama", "qwen2")
 """Modules of mlx_lm.models whose blocks `runner.backends.cpu.block` implements; Mistral and SmolLM are llama there."""
 VERSION = 6
 """Changes where the last digits do."""
-_MAX_POSITIONS = 384
+MAX_POSITIONS = 384
 """Positions that an evaluation computes at once: more are not faster, and take more memory than training does."""
 _REUSED = "0"
 """Buffer slot of a block whose activations are not kept: that of the first block with an adapter, which overwrites its
@@ -50,7 +50,7 @@ class Engine:
             raise UnsupportedModel("no BLAS to call")
         if any(getattr(block, "use_sliding", False) for block in model.layers):
             raise UnsupportedModel("sliding window")
-        self._grad_checkpoint, self._ops = grad_checkpoint, ops or Ops()
+        self.grad_checkpoint, self._ops = grad_checkpoint, ops or Ops()
         self._rope = _Rope(model.layers[0].self_attn.rope)
         blocks = self._blocks(model.layers)
         embedding, head = model.model.embed_tokens, getattr(model, "lm_head", None)
@@ -65,7 +65,7 @@ class Engine:
         self.head = Head(weight, norm_parameters(model.model.norm), chunk, self._ops)
         self.frozen_blocks = next((i for i, block in enumerate(blocks) if block.has_adapter), len(blocks))
         """Number of blocks before the first with an adapter."""
-        self._frozen, self._trained = blocks[: self.frozen_blocks], blocks[self.frozen_blocks :]
+        self.frozen, self.trained = blocks[: self.frozen_blocks], blocks[self.frozen_blocks :]
         self.partitioner = Partitioner(threads)
 
     @property
@@ -75,11 +75,11 @@ class Engine:
 
     def free_frozen_weights(self) -> None:
         """Release the weights of the frozen blocks."""
-        self._frozen = []
+        self.frozen = []
 
     def reload_frozen_weights(self, model: nn.Module) -> None:
         """Take the weights of the frozen blocks from `model`."""
-        self._frozen = self._blocks(model.layers[: self.frozen_blocks])
+        self.frozen = self._blocks(model.layers[: self.frozen_blocks])
 
     def run_frozen_blocks(self, inputs: np.ndarray) -> np.ndarray:
         """Return the hidden states (batch, length, d) before the first adapted block, of ids (batch, length)."""
@@ -95,7 +95,7 @@ class Engine:
     def loss(self, params: Mapping[str, np.ndarray], batch: PackedBatch) -> float:
         """Return the weighted sum of -log p(target), computing some rows at a time."""
         self._load(params)
-        groups = _group_rows(batch.rows.lengths, _MAX_POSITIONS)
+        groups = group_rows(batch.rows.lengths, MAX_POSITIONS)
         return float(sum((self._loss(batch.select_rows(group)) for group in groups), np.float32(0)))
 
     def _loss(self, batch: PackedBatch) -> np.float32:
@@ -118,12 +118,12 @@ class Engine:
             grad = part.local.buffer("grad_last", *last.shape)
             loss = self.head.loss(last, part, targets, grad)
             grads: Grads = {}
-            for i, block in reversed(list(enumerate(self._trained))):
+            for i, block in reversed(list(enumerate(self.trained))):
                 x = block_inputs.pop()
                 selected = self._selected(i, targets.positions)
-                if self._grad_checkpoint:
+                if self.grad_checkpoint:
                     block.forward(x, part, part.local.buffer("recomputed", *grad.shape), _REUSED, selected)
-                slot = _REUSED if self._grad_checkpoint else str(i)
+                slot = _REUSED if self.grad_checkpoint else str(i)
                 grad = block.backward(x, part, grad, slot, grads, selected, needs_grad_x=i > 0)
             return loss, grads
 
@@ -138,14 +138,14 @@ class Engine:
         return [Block(module, f"model.layers.{i}", self._rope, self._ops) for i, module in enumerate(modules)]
 
     def _load(self, params: Mapping[str, np.ndarray]) -> None:
-        for block in self._trained:
+        for block in self.trained:
             for group in block.groups:
                 group.load(params)
 
     def _selected(self, index: int, positions: np.ndarray) -> np.ndarray | None:
         """Return the positions whose output of a trained block is needed: the supervised ones after the last; None for
         all."""
-        return positions if index == len(self._trained) - 1 else None
+        return positions if index == len(self.trained) - 1 else None
 
     def _forward(
         self, inputs: np.ndarray, part: Partition, positions: np.ndarray, *, keep: bool
@@ -155,14 +155,14 @@ class Engine:
         Without `keep` each is overwritten after the next one.
         """
         x = self._frozen_forward(inputs[part.span], part) if inputs.ndim == 1 else inputs[part.span]
-        if not self._trained:
+        if not self.trained:
             x = x[positions]
         yield x
-        for i, block in enumerate(self._trained):
+        for i, block in enumerate(self.trained):
             selected = self._selected(i, positions)
             shape = x.shape if selected is None else (len(selected), x.shape[1])
             out = part.local.buffer(f"{i}.out", *shape) if keep else self._alternate(x, part, *shape)
-            block.forward(x, part, out, str(i) if keep and not self._grad_checkpoint else _REUSED, selected)
+            block.forward(x, part, out, str(i) if keep and not self.grad_checkpoint else _REUSED, selected)
             yield out
             x = out
 
@@ -170,7 +170,7 @@ class Engine:
         """Return the hidden states (n, d) after the embedding and the frozen blocks."""
         x = part.local.buffer("even", ids.size, self.embedding.shape[1])
         np.take(self.embedding, ids, axis=0, out=x)
-        for block in self._frozen:
+        for block in self.frozen:
             out = self._alternate(x, part, *x.shape)
             block.forward(x, part, out, _REUSED)
             x = out
@@ -183,7 +183,7 @@ class Engine:
         return part.local.buffer("odd", *shape) if np.may_share_memory(even, x) else even
 
 
-def _group_rows(lengths: list[int], max_positions: int) -> Iterator[slice]:
+def group_rows(lengths: list[int], max_positions: int) -> Iterator[slice]:
     """Yield slices of neighbouring rows with at most `max_positions` positions, or of one longer row."""
     start, count = 0, 0
     for row, length in enumerate(lengths):

@@ -124,7 +124,7 @@ class Partitioner:
     """Divides batches among the threads of one engine, and owns their buffers."""
 
     def __init__(self, threads: int) -> None:
-        self._team = ThreadTeam(threads)
+        self.threads, self._team = threads, ThreadTeam(threads)
         self.min_positions = 16
         """Fewest positions of a partition; smaller matrix products take more time per position."""
         self._shared, self._local = Workspace(), [Workspace() for _ in range(threads)]

@@ -11,8 +11,9 @@ import numpy as np
 
 from runner.backends.mlx.gradient_checkpointing import gradient_checkpointing
 from runner.backends.mlx.loss import ChunkedLoss
+from runner.backends.mlx.memory import checkpointed_step, step_memory
 from runner.backends.numeric_environment import common_environment
-from runner.backends.protocol import BackendBatch
+from runner.backends.protocol import BackendBatch, StepMemory
 from runner.models.lora import AdaptedModel, Params
 from runner.models.split_model import SplitModel
 
@@ -24,6 +25,7 @@ class MlxBackend:
     """Implements `runner.backends.protocol.Backend` for every model and device."""
 
     kernel_version = None
+    uses_host_memory = False
 
     def __init__(
         self,
@@ -75,6 +77,34 @@ class MlxBackend:
         self.split_model.reload_frozen_weights()
         hidden = self.split_model.run_frozen_blocks(mx.array(inputs))
         return np.array(hidden.view(_BITS.get(hidden.dtype, hidden.dtype)), copy=False)
+
+    def update_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
+        """Return the peak memory of `loss_and_grads`; a compiled step is taken for one that is not."""
+
+        def step(*arrays: Any) -> list[mx.array]:
+            if self._grad_checkpoint:
+                return checkpointed_step(self._adapted, self._loss, params, *arrays)
+            loss, grads = self._loss.loss_and_grads(self._adapted.place, params, *arrays)
+            return [loss, *grads.values()]
+
+        self._set_training(True)
+        self._adapted.dropout.set_key(mx.random.key(0))
+        try:
+            return step_memory(step, self._arrays(batch), self._adapted.model)
+        finally:
+            self._adapted.dropout.set_key(None)
+            self._adapted.place(params)
+
+    def evaluation_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
+        """Return the peak memory of `loss`."""
+        self._set_training(False)
+        self._adapted.place(params)
+        return step_memory(lambda *arrays: [self._loss(*arrays)], self._arrays(batch), self._adapted.model)
+
+    def frozen_memory(self, inputs: np.ndarray) -> StepMemory:
+        """Return the peak memory of `run_frozen_blocks`."""
+        run = self.split_model.run_frozen_blocks
+        return step_memory(lambda ids: [run(ids)], [mx.array(inputs)], self._adapted.model)
 
     def free_frozen_weights(self, reload: Callable[[], nn.Module]) -> int:
         """Free the weights of the frozen blocks and return their bytes."""

@@ -110,6 +110,25 @@ def load_gguf(path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None) -> Gg
     return GgufModel(model, config, gguf_tokenizer.wrap_tokenizer(tokenizer, header.metadata), notes)
 
 
+def gguf_shapes(
+    path: Path, *, keep_quantized: bool, dtype: mx.Dtype | None
+) -> tuple[nn.Module, dict[str, Any], mx.Dtype]:
+    """Return the model that `load_gguf` would, with parameters that are not computed, its config and its dtype.
+
+    Raises:
+        ModelError: as `load_gguf`, where the header shows it.
+    """
+    header = read_header(path)
+    family, config, _ = model_config(path, header, read_rope_factors(path, header))
+    names = _parameter_names(path, header, family, config)
+    model = _build_model(family, config, names)
+    if keep_quantized:
+        types = {target.removesuffix(".weight"): header.tensors[source].type_name for source, target in names.items()}
+        bits = {layer: int(name[1]) for layer, name in types.items() if name in AFFINE_TYPES}
+        nn.quantize(model, class_predicate=lambda name, _: _layer_config(bits[name]) if name in bits else False)
+    return model, config, dtype or _default_dtype(header, family)
+
+
 def _build_model(family: Family, config: dict[str, Any], names: Mapping[str, str]) -> nn.Module:
     """Return the model with parameters that are not computed yet; one whose class ties embeddings in `sanitize` too."""
     module = importlib.import_module(f"mlx_lm.models.{family.model_type}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from runner.backends.mlx_build import is_gpu_build
 from runner.common.cores import usable_cores
+from runner.common.memory import available_memory
 
 _SHARE_OF_MEMORY = 0.8
 _PROCESS_BYTES = 700_000_000
@@ -24,7 +24,7 @@ def jobs_that_fit(models: Iterable[str]) -> int:
     if is_gpu_build():
         return 1
     largest = max((_weight_bytes(model) for model in models), default=0)
-    by_memory = int(_SHARE_OF_MEMORY * _available_bytes() / (_PROCESS_BYTES + _FACTOR * largest))
+    by_memory = int(_SHARE_OF_MEMORY * available_memory() / (_PROCESS_BYTES + _FACTOR * largest))
     return max(1, min(usable_cores(), by_memory))
 
 
@@ -38,14 +38,3 @@ def _weight_bytes(model: str) -> int:
     if path.is_dir():
         return 2 * sum(file.stat().st_size for file in path.glob("model*.safetensors"))
     return 2_000_000_000  # on the hub: unknown before it is fetched
-
-
-def _available_bytes() -> int:
-    """Return the free memory in bytes; half of the machine's memory where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

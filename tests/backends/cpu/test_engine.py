@@ -12,7 +12,7 @@ from mlx_lm.models import llama, qwen2
 
 from runner.backends.cpu import kernels, native
 from runner.backends.cpu.backend import CpuBackend, packed
-from runner.backends.cpu.engine import Engine, _group_rows
+from runner.backends.cpu.engine import Engine, group_rows
 from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.linear import as_numpy
 from runner.backends.mlx.backend import MlxBackend
@@ -292,7 +292,7 @@ def test_validation_loss_of_more_rows_than_are_computed_at_once_equals_that_of_m
     engine = Engine(adapted_model.model, threads=2, chunk=256, ops=ops)
     result = evaluate(CpuBackend(engine, forward), adapted_model.params(), batches)
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
-    groups = _group_rows([150, 40, 260, 90, 500, 3, 381, 4], 384)
+    groups = group_rows([150, 40, 260, 90, 500, 3, 381, 4], 384)
     assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 8)]
 
 

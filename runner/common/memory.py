@@ -34,7 +34,9 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         if hierarchy != "0" and "memory" not in controllers.split(","):
             continue
         base = mount if hierarchy == "0" else mount / "memory"
-        names = ("memory.max", "memory.current") if hierarchy == "0" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        names = (
+            ("memory.max", "memory.current") if hierarchy == "0" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
         relative = Path(group.lstrip("/"))
         for folder in [relative, *relative.parents]:  # inside a container the path may be one of the host's
             limit, used = (_number(base / folder / name) for name in names)
@@ -54,4 +56,12 @@ def _cached_files(file: Path) -> int:
         values = dict(line.split() for line in file.read_text().splitlines())
         return int(values.get("inactive_file", values.get("total_inactive_file", 0)))
     except (OSError, ValueError):
+        return 0
+
+
+def resident_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory that this process has; 0 where the system does not say."""
+    try:
+        return int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
         return 0

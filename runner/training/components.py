@@ -63,7 +63,7 @@ def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, st
     adapted = AdaptedModel(base, config.lora, config.seed, model_path=spec.stored["model"]["path"])
     try:
         _describe(config, data, adapted, display)
-        backend = select_backend(adapted, config, _longest_row(data))
+        backend = select_backend(adapted, config, longest_row(data))
         if backend.fallback_reason:
             display.line(backend.fallback_reason)
         caches = loader.hidden_caches(backend, base, config, display.line)
@@ -120,7 +120,7 @@ def _require_splits(config: Config, data: TokenizedDataset) -> None:
         raise ConfigError(f"data.metric_rows={config.data.metric_rows}: the data has no {split} rows to answer.")
 
 
-def _longest_row(data: TokenizedDataset) -> int | None:
+def longest_row(data: TokenizedDataset) -> int | None:
     """Return the tokens of the longest row of any split; None without rows."""
     return max((int(split.lengths.max()) for split in (data.train, data.valid, data.test) if len(split)), default=None)
 

@@ -99,7 +99,7 @@ class MlxBackend:
         """Return the peak memory of `loss`."""
         self._set_training(False)
         self._adapted.place(params)
-        return step_memory(lambda *arrays: [self._loss(*arrays)], self._arrays(batch), self._adapted.model)
+        return step_memory(self._loss.until_first_evaluation, self._arrays(batch), self._adapted.model)
 
     def frozen_memory(self, inputs: np.ndarray) -> StepMemory:
         """Return the peak memory of `run_frozen_blocks`."""

@@ -41,10 +41,18 @@ class ChunkedLoss:
         total = mx.array(0.0)
         hidden = self._selected(inputs, states, positions)
         for start in range(0, len(targets), self.chunk):
-            part = slice(start, start + self.chunk)
-            total = total + cross_entropy(self.split_model.head(hidden[part]), targets[part], weights[part])
+            total = total + self._chunk_loss(hidden, targets, weights, start)
             mx.eval(total)  # nothing is differentiated here, so the chunk's logits are freed
         return total
+
+    def until_first_evaluation(
+        self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array
+    ) -> list[mx.array]:
+        """Return what the loss without gradients evaluates first, at which its memory is at its peak."""
+        if not self._chunked:
+            return [self._in_one(inputs, states, positions, targets, weights)]
+        hidden = self._selected(inputs, states, positions)
+        return [self._chunk_loss(hidden, targets, weights, 0), hidden]
 
     def loss_and_grads(
         self,
@@ -81,6 +89,10 @@ class ChunkedLoss:
     def _selected(self, inputs: mx.array, states: mx.array | None, positions: mx.array) -> mx.array:
         hidden = self.split_model.hidden(inputs, states)
         return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+    def _chunk_loss(self, hidden: mx.array, targets: mx.array, weights: mx.array, start: int) -> mx.array:
+        part = slice(start, start + self.chunk)
+        return cross_entropy(self.split_model.head(hidden[part]), targets[part], weights[part])
 
     def _in_one(
         self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array

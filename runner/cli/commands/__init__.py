@@ -14,6 +14,7 @@ COMMANDS = {
     "show": "show a run or sweep: settings, curves, checkpoints, what to type next",
     "verify": "check that every byte is what was saved; --replay also trains again",
     "data": "report on a data set before training: lengths, what is cut and supervised, duplicates",
+    "plan": "estimate a run before it starts: memory, time, disk; --fit finds the batch size that fits",
     "test": "measure loss, perplexity and the data set's metric on the test split",
     "generate": "answer a prompt with a run's adapter; --compare-base also without it",
     "export": "write a run as an mlx-lm adapter folder or as a fused model",

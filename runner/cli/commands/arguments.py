@@ -8,7 +8,9 @@ from argparse import Namespace
 from typing import Any
 
 from runner.cli.commands import COMMANDS, CommandParser
+from runner.common.errors import ConfigError
 from runner.common.text import printable
+from runner.config.schema import Config
 
 _OVERRIDES_HELP = (
     "settings to change, key=value: data=NAME, data.path=…, model.path=…, model.dtype=…, train.batch_size=…"
@@ -35,6 +37,24 @@ class AdapterParser(CommandParser):
         if "--" in argv or any(argument in ("-h", "--help") for argument in argv):
             return self.parse_args(argv)
         return self.parse_intermixed_args(argv)
+
+
+def compose_run(command: str, overrides: list[str]) -> Config:
+    """Return the config of the run that `overrides` describe, for a command that only looks at it.
+
+    Raises:
+        RunnerError: a wrong override, or not those of one new run.
+    """
+    from runner.cli.overrides import parse_arguments
+
+    invocation = parse_arguments(overrides)
+    if invocation.multirun or invocation.resume:
+        raise ConfigError(f"runner {command} takes the settings of one new run: no -m and no resume=.")
+    from runner.app import compose
+    from runner.app.resolve import resolve_config
+
+    with compose.open_session(invocation) as session:
+        return resolve_config(compose.without_hydra(session.compose()))
 
 
 def print_note(line: str) -> None:

@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv) if has_help else parser.parse_intermixed_args(argv)
     if options.rows < 0:
         raise ConfigError(f"--rows {options.rows} is invalid: must be 0 or more.")
-    config = _compose(options.overrides)
+    config = arguments.compose_run("data", options.overrides)
     from runner.data.formats import EncodeOptions
     from runner.data.report import data_report
     from runner.data.source import find_sources
@@ -56,19 +56,6 @@ def run(argv: list[str]) -> int:
     for shown in report["rows"]:
         _print_row(shown, data.decode)
     return 0
-
-
-def _compose(overrides: list[str]) -> Config:
-    from runner.cli.overrides import parse_arguments
-
-    invocation = parse_arguments(overrides)
-    if invocation.multirun or invocation.resume:
-        raise ConfigError("runner data takes the settings of one new run: no -m and no resume=.")
-    from runner.app import compose
-    from runner.app.resolve import resolve_config
-
-    with compose.open_session(invocation) as session:
-        return resolve_config(compose.without_hydra(session.compose()))
 
 
 def _lines(report: dict[str, Any], config: Config) -> list[str]:

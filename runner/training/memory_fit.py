@@ -1,0 +1,168 @@
+"""Settings with which a run fits into memory, and what each of them brings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runner.common.errors import RunnerError
+from runner.config.schema import Config
+from runner.data.token_set import TokenSet
+from runner.data.tokenize import TokenizedDataset
+from runner.models.device import on_cpu
+from runner.training.memory_estimate import (
+    PlannedModel,
+    device_limit,
+    estimate_memory,
+    needed,
+    plan_model,
+)
+
+_SHARE_THAT_SURELY_FITS = 0.5
+
+
+@dataclass(frozen=True)
+class Option:
+    """Overrides, and the bytes that the run needs with them."""
+
+    overrides: dict[str, Any]
+    needed: int
+
+    def text(self) -> str:
+        """Return the overrides as they are typed."""
+        return " ".join(
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in self.overrides.items()
+        )
+
+
+def memory_warning(config: Config, data: TokenizedDataset, planned: PlannedModel) -> str | None:
+    """Return what a run is told that probably does not fit, with the setting that helps most; None where it fits."""
+    limit, what = device_limit()
+    if _surely_fits(config, data, planned, limit):
+        return None
+    need = needed(estimate_memory(config, data, planned))
+    if need <= limit:
+        return None
+    text = f"memory {need / 1e9:.1f} GB are needed at the peak, by estimate, and {limit / 1e9:.1f} GB is {what}"
+    options = options_that_help(config, data)
+    if options and options[0].needed < need:
+        text += f"; {options[0].text()} brings it to {options[0].needed / 1e9:.1f} GB"
+    return f"{text} (runner plan shows the parts, runner plan --fit what fits)"
+
+
+def options_that_help(config: Config, data: TokenizedDataset) -> list[Option]:
+    """Return single changes, the one that saves most first."""
+    found = []
+    for overrides in _changes(config, data):
+        try:
+            changed = with_overrides(config, overrides)
+            found.append(
+                Option(overrides, needed(estimate_memory(changed, _cut(data, overrides), plan_model(changed))))
+            )
+        except RunnerError:  # not possible with this model
+            continue
+    return sorted(found, key=lambda option: option.needed)
+
+
+def fit(config: Config, data: TokenizedDataset) -> Option | None:
+    """Return the overrides with which the run fits and is fastest; None if nothing here makes it fit.
+
+    Without gradient checkpointing if possible, which takes 1.4 times the time, then the largest micro-batch. The rows of
+    an update, `batch_size` times `grad_accumulation`, are kept.
+    """
+    limit, _ = device_limit()
+    rows = config.train.batch_size * config.train.grad_accumulation
+    for checkpointing in (False, True):
+        for size in (size for size in range(rows, 0, -1) if rows % size == 0):
+            overrides: dict[str, Any] = {
+                "train.batch_size": size,
+                "train.grad_accumulation": rows // size,
+                "train.grad_checkpoint": checkpointing,
+            }
+            changed = with_overrides(config, overrides)
+            try:
+                need = needed(estimate_memory(changed, data, plan_model(changed)))
+            except RunnerError:
+                break
+            if need <= limit:
+                return Option(overrides, need)
+    return None
+
+
+def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
+    """Return `config` with the settings of these dotted names changed."""
+    changed = copy.deepcopy(config)
+    for name, value in overrides.items():
+        *path, last = name.split(".")
+        section: Any = changed
+        for part in path:
+            section = getattr(section, part)
+        setattr(section, last, value)
+    return changed
+
+
+def _changes(config: Config, data: TokenizedDataset) -> Iterator[dict[str, Any]]:
+    t, longest = config.train, int(data.train.lengths.max())
+    if not t.grad_checkpoint:
+        yield {"train.grad_checkpoint": True}
+    if t.batch_size % 2 == 0:
+        half = t.batch_size // 2
+        yield {"train.batch_size": half, "train.grad_accumulation": t.grad_accumulation * 2}
+    if t.head == "all":
+        yield {"train.head": "supervised"}
+    if not t.hidden_cache.enabled:
+        yield {"train.hidden_cache.enabled": True}
+    if not on_cpu() and config.model.quantize.bits is None:
+        yield {"model.quantize.bits": 4}
+    if longest > 256:
+        yield {"data.max_length": longest // 2}
+    if config.lora.num_layers != 1:
+        blocks = config.lora.num_layers
+        yield {"lora.num_layers": max(1, blocks // 2) if blocks > 0 else 8}
+
+
+def _cut(data: TokenizedDataset, overrides: dict[str, Any]) -> TokenizedDataset:
+    """Return the data as data.max_length of `overrides` would cut it."""
+    length = overrides.get("data.max_length")
+    if length is None:
+        return data
+    changed = copy.copy(data)
+    for split in ("train", "valid"):
+        object.__setattr__(changed, split, _cut_rows(getattr(data, split), length))
+    return changed
+
+
+def _cut_rows(token_set: TokenSet, length: int) -> TokenSet:
+    kept = np.minimum(token_set.lengths, length)
+    positions = np.arange(len(token_set.tokens)) - np.repeat(token_set.offsets[:-1], token_set.lengths)
+    inside = positions < length
+    offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+    return TokenSet(token_set.tokens[inside], token_set.supervised[inside], offsets, token_set.lines)
+
+
+def _surely_fits(config: Config, data: TokenizedDataset, planned: PlannedModel, limit: int) -> bool:
+    """Return whether a rough bound, which takes no time, is far below the limit.
+
+    For each position, twice the inputs and outputs of every matrix of the trained blocks; the scores of attention, as
+    where no fused kernel computes them; and several copies of the logits.
+    """
+    from mlx.utils import tree_flatten
+
+    model, t = planned.adapted.model, config.train
+    arrays = tree_flatten(model.parameters())
+    weights = sum(array.nbytes for _, array in arrays)
+    if not len(data.train):
+        return True
+    longest = int(data.train.lengths.max())
+    positions = max(t.batch_size * longest, t.eval_tokens)
+    widths = sum(sum(a.shape[-2:]) for block in model.layers for _, a in tree_flatten(block.parameters()) if a.ndim > 1)
+    heads = max(sum(a.shape[-2:]) for _, a in tree_flatten(model.layers[-1].parameters())) // 64
+    vocabulary = max(max(a.shape) for _, a in arrays)
+    logits = vocabulary * (positions if t.head == "all" else t.loss_chunk) * 4 * 8
+    bound = weights * 1.5 + 8 * positions * widths + positions * longest * heads * 16 * len(model.layers) + logits
+    return bound < _SHARE_THAT_SURELY_FITS * limit

@@ -81,6 +81,7 @@ FREE: dict[str, Any] = {
     "train.early_stopping.min_delta": 0.1,
     "train.cache_limit_gb": 1.0,
     "train.grad_checkpoint": True,
+    "train.rows_at_once": 1,
     "train.compile": "never",
     "checkpoint.every": 1,
     "checkpoint.every_minutes": 60.0,

@@ -268,6 +268,9 @@ class TrainConfig:
     """Number of rows in a micro-batch."""
     grad_accumulation: int = setting(1, at_least=1)
     """Number of micro-batches per update, weighted by their supervised tokens."""
+    rows_at_once: int | None = setting(None, at_least=1, on_resume=FREE)
+    """Rows of a micro-batch to compute at a time, for less memory; null computes all. The gradients of its parts are
+    summed, so that an update is the same but for rounding, and for the masks of lora.dropout."""
     grad_clip: float | None = setting(None, above=0)
     """Maximum norm of the gradient; null does not clip."""
     grad_checkpoint: bool = setting(False, on_resume=FREE)

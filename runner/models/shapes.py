@@ -23,8 +23,8 @@ def load_shapes(config: schema.ModelConfig) -> tuple[BaseModel, bool]:
     """Return the base model that `config` names, with weights that are one zero each, and whether its weights are here.
 
     Read are the header of a GGUF file, the headers of safetensors files, or a config.json alone, in a folder or in the
-    hub's cache; nothing is downloaded. Without weights, every layer that can be quantized is taken to be, if config.json
-    says that the model is quantized.
+    hub's cache; nothing is downloaded. If a config.json alone says that the model is quantized, every layer that can be
+    quantized is taken to be.
 
     Raises:
         ModelError: there is no config of this model here, or it is not supported.
@@ -51,7 +51,7 @@ def _read(config: schema.ModelConfig) -> tuple[BaseModel, bool]:
     if path == "builtin:tiny":
         from runner.models import tiny
 
-        return BaseModel(_build(dict(tiny.CONFIG)), None, dict(tiny.CONFIG), path), True  # type: ignore[arg-type]
+        return BaseModel(_build(dict(tiny.CONFIG)), None, dict(tiny.CONFIG), path), True
     if path.startswith("builtin:") or path.endswith(".gguf"):
         return _read_gguf(_gguf_file(path), config), True
     folder = _config_folder(path, config.revision)
@@ -64,7 +64,7 @@ def _read(config: schema.ModelConfig) -> tuple[BaseModel, bool]:
         _quantize(model, quantization, path)
     elif (stored := getattr(mx, str(model_config.get("torch_dtype") or model_config.get("dtype")), None)) is not None:
         model.update(tree_map(lambda a: a.astype(stored), model.parameters()))
-    return BaseModel(model, None, model_config, path), False  # type: ignore[arg-type]
+    return BaseModel(model, None, model_config, path), False
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
@@ -94,7 +94,7 @@ def _read_gguf(file: Path, config: schema.ModelConfig) -> BaseModel:
     model, model_config, dtype = gguf_shapes(file, keep_quantized=not dequantize, dtype=dtype)
     quantized = {id(a) for m in model.modules() if "scales" in m for k, a in m.items() if k == "weight"}
     model.update(tree_map(lambda a: a if id(a) in quantized else a.astype(dtype), model.parameters()))
-    return BaseModel(model, None, model_config, config.path)  # type: ignore[arg-type]
+    return BaseModel(model, None, model_config, config.path)
 
 
 def _config_folder(path: str, revision: str | None) -> Path:

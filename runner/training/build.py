@@ -146,7 +146,7 @@ def build_trainer(
         components=components,
         state=state,
         order=order,
-        batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch),
+        batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch, train.rows_at_once),
         valid_batches=evaluation_loader(data.valid, config, components.caches),
         train_step=TrainStep(components.backend, grad_clip=train.grad_clip),
         writer=writer,

@@ -84,9 +84,18 @@ class EvaluationLoader:
 class PrefetchingLoader:
     """The micro-batches of the updates in their order; a thread prepares those of the next update."""
 
-    def __init__(self, builder: BatchBuilder, order: BatchOrder, accumulation: int, prefetch: bool = True) -> None:
-        """`accumulation`: micro-batches an update. Without `prefetch` they are prepared when they are asked for."""
+    def __init__(
+        self,
+        builder: BatchBuilder,
+        order: BatchOrder,
+        accumulation: int,
+        prefetch: bool = True,
+        rows_at_once: int | None = None,
+    ) -> None:
+        """`accumulation`: micro-batches an update; `rows_at_once`: as in `split_rows`. Without `prefetch` they are
+        prepared when they are asked for."""
         self._builder, self._order, self._accumulation = builder, order, accumulation
+        self._rows_at_once = rows_at_once
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
         self._next: tuple[DataPosition, Future[tuple[list[_PreparedBatch], DataPosition]]] | None = None
 
@@ -109,7 +118,13 @@ class PrefetchingLoader:
 
     def _prepare(self, position: DataPosition) -> tuple[list[_PreparedBatch], DataPosition]:
         batches, after = self._order.next_batches(position, self._accumulation)
-        return [self._builder.prepare(indices) for indices in batches], after
+        parts = [part for rows in batches for part in split_rows(rows, self._rows_at_once)]
+        return [self._builder.prepare(part) for part in parts], after
+
+
+def split_rows(rows: np.ndarray, at_once: int | None) -> list[np.ndarray]:
+    """Return the rows of a micro-batch in parts of at most `at_once` rows; in one where it is None."""
+    return [rows] if at_once is None else [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
 
 def batch_builder(token_set: TokenSet, config: Config, caches: HiddenStateCaches | None) -> BatchBuilder:

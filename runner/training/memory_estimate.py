@@ -15,6 +15,7 @@ What is alive at the peak:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -34,7 +35,7 @@ from runner.data.tokenize import TokenizedDataset
 from runner.models.device import on_cpu
 from runner.models.lora import AdaptedModel
 from runner.models.shapes import load_shapes
-from runner.training.dataloader import join_batches
+from runner.training.dataloader import join_batches, split_rows
 from runner.training.epochs import updates_of
 from runner.training.memory import default_cache_limit
 
@@ -115,8 +116,9 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
     adapter = sum(array.nbytes for array in params.values())
     everything = sum(array.nbytes for _, array in tree_flatten(adapted.model.parameters()))
     moments = 1 if config.optimizer.name == "sgd" else 2
-    # The sum of the gradients stays while the next micro-batch is computed.
-    while_computing = adapter * (1 + moments + (config.train.grad_accumulation > 1))
+    # The sum of the gradients stays while the next micro-batch, or its next part, is computed.
+    sums = config.train.grad_accumulation > 1 or (config.train.rows_at_once or math.inf) < config.train.batch_size
+    while_computing = adapter * (1 + moments + sums)
     # Old and new weights and moments, the gradients and their mean, as vectors.
     while_updating = adapter * (4 + 2 * moments)
     step = max(_steps(config, data, planned), key=lambda step: step.total, default=StepMemory(0, 0))
@@ -204,7 +206,7 @@ def _steps(config: Config, data: TokenizedDataset, planned: PlannedModel) -> Ite
                 hidden = np.zeros(shape, _hidden_dtype(backend))
             yield compute(params, BackendBatch(batch, hidden))
     if backend.split_model.frozen_blocks:
-        rows = 1 if on_cpu() else config.train.batch_size
+        rows = 1 if on_cpu() else min(config.train.batch_size, config.train.rows_at_once or config.train.batch_size)
         yield backend.frozen_memory(np.zeros((rows, int(data.train.lengths.max())), np.int32))
 
 
@@ -219,6 +221,7 @@ def _largest_batches(config: Config, order: BatchOrder, iters: int) -> list[np.n
     for epoch in range(epochs):
         batches = order.next_batches(DataPosition(epoch), min(order.batches_per_epoch, count))[0]
         count -= len(batches)
+        batches = [part for rows in batches for part in split_rows(rows, config.train.rows_at_once)]
         sizes = np.array([len(batch) for batch in batches])
         starts = np.cumsum(sizes) - sizes
         lengths = order.lengths[np.concatenate(batches)]
@@ -265,7 +268,6 @@ def _hidden_bytes(config: Config, data: TokenizedDataset, backend: Backend) -> i
     if not split_model.frozen_blocks:
         return 0
     cached = hidden_state_bytes(backend, data.train) + hidden_state_bytes(backend, data.valid)
-    a_batch = (
-        t.batch_size * int(data.train.lengths.max()) * split_model.hidden_size * int(split_model.hidden_dtype.size)
-    )
+    a_position = split_model.hidden_size * int(split_model.hidden_dtype.size)
+    a_batch = t.batch_size * int(data.train.lengths.max()) * a_position
     return min(int(t.hidden_cache.memory_gb * 1e9), cached) + (1 + t.prefetch) * t.grad_accumulation * a_batch

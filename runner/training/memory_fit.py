@@ -70,28 +70,33 @@ def options_that_help(config: Config, data: TokenizedDataset) -> list[Option]:
 
 
 def fit(config: Config, data: TokenizedDataset) -> Option | None:
-    """Return the overrides with which the run fits and is fastest; None if nothing here makes it fit.
+    """Return the overrides with which the run fits and is fastest, none where it is so already; None if nothing fits.
 
-    Without gradient checkpointing if possible, which takes 1.4 times the time, then the largest micro-batch. The rows of
-    an update, `batch_size` times `grad_accumulation`, are kept.
+    Without gradient checkpointing if possible, which takes 1.4 times the time, then as many rows at once as fit. The
+    batches and updates stay the same, and with them the result.
     """
     limit, _ = device_limit()
-    rows = config.train.batch_size * config.train.grad_accumulation
+    t = config.train
     for checkpointing in (False, True):
-        for size in (size for size in range(rows, 0, -1) if rows % size == 0):
+        for rows in _fractions(t.batch_size):
             overrides: dict[str, Any] = {
-                "train.batch_size": size,
-                "train.grad_accumulation": rows // size,
                 "train.grad_checkpoint": checkpointing,
+                "train.rows_at_once": None if rows == t.batch_size else rows,
             }
             changed = with_overrides(config, overrides)
             try:
                 need = needed(estimate_memory(changed, data, plan_model(changed)))
-            except RunnerError:
+            except RunnerError:  # this model's blocks cannot be recomputed
                 break
             if need <= limit:
-                return Option(overrides, need)
+                same = {"train.grad_checkpoint": t.grad_checkpoint, "train.rows_at_once": t.rows_at_once}
+                return Option({name: value for name, value in overrides.items() if value != same[name]}, need)
     return None
+
+
+def _fractions(batch_size: int) -> list[int]:
+    """Return the sizes of the parts of a micro-batch, the largest first: those that make one part more each time."""
+    return list(dict.fromkeys(-(-batch_size // parts) for parts in range(1, batch_size + 1)))
 
 
 def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
@@ -110,9 +115,8 @@ def _changes(config: Config, data: TokenizedDataset) -> Iterator[dict[str, Any]]
     t, longest = config.train, int(data.train.lengths.max())
     if not t.grad_checkpoint:
         yield {"train.grad_checkpoint": True}
-    if t.batch_size % 2 == 0:
-        half = t.batch_size // 2
-        yield {"train.batch_size": half, "train.grad_accumulation": t.grad_accumulation * 2}
+    if (rows := t.rows_at_once or t.batch_size) > 1:
+        yield {"train.rows_at_once": -(-rows // 2)}
     if t.head == "all":
         yield {"train.head": "supervised"}
     if not t.hidden_cache.enabled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from runner.common.cache_dir import cache_dir
 from runner.common.errors import ModelError
 from runner.config.schema import Config
 from runner.data.formats import EncodeOptions
+from runner.data.lazy_tokenizer import resolve_tokenizer
 from runner.data.order import evaluation_batches
 from runner.data.source import find_sources
 from runner.data.token_cache import open_token_cache
@@ -51,7 +53,7 @@ def load_planned_data(config: Config, *, has_weights: bool = True) -> tuple[Toke
     try:
         tokenizer = load_tokenizer_only(config.model)
         if not has_weights:
-            tokenizer.vocab_size  # loads it  # noqa: B018
+            resolve_tokenizer(tokenizer)
     except ModelError:
         if has_weights:
             raise
@@ -145,7 +147,7 @@ def _tokens_an_epoch(data: TokenizedDataset) -> float:
     if data.mixture is None:
         return float(counts.sum())
     starts = np.cumsum([0, *data.mixture.sizes])
-    means = [counts[a:b].mean() if b > a else 0.0 for a, b in zip(starts, starts[1:], strict=False)]
+    means = [counts[a:b].mean() if b > a else 0.0 for a, b in pairwise(starts)]
     return float(sum(n * mean for n, mean in zip(data.mixture.counts, means, strict=True)))
 
 
@@ -199,6 +201,5 @@ def _disk(config: Config, data: TokenizedDataset, planned: PlannedModel, assumed
 
 
 def _existing(folder: Path) -> Path:
-    return next(
-        path for path in (folder.expanduser().absolute(), *folder.expanduser().absolute().parents) if path.exists()
-    )
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -15,7 +15,7 @@ from runner.data.tokenize import TokenizedDataset
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
 from runner.training.components import longest_row
-from runner.training.dataloader import batch_builder, evaluation_loader
+from runner.training.dataloader import batch_builder, evaluation_loader, split_rows
 from runner.training.memory_estimate import batch_order
 from runner.training.optimizer import build_optimizer
 from runner.training.train_state import TrainState
@@ -62,7 +62,7 @@ def measure_speed(config: Config, data: TokenizedDataset) -> Speed:
     while count < _UPDATES and (count < 1 or time.perf_counter() - start < _SECONDS):
         indices, position = order.next_batches(position, config.train.grad_accumulation)
         begin = time.perf_counter()
-        batches = [builder(rows) for rows in indices]
+        batches = [builder(part) for rows in indices for part in split_rows(rows, config.train.rows_at_once)]
         middle = time.perf_counter()
         step.update(state, batches, config.optimizer.learning_rate)
         if count >= 0:

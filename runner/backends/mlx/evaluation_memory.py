@@ -117,18 +117,15 @@ class _Evaluation:
         kept = [array.name for array in graph.outputs]
         for array in graph.inputs:
             self._arrays[array.name] = _Array(array.shape, array.itemsize, self._input_buffer(array, freed))
-        for name in kept:
-            if name in self._arrays:
-                self._arrays[name].uses += 1
         self._uses: dict[str, int] = {}
         for op in self._order:
             for array in op.inputs:
                 self._uses[array.name] = self._uses.get(array.name, 0) + 1
         for name in kept:
             self._uses[name] = self._uses.get(name, 0) + 1
-        for name, array in self._arrays.items():
-            array.uses = self._uses.get(name, 0) + (name not in freed)
-            array.buffer.holders += 1
+        for name, known in self._arrays.items():
+            known.uses = self._uses.get(name, 0) + (name not in freed)
+            known.buffer.holders += 1
 
     def run(self) -> EvaluationPeak:
         for op in self._order:
@@ -253,58 +250,10 @@ class _Evaluation:
 _SAME = frozenset({"Copy", "StopGradient", "View"})
 _RESHAPES = frozenset({"Reshape", "Flatten", "Unflatten"})
 _ELEMENTWISE = frozenset(
-    [
-        "Abs",
-        "Add",
-        "ArcCos",
-        "ArcCosh",
-        "ArcSin",
-        "ArcSinh",
-        "ArcTan",
-        "ArcTan2",
-        "ArcTanh",
-        "AsType",
-        "BitwiseBinary",
-        "BitwiseInvert",
-        "Ceil",
-        "Cos",
-        "Cosh",
-        "Divide",
-        "Equal",
-        "Erf",
-        "ErfInv",
-        "Exp",
-        "Expm1",
-        "Floor",
-        "Greater",
-        "GreaterEqual",
-        "Less",
-        "LessEqual",
-        "Log",
-        "Log1p",
-        "LogAddExp",
-        "LogicalAnd",
-        "LogicalNot",
-        "LogicalOr",
-        "Maximum",
-        "Minimum",
-        "Multiply",
-        "Negative",
-        "NotEqual",
-        "Power",
-        "Remainder",
-        "Round",
-        "Select",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Sinh",
-        "Sqrt",
-        "Square",
-        "Subtract",
-        "Tan",
-        "Tanh",
-    ]
+    """Abs Add ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseBinary BitwiseInvert Ceil Cos Cosh
+    Divide Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual Less LessEqual Log Log1p LogAddExp LogicalAnd LogicalNot
+    LogicalOr Maximum Minimum Multiply Negative NotEqual Power Remainder Round Select Sigmoid Sign Sin Sinh Sqrt Square
+    Subtract Tan Tanh""".split()  # noqa: SIM905
 )
 _COPYING = frozenset({"SliceUpdate", "DynamicSliceUpdate", "Scatter", "ScatterAxis"})
 """They copy their first input, or write into it if it is theirs."""
@@ -333,8 +282,8 @@ def _as_view(op: Operation, array: _Array, out: TracedArray) -> _Array | None:
         kept = iter([s for s, size in zip(array.strides, array.shape, strict=True) if size != 1])
         return _view(array, out.shape, tuple(next(kept) if size != 1 else 1 for size in out.shape), array)
     if name in _RESHAPES:
-        strides = _reshaped_strides(array, out.shape)
-        return None if strides is None else _view(array, out.shape, strides, array)
+        reshaped = _reshaped_strides(array, out.shape)
+        return None if reshaped is None else _view(array, out.shape, reshaped, array)
     if name == "Slice":
         steps = op.arguments[2] if len(op.arguments) > 2 else [1] * len(out.shape)
         strides = tuple(stride * step for stride, step in zip(array.strides, steps, strict=True))

@@ -1,4 +1,4 @@
-"""The peak memory of a step of the MLX backend, from the graph of the step itself: any model, any device, no formula."""
+"""The peak memory of a step of the MLX backend, from the graph of the step itself, so of any model on any device."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def checkpointed_step(
     with stand_in(blocks, call):
         zeros = mx.zeros(last.shape, last.dtype)
         total, grads = loss.loss_and_grads(added.update, {"grad": zeros}, inputs, *batch)
-    grad, results = grads["grad"], {}
+    grad = grads["grad"]
+    results: Params = {}
     for index, (own_call, args, kwargs, output) in reversed(calls.items()):
         block = blocks[index]
         names, values = zip(*tree_flatten(block.trainable_parameters()), strict=True)

@@ -28,7 +28,9 @@ def run(argv: list[str]) -> int:
         RunnerError: a wrong argument, or a model or data that cannot be used.
     """
     parser = CommandParser(prog="runner plan", description=COMMANDS["plan"])
-    parser.add_argument("--fit", action="store_true", help="find the largest micro-batch that fits into memory")
+    parser.add_argument(
+        "--fit", action="store_true", help="find the most rows at once that fit into memory, with the same result"
+    )
     parser.add_argument("--no-probe", action="store_true", help="do not measure the time of a few updates")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings as for a run")
@@ -135,8 +137,11 @@ def _disk_lines(disk: dict[str, Any]) -> list[str]:
 
 def _fit_lines(found: dict[str, Any] | None, config: Config) -> list[str]:
     if found is None:
-        return ["fit     no micro-batch fits, not even one row with checkpointing: a smaller model or data.max_length"]
-    return [f"fit     {found['overrides']}", f"  needs {found['needed'] / _GB:.2f} GB"]
+        return ["fit     not even one row at once with checkpointing: choose a smaller model or data.max_length"]
+    lines = [f"fit     {found['overrides'] or 'as it is'}: {found['needed'] / _GB:.2f} GB"]
+    if "rows_at_once" in found["overrides"] and config.lora.dropout > 0:
+        lines.append("  the masks of lora.dropout are drawn for each part: the result is as good, but not the same")
+    return lines
 
 
 def _duration(seconds: float) -> str:

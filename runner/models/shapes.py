@@ -64,7 +64,7 @@ def _read(config: schema.ModelConfig) -> tuple[BaseModel, bool]:
         _quantize(model, quantization, path)
     elif (stored := getattr(mx, str(model_config.get("torch_dtype") or model_config.get("dtype")), None)) is not None:
         model.update(tree_map(lambda a: a.astype(stored), model.parameters()))
-    return BaseModel(model, None, model_config, path), False
+    return BaseModel(model, None, model_config, path, folder=folder), False
 
 
 def _build(config: dict[str, Any]) -> nn.Module:

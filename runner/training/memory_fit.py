@@ -41,11 +41,14 @@ class Option:
 
 
 def memory_warning(config: Config, data: TokenizedDataset, planned: PlannedModel) -> str | None:
-    """Return what a run is told that probably does not fit, with the setting that helps most; None where it fits."""
+    """Return the warning of a run that probably does not fit, with the setting that helps most; None where it fits."""
     limit, what = device_limit()
     if _surely_fits(config, data, planned, limit):
         return None
-    need = needed(estimate_memory(config, data, planned))
+    try:
+        need = needed(estimate_memory(config, data, planned))
+    except RunnerError:  # no reason not to train
+        return None
     if need <= limit:
         return None
     text = f"memory {need / 1e9:.1f} GB are needed at the peak, by estimate, and {limit / 1e9:.1f} GB is {what}"

@@ -23,6 +23,8 @@ from runner.training.component_loader import ComponentLoader
 from runner.training.components import free_frozen_weights, load_components
 from runner.training.finalize import finalize, finish_backup
 from runner.training.memory import memory_limits, memory_usage
+from runner.training.memory_estimate import PlannedModel
+from runner.training.memory_fit import memory_warning
 from runner.training.resume import find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
@@ -72,6 +74,9 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
                 display.set_iters(spec.config.train.iters)
             components = load_components(spec, loader, display, stops)
         stack.callback(components.adapted.remove)
+        loaded = PlannedModel(components.adapted, components.backend)
+        if warning := memory_warning(spec.config, components.data, loaded):
+            display.line(warning, "yellow")
         if spec.config.train.epochs is not None:
             display.line(epochs.describe(spec.config, len(components.data.train)))
         if components.data.dated:

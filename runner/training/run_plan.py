@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from runner.common.cache_dir import cache_dir
-from runner.common.errors import ModelError
 from runner.config.schema import Config
 from runner.data.formats import EncodeOptions
-from runner.data.lazy_tokenizer import resolve_tokenizer
 from runner.data.order import evaluation_batches
 from runner.data.source import find_sources
 from runner.data.token_cache import open_token_cache
@@ -33,15 +31,13 @@ from runner.training.memory_estimate import (
 )
 from runner.training.time_probe import Speed
 
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "*.tiktoken")
 _STATE_BYTES = 30_000
 """Of a checkpoint's files beside the adapter and the optimizer's state."""
 
 
-def load_planned_data(config: Config, *, has_weights: bool = True) -> tuple[TokenizedDataset, str | None]:
+def load_planned_data(config: Config, planned: PlannedModel) -> tuple[TokenizedDataset, str | None]:
     """Return the data of the run, tokenized as for training, or rows of data.max_length where the tokenizer is missing.
-
-    Args:
-        has_weights: whether the model is here; one of which only the config is may lack its tokenizer.
 
     Returns:
         the data, and what was assumed; None where it is the run's own.
@@ -50,19 +46,13 @@ def load_planned_data(config: Config, *, has_weights: bool = True) -> tuple[Toke
         RunnerError: the data or the tokenizer cannot be used.
     """
     options = EncodeOptions.from_config(config.data)
-    try:
-        tokenizer = load_tokenizer_only(config.model)
-        if not has_weights:
-            resolve_tokenizer(tokenizer)
-    except ModelError:
-        if has_weights:
-            raise
-        return _assumed_data(
-            config, options
-        ), f"the tokenizer is not here: every row is taken for {config.data.max_length} tokens"
+    folder = planned.adapted.base.folder
+    if not planned.has_weights and folder and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        assumption = f"the tokenizer is not here: every row is taken for {config.data.max_length} tokens"
+        return _assumed_data(config, options), assumption
     data = load_sources(
         find_sources(config.data),
-        tokenizer,
+        load_tokenizer_only(config.model),
         options,
         cache=open_token_cache(config.data),
         valid_fraction=config.data.valid_fraction,

@@ -160,7 +160,8 @@ def measured(case: Case, arguments: list[str], folder: Path) -> float:
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(case, tmp_path):
     arguments = overrides(settings_of(case, tmp_path))
     config = compose_run("plan", arguments)
-    estimate = estimate_memory(config, load_planned_data(config)[0], plan_model(config))
+    planned = plan_model(config)
+    estimate = estimate_memory(config, load_planned_data(config, planned)[0], planned)
     peak = measured(case, arguments, tmp_path)
     is_mlx = case.settings.get("train.cpu_engine") is False
     expected = estimate.mlx if is_mlx else estimate.total

@@ -251,9 +251,9 @@ _SAME = frozenset({"Copy", "StopGradient", "View"})
 _RESHAPES = frozenset({"Reshape", "Flatten", "Unflatten"})
 _ELEMENTWISE = frozenset(
     """Abs Add ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseBinary BitwiseInvert Ceil Cos Cosh
-    Divide Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual Less LessEqual Log Log1p LogAddExp LogicalAnd LogicalNot
-    LogicalOr Maximum Minimum Multiply Negative NotEqual Power Remainder Round Select Sigmoid Sign Sin Sinh Sqrt Square
-    Subtract Tan Tanh""".split()  # noqa: SIM905
+    Divide Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual Less LessEqual Log Log1p LogAddExp LogicalAnd
+    LogicalNot LogicalOr Maximum Minimum Multiply Negative NotEqual Power Remainder Round Select Sigmoid Sign Sin Sinh
+    Sqrt Square Subtract Tan Tanh""".split()  # noqa: SIM905
 )
 _COPYING = frozenset({"SliceUpdate", "DynamicSliceUpdate", "Scatter", "ScatterAxis"})
 """They copy their first input, or write into it if it is theirs."""

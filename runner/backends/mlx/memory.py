@@ -13,6 +13,7 @@ from runner.backends.mlx.evaluation_memory import CPU_PACE, GPU_PACE, evaluation
 from runner.backends.mlx.graph import trace
 from runner.backends.mlx.loss import ChunkedLoss
 from runner.backends.protocol import StepMemory
+from runner.common.errors import ModelError
 from runner.models.device import on_cpu
 from runner.models.lora import AdaptedModel, Params
 from runner.models.stand_in import output_of, stand_in
@@ -31,7 +32,11 @@ def step_memory(
         remaining = iter(given)
         return list(function(*(None if array is None else next(remaining) for array in arrays)))
 
-    graph = trace(traced, *present)
+    try:
+        graph = trace(traced, *present)
+    except Exception as error:  # models and MLX raise all kinds of errors
+        reason = " ".join(str(error).split())
+        raise ModelError(f"The memory of this model's step cannot be estimated: {reason}") from error
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]  # not evaluated
     pace = CPU_PACE if on_cpu() else GPU_PACE
     peak = evaluation_peak(graph, pace, freed=[array.name for array in graph.inputs], vocabulary=vocabulary)

@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
     from runner.training.time_probe import measure_speed
 
     planned = memory_estimate.plan_model(config)
-    data, assumed = run_plan.load_planned_data(config, has_weights=planned.has_weights)
+    data, assumed = run_plan.load_planned_data(config, planned)
     estimate = memory_estimate.estimate_memory(config, data, planned)
     fits = memory_estimate.needed(estimate) <= memory_estimate.device_limit()[0]
     probes = planned.has_weights and fits and not assumed and not options.no_probe

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +56,28 @@ def trace(function: Callable[..., Sequence[mx.array]], *arrays: mx.array) -> Gra
             inputs, outputs = tuple(_arrays(part["inputs"])), tuple(_arrays(part["outputs"]))
             graph.operations.append(Operation(part["name"], part["arguments"], inputs, outputs))
 
-    mx.export_function(record, function, *arrays)
+    with _traceable_experts():
+        mx.export_function(record, function, *arrays)
     return graph
+
+
+@contextmanager
+def _traceable_experts() -> Iterator[None]:
+    """Let products with experts (`mx.gather_mm`) have gradients of the weights that can be traced.
+
+    MLX's own use an operation that it cannot export. Here the gradient comes from a slice of the weights that is added
+    with a factor of zero, and is an array of the same shape.
+    """
+    own = mx.gather_mm
+
+    def gather_mm(a: mx.array, b: mx.array, /, *args: Any, **kwargs: Any) -> mx.array:
+        return own(a, mx.stop_gradient(b), *args, **kwargs) + 0 * b[:1, :1, :1].reshape(())
+
+    mx.gather_mm = gather_mm
+    try:
+        yield
+    finally:
+        mx.gather_mm = own
 
 
 def _arrays(entries: Sequence[tuple[str, tuple[int, ...], mx.Dtype]]) -> list[TracedArray]:

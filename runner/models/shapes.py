@@ -59,11 +59,11 @@ def _read(config: schema.ModelConfig) -> tuple[BaseModel, bool]:
         return read_folder(folder, config)[0], True
     model_config = json.loads((folder / "config.json").read_bytes())
     model = _build(model_config)
-    quantization = model_config.get("quantization") or model_config.get("quantization_config")
-    if quantization:
-        _quantize(model, quantization, path)
-    elif (stored := getattr(mx, str(model_config.get("torch_dtype") or model_config.get("dtype")), None)) is not None:
+    stored = getattr(mx, str(model_config.get("torch_dtype") or model_config.get("dtype")), None)
+    if isinstance(stored, mx.Dtype):
         model.update(tree_map(lambda a: a.astype(stored), model.parameters()))
+    if quantization := model_config.get("quantization") or model_config.get("quantization_config"):
+        _quantize(model, quantization, path)
     return BaseModel(model, None, model_config, path, folder=folder), False
 
 

@@ -39,7 +39,7 @@ from runner.training.dataloader import join_batches, split_rows
 from runner.training.epochs import updates_of
 from runner.training.memory import default_cache_limit
 
-_PROCESS_BYTES = 120_000_000
+PROCESS_BYTES = 120_000_000
 """Measured: a run of the tiny model, whose arrays take next to nothing (Linux, Python 3.11)."""
 _MAX_ROWS, _MAX_EPOCHS = 2_000_000, 20
 """Rows and epochs in whose order the largest batch is looked for."""
@@ -134,7 +134,7 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
         activations=step.activations,
         logits=step.logits,
         caches=hidden + buffer_cache,
-        process=_PROCESS_BYTES,
+        process=PROCESS_BYTES,
         loading=max(0, _loading_bytes(planned) - training),
         buffer_cache=buffer_cache,
         outside_mlx=step.total - in_mlx,

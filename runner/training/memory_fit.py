@@ -15,6 +15,7 @@ from runner.data.token_set import TokenSet
 from runner.data.tokenize import TokenizedDataset
 from runner.models.device import on_cpu
 from runner.training.memory_estimate import (
+    PROCESS_BYTES,
     PlannedModel,
     device_limit,
     estimate_memory,
@@ -171,5 +172,6 @@ def _surely_fits(config: Config, data: TokenizedDataset, planned: PlannedModel, 
     heads = max(sum(a.shape[-2:]) for _, a in tree_flatten(model.layers[-1].parameters())) // 64
     vocabulary = max(max(a.shape) for _, a in arrays)
     logits = vocabulary * (positions if t.head == "all" else t.loss_chunk) * 4 * 8
-    bound = weights * 1.5 + 8 * positions * widths + positions * longest * heads * 16 * len(model.layers) + logits
+    bound = PROCESS_BYTES + t.hidden_cache.memory_gb * 1e9 + weights * 1.5
+    bound += 8 * positions * widths + positions * longest * heads * 16 * len(model.layers) + logits
     return bound < _SHARE_THAT_SURELY_FITS * limit

@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten
 
 from runner.backends.protocol import Backend, BackendBatch, StepMemory
 from runner.backends.select import unverified_backend
-from runner.common.errors import ConfigError
+from runner.common.memory import available_memory, resident_memory
 from runner.config.schema import Config
 from runner.data.batch import collate
 from runner.data.length_buckets import LengthBuckets
@@ -168,8 +168,6 @@ def device_limit() -> tuple[int, str]:
     On a GPU it is the memory of the device, on Metal the part of it that the system recommends to work in; on the CPU
     the memory that is available to this process now, with what it has already.
     """
-    from runner.common.memory import available_memory, resident_memory
-
     if on_cpu():
         return available_memory() + resident_memory(), "available memory"
     info = mx.device_info()
@@ -180,7 +178,7 @@ def device_limit() -> tuple[int, str]:
     ):
         if isinstance(info.get(name), (int, float)):
             return int(info[name]), text
-    raise ConfigError("MLX does not tell the memory of this device.")
+    return available_memory(), "available memory"
 
 
 def needed(estimate: MemoryEstimate) -> int:
@@ -246,8 +244,8 @@ def _largest_evaluation(config: Config, token_set: TokenSet) -> list[np.ndarray]
     t, lengths = config.train, token_set.lengths
     buckets = LengthBuckets.from_lengths(lengths, config.data.pad_to)
     batches = join_batches(evaluation_batches(lengths, t.batch_size, t.eval_batches), lengths, buckets, t.eval_tokens)
-    by_size = {len(rows) * int(lengths[rows].max()): rows for rows in batches}
-    return [by_size[max(by_size)], *([batches[-1]] if by_size[max(by_size)] is not batches[-1] else [])]
+    largest = max(batches, key=lambda rows: len(rows) * int(lengths[rows].max()))
+    return [largest] if largest is batches[-1] else [largest, batches[-1]]  # the last has the longest rows
 
 
 def _hidden_dtype(backend: Backend) -> np.dtype:

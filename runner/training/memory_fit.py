@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from mlx.utils import tree_flatten
 
 from runner.common.errors import RunnerError
 from runner.config.schema import Config
@@ -43,10 +44,10 @@ class Option:
 
 def memory_warning(config: Config, data: TokenizedDataset, planned: PlannedModel) -> str | None:
     """Return the warning of a run that probably does not fit, with the setting that helps most; None where it fits."""
-    limit, what = device_limit()
-    if _surely_fits(config, data, planned, limit):
-        return None
     try:
+        limit, what = device_limit()
+        if surely_fits(config, data, planned, limit):
+            return None
         need = needed(estimate_memory(config, data, planned))
     except RunnerError:  # no reason not to train
         return None
@@ -153,25 +154,27 @@ def _cut_rows(token_set: TokenSet, length: int) -> TokenSet:
     return TokenSet(token_set.tokens[inside], token_set.supervised[inside], offsets, token_set.lines)
 
 
-def _surely_fits(config: Config, data: TokenizedDataset, planned: PlannedModel, limit: int) -> bool:
+def surely_fits(config: Config, data: TokenizedDataset, planned: PlannedModel, limit: int) -> bool:
     """Return whether a rough bound, which takes no time, is far below the limit.
 
-    For each position, twice the inputs and outputs of every matrix of the trained blocks; the scores of attention, as
-    where no fused kernel computes them; and several copies of the logits.
+    Of each trained block and each position of a micro-batch, twice the inputs and outputs of every matrix; of an
+    evaluation, those of two blocks; the scores of attention, where no fused kernel computes them, for heads of 32; and
+    eight times the logits.
     """
-    from mlx.utils import tree_flatten
-
     model, t = planned.adapted.model, config.train
-    arrays = tree_flatten(model.parameters())
-    weights = sum(array.nbytes for _, array in arrays)
-    if not len(data.train):
-        return True
-    longest = int(data.train.lengths.max())
-    positions = max(t.batch_size * longest, t.eval_tokens)
-    widths = sum(sum(a.shape[-2:]) for block in model.layers for _, a in tree_flatten(block.parameters()) if a.ndim > 1)
-    heads = max(sum(a.shape[-2:]) for _, a in tree_flatten(model.layers[-1].parameters())) // 64
-    vocabulary = max(max(a.shape) for _, a in arrays)
-    logits = vocabulary * (positions if t.head == "all" else t.loss_chunk) * 4 * 8
-    bound = PROCESS_BYTES + t.hidden_cache.memory_gb * 1e9 + weights * 1.5
-    bound += 8 * positions * widths + positions * longest * heads * 16 * len(model.layers) + logits
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    a_block = [array for _, array in tree_flatten(model.layers[-1].parameters()) if array.ndim > 1]
+    largest, longest = max(arrays, key=lambda array: array.size), int(data.train.lengths.max())
+    widths = sum(sum(array.shape[-2:]) for array in a_block)
+    scores = 16 * longest * max(1, largest.shape[-1] // 32) if on_cpu() else 0
+    a_position = 8 * widths + scores
+    training, evaluation = t.batch_size * longest, max(t.batch_size * longest, t.eval_tokens)
+    logits = 32 * max(largest.shape) * (evaluation if t.head == "all" else t.loss_chunk)
+    bound = (
+        PROCESS_BYTES
+        + t.hidden_cache.memory_gb * 1e9
+        + 1.5 * sum(array.nbytes for array in arrays)
+        + a_position * max(planned.adapted.num_layers * training, 2 * evaluation)
+        + logits
+    )
     return bound < _SHARE_THAT_SURELY_FITS * limit

@@ -22,6 +22,7 @@ from mlx_lm.utils import _get_classes, save_config, save_model
 from runner.cli.commands.arguments import compose_run
 from runner.models import tiny
 from runner.training.memory_estimate import estimate_memory, plan_model
+from runner.training.memory_fit import surely_fits
 from runner.training.run_plan import load_planned_data
 
 TOLERANCE = 0.15
@@ -154,6 +155,7 @@ def measured(case: Case, arguments: list[str], folder: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.long) for case in LONG)], ids=lambda case: case.name
 )
@@ -161,7 +163,8 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(case, tmp_path):
     arguments = overrides(settings_of(case, tmp_path))
     config = compose_run("plan", arguments)
     planned = plan_model(config)
-    estimate = estimate_memory(config, load_planned_data(config, planned)[0], planned)
+    data = load_planned_data(config, planned)[0]
+    estimate = estimate_memory(config, data, planned)
     peak = measured(case, arguments, tmp_path)
     is_mlx = case.settings.get("train.cpu_engine") is False
     expected = estimate.mlx if is_mlx else estimate.total
@@ -171,3 +174,4 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(case, tmp_path):
         with open(table, "a") as out:
             out.write(line + "\n")
     assert abs(error) < TOLERANCE, line
+    assert not surely_fits(config, data, planned, expected)  # the quick check before a run errs on the safe side

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,7 @@ class CpuBackend:
         cached, share = batch.hidden is not None, batch.supervised / max(1, int(lengths.sum()))
         groups = [lengths[group] for group in group_rows(list(lengths), MAX_POSITIONS)]
         largest = max(groups, key=lambda group: int(group.sum()))
-        supervised = min(batch.supervised, -(-int(largest.sum() * share) // 1))
+        supervised = min(batch.supervised, math.ceil(int(largest.sum()) * share))
         return self._memory(params, largest, supervised, cached=cached, backward=False)
 
     def frozen_memory(self, inputs: np.ndarray) -> StepMemory:

@@ -155,7 +155,7 @@ def measured(case: Case, arguments: list[str], folder: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.cpu
+@pytest.mark.cpu("how far MLX runs ahead, and the engine, are those of the CPU")
 @pytest.mark.parametrize(
     "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.long) for case in LONG)], ids=lambda case: case.name
 )

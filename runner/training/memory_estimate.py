@@ -119,8 +119,8 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
     # The sum of the gradients stays while the next micro-batch, or its next part, is computed.
     sums = config.train.grad_accumulation > 1 or (config.train.rows_at_once or math.inf) < config.train.batch_size
     while_computing = adapter * (1 + moments + sums)
-    # Old and new weights and moments, the gradients and their mean, as vectors.
-    while_updating = adapter * (4 + 2 * moments)
+    # Old and new weights and moments, and the gradients; the vectors of their sum are freed one by one.
+    while_updating = adapter * (3 + 2 * moments)
     step = max(_steps(config, data, planned), key=lambda step: step.total, default=StepMemory(0, 0))
     in_mlx = 0 if backend.uses_host_memory else step.total
     hidden = _hidden_bytes(config, data, backend)

@@ -265,7 +265,12 @@ def _hidden_bytes(config: Config, data: TokenizedDataset, backend: Backend) -> i
     split_model, t = backend.split_model, config.train
     if not split_model.frozen_blocks:
         return 0
-    cached = hidden_state_bytes(backend, data.train) + hidden_state_bytes(backend, data.valid)
+    # Of each row that the run reads, in an evaluation or before it ends.
+    rows_read = iterations(config, data) * t.grad_accumulation * t.batch_size
+    cached = hidden_state_bytes(backend, data.train) * min(1.0, rows_read / len(data.train))
+    if len(data.valid):
+        evaluated = sum(map(len, evaluation_batches(data.valid.lengths, t.batch_size, t.eval_batches)))
+        cached += hidden_state_bytes(backend, data.valid) * evaluated / len(data.valid)
     a_position = split_model.hidden_size * int(split_model.hidden_dtype.size)
     a_batch = t.batch_size * int(data.train.lengths.max()) * a_position
-    return min(int(t.hidden_cache.memory_gb * 1e9), cached) + (1 + t.prefetch) * t.grad_accumulation * a_batch
+    return min(int(t.hidden_cache.memory_gb * 1e9), int(cached)) + (1 + t.prefetch) * t.grad_accumulation * a_batch

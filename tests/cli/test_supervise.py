@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.backends.mlx_build import is_gpu_build
 from runner.cli.overrides import parse_arguments
 from runner.cli.supervise import _Supervisor
 from runner.runs.restarts import restart_summary
@@ -223,6 +224,8 @@ def test_the_jobs_of_a_sweep_whose_workers_die_equal_jobs_left_alone(failing_cli
     causes = [[entry["cause"] for entry in read_status(tmp_path / f"s/{job}").get("restarts", [])] for job in (0, 1)]
     assert causes == [["SIGKILL"], []]
     assert "job 0   SIGKILL after step" in output
+    pids = {read_status(tmp_path / f"s/{job}")["pid"] for job in (0, 1)}
+    assert len(pids) == (2 if is_gpu_build() else 1)  # a process has to stay below the limits of a GPU
     for job in (0, 1):
         assert_equal_runs(tmp_path / f"alone{job}", tmp_path / f"s/{job}")
 

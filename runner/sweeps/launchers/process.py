@@ -115,6 +115,8 @@ class ProcessLaunch:
         self._workers: dict[int, Worker] = {}
         """By the descriptor of their replies."""
         self._selector = selectors.DefaultSelector()
+        self._one_job_each = invocation.supervise is not None and is_gpu_build()
+        """Whether each job has a new worker: the limits of `training.process_limit` are those of a process."""
         self._policies: dict[int, RestartPolicy] = {}
         """By the index of a supervised job that has ended once."""
 
@@ -205,7 +207,7 @@ class ProcessLaunch:
         """Take the worker's job from it and return its exit code; without a reply, the process itself has ended."""
         worker.job = None
         code: int | None = reply.get("code")
-        if code is None or ends_process(code):
+        if code is None or ends_process(code) or self._one_job_each:
             descriptor = worker.replies.fileno()
             self._selector.unregister(worker.replies)
             del self._workers[descriptor]

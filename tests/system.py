@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SIMULATED = "simulated_macos" in sys.modules
+"""Whether this is the simulated macOS of tests/darwin, where MLX computes on the CPU what a GPU is fast at."""
 
 
 @contextmanager

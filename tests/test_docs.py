@@ -33,6 +33,7 @@ ELSEWHERE = (
     "make bench",
     "make test",
     "make test-all",
+    "make test-darwin",
     "make check",
     "make setup",
     "source .venv/bin/activate",

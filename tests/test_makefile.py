@@ -35,10 +35,9 @@ def make_setup(tmp_path: Path):
         for name, script in {**scripts, **programs}.items():
             (path / name).write_text(script)
             (path / name).chmod(0o755)
-        for name in ("make", "sh", "cat"):
-            (path / name).symlink_to(shutil.which(name) or name)
+        (path / "cat").symlink_to(str(shutil.which("cat")))
         environment = {**os.environ, "PATH": str(path)}
-        words = ["make", "setup", f"VENV={tmp_path}/venv"]
+        words = [str(shutil.which("make")), "setup", f"VENV={tmp_path}/venv"]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and not (tmp_path / "venv").exists(), done.stdout + done.stderr
         return next(line for line in done.stderr.splitlines() if line.startswith("setup: "))

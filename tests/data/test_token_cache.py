@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import system
 
-from runner.common import disk_cache, sealed_json
+from runner.common import disk_cache, filesystem, sealed_json
 from runner.common.errors import DataError
 from runner.data import token_cache, token_cache_entry
 from runner.data import tokenize as tokenize_module
@@ -260,6 +260,7 @@ def _full_disk_at_sync(cache, monkeypatch):
     def fsync(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr(filesystem, "_FULL_SYNC", None)
     monkeypatch.setattr(os, "fsync", fsync)
 
 

@@ -17,6 +17,7 @@ from runner.checkpoints.store import file_records
 from runner.checkpoints.verify import load_checkpoint
 from runner.cli.commands import verify
 from runner.common.errors import ConfigError
+from runner.models.device import on_cpu
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +152,9 @@ def test_a_replay_reproduces_the_checkpoint_and_leaves_nothing(run, capsys, monk
     assert verify.run(["run", "--replay"]) == 0
     assert verify.run(["run", "--replay", "--from", "0"]) == 0
     out = capsys.readouterr().out
-    assert "steps 20 to 30 trained again: the same, bit for bit" in out
-    assert "steps 0 to 10 trained again: the same, bit for bit" in out
+    same = "the same, bit for bit" if on_cpu() else "the same within this device's noise"
+    assert f"steps 20 to 30 trained again: {same}" in out
+    assert f"steps 0 to 10 trained again: {same}" in out
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert not list((tmp_path / "cache").glob("replay-*"))
 
@@ -164,6 +166,7 @@ def test_only_a_replay_finds_a_forged_checkpoint(run, capsys):
     assert "steps 20 to 30 trained again: NOT the same: adapters.safetensors differs" in capsys.readouterr().out
 
 
+@pytest.mark.cpu("rows are compared where equal steps have equal bits")
 def test_a_replay_finds_rewritten_rows(run, capsys):
     rows = (run / "metrics.jsonl").read_text()
     at = rows.index('"loss": ', rows.index('"step": 30')) + 8

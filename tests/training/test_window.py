@@ -16,6 +16,8 @@ from runner.common.errors import ConfigError
 from runner.common.filesystem import FileSystem
 from runner.config.schema import DataConfig
 
+cpu_engine = pytest.mark.cpu("runs of the CPU engine, the second backend")
+
 
 def position(run: Path, step: int) -> dict[str, int]:
     return json.loads((run / f"checkpoints/step-{step:07d}/train_state.json").read_text())["position"]
@@ -64,6 +66,7 @@ def test_every_backend_uses_the_window_of_the_settings(tiny, train, tmp_path, se
     assert position(run, 1) == {"epoch": 0, "batch": 1, "window": settings.get("data.window", DataConfig.window)}
 
 
+@cpu_engine
 def test_a_resume_on_another_backend_keeps_the_order_of_batches(tiny, train, tmp_path, rows):
     whole = train(tiny(), tmp_path / "whole")
     run = train(tiny(), tmp_path / "run", stop_at=5)
@@ -111,8 +114,8 @@ def test_a_run_stored_with_null_refuses_another_window_than_its_checkpoint(tiny,
 @pytest.mark.parametrize(
     ("settings", "window"),
     [
-        ({}, 1),
-        ({"lora.dropout": 0.1}, 1),
+        pytest.param({}, 1, marks=cpu_engine),
+        pytest.param({"lora.dropout": 0.1}, 1, marks=cpu_engine),
         ({"train.cpu_engine": False}, 64),
         ({"train.cpu_engine": False, "lora.dropout": 0.1}, 64),
         ({"train.head": "all"}, 64),

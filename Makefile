@@ -94,7 +94,7 @@ test-all: models compiled $(REFERENCE_STAMP) ## run every test, torch and transf
 
 test-darwin: models compiled ## run the tests of make test in a simulated macOS with a GPU, and list what it skips
 	@"$(RUN)" tests/darwin/environment.py "$(DARWIN_VENV)"
-	@RUNNER_CACHE="$(CURDIR)/$(DARWIN_VENV)/cache" $(ONE_THREAD) "$(DARWIN_VENV)/bin/python" $(PYTEST_WORDS) \
+	@RUNNER_CACHE="$(abspath $(DARWIN_VENV))/cache" $(ONE_THREAD) "$(DARWIN_VENV)/bin/python" $(PYTEST_WORDS) \
 	  -m "not reference and not long"
 
 $(REFERENCE_STAMP): constraints.txt

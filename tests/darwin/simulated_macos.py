@@ -15,7 +15,7 @@ What is faked, after the documentation and the source of CPython 3.11 to 3.13 an
 What is no finding about macOS but comes from the simulation:
 
 - Numbers, speed and memory are those of MLX on the CPU, to which streams of the GPU are mapped.
-- Experts' products in 16 bits, which MLX does not have on the CPU, are computed in float32 and rounded.
+- Products with experts in 16 bits fail: MLX does not have them on the CPU.
 - Models of mlx-lm that have Metal kernels are told that there is no Metal, and compute with MLX's operations.
 - Nothing is compiled: on the CPU, `mx.compile` would start a C++ compiler for each shape. MLX_DISABLE_COMPILE is set.
 - Metal's own failures (time limits, memory, the number of allocations) do not occur.
@@ -225,12 +225,6 @@ def _fake_gpu(mx: ModuleType) -> None:
 
         return run
 
-    gather_mm = mx.gather_mm
-
-    def gather_mm_of_any_type(a: Any, b: Any, *arguments: Any, **named: Any) -> Any:
-        product = gather_mm(a.astype(mx.float32), b.astype(mx.float32), *arguments, **named)
-        return product.astype(mx.result_type(a, b))
-
     def on_cpu(own: Callable) -> Callable:
         def call(where: Any = None, *arguments: Any, **named: Any) -> Any:
             if isinstance(where, mx.DeviceType):
@@ -247,7 +241,6 @@ def _fake_gpu(mx: ModuleType) -> None:
     mx.metal.is_available = metal_is_available
     mx.set_wired_limit = set_wired_limit
     mx.fast.metal_kernel = metal_kernel
-    mx.gather_mm = gather_mm_of_any_type
     for name in ("new_thread_local_stream", "new_stream", "new_thread_unsafe_stream", "default_stream", "stream"):
         if hasattr(mx, name):
             setattr(mx, name, on_cpu(getattr(mx, name)))

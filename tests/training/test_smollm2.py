@@ -27,7 +27,7 @@ SHORT = (
 )
 
 
-@pytest.mark.skipif(system.SIMULATED, reason="a base that stays quantized takes minutes for an update there")
+@pytest.mark.skipif(system.SIMULATED, reason="simulated: an update on a quantized base takes minutes")
 @pytest.mark.slow
 def test_a_first_run_shows_answers_and_a_killed_one_resumes_and_ends_equal(
     cli, make_cli, tmp_path, assert_equal_runs, rows

@@ -28,6 +28,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -148,6 +149,7 @@ def _count_memory_in_bytes() -> None:
 
 
 def _hide_files() -> None:
+    import _io
     import builtins
     import errno
     import io
@@ -160,12 +162,12 @@ def _hide_files() -> None:
         return any(path == hidden or path.startswith(f"{hidden}/") for hidden in HIDDEN)
 
     def without_hidden(own: Callable) -> Callable:
+        @wraps(own)
         def call(path: Any = ".", *arguments: Any, **named: Any) -> Any:
             if is_hidden(path):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
             return own(path, *arguments, **named)
 
-        call.__name__ = own.__name__
         return call
 
     supported = (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks, os.supports_effective_ids)
@@ -176,7 +178,8 @@ def _hide_files() -> None:
             if own in functions:
                 functions.add(replaced)
         setattr(os, name, replaced)
-    io.open = builtins.open = without_hidden(io.open)
+    # A function is pickled by the name under which its module, _io, holds it.
+    io.open = builtins.open = _io.open = without_hidden(io.open)
 
 
 class _FakeGpuOnImport:

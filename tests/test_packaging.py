@@ -6,10 +6,10 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -75,7 +75,7 @@ def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pyt
     assert done.returncode == 0, done.stderr
     if not own:
         (packages,) = (folder / "lib").glob("python*/site-packages")
-        (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (packages / "borrowed.pth").write_text(f"{distribution('mlx-lm').locate_file('')}\n")
     return folder / "bin"
 
 

@@ -1,11 +1,12 @@
 """A virtual environment of simulated macOS: `python tests/darwin/environment.py FOLDER` makes one.
 
-It borrows the packages of the environment that makes it, and has a cache of its own, FOLDER/cache, which shares the
-small model with the ordinary one: what is cached about a machine is not that of this one.
+It borrows the packages and the commands of the environment that makes it, and has a cache of its own, FOLDER/cache,
+which shares the small model with the ordinary one: what is cached about a machine is not that of this one.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import sysconfig
@@ -25,13 +26,18 @@ def make_environment(folder: Path) -> Path:
     # A line of a .pth file that starts with import is executed; the others are added to sys.path.
     lines = ["import simulated_macos; simulated_macos.start()", sysconfig.get_path("purelib"), str(ROOT)]
     (packages / "a_simulated_macos.pth").write_text("".join(f"{line}\n" for line in lines))
+    python = folder / "bin" / "python"
+    for script in Path(sys.executable).parent.iterdir():
+        if script.is_file() and (text := script.read_bytes()).startswith(b"#!%s\n" % os.fsencode(sys.executable)):
+            (python.parent / script.name).write_bytes(b"#!%s\n%s" % (os.fsencode(python), text.partition(b"\n")[2]))
+            (python.parent / script.name).chmod(0o755)
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
     if not (cache / MODEL).exists():
         from runner.common.cache_dir import cache_dir
 
         (cache / MODEL).symlink_to(cache_dir() / MODEL)
-    return folder / "bin" / "python"
+    return python
 
 
 if __name__ == "__main__":

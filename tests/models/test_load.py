@@ -107,6 +107,7 @@ def test_the_content_hash_changes_with_one_weight_and_with_one_config_value(bits
         assert current_content_hash(base) != before
 
 
+@pytest.mark.cpu("a quantized base is expanded by default")
 def test_a_quantized_folder_is_dequantized_on_the_cpu_unless_set_otherwise(tmp_path):
     write_model_folder(load(quantize=QuantizeConfig(bits=8, group_size=32)), tmp_path / "q")
     dequantized, quantized = load(tmp_path / "q"), load(tmp_path / "q", dequantize="never")

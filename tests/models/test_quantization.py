@@ -58,10 +58,17 @@ def test_the_global_scale_of_nvfp4_experts_is_applied(tmp_path: Path) -> None:
     scaled = "model.layers.0.mlp.switch_mlp.up_proj"
     parameters = dict(tree_flatten(load_model(folder)[0].parameters()))
     assert parameters[f"{scaled}.global_scale"].shape == (4,)
-    expanded = dict(tree_flatten(load_base_model(ModelConfig(path=str(folder))).model.parameters()))[f"{scaled}.weight"]
+    base = load_base_model(ModelConfig(path=str(folder), dequantize="always", dtype="float32"))
+    expanded = dict(tree_flatten(base.model.parameters()))[f"{scaled}.weight"]
     original = dict(tree_flatten(build_model("qwen3_moe")[0].parameters()))[f"{scaled}.weight"]
     error = mx.abs(expanded - original).mean() / mx.abs(original).mean()
     assert error.item() < 0.12  # 4-bit rounding; without the scale it is above 1
+
+
+@pytest.mark.cpu("a product that a GPU has")
+def test_nvfp4_experts_with_a_global_scale_are_expanded_or_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "qwen3_moe", mode="nvfp4", global_scale=True)
+    assert not quantization.is_quantized(load_base_model(ModelConfig(path=str(folder))).model)
     with pytest.raises(ModelError, match=r"on a GPU only.*model\.dequantize=auto"):
         load_base_model(ModelConfig(path=str(folder), dequantize="never"))
 

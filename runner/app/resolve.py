@@ -28,8 +28,9 @@ def resolve_config(composed: DictConfig) -> Config:
         raise ConfigError("The config is not checked by the schema: its defaults list must start with `- schema`.")
     validation.validate(config)
     config = validation.fill_defaults(config)
-    loggers.build(config.loggers)  # opens nothing: refuses an unknown logger or option
+    loggers.build(config.loggers)  # opens nothing: refuses an unknown logger or option, or a missing package
     validation.make_paths_absolute(config)
+    loggers.make_locations_absolute(config.loggers)
     return config
 
 

@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 
-LOGGERS = {"csv": "runner.loggers.csv:CsvLogger"}
+if TYPE_CHECKING:
+    from runner.loggers.logged_run import LoggedRow, LoggedRun
+
+LOGGERS = {
+    "csv": "runner.loggers.csv:CsvLogger",
+    "mlflow": "runner.loggers.mlflow:MlflowLogger",
+    "tensorboard": "runner.loggers.tensorboard:TensorBoardLogger",
+    "trackio": "runner.loggers.trackio:TrackioLogger",
+    "wandb": "runner.loggers.wandb:WandbLogger",
+}
 """Name in conf/loggers/ to the class that is imported when it is chosen."""
 
 
 class Logger(Protocol):
-    """A logger. Its constructor takes the options of its section in the config as keyword arguments."""
+    """A logger. Its constructor takes the options of its section in the config as keyword arguments, and imports no
+    library. Its methods may raise anything and take any time: `runner.loggers.background` calls them.
 
-    def open(self, run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Open the logger for the run in the directory `run`.
+    Its class may have `REQUIRES`, names of modules that have to be installed, and `LOCATIONS`, names of options that
+    are paths, or URIs with a path.
+    """
 
-        Args:
-            rows: those that metrics.jsonl holds: none for a new run; after a resume those up to the checkpoint; in a
-                branch those of the run that it left. What was logged beyond them has to be taken back.
+    def open(self, run: LoggedRun) -> None:
+        """Open the logger, so that it holds each of `run.rows` once, whatever it held before.
+
+        These rows are none for a new run; after a resume those up to the checkpoint; in a branch those of the run that
+        it left. What was logged beyond them is logged again: files are written anew; a service that takes nothing back
+        has to leave out what it has. Called again after a failure, with all rows.
         """
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: LoggedRow) -> None:
         """Log a row that was appended to metrics.jsonl."""
 
-    def close(self) -> None:
-        """Close the logger at the end of the process, whether the run finished or not."""
+    def close(self, state: str) -> None:
+        """Close the logger at the end of the process, opened or not; `state` is that of the run, as in status.json."""
 
 
-def build(settings: Mapping[str, Any]) -> list[Logger]:
+def build(settings: Mapping[str, Any]) -> dict[str, Logger]:
     """Build the loggers that the config names. Nothing is opened, so that this also checks the config.
 
     Raises:
-        ConfigError: an unknown logger or option.
+        ConfigError: an unknown logger or option, or a package is not installed.
     """
-    loggers: list[Logger] = []
+    loggers: dict[str, Logger] = {}
     for name, options in settings.items():
         logger_class = _load(name)
         if not isinstance(options, Mapping | None):
@@ -51,8 +65,26 @@ def build(settings: Mapping[str, Any]) -> list[Logger]:
             for option in options:
                 require_option(name, option)
             raise ConfigError(f"loggers.{name}: {error}.") from None
-        loggers.append(logger_class(**options))
+        _check_types(name, options, inspect.signature(logger_class).parameters)
+        loggers[name] = logger_class(**options)
+        for module in getattr(logger_class, "REQUIRES", ()):
+            if not _is_installed(module):
+                raise ConfigError(
+                    f"loggers={name} needs {module}, which is not installed: {install_command(name)}, or choose other loggers."
+                )
     return loggers
+
+
+def install_command(name: str) -> str:
+    """Return the command that installs what the logger `name` needs."""
+    return f"pip install 'mlx-runner[{name}]'"
+
+
+def make_locations_absolute(settings: Mapping[str, Any]) -> None:
+    """Replace relative paths in the options of loggers in place: a resume from another directory finds the same."""
+    for name, options in settings.items():
+        for option in getattr(_load(name), "LOCATIONS", ()):
+            options[option] = _absolute(options[option])
 
 
 def require_option(name: str, option: str | None = None) -> None:
@@ -67,6 +99,24 @@ def require_option(name: str, option: str | None = None) -> None:
         raise ConfigError(
             f"{shorten(typed)} is not an option of the logger {name}: {', '.join(known)}.{did_you_mean(typed, known)}"
         )
+
+
+def _check_types(name: str, options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    for option, value in options.items():
+        may_be_null = "None" in str(parameters[option].annotation)
+        if not isinstance(value, str) and not (value is None and may_be_null):
+            raise ConfigError(f"loggers.{name}.{option}={shorten(value)} is invalid: must be a text.")
+
+
+def _absolute(location: str) -> str:
+    scheme, separator, path = location.rpartition(":///")
+    return location if "://" in path else f"{scheme}{separator}{os.path.abspath(os.path.expanduser(path))}"
+
+
+def _is_installed(module: str) -> bool:
+    """Return whether `module` is a package; a mere folder of its name is none, such as the one that W&B writes into."""
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None
 
 
 def _load(name: str) -> Callable[..., Logger]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from runner.common.atomic_io import open_text, write_atomically
 from runner.common.errors import ConfigError
 from runner.common.storage_errors import storage_errors
+from runner.loggers.logged_run import LoggedRow, LoggedRun
 
 COLUMNS = (
     "step",
@@ -40,20 +41,21 @@ class CsvLogger:
         self._path = Path(file)
         self._file: TextIO | None = None
 
-    def open(self, run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the file by the header and `rows`, and open it for appending."""
-        self._path = run / self._name
-        write_atomically(self._path, _format([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]), durable=False)
+    def open(self, run: LoggedRun) -> None:
+        """Replace the file by the header and the rows of `run`, and open it for appending."""
+        self._path = run.path / self._name
+        rows = [dict(zip(COLUMNS, COLUMNS, strict=True)), *(row.metrics for row in run.rows)]
+        write_atomically(self._path, _format(rows), durable=False)
         self._file = open_text(self._path)
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: LoggedRow) -> None:
         """Append one row."""
         assert self._file is not None
         with storage_errors(self._path, "written"):
-            self._file.write(_format([row]))
+            self._file.write(_format([row.metrics]))
             self._file.flush()
 
-    def close(self) -> None:
+    def close(self, state: str) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()

@@ -17,6 +17,8 @@ from runner.common.errors import CheckpointError
 from runner.common.filesystem import FileSystem
 from runner.config.schema import Config
 from runner.data.order import BatchOrder
+from runner.loggers.background import build_background
+from runner.loggers.logged_run import logged_run
 from runner.models.lora import read_weights, warm_start
 from runner.reports.progress import Display
 from runner.runs.directory import RunDirectory
@@ -61,7 +63,7 @@ def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
     writer = RunWriter(
         directory,
         retention,
-        loggers.build(spec.config.loggers),
+        build_background(loggers.build(spec.config.loggers)),
         background=spec.config.checkpoint.background,
         backup=build_backup(spec, retention),
     )
@@ -71,7 +73,7 @@ def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
         _copy_rows(source.metrics, directory.metrics, written.metrics_offset)
         _copy_rows(source.samples, directory.samples, written.samples_offset)
     writer.update_status(**_first_status(spec, point), last_checkpoint=retention.source_step)
-    writer.open(point.saved.written if point else None)
+    writer.open(logged_run(spec), point.saved.written if point else None)
     if writer.backup:
         writer.backup.wake()  # catches up, and reports at once if it cannot
     return writer

@@ -46,6 +46,8 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
     if trainer.stops.signal is not None:
         stop = StopReason(trainer.stops.signal.name)
     _write_final_status(trainer, stop, result_step)
+    for line in writer.finish_loggers(_state(stop), trainer.display.line):
+        trainer.display.line(line, "yellow")
     if writer.backup:
         for line in finish_backup(writer.backup, spec.directory.path, trainer.stops, trainer.display.line):
             trainer.display.line(line, "yellow")

@@ -19,13 +19,15 @@ from runner.common.clock import utc_now
 from runner.common.errors import StorageError
 from runner.common.filesystem import Content, FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
-from runner.loggers import Logger
+from runner.loggers import background as background_loggers
+from runner.loggers.background import BackgroundLogger
+from runner.loggers.logged_run import LoggedRow, LoggedRun
 from runner.runs.directory import RunDirectory
-from runner.runs.rows import RowFile, read_rows
+from runner.runs.rows import RowFile
 from runner.training.async_saver import AsyncSaver
 
-_BACKUP_SECONDS = 10.0
-"""How long a failed run waits for its backup."""
+_FAILED_SECONDS = 10.0
+"""How long a failed run waits for its backup, and for its loggers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class RunWriter:
         self,
         directory: RunDirectory,
         retention: RunRetention,
-        loggers: Sequence[Logger],
+        loggers: Sequence[BackgroundLogger],
         *,
         background: bool,
         backup: BackupMirror | None,
@@ -62,20 +64,21 @@ class RunWriter:
         self._samples: RowFile
         self._saver = AsyncSaver(background)
         self._saved_step: int | None = None
+        self._new_samples: list[Mapping[str, Any]] = []
         self._status: dict[str, Any] = {}
         self._seconds_before = 0.0
         self._start = time.monotonic()
 
-    def open(self, saved: FilePositions | None = None) -> None:
+    def open(self, run: LoggedRun, saved: FilePositions | None = None) -> None:
         """Open the row files, cut to their length at the checkpoint, and the loggers with the rows that remain."""
         saved = saved or FilePositions()
         self._metrics = RowFile(self.directory.metrics, saved.metrics_offset)
         self._samples = RowFile(self.directory.samples, saved.samples_offset)
         self._seconds_before = saved.seconds
         self._start = time.monotonic()
-        rows = read_rows(self.directory.metrics)
+        run = run.with_rows() if self.loggers else run
         for logger in self.loggers:
-            logger.open(self.directory.path, rows)
+            logger.open(run)
 
     def positions(self) -> FilePositions:
         """Return how far the files are written, for a checkpoint."""
@@ -89,12 +92,23 @@ class RunWriter:
         """Append a row to metrics.jsonl and pass it to every logger."""
         row = {**fields, "time": utc_now()}
         self._metrics.append(row)
+        logged, self._new_samples = LoggedRow(row, self._new_samples), []
         for logger in self.loggers:
-            logger.log(row)
+            logger.log(logged)
 
     def log_sample(self, **fields: Any) -> None:
-        """Append a row to samples.jsonl."""
+        """Append a row to samples.jsonl; loggers get it with the next row of metrics."""
         self._samples.append(fields)
+        self._new_samples.append(fields)
+
+    def new_messages(self) -> list[str]:
+        """Return what the backup and the loggers report since the last call; each message comes once."""
+        backup = self.backup.new_messages() if self.backup else []
+        return [*backup, *(line for logger in self.loggers for line in logger.new_messages())]
+
+    def finish_loggers(self, state: str, print_line: Callable[[str], None]) -> list[str]:
+        """Close the loggers of a run that ends in `state`, wait for them, and return what to report about them."""
+        return background_loggers.finish(self.loggers, state, background_loggers.FINISH_SECONDS, print_line)
 
     def update_status(self, **fields: Any) -> None:
         """Set fields of status.json; None removes a field."""
@@ -168,13 +182,12 @@ class RunWriter:
                 self.update_status(reason="; ".join(str(r) for r in (self._status.get("reason"), error) if r))
             self.record_finished_save()
         if self.backup:
-            deadline = time.monotonic() + _BACKUP_SECONDS
+            deadline = time.monotonic() + _FAILED_SECONDS
             self.backup.finish(lambda: time.monotonic() < deadline)  # does nothing if the run completed
         self._metrics.close()
         self._samples.close()
         self._remove_empty_samples()
-        for logger in self.loggers:
-            logger.close()
+        background_loggers.finish(self.loggers, str(self._status.get("state")), _FAILED_SECONDS)
 
     def _remove_empty_samples(self) -> None:
         if self._samples.offset == 0:

@@ -63,7 +63,7 @@ class Trainer:
         stop = self.stop_reason()
         while stop is None:
             self.writer.record_finished_save()
-            self.log_backup_messages()
+            self.log_messages()
             self.update()
             step, is_best = self.state.progress.step, False
             if self.plan.is_report_due(step):
@@ -198,9 +198,9 @@ class Trainer:
         self.writer.save_checkpoint(progress.step, files, save_reasons, progress.current_valid_loss)
         self.saved_at = time.monotonic()
 
-    def log_backup_messages(self) -> None:
-        """Print what the backup reports, such as a missing disk; each message comes once."""
-        for line in self.writer.backup.new_messages() if self.writer.backup else []:
+    def log_messages(self) -> None:
+        """Print what the backup and the loggers report, such as a missing disk; each message comes once."""
+        for line in self.writer.new_messages():
             self.display.line(line, "yellow")
 
     def log_loss(

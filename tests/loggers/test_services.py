@@ -1,0 +1,126 @@
+"""TensorBoard, MLflow, Weights & Biases and Trackio hold every row once, as their own files show."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import logger_records as records
+import pytest
+
+RUN = (
+    "model=tiny",
+    "data=tiny",
+    "data.metric=exact_match",
+    "data.metric_rows=2",
+    "data.max_new_tokens=2",
+    "lora.num_layers=1",
+    "train.batch_size=1",
+    "train.iters=400",
+    "train.report_every=20",
+    "train.eval_every=100",
+    "train.eval_batches=1",
+    "train.cache_baseline=false",
+    "checkpoint.every=100",
+)
+LOGGERS = "loggers=[csv,tensorboard,mlflow,wandb,trackio]"
+KEYS = {"WANDB_API_KEY": "0123456789abcdef" * 2, "MLFLOW_TRACKING_PASSWORD": "correct-horse-battery-staple"}
+
+
+@pytest.fixture
+def environment():
+    """What libraries set in the environment, such as WANDB_SERVICE, is gone after the test."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def read_all(place: Path, run: Path) -> dict[str, records.Record]:
+    run_id = json.loads((run / "status.json").read_text())["run_id"]
+    return {
+        "tensorboard": records.tensorboard(run),
+        "mlflow": records.mlflow(f"sqlite:///{place}/outputs/mlflow.db", run_id),
+        "wandb": records.wandb(run),
+        "trackio": records.trackio(place / "outputs/trackio", run_id),
+    }
+
+
+def assert_complete(place: Path, run: Path, group: str | None = None) -> dict[str, records.Record]:
+    """Each logger holds each number of the run once, its samples, its settings and its group."""
+    wanted = records.expected(run)
+    found = read_all(place, run)
+    for name, record in found.items():
+        assert [number[:2] for number in record.numbers] == [number[:2] for number in wanted.numbers], name
+        values = [number[2] for number in wanted.numbers]
+        assert [number[2] for number in record.numbers] == pytest.approx(values, rel=1e-6), name
+        assert record.samples == wanted.samples, name
+        assert name == "tensorboard" or record.group in ((group,) if group else (None, "")), name
+    assert "| lora.rank | 8 |" in found["tensorboard"].config
+    assert found["mlflow"].config["lora.rank"] == "8"
+    assert found["wandb"].config["lora"]["rank"] == 8 == found["trackio"].config["lora"]["rank"]
+    return found
+
+
+def logged_step(place: Path) -> int:
+    """The last step of any run that both databases have."""
+    steps = []
+    for path in (place / "outputs/mlflow.db", place / "outputs/trackio/runner.db"):
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:
+            steps.append(database.execute("SELECT max(step) FROM metrics").fetchone()[0] or 0)
+    return min(steps, default=0)
+
+
+@pytest.mark.slow
+def test_each_row_is_there_once_after_a_kill_a_stop_and_resumes(inline, rows, assert_equal_runs, environment):
+    place, run = inline.folder, inline.folder / "run"
+    inline("-m", *RUN, "train.iters=2", "seed=1,2", LOGGERS, "hydra.sweep.dir=sweep")
+    for job in ("0", "1"):
+        assert_complete(place, place / "sweep" / job, group="sweep")
+
+    process = inline.start(*RUN, LOGGERS, "hydra.run.dir=run", env=KEYS)
+    try:
+        deadline = time.monotonic() + 120
+        while logged_step(place) < 120:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    killed_at = logged_step(place)
+    saved = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    assert killed_at > saved, "the kill came too early: nothing was logged beyond the checkpoint"
+
+    inline("resume=run", f"train.stop_at={saved + 10}")
+    assert {record.state for record in assert_complete(place, run).values()} == {None, "KILLED", "0"}
+    inline("resume=run")
+    assert {record.state for record in assert_complete(place, run).values()} == {None, "FINISHED", "0"}
+    assert {0, 400} == set(records.expected(run).samples)
+
+    inline(*RUN, "hydra.run.dir=plain")
+    assert_equal_runs(place / "plain", run)
+
+    for path in place.rglob("*"):
+        assert not path.is_file() or not any(key.encode() in path.read_bytes() for key in KEYS.values()), path
+
+    # Loggers that cannot write are reported once, and the run finishes.
+    (place / "file").touch()
+    out = inline(
+        *RUN,
+        "train.iters=2",
+        "train.report_every=1",
+        "loggers=[csv,mlflow,trackio]",
+        "loggers.mlflow.tracking_uri=sqlite:///file/mlflow.db",
+        "loggers.trackio.dir=file/trackio",
+        "hydra.run.dir=failing",
+    )
+    assert "finished at step 2" in out
+    for name in ("mlflow", "trackio"):
+        assert out.count(f"loggers.{name} failed and is left out: ") == 1
+    assert (place / "failing/metrics.csv").read_text().count("\n") == 1 + len(rows(place / "failing"))

@@ -25,12 +25,16 @@ LOGGERS = {
 
 
 class Logger(Protocol):
-    """A logger. Its constructor takes the options of its section in the config as keyword arguments, and imports no
-    library. Its methods may raise anything and take any time: `runner.loggers.background` calls them.
+    """A logger. Its constructor takes the options of its section in the config as keyword arguments, and does nothing
+    else. Its methods may raise anything: `runner.loggers.background` calls them, all but `load` in a thread, where they
+    may take any time.
 
     Its class may have `REQUIRES`, names of modules that have to be installed, and `LOCATIONS`, names of options that
     are paths, or URIs with a path.
     """
+
+    def load(self, run: LoggedRun) -> None:
+        """Import the library. Imports from two threads at once can see modules that are half initialized."""
 
     def open(self, run: LoggedRun) -> None:
         """Open the logger, so that it holds each of `run.rows` once, whatever it held before.
@@ -69,15 +73,11 @@ def build(settings: Mapping[str, Any]) -> dict[str, Logger]:
         loggers[name] = logger_class(**options)
         for module in getattr(logger_class, "REQUIRES", ()):
             if not _is_installed(module):
+                install = f"pip install 'mlx-runner[{name}]'"
                 raise ConfigError(
-                    f"loggers={name} needs {module}, which is not installed: {install_command(name)}, or choose other loggers."
+                    f"loggers={name} needs {module}, which is not installed: {install}, or choose other loggers."
                 )
     return loggers
-
-
-def install_command(name: str) -> str:
-    """Return the command that installs what the logger `name` needs."""
-    return f"pip install 'mlx-runner[{name}]'"
 
 
 def make_locations_absolute(settings: Mapping[str, Any]) -> None:

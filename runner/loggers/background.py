@@ -37,7 +37,12 @@ class BackgroundLogger:
     def open(self, run: LoggedRun) -> None:
         """Open the logger with the rows that the run has kept."""
         self._run, self._is_open = run, True
-        self._calls.put(partial(self._logger.open, run))
+        try:
+            self._logger.load(run)
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._calls.put(partial(self._logger.open, run))
         # A daemon: a service that hangs must not keep the process from ending.
         threading.Thread(target=self._work, name=f"logger {self.name}", daemon=True).start()
 
@@ -73,9 +78,12 @@ class BackgroundLogger:
             try:
                 call()
             except BaseException as error:  # whatever a library raises: the run must not wait for a dead thread
-                if not self._failed:
-                    self._messages.put(_failure(self.name, error))
-                self._failed = True
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed:
+            self._messages.put(_failure(self.name, error))
+        self._failed = True
 
     def _log(self, row: LoggedRow) -> None:
         if not self._failed:
@@ -84,6 +92,7 @@ class BackgroundLogger:
     def _close(self, state: str) -> None:
         try:
             if self._failed and self._run is not None:
+                self._logger.load(self._run)
                 self._logger.open(self._run.with_rows())
                 self._messages.put(f"loggers.{self.name} has all rows now.")
         finally:

@@ -41,6 +41,9 @@ class CsvLogger:
         self._path = Path(file)
         self._file: TextIO | None = None
 
+    def load(self, run: LoggedRun) -> None:
+        """There is no library."""
+
     def open(self, run: LoggedRun) -> None:
         """Replace the file by the header and the rows of `run`, and open it for appending."""
         self._path = run.path / self._name

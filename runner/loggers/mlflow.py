@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -57,9 +58,13 @@ class MlflowLogger:
         self._logged: set[tuple[str, int]] = set()
         self._samples: list[Mapping[str, Any]] = []
 
+    def load(self, run: LoggedRun) -> None:
+        """Import MLflow, with its usage reports off."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        importlib.import_module("mlflow.tracking")
+
     def open(self, run: LoggedRun) -> None:
         """Find the record of `run` or create it, and log the rows that it lacks."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it reports every new table

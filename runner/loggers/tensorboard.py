@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any
 
@@ -26,6 +27,10 @@ class TensorBoardLogger:
     def __init__(self) -> None:
         """It has no options."""
         self._writer: Any = None
+
+    def load(self, run: LoggedRun) -> None:
+        """Import tensorboardX."""
+        importlib.import_module("tensorboardX.summary")
 
     def open(self, run: LoggedRun) -> None:
         """Replace the run's event files by one with the settings and the rows of `run`."""

@@ -28,18 +28,22 @@ class TrackioLogger:
         self._storage: Any = None
         self._run: LoggedRun | None = None
 
-    def open(self, run: LoggedRun) -> None:
-        """Write the settings and the rows that the database lacks.
+    def load(self, run: LoggedRun) -> None:
+        """Import Trackio, which reads its folder from the environment at that moment.
 
         Raises:
-            RuntimeError: Trackio was imported before, with another folder.
+            RuntimeError: it was imported before, with another folder.
         """
-        os.environ["TRACKIO_DIR"] = str(self._dir)  # read once, where trackio is imported
+        os.environ["TRACKIO_DIR"] = str(self._dir)
         from trackio import utils
-        from trackio.sqlite_storage import SQLiteStorage
 
         if Path(utils.TRACKIO_DIR) != self._dir:
             raise RuntimeError(f"this process writes to {utils.TRACKIO_DIR} already")
+
+    def open(self, run: LoggedRun) -> None:
+        """Write the settings and the rows that the database lacks."""
+        from trackio.sqlite_storage import SQLiteStorage
+
         SQLiteStorage.validate_project_name(self._project)
         self._storage, self._run = SQLiteStorage, run
         self._log(run.rows)

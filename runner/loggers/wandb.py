@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from runner.common.errors import ConfigError
 from runner.loggers.logged_run import LoggedRow, LoggedRun
 
+_FOLDER = "wandb"
+"""Where W&B writes, in the folder that it is given."""
 _MODES = ("offline", "online")
 _FINISH_SECONDS = 10
 
@@ -36,6 +39,13 @@ class WandbLogger:
         self._skipped = 0
         self._count = 0
 
+    def load(self, run: LoggedRun) -> None:
+        """Import W&B, with its error reports off and its folders in the run directory."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        for variable, name in (("WANDB_CACHE_DIR", "cache"), ("WANDB_DATA_DIR", "data")):
+            os.environ.setdefault(variable, str(run.path / _FOLDER / name))
+        importlib.import_module("wandb")
+
     def open(self, run: LoggedRun) -> None:
         """Start the record of `run`, or continue it, and log the rows that it lacks.
 
@@ -43,15 +53,12 @@ class WandbLogger:
             OSError: the folder `wandb` of the run is a link.
             RuntimeError: online, and W&B has no credentials.
         """
-        folder = run.path / "wandb"
+        import wandb
+
+        folder = run.path / _FOLDER
         if folder.is_symlink():
             raise OSError(f"{folder} is a symbolic link, which is not followed")
         folder.mkdir(exist_ok=True)
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        for variable, name in (("WANDB_CACHE_DIR", "cache"), ("WANDB_DATA_DIR", "data")):
-            os.environ.setdefault(variable, str(folder / name))
-        import wandb
-
         offline = self._mode == "offline"
         if offline:
             for old in folder.glob(f"offline-run-*-{run.id}"):

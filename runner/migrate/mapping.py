@@ -235,10 +235,13 @@ def _loggers(result: ImportResult) -> None:
     known, names = group_choices("loggers"), [n.strip().lower() for n in str(wanted or "").split(",") if n.strip()]
     there = sorted({n for n in names if n in known})
     if there:
-        result.add("report_to", ",".join(there), {}, {"loggers": there})
+        note = "offline; loggers.wandb.mode=online sends rows at once" if "wandb" in there else ""
+        result.add("report_to", ",".join(there), {}, {"loggers": there}, note)
     for name in (n for n in names if n not in known):
         result.skip("report_to", f"not yet a logger (loggers={', '.join(known)}); metrics.jsonl has every value", name)
     reason = "it names a project of report_to; a run has its directory: hydra.run.dir=FOLDER"
+    if "wandb" in there:
+        reason = "it names a project of report_to: add loggers.wandb.project=NAME to the command"
     result.skip_given("project_name", reason)
 
 

@@ -6,11 +6,13 @@ import csv
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runner.common.errors import StorageError
 from runner.loggers.csv import COLUMNS, CsvLogger
+from runner.loggers.logged_run import LoggedRow, LoggedRun
 
 RUN = (
     "model=tiny",
@@ -25,6 +27,10 @@ RUN = (
 )
 
 
+def run_in(folder: Path, *rows: dict[str, Any]) -> LoggedRun:
+    return LoggedRun(folder, "0123", "run", None, (), {}, [LoggedRow(row) for row in rows])
+
+
 def steps(path: Path) -> list[tuple[str, str]]:
     with path.open(newline="") as lines:
         return [(row["step"], row["split"]) for row in csv.DictReader(lines)]
@@ -37,22 +43,22 @@ def rows(run: Path) -> list[tuple[str, str]]:
 
 def test_the_file_is_made_anew_from_the_rows_that_stay(tmp_path: Path) -> None:
     first = CsvLogger("metrics.csv")
-    first.open(tmp_path, [])
+    first.open(run_in(tmp_path))
     for step in (2, 4):
-        first.log({"step": step, "split": "train", "loss": 1.5, "unknown": 1})
-    first.close()
+        first.log(LoggedRow({"step": step, "split": "train", "loss": 1.5, "unknown": 1}))
+    first.close("stopped")
     again = CsvLogger("metrics.csv")
-    again.open(tmp_path, [{"step": 2, "split": "train", "loss": 1.5}])
-    again.log({"step": 3, "split": "valid"})
-    again.close()
+    again.open(run_in(tmp_path, {"step": 2, "split": "train", "loss": 1.5}))
+    again.log(LoggedRow({"step": 3, "split": "valid"}))
+    again.close("finished")
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines == [",".join(COLUMNS), "2,train,1.5,,,,,,", "3,valid,,,,,,,"]
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = CsvLogger("metrics.csv")
-    logger.open(tmp_path, [{"step": 2}])
-    logger.close()
+    logger.open(run_in(tmp_path, {"step": 2}))
+    logger.close("stopped")
     before = (tmp_path / "metrics.csv").read_bytes()
 
     def full(*_: object, **__: object) -> None:
@@ -60,7 +66,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("runner.common.filesystem._write", full)
     with pytest.raises(StorageError, match="metrics.csv"):
-        CsvLogger("metrics.csv").open(tmp_path, [])
+        CsvLogger("metrics.csv").open(run_in(tmp_path))
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sqlite3
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import logger_records as records
+import numpy as np
 import pytest
 
 RUN = (
@@ -22,7 +23,7 @@ RUN = (
     "data.max_new_tokens=2",
     "lora.num_layers=1",
     "train.batch_size=1",
-    "train.iters=400",
+    "train.iters=3000",
     "train.report_every=20",
     "train.eval_every=100",
     "train.eval_batches=1",
@@ -30,6 +31,8 @@ RUN = (
     "checkpoint.every=100",
 )
 LOGGERS = "loggers=[csv,tensorboard,mlflow,wandb,trackio]"
+VOLATILE = ("/tokens_per_second", "/peak_memory_gb")
+"""Numbers that differ where a row is made again; stores that take nothing back keep the first."""
 KEYS = {"WANDB_API_KEY": "0123456789abcdef" * 2, "MLFLOW_TRACKING_PASSWORD": "correct-horse-battery-staple"}
 
 
@@ -52,14 +55,21 @@ def read_all(place: Path, run: Path) -> dict[str, records.Record]:
     }
 
 
-def assert_complete(place: Path, run: Path, group: str | None = None) -> dict[str, records.Record]:
-    """Each logger holds each number of the run once, its samples, its settings and its group."""
+def assert_complete(
+    place: Path, run: Path, group: str | None = None, last_step: int | None = None
+) -> dict[str, records.Record]:
+    """Each logger holds each number of the run once, its samples, its settings and its group.
+
+    MLflow and Trackio may have rows beyond `last_step`, which a killed process logged and the run will make again.
+    """
     wanted = records.expected(run)
     found = read_all(place, run)
     for name, record in found.items():
+        if last_step is not None and name in ("mlflow", "trackio"):
+            record.numbers = [number for number in record.numbers if number[1] <= last_step]
         assert [number[:2] for number in record.numbers] == [number[:2] for number in wanted.numbers], name
-        values = [number[2] for number in wanted.numbers]
-        assert [number[2] for number in record.numbers] == pytest.approx(values, rel=1e-6), name
+        values = [number[2] for number in wanted.numbers if not number[0].endswith(VOLATILE)]
+        assert [n[2] for n in record.numbers if not n[0].endswith(VOLATILE)] == pytest.approx(values, rel=1e-6), name
         assert record.samples == wanted.samples, name
         assert name == "tensorboard" or record.group in ((group,) if group else (None, "")), name
     assert "| lora.rank | 8 |" in found["tensorboard"].config
@@ -77,33 +87,41 @@ def logged_step(place: Path) -> int:
     return min(steps, default=0)
 
 
+def saved_step(run: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
+
+
 @pytest.mark.slow
 def test_each_row_is_there_once_after_a_kill_a_stop_and_resumes(inline, rows, assert_equal_runs, environment):
     place, run = inline.folder, inline.folder / "run"
     inline("-m", *RUN, "train.iters=2", "seed=1,2", LOGGERS, "hydra.sweep.dir=sweep")
     for job in ("0", "1"):
-        assert_complete(place, place / "sweep" / job, group="sweep")
+        found = assert_complete(place, place / "sweep" / job, group="sweep")
+        assert (found["mlflow"].state, found["wandb"].state) == ("FINISHED", "0")
+        assert set(found["mlflow"].samples) == {0, 2}
 
     process = inline.start(*RUN, LOGGERS, "hydra.run.dir=run", env=KEYS)
     try:
         deadline = time.monotonic() + 120
-        while logged_step(place) < 120:
+        while logged_step(place) <= max(100, saved_step(run)):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    killed_at = logged_step(place)
-    saved = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
-    assert killed_at > saved, "the kill came too early: nothing was logged beyond the checkpoint"
+    saved, logged = saved_step(run), logged_step(place)
+    assert logged > saved, "the kill came too early: nothing was logged beyond the checkpoint"
 
-    inline("resume=run", f"train.stop_at={saved + 10}")
-    assert {record.state for record in assert_complete(place, run).values()} == {None, "KILLED", "0"}
-    inline("resume=run")
-    assert {record.state for record in assert_complete(place, run).values()} == {None, "FINISHED", "0"}
-    assert {0, 400} == set(records.expected(run).samples)
+    random_state = random.getstate(), np.random.get_state()[1].tolist()
+    for stop in (saved + 10, logged + 10):
+        inline("resume=run", f"train.stop_at={stop}")
+        found = assert_complete(place, run, last_step=stop)
+        assert (found["mlflow"].state, found["wandb"].state) == ("KILLED", "0")
+    assert_complete(place, run)
+    assert random_state == (random.getstate(), np.random.get_state()[1].tolist())
 
-    inline(*RUN, "hydra.run.dir=plain")
+    inline(*RUN, f"train.stop_at={logged + 10}", "hydra.run.dir=plain")
     assert_equal_runs(place / "plain", run)
 
     for path in place.rglob("*"):

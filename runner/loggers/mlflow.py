@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from runner.common.errors import ConfigError
 from runner.common.text import shorten
 from runner.loggers.logged_run import LoggedRow, LoggedRun
 
-SQLITE = "sqlite:///"
+_SQLITE = "sqlite:///"
 _MAX_METRICS = 1000
 _MAX_PARAMS = 100
 _MAX_VALUE_LENGTH = 6000
@@ -53,6 +54,7 @@ class MlflowLogger:
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead."
             )
         self._uri, self._experiment = tracking_uri, experiment
+        self._file = Path(tracking_uri.removeprefix(_SQLITE)) if tracking_uri.startswith(_SQLITE) else None
         self._client: Any = None
         self._run_id = ""
         self._logged: set[tuple[str, int]] = set()
@@ -68,10 +70,9 @@ class MlflowLogger:
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it reports every new table
-        if self._uri.startswith(SQLITE):
-            Path(self._uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(self._uri)
-        record = self._find_or_create(run)
+        with _lock(self._file):
+            record = self._find_or_create(run)
         self._run_id = record.info.run_id
         names = list(record.data.metrics)
         self._logged = {
@@ -104,9 +105,8 @@ class MlflowLogger:
     def _experiment_id(self) -> str:
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
-            location = None
-            if self._uri.startswith(SQLITE):  # else MLflow would create ./mlruns
-                location = Path(self._uri.removeprefix(SQLITE)).with_suffix(".artifacts").as_uri()
+            # MLflow's default for a file would be ./mlruns.
+            location = self._file.with_suffix(".artifacts").as_uri() if self._file else None
             with suppress(Exception):  # another job has just created it
                 return str(self._client.create_experiment(self._experiment, artifact_location=location))
             found = self._client.get_experiment_by_name(self._experiment)
@@ -139,6 +139,18 @@ class MlflowLogger:
         if len(self._samples) > samples:
             lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in self._samples]
             self._client.log_text(self._run_id, "".join(lines), "samples.jsonl")
+
+
+@contextmanager
+def _lock(file: Path | None) -> Iterator[None]:
+    """Hold a lock beside the database `file`: MLflow makes its tables without one, and two jobs at once spoil them."""
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_name(f"{file.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:

@@ -142,3 +142,29 @@ def test_each_row_is_there_once_after_a_kill_a_stop_and_resumes(inline, rows, as
     for name in ("mlflow", "trackio"):
         assert out.count(f"loggers.{name} failed and is left out: ") == 1
     assert (place / "failing/metrics.csv").read_text().count("\n") == 1 + len(rows(place / "failing"))
+
+
+@pytest.mark.long
+def test_jobs_in_processes_of_their_own_share_the_databases(cli):
+    """Both make the tables of a new database at the same time."""
+    jobs = ("seed=1,2", "hydra/launcher=process", "hydra.launcher.jobs=2", "hydra.sweep.dir=sweep")
+    out = cli("-m", *RUN, "train.iters=2", LOGGERS, *jobs)
+    assert "2 of 2" in out
+    for job in ("0", "1"):
+        assert "failed" not in (cli.folder / "sweep" / job / "run.log").read_text()
+        assert_complete(cli.folder, cli.folder / "sweep" / job, group="sweep")
+
+
+@pytest.mark.long
+def test_ctrl_c_stops_a_run_with_loggers_as_any_other(cli):
+    run = cli.folder / "run"
+    process = cli.start(*RUN, LOGGERS, "hydra.run.dir=run")
+    cli.wait_for(run, 20, process)
+    while logged_step(cli.folder) < 20:
+        time.sleep(0.02)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "stopped (SIGINT)" in out
+    assert time.monotonic() - start < 10
+    assert_complete(cli.folder, run)

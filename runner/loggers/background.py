@@ -13,10 +13,8 @@ from runner.common.text import count, shorten
 from runner.loggers import Logger
 from runner.loggers.logged_run import LoggedRow, LoggedRun
 
-FINISH_SECONDS = 30.0
-"""How long a run waits at its end for loggers that are behind."""
 _NOTICE_SECONDS = 2.0
-"""How long it waits without a line that says so."""
+"""How long the end of a run waits for loggers without a line that says so."""
 
 
 class BackgroundLogger:

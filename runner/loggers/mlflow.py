@@ -70,8 +70,10 @@ class MlflowLogger:
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it reports every new table
-        self._client = MlflowClient(self._uri)
         with _lock(self._file):
+            if self._file and not self._file.exists():
+                _create_database(self._file)
+            self._client = MlflowClient(self._uri)
             record = self._find_or_create(run)
         self._run_id = record.info.run_id
         names = list(record.data.metrics)
@@ -151,6 +153,16 @@ def _lock(file: Path | None) -> Iterator[None]:
     with open(file.with_name(f"{file.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _create_database(file: Path) -> None:
+    """Make a database with MLflow's tables: whole or not at all, since MLflow cannot continue where it was killed."""
+    from mlflow.tracking import MlflowClient
+
+    draft = file.with_name(f".{file.name}.new")
+    draft.unlink(missing_ok=True)
+    MlflowClient(f"{_SQLITE}{draft}").search_experiments(max_results=1)
+    draft.rename(file)
 
 
 def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:

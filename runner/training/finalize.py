@@ -26,6 +26,8 @@ from runner.training.evaluate import evaluate
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
 
+_LOGGER_SECONDS, _LOGGER_SECONDS_AT_SIGNAL = 30.0, 5.0
+"""How long loggers that are behind are waited for, at most, and after a stop signal; a resume logs what is missing."""
 _NOTICE_SECONDS = 2.0
 """How long a backup may take without a line that says so."""
 
@@ -46,7 +48,8 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
     if trainer.stops.signal is not None:
         stop = StopReason(trainer.stops.signal.name)
     _write_final_status(trainer, stop, result_step)
-    for line in writer.finish_loggers(_state(stop), trainer.display.line):
+    seconds = _LOGGER_SECONDS if trainer.stops.signal is None else _LOGGER_SECONDS_AT_SIGNAL
+    for line in writer.finish_loggers(_state(stop), seconds, trainer.display.line):
         trainer.display.line(line, "yellow")
     if writer.backup:
         for line in finish_backup(writer.backup, spec.directory.path, trainer.stops, trainer.display.line):

@@ -106,9 +106,9 @@ class RunWriter:
         backup = self.backup.new_messages() if self.backup else []
         return [*backup, *(line for logger in self.loggers for line in logger.new_messages())]
 
-    def finish_loggers(self, state: str, print_line: Callable[[str], None]) -> list[str]:
-        """Close the loggers of a run that ends in `state`, wait for them, and return what to report about them."""
-        return background_loggers.finish(self.loggers, state, background_loggers.FINISH_SECONDS, print_line)
+    def finish_loggers(self, state: str, seconds: float, print_line: Callable[[str], None]) -> list[str]:
+        """Close the loggers of a run that ends in `state`, wait up to `seconds`, and return what to report."""
+        return background_loggers.finish(self.loggers, state, seconds, print_line)
 
     def update_status(self, **fields: Any) -> None:
         """Set fields of status.json; None removes a field."""

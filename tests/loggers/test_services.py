@@ -81,6 +81,8 @@ def assert_complete(
 def logged_step(place: Path) -> int:
     """The last step of any run that both databases have."""
     steps = []
+    if not (place / "outputs/mlflow.db").exists():
+        return 0
     for path in (place / "outputs/mlflow.db", place / "outputs/trackio/runner.db"):
         with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:
             steps.append(database.execute("SELECT max(step) FROM metrics").fetchone()[0] or 0)
@@ -166,5 +168,5 @@ def test_ctrl_c_stops_a_run_with_loggers_as_any_other(cli):
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "stopped (SIGINT)" in out
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 10  # the checkpoint and what Python needs to end included
     assert_complete(cli.folder, run)

@@ -31,7 +31,7 @@ RUN = (
     "checkpoint.every=100",
 )
 LOGGERS = "loggers=[csv,tensorboard,mlflow,wandb,trackio]"
-VOLATILE = ("/tokens_per_second", "/peak_memory_gb")
+VOLATILE = ("/tokens_per_second", "_memory_gb")
 """Numbers that differ where a row is made again; stores that take nothing back keep the first."""
 KEYS = {"WANDB_API_KEY": "0123456789abcdef" * 2, "MLFLOW_TRACKING_PASSWORD": "correct-horse-battery-staple"}
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkpoint_edits import edit_json
 
-from runner.checkpoints.manifest import write
-from runner.checkpoints.store import file_records
-from runner.checkpoints.verify import load_checkpoint
 from runner.cli.commands.replay import replay
 from runner.common.errors import ConfigError
-from runner.common.filesystem import FileSystem
 from runner.config.schema import DataConfig
 
 cpu_engine = pytest.mark.cpu("runs of the CPU engine, the second backend")
@@ -23,31 +19,19 @@ def position(run: Path, step: int) -> dict[str, int]:
     return json.loads((run / f"checkpoints/step-{step:07d}/train_state.json").read_text())["position"]
 
 
-def rewrite_state(checkpoint: Path, edit) -> None:
-    """Apply `edit` to the train_state.json of a checkpoint, and seal it again."""
-    loaded = load_checkpoint(checkpoint, FileSystem())
-    state = json.loads(loaded.files["train_state.json"])
-    edit(state)
-    loaded.files["train_state.json"] = json.dumps(state).encode()
-    (checkpoint / "train_state.json").write_bytes(loaded.files["train_state.json"])
-    (checkpoint / "manifest.json").write_bytes(
-        write(replace(loaded.checkpoint.manifest, files=file_records(loaded.files)))
-    )
-
-
 def store_null(run: Path, window: int) -> None:
     """Make `run` one of an earlier version: its settings leave the window to the backend."""
     file = run / "config.yaml"
     assert file.read_text().count(f"window: {window}") == 1
     file.write_text(file.read_text().replace(f"window: {window}", "window: null"))
     for checkpoint in (run / "checkpoints").glob("step-*"):
-        rewrite_state(checkpoint, lambda state: state["hyperparameters"].update({"data.window": None}))
+        edit_json(checkpoint, "train_state.json", lambda state: state["hyperparameters"].update({"data.window": None}))
 
 
 def forget_window(run: Path) -> None:
     """Make the checkpoints of `run` such as were written before positions recorded the window."""
     for checkpoint in (run / "checkpoints").glob("step-*"):
-        rewrite_state(checkpoint, lambda state: state["position"].pop("window"))
+        edit_json(checkpoint, "train_state.json", lambda state: state["position"].pop("window"))
 
 
 @pytest.mark.parametrize(

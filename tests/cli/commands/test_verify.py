@@ -186,3 +186,18 @@ def test_tensor_differences_are_relative_to_the_largest_value(tmp_path, trained)
     found = tensor_differences(one, load_checkpoint(step, verify_disk()))
     assert found["optimizer.safetensors"] == 0.0
     assert found["adapters.safetensors"] == pytest.approx(1e-3, rel=0.01)
+
+
+def test_two_equal_replays_on_a_gpu_still_allow_the_rounding_of_sums_in_another_order(tmp_path, trained):
+    """No GPU here: the comparison itself."""
+    from runner.cli.commands.replay import _compare, _Trained, noise_floor
+
+    stored, equal = trained / "checkpoints/step-0000030", {"adapters.safetensors": 0.0, "optimizer.safetensors": 0.0}
+    floor = noise_floor(10, 100)
+    assert floor == pytest.approx(1.2e-5, rel=0.01)
+    for factor, accepted in ((1.0 + 1e-6, True), (1.0001, False)):
+        step = shutil.copytree(stored, tmp_path / f"{factor}" / "step-0000030")
+        reseal(step, lambda array, factor=factor: array * np.float32(factor))
+        found = _compare(_Trained.load(stored), _Trained.load(step), equal, floor)
+        assert bool(found) != accepted, found
+        assert _compare(_Trained.load(stored), _Trained.load(step), None, floor)

@@ -129,7 +129,7 @@ def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoad
     ]
     if lines:
         if saved.get("model") != base.fingerprint:
-            lines += [*base.differs_from_earlier_versions, *_device_reason(point.saved.identity, base)]
+            lines += [*base.differs_from_earlier_versions, *_device_reason(spec, point.saved.identity, base)]
         command = warm_start_command(spec.source.run, point.checkpoint.path)
         lines.append(f"To start a new run on them from these weights: {command}")
         raise ConfigError(f"{point.checkpoint.path} cannot be resumed:\n" + "\n".join(lines))
@@ -149,14 +149,15 @@ def numeric_differences(saved: RunIdentity, current: RunIdentity) -> list[str]:
     ]
 
 
-def _device_reason(saved: RunIdentity, base: BaseModel) -> list[str]:
+def _device_reason(spec: RunSpec, saved: RunIdentity, base: BaseModel) -> list[str]:
     """Return what tells that the base may differ because it was converted on another device than this one."""
     before, now = saved.numeric_environment.get("device"), str(mx.default_device())
-    if not isinstance(before, str) or before == now or base.precision["dtype"] == "native":
+    as_stored = base.precision == {"dtype": "native", "dequantize": "never"} and spec.config.model.quantize.bits is None
+    if not isinstance(before, str) or before == now or as_stored:
         return []
     return [
-        f"The checkpoint is of {shorten(before)}, this is {now}, and the base is converted while it is loaded "
-        f"(model.dtype={base.precision['dtype']}): devices may round that differently. Resume it on such a device."
+        f"The checkpoint is of {shorten(before)}, this is {now}, and the base is converted while it is loaded, which "
+        "two devices may round differently. Resume it on such a device."
     ]
 
 

@@ -89,7 +89,6 @@ def test_a_run_resumes_on_another_device_with_its_weights(
     base = write_model(tmp_path / "base", "llama", dtype=mx.bfloat16, **FORMS[form])
     out = devices(first, start(base), MLX_ENABLE_TF32="1")
     assert ("memory up to 1.48 GB of freed buffers" in out) == (first == "gpu")
-    assert bool(re.search(r"left  0\.\d\d GB, cache 0\.\d\d, peak 0\.\d\d$", out, re.MULTILINE)) == (first == "gpu")
     evaluated = ["test", "run", "--split", "valid", "--json"]
     there = devices(
         second,
@@ -99,6 +98,8 @@ def test_a_run_resumes_on_another_device_with_its_weights(
         evaluated,
         MLX_ENABLE_TF32="0",
     )
+    in_use = re.search(r"left  0\.\d\d GB, cache 0\.\d\d, peak 0\.\d\d$", there, re.MULTILINE)
+    assert (in_use is not None) == (second == "gpu")
     assert "resumed from" in there and "device was" in there
     before, after = devices.saved(2), devices.saved(4)
     assert before["precision"] == after["precision"] == KEPT[first]

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ TEMPLATES = {
     "an included file": b"{% include '/etc/passwd' %}",
     "100 MB per row": b"{{ 'a' * 100000000 }}",
 }
+STOPPED_BY_MEMORY = ("a text of 10 GB", "a text that doubles", "100 MB per row")
+"""Where a process's memory can be limited: on Linux."""
 
 
 def test_a_hostile_model_folder_is_refused(cases, fresh_cli, folder, hostile):
@@ -130,7 +133,8 @@ def test_hostile_model_folders_are_refused_within_a_second_and_200_mb(cases, cli
 
 
 def test_a_hostile_chat_template_is_stopped(cases, fresh_cli, folder, hostile):
-    for name in cases.some(list(TEMPLATES), 3):
+    names = [name for name in TEMPLATES if sys.platform == "linux" or name not in STOPPED_BY_MEMORY]
+    for name in cases.some(names, 3):
         cli = fresh_cli()
         shutil.copytree(folder, cli.folder / "theirs")
         replaced("chat_template.jinja", TEMPLATES[name])(cli.folder / "theirs")

@@ -4,9 +4,9 @@ PYTHON ?=
 VENV ?= .venv
 REFERENCE_VENV ?= .venv-reference
 DARWIN_VENV ?= .venv-darwin
-# Linux machines with an NVIDIA GPU, once: make setup EXTRAS=cuda,dev. The choice stays with the environment, and
+# Linux machines with an NVIDIA GPU, once: make setup EXTRAS=cuda. The choice stays with the environment, and
 # another choice makes a new one, because the CPU and the CUDA build of MLX overwrite each other's files.
-EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,dev)
+EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu)
 ARGS ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -14,6 +14,7 @@ PYTEST_ARGS ?=
 RUN = $(VENV)/bin/python
 PIP = -m pip install --quiet --disable-pip-version-check
 STAMP = $(VENV)/.setup-$(EXTRAS)
+DEV_STAMP = $(VENV)/.setup-dev-$(EXTRAS)
 REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
 REFERENCE_PACKAGES = torch transformers gguf accelerate
 # Only its chat templates are read, so that it needs none of what it depends on.
@@ -55,7 +56,7 @@ FIND_PYTHON = python=; bare=; intel=; \
 	  exit 2; \
 	fi
 
-.PHONY: help setup models compiled train test test-all test-darwin faults bench bench-full check clean
+.PHONY: help setup dev-setup models compiled train test test-all test-darwin faults bench bench-full check clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -76,6 +77,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch "$(STAMP)"
 	@echo "setup: done"
 
+# Apart from setup, because training needs none of it: the libraries of the loggers alone take 250 MB.
+dev-setup: $(DEV_STAMP)
+
+$(DEV_STAMP): $(STAMP)
+	@echo "setup: installing what the tests and checks need"
+	@"$(RUN)" $(PIP) --constraint constraints.txt --editable ".[dev]"
+	@touch "$(DEV_STAMP)"
+
 models: setup ## fetch the small model that train and test use
 	@"$(RUN)" -m runner.models.fetch smollm2_135m
 
@@ -83,7 +92,7 @@ train: models ## fine-tune the small model and show it before and after (ARGS="l
 	@"$(RUN)" -m runner experiment=first_run $(ARGS)
 
 # Tests start hundreds of processes: where PYTHONDONTWRITEBYTECODE is set, each would compile the package anew.
-compiled: setup
+compiled: dev-setup
 	@"$(RUN)" -m compileall -q runner hydra_plugins
 
 test: models compiled ## run the tests, all but those against torch (WORKERS=, PYTEST_ARGS=)
@@ -111,13 +120,13 @@ $(REFERENCE_STAMP): constraints.txt
 faults: models compiled ## every fault of tests/faults/rows.py with full counts, one line a row (an hour)
 	@RUNNER_FAULTS=full $(PYTEST) tests/faults
 
-bench: setup ## against stock mlx_lm.lora, side by side (ten minutes; leave the machine alone)
+bench: dev-setup ## against stock mlx_lm.lora, side by side (ten minutes; leave the machine alone)
 	@"$(RUN)" -m benchmarks.against_mlx_lm --quick $(ARGS)
 
-bench-full: setup ## all rows and rounds of it (hours)
+bench-full: dev-setup ## all rows and rounds of it (hours)
 	@"$(RUN)" -m benchmarks.against_mlx_lm --full $(ARGS)
 
-check: setup ## formatting, lint, types, layers, and docs and conf/ in step with the code
+check: dev-setup ## formatting, lint, types, layers, and docs and conf/ in step with the code
 	@"$(RUN)" -m ruff format --check .
 	@"$(RUN)" -m ruff check .
 	@"$(RUN)" -m mypy

@@ -77,7 +77,7 @@ KEPT = {"cpu": {"dtype": "float32", "dequantize": "always"}, "gpu": {"dtype": "n
 @pytest.mark.parametrize(
     ("form", "first", "second"),
     [
-        ("quantized", "cpu", "gpu"),
+        pytest.param("quantized", "cpu", "gpu", marks=pytest.mark.long),
         ("quantized", "gpu", "cpu"),
         pytest.param("16 bits", "cpu", "gpu", marks=pytest.mark.long),
         pytest.param("16 bits", "gpu", "cpu", marks=pytest.mark.long),
@@ -125,6 +125,7 @@ def forget_precision(run: Path) -> None:
             edit_json(folder, "train_state.json", lambda content: content.pop("precision"))
 
 
+@pytest.mark.long
 def test_a_run_of_an_earlier_version_keeps_what_its_device_chose(devices: Devices, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "llama", dtype=mx.bfloat16, **FORMS["quantized"])
     devices("gpu", start(base))

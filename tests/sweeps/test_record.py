@@ -142,8 +142,8 @@ def test_a_worker_that_is_stopping_on_a_signal_saves_though_its_parent_ends(inli
     assert worker.stdin is not None and worker.stdout is not None
     sweep = inline.folder / "s"
     for request in (
-        {"sweep": str(sweep), "stop_at": None, "settings": {}},
-        {"job": 0, "label": "", "log": str(inline.folder / "log"), "record": {}},
+        {"sweep": str(sweep), "stop_at": None, "settings": {}, "supervise": None},
+        {"job": 0, "label": "", "log": str(inline.folder / "log"), "record": {}, "changes": {}},
     ):
         print(json.dumps(request), file=worker.stdin, flush=True)
     status = sweep / "0/status.json"

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner.common.control_groups import control_groups
+
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Return the cores in this process's CPU affinity, capped by the quotas of its control groups (v1 and v2)."""
@@ -15,22 +17,11 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the CPU quota, in cores, of every control group above this process that has one."""
-    mount = root / "sys/fs/cgroup"
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        groups = []
-    for hierarchy, controllers, group in (line.split(":", 2) for line in groups if line.count(":") >= 2):
-        if hierarchy != "0" and "cpu" not in controllers.split(","):
-            continue
-        # Inside a container the path may name a group that is itself mounted as the root: every parent is checked.
-        relative = Path(group.lstrip("/"))
-        for folder in [relative, *relative.parents]:
-            if hierarchy == "0":
-                yield from _read_quota(mount / folder / "cpu.max")
-            else:
-                v1 = mount / "cpu" / folder
-                yield from _read_quota(v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us")
+    for version, folder in control_groups("cpu", root):
+        if version == 2:
+            yield from _read_quota(folder / "cpu.max")
+        else:
+            yield from _read_quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
 
 
 def _read_quota(*files: Path) -> Iterator[float]:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner.common.control_groups import control_groups
+
 
 def available_memory(root: Path = Path("/")) -> int:
     """Return the bytes that the machine has free or can free, capped by what the control groups of this process (v1 and
@@ -25,23 +27,11 @@ def _free(root: Path) -> int:
 
 def _left_in_groups(root: Path) -> Iterator[int]:
     """Yield what each control group above this process leaves of its limit; cached files count as free."""
-    mount = root / "sys/fs/cgroup"
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        groups = []
-    for hierarchy, controllers, group in (line.split(":", 2) for line in groups if line.count(":") >= 2):
-        if hierarchy != "0" and "memory" not in controllers.split(","):
-            continue
-        base = mount if hierarchy == "0" else mount / "memory"
-        names = (
-            ("memory.max", "memory.current") if hierarchy == "0" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        )
-        relative = Path(group.lstrip("/"))
-        for folder in [relative, *relative.parents]:  # inside a container the path may be one of the host's
-            limit, used = (_number(base / folder / name) for name in names)
-            if limit is not None and used is not None:
-                yield limit - used + _cached_files(base / folder / "memory.stat")
+    for version, folder in control_groups("memory", root):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_number(folder / name) for name in names)
+        if limit is not None and used is not None:
+            yield limit - used + _cached_files(folder / "memory.stat")
 
 
 def _number(file: Path) -> int | None:

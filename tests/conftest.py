@@ -123,7 +123,8 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:
-    """Assert that two runs are equal: weights, optimizer, random state, data position, learning rates, metrics rows."""
+    """Assert that two runs are equal: weights, optimizer, random state, data position, learning rates, metrics rows,
+    losses of the evaluated rows."""
     assert rows(first) == rows(second)
     last = sorted(p.name for p in (first / "checkpoints").glob("step-*"))[-1]
     for name in ("adapters.safetensors", "optimizer.safetensors"):
@@ -133,9 +134,13 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     for name in ("step", "position", "random_state", "progress", "metrics"):
         assert states[0][name] == states[1][name], name
     # The offsets are in bytes, and rows hold times of different lengths: equal runs have as many rows before them.
-    for name, file in (("metrics_offset", "metrics.jsonl"), ("samples_offset", "samples.jsonl")):
+    files = ("metrics.jsonl", "samples.jsonl", "row_losses.jsonl")
+    for file in files:
+        name = file.replace(".jsonl", "_offset")
         counts = [rows_before(run / file, state[name]) for run, state in zip((first, second), states, strict=True)]
         assert counts[0] == counts[1], name
+    row_losses = [file.read_bytes() if (file := run / "row_losses.jsonl").exists() else None for run in (first, second)]
+    assert row_losses[0] == row_losses[1]
     results = [(run / "adapters" / "adapters.safetensors").read_bytes() for run in (first, second)]
     assert results[0] == results[1]
 

@@ -44,6 +44,16 @@ class BackendBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class RowLosses:
+    """The loss of a batch, and of each of its rows."""
+
+    total: float
+    """Sum of -log p(target) over the supervised tokens, added up in float32 as `Backend.loss_and_grads` does."""
+    rows: np.ndarray
+    """(batch,) float64: that sum for each row."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepMemory:
     """Bytes that a step takes at its peak, beyond the weights, the adapter and the optimizer."""
 
@@ -75,8 +85,8 @@ class Backend(Protocol):
     def numeric_environment(self) -> dict[str, Any]:
         """Everything that the last digits depend on beside the run's settings; stored in each checkpoint."""
 
-    def loss(self, params: Params, batch: BackendBatch) -> float:
-        """Return the sum of -log p(target) over the supervised tokens of `batch`, without dropout."""
+    def row_losses(self, params: Params, batch: BackendBatch) -> RowLosses:
+        """Return the sum of -log p(target) over the supervised tokens of each row of `batch`, without dropout."""
 
     def loss_and_grads(self, params: Params, batch: BackendBatch, key: mx.array) -> tuple[mx.array, Gradients]:
         """Return the summed loss, a scalar, and its gradients by `params`; MLX arrays may not be evaluated yet.
@@ -95,7 +105,7 @@ class Backend(Protocol):
         """Return the peak memory of `loss_and_grads` for a batch of these shapes; nothing is computed."""
 
     def evaluation_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
-        """Return the peak memory of `loss` for a batch of these shapes; nothing is computed."""
+        """Return the peak memory of `row_losses` for a batch of these shapes; nothing is computed."""
 
     def frozen_memory(self, inputs: np.ndarray) -> StepMemory:
         """Return the peak memory of `run_frozen_blocks` for inputs of this shape; nothing is computed."""

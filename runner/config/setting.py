@@ -27,6 +27,7 @@ _RESERVED_NAMES = {
     layout.STATUS,
     layout.METRICS,
     layout.SAMPLES,
+    layout.ROW_LOSSES,
     layout.BACKUP,
 }
 

@@ -31,11 +31,27 @@ class Batch:
     """Number of supervised tokens: the sum of `weights`."""
     input_lengths: np.ndarray
     """(batch,) int64: inputs of each row without padding."""
+    rows: np.ndarray
+    """(batch,) int64: index of each row in its split."""
 
     @property
     def real_tokens(self) -> int:
         """Number of input tokens without padding."""
         return int(self.input_lengths.sum())
+
+    @property
+    def supervised_by_row(self) -> np.ndarray:
+        """(batch,) int64: supervised tokens of each row."""
+        return np.bincount(self._target_rows, minlength=len(self.rows))
+
+    def sums_by_row(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum for each row, (batch,) float64, of a value for each supervised token, (supervised,)."""
+        return np.bincount(self._target_rows, weights=values, minlength=len(self.rows))
+
+    @property
+    def _target_rows(self) -> np.ndarray:
+        """(supervised,): the row, in this batch, of each supervised token."""
+        return self.positions[: self.supervised] // self.inputs.shape[1]
 
 
 def collate(tokens: TokenSet, indices: np.ndarray, buckets: LengthBuckets) -> Batch:
@@ -65,4 +81,4 @@ def collate(tokens: TokenSet, indices: np.ndarray, buckets: LengthBuckets) -> Ba
     positions[:supervised] = (row * length + column)[is_target]
     targets[:supervised] = tokens.tokens[source + 1][is_target]
     weights[:supervised] = 1
-    return Batch(inputs, positions, targets, weights, supervised, counts)
+    return Batch(inputs, positions, targets, weights, supervised, counts, indices)

@@ -38,6 +38,14 @@ class TokenSet:
         positions = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[positions], self.supervised[positions]
 
+    def subset(self, indices: np.ndarray) -> TokenSet:
+        """Return the set of the rows `indices`, in their order."""
+        rows = [self.row(int(index)) for index in indices]
+        tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in rows)])
+        supervised = np.concatenate([np.zeros(0, bool), *(mask for _, mask in rows)])
+        offsets = np.cumsum([0, *(len(tokens) for tokens, _ in rows)]).astype(np.int64)
+        return TokenSet(tokens, supervised, offsets, self.lines[indices])
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """(rows,) int64, in tokens."""

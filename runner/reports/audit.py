@@ -90,6 +90,7 @@ def audit_run(run: RunInfo) -> Audit:
     newest_state = checkpoints[-1][1] if checkpoints else {}
     _verify_rows(directory.metrics, newest_state.get("metrics_offset"), audit, is_locked)
     _verify_rows(directory.samples, newest_state.get("samples_offset"), audit, is_locked)
+    _verify_rows(directory.row_losses, newest_state.get("row_losses_offset"), audit, is_locked)
     if not checkpoints and run.status.get("last_checkpoint"):
         audit.damage.append(f"{directory.checkpoints}: step {run.status['last_checkpoint']} was saved, none is whole")
     if newest_state and run.settings:

@@ -43,6 +43,7 @@ class RunDirectory:
         self.status = path / layout.STATUS
         self.metrics = path / layout.METRICS
         self.samples = path / layout.SAMPLES
+        self.row_losses = path / layout.ROW_LOSSES
         self.log = path / layout.LOG
         self.checkpoints = path / checkpoint_dir_name
         self.result = path / layout.RESULT

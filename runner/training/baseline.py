@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from runner.common.result_cache import CachedResult
-from runner.training.evaluate import EvaluationResult
+from runner.runs.row_losses import rounded_losses
+from runner.training.evaluate import EvaluatedRows, EvaluationResult
 from runner.training.generate import GenerationResult
 
 
@@ -29,7 +32,7 @@ class Baseline:
     def store(self) -> None:
         """Write the validation result to the cache; writing again marks the entry as recently used."""
         if self.validation is not None and self.cached_validation is not None:
-            self.cached_validation.store(asdict(self.validation))
+            self.cached_validation.store(_to_values(self.validation))
 
 
 def load_baseline(key: Mapping[str, Any]) -> Baseline:
@@ -38,14 +41,27 @@ def load_baseline(key: Mapping[str, Any]) -> Baseline:
     return Baseline(_validation_result(cached.load() or {}), cached_validation=cached)
 
 
+def _to_values(result: EvaluationResult) -> dict[str, Any]:
+    rows = {"losses": rounded_losses(result.rows.losses), "tokens": result.rows.tokens.tolist()}
+    fields = ("loss", "supervised", "tokens", "seconds")
+    return {**{name: getattr(result, name) for name in fields}, "rows": rows}
+
+
 def _validation_result(values: Mapping[str, Any]) -> EvaluationResult | None:
+    """Return the result that `_to_values` gave, or None; an earlier version stored no rows."""
     try:
         result = EvaluationResult(
             loss=float(values["loss"]),
             supervised=int(values["supervised"]),
             tokens=int(values["tokens"]),
             seconds=float(values["seconds"]),
+            rows=EvaluatedRows(
+                losses=np.array(values["rows"]["losses"], np.float64),
+                tokens=np.array(values["rows"]["tokens"], np.int64),
+            ),
         )
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
-    return result if math.isfinite(result.loss) else None
+    rows = result.rows
+    is_whole = rows.losses.ndim == 1 and rows.losses.shape == rows.tokens.shape and np.isfinite(rows.losses).all()
+    return result if is_whole and math.isfinite(result.loss) else None

@@ -72,6 +72,7 @@ def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
         source, written = RunDirectory(spec.source.run), point.saved.written
         _copy_rows(source.metrics, directory.metrics, written.metrics_offset)
         _copy_rows(source.samples, directory.samples, written.samples_offset)
+        _copy_rows(source.row_losses, directory.row_losses, written.row_losses_offset)
     writer.update_status(**_first_status(spec, point), last_checkpoint=retention.source_step)
     writer.open(logged_run(spec), point.saved.written if point else None)
     if writer.backup:

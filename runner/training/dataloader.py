@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -79,6 +80,13 @@ class EvaluationLoader:
     def row_count(self) -> int:
         """Number of rows in a pass."""
         return sum(map(len, self._batches))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the rows of a pass in the order of the data: tokens and mask (see `TokenSet.fingerprint`)."""
+        token_set = self._builder.token_set
+        indices = np.sort(np.concatenate([*self._batches, np.zeros(0, np.int64)]))
+        return (token_set if len(indices) == len(token_set) else token_set.subset(indices)).fingerprint
 
 
 class PrefetchingLoader:

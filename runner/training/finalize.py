@@ -108,6 +108,7 @@ def _evaluate_test_split(trainer: Trainer, spec: RunSpec, params: Params, result
         perplexity=perplexity,
         of_step=result_step,
     )
+    trainer.writer.log_row_losses(trainer.state.progress.step, "test", batches.fingerprint, result.rows)
     return [f"test loss {result.loss:.4f}, perplexity {perplexity:.3f}"]
 
 

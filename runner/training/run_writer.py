@@ -1,4 +1,4 @@
-"""The files that a run writes: metrics, samples, status, checkpoints, result and the loggers' files."""
+"""The files that a run writes: metrics, samples, losses of rows, status, checkpoints, result and the loggers' files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from runner.loggers import background as background_loggers
 from runner.loggers.background import BackgroundLogger
 from runner.loggers.logged_run import LoggedRow, LoggedRun
 from runner.runs.directory import RunDirectory
+from runner.runs.row_losses import RowLossWriter
 from runner.runs.rows import RowFile
 from runner.training.async_saver import AsyncSaver
+from runner.training.evaluate import EvaluatedRows
 
 _FAILED_SECONDS = 10.0
 """How long a failed run waits for its backup, and for its loggers."""
@@ -38,6 +40,8 @@ class FilePositions:
     """Bytes of metrics.jsonl."""
     samples_offset: int = 0
     """Bytes of samples.jsonl."""
+    row_losses_offset: int = 0
+    """Bytes of row_losses.jsonl."""
     seconds: float = 0.0
     """Wall time of the run so far, over all its resumes."""
 
@@ -62,6 +66,7 @@ class RunWriter:
         self.backup = backup
         self._metrics: RowFile
         self._samples: RowFile
+        self._row_losses: RowLossWriter
         self._saver = AsyncSaver(background)
         self._saved_step: int | None = None
         self._new_samples: list[Mapping[str, Any]] = []
@@ -74,6 +79,7 @@ class RunWriter:
         saved = saved or FilePositions()
         self._metrics = RowFile(self.directory.metrics, saved.metrics_offset)
         self._samples = RowFile(self.directory.samples, saved.samples_offset)
+        self._row_losses = RowLossWriter(self.directory.row_losses, saved.row_losses_offset)
         self._seconds_before = saved.seconds
         self._start = time.monotonic()
         run = run.with_rows() if self.loggers else run
@@ -82,7 +88,9 @@ class RunWriter:
 
     def positions(self) -> FilePositions:
         """Return how far the files are written, for a checkpoint."""
-        return FilePositions(self._metrics.offset, self._samples.offset, self.seconds())
+        return FilePositions(
+            self._metrics.offset, self._samples.offset, self._row_losses.file.offset, seconds=self.seconds()
+        )
 
     def seconds(self) -> float:
         """Return the wall time of the run so far, over all its resumes."""
@@ -100,6 +108,10 @@ class RunWriter:
         """Append a row to samples.jsonl; loggers get it with the next row of metrics."""
         self._samples.append(fields)
         self._new_samples.append(fields)
+
+    def log_row_losses(self, step: int, split: str, fingerprint: str, rows: EvaluatedRows) -> None:
+        """Append the losses of the evaluated rows to row_losses.jsonl; `fingerprint` is that of the rows."""
+        self._row_losses.append(step, split, fingerprint, rows.losses, rows.tokens)
 
     def new_messages(self) -> list[str]:
         """Return what the backup and the loggers report since the last call; each message comes once."""
@@ -132,8 +144,8 @@ class RunWriter:
         """
 
         def save() -> None:
-            self._metrics.sync()
-            self._samples.sync()
+            for file in self._row_files():
+                file.sync()
             contents = {name: content() if callable(content) else content for name, content in files.items()}
             metrics = {} if valid_loss is None else {BEST_METRIC: valid_loss}
             self.store.commit(step, contents, save_reasons=save_reasons, metrics=metrics)
@@ -169,10 +181,10 @@ class RunWriter:
         replace_folder(self.directory.result, with_manifest, FileSystem())
 
     def finish_rows(self) -> None:
-        """Sync the row files before the final status, and remove samples.jsonl if it is empty."""
-        self._metrics.sync()
-        self._samples.sync()
-        self._remove_empty_samples()
+        """Sync the row files before the final status, and remove those that are optional and empty."""
+        for file in self._row_files():
+            file.sync()
+        self._remove_empty_files()
 
     def close(self) -> None:
         """Wait for the save in progress, close the row files and the loggers."""
@@ -184,11 +196,15 @@ class RunWriter:
         if self.backup:
             deadline = time.monotonic() + _FAILED_SECONDS
             self.backup.finish(lambda: time.monotonic() < deadline)  # does nothing if the run completed
-        self._metrics.close()
-        self._samples.close()
-        self._remove_empty_samples()
+        for file in self._row_files():
+            file.close()
+        self._remove_empty_files()
         background_loggers.finish(self.loggers, str(self._status.get("state")), _FAILED_SECONDS)
 
-    def _remove_empty_samples(self) -> None:
-        if self._samples.offset == 0:
-            self.directory.samples.unlink(missing_ok=True)
+    def _row_files(self) -> tuple[RowFile, ...]:
+        return self._metrics, self._samples, self._row_losses.file
+
+    def _remove_empty_files(self) -> None:
+        for file in self._row_files()[1:]:
+            if file.offset == 0:
+                file.path.unlink(missing_ok=True)

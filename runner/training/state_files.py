@@ -99,6 +99,7 @@ def checkpoint_files(
         },
         "metrics_offset": written.metrics_offset,
         "samples_offset": written.samples_offset,
+        "row_losses_offset": written.row_losses_offset,
         "seconds": round(written.seconds, 3),
         "fingerprints": identity.fingerprints,
         "environment": identity.numeric_environment,
@@ -145,7 +146,7 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
             progress=progress,
             position=position,
             window=_window(data["position"]),
-            written=FilePositions(_count(data, "metrics_offset"), _count(data, "samples_offset"), _seconds(data)),
+            written=_file_positions(data),
             identity=RunIdentity(
                 fingerprints={name: _text(value, name) for name, value in dict(data["fingerprints"]).items()},
                 numeric_environment=dict(data["environment"]),
@@ -169,6 +170,16 @@ def restore(state: TrainState, saved: SavedState, source: str) -> None:
     state.params = {name: saved.params[name] for name in state.params}
     state.optimizer.restore(saved.optimizer, source)
     state.progress, state.position = saved.progress, saved.position
+
+
+def _file_positions(data: Mapping[str, Any]) -> FilePositions:
+    return FilePositions(
+        metrics_offset=_count(data, "metrics_offset"),
+        samples_offset=_count(data, "samples_offset"),
+        # Earlier versions wrote no such file.
+        row_losses_offset=_count(data, "row_losses_offset") if "row_losses_offset" in data else 0,
+        seconds=_seconds(data),
+    )
 
 
 def _count(data: Mapping[str, Any], name: str) -> int:

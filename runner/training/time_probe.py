@@ -74,7 +74,7 @@ def measure_speed(config: Config, data: TokenizedDataset) -> Speed:
     if len(data.valid):
         batch = next(iter(evaluation_loader(data.valid, config, caches)))
         begin = time.perf_counter()
-        backend.loss(state.params, batch)
+        backend.row_losses(state.params, batch)
         evaluation = (time.perf_counter() - begin) / batch.real_tokens
     mx.clear_cache()
     return Speed(seconds / tokens, frozen / tokens if caches else 0.0, evaluation, count)

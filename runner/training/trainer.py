@@ -134,6 +134,7 @@ class Trainer:
             return False
         is_best = progress.add_validation(result.loss, self.plan.min_delta)
         self.log_loss("valid", result.loss, supervised=result.supervised, tokens=result.tokens, seconds=result.seconds)
+        self.writer.log_row_losses(progress.step, "valid", self.valid_batches.fingerprint, result.rows)
         self.writer.update_status(state="running", step=progress.step, valid_loss=result.loss, best=progress.best)
         self.display.valid_loss(progress.step, result.loss, is_best)
         return is_best

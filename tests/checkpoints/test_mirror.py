@@ -260,7 +260,7 @@ def test_any_failure_of_the_backup_disk_is_reported_and_the_run_does_not_wait(tm
 
 
 def test_drafts_of_a_killed_process_are_removed_from_a_backup(tmp_path):
-    for name in ("metrics.jsonl", "samples.jsonl", "backup.json", "config.yaml", "status.json"):
+    for name in ("metrics.jsonl", "samples.jsonl", "row_losses.jsonl", "backup.json", "config.yaml", "status.json"):
         (tmp_path / f".{name}.0123abcd.tmp").write_text("half")
     RunDirectory(tmp_path).lock()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -58,6 +58,11 @@ def test_a_batch_equals_the_construction_by_position(rows, data, pad_to):
     for padding in (batch.positions[count:], batch.targets[count:], batch.weights[count:]):
         assert not padding.any()
     assert (batch.supervised, batch.real_tokens) == (count, real)
+    assert batch.rows.tolist() == indices
+    targets_of = [[token for token, flag in zip(*(part[1:] for part in rows[i]), strict=True) if flag] for i in indices]
+    assert batch.supervised_by_row.tolist() == [len(found) for found in targets_of]
+    sums = batch.sums_by_row(batch.targets[:count].astype(np.float64))
+    assert sums.tolist() == [float(sum(found)) for found in targets_of]
     assert len(batch.positions) == len(batch.targets) == len(batch.weights)
     assert len(batch.positions) % 64 == 0
     assert len(batch.positions) - count < 64 or count == 0

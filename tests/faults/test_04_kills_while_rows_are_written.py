@@ -27,6 +27,7 @@ KILLS = [
     ("metrics.jsonl", "write", "half", 8),
     ("metrics.jsonl", "write", "kill", 8),
     ("samples.jsonl", "write", "half", 4),
+    ("row_losses.jsonl", "write", "half", 4),
     (".status.json.", "write", "half", 8),
     (".status.json.", "rename", "kill", 8),
     (".config.yaml.", "write", "half", 1),
@@ -66,7 +67,7 @@ def test_a_run_killed_while_it_writes_resumes_without_a_lost_or_repeated_row(
         else:
             cli(*OVERRIDES, "hydra.run.dir=run")
         assert_ended_equal(whole, run)
-        for file in ("metrics.jsonl", "samples.jsonl"):
+        for file in ("metrics.jsonl", "samples.jsonl", "row_losses.jsonl"):
             *rows, rest = split_lines(run, file)
             assert rest == b"" and len(rows) == len(split_lines(whole, file)) - 1
         shutil.rmtree(cli.folder)

@@ -56,6 +56,7 @@ def link(path: Path, to: Path) -> None:
 LINKS = {
     "metrics.jsonl": ("file", False),
     "samples.jsonl": ("file", False),
+    "row_losses.jsonl": ("file", False),
     "run.log": ("file", False),
     ".lock": ("file", False),
     "status.json": ("file", None),
@@ -150,6 +151,7 @@ PIPES = {
     "status.json": True,
     "metrics.jsonl": False,
     "samples.jsonl": False,
+    "row_losses.jsonl": False,
     "run.log": False,
     "metrics.csv": True,
     ".lock": False,
@@ -166,7 +168,7 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(cli, stopped, at_once, cases):
             assert code == 0 or (verb, name) == ("show", "config.yaml"), out
         if name != "config.yaml":
             code, out = at_once("resume=copy/checkpoints/step-0000004", "hydra.run.dir=branch")
-            assert (code == 0) == (name not in ("metrics.jsonl", "samples.jsonl")), f"{name}: {out}"
+            assert (code == 0) == (name not in ("metrics.jsonl", "samples.jsonl", "row_losses.jsonl")), f"{name}: {out}"
         code, out = at_once("resume=copy", "loggers=csv")
         assert (code == 0) == PIPES[name], f"{name}: {out}"
         assert code in (0, 2, 5, 74)

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runner.common import result_cache, sealed_json
 from runner.models.device import on_cpu
 from runner.training import baseline
-from runner.training.evaluate import EvaluationResult
+from runner.training.evaluate import EvaluatedRows, EvaluationResult
 
 pytestmark = pytest.mark.usefixtures("cache")
 SHORT = {"train.iters": 1, "checkpoint.every": None}
@@ -47,6 +48,30 @@ def test_a_run_reuses_the_loss_that_an_equal_computation_cached(
     for number, changes in enumerate(others):
         assert baseline_loss(train(tiny(**{**SHORT, **changes}), tmp_path / f"c{number}")) != 1.25
     assert baseline_loss(train(tiny(**SHORT, **{"train.cache_baseline": False}), tmp_path / "d")) == first
+
+
+def test_a_cached_baseline_gives_the_same_losses_of_rows_and_one_without_them_is_computed_again(
+    tiny: Callable, train: Callable, tmp_path: Path, cache: Path
+) -> None:
+    def losses(name: str) -> bytes:
+        return (train(tiny(**SHORT), tmp_path / name) / "row_losses.jsonl").read_bytes()
+
+    first = losses("a")
+    file = cache_entry(cache)
+    whole = file.read_bytes()
+    assert losses("b") == first
+    assert file.read_bytes() == whole
+    values = json.loads(whole)["values"]
+    tampered = {**values, "rows": {**values["rows"], "losses": [1.0] * len(values["rows"]["losses"])}}
+    file.write_bytes(sealed_json.seal({"values": tampered}))  # shows where they come from
+    assert losses("c") != first
+    broken = [{**values, "rows": rows} for rows in ({"losses": [1.0], "tokens": []}, {"losses": "x", "tokens": []}, 3)]
+    for number, old in enumerate([{name: values[name] for name in values if name != "rows"}, *broken]):
+        file.write_bytes(sealed_json.seal({"values": old}))
+        assert losses(f"d{number}") == first
+        assert json.loads(file.read_bytes())["values"] == values | {
+            "seconds": json.loads(file.read_bytes())["values"]["seconds"]
+        }
 
 
 @pytest.mark.parametrize(
@@ -90,10 +115,12 @@ def test_old_entries_are_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(result_cache, "_MAX_RESULTS", 10)
     for number in range(11):
         entry = baseline.load_baseline({"number": number})
-        entry.validation = EvaluationResult(1.0, 2, 3, 4.0)
+        entry.validation = EvaluationResult(1.0, 2, 3, 4.0, EvaluatedRows(np.array([0.5, 1.5]), np.array([1, 1])))
         entry.store()
     assert len(list((cache / "baselines").iterdir())) == 10
-    assert baseline.load_baseline({"number": 10}).validation == EvaluationResult(1.0, 2, 3, 4.0)
+    last = baseline.load_baseline({"number": 10}).validation
+    assert last is not None and (last.loss, last.supervised, last.tokens, last.seconds) == (1.0, 2, 3, 4.0)
+    assert last.rows.losses.tolist() == [0.5, 1.5] and last.rows.tokens.tolist() == [1, 1]
     assert baseline.load_baseline({"number": 0}).validation is None
 
 

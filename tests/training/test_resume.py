@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import yaml
+from checkpoint_edits import edit_json
 from resume_settings import FREE, FROZEN
 
 from runner.checkpoints import verify
@@ -71,6 +72,20 @@ def test_a_branch_from_a_checkpoint_ends_equal_in_a_directory_of_its_own(
     assert_equal_runs(uninterrupted, branch)
     assert json.loads((branch / "status.json").read_text())["parent"] == str(step)
     assert before == {p: p.read_bytes() for p in sorted(uninterrupted.rglob("*")) if p.is_file()}
+
+
+def test_a_checkpoint_of_before_the_losses_of_rows_were_kept_resumes(tiny, train, tmp_path, assert_equal_runs):
+    whole = train(tiny(), tmp_path / "whole")
+    run = train(tiny(), tmp_path / "run", stop_at=9)
+    for step in (run / "checkpoints").glob("step-*"):
+        edit_json(step, "train_state.json", lambda state: state.pop("row_losses_offset"))
+    (run / "row_losses.jsonl").unlink()
+    train(tiny(), run, resume=run)
+    evaluations = [json.loads(line) for line in (run / "row_losses.jsonl").read_text().splitlines()]
+    assert [evaluation["step"] for evaluation in evaluations] == [12]
+    assert "tokens" in evaluations[0]
+    expected = json.loads((whole / "row_losses.jsonl").read_text().splitlines()[-1])
+    assert evaluations[0]["losses"] == expected["losses"]
 
 
 def test_evaluating_more_often_changes_only_the_rows(tiny, train, tmp_path, rows):

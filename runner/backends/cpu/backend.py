@@ -15,7 +15,7 @@ from runner.backends.cpu.linear import as_numpy
 from runner.backends.cpu.memory import buffer_sizes
 from runner.backends.cpu.partitions import PackedBatch, PackedRows
 from runner.backends.numeric_environment import common_environment
-from runner.backends.protocol import BackendBatch, StepMemory
+from runner.backends.protocol import BackendBatch, RowLosses, StepMemory
 from runner.models.lora import Params
 from runner.models.split_model import SplitModel
 
@@ -43,9 +43,10 @@ class CpuBackend:
             "head": "supervised",
         }
 
-    def loss(self, params: Params, batch: BackendBatch) -> float:
-        """Return the summed loss."""
-        return self.engine.loss(_views(params), packed(batch))
+    def row_losses(self, params: Params, batch: BackendBatch) -> RowLosses:
+        """Return the summed loss and that of each row."""
+        total, by_token = self.engine.losses(_views(params), packed(batch))
+        return RowLosses(total, batch.batch.sums_by_row(by_token))
 
     def loss_and_grads(
         self, params: Params, batch: BackendBatch, key: mx.array
@@ -65,7 +66,7 @@ class CpuBackend:
         return self._memory(params, batch.batch.input_lengths, batch.supervised, cached=batch.hidden is not None)
 
     def evaluation_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
-        """Return the memory of the buffers that `loss` uses, which computes some rows at a time."""
+        """Return the memory of the buffers that `row_losses` uses, which computes some rows at a time."""
         lengths = batch.batch.input_lengths
         cached, share = batch.hidden is not None, batch.supervised / max(1, int(lengths.sum()))
         groups = [lengths[group] for group in group_rows(list(lengths), MAX_POSITIONS)]

@@ -92,18 +92,25 @@ class Engine:
         self.partitioner.run(work, rows)
         return out.reshape(*inputs.shape, -1)
 
-    def loss(self, params: Mapping[str, np.ndarray], batch: PackedBatch) -> float:
-        """Return the weighted sum of -log p(target), computing some rows at a time."""
+    def losses(self, params: Mapping[str, np.ndarray], batch: PackedBatch) -> tuple[float, np.ndarray]:
+        """Return the weighted sum of -log p(target), computing some rows at a time, and what each supervised token
+        contributes to it, (n,) float32, those of weight 0 left out."""
         self._load(params)
-        groups = group_rows(batch.rows.lengths, MAX_POSITIONS)
-        return float(sum((self._loss(batch.select_rows(group)) for group in groups), np.float32(0)))
+        total, by_token = np.float32(0), [np.empty(0, np.float32)]
+        for group in group_rows(batch.rows.lengths, MAX_POSITIONS):
+            rows = batch.select_rows(group)
+            by_token.append(np.empty(np.count_nonzero(rows.weights), np.float32))
+            total += self._loss(rows, by_token[-1])
+        return float(total), np.concatenate(by_token)
 
-    def _loss(self, batch: PackedBatch) -> np.float32:
+    def _loss(self, batch: PackedBatch, by_token: np.ndarray) -> np.float32:
+        """Return the loss of `batch`, and write what each supervised token contributes to `by_token`."""
+
         def work(part: Partition) -> np.float32:
             targets = Targets.of_partition(batch, part, len(self.head.weight))
             for x in self._forward(batch.inputs, part, targets.positions, keep=False):
                 last = x
-            return self.head.loss(last, part, targets, None)
+            return self.head.loss(last, part, targets, None, by_token)
 
         return sum(self.partitioner.run(work, batch.rows), np.float32(0))
 

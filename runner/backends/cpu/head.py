@@ -12,6 +12,8 @@ from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.partitions import PackedBatch, Partition
 from runner.common.errors import ModelError
 
+_NONE = np.empty(0, np.float32)
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -51,17 +53,25 @@ class Head:
         """`weight`: (vocabulary, d); `norm`: weight (d,) and epsilon; `chunk`: positions whose logits exist at once."""
         self.weight, self.norm, self.chunk, self._ops = weight, norm, chunk, ops
 
-    def loss(self, x: np.ndarray, part: Partition, targets: Targets, grad_x: np.ndarray | None) -> np.float32:
+    def loss(
+        self,
+        x: np.ndarray,
+        part: Partition,
+        targets: Targets,
+        grad_x: np.ndarray | None,
+        by_token: np.ndarray | None = None,
+    ) -> np.float32:
         """Return the weighted sum of -log p(target) in the first partition, and zero in the others.
 
         `x` (m, d) are the last block's outputs at the partition's targets; the gradient by `x` is written to `grad_x`,
-        unless it is None. All partitions have to call this at the same time.
+        and what each target contributes to the loss to `by_token` (n,), unless these are None. All partitions have to
+        call this at the same time.
         """
         loss = np.float32(0)
         for start in range(0, len(targets.tokens), self.chunk):
             chunk = slice(start, start + self.chunk)
             inside = slice(*np.searchsorted(targets.indices, (chunk.start, chunk.stop)))
-            loss += self._chunk_loss(
+            losses = self._chunk_losses(
                 x[inside],
                 part,
                 targets.indices[inside] - start,
@@ -69,9 +79,14 @@ class Head:
                 targets.weights[chunk],
                 None if grad_x is None else grad_x[inside],
             )
+            if part.index == 0:
+                with np.errstate(all="ignore"):  # a value that is not finite shows in the loss
+                    loss += losses.sum(dtype=np.float32)
+                if by_token is not None:
+                    by_token[chunk] = losses
         return loss
 
-    def _chunk_loss(
+    def _chunk_losses(
         self,
         x: np.ndarray,
         part: Partition,
@@ -79,8 +94,11 @@ class Head:
         tokens: np.ndarray,
         weights: np.ndarray,
         grad_x: np.ndarray | None,
-    ) -> np.float32:
-        """Return the loss of one chunk; `indices` (m,): which of its targets are in the partition, as rows of `x`."""
+    ) -> np.ndarray:
+        """Return the losses of the targets of one chunk, in partitions other than the first none of them.
+
+        `indices` (m,): which of the chunk's targets are in the partition, as rows of `x`.
+        """
         norm_weight, eps = self.norm
         count, work, shared, vocabulary = len(tokens), part.local, part.shared, len(self.weight)
         share = slice(vocabulary * part.index // part.count, vocabulary * (part.index + 1) // part.count)
@@ -102,10 +120,8 @@ class Head:
         self._ops.exp_minus_max(logits, maximum, sums[part.index])
         part.synchronize()
         total = sums.sum(axis=0)
-        with np.errstate(all="ignore"):  # a value that is not finite shows in the loss
-            loss = np.float32(0)
-            if part.index == 0:
-                loss = ((np.log(total) - target_logits) * weights).sum(dtype=np.float32)
+        with np.errstate(all="ignore"):
+            losses = (np.log(total) - target_logits) * weights if part.index == 0 else _NONE
             if grad_x is not None:
                 # Softmax minus target, times the sum of exponentials; dividing by it after the product touches fewer
                 # numbers.
@@ -116,4 +132,4 @@ class Head:
                 grad_normed = grads[:, indices].sum(axis=0) * (weights / total)[indices, None]
                 grad_x[:] = 0
                 self._ops.rms_norm_backward(x, norm_weight, scale, grad_normed, grad_x)
-        return loss
+        return losses

@@ -13,7 +13,7 @@ from runner.backends.mlx.gradient_checkpointing import gradient_checkpointing
 from runner.backends.mlx.loss import ChunkedLoss
 from runner.backends.mlx.memory import checkpointed_step, step_memory
 from runner.backends.numeric_environment import common_environment
-from runner.backends.protocol import BackendBatch, StepMemory
+from runner.backends.protocol import BackendBatch, RowLosses, StepMemory
 from runner.models.lora import AdaptedModel, Params
 from runner.models.split_model import SplitModel
 
@@ -57,12 +57,14 @@ class MlxBackend:
             "cpu_ops": False,
         }
 
-    def loss(self, params: Params, batch: BackendBatch) -> float:
-        """Return the summed loss, without dropout."""
+    def row_losses(self, params: Params, batch: BackendBatch) -> RowLosses:
+        """Return the summed loss and that of each row, without dropout."""
         self._set_training(False)
         self._adapted.place(params)
         self._adapted.dropout.set_key(None)
-        return float(self._loss(*self._arrays(batch)))
+        total, losses = self._loss(*self._arrays(batch))
+        by_token = np.array(losses)[: batch.supervised]
+        return RowLosses(float(total), batch.batch.sums_by_row(by_token))
 
     def loss_and_grads(self, params: Params, batch: BackendBatch, key: mx.array) -> tuple[mx.array, Params]:
         """Return the summed loss and its gradients by `params`, not evaluated."""
@@ -96,7 +98,7 @@ class MlxBackend:
             self._adapted.place(params)
 
     def evaluation_memory(self, params: Params, batch: BackendBatch) -> StepMemory:
-        """Return the peak memory of `loss`."""
+        """Return the peak memory of `row_losses`."""
         self._set_training(False)
         self._adapted.place(params)
         return step_memory(self._loss.until_first_evaluation, self._arrays(batch), self._adapted.model)

@@ -34,25 +34,30 @@ class ChunkedLoss:
 
     def __call__(
         self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array
-    ) -> mx.array:
-        """Return the loss without gradients."""
+    ) -> tuple[mx.array, mx.array]:
+        """Return the loss without gradients, and what each position contributes to it, (n,)."""
         if not self._chunked:
-            return self._in_one(inputs, states, positions, targets, weights)
-        total = mx.array(0.0)
+            losses = self._in_one(inputs, states, positions, targets, weights)
+            return losses.sum(), losses
+        total, by_chunk = mx.array(0.0), []
         hidden = self._selected(inputs, states, positions)
         for start in range(0, len(targets), self.chunk):
-            total = total + self._chunk_loss(hidden, targets, weights, start)
-            mx.eval(total)  # nothing is differentiated here, so the chunk's logits are freed
-        return total
+            losses = self._chunk_losses(hidden, targets, weights, start)
+            total = total + losses.sum()
+            mx.eval(total, losses)  # nothing is differentiated here, so the chunk's logits are freed
+            by_chunk.append(losses)
+        return total, mx.concatenate(by_chunk)
 
     def until_first_evaluation(
         self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> list[mx.array]:
         """Return what the loss without gradients evaluates first, at which its memory is at its peak."""
         if not self._chunked:
-            return [self._in_one(inputs, states, positions, targets, weights)]
+            losses = self._in_one(inputs, states, positions, targets, weights)
+            return [losses.sum(), losses]
         hidden = self._selected(inputs, states, positions)
-        return [self._chunk_loss(hidden, targets, weights, 0), hidden]
+        losses = self._chunk_losses(hidden, targets, weights, 0)
+        return [losses.sum(), losses, hidden]
 
     def loss_and_grads(
         self,
@@ -72,7 +77,7 @@ class ChunkedLoss:
         def surrogate(params: Params) -> tuple[mx.array, mx.array]:
             place(params)
             if not self._chunked:
-                loss = self._in_one(inputs, states, positions, targets, weights)
+                loss = self._in_one(inputs, states, positions, targets, weights).sum()
                 return loss, loss
             hidden = self._selected(inputs, states, positions)
             loss, grad_hidden = self._chunks_with_grad(mx.stop_gradient(hidden), targets, weights)
@@ -90,15 +95,15 @@ class ChunkedLoss:
         hidden = self.split_model.hidden(inputs, states)
         return hidden.reshape(-1, hidden.shape[-1])[positions]
 
-    def _chunk_loss(self, hidden: mx.array, targets: mx.array, weights: mx.array, start: int) -> mx.array:
+    def _chunk_losses(self, hidden: mx.array, targets: mx.array, weights: mx.array, start: int) -> mx.array:
         part = slice(start, start + self.chunk)
-        return cross_entropy(self.split_model.head(hidden[part]), targets[part], weights[part])
+        return token_losses(self.split_model.head(hidden[part]), targets[part], weights[part])
 
     def _in_one(
         self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
         logits = self.split_model.logits(inputs, states)
-        return cross_entropy(logits.reshape(-1, logits.shape[-1])[positions], targets, weights)
+        return token_losses(logits.reshape(-1, logits.shape[-1])[positions], targets, weights)
 
     def _chunks_with_grad(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         """Return the loss and its gradient by `hidden` (n, hidden_size)."""
@@ -118,8 +123,13 @@ class ChunkedLoss:
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return the weighted sum of -log softmax(logits)[target]; logits (n, vocabulary), targets and weights (n,)."""
-    return (nn.losses.cross_entropy(logits, targets) * weights).sum()
+    """Return the sum of `token_losses`."""
+    return token_losses(logits, targets, weights).sum()
+
+
+def token_losses(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """Return weight times -log softmax(logits)[target], (n,); logits (n, vocabulary), targets and weights (n,)."""
+    return nn.losses.cross_entropy(logits, targets) * weights
 
 
 def cross_entropy_and_grad(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:

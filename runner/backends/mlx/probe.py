@@ -102,4 +102,4 @@ def _batch_of(row: np.ndarray) -> Batch:
     inputs, targets = row[:, :-1], row[0, 1:]
     positions = np.arange(len(targets), dtype=np.int32)
     weights = (positions >= len(targets) // 2).astype(np.float32)
-    return Batch(inputs, positions, targets, weights, int(weights.sum()), np.array([len(targets)]))
+    return Batch(inputs, positions, targets, weights, int(weights.sum()), np.array([len(targets)]), np.arange(1))

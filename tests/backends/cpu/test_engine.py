@@ -171,7 +171,7 @@ def test_a_partition_without_supervised_tokens_contributes_nothing(layers: int, 
     )
     found = engine.loss_and_grads(params, packed(backend_batch))
     assert_close(adapted_model, found, backend_batch)
-    assert engine.loss(params, packed(backend_batch)) == found[0]
+    assert engine.losses(params, packed(backend_batch))[0] == found[0]
 
 
 def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) -> None:
@@ -186,7 +186,7 @@ def test_more_threads_than_tokens_in_the_vocabulary_and_a_token_outside_it(ops) 
     good = packed(backend_batch)
     bad = replace(good, targets=np.where(np.arange(len(good.targets)) == 7, 3, good.targets))
     with pytest.raises(ModelError, match="token 3, but the model's vocabulary has 3"):
-        engine.loss(params, bad)
+        engine.losses(params, bad)
     assert_close(adapted_model, engine.loss_and_grads(params, packed(backend_batch)), backend_batch)
 
 
@@ -212,7 +212,7 @@ def test_reused_buffers_do_not_change_results(ops) -> None:
     backend_batch = batch([20, 9])
     first = engine.loss_and_grads(params, packed(backend_batch))
     engine.loss_and_grads(params, packed(batch([200, 40, 3])))
-    assert engine.loss(params, packed(backend_batch)) == first[0]
+    assert engine.losses(params, packed(backend_batch))[0] == first[0]
     again = engine.loss_and_grads(params, packed(backend_batch))
     assert first[0] == again[0]
     assert all(np.array_equal(first[1][name], again[1][name]) for name in first[1])

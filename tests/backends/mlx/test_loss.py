@@ -80,11 +80,13 @@ def test_loss_and_gradient_are_those_of_the_textbook(base, path, chunk):
         value_found, grads = (mx.compile(step) if path == "compiled" else step)({"factor": factor})
         gradient_found = grads["factor"]
         Scaled.factor = factor
-        evaluated = loss(*args)
+        evaluated, by_position = loss(*args)
     finally:
         base.model.model.__class__ = trunk
     assert value_found.item() == pytest.approx(value.item(), rel=1e-6)
     assert evaluated.item() == pytest.approx(value.item(), rel=1e-6)
+    assert by_position.shape == (N,) and by_position.sum().item() == pytest.approx(value.item(), rel=1e-6)
+    assert not np.array(by_position)[-20:].any()
     scale = mx.abs(gradient).max().item()
     assert scale > 1
     assert mx.abs(gradient_found - gradient).max().item() < 2e-6 * scale
@@ -154,7 +156,7 @@ def chunks_at_once(positions: int, *, compiled: bool = False, grads: bool = True
 
     def step(factor, inputs):
         if not grads:
-            return loss(inputs, *args)
+            return loss(inputs, *args)[0]
         return loss.loss_and_grads(
             lambda params: setattr(split_model, "factor", params["factor"]), {"factor": factor}, inputs, *args
         )

@@ -1,0 +1,115 @@
+"""row_losses.jsonl: the loss of each row at each evaluation of a run, so that runs can be compared row by row.
+
+One line an evaluation:
+
+    {"step": 0, "split": "valid", "rows": "3f2a…", "losses": [12.3456, …], "tokens": [9, …]}
+    {"step": 20, "split": "valid", "rows": "3f2a…", "losses": [10.2034, …]}
+
+`losses` are sums over the supervised tokens of a row, of which it has `tokens`; both are in the order of the data.
+`rows` identifies the rows, with their order, tokens and targets; the first line of each has the tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from runner.common.filesystem import open_regular
+from runner.common.safe_json import finite_number, is_count, parse_object
+from runner.runs.rows import RowFile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_ROWS = 200_000
+"""Evaluations of more rows are not recorded."""
+_DIGITS = 6
+"""Significant digits of a row's loss."""
+_FINGERPRINT_LENGTH = 32
+_MAX_LINE_BYTES = 10_000_000
+_HEAD = re.compile(rb'\{"step": (\d{1,15}), "split": "(\w{1,20})", "rows": "([0-9a-f]{1,64})", "losses": \[')
+
+
+@dataclass(frozen=True)
+class RecordedLosses:
+    """One evaluation as the file has it."""
+
+    step: int
+    rows: str
+    """Fingerprint of the rows: two evaluations with the same one saw the same rows, in the same order."""
+    losses: list[float]
+    tokens: list[int]
+
+
+class _Head(NamedTuple):
+    step: int
+    split: str
+    rows: str
+
+
+class RowLossWriter:
+    """Appends evaluations to a run's row_losses.jsonl."""
+
+    def __init__(self, path: Path, offset: int) -> None:
+        """Open `path` cut to `offset` bytes, as `RowFile` does. Raises StorageError as that."""
+        self.file = RowFile(path, offset)
+        self._known = {head.rows for head, _ in _lines(path)} if offset else set()
+
+    def append(self, step: int, split: str, fingerprint: str, losses: np.ndarray, tokens: np.ndarray) -> None:
+        """Write a line; `losses` and `tokens` are (rows,), and `fingerprint` is that of the rows."""
+        if not 0 < len(losses) <= MAX_ROWS:
+            return
+        rows = fingerprint[:_FINGERPRINT_LENGTH]
+        line: dict[str, Any] = {"step": step, "split": split, "rows": rows, "losses": rounded_losses(losses)}
+        if rows not in self._known:
+            line["tokens"] = tokens.tolist()
+            self._known.add(rows)
+        self.file.append(line)
+
+
+def rounded_losses(losses: np.ndarray) -> list[float]:
+    """Return the losses with six significant digits, the precision in which they are stored."""
+    return [float(f"{loss:.{_DIGITS}g}") for loss in losses.tolist()]
+
+
+def read_row_losses(path: Path, split: str, step: int | None = None) -> RecordedLosses | None:
+    """Return the last evaluation of `split` that the file has (at `step`, where it is given); None where it has none.
+
+    A file that is missing or cannot be read has none, and neither has a damaged line.
+    """
+    wanted: tuple[_Head, bytes] | None = None
+    first: dict[str, bytes] = {}
+    with suppress(OSError):
+        for head, line in _lines(path):
+            first.setdefault(head.rows, line)
+            if head.split == split and step in (None, head.step):
+                wanted = head, line
+    if wanted is None:
+        return None
+    head, line = wanted
+    try:
+        losses = [finite_number(value) for value in _parse(line)["losses"]]
+        tokens = [value if is_count(value) else None for value in _parse(first[head.rows])["tokens"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    known_losses, known_tokens = [x for x in losses if x is not None], [x for x in tokens if x is not None]
+    if not len(losses) == len(tokens) == len(known_losses) == len(known_tokens) or sum(known_tokens) == 0:
+        return None
+    return RecordedLosses(head.step, head.rows, known_losses, known_tokens)
+
+
+def _lines(path: Path) -> Iterator[tuple[_Head, bytes]]:
+    """Yield the complete lines of the file; their numbers are parsed only where they are needed."""
+    with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            if line.endswith(b"}\n") and (match := _HEAD.match(line)):
+                yield _Head(int(match[1]), match[2].decode(), match[3].decode()), line
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    return parse_object(line, max_values=2 * MAX_ROWS + 100)

@@ -14,6 +14,8 @@ from runner.reports.run_page import print_commands, print_plot
 from runner.reports.screen import Screen
 from runner.reports.seed_groups import print_seed_groups, seed_groups
 from runner.reports.tables import Column, TableRow, table_width
+from runner.reports.verdict import Names, judge, verdict_fields
+from runner.reports.verdict_table import print_verdict
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
 from runner.runs.objective import VALID_LOSS, Objective
@@ -21,11 +23,13 @@ from runner.runs.objective import VALID_LOSS, Objective
 _MARKS = "abcdefgh"
 """Marks of the curves; as many curves are drawn."""
 _PLOT_HEIGHT = 16
+MOST_CONTESTANTS = 12
+"""Rows of the verdict that are printed."""
 
 
 def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
     """Return the page as data for a JSON document."""
-    names = settings_text.by_importance(differing_settings(sweep.runs))
+    names, names_of = settings_text.by_importance(differing_settings(sweep.runs)), Names.of_jobs(sweep.runs)
     return {
         "kind": "sweep",
         **cells.sweep_fields(sweep),
@@ -41,6 +45,7 @@ def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
             }
             for run in sweep.objective.rank(sweep.runs)
         ],
+        "verdict": verdict_fields(judge(sweep.runs, sweep.objective, names_of), names_of),
         "commands": command_fields(for_sweep(sweep)),
     }
 
@@ -60,11 +65,19 @@ def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
         _print_jobs(runs, sweep.objective, marks, screen)
         if groups := seed_groups(runs, sweep.objective):
             print_seed_groups(groups, sweep.objective.metric, screen)
+        print_sweep_verdict(runs, sweep.objective, screen)
     if plotted:
         screen.heading("valid loss")
         series = [Series(run.path.name, run.losses("valid"), mark=marks[run.path.name]) for run in plotted]
         print_plot(series, screen, _PLOT_HEIGHT, y_label="loss of job")
     print_commands(for_sweep(sweep), screen)
+
+
+def print_sweep_verdict(runs: Sequence[RunInfo], objective: Objective, screen: Screen) -> None:
+    """Print which jobs are not distinguishable from the best; nothing where fewer than two have a result."""
+    if sum(objective.value(run) is not None for run in runs) > 1:
+        names = Names.of_jobs(runs)
+        print_verdict(judge(runs, objective, names), names, screen, MOST_CONTESTANTS)
 
 
 def _print_jobs(runs: Sequence[RunInfo], objective: Objective, marks: Mapping[str, str], screen: Screen) -> None:

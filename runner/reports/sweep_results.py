@@ -18,6 +18,7 @@ from runner.reports.job_settings import varied_settings
 from runner.reports.next_commands import after_sweep, command_lines
 from runner.reports.screen import Screen
 from runner.reports.seed_groups import print_seed_groups, seed_groups
+from runner.reports.sweep_page import print_sweep_verdict
 from runner.reports.tables import Column, TableRow
 from runner.runs.inspect import RunInfo, read_run
 from runner.runs.objective import Objective, objective_of
@@ -125,6 +126,7 @@ def print_sweep_results(results: SweepResults, screen: Screen) -> None:
     varied = {result.run.path: result.varied for result in results.jobs}
     if groups := seed_groups([result.run for result in results.jobs], results.objective, varied):
         print_seed_groups(groups, results.objective.metric, screen)
+    print_sweep_verdict([result.run for result in results.jobs], results.objective, screen)
     screen.line("")
     screen.line(f"sweep       {shell_path(results.folder)}")
     paths = [shell_path(results.folder / name) for name in ("results.csv", "curves.svg")]

@@ -1,0 +1,138 @@
+"""Whether runs that were evaluated on the same rows differ by more than noise: a bootstrap over rows, paired by row.
+
+A contestant is one or more runs that differ by their seed alone. Its value is the mean over its runs of sum(values) /
+sum(weights), such as the mean loss of a token. What is estimated is how far the differences between contestants would
+move with other rows of the same kind and with other seeds:
+
+- Rows are resampled with replacement, the same ones for all contestants.
+- Seeds are too few to be resampled: of two, half of the resamples have no spread at all. Their effect is drawn from a
+  normal distribution with the variance between seeds, pooled over the contestants.
+
+Both are widened to Student's t, since few rows or seeds know their own spread badly.
+
+All pairs of contestants are compared at once: the limit is the 95 % quantile of the largest difference of any pair, in
+standard errors (max-t; Westfall and Young, 1993). So all that is said holds together, although the data chose which
+contestant is called the best. Those that are worse are set aside and the others compared again (step-down; Romano and
+Wolf, 2005).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+MIN_ROWS = 5
+"""Of fewer rows nothing is said."""
+MAX_CONTESTANTS = 100
+_RESAMPLES = 10_000
+_MAX_DRAWN = 400_000
+"""Resamples times contestants: where there are more than 40 of these, there are fewer resamples."""
+_MAX_ROWS = 500
+"""More rows are put together at random into as many groups, which are resampled like rows."""
+_SEED = 2005
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a contestant's value is above the lowest, with its interval."""
+
+    value: float
+    low: float
+    high: float
+    is_worse: bool
+    """Whether it is above by more than noise."""
+
+
+def best_of(contestants: Sequence[np.ndarray]) -> int:
+    """Return the index of the contestant with the lowest value, the first of equal ones; arguments as below."""
+    return int(np.argmin([values.sum() / len(values) for values in contestants]))
+
+
+def differences(contestants: Sequence[np.ndarray], weights: np.ndarray) -> list[Difference]:
+    """Return how far each contestant is above the one with the lowest value; a function of the arguments alone.
+
+    Args:
+        contestants: (seeds, rows) for each, at most `MAX_CONTESTANTS`.
+        weights: (rows,), from `MIN_ROWS` rows; none is below zero, and not all are zero.
+    """
+    random = np.random.Generator(np.random.PCG64(_SEED))
+    by_seed = [values.sum(axis=1) / weights.sum() for values in contestants]
+    means = np.array([values.mean() for values in by_seed])
+    rows = _row_deviations(np.stack([values.mean(axis=0) for values in contestants], axis=1), weights, random)
+    best, above = best_of(contestants), means - means.min()
+    found: dict[int, Difference] = {}
+    remaining = np.arange(len(contestants))
+    while len(found) < len(contestants):
+        limit, errors = _limit(rows[:, remaining], _row_count(weights), [by_seed[i] for i in remaining], random)
+        widths = limit * errors[:, int(np.flatnonzero(remaining == best)[0])]
+        worse = above[remaining] > widths
+        for i, width, is_worse in zip(remaining, widths, worse, strict=True):
+            if is_worse or not worse.any():
+                value, width = float(above[i]), float(width)
+                found[int(i)] = Difference(value, value - width, value + width, bool(is_worse))
+        remaining = remaining[~worse]
+    return [found[i] for i in range(len(contestants))]
+
+
+def _row_count(weights: np.ndarray) -> float:
+    """Return the number of rows of equal weight that would know as much (Kish, 1965), as far as they are resampled."""
+    return float(min(weights.sum() ** 2 / np.square(weights).sum(), _MAX_ROWS))
+
+
+def _row_deviations(values: np.ndarray, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return the deviations (resamples, contestants) of sum(values) / sum(weights) when rows are resampled.
+
+    `values` is (rows, contestants).
+    """
+    if len(weights) > _MAX_ROWS:
+        group = random.permutation(len(weights)) % _MAX_ROWS
+        values = np.stack([np.bincount(group, weights=column) for column in values.T], axis=1)
+        weights = np.bincount(group, weights=weights)
+    resamples, count = min(_RESAMPLES, _MAX_DRAWN // values.shape[1]), len(weights)
+    drawn = random.integers(0, count, (resamples, count), dtype=np.int32)
+    drawn += np.arange(resamples, dtype=np.int32)[:, None] * np.int32(count)
+    times = np.bincount(drawn.ravel(), minlength=resamples * count).reshape(resamples, count).astype(np.float32)
+    # Deviations of the values from their own mean first: float32 holds them precisely.
+    residuals = values - weights[:, None] * (values.sum(axis=0) / weights.sum())
+    totals = np.maximum(times @ weights.astype(np.float32), np.float32(weights.sum() / count / 1000))[:, None]
+    # A resample of n rows varies as if there were n - 1 of them.
+    return (times @ residuals.astype(np.float32)) / totals * np.float32(np.sqrt(count / (count - 1)))
+
+
+def _limit(
+    rows: np.ndarray, row_count: float, by_seed: Sequence[np.ndarray], random: np.random.Generator
+) -> tuple[float, np.ndarray]:
+    """Return how many standard errors the difference of a pair may have, and these (contestants, contestants).
+
+    `rows` (resamples, contestants): deviations by rows; `by_seed`: the values of each contestant's seeds.
+    """
+    resamples, count = rows.shape
+    covariance = np.cov(rows.T).reshape(count, count)
+    variances = np.diag(covariance)[:, None] + np.diag(covariance) - 2 * covariance
+    deviations = rows * _widening(row_count - 1, resamples, random)
+    seeds = np.array([len(values) for values in by_seed])
+    freedom = int((seeds - 1).sum())
+    if freedom:
+        pooled = sum(float(np.square(values - values.mean()).sum()) for values in by_seed) / freedom
+        variances = variances + pooled / seeds[:, None] + pooled / seeds
+        normal = random.standard_normal((resamples, count), dtype=np.float32) * np.sqrt(pooled / seeds)
+        deviations = deviations + normal * _widening(freedom, resamples, random)
+    np.fill_diagonal(variances, 0)
+    errors = np.sqrt(np.maximum(variances, 0))
+    largest = np.zeros(resamples)
+    with np.errstate(divide="ignore"):
+        scale = np.where(errors > 0, 1 / errors, 0).astype(np.float32)  # equal runs have no difference to doubt
+    deviations = deviations.astype(np.float32)
+    for i in range(count - 1):
+        pairs = np.abs(deviations[:, i + 1 :] - deviations[:, i : i + 1]) * scale[i, i + 1 :]
+        np.maximum(largest, pairs.max(axis=1), out=largest)
+    return float(np.quantile(largest, CONFIDENCE)), errors
+
+
+def _widening(freedom: float, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """Return factors (resamples, 1) that make normal deviations those of Student's t."""
+    freedom = max(1.0, freedom)
+    return np.sqrt(freedom / random.chisquare(freedom, (resamples, 1)))

@@ -1,0 +1,197 @@
+"""Which runs are not distinguishable from the best on the rows of their evaluations, and the cheapest of these."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.common.text import count, shorten
+from runner.reports.seed_groups import seed_groups
+from runner.runs.inspect import RunInfo, count_or_none
+from runner.runs.objective import Objective
+from runner.runs.row_values import NoRowValues, RowValues, row_values
+from runner.runs.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Names:
+    """What runs are called in a report."""
+
+    by_path: Mapping[Path, str]
+    """In the order in which they are listed."""
+    noun: str = "run"
+    """`run`, or `job` where the names are numbers, which need a noun in a sentence."""
+
+    @classmethod
+    def of_jobs(cls, runs: Iterable[RunInfo]) -> Names:
+        """Return the names of a sweep's jobs: those of their folders."""
+        paths = sorted((run.path for run in runs), key=lambda path: (len(path.name), path.name))
+        return cls({path: path.name for path in paths}, "job")
+
+    def listed(self, runs: Sequence[RunInfo]) -> str:
+        """Return the names, as a table has them: `0, 1`."""
+        return ", ".join(self.by_path[run.path] for run in runs)
+
+    def phrase(self, runs: Sequence[RunInfo]) -> str:
+        """Return the names, as a sentence has them: `jobs 0, 1`, or `A, B`."""
+        noun = "" if self.noun == "run" else f"{self.noun}{'s' if len(runs) > 1 else ''} "
+        return noun + self.listed(runs)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A run, or runs that differ by their seed alone, beside the best one."""
+
+    runs: list[RunInfo]
+    steps: list[int]
+    """The evaluation of each run that was compared."""
+    value: float
+    """The metric on the compared rows, the mean over the runs."""
+    difference: float
+    """How much worse the metric is than that of the best."""
+    low: float
+    high: float
+    is_worse: bool
+    """Whether it is worse by more than noise."""
+    seconds: float | None
+    """Time in updates until the result, the mean over the runs; None where it is not known."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The comparison of runs on the same rows."""
+
+    metric: str
+    rows: int = 0
+    """How many rows were compared."""
+    contestants: list[Contestant] = field(default_factory=list)
+    """The best first."""
+    left_out: list[tuple[RunInfo, str]] = field(default_factory=list)
+    """Runs that were not compared, each with a clause that says why."""
+    problem: str | None = None
+    """Why there are no contestants."""
+
+    @property
+    def equals(self) -> list[Contestant]:
+        """Those that are not distinguishable from the best, without it."""
+        return [contestant for contestant in self.contestants[1:] if not contestant.is_worse]
+
+    @property
+    def cheapest(self) -> Contestant | None:
+        """Of the best and those that are not distinguishable from it, the one that trained the shortest."""
+        known = [c for c in (*self.contestants[:1], *self.equals) if c.seconds is not None]
+        return min(known, key=lambda c: c.seconds or 0.0, default=None)
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether a contestant has several seeds, so that their spread is part of the intervals."""
+        return any(len(contestant.runs) > 1 for contestant in self.contestants)
+
+
+def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdict:
+    """Compare the runs that have a value of the objective; what cannot be compared is left out with the reason."""
+    measured = [run for run in objective.rank(runs) if objective.value(run) is not None]
+    groups = [group.runs for group in seed_groups(measured, objective)] or [[run] for run in measured]
+    values: dict[Path, RowValues] = {}
+    left_out: list[tuple[RunInfo, str]] = []
+    reference: RunInfo | None = None
+    for run in measured:
+        try:
+            found = row_values(run, objective.metric)
+        except NoRowValues as reason:
+            left_out.append((run, str(reason)))
+            continue
+        reference = reference or run
+        if found.rows == values.get(reference.path, found).rows:
+            values[run.path] = found
+        else:
+            left_out.append(
+                (run, f"was evaluated on other rows than {names.phrase([reference])}, or with other tokens")
+            )
+    place = {path: i for i, path in enumerate(names.by_path)}
+    groups = [sorted(group, key=lambda run: place[run.path]) for group in groups]
+    compared = [[run for run in group if run.path in values] for group in groups]
+    return _compare([group for group in compared if group], values, objective, left_out)
+
+
+def _compare(
+    groups: list[list[RunInfo]],
+    values: Mapping[Path, RowValues],
+    objective: Objective,
+    left_out: list[tuple[RunInfo, str]],
+) -> Verdict:
+    import numpy as np  # the sweep's page needs it here alone
+
+    from runner.reports import significance
+
+    metric = objective.metric
+    if len(groups) < 2:
+        return Verdict(metric, left_out=left_out, problem="there are no two to compare on the same rows")
+    weights = np.array(values[groups[0][0].path].weights, np.float64)
+    if len(weights) < significance.MIN_ROWS:
+        few = f"{count(len(weights), 'row')} say too little, {significance.MIN_ROWS} are needed"
+        return Verdict(metric, len(weights), left_out=left_out, problem=few)
+    sign = -1.0 if objective.maximize else 1.0
+    arrays = [sign * np.array([values[run.path].values for run in group]) for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: float(arrays[i].sum()) / len(groups[i]))
+    for i in order[significance.MAX_CONTESTANTS :]:
+        left_out += [(run, f"is not among the best {significance.MAX_CONTESTANTS}") for run in groups[i]]
+    order = order[: significance.MAX_CONTESTANTS]
+    contestants = []
+    for i, found in zip(order, significance.differences([arrays[i] for i in order], weights), strict=True):
+        contestants.append(
+            Contestant(
+                groups[i],
+                [values[run.path].step for run in groups[i]],
+                float(sign * arrays[i].sum() / len(groups[i]) / weights.sum()),
+                found.value,
+                found.low,
+                found.high,
+                found.is_worse,
+                _seconds(groups[i], values),
+            )
+        )
+    return Verdict(metric, len(weights), contestants, left_out)
+
+
+def _seconds(runs: Sequence[RunInfo], values: Mapping[Path, RowValues]) -> float | None:
+    """Return the mean time in updates until the step that is the runs' result."""
+    found = []
+    for run in runs:
+        step = count_or_none(run.status.get("result_step"))
+        seconds = Timeline.of(run.rows).at(values[run.path].step if step is None else step, "time")
+        if seconds is None:
+            return None
+        found.append(seconds)
+    return statistics.fmean(found)
+
+
+def verdict_fields(verdict: Verdict, names: Names) -> dict[str, Any]:
+    """Return the verdict as data for a JSON document."""
+
+    def fields(contestant: Contestant) -> dict[str, Any]:
+        return {
+            "runs": [names.by_path[run.path] for run in contestant.runs],
+            "steps": contestant.steps,
+            "value": contestant.value,
+            "difference": contestant.difference,
+            "low": contestant.low,
+            "high": contestant.high,
+            "worse": contestant.is_worse,
+            "seconds_in_updates": contestant.seconds,
+        }
+
+    cheapest = verdict.cheapest
+    return {
+        "metric": verdict.metric,
+        "rows": verdict.rows,
+        "confidence": 0.95,
+        "over_seeds": verdict.has_seeds,
+        "compared": [fields(contestant) for contestant in verdict.contestants],
+        "cheapest": None if cheapest is None else [names.by_path[run.path] for run in cheapest.runs],
+        "left_out": {names.by_path[run.path]: shorten(reason) for run, reason in verdict.left_out},
+        "problem": verdict.problem,
+    }

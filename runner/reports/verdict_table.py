@@ -1,0 +1,104 @@
+"""The verdict as it is printed: below the table of a sweep, in `show`, and in `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runner.common.text import count, format_duration
+from runner.reports import settings_text
+from runner.reports.screen import Screen
+from runner.reports.tables import Column, TableRow
+from runner.reports.verdict import Contestant, Names, Verdict
+from runner.runs.inspect import RunInfo, differing_settings
+
+_METRIC_TEXTS = {"valid_loss": "validation loss", "test_loss": "test loss"}
+_MOST_REASONS = 5
+
+
+def print_verdict(verdict: Verdict, names: Names, screen: Screen, most: int | None = None) -> None:
+    """Print the contestants, at most `most` of them, the best first, and in sentences what follows."""
+    metric = _METRIC_TEXTS.get(verdict.metric, verdict.metric)
+    if verdict.contestants:
+        screen.heading(f"verdict: {metric} of the same {count(verdict.rows, 'row')}")
+        _print_contestants(verdict, names, screen, most)
+        for line in summary(verdict, names):
+            screen.line(line)
+    else:
+        screen.heading(f"verdict: {metric}")
+        screen.line(f"none: {verdict.problem}")
+    for line in left_out_lines(verdict, names):
+        screen.line((line, "dim"))
+
+
+def summary(verdict: Verdict, names: Names) -> list[str]:
+    """Return sentences: what is not distinguishable from the best, the cheapest of these, what the intervals cover."""
+    best, equals, cheapest = verdict.contestants[0], verdict.equals, verdict.cheapest
+    name, rows, others = names.phrase(best.runs), count(verdict.rows, "row"), len(verdict.contestants) - 1
+    if not equals:
+        nearest = verdict.contestants[1]
+        who = names.phrase(nearest.runs) + (", the nearest," if others > 1 else "")
+        lines = [f"{name} is better by more than noise: {who} is distinguishable from it on these {rows}{_by(nearest)}"]
+    elif len(equals) == 1:
+        lines = [f"{names.phrase(equals[0].runs)} is not distinguishable from {name} on these {rows}{_by(equals[0])}"]
+    else:
+        listed = "; ".join(names.listed(contestant.runs) for contestant in equals)
+        lines = [f"not distinguishable from {name} on these {rows}: {names.noun}s {listed}"]
+    if equals and cheapest is not None and cheapest.seconds is not None:
+        took = "" if cheapest is best or best.seconds is None else f" (the best: {format_duration(best.seconds)})"
+        duration = format_duration(cheapest.seconds)
+        lines.append(f"cheapest of these: {names.phrase(cheapest.runs)}, {duration} in updates{took}")
+    intervals = (
+        f"the intervals of all {others * (others + 1) // 2} pairs hold together" if others > 1 else "the interval holds"
+    )
+    covered = (
+        "rows and seeds" if verdict.has_seeds else "rows; seeds are not varied, and another one may change the order"
+    )
+    return [*lines, f"{intervals}, for other {covered}"]
+
+
+def left_out_lines(verdict: Verdict, names: Names) -> list[str]:
+    """Return lines that name the runs that were not compared, and why."""
+    reasons: dict[str, list[RunInfo]] = {}
+    for run, reason in verdict.left_out:
+        reasons.setdefault(reason, []).append(run)
+    lines = [f"not compared: {names.phrase(runs)} {reason}" for reason, runs in reasons.items()]
+    return lines[:_MOST_REASONS]
+
+
+def _print_contestants(verdict: Verdict, names: Names, screen: Screen, most: int | None) -> None:
+    best, *_ = verdict.contestants
+    shown = [best, *verdict.equals, *(c for c in verdict.contestants if c.is_worse)][:most]
+    varied = settings_text.by_importance(differing_settings([run for c in verdict.contestants for run in c.runs]))
+    labels = settings_text.pairs([c.runs for c in shown], [name for name in varied if name != "seed"])
+    columns = [
+        Column(f"{names.noun}s", right=True),
+        Column("difference", right=True),
+        Column("95 % interval"),
+        Column("in updates", right=True),
+        Column("outcome"),
+        Column("settings that differ", cut=True),
+    ]
+    with_settings = any(labels)
+    rows = [
+        TableRow([*_cells(contestant, verdict, names), *([label] if with_settings else [])])
+        for contestant, label in zip(shown, labels, strict=True)
+    ]
+    screen.table(columns if with_settings else columns[:-1], rows)
+    if hidden := len(verdict.contestants) - len(shown):
+        screen.line((f"and {count(hidden, 'other')}; --json has all", "dim"))
+
+
+def _cells(contestant: Contestant, verdict: Verdict, names: Names) -> Sequence[str]:
+    name = names.listed(contestant.runs)
+    seconds = "" if contestant.seconds is None else format_duration(contestant.seconds)
+    cheapest = ", cheapest" if contestant is verdict.cheapest and verdict.equals else ""
+    if contestant is verdict.contestants[0]:
+        return [name, "", "", seconds, f"best: {contestant.value:.4f}{cheapest}"]
+    outcome = "worse" if contestant.is_worse else f"not distinguishable{cheapest}"
+    interval = f"{contestant.low:.4f} to {contestant.high:.4f}"
+    return [name, f"{contestant.difference:.4f}", interval, seconds, outcome]
+
+
+def _by(contestant: Contestant) -> str:
+    interval = f"{contestant.low:.4f} to {contestant.high:.4f}"
+    return f" (difference {contestant.difference:.4f}, 95 % interval {interval})"

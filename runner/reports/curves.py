@@ -31,6 +31,7 @@ def plot(
     width: int = 72,
     height: int = 12,
     y_label: str = "loss",
+    x_label: str = "step",
     ascii_only: bool = False,
 ) -> list[list[Segment]]:
     """Return the curves as lines of segments, none longer than `width`: a legend, `height` lines of plot, the x axis.
@@ -64,7 +65,7 @@ def plot(
         label = labels.get(row, "")
         lines.append([(f"{label:>{margin}} {tick if label else vertical}", None), *canvas.row(row)])
     lines.append([(" " * (margin + 1) + corner + horizontal * columns, None)])
-    lines.append([(" " * (margin + 2) + _x_labels(x_axis, columns), None)])
+    lines.append([(" " * (margin + 2) + _x_labels(x_axis, x_label, columns), None)])
     return lines
 
 
@@ -167,10 +168,10 @@ def _legend(
     return segments
 
 
-def _x_labels(axis: _Axis, columns: int) -> str:
+def _x_labels(axis: _Axis, title: str, columns: int) -> str:
     """Return the line below the x axis: its ends, and its title between them."""
     low, high = format_number(axis.low), format_number(axis.high)
     if axis.low == axis.high:
-        return f"step {low}".center(columns).rstrip()
+        return f"{title} {low}".center(columns).rstrip()
     space = columns - len(low) - len(high)
-    return f"{low}{'step':^{space}}{high}" if space > 5 else f"{low} {high}"
+    return f"{low}{title:^{space}}{high}" if space > len(title) else f"{low} {high}"

@@ -147,11 +147,14 @@ def print_commands(commands: Sequence[Command], screen: Screen) -> None:
             screen.line("  ", (f"{command.purpose:<{width}}", "dim"), f"  {command.line}")
 
 
-def print_plot(series: Sequence[Series], screen: Screen, height: int, y_label: str = "loss") -> None:
+def print_plot(
+    series: Sequence[Series], screen: Screen, height: int, y_label: str = "loss", x_label: str = "step"
+) -> None:
     """Print the curves as wide as the screen, up to 100 columns."""
     width = min(screen.width or 80, _MAX_PLOT_WIDTH)
     ascii_only = not screen.draws_braille
-    for line in curves.plot(series, width=width, height=height, y_label=y_label, ascii_only=ascii_only):
+    labels = {"x_label": x_label, "y_label": y_label}
+    for line in curves.plot(series, width=width, height=height, ascii_only=ascii_only, **labels):
         screen.line(*[(text, "" if index is None else _CURVE_STYLES[index % 8]) for text, index in line])
 
 

@@ -34,26 +34,24 @@ def summary(verdict: Verdict, names: Names) -> list[str]:
     """Return sentences: what is not distinguishable from the best, the cheapest of these, what the intervals cover."""
     best, equals, cheapest = verdict.contestants[0], verdict.equals, verdict.cheapest
     name, rows, others = names.phrase(best.runs), count(verdict.rows, "row"), len(verdict.contestants) - 1
-    if not equals:
-        nearest = verdict.contestants[1]
-        who = names.phrase(nearest.runs) + (", the nearest," if others > 1 else "")
-        lines = [f"{name} is better by more than noise: {who} is distinguishable from it on these {rows}{_by(nearest)}"]
+    nearest = verdict.contestants[1]
+    if not equals and others == 1:
+        lines = [f"{_subject(nearest, names)} worse than {name} by more than noise on these {rows} ({_by(nearest)})"]
+    elif not equals:
+        lines = [f"{_subject(best, names)} better than all others by more than noise on these {rows}"]
+        lines[0] += f"; the nearest: {names.phrase(nearest.runs)} ({_by(nearest)})"
     elif len(equals) == 1:
-        lines = [f"{names.phrase(equals[0].runs)} is not distinguishable from {name} on these {rows}{_by(equals[0])}"]
+        lines = [f"{_subject(equals[0], names)} not distinguishable from {name} on these {rows} ({_by(equals[0])})"]
     else:
         listed = "; ".join(names.listed(contestant.runs) for contestant in equals)
         lines = [f"not distinguishable from {name} on these {rows}: {names.noun}s {listed}"]
     if equals and cheapest is not None and cheapest.seconds is not None:
-        took = "" if cheapest is best or best.seconds is None else f" (the best: {format_duration(best.seconds)})"
-        duration = format_duration(cheapest.seconds)
+        took = "" if cheapest is best or best.seconds is None else f" (the best: {_duration(best.seconds)})"
+        duration = _duration(cheapest.seconds)
         lines.append(f"cheapest of these: {names.phrase(cheapest.runs)}, {duration} in updates{took}")
-    intervals = (
-        f"the intervals of all {others * (others + 1) // 2} pairs hold together" if others > 1 else "the interval holds"
-    )
-    covered = (
-        "rows and seeds" if verdict.has_seeds else "rows; seeds are not varied, and another one may change the order"
-    )
-    return [*lines, f"{intervals}, for other {covered}"]
+    intervals = f"intervals hold for all {others * (others + 1) // 2} pairs together" if others > 1 else "interval"
+    covered = "rows and seeds" if verdict.has_seeds else "rows alone: another seed may change the order"
+    return [*lines, f"95 % {intervals}, over {covered}"]
 
 
 def left_out_lines(verdict: Verdict, names: Names) -> list[str]:
@@ -90,7 +88,7 @@ def _print_contestants(verdict: Verdict, names: Names, screen: Screen, most: int
 
 def _cells(contestant: Contestant, verdict: Verdict, names: Names) -> Sequence[str]:
     name = names.listed(contestant.runs)
-    seconds = "" if contestant.seconds is None else format_duration(contestant.seconds)
+    seconds = "" if contestant.seconds is None else _duration(contestant.seconds)
     cheapest = ", cheapest" if contestant is verdict.cheapest and verdict.equals else ""
     if contestant is verdict.contestants[0]:
         return [name, "", "", seconds, f"best: {contestant.value:.4f}{cheapest}"]
@@ -101,4 +99,12 @@ def _cells(contestant: Contestant, verdict: Verdict, names: Names) -> Sequence[s
 
 def _by(contestant: Contestant) -> str:
     interval = f"{contestant.low:.4f} to {contestant.high:.4f}"
-    return f" (difference {contestant.difference:.4f}, 95 % interval {interval})"
+    return f"difference {contestant.difference:.4f}, 95 % interval {interval}"
+
+
+def _subject(contestant: Contestant, names: Names) -> str:
+    return f"{names.phrase(contestant.runs)} {'are' if len(contestant.runs) > 1 else 'is'}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f}s" if seconds < 10 else format_duration(seconds)

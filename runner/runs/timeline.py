@@ -22,6 +22,11 @@ class Timeline:
     seconds: Points
     """Time in updates, without evaluation and saving: it does not depend on interruptions, nor on what was cached."""
 
+    @property
+    def tokens_reported(self) -> float:
+        """Tokens of the updates that `seconds` covers."""
+        return self.at(int(self.seconds[-1][0]), "tokens") or 0.0
+
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Timeline:
         """Return the timeline of a run's rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,20 +98,16 @@ def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdic
     groups = [group.runs for group in seed_groups(measured, objective)] or [[run] for run in measured]
     values: dict[Path, RowValues] = {}
     left_out: list[tuple[RunInfo, str]] = []
-    reference: RunInfo | None = None
     for run in measured:
         try:
-            found = row_values(run, objective.metric)
+            values[run.path] = row_values(run, objective.metric)
         except NoRowValues as reason:
             left_out.append((run, str(reason)))
-            continue
-        reference = reference or run
-        if found.rows == values.get(reference.path, found).rows:
-            values[run.path] = found
-        else:
-            left_out.append(
-                (run, f"was evaluated on other rows than {names.phrase([reference])}, or with other tokens")
-            )
+    rows, _ = next(iter(Counter(found.rows for found in values.values()).most_common(1)), ("", 0))
+    for run in measured:
+        if run.path in values and values[run.path].rows != rows:
+            left_out.append((run, "was evaluated on other rows than the rest, or with other tokens"))
+            del values[run.path]
     place = {path: i for i, path in enumerate(names.by_path)}
     groups = [sorted(group, key=lambda run: place[run.path]) for group in groups]
     compared = [[run for run in group if run.path in values] for group in groups]

@@ -1,0 +1,183 @@
+"""The verdict names the runs that are not distinguishable from the best, the cheapest, and why others are left out."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluated_runs import row_losses, write_run, write_sweep
+
+from runner.reports.screen import Screen
+from runner.reports.sweep_page import print_sweep_page, sweep_page_fields
+from runner.reports.verdict import Names, Verdict, judge, verdict_fields
+from runner.reports.verdict_table import left_out_lines, print_verdict, summary
+from runner.runs.find import read_sweep
+from runner.runs.inspect import read_run
+from runner.runs.objective import Objective
+
+LOSS = Objective()
+
+
+def judged(*folders: Path, objective: Objective = LOSS) -> tuple[Verdict, Names]:
+    runs = [read_run(folder) for folder in folders]
+    names = Names({run.path: run.path.name for run in runs})
+    return judge(runs, objective, names), names
+
+
+def text(verdict: Verdict, names: Names) -> str:
+    out = io.StringIO()
+    print_verdict(verdict, names, Screen(out))
+    return out.getvalue()
+
+
+def test_a_run_within_noise_is_not_distinguishable_and_one_beyond_it_is_worse(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "A", {0: row_losses(2), 10: row_losses(1.0)}, lora__rank=4)
+    b = write_run(tmp_path / "B", {0: row_losses(2), 10: row_losses(1.004, seed=1)}, lora__rank=8)
+    c = write_run(tmp_path / "C", {0: row_losses(2), 10: row_losses(1.2, seed=2)}, lora__rank=16)
+    verdict, names = judged(c, b, a)
+    assert [names.listed(contestant.runs) for contestant in verdict.contestants] == ["A", "B", "C"]
+    assert [contestant.is_worse for contestant in verdict.contestants] == [False, False, True]
+    assert [contestant.steps for contestant in verdict.contestants] == [[10]] * 3
+    assert verdict.contestants[1].difference == pytest.approx(0.004, abs=1e-5)
+    assert verdict.contestants[1].low < 0 < verdict.contestants[1].high
+    assert verdict.rows == 60 and verdict.left_out == [] and not verdict.has_seeds
+    sentence = "B is not distinguishable from A on these 60 rows (difference 0.0040, 95 % interval -0.0"
+    assert sentence in text(verdict, names)
+    assert "another seed may change the order" in text(verdict, names)
+    worse, names = judged(c, a)
+    assert summary(worse, names)[0].startswith("C is worse than A by more than noise on these 60 rows (difference 0.20")
+    best, names = judged(c, a, write_run(tmp_path / "D", {10: row_losses(1.4, seed=3)}))
+    assert summary(best, names)[0].startswith(
+        "A is better than all others by more than noise on these 60 rows; the nea"
+    )
+
+
+def test_the_best_evaluation_of_each_run_is_compared(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "A", {10: row_losses(1.0), 20: row_losses(1.5)})
+    b = write_run(tmp_path / "B", {10: row_losses(2.0), 20: row_losses(1.0, seed=1)}, lora__rank=16)
+    verdict, names = judged(a, b)
+    assert {names.listed(c.runs): c.steps for c in verdict.contestants} == {"A": [10], "B": [20]}
+    assert {names.listed(c.runs): c.seconds for c in verdict.contestants} == {"A": 10, "B": 20}
+
+
+def test_the_cheapest_trained_the_shortest_time_until_its_result(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "A", {10: row_losses(1.0), 20: row_losses(1.5)}, seconds_per_update=9.0)
+    b = write_run(tmp_path / "B", {10: row_losses(1.003, seed=1)}, seconds_per_update=7.0, lora__rank=16)
+    c = write_run(tmp_path / "C", {10: row_losses(1.9, seed=2)}, seconds_per_update=1.0, lora__rank=32)
+    verdict, names = judged(a, b, c)
+    assert verdict.cheapest is not None and names.listed(verdict.cheapest.runs) == "B"
+    assert "cheapest of these: B, 1m10s in updates (the best: 1m30s)" in text(verdict, names)
+    last = write_run(tmp_path / "D", {10: row_losses(1.0)}, status={"result_step": 5}, seconds_per_update=2.0, seed=9)
+    verdict, names = judged(last, c)
+    assert verdict.cheapest is not None and verdict.cheapest.seconds == 10
+
+
+def test_seeds_of_the_same_settings_are_replicates(tmp_path: Path) -> None:
+    folders = []
+    for rank, levels in ((4, (1.0, 1.2, 0.9)), (8, (1.05, 1.15, 1.0))):
+        for seed, level in enumerate(levels):
+            folders.append(tmp_path / f"{rank}-{seed}")
+            write_run(folders[-1], {10: row_losses(level, seed=seed + rank)}, lora__rank=rank, seed=seed)
+    verdict, names = judged(*folders)
+    assert verdict.has_seeds
+    assert [names.listed(c.runs) for c in verdict.contestants] == ["4-0, 4-1, 4-2", "8-0, 8-1, 8-2"]
+    assert verdict.contestants[0].value == pytest.approx(3.1 / 3, abs=1e-4)
+    one_seed, _ = judged(folders[0], folders[3])
+    assert one_seed.contestants[1].high - one_seed.contestants[1].low < 0.1
+    assert verdict.contestants[1].high - verdict.contestants[1].low > 0.3
+    assert "over rows and seeds" in text(verdict, names)
+    assert "8-0, 8-1, 8-2 are not distinguishable from 4-0, 4-1, 4-2 on these 60 rows" in text(verdict, names)
+
+
+def test_runs_that_cannot_be_compared_are_named_with_the_reason(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "A", {10: row_losses(1.0)})
+    b = write_run(tmp_path / "B", {10: row_losses(1.1, seed=1)}, lora__rank=16)
+    old = write_run(tmp_path / "old", {10: row_losses(0.5)}, rows=None, lora__rank=1)
+    other = write_run(tmp_path / "other", {10: row_losses(1.3)}, rows="cd" * 32, lora__rank=2)
+    upgraded = write_run(tmp_path / "upgraded", {10: row_losses(1.3)}, lora__rank=3)
+    (upgraded / "row_losses.jsonl").write_text("")
+    diverged = write_run(tmp_path / "diverged", {10: row_losses(0.1)}, state="diverged", lora__rank=64)
+    verdict, names = judged(a, b, old, other, upgraded, diverged)
+    assert [names.listed(c.runs) for c in verdict.contestants] == ["A", "B"]
+    assert left_out_lines(verdict, names) == [
+        "not compared: old has no losses of its rows: an earlier version did not keep them",
+        "not compared: upgraded has no losses of the valid rows at step 10",
+        "not compared: other was evaluated on other rows than the rest, or with other tokens",
+    ]
+    none, names = judged(a, old)
+    assert none.contestants == [] and none.cheapest is None
+    assert "none: there are no two to compare on the same rows" in text(none, names)
+    assert "an earlier version did not keep them" in text(none, names)
+    few = [write_run(tmp_path / f"few{i}", {10: row_losses(1.0)[:4]}, rows="ef" * 32, seed=i, lora__rank=i + 1)
+           for i in range(2)]  # fmt: skip
+    assert "4 rows say too little" in str(judged(*few)[0].problem)
+
+
+def test_scores_are_compared_answer_by_answer_and_higher_is_better(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    right, wrong = [1.0] * 30 + [0.0] * 10, [0.0] * 30 + [1.0] * 10
+    near = [float(score) for score in random.permutation(right)]
+    a = write_run(tmp_path / "A", {10: row_losses(1)}, scores=right, lora__rank=1)
+    b = write_run(tmp_path / "B", {10: row_losses(1)}, scores=wrong, lora__rank=2)
+    c = write_run(tmp_path / "C", {10: row_losses(1)}, scores=near, lora__rank=3)
+    d = write_run(tmp_path / "D", {10: row_losses(1)}, scores=right[:-1], lora__rank=4)
+    e = write_run(tmp_path / "E", {10: row_losses(1)}, lora__rank=5)
+    verdict, names = judged(a, b, c, d, e, objective=Objective("score", maximize=True))
+    assert [(names.listed(c.runs), c.is_worse) for c in verdict.contestants] == [
+        ("A", False),
+        ("C", False),
+        ("B", True),
+    ]
+    assert verdict.contestants[2].value == 0.25 and verdict.contestants[2].difference == 0.5
+    assert [(run.path.name, reason) for run, reason in verdict.left_out] == [
+        ("D", "was evaluated on other rows than the rest, or with other tokens")
+    ]
+
+
+def test_the_page_of_a_sweep_has_the_verdict_in_text_and_json(tmp_path: Path) -> None:
+    for number, (rank, seed) in enumerate((rank, seed) for rank in (4, 8) for seed in (0, 1)):
+        losses = {0: row_losses(2), 10: row_losses(1.0 + rank / 20, seed=number)}
+        write_run(tmp_path / str(number), losses, lora__rank=rank, seed=seed)
+    sweep = read_sweep(write_sweep(tmp_path, 4))
+    out = io.StringIO()
+    print_sweep_page(sweep, Screen(out))
+    assert "verdict: validation loss of the same 60 rows" in out.getvalue()
+    assert "jobs 2, 3 are worse than jobs 0, 1 by more than noise" in out.getvalue()
+    fields = sweep_page_fields(sweep)["verdict"]
+    assert [entry["runs"] for entry in fields["compared"]] == [["0", "1"], ["2", "3"]]
+    assert [entry["worse"] for entry in fields["compared"]] == [False, True]
+    assert fields["cheapest"] == ["0", "1"] and fields["over_seeds"] and fields["problem"] is None
+
+
+def test_a_hundred_jobs_are_judged_without_mlx(tmp_path: Path) -> None:
+    for number in range(120):
+        write_run(tmp_path / str(number), {10: row_losses(1.0 + number / 1000, seed=number)}, lora__rank=number + 1)
+    script = (
+        "import sys; from pathlib import Path; from runner.reports.sweep_page import sweep_page_fields; "
+        "from runner.runs.find import read_sweep; "
+        f"verdict = sweep_page_fields(read_sweep(Path({str(write_sweep(tmp_path, 120))!r})))['verdict']; "
+        "assert not [name for name in sys.modules if name.startswith('mlx')]; "
+        "print(len(verdict['compared']), len(verdict['left_out']), verdict['compared'][0]['runs'])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).split() == ["100", "20", "['0']"]
+
+
+def test_a_verdict_as_data_has_every_number(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "A", {10: row_losses(1.0)})
+    b = write_run(tmp_path / "B", {10: row_losses(1.1, seed=1)}, lora__rank=16)
+    fields = verdict_fields(*judged(a, b))
+    assert fields["metric"] == "valid_loss" and fields["rows"] == 60 and fields["left_out"] == {}
+    assert fields["compared"][0] == {
+        "runs": ["A"],
+        "steps": [10],
+        "value": pytest.approx(1.0, abs=1e-5),
+        "difference": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+        "worse": False,
+        "seconds_in_updates": 10.0,
+    }

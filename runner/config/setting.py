@@ -28,6 +28,7 @@ _RESERVED_NAMES = {
     layout.METRICS,
     layout.SAMPLES,
     layout.ROW_LOSSES,
+    layout.REPORT,
     layout.BACKUP,
 }
 

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from runner.common.layout import REPORT
 from runner.common.text import format_duration, printable, shell_path
 from runner.reports.next_commands import Command, command_lines
 
@@ -40,6 +41,7 @@ def summary_lines(
     lines.append(f"run         {shell_path(path)}")
     if result_step is not None:
         lines.append(f"adapter     {shell_path(path / 'adapters')} (step {result_step})")
+    lines.append(f"report      {shell_path(path / REPORT)}")
     return [*lines, *command_lines(commands)]
 
 

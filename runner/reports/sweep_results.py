@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.atomic_io import write_atomically
+from runner.common.layout import REPORT
 from runner.common.text import shell_path
 from runner.reports import settings_text, svg
 from runner.reports.cells import STATE_STYLES, run_notes
@@ -24,6 +25,7 @@ from runner.runs.inspect import RunInfo, read_run
 from runner.runs.objective import Objective, objective_of
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
+_FILES = ("results.csv", "curves.svg", REPORT)
 _MAX_TABLE_ROWS = 40
 _MAX_CURVES = 16
 _MAX_CURVE_NAME = 60
@@ -60,13 +62,18 @@ class SweepResults:
         return sum(result.run.state in ("failed", "diverged") for result in self.jobs)
 
 
-def read_sweep_results(manifest: SweepManifest, errors: Mapping[int, str]) -> SweepResults:
+def read_sweep_results(
+    manifest: SweepManifest, errors: Mapping[int, str], known: Mapping[Path, RunInfo] | None = None
+) -> SweepResults:
     """Read the runs of the sweep's jobs.
 
-    `errors` are what the jobs of this launch raised, by number: the reason of a job that failed before it had a status.
+    Args:
+        errors: what the jobs of this launch raised, by number: the reason of a job that failed before it had a status.
+        known: runs that were read already, by path.
     """
-    jobs = manifest.jobs
-    runs = {job.number: _read_job(manifest.folder / job.folder) for job in jobs}
+    jobs, known = manifest.jobs, known or {}
+    paths = {job.number: manifest.folder / job.folder for job in jobs}
+    runs = {number: known.get(path) or _read_job(path) for number, path in paths.items()}
     for number, error in errors.items():
         run = runs[number]
         if run.state not in ("failed", "diverged"):
@@ -129,7 +136,7 @@ def print_sweep_results(results: SweepResults, screen: Screen) -> None:
     print_sweep_verdict([result.run for result in results.jobs], results.objective, screen)
     screen.line("")
     screen.line(f"sweep       {shell_path(results.folder)}")
-    paths = [shell_path(results.folder / name) for name in ("results.csv", "curves.svg")]
+    paths = [shell_path(path) for name in _FILES if (path := results.folder / name).is_file()]
     screen.line(f"results     {', '.join(paths)}")
     finished = all(result.run.state in ("finished", "diverged") for result in results.jobs)
     for line in command_lines(after_sweep(results.folder, finished=finished, varied=names)):

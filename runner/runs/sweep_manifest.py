@@ -26,6 +26,7 @@ from runner.common import safe_json
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
 from runner.common.filesystem import open_regular
+from runner.common.layout import REPORT
 from runner.common.safe_json import is_count
 from runner.common.text import shorten
 from runner.config import retired, serialize
@@ -45,7 +46,7 @@ _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w./@:-]*=.*", re.DOTALL)
 _FOLDER = re.compile(r"\w[\w.,=+@-]{0,119}")
 _NAME = re.compile(r"[\w./-]{1,100}")
 _CHOICE = re.compile(r"[^\x00-\x1f]{1,300}")
-_RESERVED_FOLDERS = {"logs", NAME, "results.csv", "curves.svg", "multirun.yaml"}
+_RESERVED_FOLDERS = {"logs", NAME, "results.csv", "curves.svg", REPORT, "multirun.yaml"}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from runner.app.hydra_internals import job_error
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import first_line, relative_path
 from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
+from runner.reports.html.write import write_report_or_say_why
 from runner.reports.screen import Screen
 from runner.reports.sweep_results import SweepResults, print_sweep_results, read_sweep_results, write_sweep_results
 from runner.runs import sweep_manifest
@@ -189,8 +190,10 @@ def _plan_text(manifest: SweepManifest, jobs: Sequence[PlannedJob]) -> str:
 
 
 def report(manifest: SweepManifest, errors: Mapping[int, str]) -> SweepResults:
-    """Write and print the results; `errors` are what jobs raised, by number."""
+    """Write and print the results, and the page of the sweep; `errors` are what jobs raised, by number."""
     results = read_sweep_results(manifest, errors)
     write_sweep_results(results)
+    if problem := write_report_or_say_why(results.folder, errors):
+        print(problem)
     print_sweep_results(results, Screen())
     return results

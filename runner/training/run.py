@@ -7,11 +7,13 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 
 from runner.backends import blas
 from runner.checkpoints.save_policy import StopReason
+from runner.common.atomic_io import open_text
 from runner.common.clock import utc_now
 from runner.common.commands import repeat_command, resume_command
 from runner.common.device_errors import find_device_error
 from runner.common.errors import EXIT_REPLACE, Diverged, OutOfMemory, RunnerError, StorageError
 from runner.models.device import on_cpu
+from runner.reports.html.write import write_report_or_say_why
 from runner.reports.progress import Display
 from runner.runs.inspect import objective_value
 from runner.runs.rows import read_rows
@@ -56,6 +58,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
             with _exit_on_stop(stops):
                 require_same_inputs(spec, point, loader, stops)  # a refused resume writes nothing
                 spec = epochs.fill_iters(spec, loader, stops.check, point.saved.progress.step)
+        stack.callback(_write_report, spec)  # last of all: it shows what the others wrote
         writer = stack.enter_context(closing(open_writer(spec, point)))
         stack.enter_context(_failure_recorded(spec, writer))
         stack.enter_context(_device_errors_explained(spec))  # before they are recorded
@@ -114,6 +117,17 @@ def _print_finished(spec: RunSpec, stops: StopSignals) -> None:
 
 def _objective(spec: RunSpec, best_loss: float | None) -> float | None:
     return objective_value(read_rows(spec.directory.metrics), best_loss, spec.config.objective.metric)
+
+
+def _write_report(spec: RunSpec) -> None:
+    """Write report.html, or log why there is none."""
+    problem = write_report_or_say_why(spec.directory.path)
+    if problem is None:
+        return
+    with suppress(StorageError, OSError), open_text(spec.directory.log) as log:
+        log.write(f"{utc_now()} {problem}\n")
+    if spec.label is None:
+        print(problem, flush=True)
 
 
 def _open_display(spec: RunSpec) -> Display:

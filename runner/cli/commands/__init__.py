@@ -13,6 +13,7 @@ COMMANDS = {
     "ls": "list runs and sweeps: state, best metric, age, size, settings that differ",
     "show": "show a run or sweep: settings, curves, checkpoints, what to type next",
     "compare": "runs side by side, and whether they differ by more than noise",
+    "report": "write a run, a sweep or a folder of them as one HTML page; --watch follows runs in progress",
     "verify": "check that every byte is what was saved; --replay also trains again",
     "data": "report on a data set before training: lengths, what is cut and supervised, duplicates",
     "plan": "estimate a run before it starts: memory, time, disk; --fit finds the batch size that fits",

@@ -1,0 +1,85 @@
+"""The page of a folder: the runs and sweeps below it, as `runner ls` lists them, with links to their pages."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner.common.text import count, format_bytes, relative_path
+from runner.reports import cells, settings_text
+from runner.reports.html import sections
+from runner.reports.html.page import Page
+from runner.reports.html.run_report import loss_curve, time_text
+from runner.reports.html.sections import Column, Part, Row
+from runner.reports.html.sweep_report import report_path
+from runner.runs.find import SweepInfo
+from runner.runs.inspect import RunInfo, differing_settings
+
+_MAX_CURVES = 200
+
+
+def folder_report(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> Page:
+    """Return the page of the runs and sweeps below `folder`, which `find_runs` found."""
+    runs = [run for entry in entries for run in runs_of(entry)]
+    states = Counter(run.state for run in runs)
+    sweeps = sum(isinstance(entry, SweepInfo) for entry in entries)
+    alone = len(entries) - sweeps
+    lines = [f"{count(alone, 'run')} and {count(sweeps, 'sweep')}, newest first"]
+    size = sum(entry.size_bytes for entry in entries)
+    facts = [(state, str(number), "") for state, number in states.most_common()]
+    return Page(
+        kind="folder",
+        title=relative_path(folder.absolute()) if folder.absolute() != Path.cwd() else folder.absolute().name,
+        folder=folder,
+        lines=lines,
+        hosts=[run.status.get("host") for run in runs],
+        parts=[
+            sections.facts([*facts, ("size on disk", format_bytes(size), "")]),
+            _table(folder, entries),
+            *_curves(folder, entries),
+        ],
+    )
+
+
+def runs_of(entry: RunInfo | SweepInfo) -> Sequence[RunInfo]:
+    """Return the runs of a sweep, or the run itself."""
+    return entry.runs if isinstance(entry, SweepInfo) else [entry]
+
+
+def _table(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> Part:
+    names = settings_text.by_importance(differing_settings([run for entry in entries for run in runs_of(entry)]))
+    labels = settings_text.pairs([runs_of(entry) for entry in entries], names)
+    columns = [Column(title="run"), Column(title="state"), Column(title="steps", number=True)]
+    columns += [Column(title="valid loss", number=True), Column(title="last update"), Column(title="size", number=True)]
+    columns.append(Column(title="settings that differ", code=True))
+    rows = []
+    for entry, label in zip(entries, labels, strict=True):
+        path = os.path.relpath(entry.path, folder)
+        is_run = isinstance(entry, RunInfo)
+        row: list[sections.Cell] = [sections.link(path, report_path(entry.path, path), path)]
+        if isinstance(entry, RunInfo):
+            row += [sections.state(entry.state), sections.shown(cells.format_progress(entry), entry.step)]
+        else:
+            row += [f"sweep: {cells.format_states(entry)}", entry.step]
+        updated = time_text(cells.format_time(entry.updated) or "")
+        row += [entry.best_loss, sections.shown(updated, entry.updated)]
+        row += [sections.shown(format_bytes(entry.size_bytes), entry.size_bytes), label]
+        notes = cells.run_notes(entry) if isinstance(entry, RunInfo) else [entry.problem or ""]
+        rows.append(Row(cells=row, id=f"run {path}" if is_run else None, notes=[note for note in notes if note]))
+    return sections.table("Runs and sweeps", columns, rows, id="runs", sorted_by=(4, True))
+
+
+def _curves(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> list[Part]:
+    """Return the validation curves of the runs that are no jobs of sweeps."""
+    runs = [entry for entry in entries if isinstance(entry, RunInfo)][:_MAX_CURVES]
+    order = {run.path: i for i, run in enumerate(sorted(runs, key=lambda r: (r.best_loss is None, r.best_loss)))}
+    last = max(1, sum(run.best_loss is not None for run in runs) - 1)
+    curves = []
+    for run in runs:
+        path = os.path.relpath(run.path, folder)
+        rank = None if run.best_loss is None else order[run.path] / last
+        curves.append(loss_curve(path, run, "valid", id=f"run {path}", rank=rank))
+    chart = sections.chart("Validation loss", curves, y="mean loss of a token", ranked=True, lower_is_better=True)
+    return [sections.charts("Curves of the runs", [chart], id="charts")] if len(chart["curves"]) > 1 else []

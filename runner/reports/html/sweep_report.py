@@ -1,0 +1,286 @@
+"""The page of one sweep: its best job, the curves and the table of all jobs, what the settings did, failed jobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.common import layout
+from runner.common.errors import RunnerError
+from runner.common.safe_json import finite_number
+from runner.common.text import count, format_duration
+from runner.reports import cells, settings_text
+from runner.reports.html import sections
+from runner.reports.html.page import Page
+from runner.reports.html.run_report import loss_curve, next_steps, run_title, time_text
+from runner.reports.html.sections import Column, Part, Row
+from runner.reports.importance import CLEAR_P, MIN_SPARE, Importance, ImportanceResult, measure_importance
+from runner.reports.next_commands import command_fields, for_sweep
+from runner.reports.seed_groups import seed_groups
+from runner.reports.sweep_results import read_sweep_results
+from runner.runs import sweep_manifest
+from runner.runs.find import SweepInfo
+from runner.runs.inspect import RunInfo, differing_settings
+from runner.runs.objective import VALID_LOSS, Objective
+
+_MAX_REASON_LINES = 12
+_MAX_AXES = 8
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One job on the page."""
+
+    name: str
+    run: RunInfo
+    value: float | None
+    """Its objective."""
+    settings: Mapping[str, Any]
+    """Its values of the settings that tell the jobs apart."""
+    rank: float | None
+    """From 0, the best, to 1, the worst; None without a value."""
+
+    @property
+    def id(self) -> str:
+        return f"job {self.name}"
+
+
+def sweep_report(sweep: SweepInfo, errors: Mapping[int, str] | None = None) -> Page:
+    """Return the page of a sweep. `errors` are what jobs raised that ended before they had a status, by number."""
+    runs, settings = _runs_and_settings(sweep, errors or {})
+    objective = sweep.objective
+    ranked = objective.rank(runs)
+    jobs = _jobs(ranked, objective, settings)
+    names = list(dict.fromkeys(name for job in jobs for name in job.settings))
+    started = f" · started {time_text(min(times))}" if (times := _started(runs)) else ""
+    return Page(
+        kind="sweep",
+        title=run_title(RunInfo(path=sweep.path, state="")),
+        folder=sweep.path,
+        state=_state(runs),
+        lines=[f"{count(len(jobs), 'job')}: {_states(runs)}{started}"],
+        hosts=[run.status.get("host") for run in runs],
+        parts=[
+            sections.facts(_facts(jobs, names, objective)),
+            *([sections.text("Damaged files", [sweep.problem], tone="bad")] if sweep.problem else []),
+            sections.charts("Curves", _charts(jobs, names), id="charts"),
+            _table(jobs, names, objective),
+            *_seeds(runs, objective, settings),
+            *_parallel(jobs, names, objective),
+            *_importance(jobs, objective),
+            *_failed(jobs),
+            *next_steps(command_fields(for_sweep(sweep))),
+        ],
+    )  # fmt: skip
+
+
+def _runs_and_settings(
+    sweep: SweepInfo, errors: Mapping[int, str]
+) -> tuple[list[RunInfo], dict[Path, Mapping[str, Any]]]:
+    """Return the runs of all recorded jobs, those that have not begun included, and what each varies, by path."""
+    try:
+        manifest = sweep_manifest.read_manifest(sweep.path)
+    except (RunnerError, OSError):
+        manifest = sweep_manifest.SweepManifest(sweep.path)
+    if manifest.jobs:
+        results = read_sweep_results(manifest, errors, {run.path: run for run in sweep.runs})
+        jobs = sorted(results.jobs, key=lambda result: result.job.number)
+        return [result.run for result in jobs], {result.run.path: result.varied for result in jobs}
+    names = settings_text.by_importance(differing_settings(sweep.runs))
+    return sweep.runs, {run.path: {name: run.settings.get(name) for name in names} for run in sweep.runs}
+
+
+def _jobs(ranked: Sequence[RunInfo], objective: Objective, settings: Mapping[Path, Mapping[str, Any]]) -> list[_Job]:
+    values = [objective.value(run) for run in ranked]
+    last = max(1, sum(value is not None for value in values) - 1)
+    return [
+        _Job(run.path.name, run, value, settings[run.path], None if value is None else place / last)
+        for place, (run, value) in enumerate(zip(ranked, values, strict=True))
+    ]
+
+
+def _started(runs: Sequence[RunInfo]) -> list[str]:
+    return [started for run in runs if isinstance(started := run.status.get("started"), str)]
+
+
+def _state(runs: Sequence[RunInfo]) -> str:
+    """Return the state of a sweep: finished where nothing is left for a resume, which leaves diverged jobs alone."""
+    states = {run.state for run in runs}
+    order = ("running", "interrupted", "stopped", "not started", "unknown", "failed")
+    found = next((state for state in order if state in states), "finished")
+    return "stopped" if found == "not started" else found
+
+
+def _states(runs: Sequence[RunInfo]) -> str:
+    counts = Counter(run.state for run in runs)
+    return ", ".join(f"{number} {state}" for state, number in counts.most_common()) or "no runs"
+
+
+def _facts(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> list[tuple[str, str, str]]:
+    items = []
+    if jobs and jobs[0].value is not None:
+        best = jobs[0]
+        items.append((f"best {_metric(objective)}", f"{best.value:.4f}", f"job {best.name}"))
+        items.append(("with", _label(best, names), ""))
+    seconds = [value for job in jobs if (value := finite_number(job.run.status.get("seconds"))) is not None]
+    items.append(("time of all jobs", format_duration(sum(seconds)) if seconds else "", ""))
+    return items
+
+
+def _metric(objective: Objective) -> str:
+    return objective.metric.replace("_", " ")
+
+
+def _label(job: _Job, names: Sequence[str]) -> str:
+    short = settings_text.short_names(names)
+    texts = [f"{short[name]}={settings_text.value_text(job.settings.get(name))}" for name in names]
+    return " ".join(texts)
+
+
+def _charts(jobs: Sequence[_Job], names: Sequence[str]) -> list[Part]:
+    drawn = []
+    for split, title in (("valid", "Validation loss"), ("train", "Training loss")):
+        curves = [loss_curve(f"job {job.name}: {_label(job, names)}", job.run, split, id=job.id, rank=job.rank)
+                  for job in jobs]  # fmt: skip
+        drawn.append(sections.chart(title, curves, y="mean loss of a token", ranked=True, lower_is_better=True))
+    return drawn
+
+
+def _table(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> Part:
+    columns = [Column(title="job", number=True), Column(title=_metric(objective), number=True)]
+    columns += [Column(title=name, number=True, code=True) for name in names]
+    has_other = objective.metric != VALID_LOSS
+    columns += [Column(title="valid loss", number=True)] if has_other else []
+    columns += [Column(title="best at step", number=True), Column(title="state")]
+    columns += [Column(title="steps", number=True), Column(title="time", number=True)]
+    texts = {name: settings_text.texts_of(name, [job.settings.get(name) for job in jobs]) for name in names}
+    rows = []
+    for i, job in enumerate(jobs):
+        run = job.run
+        row: list[sections.Cell] = [sections.link(job.name, report_path(run.path, job.name), _number(job.name))]
+        row.append(job.value)
+        row += [setting_cell(texts[name][i], job.settings.get(name)) for name in names]
+        row += [run.best_loss] if has_other else []
+        row += [run.best_step, sections.state(run.state), sections.shown(cells.format_progress(run), run.step)]
+        seconds = finite_number(run.status.get("seconds"))
+        row.append(None if seconds is None else sections.shown(format_duration(seconds), seconds))
+        rows.append(Row(cells=row, id=job.id, notes=[note for note in cells.run_notes(run) if "restarts" in note]))
+    note = "Point at a row or a curve to highlight the job; click, or press Enter, to keep it highlighted."
+    return sections.table("Jobs", columns, rows, id="jobs", note=note, sorted_by=(1, objective.maximize))
+
+
+def report_path(run: Path, relative: str) -> str | None:
+    """Return the path of the page of a run or sweep whose folder is `relative`; None where it has none."""
+    return f"{relative}/{layout.REPORT}" if (run / layout.REPORT).is_file() else None
+
+
+def setting_cell(text: str, value: Any) -> sections.Cell:
+    """Return the cell of a setting: numbers are sorted as such."""
+    number = finite_number(value)
+    return sections.shown("" if value is None else text, text if number is None else number)
+
+
+def _number(name: str) -> Any:
+    return int(name) if name.isascii() and name.isdigit() else name
+
+
+def _seeds(runs: Sequence[RunInfo], objective: Objective, settings: Mapping[Path, Mapping[str, Any]]) -> list[Part]:
+    groups = seed_groups(runs, objective, settings)
+    if not groups:
+        return []
+    names = list(groups[0].settings)
+    columns = [Column(title=name, number=True, code=True) for name in names]
+    columns += [Column(title="seeds", number=True), Column(title=f"{_metric(objective)}, mean", number=True)]
+    columns += [Column(title="± standard deviation", number=True)]
+    rows = []
+    for group in groups:
+        values = [setting_cell(settings_text.value_text(group.settings[n]), group.settings[n]) for n in names]
+        seeds = sections.shown(f"{len(group.values)} of {len(group.runs)}", len(group.values))
+        rows.append(Row(cells=[*values, seeds, group.mean if group.values else None, group.deviation]))
+    return [sections.table("Over seeds", columns, rows, id="seeds", sorted_by=(len(names) + 1, objective.maximize))]
+
+
+def _parallel(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> list[Part]:
+    measured = [job for job in jobs if job.value is not None]
+    if len(measured) < 2 or not names:
+        return []
+    shown = list(names)[:_MAX_AXES]
+    axes: list[dict[str, Any]] = [{"name": name} for name in shown]
+    axes.append({"name": _metric(objective), "flip": not objective.maximize})
+    lines = []
+    for job in measured:
+        values = [_axis_value(job.settings.get(name)) for name in shown]
+        line = {"id": job.id, "name": f"job {job.name}", "rank": job.rank, "values": [*values, job.value]}
+        lines.append(line)
+    note = f"The best {_metric(objective)} is at the top of the last axis."
+    note += f" {len(names) - len(shown)} more settings vary." if len(names) > len(shown) else ""
+    return [sections.parallel("Settings and result", axes, lines, note=note)]
+
+
+def _axis_value(value: Any) -> Any:
+    number = finite_number(value)
+    return number if number is not None else settings_text.value_text(value)
+
+
+def _importance(jobs: Sequence[_Job], objective: Objective) -> list[Part]:
+    measured = [job for job in jobs if job.value is not None]
+    result = measure_importance([job.settings for job in measured], [job.value or 0.0 for job in measured])
+    if result is None:
+        return []
+    items = [
+        {
+            "name": " and ".join(setting.names),
+            "share": setting.share,
+            "low": setting.interval[0] if setting.interval else None,
+            "high": setting.interval[1] if setting.interval else None,
+            "text": _importance_text(setting, result),
+        }
+        for setting in result.settings
+    ]
+    rest = max(0.0, 1.0 - sum(setting.share for setting in result.settings))
+    items.append({"name": "the rest", "share": rest, "low": None, "high": None,
+                  "text": "noise, and what settings do only together"})  # fmt: skip
+    return [sections.bars("What the settings explain", items, note=_importance_note(result, len(jobs), objective))]
+
+
+def _importance_text(setting: Importance, result: ImportanceResult) -> str:
+    if setting.p is None:
+        too_few = result.spare < MIN_SPARE
+        return "too few jobs to tell it from chance" if too_few else "varies together with others: not to be told apart"
+    together = "; they vary together" if len(setting.names) > 1 else ""
+    if setting.p < CLEAR_P:
+        return f"clear (p = {max(setting.p, 0.001):.3f}){together}"
+    return f"could be chance (p = {setting.p:.2f}){together}"
+
+
+def _importance_note(result: ImportanceResult, jobs: int, objective: Objective) -> str:
+    metric = f"the logarithm of {_metric(objective)}" if result.log else _metric(objective)
+    parts = [f"Share of the variance of {metric} over {result.jobs} jobs that each setting explains by itself."]
+    if result.spare < MIN_SPARE:
+        parts.append(
+            f"There are only {result.spare} jobs more than effects: at least {MIN_SPARE} are needed to say how sure "
+            "the shares are. More values, or more seeds, help."
+        )
+    else:
+        parts.append("The bar's line is the 95 % interval of a bootstrap, p that of a permutation test.")
+    if left_out := jobs - result.jobs:
+        parts.append(f"{count(left_out, 'job')} without a result {'is' if left_out == 1 else 'are'} left out.")
+    return " ".join(parts)
+
+
+def _failed(jobs: Sequence[_Job]) -> list[Part]:
+    failed = [job for job in jobs if job.run.state in ("failed", "diverged", "unknown", "interrupted")]
+    if not failed:
+        return []
+    rows = []
+    for job in sorted(failed, key=lambda job: (len(job.name), job.name)):
+        lines = (job.run.reason or job.run.problem or "no reason was recorded").splitlines()
+        reason = "\n".join(lines[:_MAX_REASON_LINES])
+        link = sections.link(job.name, report_path(job.run.path, job.name), _number(job.name))
+        rows.append(Row(cells=[link, sections.state(job.run.state), job.run.step, reason], id=job.id))
+    columns = [Column(title="job", number=True), Column(title="state"), Column(title="step", number=True)]
+    columns.append(Column(title="reason", code=True))
+    return [sections.table("Jobs that did not finish", columns, rows, id="failed", sortable=False)]

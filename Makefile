@@ -83,6 +83,7 @@ dev-setup: $(DEV_STAMP)
 $(DEV_STAMP): $(STAMP)
 	@echo "setup: installing what the tests and checks need"
 	@"$(RUN)" $(PIP) --constraint constraints.txt --editable ".[dev]"
+	@"$(RUN)" tests/headless_browser.py
 	@touch "$(DEV_STAMP)"
 
 models: setup ## fetch the small model that train and test use

@@ -52,5 +52,6 @@ def test_the_summary_names_outcome_losses_paths_and_commands():
         "valid loss  2.0000 -> 1.0000 (step 3)",
         "run         r",
         "adapter     r/adapters (step 3)",
+        "report      r/report.html",
         "resume      python -m runner resume=r",
     ]

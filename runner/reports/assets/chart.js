@@ -86,6 +86,7 @@ class Chart {
         if (isHidden) this.hidden.add(curve.name);
         event.currentTarget.setAttribute("aria-pressed", String(!isHidden));
         this.plot?.setSeries(i + 1, { show: !isHidden });
+        this.setReadout(null);
       },
     }, lineSample(i), curve.name));
     const sample = (className, text) => el("span", { class: "key" },
@@ -162,6 +163,7 @@ class Chart {
   setAxis(axis) {
     this.axis = axis;
     this.draw();
+    this.setReadout(null);
   }
 
   drawMarks(plot) {

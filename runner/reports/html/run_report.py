@@ -138,7 +138,7 @@ def _facts(page: RunPage) -> list[tuple[str, str, str]]:
 def _problems(run: RunInfo) -> list[Part]:
     found = []
     if run.reason and run.state != "finished":
-        lines = run.reason.splitlines()[:_MAX_REASON_LINES]
+        lines = run.reason.split("\n")[:_MAX_REASON_LINES]
         bad = run.state in ("failed", "diverged")
         found.append(sections.text(f"Why it {run.state}", lines, tone="bad" if bad else "plain", code=True))
     if run.problem:

@@ -151,7 +151,7 @@ def _charts(jobs: Sequence[_Job], names: Sequence[str]) -> list[Part]:
 
 def _table(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> Part:
     columns = [Column(title="job", number=True), Column(title=_metric(objective), number=True)]
-    columns += [Column(title=name, number=True, code=True) for name in names]
+    columns += setting_columns(names)
     has_other = objective.metric != VALID_LOSS
     columns += [Column(title="valid loss", number=True)] if has_other else []
     columns += [Column(title="best at step", number=True), Column(title="state")]
@@ -177,6 +177,12 @@ def report_path(run: Path, relative: str) -> str | None:
     return f"{relative}/{layout.REPORT}" if (run / layout.REPORT).is_file() else None
 
 
+def setting_columns(names: Sequence[str]) -> list[Column]:
+    """Return a column for each setting, under a short name."""
+    short = settings_text.short_names(names)
+    return [Column(title=short[name], help=name, number=True, code=True) for name in names]
+
+
 def setting_cell(text: str, value: Any) -> sections.Cell:
     """Return the cell of a setting: numbers are sorted as such."""
     number = finite_number(value)
@@ -192,7 +198,7 @@ def _seeds(runs: Sequence[RunInfo], objective: Objective, settings: Mapping[Path
     if not groups:
         return []
     names = list(groups[0].settings)
-    columns = [Column(title=name, number=True, code=True) for name in names]
+    columns = setting_columns(names)
     columns += [Column(title="seeds", number=True), Column(title=f"{_metric(objective)}, mean", number=True)]
     columns += [Column(title="± standard deviation", number=True)]
     rows = []
@@ -208,7 +214,8 @@ def _parallel(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) 
     if len(measured) < 2 or not names:
         return []
     shown = list(names)[:_MAX_AXES]
-    axes: list[dict[str, Any]] = [{"name": name} for name in shown]
+    short = settings_text.short_names(names)
+    axes: list[dict[str, Any]] = [{"name": short[name]} for name in shown]
     axes.append({"name": _metric(objective), "flip": not objective.maximize})
     lines = []
     for job in measured:
@@ -277,7 +284,7 @@ def _failed(jobs: Sequence[_Job]) -> list[Part]:
         return []
     rows = []
     for job in sorted(failed, key=lambda job: (len(job.name), job.name)):
-        lines = (job.run.reason or job.run.problem or "no reason was recorded").splitlines()
+        lines = (job.run.reason or job.run.problem or "no reason was recorded").split("\n")
         reason = "\n".join(lines[:_MAX_REASON_LINES])
         link = sections.link(job.name, report_path(job.run.path, job.name), _number(job.name))
         rows.append(Row(cells=[link, sections.state(job.run.state), job.run.step, reason], id=job.id))

@@ -1,0 +1,105 @@
+"""`runner report` writes pages, and serves one that follows its runs on the loopback interface alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_folders
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return run_folders.make_run(tmp_path / "outputs/run")
+
+
+def test_it_prints_where_the_page_is(inline: Any, run: Path, tmp_path: Path) -> None:
+    assert inline("report", "outputs/run") == "outputs/run/report.html\n"
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert inline("report", "outputs") == "outputs/report.html\n"
+    assert inline("report", "outputs/run", "--output", "page.html") == "page.html\n"
+    assert (tmp_path / "page.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "there is no such folder"),
+        (["outputs/run", "--watch", "--output", "x"], "leave out --output"),
+        (["outputs/run", "--port", "1"], "--port is for --watch"),
+        (["outputs/run", "--watch", "--port", "70000"], "must be from 0 to 65535"),
+        (["outputs/run", "--output", "outputs"], "is a folder"),
+    ],
+)
+def test_wrong_arguments(inline: Any, run: Path, arguments: list[str], message: str) -> None:
+    assert message in inline("report", *arguments, expect=2)
+
+
+def test_it_needs_neither_mlx_nor_hydra(run: Path) -> None:
+    code = (
+        "import sys; from runner.cli.main import main; main(['report', sys.argv[1]]);"
+        "print(sorted({'mlx', 'hydra', 'omegaconf', 'mlx_lm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.fixture
+def served(cli: Any, run: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that serves the page, and its port."""
+    process = cli.start("report", "outputs/run", "--watch")
+    try:
+        line = process.stdout.readline()
+        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ shows outputs/run until Ctrl-C\n", line)
+        assert found, line
+        yield process, int(found[1])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, headers=headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, answer.headers, content
+
+
+def test_watch_serves_the_page_and_nothing_else_until_ctrl_c(
+    served: tuple[subprocess.Popen[str], int], run: Path
+) -> None:
+    process, port = served
+    status, headers, content = ask(port, "/")
+    assert status == 200 and b'"refresh":2.0' in content and headers["X-Content-Type-Options"] == "nosniff"
+    status, headers, content = ask(port, "/data.json")
+    assert status == 200 and json.loads(content)["title"] == "run"
+    assert ask(port, "/data.json", **{"If-None-Match": headers["ETag"]})[0] == 304
+    written = json.loads((run / "status.json").read_text()) | {"best": {"valid_loss": 0.0123, "step": 39}}
+    (run / "status.json").write_text(json.dumps(written))
+    while ask(port, "/data.json", **{"If-None-Match": headers["ETag"]})[0] == 304:
+        pass  # the page is not made for every request
+    assert b"0.0123" in ask(port, "/data.json")[2]
+    for path in ("/status.json", "/../config.yaml", "/report.html", "//", "/?x", "http://evil.example/"):
+        assert ask(port, path)[0] == 404
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", "127.0.0.1:1", ""):
+        assert ask(port, "/", Host=host)[0] == 421
+    assert ask(port, "/", Host=f"localhost:{port}")[0] == 200
+    assert ask(port, "/", method="POST")[0] == 501 and ask(port, "/", method="HEAD")[2] == b""
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stdout is not None and process.stdout.read() == ""
+
+
+def test_a_port_in_use_is_an_error(served: tuple[subprocess.Popen[str], int], inline: Any) -> None:
+    assert "Without --port a free one is chosen" in inline(
+        "report", "outputs/run", "--watch", "--port", str(served[1]), expect=2
+    )

@@ -35,6 +35,7 @@ def test_the_wheel_holds_every_config_data_set_and_plugin_file(wheel: Path) -> N
     here = {f"runner/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     here |= {str(path.relative_to(ROOT)) for path in (ROOT / "runner").rglob("*.py")}
     here |= {str(path.relative_to(ROOT)) for path in (ROOT / "runner" / "data" / "sets").rglob("*.jsonl")}
+    here |= {str(path.relative_to(ROOT)) for path in (ROOT / "runner" / "reports" / "assets").iterdir()}
     here |= {str(path.relative_to(ROOT)) for path in (ROOT / "hydra_plugins").rglob("*.py")}
     assert "runner/conf/config.yaml" in here and any(name.endswith(".jsonl") for name in here)
     assert here <= shipped, sorted(here - shipped)

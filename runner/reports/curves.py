@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LOG_SCALE_FACTOR = 10.0
+LOG_SCALE_FACTOR = 10.0
 """A loss that falls by this factor or more is drawn on a logarithmic axis."""
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of each dot of a braille character, by row and column."""
@@ -47,7 +47,7 @@ def plot(
     height = max(3, height)
     x_axis = _Axis(min(x for x, _ in points), max(x for x, _ in points))
     lowest, highest = min(y for _, y in points), max(y for _, y in points)
-    y_axis = _Axis(lowest, highest, log=lowest > 0 and highest / lowest >= _LOG_SCALE_FACTOR)
+    y_axis = _Axis(lowest, highest, log=lowest > 0 and highest / lowest >= LOG_SCALE_FACTOR)
     middle = height // 2
     labels = {middle: format_number(y_axis.value(1 - middle / (height - 1)))}
     if lowest < highest:

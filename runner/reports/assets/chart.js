@@ -64,7 +64,7 @@ class Chart {
 
   logButton() {
     const values = this.chart.curves.flatMap((curve) => curve.y).filter((value) => value !== null);
-    if (!(Math.min(...values) > 0) || !this.isWide) return null;
+    if (this.chart.lowerIsBetter === null || !values.every((value) => value > 0)) return null;
     return el("button", {
       type: "button", class: "small", "aria-pressed": String(this.log), "data-key": `${this.id}-log`,
       onclick: (event) => {

@@ -11,7 +11,7 @@ from runner.common.text import count, format_bytes, relative_path
 from runner.reports import cells, settings_text
 from runner.reports.html import sections
 from runner.reports.html.page import Page
-from runner.reports.html.run_report import loss_curve, time_text
+from runner.reports.html.run_report import LOSS_DIGITS, loss_curve, time_text
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.sweep_report import report_path
 from runner.runs.find import SweepInfo
@@ -52,7 +52,11 @@ def _table(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> Part:
     names = settings_text.by_importance(differing_settings([run for entry in entries for run in runs_of(entry)]))
     labels = settings_text.pairs([runs_of(entry) for entry in entries], names)
     columns = [Column(title="run"), Column(title="state"), Column(title="steps", number=True)]
-    columns += [Column(title="valid loss", number=True), Column(title="last update"), Column(title="size", number=True)]
+    columns += [
+        Column(title="valid loss", number=True, digits=LOSS_DIGITS),
+        Column(title="last update"),
+        Column(title="size", number=True),
+    ]
     columns.append(Column(title="settings that differ", code=True))
     rows = []
     for entry, label in zip(entries, labels, strict=True):

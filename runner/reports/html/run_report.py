@@ -27,6 +27,8 @@ from runner.runs.restarts import restart_summary
 from runner.runs.rows import read_rows
 
 REPORT = layout.REPORT
+LOSS_DIGITS = 4
+"""Digits behind the point of a loss or a score in a table."""
 _MAX_STATE_BYTES = 64_000_000
 _MAX_STATE_VALUES = 5_000_000
 _MAX_SAMPLES = 40
@@ -233,7 +235,7 @@ def _cut(value: object) -> str:
 def _checkpoints(page: RunPage) -> list[Part]:
     if not page.checkpoints:
         return []
-    columns = [Column(title="step", number=True), Column(title="valid loss", number=True)]
+    columns = [Column(title="step", number=True), Column(title="valid loss", number=True, digits=LOSS_DIGITS)]
     columns += [Column(title="size", number=True), Column(title="saved for"), Column(title="kept as")]
     rows = []
     for checkpoint in page.checkpoints:

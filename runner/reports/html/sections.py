@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
+from runner.reports.curves import LOG_SCALE_FACTOR
 from runner.reports.html.downsample import rounded, thinned
 
 Part = dict[str, Any]
@@ -59,6 +60,8 @@ class Column:
     number: bool = False
     """Whether its cells are aligned to the right."""
     code: bool = False
+    digits: int | None = None
+    """Digits behind the point of its numbers; None for as many as each needs."""
     help: str = ""
 
 
@@ -83,7 +86,6 @@ def chart(
     *,
     y: str,
     marks: Sequence[Mark] = (),
-    log: bool = False,
     lower_is_better: bool | None = None,
     ranked: bool = False,
 ) -> Part:
@@ -91,8 +93,8 @@ def chart(
 
     Args:
         y: title of the axis, with the unit.
-        log: whether its axis is logarithmic at first.
-        lower_is_better: which end of a curve its summary names; None for neither.
+        lower_is_better: which end of a curve its summary names; None for neither. Where it is one, the axis can be
+            made logarithmic, and is at first where the values span a large factor.
         ranked: whether curves are coloured by `Curve.rank`, and named where they are pointed at, not in a legend.
     """
     drawn = [curve for curve in curves if any(value is not None for value in curve.y)]
@@ -113,13 +115,18 @@ def chart(
     return {
         "title": title,
         "y": y,
-        "log": log,
+        "log": lower_is_better is not None and _spans_large_factor(drawn),
         "lowerIsBetter": lower_is_better,
         "ranked": ranked,
         "curves": fields,
         "marks": [{"text": m.text, "x": dict(m.x), "y": rounded(m.y), "strong": m.strong} for m in marks],
         "thinned": [shown, total] if shown < total else None,
     }
+
+
+def _spans_large_factor(curves: Sequence[Curve]) -> bool:
+    values = [value for curve in curves for value in curve.y if value is not None]
+    return bool(values) and min(values) > 0 and max(values) >= LOG_SCALE_FACTOR * min(values)
 
 
 def charts(title: str, items: Sequence[Part], *, id: str, note: str = "") -> Part:

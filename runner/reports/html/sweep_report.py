@@ -15,7 +15,7 @@ from runner.common.text import count, format_duration
 from runner.reports import cells, settings_text
 from runner.reports.html import sections
 from runner.reports.html.page import Page
-from runner.reports.html.run_report import loss_curve, next_steps, run_title, time_text
+from runner.reports.html.run_report import LOSS_DIGITS, loss_curve, next_steps, run_title, time_text
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.importance import CLEAR_P, MIN_SPARE, Importance, ImportanceResult, measure_importance
 from runner.reports.next_commands import command_fields, for_sweep
@@ -150,10 +150,10 @@ def _charts(jobs: Sequence[_Job], names: Sequence[str]) -> list[Part]:
 
 
 def _table(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> Part:
-    columns = [Column(title="job", number=True), Column(title=_metric(objective), number=True)]
+    columns = [Column(title="job", number=True), Column(title=_metric(objective), number=True, digits=LOSS_DIGITS)]
     columns += setting_columns(names)
     has_other = objective.metric != VALID_LOSS
-    columns += [Column(title="valid loss", number=True)] if has_other else []
+    columns += [Column(title="valid loss", number=True, digits=LOSS_DIGITS)] if has_other else []
     columns += [Column(title="best at step", number=True), Column(title="state")]
     columns += [Column(title="steps", number=True), Column(title="time", number=True)]
     texts = {name: settings_text.texts_of(name, [job.settings.get(name) for job in jobs]) for name in names}
@@ -199,8 +199,11 @@ def _seeds(runs: Sequence[RunInfo], objective: Objective, settings: Mapping[Path
         return []
     names = list(groups[0].settings)
     columns = setting_columns(names)
-    columns += [Column(title="seeds", number=True), Column(title=f"{_metric(objective)}, mean", number=True)]
-    columns += [Column(title="± standard deviation", number=True)]
+    columns += [
+        Column(title="seeds", number=True),
+        Column(title=f"{_metric(objective)}, mean", number=True, digits=LOSS_DIGITS),
+    ]
+    columns += [Column(title="± standard deviation", number=True, digits=LOSS_DIGITS)]
     rows = []
     for group in groups:
         values = [setting_cell(settings_text.value_text(group.settings[n]), group.settings[n]) for n in names]

@@ -28,8 +28,8 @@ MIN_ROWS = 5
 """Of fewer rows nothing is said."""
 MAX_CONTESTANTS = 100
 _RESAMPLES = 10_000
-_MAX_DRAWN = 400_000
-"""Resamples times contestants: where there are more than 40 of these, there are fewer resamples."""
+_MAX_DEVIATIONS = 200_000
+"""Resamples times contestants: where there are more than 20 of these, there are fewer resamples."""
 _MAX_ROWS = 500
 """More rows are put together at random into as many groups, which are resampled like rows."""
 _SEED = 2005
@@ -91,7 +91,7 @@ def _row_deviations(values: np.ndarray, weights: np.ndarray, random: np.random.G
         group = random.permutation(len(weights)) % _MAX_ROWS
         values = np.stack([np.bincount(group, weights=column) for column in values.T], axis=1)
         weights = np.bincount(group, weights=weights)
-    resamples, count = min(_RESAMPLES, _MAX_DRAWN // values.shape[1]), len(weights)
+    resamples, count = min(_RESAMPLES, _MAX_DEVIATIONS // values.shape[1]), len(weights)
     drawn = random.integers(0, count, (resamples, count), dtype=np.int32)
     drawn += np.arange(resamples, dtype=np.int32)[:, None] * np.int32(count)
     times = np.bincount(drawn.ravel(), minlength=resamples * count).reshape(resamples, count).astype(np.float32)

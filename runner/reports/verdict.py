@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runner.common.text import count, shorten
+from runner.reports import significance
 from runner.reports.seed_groups import seed_groups
 from runner.runs.inspect import RunInfo, count_or_none
 from runner.runs.objective import Objective
@@ -120,19 +123,15 @@ def _compare(
     objective: Objective,
     left_out: list[tuple[RunInfo, str]],
 ) -> Verdict:
-    import numpy as np  # the sweep's page needs it here alone
-
-    from runner.reports import significance
-
     metric = objective.metric
     if len(groups) < 2:
         return Verdict(metric, left_out=left_out, problem="there are no two to compare on the same rows")
-    weights = np.array(values[groups[0][0].path].weights, np.float64)
+    weights = values[groups[0][0].path].weights
     if len(weights) < significance.MIN_ROWS:
         few = f"{count(len(weights), 'row')} say too little, {significance.MIN_ROWS} are needed"
         return Verdict(metric, len(weights), left_out=left_out, problem=few)
     sign = -1.0 if objective.maximize else 1.0
-    arrays = [sign * np.array([values[run.path].values for run in group]) for group in groups]
+    arrays = [sign * np.stack([values[run.path].values for run in group]) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: float(arrays[i].sum()) / len(groups[i]))
     for i in order[significance.MAX_CONTESTANTS :]:
         left_out += [(run, f"is not among the best {significance.MAX_CONTESTANTS}") for run in groups[i]]

@@ -11,20 +11,19 @@ One line an evaluation:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from runner.common.filesystem import open_regular
-from runner.common.safe_json import finite_number, is_count, parse_object
 from runner.runs.rows import RowFile
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_ROWS = 200_000
 """Evaluations of more rows are not recorded."""
@@ -42,8 +41,10 @@ class RecordedLosses:
     step: int
     rows: str
     """Fingerprint of the rows: two evaluations with the same one saw the same rows, in the same order."""
-    losses: list[float]
-    tokens: list[int]
+    losses: np.ndarray
+    """(rows,) float64: sum over the supervised tokens of each row."""
+    tokens: np.ndarray
+    """(rows,) float64: supervised tokens of each row."""
 
 
 class _Head(NamedTuple):
@@ -93,14 +94,14 @@ def read_row_losses(path: Path, split: str, step: int | None = None) -> Recorded
         return None
     head, line = wanted
     try:
-        losses = [finite_number(value) for value in _parse(line)["losses"]]
-        tokens = [value if is_count(value) else None for value in _parse(first[head.rows])["tokens"]]
-    except (ValueError, KeyError, TypeError):
+        losses = np.array(json.loads(line)["losses"], np.float64)
+        tokens = np.array(json.loads(first[head.rows])["tokens"], np.float64)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    known_losses, known_tokens = [x for x in losses if x is not None], [x for x in tokens if x is not None]
-    if not len(losses) == len(tokens) == len(known_losses) == len(known_tokens) or sum(known_tokens) == 0:
+    is_whole = losses.ndim == 1 and losses.shape == tokens.shape and np.isfinite(losses).all()
+    if not is_whole or not np.isfinite(tokens).all() or tokens.min() < 0 or tokens.sum() == 0:
         return None
-    return RecordedLosses(head.step, head.rows, known_losses, known_tokens)
+    return RecordedLosses(head.step, head.rows, losses, tokens)
 
 
 def _lines(path: Path) -> Iterator[tuple[_Head, bytes]]:
@@ -109,7 +110,3 @@ def _lines(path: Path) -> Iterator[tuple[_Head, bytes]]:
         while line := file.readline(_MAX_LINE_BYTES):
             if line.endswith(b"}\n") and (match := _HEAD.match(line)):
                 yield _Head(int(match[1]), match[2].decode(), match[3].decode()), line
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    return parse_object(line, max_values=2 * MAX_ROWS + 100)

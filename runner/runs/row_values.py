@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from runner.common import layout
 from runner.common.safe_json import finite_number, is_count
 from runner.runs.inspect import RunInfo
@@ -22,10 +24,10 @@ class RowValues:
     """The evaluation that they are of."""
     rows: str
     """Identifies the rows: runs with the same one were evaluated on the same rows."""
-    values: list[float]
-    """Sum over the supervised tokens of each row; or its score."""
-    weights: list[int]
-    """Supervised tokens of each row; or 1."""
+    values: np.ndarray
+    """(rows,) float64: sum over the supervised tokens of each row; or its score."""
+    weights: np.ndarray
+    """(rows,) float64: supervised tokens of each row; or 1."""
 
 
 class NoRowValues(Exception):
@@ -64,5 +66,5 @@ def _scores(run: RunInfo) -> RowValues:
     rows = sorted(answers[step])
     questions = [[row, answers[step][row].get("prompt"), answers[step][row].get("expected")] for row in rows]
     text = json.dumps([run.settings.get("data.metric"), run.settings.get("data.metric_split"), questions])
-    scores = [float(answers[step][row]["score"]) for row in rows]
-    return RowValues(step, hashlib.sha256(text.encode()).hexdigest(), scores, [1] * len(rows))
+    scores = np.array([answers[step][row]["score"] for row in rows], np.float64)
+    return RowValues(step, hashlib.sha256(text.encode()).hexdigest(), scores, np.ones(len(rows)))

@@ -10,7 +10,7 @@ import pytest
 
 from runner.common.errors import StorageError
 from runner.runs import row_losses
-from runner.runs.row_losses import RecordedLosses, RowLossWriter, read_row_losses
+from runner.runs.row_losses import RowLossWriter, read_row_losses
 
 ROWS, OTHER_ROWS = "0123456789abcdef" * 4, "f" * 64
 LOSSES, TOKENS = np.array([1.23456789, 1e-9, 1234567.0]), np.array([3, 1, 7])
@@ -32,10 +32,11 @@ def test_what_was_written_is_read_with_six_digits_and_tokens_once(path: Path) ->
     writer.append(5, "test", OTHER_ROWS, LOSSES[:2], TOKENS[:2])
     assert ["tokens" in line for line in lines(path)] == [True, False, True]
     assert lines(path)[0]["losses"] == [1.23457, 1e-9, 1234570.0]
-    last = RecordedLosses(5, ROWS[:32], [0.617284, 5e-10, 617284.0], [3, 1, 7])
-    assert read_row_losses(path, "valid") == read_row_losses(path, "valid", 5) == last
+    for last in (read_row_losses(path, "valid"), read_row_losses(path, "valid", 5)):
+        assert last is not None and (last.step, last.rows) == (5, ROWS[:32])
+        assert last.losses.tolist() == [0.617284, 5e-10, 617284.0] and last.tokens.tolist() == [3, 1, 7]
     first, test = read_row_losses(path, "valid", 0), read_row_losses(path, "test")
-    assert first is not None and first.losses == [1.23457, 1e-9, 1234570.0]
+    assert first is not None and first.losses.tolist() == [1.23457, 1e-9, 1234570.0]
     assert test is not None and test.rows == "f" * 32
     assert read_row_losses(path, "valid", 3) is None and read_row_losses(path, "train") is None
 

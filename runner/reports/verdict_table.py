@@ -11,13 +11,12 @@ from runner.reports.tables import Column, TableRow
 from runner.reports.verdict import Contestant, Names, Verdict
 from runner.runs.inspect import RunInfo, differing_settings
 
-_METRIC_TEXTS = {"valid_loss": "validation loss", "test_loss": "test loss"}
 _MOST_REASONS = 5
 
 
 def print_verdict(verdict: Verdict, names: Names, screen: Screen, most: int | None = None) -> None:
     """Print the contestants, at most `most` of them, the best first, and in sentences what follows."""
-    metric = _METRIC_TEXTS.get(verdict.metric, verdict.metric)
+    metric = metric_text(verdict.metric)
     if verdict.contestants:
         screen.heading(f"verdict: {metric} of the same {count(verdict.rows, 'row')}")
         _print_contestants(verdict, names, screen, most)
@@ -28,6 +27,11 @@ def print_verdict(verdict: Verdict, names: Names, screen: Screen, most: int | No
         screen.line(f"none: {verdict.problem}")
     for line in left_out_lines(verdict, names):
         screen.line((line, "dim"))
+
+
+def metric_text(metric: str) -> str:
+    """Return what a heading calls a metric."""
+    return {"valid_loss": "validation loss", "test_loss": "test loss"}.get(metric, metric)
 
 
 def summary(verdict: Verdict, names: Names) -> list[str]:
@@ -46,9 +50,9 @@ def summary(verdict: Verdict, names: Names) -> list[str]:
         listed = "; ".join(names.listed(contestant.runs) for contestant in equals)
         lines = [f"not distinguishable from {name} on these {rows}: {names.noun}s {listed}"]
     if equals and cheapest is not None and cheapest.seconds is not None:
-        took = "" if cheapest is best or best.seconds is None else f" (the best: {_duration(best.seconds)})"
-        duration = _duration(cheapest.seconds)
-        lines.append(f"cheapest of these: {names.phrase(cheapest.runs)}, {duration} in updates{took}")
+        took = "" if cheapest is best or best.seconds is None else f" (the best: {duration(best.seconds)})"
+        spent = duration(cheapest.seconds)
+        lines.append(f"cheapest of these: {names.phrase(cheapest.runs)}, {spent} in updates{took}")
     intervals = f"intervals hold for all {others * (others + 1) // 2} pairs together" if others > 1 else "interval"
     covered = "rows and seeds" if verdict.has_seeds else "rows alone: another seed may change the order"
     return [*lines, f"95 % {intervals}, over {covered}"]
@@ -86,25 +90,38 @@ def _print_contestants(verdict: Verdict, names: Names, screen: Screen, most: int
         screen.line((f"and {count(hidden, 'other')}; --json has all", "dim"))
 
 
-def _cells(contestant: Contestant, verdict: Verdict, names: Names) -> Sequence[str]:
-    name = names.listed(contestant.runs)
-    seconds = "" if contestant.seconds is None else _duration(contestant.seconds)
+def outcome(contestant: Contestant, verdict: Verdict) -> str:
+    """Return the verdict on one contestant in a few words."""
     cheapest = ", cheapest" if contestant is verdict.cheapest and verdict.equals else ""
     if contestant is verdict.contestants[0]:
-        return [name, "", "", seconds, f"best: {contestant.value:.4f}{cheapest}"]
-    outcome = "worse" if contestant.is_worse else f"not distinguishable{cheapest}"
-    interval = f"{contestant.low:.4f} to {contestant.high:.4f}"
-    return [name, f"{contestant.difference:.4f}", interval, seconds, outcome]
+        return f"best: {contestant.value:.4f}{cheapest}"
+    return "worse" if contestant.is_worse else f"not distinguishable{cheapest}"
+
+
+def interval(contestant: Contestant) -> str:
+    """Return the interval of the difference: ``-0.0041 to 0.0109``."""
+    return f"{contestant.low:.4f} to {contestant.high:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration, also of a few seconds, as text."""
+    return f"{seconds:.1f}s" if seconds < 10 else format_duration(seconds)
+
+
+def _cells(contestant: Contestant, verdict: Verdict, names: Names) -> Sequence[str]:
+    is_best = contestant is verdict.contestants[0]
+    return [
+        names.listed(contestant.runs),
+        "" if is_best else f"{contestant.difference:.4f}",
+        "" if is_best else interval(contestant),
+        "" if contestant.seconds is None else duration(contestant.seconds),
+        outcome(contestant, verdict),
+    ]
 
 
 def _by(contestant: Contestant) -> str:
-    interval = f"{contestant.low:.4f} to {contestant.high:.4f}"
-    return f"difference {contestant.difference:.4f}, 95 % interval {interval}"
+    return f"difference {contestant.difference:.4f}, 95 % interval {interval(contestant)}"
 
 
 def _subject(contestant: Contestant, names: Names) -> str:
     return f"{names.phrase(contestant.runs)} {'are' if len(contestant.runs) > 1 else 'is'}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f}s" if seconds < 10 else format_duration(seconds)

@@ -8,6 +8,7 @@ from pathlib import Path
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.output_paths import holds_sweep
 from runner.common.errors import ConfigError
+from runner.common.text import relative_path
 from runner.reports.screen import Screen, json_document
 from runner.runs.find import read_sweep
 from runner.runs.inspect import RunInfo, read_run
@@ -35,6 +36,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("paths", metavar="RUN|SWEEP", nargs="+", help="run directories; of a sweep all its jobs")
     parser.add_argument("--x", choices=AXES, default="step", help="what the curves are drawn over (default: step)")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page instead of printing")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(argv)
     runs = _find_runs([Path(path).expanduser() for path in options.paths])
@@ -44,7 +46,11 @@ def run(argv: list[str]) -> int:
     from runner.reports import comparison
 
     compared = comparison.compare(runs)
-    if options.json:
+    if options.html is not None:
+        from runner.reports.html.write import write_comparison
+
+        Screen().line(relative_path(write_comparison(compared, Path(options.html).expanduser())))
+    elif options.json:
         print(json_document(comparison.comparison_fields(compared)))
     else:
         comparison.print_comparison(compared, Screen(), options.x)

@@ -17,10 +17,12 @@ from runner.reports.html import sections
 from runner.reports.html.page import Page
 from runner.reports.html.run_report import LOSS_DIGITS, loss_curve, next_steps, run_title, time_text
 from runner.reports.html.sections import Column, Part, Row
+from runner.reports.html.verdict_part import verdict_part
 from runner.reports.importance import CLEAR_P, MIN_SPARE, Importance, ImportanceResult, measure_importance
 from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.seed_groups import seed_groups
 from runner.reports.sweep_results import read_sweep_results
+from runner.reports.verdict import Names, judge
 from runner.runs import sweep_manifest
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
@@ -69,6 +71,7 @@ def sweep_report(sweep: SweepInfo, errors: Mapping[int, str] | None = None) -> P
             sections.charts("Curves", _charts(jobs, names), id="charts"),
             _table(jobs, names, objective),
             *_seeds(runs, objective, settings),
+            *_verdict(ranked, objective),
             *_parallel(jobs, names, objective),
             *_importance(jobs, objective),
             *_failed(jobs),
@@ -210,6 +213,14 @@ def _seeds(runs: Sequence[RunInfo], objective: Objective, settings: Mapping[Path
         seeds = sections.shown(f"{len(group.values)} of {len(group.runs)}", len(group.values))
         rows.append(Row(cells=[*values, seeds, group.mean if group.values else None, group.deviation]))
     return [sections.table("Over seeds", columns, rows, id="seeds", sorted_by=(len(names) + 1, objective.maximize))]
+
+
+def _verdict(ranked: Sequence[RunInfo], objective: Objective) -> list[Part]:
+    """Return which jobs are not distinguishable from the best; nothing where fewer than two have a result."""
+    if sum(objective.value(run) is not None for run in ranked) < 2:
+        return []
+    names = Names.of_jobs(ranked)
+    return [verdict_part(judge(ranked, objective, names), names)]
 
 
 def _parallel(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> list[Part]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from runner.common import layout
 from runner.common.atomic_io import write_atomically
 from runner.common.errors import ConfigError
+from runner.reports.comparison import Comparison
+from runner.reports.html.comparison_report import comparison_report
 from runner.reports.html.folder_report import folder_report
 from runner.reports.html.page import Page, render
 from runner.reports.html.run_report import run_report
@@ -47,6 +49,19 @@ def write_report(path: Path, output: Path | None = None, errors: Mapping[int, st
     target = output or path / layout.REPORT
     write_atomically(target, render(make_page(path, errors)), durable=False)
     return target
+
+
+def write_comparison(comparison: Comparison, output: Path) -> Path:
+    """Write the page of a comparison to `output`, and return it.
+
+    Raises:
+        ConfigError: `output` is a folder.
+        StorageError: the file cannot be written; an earlier one stays.
+    """
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder: name a file in it, such as {output / 'comparison.html'}.")
+    write_atomically(output, render(comparison_report(comparison)), durable=False)
+    return output
 
 
 def write_report_or_say_why(path: Path, errors: Mapping[int, str] | None = None) -> str | None:

@@ -59,7 +59,7 @@ def select_retained(
     selected: dict[RetentionReason, Collection[int | None]] = {
         RetentionReason.NEWEST: steps[-1:],
         RetentionReason.LAST: scheduled[max(0, len(scheduled) - policy.keep_last) :],
-        RetentionReason.BEST: [checkpoint.step for checkpoint in _ranked(checkpoints)[: policy.keep_best]],
+        RetentionReason.BEST: [checkpoint.step for checkpoint in rank_checkpoints(checkpoints)[: policy.keep_best]],
         RetentionReason.EVERY: [step for step in steps if step % every == 0] if every is not None else [],
         RetentionReason.SOURCE: [source],
     }
@@ -80,7 +80,7 @@ def select_mirrored(retained: Mapping[int, Collection[RetentionReason]], ends: C
 
 def best_checkpoint(checkpoints: Iterable[CheckpointManifest]) -> CheckpointManifest | None:
     """Return the checkpoint of the lowest validation loss; None if none was evaluated at its step."""
-    return next(iter(_ranked(checkpoints)), None)
+    return next(iter(rank_checkpoints(checkpoints)), None)
 
 
 def valid_loss(checkpoint: CheckpointManifest) -> float | None:
@@ -89,7 +89,7 @@ def valid_loss(checkpoint: CheckpointManifest) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _ranked(checkpoints: Iterable[CheckpointManifest]) -> list[CheckpointManifest]:
+def rank_checkpoints(checkpoints: Iterable[CheckpointManifest]) -> list[CheckpointManifest]:
     """Return the checkpoints that have a validation loss, the best first."""
     losses = [(loss, c.step, c) for c in checkpoints if (loss := valid_loss(c)) is not None]
     return [checkpoint for _, _, checkpoint in sorted(losses, key=lambda entry: entry[:2])]

@@ -92,6 +92,34 @@ def create_folder_atomically(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def create_file_atomically(target: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, in a new folder beside `target` and of the same name; when the block ends,
+    sync it to the disk and rename it to `target`.
+
+    The block may read the file back. If it raises, the new folder is removed and `target` is not created.
+
+    Raises:
+        ConfigError: `target` exists by then; nothing is replaced.
+        StorageError: the disk fails or is full.
+    """
+    filesystem, draft = FileSystem(), _draft_path(target)
+    with storage_errors(target, "created"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    filesystem.mkdir(draft)
+    try:
+        yield draft / target.name
+        filesystem.fsync_tree(draft)
+        if filesystem.lstat(target):
+            raise ConfigError(f"{target} was created by another process meanwhile; nothing is replaced.")
+        filesystem.rename(draft / target.name, target)
+        filesystem.fsync_folder(target.parent)
+    finally:
+        with suppress(StorageError):
+            if filesystem.lstat(draft):
+                filesystem.remove_tree(draft)
+
+
 def replace_folder(target: Path, contents: Mapping[str, Content], filesystem: FileSystem) -> None:
     """Make the folder `target` hold exactly `contents`.
 

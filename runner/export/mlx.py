@@ -38,19 +38,6 @@ def check_adapter(folder: Path, weights: bytes, config: Mapping[str, Any]) -> No
         raise ModelError(f"{folder / ADAPTER_CONFIG}: num_layers is {num_layers}; mlx-lm needs the number of blocks.")
 
 
-def export_adapter(files: Mapping[str, bytes], target: Path, base: tuple[BaseModel, Path] | None = None) -> None:
-    """Create the adapter folder `target` from the contents of its files, with the base model's folder if given.
-
-    Raises:
-        ConfigError, StorageError: a target exists, or the disk fails. Then `target` is not created.
-    """
-    with create_folder_atomically(target) as folder:
-        for name, content in files.items():
-            FileSystem().write_file(folder / name, content)
-        if base is not None:
-            export_model(*base)
-
-
 def export_model(base: BaseModel, target: Path) -> None:
     """Create the model folder `target` (see `write_model_folder`), complete and loadable or not at all.
 
@@ -59,16 +46,30 @@ def export_model(base: BaseModel, target: Path) -> None:
         ConfigError, StorageError: `target` exists, there is too little space, or the disk fails.
     """
     with create_folder_atomically(target) as folder:
-        needed = sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
-        free = FileSystem().free_space(folder)
-        if needed > free:
-            raise insufficient_space(target.parent, needed=needed, free=free)
-        try:
-            with storage_errors(target, "written"):
-                write_model_folder(base, folder)
-        except RuntimeError as error:  # MLX reports a failed write as a RuntimeError
-            raise StorageError(f"{target} cannot be written: {' '.join(str(error).split())[:200]}") from error
-        verify_model_folder(base, folder, target)
+        write_verified_folder(base, folder, target)
+
+
+def write_verified_folder(base: BaseModel, folder: Path, target: Path) -> None:
+    """Write `base` into `folder`, which will be named `target`, and check that stock mlx-lm reads the same model.
+
+    Raises:
+        ModelError: it does not.
+        StorageError: there is too little space, or the disk fails.
+    """
+    require_space(sum(array.nbytes for _, array in tree_flatten(base.model.parameters())), folder.parent)
+    try:
+        with storage_errors(target, "written"):
+            write_model_folder(base, folder)
+    except RuntimeError as error:  # MLX reports a failed write as a RuntimeError
+        raise StorageError(f"{target} cannot be written: {' '.join(str(error).split())[:200]}") from error
+    verify_model_folder(base, folder, target)
+
+
+def require_space(needed: int, folder: Path) -> None:
+    """Raise StorageError where the disk of `folder` has less than `needed` bytes free."""
+    free = FileSystem().free_space(folder)
+    if needed > free:
+        raise insufficient_space(folder, needed=needed, free=free)
 
 
 def write_model_folder(base: BaseModel, folder: Path) -> None:

@@ -19,7 +19,7 @@ COMMANDS = {
     "plan": "estimate a run before it starts: memory, time, disk; --fit finds the batch size that fits",
     "test": "measure loss, perplexity and the data set's metric on the test split",
     "generate": "answer a prompt with a run's adapter; --compare-base also without it",
-    "export": "write a run as an mlx-lm adapter folder or as a fused model",
+    "export": "write a run for mlx-lm, PEFT, llama.cpp or the hub, and prove that it computes the same",
     "import": "turn an mlx_lm.lora config or command line into overrides",
 }
 """Command to summary; the module `runner.cli.commands.NAME` is imported when it runs (`import_` for import)."""

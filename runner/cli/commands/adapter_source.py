@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints import manifest, verify
-from runner.checkpoints.retention import best_checkpoint
+from runner.checkpoints.retention import best_checkpoint, rank_checkpoints
 from runner.checkpoints.safetensors_file import read_header
 from runner.checkpoints.store import CheckpointStore, step_name
 from runner.checkpoints.verify import CheckpointRecord
@@ -74,6 +74,39 @@ def find_adapter(path: Path, checkpoint: str | None = None) -> AdapterSource:
     if checkpoint is not None:
         return _read_checkpoint(path, _choose_checkpoint(path, checkpoint))
     return _read_result(path, path / "adapters")
+
+
+def find_average(path: Path, choice: str) -> list[AdapterSource]:
+    """Return the checkpoints that `choice` means, `last:N` or `best:N`, of the run at `path`, by step.
+
+    Raises:
+        ConfigError: another choice, or the run has too few checkpoints.
+        CheckpointError: one of them is damaged.
+    """
+    match = re.fullmatch(r"(last|best):(\d{1,4})", choice)
+    if match is None or int(match[2]) < 2:
+        raise ConfigError(f"--average {choice} is invalid: must be last:N or best:N, of 2 checkpoints or more.")
+    run = run_or_best_job(path.expanduser().absolute())
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"--average takes a run directory: {_not_a_run(run)}")
+    count, found = int(match[2]), _checkpoints(run)
+    if match[1] == "best":
+        ranked = rank_checkpoints(checkpoint.manifest for checkpoint in found)
+        steps = {manifest.step for manifest in ranked[:count]}
+        found = [checkpoint for checkpoint in found if checkpoint.manifest.step in steps]
+    if len(found) < count:
+        evaluated = " that were evaluated" if match[1] == "best" else ""
+        raise ConfigError(
+            f"--average {choice}: {run} has {len(found)} checkpoints{evaluated}. More are retained with "
+            "checkpoint.keep_last, checkpoint.keep_best and checkpoint.keep_every."
+        )
+    return [_read_checkpoint(run, checkpoint.path) for checkpoint in found[-count:]]
+
+
+def find_best(run: Path) -> AdapterSource:
+    """Return the checkpoint of `run` with the lowest validation loss, or the newest where none was evaluated."""
+    evaluated = best_checkpoint(checkpoint.manifest for checkpoint in _checkpoints(run))
+    return _read_checkpoint(run, _choose_checkpoint(run, "best" if evaluated else "last"))
 
 
 def _read_checkpoint(run: Path, folder: Path) -> AdapterSource:

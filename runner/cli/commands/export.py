@@ -1,169 +1,224 @@
-"""`runner export`: write a run's adapter, or its base model with the adapter merged, for stock mlx-lm."""
+"""`runner export`: write a run's adapter in the format of another program, and prove that it computes the same."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.cli.commands.adapter_source import AdapterSource
-from runner.cli.commands.stored_settings import StoredSettings
-from runner.common.errors import ConfigError
-from runner.common.filesystem import FileSystem
-from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
+from runner.common.errors import ConfigError, DataError, ModelError
 from runner.common.text import relative_path
 from runner.config.schema import Config
 
 if TYPE_CHECKING:
-    from runner.models.load import BaseModel
+    from runner.export.export import Baseline
+    from runner.export.job import ExportJob, Target
+    from runner.export.proof import Verdict
 
-_LARGEST_CONFIG = 1 << 20  # bytes of adapter_config.json
+_FORMATS = {
+    "mlx": "an adapter folder for mlx-lm",
+    "fused": "a model folder for mlx-lm, the adapter merged",
+    "peft": "an adapter folder for PEFT",
+    "gguf": "a file for llama.cpp, the adapter merged",
+    "npz": "a file for mlx-examples' lora.py",
+    "hub": "a folder with a model card, to upload",
+}
+_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def run(argv: list[str]) -> int:
-    """Export what `argv` names and print the command that tries it.
+    """Export what `argv` names, print how it compares with the run, and the command that tries it.
 
     Raises:
-        RunnerError: an argument is invalid, a target exists, the adapter or the base cannot be loaded, or the disk
-            fails. Then nothing is written.
+        RunnerError: an argument is invalid, a target exists, the adapter or the base cannot be loaded, the export does
+            not compute what the run does, or the disk fails. Then nothing is written.
     """
     options = _parse(argv)
-    source = adapter_source.find_adapter(Path(options.run), options.checkpoint)
-    settings = _with_stored_quantization(
-        stored_settings.read_settings(source.run, options.overrides), options.dequantize
-    )
-    target = _target(options, source)
+    sources = adapter_source.find_average(Path(options.run), options.average) if options.average else []
+    source = sources[-1] if sources else adapter_source.find_adapter(Path(options.run), options.checkpoint)
+    settings = stored_settings.read_settings(source.run, options.overrides)
+    target = _target_path(options, source)
     base_target = target.with_name(f"{target.name}-base") if options.with_base else None
     for path in filter(None, (target, base_target)):
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path} exists already; nothing is replaced. Choose another --out, or move it away.")
-    if options.to == "fused":
-        _export_fused(source, settings, target, options)
-        model: Path | str | None = target
-    else:
-        _export_mlx(source, settings, target, base_target, options)
-        model = base_target or _name_for_mlx_lm(settings.config)
-    command = _generate_command(model, target if options.to == "mlx" else None, settings.config)
+    blas.load_blas()
+    from runner.cli.commands import export_job
+
+    job = export_job.build_job(source, sources, settings, any_base=options.any_base, log=arguments.print_note)
+    return _export(job, options, source, sources, target, base_target)
+
+
+def _export(
+    job: ExportJob,
+    options: Namespace,
+    source: AdapterSource,
+    sources: list[AdapterSource],
+    target: Path,
+    base_target: Path | None,
+) -> int:
+    from runner.cli.commands import export_job
+    from runner.export import export as exports
+
+    config = job.config
+    baseline = _measure(job, options)
+    average = export_job.report_average(job, baseline, sources) if baseline and sources else None
+    writer = _target(options, job, source, target)
+
+    def finish(job: ExportJob, verdict: Verdict | None, draft: Path) -> None:
+        if base_target:
+            export_job.export_base(job, base_target, dequantize=options.dequantize)
+
+    verdict = exports.export(job, writer, target, baseline, force=options.force, finish=finish)
+    command = _command(options.to, target, base_target, config)
+    steps = f"average of {', '.join(f'step {s.step}' for s in sources)}" if sources else source.name
     if options.json:
-        base = str(base_target) if base_target else None
-        document = {"to": options.to, "folder": str(target), "base": base, "run": str(source.run), "step": source.step}
-        arguments.print_json({**document, "command": command})
+        document: dict[str, Any] = {
+            "to": options.to,
+            "folder": str(target),
+            "base": str(base_target) if base_target else None,
+            "run": str(source.run),
+            "step": None if sources else source.step,
+            "command": command,
+            "proof": exports.verdict_values(verdict) if verdict else None,
+        }
+        arguments.print_json(document | ({"average": vars(average)} if average else {}))
         return 0
-    print(f"wrote {relative_path(target)} ({source.name})")
+    for line in [average.line] if average else []:
+        print(line)
+    for line in (
+        exports.verdict_lines(verdict, config.data.metric) if verdict else ["not compared with the run (--force)"]
+    ):
+        print(line)
+    if verdict and not verdict.passes:
+        print(f"warning: {verdict.problem()}; exported all the same (--force)")
+    print(f"wrote {relative_path(target)} ({steps})")
     if base_target:
         print(f"wrote {relative_path(base_target)} (the base model)")
-    if command:
-        print(f"try it: {command}")
-    else:
-        print(
-            f"Stock mlx-lm cannot load {settings.config.model.path} by its name, nor a base that was quantized while "
-            "loading, nor all that transformers 5 saves: --with-base writes it as a folder."
-        )
+    print(f"try it: {command}" if command else _no_command(config))
     return 0
+
+
+def _measure(job: ExportJob, options: Namespace) -> Baseline | None:
+    from runner.export.export import measure_run
+    from runner.export.proof import ExportError
+
+    try:
+        return measure_run(job, options.rows, arguments.print_note)
+    except (DataError, ConfigError, ModelError) as error:
+        reason = f"{str(error).rstrip('.')}."
+        if options.force:
+            arguments.print_note(f"the export is not compared with the run (--force): {reason}")
+            return None
+        raise ExportError(
+            f"The export cannot be compared with the run: {reason} Other rows: data.path=…; without them: --force."
+        ) from error
 
 
 def _parse(argv: list[str]) -> Namespace:
     parser = arguments.AdapterParser("export")
-    parser.add_argument(
-        "--to", choices=("mlx", "fused"), required=True, help="an mlx-lm adapter folder, or a model with it merged"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder to create; must not exist (default: RUN/export-mlx, -fused)"
-    )
+    formats = "; ".join(f"{name}: {text}" for name, text in _FORMATS.items())
+    parser.add_argument("--to", choices=tuple(_FORMATS), required=True, help=formats)
+    parser.add_argument("--out", metavar="PATH", help="what to create; must not exist (default: RUN/export-FORMAT)")
+    parser.add_argument("--average", metavar="last:N|best:N", help="the average of N of the run's checkpoints")
+    parser.add_argument("--type", choices=_TYPES, help="with --to gguf: the type of the weights (default: f16 or bf16)")
     parser.add_argument("--dequantize", action="store_true", help="dequantize the base, so that merging rounds nothing")
-    parser.add_argument("--with-base", action="store_true", help="with --to mlx: write the base model too, to DIR-base")
+    parser.add_argument(
+        "--with-base", action="store_true", help="with --to mlx: write the base model too, to PATH-base"
+    )
+    parser.add_argument("--adapter-only", action="store_true", help="with --to hub: the adapter without its base model")
+    parser.add_argument("--rows", type=int, default=64, help="validation rows to compare on, -1 for all (default: 64)")
+    parser.add_argument("--force", action="store_true", help="export even what does not pass, or cannot be compared")
     options = parser.parse(argv)
     if options.with_base and options.to != "mlx":
         raise ConfigError("--with-base needs --to mlx: a fused model contains its base.")
-    if options.dequantize and options.to == "mlx" and not options.with_base:
-        raise ConfigError("--dequantize changes a base model: it needs --to fused or --with-base.")
+    fuses = options.to == "fused" or (options.to == "hub" and not options.adapter_only)
+    if options.dequantize and not (fuses or options.with_base):
+        raise ConfigError("--dequantize changes a base model: it needs --to fused, --to hub or --with-base.")
+    if options.type and options.to != "gguf":
+        raise ConfigError("--type is that of a GGUF file: it needs --to gguf.")
+    if options.adapter_only and options.to != "hub":
+        raise ConfigError("--adapter-only needs --to hub.")
+    if options.average and options.checkpoint:
+        raise ConfigError("--average and --checkpoint exclude each other.")
+    if options.rows == 0 or options.rows < -1:
+        raise ConfigError(f"--rows {options.rows} is invalid: must be 1 or more, or -1 (all).")
     return options
 
 
-def _with_stored_quantization(settings: StoredSettings, dequantize: bool) -> StoredSettings:
-    """Keep a quantized base quantized, also where training dequantized it, unless an option or override says not."""
-    model = settings.config.model
-    if "model.dequantize" not in settings.typed:
-        model = replace(model, dequantize="always" if dequantize else "never")
-    return replace(settings, config=replace(settings.config, model=model))
-
-
-def _target(options: Namespace, source: AdapterSource) -> Path:
+def _target_path(options: Namespace, source: AdapterSource) -> Path:
+    suffix = {"gguf": ".gguf", "npz": ".npz"}.get(options.to, "")
     if options.out:
-        return Path(options.out).expanduser().absolute()
-    suffix = "" if source.is_result else f"-{source.folder.name}"
-    return source.run / f"export-{options.to}{suffix}"
+        path = Path(options.out).expanduser().absolute()
+        if suffix and path.suffix != suffix:
+            raise ConfigError(f"--out {options.out}: --to {options.to} writes a file whose name ends in {suffix}.")
+        if not suffix and path.suffix in (".gguf", ".npz"):
+            raise ConfigError(f"--out {options.out}: --to {options.to} writes a folder.")
+        return path
+    name = f"export-{options.to}{f'-{options.type}' if options.type else ''}"
+    if options.average:
+        name += f"-{options.average.replace(':', '-')}"
+    elif not source.is_result:
+        name += f"-{source.folder.name}"
+    return source.run / f"{name}{suffix}"
 
 
-def _export_mlx(
-    source: AdapterSource, settings: StoredSettings, target: Path, base_target: Path | None, options: Namespace
-) -> None:
-    from runner.export.mlx import check_adapter, export_adapter
+def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Path) -> Target:
+    """Return what writes the chosen format."""
+    if options.to == "mlx":
+        from runner.export.model_folder import MlxTarget
 
-    check_adapter(source.folder, source.adapters, source.adapter_config)
-    config = FileSystem().read_file(source.folder / ADAPTER_CONFIG, _LARGEST_CONFIG)
-    base = None
-    if base_target:
-        blas.load_blas()
-        from runner.cli.commands.load_adapter import load_adapter
+        if job.config.data.template:
+            arguments.print_note(
+                f"the run used the chat template {job.config.data.template}, which an adapter folder does not contain"
+            )
+        return MlxTarget()
+    if options.to == "fused":
+        from runner.export.model_folder import FusedTarget
 
-        # The adapter is loaded with its base to check that it fits.
-        loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
-        loaded.detach()
-        _set_template(loaded.base, settings.config)
-        base = (loaded.base, base_target)
-    elif settings.config.data.template:
-        arguments.print_note(
-            f"the run used the chat template {settings.config.data.template}, which an adapter folder does not contain"
-        )
-    export_adapter({ADAPTERS: source.adapters, ADAPTER_CONFIG: config}, target, base)
+        return FusedTarget(path, dequantize=options.dequantize)
+    if options.to == "npz":
+        from runner.export.npz import NpzTarget
+
+        return NpzTarget()
+    raise ConfigError(f"--to {options.to} is not there yet.")
 
 
-def _export_fused(source: AdapterSource, settings: StoredSettings, target: Path, options: Namespace) -> None:
-    blas.load_blas()
-    from runner.cli.commands.load_adapter import load_adapter
-    from runner.export.fused import fuse_adapter
-    from runner.export.mlx import export_model
-
-    loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
-    assert loaded.adapted is not None
-    fused = fuse_adapter(loaded.adapted, dequantize=options.dequantize)
-    if fused.config.get("quantization"):
-        arguments.print_note("the base stays quantized, which rounds the merged layers; --dequantize avoids it")
-    _set_template(fused, settings.config)
-    export_model(fused, target)
-
-
-def _set_template(base: BaseModel, config: Config) -> None:
-    """Give the tokenizer that is exported the chat template that the run used instead of the model's."""
-    from runner.data.chat_template import TemplateOptions
-
-    if (template := TemplateOptions.from_config(config.data).text) is not None:
-        vars(base.tokenizer).get("_tokenizer", base.tokenizer).chat_template = template
+def _command(to: str, target: Path, base_target: Path | None, config: Config) -> str | None:
+    """Return the command that tries the export by the program that it is for, or None where there is none."""
+    if to not in ("mlx", "fused"):
+        return None
+    model = relative_path(target) if to == "fused" else _name_for_mlx_lm(base_target, config)
+    if model is None:
+        return None
+    command = ["mlx_lm.generate", "--model", model]
+    command += ["--adapter-path", relative_path(target)] if to == "mlx" else []
+    command += [] if config.data.chat_template else ["--ignore-chat-template"]
+    if config.data.template_args:
+        command += ["--chat-template-config", json.dumps(config.data.template_args)]
+    return f"{shlex.join(command)} --prompt …"
 
 
-def _name_for_mlx_lm(config: Config) -> str | None:
+def _no_command(config: Config) -> str:
+    return (
+        f"Stock mlx-lm cannot load {config.model.path} by its name, nor a base that was quantized while "
+        "loading, nor all that transformers 5 saves: --with-base writes it as a folder."
+    )
+
+
+def _name_for_mlx_lm(base_target: Path | None, config: Config) -> str | None:
     """Return the name by which stock mlx-lm loads the same base model, or None if there is none."""
     from runner.models.transformers5_config import misread_by_stock
 
+    if base_target:
+        return relative_path(base_target)
     path = config.model.path
     if Path(path).is_dir() and misread_by_stock(Path(path)):
         return None
     unknown = path.startswith("builtin:") or path.endswith(".gguf") or config.model.quantize.bits is not None
     return None if unknown else path
-
-
-def _generate_command(model: Path | str | None, adapter: Path | None, config: Config) -> str | None:
-    if model is None:
-        return None
-    command = ["mlx_lm.generate", "--model", relative_path(model) if isinstance(model, Path) else model]
-    command += ["--adapter-path", relative_path(adapter)] if adapter else []
-    command += [] if config.data.chat_template else ["--ignore-chat-template"]
-    if config.data.template_args:
-        command += ["--chat-template-config", json.dumps(config.data.template_args)]
-    return f"{shlex.join(command)} --prompt …"

@@ -101,7 +101,7 @@ def test_an_export_has_the_template_of_the_run_and_names_its_variables(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = tmp_path / "own.jinja"
-    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    template.write_text("{% if enable_thinking %}!{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}")
     settings = [f"data.template={template}", "data.template_args.enable_thinking=false"]
     assert export.run([str(run), "--to", "fused", *settings]) == 0
     assert mlx_lm.load(str(run / "export-fused"))[1].chat_template == template.read_text()

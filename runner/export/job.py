@@ -1,0 +1,98 @@
+"""What is exported: a run's adapter, in place on its base model, and the settings that it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from runner.config.schema import Config, LoraConfig, ModelConfig
+from runner.config.validation import lora_scale
+from runner.export.fused import fuse_adapter
+from runner.export.proof import Comparison, Measured
+from runner.models.load import BaseModel, load_base_model
+from runner.models.lora import AdaptedModel, Params
+
+
+@dataclass
+class ExportJob:
+    """An adapter to export. A target may use up `adapted`: it is the last that does."""
+
+    adapted: AdaptedModel | None
+    """The base model with the adapter's layers."""
+    weights: Params
+    """The adapter's weights, as they are stored."""
+    lora: LoraConfig
+    """The adapter's shape."""
+    config: Config
+    """The settings of the run."""
+    files: Mapping[str, bytes]
+    """The adapter folder that stock mlx-lm loads, by name of the file."""
+    log: Callable[[str], None]
+    """Called with each line for the user."""
+    load_as_stored: Callable[[], AdaptedModel]
+    """Returns the model anew, with its base in the types that its files have: a quantized one stays quantized."""
+
+    def with_weights(self, weights: Params) -> AdaptedModel:
+        """Return the model with these weights in place."""
+        assert self.adapted is not None
+        self.adapted.place(weights)
+        self.adapted.model.eval()
+        return self.adapted
+
+    def fuse(self, *, dequantize: bool) -> BaseModel:
+        """Return the base model with the adapter merged into it, and the chat template of the run; uses up `adapted`.
+
+        Without `dequantize` the base is as its files have it.
+
+        Raises:
+            ModelError: a layer cannot be merged.
+        """
+        if dequantize:
+            adapted, self.adapted = self.with_weights(self.weights), None
+        else:
+            self.adapted = None  # before the other is loaded
+            adapted = self.load_as_stored()
+        fused = fuse_adapter(adapted, dequantize=dequantize)
+        set_template(fused, self.config)
+        return fused
+
+
+class Target(Protocol):
+    """A format: how it is written, read again, and how near it has to come."""
+
+    limit: float
+    """Largest deviation that passes, as `proof.Verdict.limit`."""
+
+    def write(self, job: ExportJob, path: Path) -> None:
+        """Write the export to `path`: a new, empty folder, or a file that does not exist.
+
+        Raises:
+            RunnerError: the format cannot hold this adapter, or the disk fails.
+        """
+
+    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+        """Load what was written and return what it computes.
+
+        Raises:
+            RunnerError: it cannot be loaded.
+        """
+
+
+def resolved_lora(lora: LoraConfig) -> LoraConfig:
+    """Return the same shape with its factor as `scale`."""
+    return replace(lora, scale=lora_scale(lora), alpha=None, rslora=False)
+
+
+def load_written(path: Path, config: Config) -> BaseModel:
+    """Load the model in the folder or GGUF file `path` as this device computes it."""
+    return load_base_model(ModelConfig(path=str(path), trust_remote_code=config.model.trust_remote_code))
+
+
+def set_template(base: BaseModel, config: Config) -> None:
+    """Give the tokenizer that is exported the chat template that the run used instead of the model's."""
+    from runner.data.chat_template import TemplateOptions
+
+    if (template := TemplateOptions.from_config(config.data).text) is not None:
+        vars(base.tokenizer).get("_tokenizer", base.tokenizer).chat_template = template

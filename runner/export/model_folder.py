@@ -1,0 +1,82 @@
+"""`--to fused`: a model folder with the adapter merged, and `--to mlx`: an adapter folder, both for stock mlx-lm."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from runner.common.errors import ModelError
+from runner.common.filesystem import FileSystem
+from runner.common.text import first_line
+from runner.export.job import ExportJob, load_written
+from runner.export.mlx import write_verified_folder
+from runner.export.proof import EXACT_LIMIT, ROUNDED_LIMIT, Comparison, Measured
+from runner.models.lora import AdaptedModel, Params, warm_start
+
+
+class FusedTarget:
+    """`--to fused`; `path` is the name that the folder will have."""
+
+    limit = ROUNDED_LIMIT
+
+    def __init__(self, path: Path, *, dequantize: bool) -> None:
+        self._path, self._dequantize = path, dequantize
+
+    def write(self, job: ExportJob, path: Path) -> None:
+        """Write the folder and check that stock mlx-lm reads the same weights, tokens and settings from it."""
+        fused = job.fuse(dequantize=self._dequantize)
+        if fused.config.get("quantization"):
+            job.log("the base stays quantized, which rounds the merged layers; --dequantize avoids it")
+        write_verified_folder(fused, path, self._path)
+
+    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+        """Load the folder as `model.path` does."""
+        return comparison.measure_model(load_written(path, job.config))
+
+
+class MlxTarget:
+    """`--to mlx`."""
+
+    limit = EXACT_LIMIT
+
+    def write(self, job: ExportJob, path: Path) -> None:
+        """Write the adapter's files."""
+        for name, content in job.files.items():
+            FileSystem().write_file(path / name, content)
+
+    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+        """Load the adapter by stock mlx-lm's own function."""
+        weights = read_with_stock(job, path)
+        return comparison.measure(job.with_weights(weights), weights)
+
+
+def read_with_stock(job: ExportJob, folder: Path) -> Params:
+    """Return the weights that stock mlx-lm puts into the layers of the base model when it loads the adapter `folder`.
+
+    Raises:
+        ModelError: it cannot load the adapter, or puts other layers into the model.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    assert job.adapted is not None
+    base, seed = job.adapted.base, job.config.seed
+    job.adapted.remove()
+    try:
+        load_adapters(base.model, str(folder))
+        stored = dict(tree_flatten(base.model.parameters()))
+        weights = {name: array for name, array in stored.items() if name.endswith((".lora_a", ".lora_b"))}
+        mx.eval(weights)
+    except MemoryError:
+        raise
+    except Exception as error:  # mlx-lm raises all kinds of errors
+        raise ModelError(
+            f"mlx-lm {version('mlx-lm')} cannot load this adapter (model_type '{base.config.get('model_type')}'): "
+            f"{type(error).__name__}: {first_line(str(error))[:200]}. A model with it merged: --to fused."
+        ) from error
+    finally:
+        job.adapted.remove()  # what mlx-lm put there
+        job.adapted = AdaptedModel(base, job.lora, seed)
+    return warm_start(job.weights, weights, str(folder))

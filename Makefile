@@ -16,7 +16,7 @@ PIP = -m pip install --quiet --disable-pip-version-check
 STAMP = $(VENV)/.setup-$(EXTRAS)
 DEV_STAMP = $(VENV)/.setup-dev-$(EXTRAS)
 REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
-REFERENCE_PACKAGES = torch transformers gguf accelerate
+REFERENCE_PACKAGES = torch transformers gguf accelerate peft
 # Only its chat templates are read, so that it needs none of what it depends on.
 REFERENCE_FILES = trl
 # Workers run side by side: one BLAS thread each, unless the environment says otherwise.

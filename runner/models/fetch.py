@@ -44,6 +44,8 @@ class BuiltinModel:
     sha256: str
     """SHA-256 of the model file."""
     licence: str
+    hub_id: str
+    """Name of the same model on the hub, unquantized."""
 
     @property
     def requirement(self) -> str:
@@ -59,6 +61,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
         size=98362432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 """The models that need no hub, by name."""

@@ -16,10 +16,14 @@ from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError
 from runner.common.filesystem import FileSystem
 from runner.config.schema import Config
+from runner.config.validation import lora_scale
 from runner.data.order import BatchOrder
 from runner.loggers.background import build_background
 from runner.loggers.logged_run import logged_run
-from runner.models.lora import read_weights, warm_start
+from runner.models.load import BaseModel
+from runner.models.lora import Params, read_weights, warm_start
+from runner.models.peft.families import find_family
+from runner.models.peft.read import fit, is_peft_folder, read_layers
 from runner.reports.progress import Display
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec
@@ -95,6 +99,16 @@ def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
     }
 
 
+def _warm_start(config: Config, params: Params, base: BaseModel) -> Params:
+    path = Path(config.adapter or "")
+    if is_peft_folder(path):
+        layers = read_layers(path, find_family(base.config.get("model_type")))
+        weights = fit(layers, params, lora_scale(config.lora), path)
+    else:
+        weights = read_weights(path, fitting=params)
+    return warm_start(params, weights, str(path))
+
+
 def _copy_rows(source: Path, target: Path, size: int) -> None:
     """Start a branch's row file with the first `size` bytes of the run that it branches from.
 
@@ -128,8 +142,7 @@ def build_trainer(
     if point is not None:
         _restore(state, point, components, display)
     elif config.adapter:
-        weights = read_weights(Path(config.adapter), fitting=state.params)
-        state.params = warm_start(state.params, weights, config.adapter)
+        state.params = _warm_start(config, state.params, components.base)
         display.line(f"warm start from {config.adapter}")
     if point is None and spec.source is not None:
         display.line("no checkpoint yet: training starts from the beginning")

@@ -47,6 +47,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "small_mod
         for name, raw in files.items():
             archive.writestr(name, raw)
     return BuiltinModel(
+        hub_id="nobody/nothing",
         distribution="small-model",
         version="1.0",
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),

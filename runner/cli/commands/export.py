@@ -186,6 +186,10 @@ def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Pat
         from runner.export.npz import NpzTarget
 
         return NpzTarget()
+    if options.to == "peft":
+        from runner.export.peft import PeftTarget
+
+        return PeftTarget()
     raise ConfigError(f"--to {options.to} is not there yet.")
 
 

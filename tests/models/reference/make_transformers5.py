@@ -150,6 +150,12 @@ def cases() -> Iterator[tuple[str, type, dict[str, Any]]]:
     yield "deepseek_v3", hf.DeepseekV3Config, DEEPSEEK
     yield "ernie4_5", hf.Ernie4_5Config, {"head_dim": 16}
     yield "seed_oss", hf.SeedOssConfig, {"head_dim": 16}
+    yield "gemma", hf.GemmaConfig, {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": True}
+    yield "cohere", hf.CohereConfig, {"layer_norm_eps": 1e-5, "tie_word_embeddings": True}
+    yield "helium", hf.HeliumConfig, {"head_dim": 16}
+    yield "phi", hf.PhiConfig, {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}, "layer_norm_eps": 1e-5}
+    yield "smollm3", hf.SmolLM3Config, {}
+    yield "starcoder2", hf.Starcoder2Config, {"norm_epsilon": 1e-5, "sliding_window": None, "hidden_act": "gelu"}
 
 
 def main() -> None:

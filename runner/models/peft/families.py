@@ -1,0 +1,113 @@
+"""The families whose adapters are carried to PEFT and back: what transformers calls a layer that mlx-lm adapts.
+
+mlx-lm names most layers as the hub's checkpoints do, and these as transformers' modules. Where it stacks experts in one
+array, transformers 4 has a module for each, in whose names adapters are published; PEFT turns them into the stacked
+parameters of transformers 5 while loading. `make test-all` compares the logits of every family with PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from runner.common.errors import ModelError
+from runner.common.text import shorten
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The layers of a mixture of experts."""
+
+    own: str
+    """The module of mlx-lm that stacks them, inside a block: `mlp.switch_mlp`."""
+    theirs: str
+    """The list of one module an expert: `mlp.experts`."""
+    names: Mapping[str, str]
+    """The layers of an expert: mlx-lm's name to theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftFamily:
+    """How the adapted layers of one architecture are named."""
+
+    own_blocks: str = "model.layers"
+    blocks: str = "model.layers"
+    """Where transformers has the blocks."""
+    experts: Experts | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Layers inside a block that PEFT cannot adapt, by the beginning of their names, each with the reason."""
+
+    @property
+    def layers_pattern(self) -> str:
+        """The name of the list of blocks, as PEFT's `layers_pattern` takes it."""
+        return self.blocks.rpartition(".")[2]
+
+
+_PLAIN = PeftFamily()
+_GATED = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+_TAKEN_FOR_EXPERTS = "PEFT on transformers 5 takes a layer of this name for one of the experts"
+_NOT_CONVERTED = "PEFT does not turn the experts of this architecture into those of transformers 5"
+
+FAMILIES: dict[str, PeftFamily] = {
+    **dict.fromkeys(
+        (
+            "cohere",
+            "cohere2",
+            "ernie4_5",
+            "exaone4",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "glm4",
+            "granite",
+            "helium",
+            "llama",
+            "mistral",
+            "olmo2",
+            "olmo3",
+            "phi",
+            "phi3",
+            "qwen2",
+            "qwen3",
+            "seed_oss",
+            "smollm3",
+            "stablelm",
+            "starcoder2",
+        ),
+        _PLAIN,
+    ),
+    "gpt_neox": PeftFamily(own_blocks="model.h", blocks="gpt_neox.layers"),
+    "mixtral": PeftFamily(
+        experts=Experts(
+            "block_sparse_moe.switch_mlp",
+            "block_sparse_moe.experts",
+            {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+        )
+    ),
+    "qwen3_moe": PeftFamily(
+        experts=Experts("mlp.switch_mlp", "mlp.experts", _GATED),
+        refused={name: _TAKEN_FOR_EXPERTS for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")},
+    ),
+    "qwen2_moe": PeftFamily(refused={"mlp.switch_mlp.": _NOT_CONVERTED, "mlp.gate": _NOT_CONVERTED}),
+    "deepseek_v3": PeftFamily(refused={"mlp.": _TAKEN_FOR_EXPERTS}),
+}
+"""By the model_type of config.json."""
+
+
+def find_family(model_type: object) -> PeftFamily:
+    """Return the family of an architecture. Raises ModelError where its names are not known."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ModelError(
+            f"model_type '{shorten(model_type, 60)}': how PEFT names the layers of this architecture is not known here "
+            f"(known: {', '.join(FAMILIES)})."
+        )
+    return family
+
+
+def split_name(module: str, blocks: str) -> tuple[int, str] | None:
+    """Return the number of the block and the name inside it of `model.layers.3.self_attn.q_proj`."""
+    if not module.startswith(f"{blocks}."):
+        return None
+    number, _, name = module.removeprefix(f"{blocks}.").partition(".")
+    return (int(number), name) if number.isdecimal() and len(number) < 6 and name else None

@@ -145,6 +145,10 @@ class Comparison:
         """Number of rows whose losses are compared."""
         return len(self._selected)
 
+    def texts(self, count: int) -> list[str]:
+        """Return the texts of up to `count` of the rows, special tokens included."""
+        return [self._data.decode(self._rows.row(int(row))[0]) for row in self._selected[:count]]
+
     def losses(self, adapted: AdaptedModel, params: Params) -> RowLosses:
         """Return the losses of the model with the adapter `params`."""
         backend = select_backend(adapted, self.config, int(self._rows.lengths[self._selected].max()))

@@ -187,8 +187,10 @@ def compare(folder: Path, lora: LoraConfig) -> None:
     assert np.abs(ours - theirs).max() < 1e-3, (folder.name, np.abs(ours - theirs).max())
     names = module_names(folder / "from_peft")
     family = find_family(json.loads((folder / "config.json").read_text())["model_type"])
-    keys = sorted({split_name(name, family.blocks)[1] for name in names})
-    wide = LoraConfig(rank=4, scale=2.0, num_layers=-1, keys=keys)
+    layers = read_layers(folder / "from_peft", family)
+    assert names and layers
+    keys = sorted({split_name(name, family.own_blocks)[1] for name in layers})
+    wide = LoraConfig(rank=8, scale=2.0, num_layers=-1, keys=keys)
     adapted = adapt(folder, wide)
     adapted.place(read(folder / "from_peft", adapted, wide))
     ours = np.array(adapted.model(mx.array(np.load(folder / "ids.npy"))))

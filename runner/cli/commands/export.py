@@ -190,6 +190,10 @@ def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Pat
         from runner.export.peft import PeftTarget
 
         return PeftTarget()
+    if options.to == "gguf":
+        from runner.export.gguf import GgufTarget
+
+        return GgufTarget(options.type)
     raise ConfigError(f"--to {options.to} is not there yet.")
 
 

@@ -24,6 +24,8 @@ class Experts:
     """The list of one module an expert: `mlp.experts`."""
     names: Mapping[str, str]
     """The layers of an expert: mlx-lm's name to theirs."""
+    stacked: str = "mlp.experts"
+    """The module of transformers 5 that has them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class PeftFamily:
     experts: Experts | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     """Layers inside a block that PEFT cannot adapt, by the beginning of their names, each with the reason."""
+
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names that adapters have for a layer inside a block, each with mlx-lm's."""
 
     @property
     def layers_pattern(self) -> str:
@@ -82,7 +87,8 @@ FAMILIES: dict[str, PeftFamily] = {
             "block_sparse_moe.switch_mlp",
             "block_sparse_moe.experts",
             {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
-        )
+        ),
+        aliases={"mlp.gate": "block_sparse_moe.gate"},
     ),
     "qwen3_moe": PeftFamily(
         experts=Experts("mlp.switch_mlp", "mlp.experts", _GATED),

@@ -22,6 +22,7 @@ from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG
 from runner.common.text import shorten
 from runner.models.arrays import parse_arrays
+from runner.models.peft.experts import single_expert, stack, stacked_parameter, unstack
 from runner.models.peft.families import PeftFamily, split_name
 
 WEIGHTS = "adapter_model.safetensors"
@@ -59,6 +60,7 @@ class PeftConfig:
     dropout: float
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    target_parameters: tuple[str, ...]
     base_model: str | None
 
     def rank_of(self, module: str) -> int:
@@ -121,7 +123,7 @@ def read_config(folder: Path) -> PeftConfig:
     dropout = safe_json.finite_number(config.get("lora_dropout", 0.0))
     if alpha is None or dropout is None or None in alphas:
         raise ModelError(f"{where}: lora_alpha or lora_dropout is not a number.")
-    base = config.get("base_model_name_or_path")
+    base, targets = config.get("base_model_name_or_path"), config.get("target_parameters") or []
     return PeftConfig(
         rank=rank,
         alpha=alpha,
@@ -129,6 +131,7 @@ def read_config(folder: Path) -> PeftConfig:
         dropout=dropout,
         rank_pattern=patterns[0],
         alpha_pattern=dict(zip(patterns[1], (value for value in alphas if value is not None), strict=True)),
+        target_parameters=tuple(map(str, targets)) if isinstance(targets, list) else (),
         base_model=base if isinstance(base, str) and base else None,
     )
 
@@ -155,18 +158,25 @@ def read_layers(folder: Path, family: PeftFamily) -> dict[str, PeftLayer]:
         module, factor = _parse_name(name, folder)
         factors.setdefault(module, {})[factor] = array.astype(mx.float32)
     layers: dict[str, PeftLayer] = {}
-    experts: dict[str, dict[int, tuple[mx.array, mx.array, float]]] = {}
+    members: dict[str, dict[int, tuple[mx.array, mx.array, float]]] = {}
+    experts = family.experts
     for module, pair in factors.items():
         block, name = _in_block(module, family, folder)
-        a, b = _checked_pair(pair, config.rank_of(module), module, folder)
+        a, b = _both(pair, module, folder)
         own = f"{family.own_blocks}.{block}"
-        if found := _expert(name, family):
-            leaf, number = found
-            experts.setdefault(f"{own}.{leaf}", {})[number] = (a, b, config.scale_of(module))
+        if experts and (parameter := stacked_parameter(name, experts, config.target_parameters)):
+            target = f"{family.blocks}.{block}.{experts.stacked}.{parameter}"
+            unstacked = unstack((a, b), parameter, config.rank_of(target), experts)
+            for leaf, (a, b) in unstacked.items():
+                layers[f"{own}.{leaf}"] = PeftLayer(a, b, config.scale_of(target), (1, 2))
+            continue
+        _require_rank(a, b, config.rank_of(module), module, folder)
+        if experts and (found := single_expert(name, experts)):
+            members.setdefault(f"{own}.{found[0]}", {})[found[1]] = (a, b, config.scale_of(module))
         else:
-            layers[f"{own}.{name}"] = PeftLayer(a.T, b.T, config.scale_of(module), (1, 0))
-    for name, members in experts.items():
-        layers[name] = _stacked(name, members, folder)
+            layers[f"{own}.{family.aliases.get(name, name)}"] = PeftLayer(a.T, b.T, config.scale_of(module), (1, 0))
+    for name, group in members.items():
+        layers[name] = PeftLayer(*stack(name, group), (1, 2))
     return layers
 
 
@@ -248,44 +258,24 @@ def _in_block(module: str, family: PeftFamily, folder: Path) -> tuple[int, str]:
     found = split_name(module, family.blocks)
     if found is None:
         raise ModelError(
-            f"adapter={folder}: it adapts {shorten(module)}, which is no layer of a block ({family.blocks}.N); here the "
-            "layers of blocks alone are adapted."
+            f"adapter={folder}: it adapts {shorten(module)}, which is no layer of a block ({family.blocks}.N): here "
+            "those alone are adapted."
         )
     return found
 
 
-def _checked_pair(pair: Mapping[str, mx.array], rank: int, module: str, folder: Path) -> tuple[mx.array, mx.array]:
+def _both(pair: Mapping[str, mx.array], module: str, folder: Path) -> tuple[mx.array, mx.array]:
     a, b = pair.get("A"), pair.get("B")
     if a is None or b is None:
         raise ModelError(f"adapter={folder}: {shorten(module)} has only one of its two factors.")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
-        raise ModelError(
-            f"adapter={folder}: the factors of {shorten(module)} are {a.shape} and {b.shape}, rank {rank}."
-        )
     return a, b
 
 
-def _expert(name: str, family: PeftFamily) -> tuple[str, int] | None:
-    """Return mlx-lm's name of the stacked layer, and the number of the expert, of `mlp.experts.3.up_proj`."""
-    experts = family.experts
-    if experts is None or not name.startswith(f"{experts.theirs}."):
-        return None
-    number, _, leaf = name.removeprefix(f"{experts.theirs}.").partition(".")
-    own = {theirs: own for own, theirs in experts.names.items()}.get(leaf)
-    if own is None or not number.isdecimal() or len(number) > 5:
-        raise ModelError(f"the adapter's layer {shorten(name)} is none of an expert.")
-    return f"{experts.own}.{own}", int(number)
-
-
-def _stacked(name: str, members: Mapping[int, tuple[mx.array, mx.array, float]], folder: Path) -> PeftLayer:
-    numbers = sorted(members)
-    shapes = {(members[i][0].shape, members[i][1].shape) for i in numbers}
-    if numbers != list(range(len(numbers))) or len(shapes) > 1:
-        raise ModelError(f"adapter={folder}: the experts of {name} are not all there, or differ in their ranks.")
-    first = members[0][2]
-    a = mx.stack([members[i][0] for i in numbers])
-    b = mx.stack([members[i][1] * (members[i][2] / first if first else 1.0) for i in numbers])
-    return PeftLayer(a, b, first, (1, 2))
+def _require_rank(a: mx.array, b: mx.array, rank: int, module: str, folder: Path) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise ModelError(
+            f"adapter={folder}: the factors of {shorten(module)} are {a.shape} and {b.shape}, not of rank {rank}."
+        )
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -293,7 +283,7 @@ def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
         if not _PATTERN.fullmatch(pattern) or pattern.count("*") > 3:
             raise ModelError(
-                f"the pattern {shorten(pattern, 60)} of a PEFT adapter is not supported: names with dots, and .* in them."
+                f"The pattern {shorten(pattern, 60)} of a PEFT adapter is not supported: names, dots and .* are."
             )
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

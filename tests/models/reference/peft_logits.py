@@ -32,14 +32,20 @@ def write_adapter(folder: Path) -> None:
     """Write an adapter of all linear layers of the blocks, some with a rank or an alpha of their own."""
     torch.manual_seed(1)
     model = load(folder)
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    first, last = sorted(names - {"lm_head", "embed_out"})[:: max(1, len(names) - 2)][:2]
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        linear = [name for name in linear if ".self_attn." in name]
+    names = {name.rpartition(".")[2] for name in linear} - {"lm_head", "embed_out"}
+    first, last = sorted(names)[0], sorted(names)[-1]
+    names |= {"mixtral": {"w1", "w2", "w3", "gate"}, "qwen3_moe": {"gate_proj", "up_proj", "down_proj", "gate"}}.get(
+        model.config.model_type, set()
+    )
     rslora = len(folder.name) % 2 == 0
     config = LoraConfig(
         r=4,
         lora_alpha=6,
         use_rslora=rslora,
-        target_modules=sorted(names - {"lm_head", "embed_out"}),
+        target_modules=sorted(names),
         rank_pattern={} if rslora else {first: 2, rf"layers\.1\..*\.{last}": 3},
         alpha_pattern={} if rslora else {last: 10},
         task_type="CAUSAL_LM",

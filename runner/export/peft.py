@@ -14,9 +14,9 @@ from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG
 from runner.config.validation import lora_scale
 from runner.export.job import ExportJob
+from runner.export.model_card import base_id
 from runner.export.proof import EXACT_LIMIT, Comparison, Measured
 from runner.models.arrays import to_tensors
-from runner.models.fetch import BUILTIN_MODELS
 from runner.models.lora import Params
 from runner.models.peft.families import PeftFamily, find_family, split_name
 from runner.models.peft.read import PREFIX, WEIGHTS, fit, read_layers
@@ -96,7 +96,7 @@ def adapter_config(
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name(job.config.model.path),
+        "base_model_name_or_path": base_id(job.config, None) or job.config.model.path,
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": lora.rslora and lora.alpha is not None,
@@ -114,12 +114,6 @@ def adapter_config(
         "modules_to_save": None,
         "inference_mode": True,
     }
-
-
-def base_name(path: str) -> str:
-    """Return the name by which others load the base model that `model.path` names: the hub's id of a built-in one."""
-    builtin = BUILTIN_MODELS.get(path.removeprefix("builtin:")) if path.startswith("builtin:") else None
-    return builtin.hub_id if builtin else path
 
 
 def _refuse_embeddings(job: ExportJob) -> None:

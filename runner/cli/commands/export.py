@@ -71,6 +71,8 @@ def _export(
     writer = _target(options, job, source, target)
 
     def finish(job: ExportJob, verdict: Verdict | None, draft: Path) -> None:
+        if hasattr(writer, "finish"):
+            writer.finish(job, verdict, draft)
         if base_target:
             export_job.export_base(job, base_target, dequantize=options.dequantize)
 
@@ -132,6 +134,8 @@ def _parse(argv: list[str]) -> Namespace:
         "--with-base", action="store_true", help="with --to mlx: write the base model too, to PATH-base"
     )
     parser.add_argument("--adapter-only", action="store_true", help="with --to hub: the adapter without its base model")
+    parser.add_argument("--base-model", metavar="ID", help="with --to hub: the base model's name there")
+    parser.add_argument("--license", metavar="ID", help="with --to hub: the base model's licence, such as apache-2.0")
     parser.add_argument("--rows", type=int, default=64, help="validation rows to compare on, -1 for all (default: 64)")
     parser.add_argument("--force", action="store_true", help="export even what does not pass, or cannot be compared")
     options = parser.parse(argv)
@@ -142,8 +146,9 @@ def _parse(argv: list[str]) -> Namespace:
         raise ConfigError("--dequantize changes a base model: it needs --to fused, --to hub or --with-base.")
     if options.type and options.to != "gguf":
         raise ConfigError("--type is that of a GGUF file: it needs --to gguf.")
-    if options.adapter_only and options.to != "hub":
-        raise ConfigError("--adapter-only needs --to hub.")
+    for name in ("adapter_only", "base_model", "license"):
+        if getattr(options, name) and options.to != "hub":
+            raise ConfigError(f"--{name.replace('_', '-')} needs --to hub.")
     if options.average and options.checkpoint:
         raise ConfigError("--average and --checkpoint exclude each other.")
     if options.rows == 0 or options.rows < -1:
@@ -194,13 +199,29 @@ def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Pat
         from runner.export.gguf import GgufTarget
 
         return GgufTarget(options.type)
-    raise ConfigError(f"--to {options.to} is not there yet.")
+    from runner.export.hub import HubTarget
+
+    return HubTarget(
+        path,
+        dequantize=options.dequantize,
+        adapter_only=options.adapter_only,
+        base=options.base_model,
+        licence=options.license,
+        step=source.step,
+    )
 
 
 def _command(to: str, target: Path, base_target: Path | None, config: Config) -> str | None:
     """Return the command that tries the export by the program that it is for, or None where there is none."""
-    if to not in ("mlx", "fused"):
-        return None
+    path = shlex.quote(relative_path(target))
+    others = {
+        "hub": f"hf upload YOUR_NAME/THIS_MODEL {path}",
+        "gguf": f"llama-cli -m {path}",
+        "npz": f"python lora.py --adapter-file {path} --prompt …",
+        "peft": f"PeftModel.from_pretrained(model, {json.dumps(relative_path(target))})",
+    }
+    if to in others:
+        return others[to]
     model = relative_path(target) if to == "fused" else _name_for_mlx_lm(base_target, config)
     if model is None:
         return None

@@ -1,8 +1,8 @@
 """The layers of experts in an adapter of PEFT, in both of its forms, as the stacked arrays of mlx-lm.
 
 On transformers 4 each expert is a module with factors of its own: `mlp.experts.3.up_proj`. On transformers 5 all
-experts are one parameter: `mlp.experts` adapts `down_proj`, and `mlp.experts.base_layer` inside it `gate_up_proj`, whose
-output is that of gate and up one after the other. There A is (experts rank, in), and B (out, rank experts).
+experts are one parameter: `mlp.experts` adapts `down_proj`, and `mlp.experts.base_layer` inside it `gate_up_proj`, with
+the outputs of gate and up one after the other. There A is (experts rank, in), and B (out, rank experts).
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from runner.export.model_card import base_id
 from runner.export.proof import EXACT_LIMIT, Comparison, Measured
 from runner.models.arrays import to_tensors
 from runner.models.lora import Params
+from runner.models.peft.config import PREFIX, WEIGHTS
 from runner.models.peft.families import PeftFamily, find_family, split_name
-from runner.models.peft.read import PREFIX, WEIGHTS, fit, read_layers
+from runner.models.peft.read import fit, read_layers
 from runner.models.quantization import module_at
 
 

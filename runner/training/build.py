@@ -22,8 +22,9 @@ from runner.loggers.background import build_background
 from runner.loggers.logged_run import logged_run
 from runner.models.load import BaseModel
 from runner.models.lora import Params, read_weights, warm_start
+from runner.models.peft.config import is_peft_folder
 from runner.models.peft.families import find_family
-from runner.models.peft.read import fit, is_peft_folder, read_layers
+from runner.models.peft.read import fit, read_layers
 from runner.reports.progress import Display
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec

@@ -97,9 +97,14 @@ def test_a_run_is_exported_as_one_file(
 
 @pytest.mark.reference
 def test_transformers_and_llama_cpp_read_the_files(tmp_path: Path) -> None:
-    """Logits in float32 by transformers' own reader of GGUF, and by llama.cpp where it is installed."""
+    """Logits by transformers' own reader of GGUF, of the families that it reads whole, and by llama.cpp of all.
+
+    llama-cpp-python is compiled for minutes: who wants it installs it into the reference environment.
+    llama.cpp keeps keys and values in 16 bits.
+    """
     python = os.environ.get("RUNNER_REFERENCE_PYTHON") or sys.executable
-    names, expected = ("llama", "mistral-nemo", "qwen2", "qwen3", "gemma3", "phi3"), {}
+    names = [name for name in CASES if name != "gemma2-27b"]
+    expected = {}
     for name in names:
         base = model_of(name, tmp_path)
         write(base, tmp_path / f"{name}.gguf", "f32")
@@ -107,9 +112,10 @@ def test_transformers_and_llama_cpp_read_the_files(tmp_path: Path) -> None:
     script = [python, str(REFERENCE / "gguf_logits.py"), str(tmp_path), *names]
     subprocess.run(script, check=True, capture_output=True, text=True, timeout=900)
     readers: dict[str, Any] = json.loads((tmp_path / "readers.json").read_text())
-    assert any("transformers" in found for found in readers.values())
+    assert len([found for found in readers.values() if "transformers" in found]) == 4
+    assert len([found for found in readers.values() if "llama_cpp" in found]) in (0, len(names))
     for name, found in readers.items():
         for reader in found:
             logits = np.load(tmp_path / f"{name}-{reader}.npy")
             error = np.abs(logits - expected[name]).max() / np.abs(expected[name]).max()
-            assert error < (2e-3 if reader == "transformers" else 2e-2), (name, reader, error)
+            assert error < (1e-4 if reader == "transformers" else 1e-2), (name, reader, error)

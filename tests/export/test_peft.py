@@ -22,8 +22,9 @@ from runner.export.job import ExportJob
 from runner.export.peft import PeftTarget
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel, Params
+from runner.models.peft.config import is_peft_folder, module_names
 from runner.models.peft.families import FAMILIES, find_family, split_name
-from runner.models.peft.read import fit, is_peft_folder, module_names, read_layers
+from runner.models.peft.read import fit, read_layers
 
 IDS = mx.array([[1 + (37 * i) % 300 for i in range(24)]])
 REFERENCE = Path(__file__).resolve().parents[1] / "models" / "reference"
@@ -160,9 +161,11 @@ def test_peft_computes_the_same_logits_and_its_adapters_are_read(tmp_path: Path)
     folders = [folder for folder, model_type in types.items() if model_type in FAMILIES]
     lora = LoraConfig(rank=3, scale=2.0, num_layers=1)
     for folder in folders:
+        ids = mx.array(np.load(folder / "ids.npy"))
+        np.save(folder / "own_base.npy", np.array(load_base_model(ModelConfig(path=str(folder))).model(ids)))
         adapted = adapt(folder, without_refused(folder, lora))
         write(folder / "peft", adapted, lora)
-        np.save(folder / "own_logits.npy", np.array(adapted.model(mx.array(np.load(folder / "ids.npy")))))
+        np.save(folder / "own_logits.npy", np.array(adapted.model(ids)))
     subprocess.run([python, str(REFERENCE / "peft_logits.py"), *map(str, folders)], **run)
     assert len(folders) > 15
     for folder in folders:
@@ -183,8 +186,10 @@ def compare(folder: Path, lora: LoraConfig) -> None:
     """Compare the logits of our adapter in PEFT, and those of PEFT's adapter here."""
     theirs, ours = np.load(folder / "peft_logits.npy"), np.load(folder / "own_logits.npy")
     base = np.load(folder / "logits.npy")
+    # mlx-lm's Gemma 1 computes another GELU than transformers, with and without an adapter.
+    tolerance = 1e-3 + np.abs(np.load(folder / "own_base.npy") - base).max() * (folder.name == "gemma")
     assert np.abs(ours - base).max() > 0.05, folder.name
-    assert np.abs(ours - theirs).max() < 1e-3, (folder.name, np.abs(ours - theirs).max())
+    assert np.abs(ours - theirs).max() < tolerance, (folder.name, np.abs(ours - theirs).max())
     names = module_names(folder / "from_peft")
     family = find_family(json.loads((folder / "config.json").read_text())["model_type"])
     layers = read_layers(folder / "from_peft", family)
@@ -196,4 +201,4 @@ def compare(folder: Path, lora: LoraConfig) -> None:
     ours = np.array(adapted.model(mx.array(np.load(folder / "ids.npy"))))
     theirs = np.load(folder / "from_peft_logits.npy")
     assert np.abs(ours - base).max() > 0.05, folder.name
-    assert np.abs(ours - theirs).max() < 1e-3, (folder.name, np.abs(ours - theirs).max())
+    assert np.abs(ours - theirs).max() < tolerance, (folder.name, np.abs(ours - theirs).max())

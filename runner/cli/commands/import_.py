@@ -1,4 +1,5 @@
-"""`runner import`: turn a config or command line of mlx_lm.lora, or of mlx-examples' lora.py, into overrides."""
+"""`runner import`: turn a config or command line of mlx_lm.lora or mlx-examples' lora.py, or an adapter of PEFT, into
+overrides."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ _EPILOG = """\
   runner import old.yaml                                    a config of mlx_lm.lora -c
   runner import -- mlx_lm.lora --model … --train …          its command line, with or without -c
   runner import -- python lora.py --model … --train         mlx-examples' lora.py
+  runner import FOLDER                                      an adapter of PEFT
   runner import --write mine/experiment/old.yaml old.yaml   then: runner --config-dir mine experiment=old
 
 What differs in meaning: docs/migrating.md."""
@@ -45,8 +47,11 @@ def run(argv: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if bool(options.config) == bool(old_command):
         raise ConfigError("runner import takes a YAML of mlx_lm.lora, or a command line behind --. See --help.")
-    old = read_command(old_command) if old_command else read_config(Path(options.config))
-    result = import_config(old, options.our_defaults)
+    if options.config and Path(options.config).is_dir():
+        result = _import_folder(Path(options.config))
+    else:
+        old = read_command(old_command) if old_command else read_config(Path(options.config))
+        result = import_config(old, options.our_defaults)
     command = [*_COMMAND, *result.overrides]
     if options.write:
         command = _write_recipe(result, Path(options.write))
@@ -55,6 +60,18 @@ def run(argv: list[str]) -> int:
     else:
         print("\n".join([*report(result), "", wrap_command(command)]))
     return 0
+
+
+def _import_folder(folder: Path) -> ImportResult:
+    from runner.migrate.peft import import_adapter
+    from runner.models.peft.config import is_peft_folder
+
+    if not is_peft_folder(folder):
+        raise ConfigError(
+            f"{folder} is a folder, but no adapter of PEFT. A config of mlx_lm.lora is a file; an adapter of mlx-lm "
+            f"needs no import: adapter={folder}"
+        )
+    return import_adapter(folder)
 
 
 def report(result: ImportResult) -> list[str]:
@@ -115,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", nargs="?", help="a YAML of mlx_lm.lora -c")
+    parser.add_argument("config", nargs="?", help="a YAML of mlx_lm.lora -c, or a folder with an adapter of PEFT")
     parser.add_argument("--our-defaults", action="store_true", help="carry over only what the old config says")
     parser.add_argument("--write", metavar="FILE", help="write a recipe, FOLDER/experiment/NAME.yaml, for --config-dir")
     parser.add_argument("--json", action="store_true", help="one JSON document")

@@ -35,7 +35,7 @@ def write_adapter(folder: Path) -> None:
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     if any(".experts." in name for name, _ in model.named_parameters()):
         linear = [name for name in linear if ".self_attn." in name]
-    names = {name.rpartition(".")[2] for name in linear} - {"lm_head", "embed_out"}
+    names = {name.rpartition(".")[2] for name in linear} - {"lm_head", "embed_out", "kv_b_proj"}
     first, last = sorted(names)[0], sorted(names)[-1]
     names |= {"mixtral": {"w1", "w2", "w3", "gate"}, "qwen3_moe": {"gate_proj", "up_proj", "down_proj", "gate"}}.get(
         model.config.model_type, set()

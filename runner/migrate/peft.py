@@ -1,0 +1,119 @@
+"""The settings of a run that begins with an adapter that PEFT saved."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from runner.common import safe_json
+from runner.common.errors import RunnerError
+from runner.common.filesystem import FileSystem
+from runner.migrate.convert import CannotImport, to_text
+from runner.migrate.result import ImportResult
+from runner.migrate.source import Program, SourceConfig
+from runner.models.peft.config import PeftConfig, module_names, read_config
+from runner.models.peft.families import FAMILIES
+
+PEFT = Program("PEFT", {}, {})
+_BLOCK = re.compile(r".*?\.(?:layers|h)\.(\d{1,5})\.(.+)")
+_NO_DATA = "PEFT does not record what it was trained on: add data=folder data.path=FOLDER to the command"
+_LARGEST_CONFIG = 1 << 24
+
+
+def import_adapter(folder: Path) -> ImportResult:
+    """Return our settings for a run on the base model of the adapter in `folder` that begins with its weights.
+
+    Raises:
+        ModelError: it is no plain LoRA adapter.
+        CheckpointError: its weights are damaged.
+    """
+    config, names = read_config(folder), module_names(folder)
+    settings = {
+        "base_model_name_or_path": config.base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.rslora,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted({name for _, name in _in_blocks(names)}),
+    }
+    result = ImportResult(SourceConfig(PEFT, {k: v for k, v in settings.items() if v is not None}, str(folder)))
+    try:
+        result.add("base_model_name_or_path", config.base_model, {"model.path": to_text(config.base_model)})
+    except CannotImport:
+        result.skip("base_model_name_or_path", "the base model is not named: add model.path=… to the command", "(none)")
+    _shape(result, config, names)
+    result.import_value("lora_dropout", config.dropout, float, "lora.dropout")
+    _layers(result, config, names)
+    result.add("adapter", str(folder), {"adapter": str(folder)}, note="its weights; a fresh optimizer", explicit=True)
+    result.skip("data", _NO_DATA, "(none)")
+    result.validate()
+    return result
+
+
+def _shape(result: ImportResult, config: PeftConfig, names: list[str]) -> None:
+    parameters = [_parameter(name) for name in names]
+    rank = max((config.rank_of(name) for name in parameters), default=config.rank)
+    note = "the largest of its layers; the others are filled up" if rank != config.rank else ""
+    result.add("r", config.rank, {"lora.rank": rank}, note=note)
+    scale = config.scale_of("")
+    formula = "lora_alpha / sqrt(r)" if config.rslora else "lora_alpha / r"
+    result.add(
+        "lora_alpha", config.alpha, {"lora.scale": scale}, note=f"{formula}; that of other layers is carried in B"
+    )
+    result.explain("use_rslora", "in lora.scale")
+
+
+def _layers(result: ImportResult, config: PeftConfig, names: list[str]) -> None:
+    found = _in_blocks(names)
+    blocks = sorted({block for block, _ in found})
+    depth, model_type = _base_facts(config.base_model)
+    last = depth if depth is not None else (blocks[-1] + 1 if blocks else 0)
+    if not blocks or blocks != list(range(blocks[0], last)):
+        reason = "its blocks are not the last of the model, which alone are adapted here"
+        result.skip("layers_to_transform", reason, blocks)
+    else:
+        count = -1 if blocks[0] == 0 else last - blocks[0]
+        result.add("layers_to_transform", blocks, {"lora.num_layers": count}, explicit=True)
+    keys = sorted({key for _, name in found for key in _own_names(name, model_type)})
+    result.add("target_modules", sorted({name for _, name in found})[:20], {"lora.keys": keys})
+
+
+def _in_blocks(names: list[str]) -> list[tuple[int, str]]:
+    return [(int(match[1]), match[2]) for name in names if (match := _BLOCK.fullmatch(name))]
+
+
+def _parameter(name: str) -> str:
+    """Return the name by which PEFT looks up the rank of a layer: that of the parameter where it is of all experts."""
+    if name.endswith(".experts.base_layer"):
+        return f"{name.removesuffix('.base_layer')}.gate_up_proj"
+    return f"{name}.down_proj" if name.endswith(".experts") else name
+
+
+def _own_names(name: str, model_type: str | None) -> list[str]:
+    """Return mlx-lm's names of a layer inside a block."""
+    families = [FAMILIES[model_type]] if model_type in FAMILIES else list(FAMILIES.values())
+    for family in families:
+        experts = family.experts
+        if experts is None:
+            continue
+        if name == experts.stacked:
+            return [f"{experts.own}.down_proj"]
+        if name == f"{experts.stacked}.base_layer":
+            return [f"{experts.own}.gate_proj", f"{experts.own}.up_proj"]
+        if name.startswith(f"{experts.theirs}."):
+            leaf = name.rpartition(".")[2]
+            return [f"{experts.own}.{own}" for own, theirs in experts.names.items() if theirs == leaf]
+        if name in family.aliases and model_type in FAMILIES:
+            return [family.aliases[name]]
+    return [name]
+
+
+def _base_facts(base: str | None) -> tuple[int | None, str | None]:
+    """Return the number of blocks and the architecture of the base model, where it is a folder here."""
+    try:
+        data = FileSystem().read_file(Path(base or "") / "config.json", _LARGEST_CONFIG)
+        config = safe_json.parse_object(data, max_values=100_000)
+    except (RunnerError, ValueError, OSError):
+        return None, None
+    depth, model_type = config.get("num_hidden_layers"), config.get("model_type")
+    return depth if type(depth) is int else None, model_type if isinstance(model_type, str) else None

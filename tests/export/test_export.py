@@ -1,0 +1,188 @@
+"""An export proves itself: what does not compute what the run does is refused, and nothing is left of it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from runner.cli.commands import export
+from runner.common.errors import ConfigError, ModelError
+from runner.config.schema import LoraConfig
+from runner.export.average import average_updates, padded
+from runner.export.hub import find_personal
+from runner.export.proof import ROUNDED_LIMIT, ExportError, Measured, RowLosses, Verdict
+from runner.models.lora import read_weights
+
+LEARNS = {"lora.num_layers": -1, "optimizer.learning_rate": 1e-2, "train.eval_every": 4}
+
+
+@pytest.fixture
+def run(tiny: Callable, train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    folder = train(tiny(**LEARNS, **{"checkpoint.keep_last": 3}), tmp_path / "run")
+    capsys.readouterr()
+    return folder
+
+
+def proof_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out)["proof"]
+
+
+def verdict(base: list[float], run: list[float], export: list[float], limit: float = ROUNDED_LIMIT) -> Verdict:
+    tokens = np.ones(len(base))
+    losses = [RowLosses(np.array(sums), tokens) for sums in (base, run, export)]
+    return Verdict(losses[0], Measured(losses[1]), Measured(losses[2]), limit)
+
+
+def test_the_deviation_is_zero_of_the_run_and_one_of_the_base() -> None:
+    base, run = [5.0, 4.0, 6.0], [1.0, 2.0, 3.0]
+    assert verdict(base, run, run).deviation == 0
+    assert verdict(base, run, base).deviation == pytest.approx(1)
+    assert not verdict(base, run, base).passes and "lost" in verdict(base, run, base).problem()
+    shifted = verdict(base, run, [3.0, 1.0, 2.0])  # the same mean loss, by other rows
+    assert shifted.export.losses.mean == shifted.run.losses.mean
+    assert not shifted.passes and "damaged" in shifted.problem()
+    assert not verdict(base, run, [float("nan"), 2.0, 3.0]).passes
+
+
+def test_an_adapter_that_does_nothing_is_exported_where_nothing_changes() -> None:
+    assert verdict([5.0, 4.0], [5.0, 4.0], [5.001, 4.0]).passes
+    assert not verdict([5.0, 4.0], [5.0, 4.0], [5.2, 4.0]).passes
+
+
+@pytest.mark.parametrize("to", ["mlx", "peft", "fused", "hub"])
+def test_each_export_has_the_losses_of_the_run(run: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.run([str(run), "--to", to, "--json"]) == 0
+    proof = proof_of(capsys)
+    assert proof["rows"] == 10 and proof["deviation"] < 1e-3
+    assert proof["base_loss"] - proof["run_loss"] > 0.1
+    assert proof["export_loss"] == pytest.approx(proof["run_loss"], abs=1e-5)
+
+
+def swallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the merge lose the update, as a coarse quantization does."""
+    from runner.export import fused
+
+    monkeypatch.setattr(fused, "_fuse_layer", lambda adapter: adapter["linear"])
+
+
+def test_an_export_that_lost_the_adapter_is_refused_and_removed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swallow(monkeypatch)
+    before = sorted(run.iterdir())
+    with pytest.raises(ExportError, match="the adapter's effect is lost.*deviation 100.*--force exports it"):
+        export.run([str(run), "--to", "fused"])
+    assert sorted(run.iterdir()) == before
+    assert export.run([str(run), "--to", "fused", "--force"]) == 0
+    assert "warning: the adapter's effect is lost" in capsys.readouterr().out
+    assert (run / "export-fused" / "config.json").is_file()
+
+
+def test_an_export_that_cannot_be_compared_is_refused_unless_forced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = f"data.path={tmp_path / 'gone'}"
+    with pytest.raises(ExportError, match="cannot be compared with the run: .*gone.*--force"):
+        export.run([str(run), "--to", "mlx", missing])
+    assert not (run / "export-mlx").exists()
+    assert export.run([str(run), "--to", "mlx", missing, "--force"]) == 0
+    assert "not compared with the run" in capsys.readouterr().out
+
+
+def test_an_npz_is_what_lora_py_reads(tiny: Callable, train: Callable, tmp_path: Path) -> None:
+    changes = {"lora.keys": ["self_attn.q_proj", "self_attn.v_proj"], "lora.scale": 5.0, "lora.rank": 4}
+    run = train(tiny(**LEARNS | changes), tmp_path / "run")
+    assert export.run([str(run), "--to", "npz", "--out", str(tmp_path / "adapters.npz")]) == 0
+    ours, written = read_weights(run / "adapters"), np.load(tmp_path / "adapters.npz")
+    assert set(written) == set(ours)
+    name = "model.layers.3.self_attn.v_proj.lora"
+    update = 20.0 * (written[f"{name}_a"] @ written[f"{name}_b"])
+    np.testing.assert_allclose(update, np.array(5.0 * (ours[f"{name}_a"] @ ours[f"{name}_b"])), atol=1e-6)
+
+
+def test_an_npz_of_layers_that_lora_py_ignores_is_refused(run: Path) -> None:
+    with pytest.raises(ModelError, match="adapts q_proj and v_proj alone.*mlp.down_proj.*lora=query_value"):
+        export.run([str(run), "--to", "npz"])
+    assert not list(run.glob("*.npz")) and not list(run.glob(".export*"))
+
+
+def test_an_average_is_that_of_the_updates() -> None:
+    shapes = {"q.lora_a": (6, 2), "q.lora_b": (2, 5), "e.lora_a": (3, 2, 6), "e.lora_b": (3, 5, 2)}
+    checkpoints = [{n: mx.random.normal(s, key=mx.random.key(i)) for n, s in shapes.items()} for i in range(3)]
+    averaged, lora = average_updates(checkpoints, LoraConfig(rank=2, alpha=4.0))
+    assert (lora.rank, lora.scale, lora.alpha) == (6, 2.0, None)
+    expected = sum(c["q.lora_a"] @ c["q.lora_b"] for c in checkpoints) / 3
+    assert mx.allclose(averaged["q.lora_a"] @ averaged["q.lora_b"], expected, atol=1e-6)
+    expected = sum(c["e.lora_b"] @ c["e.lora_a"] for c in checkpoints) / 3
+    assert mx.allclose(averaged["e.lora_b"] @ averaged["e.lora_a"], expected, atol=1e-6)
+    wide = padded(checkpoints[0], averaged)
+    assert mx.allclose(wide["q.lora_a"] @ wide["q.lora_b"], checkpoints[0]["q.lora_a"] @ checkpoints[0]["q.lora_b"])
+
+
+@pytest.mark.parametrize("choice", ["last:3", "best:2"])
+def test_an_average_is_exported_and_compared_with_the_best_checkpoint(
+    run: Path, choice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.run([str(run), "--to", "mlx", "--average", choice, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    folder = run / f"export-mlx-{choice.replace(':', '-')}"
+    assert document["folder"] == str(folder) and document["proof"]["passes"]
+    average, count = document["average"], int(choice[-1])
+    assert len(average["steps"]) == count and average["single_step"] == 12
+    assert average["loss"] > average["single_loss"]  # of a run that still improves
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 8 * count
+    assert export.run([str(run), "--to", "fused", "--average", choice]) == 0
+    assert "The average is worse: --checkpoint 12" in capsys.readouterr().out
+
+
+def test_an_average_of_too_few_checkpoints_is_refused(run: Path) -> None:
+    for choice, reason in (("last:9", "has 3 checkpoints"), ("last:1", "2 checkpoints or more"), ("mean:3", "invalid")):
+        with pytest.raises(ConfigError, match=reason):
+            export.run([str(run), "--to", "mlx", "--average", choice])
+
+
+def test_a_folder_for_the_hub_has_a_valid_card_and_nothing_of_this_machine(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.run([str(run), "--to", "hub", "--license", "mit", "--base-model", "someone/base"]) == 0
+    assert "hf upload YOUR_NAME/THIS_MODEL" in capsys.readouterr().out
+    folder = run / "export-hub"
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.library_name) == ("mit", "someone/base", "mlx")
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
+    for expected in ("mlx_lm.generate --model", "| lora.num_layers | `-1` |", "on 10 valid rows", "these files"):
+        assert expected in card.text
+    texts = [path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".json", ".jinja")]
+    assert not any(str(run.parent) in text or socket.gethostname() + "/" in text for text in texts)
+    assert not list(find_personal(folder))
+
+
+def test_an_adapter_for_the_hub_needs_the_name_of_its_base(run: Path) -> None:
+    with pytest.raises(ConfigError, match="--base-model ORGANISATION/NAME"):
+        export.run([str(run), "--to", "hub", "--adapter-only"])
+    assert export.run([str(run), "--to", "hub", "--adapter-only", "--base-model", "someone/base"]) == 0
+    folder = run / "export-hub"
+    assert json.loads((folder / "adapter_config.json").read_text())["model"] == "someone/base"
+    assert ModelCard.load(folder / "README.md").data.to_dict()["base_model_relation"] == "adapter"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapters.safetensors",
+    ]
+
+
+def test_personal_names_are_found(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"see {tmp_path.parent}/data, key hf_{'a1B2' * 9}")
+    (tmp_path / "config.json").write_text(json.dumps({"x": str(Path.home() / "models")}))
+    found = " ".join(find_personal(tmp_path))
+    assert "README.md holds a path of this machine" in found or "secret" in found
+    assert "config.json holds the home directory" in found

@@ -28,7 +28,8 @@ from runner.data.token_set import TokenSet
 from runner.data.tokenize import TokenizedDataset, load_sources
 from runner.models.load import BaseModel
 from runner.models.lora import AdaptedModel, Params
-from runner.training.dataloader import BatchBuilder
+from runner.training.dataloader import BatchBuilder, EvaluationLoader
+from runner.training.evaluate import evaluate
 from runner.training.generate import generate
 
 DEFAULT_ROWS = 64
@@ -152,13 +153,11 @@ class Comparison:
     def losses(self, adapted: AdaptedModel, params: Params) -> RowLosses:
         """Return the losses of the model with the adapter `params`."""
         backend = select_backend(adapted, self.config, int(self._rows.lengths[self._selected].max()))
-        build = BatchBuilder(self._rows, self.config.data.pad_to)
-        sums, tokens = [], []
-        for row in self._selected:
-            batch = build(np.array([row]))
-            sums.append(backend.loss(params, batch))
-            tokens.append(batch.supervised)
-        return RowLosses(np.array(sums, np.float64), np.array(tokens, np.float64))
+        size = self.config.train.batch_size
+        batches = [self._selected[start : start + size] for start in range(0, len(self._selected), size)]
+        loader = EvaluationLoader(BatchBuilder(self._rows, self.config.data.pad_to), batches)
+        rows = evaluate(backend, params, loader).rows
+        return RowLosses(rows.losses, rows.tokens)
 
     def measure(self, adapted: AdaptedModel, params: Params) -> Measured:
         """Return losses and score of the model with the adapter `params`.

@@ -16,6 +16,7 @@ from runner.common.layout import STATES
 from runner.runs import sweep_manifest
 from runner.runs.inspect import RunInfo, modified_time, read_run
 from runner.runs.objective import Objective, objective_of
+from runner.runs.sweep_manifest import SweepManifest
 
 _SWEEP_FILES = ("multirun.yaml", sweep_manifest.NAME)
 """Either of them makes a folder a sweep; its runs are its numbered subfolders."""
@@ -41,6 +42,8 @@ class SweepInfo:
     """Number of jobs in the manifest that have no folder yet."""
     problem: str | None = None
     """Why the manifest cannot be read."""
+    manifest: SweepManifest | None = None
+    """None where it cannot be read."""
 
     @property
     def states(self) -> dict[str, int]:
@@ -117,14 +120,15 @@ def read_sweep(path: Path) -> SweepInfo:
     _, folders = _list(path)
     names = sorted((name for name in folders if name.isascii() and name.isdigit()), key=lambda n: (int(n[:18]), n))
     jobs: list[str] = []
-    problem = None
+    manifest = problem = None
     try:
-        jobs = [job.folder for job in sweep_manifest.read_manifest(path).jobs]
+        manifest = sweep_manifest.read_manifest(path)
+        jobs = [job.folder for job in manifest.jobs]
     except (RunnerError, OSError) as error:
         problem = str(error)
     present = [name for name in jobs if name in folders]
     runs = [read_run(path / name) for name in [*present, *(name for name in names if name not in present)]]
-    return SweepInfo(path=path, runs=runs, waiting=len(jobs) - len(present), problem=problem)
+    return SweepInfo(path=path, runs=runs, waiting=len(jobs) - len(present), problem=problem, manifest=manifest)
 
 
 def run_or_best_job(path: Path) -> Path:

@@ -133,7 +133,7 @@ class Chart {
       },
       axes: [
         axis({ size: 34, values: (plot, ticks) => ticks.map(shortNumber) }),
-        axis({ size: 56, values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : shortNumber(tick))) }),
+        axis({ size: axisSize, values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : shortNumber(tick))) }),
       ],
       series: [{}, ...curves.map((curve, i) => ({
         label: curve.name, stroke: () => this.colour(i), spanGaps: true, show: !this.hidden.has(curve.name),
@@ -288,6 +288,12 @@ function bestCurve(curves, lowerIsBetter) {
 function padded(plot, low, high) {
   const margin = (high - low || Math.abs(high) || 1) * 0.06;
   return [low >= 0 && low - margin < 0 ? 0 : low - margin, high + margin];
+}
+
+/** Return the width of the axis of values: that of its longest number. */
+function axisSize(plot, texts) {
+  const longest = Math.max(0, ...(texts ?? []).map((text) => text.length));
+  return Math.max(44, 7.2 * longest + 16);
 }
 
 function shortNumber(value) {

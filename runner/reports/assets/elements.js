@@ -11,13 +11,18 @@ function svg(name, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, name), attributes, children);
 }
 
+/** Return a text that may be broken after its dots and underscores, as the names of settings may. */
+function breakable(text) {
+  return text.split(/(?<=[._/=])/).flatMap((piece, i) => (i ? [el("wbr"), piece] : [piece]));
+}
+
 function fill(element, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else element.setAttribute(key, value === true ? "" : value);
   }
-  for (const child of children.flat()) {
+  for (const child of children.flat(2)) {
     if (child !== null && child !== undefined) element.append(child);
   }
   return element;
@@ -62,6 +67,6 @@ function channels(hex) {
 function section(part, ...children) {
   const id = part.id || part.kind;
   const heading = el("h2", { id: `${id}-title` }, part.title);
-  const note = part.note ? el("p", { class: "note" }, part.note) : null;
+  const note = part.note ? part.note.split("\n").map((line) => el("p", { class: "note" }, line)) : null;
   return el("section", { class: `part ${part.kind}`, "aria-labelledby": `${id}-title` }, heading, note, ...children);
 }

@@ -41,7 +41,7 @@ function heading(part, column, i, show) {
 
 /** Return the row, and the row of its notes where it has some. */
 function tableRow(part, row, number) {
-  const cells = row.cells.map((cell, i) => el("td", { class: cellClass(part.columns[i]) }, cellContent(cell, part.columns[i].digits)));
+  const cells = row.cells.map((cell, i) => el("td", { class: cellClass(part.columns[i]) }, cellContent(cell, part.columns[i])));
   const line = el("tr", { "data-id": row.id, "data-key": row.id ? `${part.id}-row-${row.id}` : null }, cells);
   if (!row.notes.length) return [line];
   return [line, el("tr", { class: "notes" }, el("td", { colspan: part.columns.length }, row.notes.join("\n")))];
@@ -51,10 +51,10 @@ function cellClass(column) {
   return [column.number && "number", column.code && "code"].filter(Boolean).join(" ") || null;
 }
 
-function cellContent(cell, digits = null) {
+function cellContent(cell, column) {
   if (cell === null || cell === undefined) return el("span", { class: "none" }, "–");
-  if (typeof cell === "number") return digits === null ? formatNumber(cell) : cell.toFixed(digits);
-  if (typeof cell === "string") return cell;
+  if (typeof cell === "number") return column.digits === null ? formatNumber(cell) : cell.toFixed(column.digits);
+  if (typeof cell === "string") return column.code ? breakable(cell) : cell;
   if (cell.state !== undefined) return stateBadge(cell.state);
   return cell.href ? link(cell.text, cell.href) : cell.text;
 }

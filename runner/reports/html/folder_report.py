@@ -10,8 +10,9 @@ from pathlib import Path
 from runner.common.text import count, format_bytes, relative_path
 from runner.reports import cells, settings_text
 from runner.reports.html import sections
+from runner.reports.html.curves_of_runs import RunCurves
 from runner.reports.html.page import Page
-from runner.reports.html.run_report import LOSS_DIGITS, loss_curve, time_text
+from runner.reports.html.run_report import LOSS_DIGITS, time_text
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.sweep_report import report_path
 from runner.runs.find import SweepInfo
@@ -84,6 +85,6 @@ def _curves(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> list[Part]:
     for run in runs:
         path = os.path.relpath(run.path, folder)
         rank = None if run.best_loss is None else order[run.path] / last
-        curves.append(loss_curve(path, run, "valid", id=f"run {path}", rank=rank))
+        curves.append(RunCurves(run, len(runs)).of("valid", path, id=f"run {path}", rank=rank))
     chart = sections.chart("Validation loss", curves, y="mean loss of a token", ranked=True, lower_is_better=True)
     return [sections.charts("Curves of the runs", [chart], id="charts")] if len(chart["curves"]) > 1 else []

@@ -17,6 +17,7 @@ from runner.config import schema
 from runner.reports import settings_text
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.html import sections
+from runner.reports.html.curves_of_runs import RunCurves
 from runner.reports.html.page import Page
 from runner.reports.html.sections import Column, Curve, Mark, Part, Row
 from runner.reports.next_commands import command_fields
@@ -36,7 +37,7 @@ _MAX_ANSWER = 4000
 _MAX_REASON_LINES = 40
 _TRAIN_CHARTS = (
     # field of a row of metrics, title, axis
-    ("learning_rate", "Learning rate", "learning rate"),
+    ("learning_rate", "Learning rate", "of the update"),
     ("grad_norm", "Gradient norm", "norm before clipping"),
     ("tokens_per_second", "Throughput", "tokens per second"),
 )
@@ -57,7 +58,7 @@ def run_report(page: RunPage) -> Page:
         parts=[
             sections.facts(_facts(page)),
             *_problems(run),
-            sections.charts("Training", [_loss_chart(page), *_train_charts(run.rows)], id="charts"),
+            sections.charts("Training", _charts(page), id="charts"),
             *_samples(run),
             *_checkpoints(page),
             *_settings(run),
@@ -84,21 +85,6 @@ def next_steps(fields: Sequence[Mapping[str, str]]) -> list[Part]:
     items = [field for field in fields if not field["words"].startswith("kill ")]
     note = "Typed where the run was started: paths are relative to that folder."
     return [sections.commands("How to continue", items, note=note)] if items else []
-
-
-def axis_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return the positions of rows of metrics on the axes that all of them have: step, and tokens if recorded."""
-    axes = {"step": [row["step"] for row in rows]}
-    tokens = [row.get("tokens") for row in rows]
-    if rows and all(safe_json.is_count(value) for value in tokens):
-        axes["tokens"] = tokens
-    return axes
-
-
-def loss_curve(name: str, run: RunInfo, split: str, *, id: str | None = None, rank: float | None = None) -> Curve:
-    """Return the losses of a split by step, and by tokens."""
-    rows = [row for row in run.rows if row.get("split") == split]
-    return Curve(name=name, x=axis_values(rows), y=[finite_number(row.get("loss")) for row in rows], id=id, rank=rank)
 
 
 def _lines(run: RunInfo) -> list[str]:
@@ -148,16 +134,28 @@ def _problems(run: RunInfo) -> list[Part]:
     return found
 
 
-def _loss_chart(page: RunPage) -> Part:
-    run = page.run
-    train, valid = loss_curve("train", run, "train"), loss_curve("valid", run, "valid")
-    marks = [
-        Mark(text=_mark_text(checkpoint, page.result_step), x=point[0], y=point[1],
-             strong=checkpoint.step == page.result_step)
-        for checkpoint in page.checkpoints
-        if checkpoint.problem is None and (point := _point_at(checkpoint, valid, train))
-    ]  # fmt: skip
-    return sections.chart("Loss", [train, valid], y="mean loss of a token", marks=marks, lower_is_better=True)
+def _charts(page: RunPage) -> list[Part]:
+    curves = RunCurves(page.run)
+    train, valid = curves.of("train", "train"), curves.of("valid", "valid")
+    loss = sections.chart(
+        "Loss", [train, valid], y="mean loss of a token", marks=_marks(page, valid, train), lower_is_better=True
+    )
+    others = [
+        sections.chart(title, [curves.of("train", title.lower(), field)], y=y) for field, title, y in _TRAIN_CHARTS
+    ]
+    memory = [curves.of("train", name, field) for field, name in _MEMORY]
+    return [loss, *others, sections.chart("Memory", memory, y="GB of arrays")]
+
+
+def _marks(page: RunPage, valid: Curve, train: Curve) -> list[Mark]:
+    marks = []
+    for checkpoint in page.checkpoints:
+        point = None if checkpoint.problem else _point_at(checkpoint, valid, train)
+        if point is not None:
+            is_result = checkpoint.step == page.result_step
+            text = _mark_text(checkpoint, page.result_step)
+            marks.append(Mark(text=text, x=point[0], y=point[1], strong=is_result))
+    return marks
 
 
 def _mark_text(checkpoint: CheckpointInfo, result_step: int | None) -> str:
@@ -176,17 +174,6 @@ def _point_at(checkpoint: CheckpointInfo, *curves: Curve) -> tuple[dict[str, flo
             at = {axis: values[nearest] for axis, values in curve.x.items()}
             return None if value is None else (at, value)
     return None
-
-
-def _train_charts(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
-    trained = _of_split(rows, "train")
-    axes = axis_values(trained)
-
-    def curve(name: str, field: str) -> Curve:
-        return Curve(name=name, x=axes, y=[finite_number(row.get(field)) for row in trained])
-
-    found = [sections.chart(title, [curve(title.lower(), field)], y=y) for field, title, y in _TRAIN_CHARTS]
-    return [*found, sections.chart("Memory", [curve(name, field) for field, name in _MEMORY], y="GB of arrays")]
 
 
 def _of_split(rows: Sequence[Mapping[str, Any]], split: str) -> list[Mapping[str, Any]]:

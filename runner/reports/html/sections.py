@@ -22,9 +22,9 @@ Cell = Any
 
 CHART_POINTS = 1000
 """Points that a chart draws of a curve at most, where it has the chart for itself."""
-_ALL_POINTS = 20_000
+_ALL_POINTS = 8_000
 """Points of all curves of a chart."""
-_MIN_POINTS = 60
+_MIN_POINTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ class Curve:
     y: Sequence[float | None]
     id: str | None = None
     """That of its row in a table."""
+    total: int | None = None
+    """How many points it had, where it has been thinned out already."""
     rank: float | None = None
     """From 0, the best, to 1: its place among curves that are coloured by their result."""
 
@@ -75,6 +77,11 @@ class Row:
     """Lines below the row."""
 
 
+def points_of_a_curve(curves: int) -> int:
+    """Return how many points each curve of a chart with that many curves has at most."""
+    return max(_MIN_POINTS, min(CHART_POINTS, _ALL_POINTS // max(1, curves)))
+
+
 def facts(items: Iterable[tuple[str, str, str]]) -> Part:
     """Return the figures at the top of a page: label, value and a remark; those with an empty value are left out."""
     return {"kind": "facts", "items": [{"label": a, "value": b, "remark": c} for a, b, c in items if b]}
@@ -98,11 +105,11 @@ def chart(
         ranked: whether curves are coloured by `Curve.rank`, and named where they are pointed at, not in a legend.
     """
     drawn = [curve for curve in curves if any(value is not None for value in curve.y)]
-    limit = max(_MIN_POINTS, min(CHART_POINTS, _ALL_POINTS // max(1, len(drawn))))
+    limit = points_of_a_curve(len(drawn))
     total, shown, fields = 0, 0, []
     for curve in drawn:
         keep = thinned(curve.y, limit)
-        total, shown = total + len(curve.y), shown + len(keep)
+        total, shown = total + (curve.total or len(curve.y)), shown + len(keep)
         fields.append(
             {
                 "name": curve.name,

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.common import layout
-from runner.common.errors import RunnerError
 from runner.common.safe_json import finite_number
 from runner.common.text import count, format_duration
 from runner.reports import cells, settings_text
 from runner.reports.html import sections
+from runner.reports.html.curves_of_runs import RunCurves
 from runner.reports.html.page import Page
-from runner.reports.html.run_report import LOSS_DIGITS, loss_curve, next_steps, run_title, time_text
+from runner.reports.html.run_report import LOSS_DIGITS, next_steps, run_title, time_text
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.verdict_part import verdict_part
 from runner.reports.importance import CLEAR_P, MIN_SPARE, Importance, ImportanceResult, measure_importance
@@ -23,7 +23,6 @@ from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.seed_groups import seed_groups
 from runner.reports.sweep_results import read_sweep_results
 from runner.reports.verdict import Names, judge
-from runner.runs import sweep_manifest
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
 from runner.runs.objective import VALID_LOSS, Objective
@@ -84,12 +83,8 @@ def _runs_and_settings(
     sweep: SweepInfo, errors: Mapping[int, str]
 ) -> tuple[list[RunInfo], dict[Path, Mapping[str, Any]]]:
     """Return the runs of all recorded jobs, those that have not begun included, and what each varies, by path."""
-    try:
-        manifest = sweep_manifest.read_manifest(sweep.path)
-    except (RunnerError, OSError):
-        manifest = sweep_manifest.SweepManifest(sweep.path)
-    if manifest.jobs:
-        results = read_sweep_results(manifest, errors, {run.path: run for run in sweep.runs})
+    if sweep.manifest is not None and sweep.manifest.jobs:
+        results = read_sweep_results(sweep.manifest, errors, {run.path: run for run in sweep.runs})
         jobs = sorted(results.jobs, key=lambda result: result.job.number)
         return [result.run for result in jobs], {result.run.path: result.varied for result in jobs}
     names = settings_text.by_importance(differing_settings(sweep.runs))
@@ -144,11 +139,15 @@ def _label(job: _Job, names: Sequence[str]) -> str:
 
 
 def _charts(jobs: Sequence[_Job], names: Sequence[str]) -> list[Part]:
+    curves = [RunCurves(job.run, len(jobs)) for job in jobs]
+    labels = [f"job {job.name}: {_label(job, names)}" for job in jobs]
     drawn = []
     for split, title in (("valid", "Validation loss"), ("train", "Training loss")):
-        curves = [loss_curve(f"job {job.name}: {_label(job, names)}", job.run, split, id=job.id, rank=job.rank)
-                  for job in jobs]  # fmt: skip
-        drawn.append(sections.chart(title, curves, y="mean loss of a token", ranked=True, lower_is_better=True))
+        of_jobs = [
+            of_job.of(split, label, id=job.id, rank=job.rank)
+            for of_job, label, job in zip(curves, labels, jobs, strict=True)
+        ]
+        drawn.append(sections.chart(title, of_jobs, y="mean loss of a token", ranked=True, lower_is_better=True))
     return drawn
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import run_folders
+from evaluated_runs import row_losses, write_run, write_sweep
 
 from runner.common.errors import ConfigError, StorageError
 from runner.common.layout import REPORT
@@ -54,7 +55,11 @@ def test_a_run(tmp_path: Path) -> None:
     charts = {chart["title"]: chart for chart in part(data, "Training")["charts"]}
     assert list(charts) == ["Loss", "Learning rate", "Gradient norm", "Throughput", "Memory"]
     assert [curve["name"] for curve in charts["Loss"]["curves"]] == ["train", "valid"]
-    assert charts["Loss"]["curves"][1]["x"] == {"step": list(range(0, 41, 5)), "tokens": list(range(0, 4001, 500))}
+    valid = charts["Loss"]["curves"][1]["x"]
+    assert valid["step"] == list(range(0, 41, 5)) and valid["tokens"] == list(range(0, 4001, 500))
+    assert valid["minutes"] == sorted(valid["minutes"]) and valid["minutes"][-1] == pytest.approx(
+        4000 / 925 / 60, rel=0.03
+    )
     assert {"setting": "lora.rank", "value": "16", "default": "8"} in table(
         data, "Settings that differ from the defaults"
     )
@@ -126,6 +131,18 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert [job["job"] for job in failed] == ["3", "7", "11", "15"]
     assert failed[0]["reason"] == "The loss at step 7 is not finite."
     assert data_of(sweep / "5")["up"]["href"] == "./../report.html"
+
+
+def test_the_verdict_of_a_sweep_names_the_jobs_that_are_not_distinguishable_from_the_best(tmp_path: Path) -> None:
+    for number, level in enumerate((1.004, 1.0, 1.2)):
+        rows = {0: row_losses(2), 10: row_losses(level, seed=number)}
+        write_run(tmp_path / "sweep" / str(number), rows, lora__rank=2**number)
+    data = data_of(write_sweep(tmp_path / "sweep", 3))
+    verdict = part(data, "Verdict: validation loss of the same 60 rows")
+    assert [row["id"] for row in verdict["rows"]] == ["job 1", "job 0", "job 2"]
+    outcomes = [row["outcome"] for row in table(data, verdict["title"])]
+    assert outcomes[1].startswith("not distinguishable") and outcomes[2] == "worse"
+    assert "not distinguishable from job 1" in verdict["note"]
 
 
 def test_too_few_jobs_are_said_to_be_too_few(tmp_path: Path) -> None:

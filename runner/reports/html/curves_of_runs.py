@@ -36,11 +36,12 @@ class RunCurves:
 
     def _axes(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         """Return the positions of rows on each axis: steps, and tokens and minutes where they are recorded."""
-        axes: dict[str, list[float]] = {"step": [row["step"] for row in rows]}
+        steps: list[int] = [row["step"] for row in rows]
+        axes: dict[str, list[float]] = {"step": [*steps]}
         for (name, axis, unit), known in zip(
             (("tokens", "tokens", 1), ("minutes", "time", _MINUTE)), self._known, strict=True
         ):
-            values = [known[step] if step in known else self._timeline.at(step, axis) for step in axes["step"]]
+            values = [known[step] if step in known else self._timeline.at(step, axis) for step in steps]
             if all(value is not None for value in values):
                 axes[name] = [rounded((value or 0.0) / unit) or 0.0 for value in values]
         return axes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
 from typing import Any
 
 from runner.cli.commands import COMMANDS, CommandParser
@@ -18,9 +19,12 @@ _OVERRIDES_HELP = (
 
 
 class AdapterParser(CommandParser):
-    """A parser with RUN, --checkpoint, --any-base and --json; `parse` also allows overrides among the options."""
+    """A parser with RUN, --checkpoint, --any-base and, unless the command has no data to print, --json.
 
-    def __init__(self, command: str) -> None:
+    `parse` also allows overrides among the options.
+    """
+
+    def __init__(self, command: str, *, has_json: bool = True) -> None:
         super().__init__(prog=f"runner {command}", description=COMMANDS[command])
         self.add_argument("run", metavar="RUN", help="run directory, its adapters/, or a checkpoint (step-0000100)")
         self.add_argument(
@@ -29,7 +33,53 @@ class AdapterParser(CommandParser):
         self.add_argument(
             "--any-base", action="store_true", help="accept a base model with other weights than it was trained on"
         )
-        self.add_argument("--json", action="store_true", help="one JSON document on standard output")
+        if has_json:
+            self.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+    def add_max_tokens(self, default: int) -> None:
+        """Add --max-tokens."""
+        self.add_argument(
+            "--max-tokens",
+            type=number(int, lambda n: n >= 1, "1 or more"),
+            default=default,
+            metavar="N",
+            help=f"longest answer, in tokens (default: {default})",
+        )
+
+    def add_sampling(self) -> None:
+        """Add the options of mlx-lm's sampler, with defaults that always choose the likeliest token."""
+        self.add_argument(
+            "--temp",
+            type=number(float, lambda t: 0 <= t < 1000, "0 or more"),
+            default=0.0,
+            metavar="T",
+            help="temperature; 0 always chooses the likeliest token (default: 0)",
+        )
+        self.add_argument(
+            "--top-p",
+            type=number(float, lambda p: 0 < p <= 1, "above 0, up to 1"),
+            default=1.0,
+            metavar="P",
+            help="sample from the likeliest tokens that hold this much probability (default: 1, all)",
+        )
+        self.add_argument(
+            "--top-k",
+            type=number(int, lambda k: k >= 0, "0 or more"),
+            default=0,
+            metavar="K",
+            help="sample from the K likeliest tokens (default: 0, all)",
+        )
+        self.add_argument(
+            "--min-p",
+            type=number(float, lambda p: 0 <= p <= 1, "between 0 and 1"),
+            default=0.0,
+            metavar="P",
+            help="sample from tokens with at least this share of the likeliest one's probability (default: 0, all)",
+        )
+
+    def add_seed(self) -> None:
+        """Add --seed."""
+        self.add_argument("--seed", type=number(int, lambda s: 0 <= s < 2**63, "0 or more"), default=0, metavar="N")
 
     def parse(self, argv: list[str]) -> Namespace:
         """Parse `argv`, with the overrides as `overrides`; a prompt that looks like an option comes after `--`."""
@@ -37,6 +87,28 @@ class AdapterParser(CommandParser):
         if "--" in argv or any(argument in ("-h", "--help") for argument in argv):
             return self.parse_args(argv)
         return self.parse_intermixed_args(argv)
+
+
+def number(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
+    """Return an argparse type: a number that `is_valid` accepts."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
+            raise ArgumentTypeError(f"{text} is invalid: must be {requirement}")
+        return value
+
+    return parse
+
+
+def make_sampler(options: Namespace) -> Callable[[Any], Any]:
+    """Return mlx-lm's sampler for the options of `AdapterParser.add_sampling`."""
+    from mlx_lm import sample_utils
+
+    return sample_utils.make_sampler(temp=options.temp, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p)
 
 
 def compose_run(command: str, overrides: list[str]) -> Config:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,9 @@ from runner.common.errors import ConfigError, DataError
 from runner.common.text import printable
 from runner.config.schema import Config
 from runner.data.row_errors import RowError
-from runner.data.source import BUILTIN_PREFIX, find_sources
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter
-    from runner.data.text_encoder import TextEncoder
 
 
 def run(argv: list[str]) -> int:
@@ -53,56 +50,24 @@ def run(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> Namespace:
     parser = arguments.AdapterParser("generate")
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
-    parser.add_argument("--max-tokens", type=_number(int, lambda n: n >= 1, "1 or more"), default=256, metavar="N")
-    parser.add_argument(
-        "--temp",
-        type=_number(float, lambda t: 0 <= t < 1000, "0 or more"),
-        default=0.0,
-        metavar="T",
-        help="temperature; 0 always chooses the likeliest token (default: 0)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=_number(float, lambda p: 0 < p <= 1, "above 0, up to 1"),
-        default=1.0,
-        metavar="P",
-        help="sample from the likeliest tokens that hold this much probability (default: 1, all)",
-    )
-    parser.add_argument("--seed", type=_number(int, lambda s: 0 <= s < 2**63, "0 or more"), default=0, metavar="N")
+    parser.add_max_tokens(256)
+    parser.add_sampling()
+    parser.add_seed()
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--compare-base", action="store_true", help="also answer without the adapter, first")
     return parser.parse(argv)
 
 
-def _number(kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
-    """Return an argparse type: a number that `is_valid` accepts."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise ArgumentTypeError(f"{text} is invalid: must be {requirement}")
-        return value
-
-    return parse
-
-
 def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: str | None) -> list[int]:
     """Encode the prompt as the run's rows were encoded: with the chat template if they were."""
-    from runner.data.chat_template import TemplateOptions
-    from runner.data.text_encoder import TextEncoder
+    from runner.inference.prompts import PromptEncoder
 
-    encoder = TextEncoder(loaded.base.tokenizer, TemplateOptions.from_config(config.data))
+    encoder = PromptEncoder(loaded.base.tokenizer, config)
+    if system is not None and not encoder.uses_template:
+        raise ConfigError("--system needs a chat template, and this run's rows were encoded without one.")
+    turns = [{"role": "system", "content": system}] if system is not None else []
     try:
-        if encoder.has_chat_template and config.data.chat_template and not _trained_on_text(config, encoder):
-            system = config.data.system_prompt if system is None else system
-            turns = [{"role": "system", "content": system}] if system is not None else []
-            return encoder.encode_chat([*turns, {"role": "user", "content": prompt}], add_generation_prompt=True)
-        if system is not None:
-            raise ConfigError("--system needs a chat template, and this run's rows were encoded without one.")
-        tokens = encoder.encode(prompt)
+        tokens = encoder.encode([*turns, {"role": "user", "content": prompt}])
     except RowError as reason:
         raise DataError(f"The prompt cannot be used: {reason}.") from None
     if not tokens:
@@ -110,34 +75,15 @@ def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: s
     return tokens
 
 
-def _trained_on_text(config: Config, encoder: TextEncoder) -> bool:
-    """Return whether the run was trained on plain text, without a template; False if its data cannot be read."""
-    data = config.data
-    if data.format != "auto":
-        return data.format == "text"
-    if data.mix is None and not (data.path.startswith(BUILTIN_PREFIX) or Path(data.path).exists()):
-        return False
-    from runner.data.formats import FORMATS, choose_format
-    from runner.data.readers import read_rows
-
-    try:
-        source = find_sources(data)[0]
-        first = next(iter(read_rows(source.find_files()["train"][0])))
-        return choose_format(first, encoder, source.options) is FORMATS["text"]
-    except (DataError, KeyError, StopIteration):
-        return False
-
-
 def _answer(loaded: LoadedAdapter, prompt_tokens: list[int], options: Namespace, heading: str | None) -> dict[str, Any]:
     """Generate with the model as it is, printing the text as it comes unless --json was given."""
     import mlx.core as mx
     from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
 
     from runner.training.decoding import generation_error
 
     mx.random.seed(options.seed)
-    sampler = make_sampler(temp=options.temp, top_p=options.top_p)
+    sampler = arguments.make_sampler(options)
     prints = not options.json
     text, response = "", None
     if heading and prints:

@@ -1,0 +1,1 @@
+"""What a trained adapter is used for: conversations, a server, benchmarks of lm-eval."""

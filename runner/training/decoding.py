@@ -7,8 +7,9 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -47,6 +48,7 @@ def decode(
     before_step: Callable[[], None],
     log: Callable[[str], None],
     cache_probe: bool = True,
+    is_finished: Callable[[int, Sequence[int]], bool] = lambda number, tokens: False,
 ) -> list[list[int]]:
     """Return a greedy continuation of each prompt, up to the end of the answer or `max_tokens`.
 
@@ -55,6 +57,8 @@ def decode(
         before_step: called before every step; may raise to stop.
         log: called with a line where prompts are continued one at a time.
         cache_probe: store on disk that batches are right for this base model and these prompts.
+        is_finished: called with the number of a prompt and the tokens of its answer after each of them; says whether
+            the answer ends there.
 
     Raises:
         ModelError: mlx-lm cannot generate with this architecture.
@@ -62,14 +66,17 @@ def decode(
     model, stop_tokens = base.model, sorted(base.tokenizer.eos_token_ids)
     reason: str | None = None
     if len(prompts) > _PROBE_PROMPTS:
-        reason = _why_not_in_batches(base, prompts, max_tokens, before_step, cache_probe)
+        reason = why_not_in_batches(base, prompts, max_tokens, before_step, cache_probe)
         if reason is None:
             try:
-                return _decode_batches(model, prompts, max_tokens, stop_tokens, before_step)
+                return _decode_batches(model, prompts, max_tokens, stop_tokens, before_step, is_finished)
             except _BatchError as error:
                 reason = str(error)
         log(f"answers are generated one at a time: {reason}")
-    return [_decode_one(base, prompt, max_tokens, stop_tokens, before_step) for prompt in prompts]
+    return [
+        _decode_one(base, prompt, max_tokens, stop_tokens, before_step, partial(is_finished, number))
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 class _BatchError(Exception):
@@ -82,17 +89,27 @@ def _decode_batches(
     max_tokens: int,
     stop_tokens: list[int],
     before_step: Callable[[], None],
+    is_finished: Callable[[int, Sequence[int]], bool] = lambda number, tokens: False,
 ) -> list[list[int]]:
     """Continue all prompts; those of similar length together."""
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     generated: list[list[int]] = [[] for _ in prompts]
-    for step in _batch_steps(
+    steps = _batch_steps(
         model, [prompts[i] for i in by_length], [max_tokens] * len(prompts), stop_tokens, BATCH_SIZE, before_step
-    ):
-        for number, response in step:
-            if response.finish_reason != "stop":
-                generated[by_length[number]].append(response.token)
-    return generated
+    )
+    finished: list[int] | None = None
+    with closing(steps):
+        while True:
+            try:
+                step = steps.send(finished)
+            except StopIteration:
+                return generated
+            finished = []
+            for number, response in step:
+                if response.finish_reason != "stop":
+                    generated[by_length[number]].append(response.token)
+                if response.finish_reason is None and is_finished(by_length[number], generated[by_length[number]]):
+                    finished.append(number)
 
 
 def _batch_steps(
@@ -102,8 +119,9 @@ def _batch_steps(
     stop_tokens: list[int],
     size: int,
     before_step: Callable[[], None],
-) -> Iterator[list[tuple[int, Any]]]:
-    """Yield what each step generates: the number of the prompt and mlx-lm's response.
+) -> Generator[list[tuple[int, Any]], list[int] | None, None]:
+    """Yield what each step generates: the number of the prompt and mlx-lm's response. Numbers that are sent back are
+    not continued.
 
     Raises:
         _BatchError: mlx-lm fails.
@@ -120,8 +138,11 @@ def _batch_steps(
         raise _BatchError(_describe(error)) from error
     with closing(generator):
         numbers: dict[int, int] = {}
+        finished: list[int] | None = None
         while True:
             try:
+                if finished:
+                    generator.remove([uid for uid, number in numbers.items() if number in finished])
                 if not numbers:
                     uids = generator.insert([list(prompt) for prompt in prompts], max_tokens)
                     numbers = {uid: number for number, uid in enumerate(uids)}
@@ -133,11 +154,16 @@ def _batch_steps(
             if not responses:
                 return
             before_step()
-            yield [(numbers[response.uid], response) for response in responses]
+            finished = yield [(numbers[response.uid], response) for response in responses]
 
 
 def _decode_one(
-    base: BaseModel, prompt: Sequence[int], max_tokens: int, stop_tokens: list[int], before_step: Callable[[], None]
+    base: BaseModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop_tokens: list[int],
+    before_step: Callable[[], None],
+    is_finished: Callable[[Sequence[int]], bool],
 ) -> list[int]:
     generated: list[int] = []
     with wired_limit(base.model, [generation_stream]):
@@ -146,6 +172,8 @@ def _decode_one(
             if token in stop_tokens:
                 break
             generated.append(token)
+            if is_finished(generated):
+                break
     return generated
 
 
@@ -171,10 +199,18 @@ def generation_error(base: BaseModel, error: Exception) -> ModelError:
     )
 
 
-def _why_not_in_batches(
-    base: BaseModel, prompts: Prompts, max_tokens: int, before_step: Callable[[], None], cache_probe: bool
+def why_not_in_batches(
+    base: BaseModel,
+    prompts: Prompts,
+    max_tokens: int,
+    before_step: Callable[[], None] = lambda: None,
+    cache_probe: bool = True,
 ) -> str | None:
-    """Return why batches are not used for this model, or None if they give what one prompt at a time gives."""
+    """Return why batches are not used for this model, or None if they give what one prompt at a time gives.
+
+    Raises:
+        ModelError: mlx-lm cannot generate with this architecture.
+    """
     probes = _probe_prompts(base, prompts, max_tokens)
     verified = CachedResult.of(
         "batches",

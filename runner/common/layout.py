@@ -18,6 +18,8 @@ CHECKPOINTS = "checkpoints"
 """Default of checkpoint.dir."""
 RESULT = "adapters"
 """The folder of a run's result."""
+EVALUATIONS = "evaluations"
+"""The folder of a run's results of lm-eval."""
 STEP_NAME = re.compile(r"step-([0-9]{7,18})")
 """The folder of a checkpoint."""
 ADAPTERS = "adapters.safetensors"

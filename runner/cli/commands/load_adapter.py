@@ -29,6 +29,8 @@ class LoadedAdapter:
     lora: schema.LoraConfig
     seed: int
     weights: Params
+    model: schema.ModelConfig
+    """How the base model was loaded, nothing in it `auto`."""
     adapted: AdaptedModel | None = None
 
     def attach(self) -> AdaptedModel:
@@ -48,6 +50,21 @@ class LoadedAdapter:
         self.adapted = adapted
         return adapted
 
+    def replace(self, source: AdapterSource) -> None:
+        """Replace the weights by those of another checkpoint of the same run.
+
+        Raises:
+            ModelError: they have other names, shapes or settings.
+            CheckpointError: the file is damaged.
+        """
+        weights = parse_arrays(source.adapters, source=str(source.folder / ADAPTERS))
+        assert self.adapted is not None
+        _compare_shapes(self.weights, weights)
+        _compare_config(self.adapted, source)
+        self.weights = weights
+        self.adapted.place(weights)
+        self.adapted.model.eval()
+
     def detach(self) -> None:
         """Restore the base model's own layers."""
         if self.adapted is not None:
@@ -56,7 +73,12 @@ class LoadedAdapter:
 
 
 def load_adapter(
-    source: AdapterSource, settings: StoredSettings, *, any_base: bool = False, log: Callable[[str], None]
+    source: AdapterSource,
+    settings: StoredSettings,
+    *,
+    any_base: bool = False,
+    log: Callable[[str], None],
+    previous: LoadedAdapter | None = None,
 ) -> LoadedAdapter:
     """Load the base model that `settings` name and attach the adapter of `source` to it.
 
@@ -65,36 +87,54 @@ def load_adapter(
         settings: the run's settings, which may name another copy of the base model.
         any_base: accept a base model with other weights than the adapter was trained on.
         log: called with each line for the user.
+        previous: an adapter that is not used any more, whose base model is used where it is the same.
 
     Raises:
         ModelError: no such model, other weights than the adapter was trained on, or an adapter that does not fit.
         CheckpointError: the adapter's file is damaged.
     """
     weights = parse_arrays(source.adapters, source=str(source.folder / ADAPTERS))
-    base = _load_base(source, settings, any_base=any_base, log=log)
-    loaded = LoadedAdapter(base, settings.config.lora, settings.config.seed, weights)
-    for key, value in loaded.attach().adapter_config().items():
+    model = _resolved_model(source, settings)
+    base: BaseModel | None = None
+    if previous is not None:
+        previous.detach()
+        fingerprint = source.adapter_config.get("base_fingerprint")
+        if previous.model == model and (any_base or previous.base.fingerprint == fingerprint):
+            base = previous.base
+        del previous.base  # before another is loaded
+    base = base or _load_base(source, settings, model, any_base=any_base, log=log)
+    loaded = LoadedAdapter(base, settings.config.lora, settings.config.seed, weights, model)
+    _compare_config(loaded.attach(), source)
+    return loaded
+
+
+def _resolved_model(source: AdapterSource, settings: StoredSettings) -> schema.ModelConfig:
+    """Return the model's settings. What `auto` meant in training it means here, on any device, unless it is typed."""
+    recorded = recorded_precision(source.adapter_config.get(ADAPTER_FIELD))
+    untyped = {name: value for name, value in recorded.items() if f"model.{name}" not in settings.typed}
+    return resolve_auto(settings.config.model, untyped)
+
+
+def _compare_config(adapted: AdaptedModel, source: AdapterSource) -> None:
+    for key, value in adapted.adapter_config().items():
         stored = source.adapter_config.get(key)
         if key not in _BASE_FIELDS and stored != value:
             raise ModelError(
                 f"{source.folder / ADAPTER_CONFIG} says {key}: {stored}, but the settings of {source.run} give {value}."
             )
-    return loaded
 
 
 def _load_base(
-    source: AdapterSource, settings: StoredSettings, *, any_base: bool, log: Callable[[str], None]
+    source: AdapterSource,
+    settings: StoredSettings,
+    model: schema.ModelConfig,
+    *,
+    any_base: bool,
+    log: Callable[[str], None],
 ) -> BaseModel:
-    """Load the base model alone; its weights must be those that the adapter was trained on, unless `any_base`.
-
-    What `auto` meant in training it means here, on any device, unless it is typed.
-    """
+    """Load the base model alone; its weights must be those that the adapter was trained on, unless `any_base`."""
     fingerprint = source.adapter_config.get("base_fingerprint")
     recorded = recorded_precision(source.adapter_config.get(ADAPTER_FIELD))
-    model = resolve_auto(
-        settings.config.model,
-        {name: value for name, value in recorded.items() if f"model.{name}" not in settings.typed},
-    )
     trained_model = resolve_auto(settings.trained_model, recorded)
     verified = any_base
     if not verified and _numerics(model) != _numerics(trained_model):

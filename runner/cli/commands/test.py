@@ -1,10 +1,10 @@
-"""`runner test`: loss, perplexity and the data set's metric of a run or checkpoint on held-out rows."""
+"""`runner test`: loss, perplexity and the data set's metric of a run on held-out rows, or tasks of lm-eval."""
 
 from __future__ import annotations
 
-import math
+from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
@@ -13,9 +13,9 @@ from runner.config.schema import Config
 from runner.data.source import find_sources
 
 if TYPE_CHECKING:
-    from runner.cli.commands.load_adapter import LoadedAdapter
-    from runner.data.tokenize import TokenizedDataset
     from runner.training.generate import GenerationResult
+
+_TASK_OPTIONS = ("limit", "num_fewshot", "include", "no_chat_template", "base")
 
 
 def run(argv: list[str]) -> int:
@@ -24,85 +24,62 @@ def run(argv: list[str]) -> int:
     Raises:
         RunnerError: a wrong argument, or an adapter, base model or data set that cannot be used.
     """
-    parser = arguments.AdapterParser("test")
-    parser.add_argument("--split", choices=("test", "valid", "train"), default="test")
-    parser.add_argument("--rows", type=int, help="rows to answer and score, -1 for all (default: data.metric_rows)")
-    options = parser.parse(argv)
+    options = _parse(argv)
+    if options.tasks is not None:
+        from runner.cli.commands.test_tasks import test_tasks
+
+        return test_tasks(options)
+    if options.all:
+        from runner.cli.commands.test_all import test_all
+
+        return test_all(options)
     source = adapter_source.find_adapter(Path(options.run), options.checkpoint)
     settings = stored_settings.read_settings(source.run, options.overrides)
+    prepare(settings, options)
     config = settings.config
-    if "train.eval_batches" not in settings.typed:
-        config.train.eval_batches = -1
-    metric_rows = _metric_rows(options.rows, config)
-    if options.split not in _splits_of(config):
-        raise DataError(
-            f"{config.data.path} has no {options.split} split. Another split: --split valid. Other data: data.path=…"
-        )
+    metric_rows = count_metric_rows(options.rows, config)
     blas.load_blas()
-    from runner.backends.hidden_caches import hidden_caches
-    from runner.backends.select import select_backend
+    from runner.cli.commands.evaluation import SplitEvaluation
     from runner.cli.commands.load_adapter import load_adapter
-    from runner.data.formats import EncodeOptions
-    from runner.data.token_cache import open_token_cache
-    from runner.data.tokenize import load_sources
-    from runner.training.dataloader import evaluation_loader
-    from runner.training.evaluate import evaluate
 
     loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
-    encode_options, cache = EncodeOptions.from_config(config.data), open_token_cache(config.data)
-    data = load_sources(
-        find_sources(config.data),
-        loaded.base.lazy_tokenizer,
-        encode_options,
-        (options.split,),
-        cache,
-        valid_fraction=config.data.valid_fraction,
-    )
-    for note in data.notes:
-        arguments.print_note(note)
-    rows = getattr(data, options.split)
-    assert loaded.adapted is not None
-    backend = select_backend(loaded.adapted, config, int(rows.lengths.max()) if len(rows) else None)
-    caches = hidden_caches(backend, loaded.base, config, arguments.print_note)
-    batches = evaluation_loader(rows, config, caches)
-    tested = evaluate(backend, loaded.adapted.params(), batches)
-    perplexity = math.exp(min(tested.loss, 700))  # beyond it a float overflows
-    document: dict[str, Any] = {
-        "run": str(source.run),
-        "adapter": str(source.folder),
-        "step": source.step,
-        "data": config.data.path,
-        "split": options.split,
-        "rows": batches.row_count,
-        "loss": tested.loss,
-        "perplexity": perplexity,
-        "supervised_tokens": tested.supervised,
-        "tokens": tested.tokens,
-        "seconds": round(tested.seconds, 3),
-    }
-    if not options.json:
-        print(
-            f"{options.split} loss {tested.loss:.4f}, perplexity {perplexity:.3f}: {source.name}, "
-            f"{tested.supervised:,} tokens of {batches.row_count:,} rows, {tested.seconds:.1f} s"
-        )
-    if metric_rows:
-        scored = _generate(loaded, data, config, options.split, metric_rows)
-        document |= {"metric": config.data.metric, "score": scored.score, "answers": [vars(a) for a in scored.answers]}
-        if not options.json:
-            _print_samples(scored, config)
+    fields, scored = SplitEvaluation(loaded, config, options.split, metric_rows).measure()
     if options.json:
-        arguments.print_json(document)
+        names = {"run": str(source.run), "adapter": str(source.folder), "step": source.step}
+        answers = {} if scored is None else {"answers": [vars(answer) for answer in scored.answers]}
+        arguments.print_json({**names, "data": config.data.path, "split": options.split, **fields, **answers})
+        return 0
+    print(
+        f"{options.split} loss {fields['loss']:.4f}, perplexity {fields['perplexity']:.3f}: {source.name}, "
+        f"{fields['supervised_tokens']:,} tokens of {fields['rows']:,} rows, {fields['seconds']:.1f} s"
+    )
+    if scored is not None:
+        _print_samples(scored, config)
     return 0
 
 
-def _splits_of(config: Config) -> set[str]:
-    """Return the splits that the data has, with the one that is cut off the training rows."""
-    splits = {split for source in find_sources(config.data) for split in source.find_files()}
-    return splits | ({"valid"} if config.data.valid_fraction is not None else set())
+def prepare(settings: stored_settings.StoredSettings, options: Namespace) -> None:
+    """Evaluate all rows of the split, unless train.eval_batches was typed.
+
+    Raises:
+        DataError: the data has no such split.
+    """
+    data = settings.config.data
+    if "train.eval_batches" not in settings.typed:
+        settings.config.train.eval_batches = -1
+    splits = {split for source in find_sources(data) for split in source.find_files()}
+    if options.split not in splits | ({"valid"} if data.valid_fraction is not None else set()):
+        raise DataError(
+            f"{data.path} has no {options.split} split. Another split: --split valid. Other data: data.path=…"
+        )
 
 
-def _metric_rows(rows: int | None, config: Config) -> int:
-    """Return how many rows to answer and score: -1 all, 0 none; `rows` is what --rows says."""
+def count_metric_rows(rows: int | None, config: Config) -> int:
+    """Return how many rows to answer and score: -1 all, 0 none; `rows` is what --rows says.
+
+    Raises:
+        ConfigError: `rows` is invalid, or there is no metric.
+    """
     if rows is None:
         return config.data.metric_rows if config.data.metric else 0
     if rows < -1:
@@ -112,25 +89,34 @@ def _metric_rows(rows: int | None, config: Config) -> int:
     return rows
 
 
-def _generate(
-    loaded: LoadedAdapter, data: TokenizedDataset, config: Config, split: str, count: int
-) -> GenerationResult:
-    from runner.data.formats import EncodeOptions
-    from runner.data.metrics import METRICS
-    from runner.training.generate import generate
-
-    values = data.first_rows(split, count)
-    arguments.print_note(f"answering {len(values)} {split} rows")
-    assert config.data.metric is not None
-    return generate(
-        loaded.base,
-        values,
-        EncodeOptions.from_config(config.data),
-        METRICS[config.data.metric],
-        max_tokens=config.data.max_new_tokens,
-        log=arguments.print_note,
-        cache_probe=config.train.cache_probes,
+def _parse(argv: list[str]) -> Namespace:
+    parser = arguments.AdapterParser("test")
+    parser.add_argument("--split", choices=("test", "valid", "train"), help="rows to measure (default: test)")
+    parser.add_argument("--rows", type=int, help="rows to answer and score, -1 for all (default: data.metric_rows)")
+    parser.add_argument(
+        "--all", action="store_true", help="a table of all kept checkpoints of a run, or of all jobs of a sweep"
     )
+    tasks = parser.add_argument_group("lm-eval (pip install 'mlx-runner[lm-eval]')")
+    tasks.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval, or YAML files, instead of the split")
+    positive = arguments.number(int, lambda n: n >= 1, "1 or more")
+    tasks.add_argument("--limit", type=positive, metavar="N", help="documents of each task (default: all)")
+    shots = arguments.number(int, lambda n: n >= 0, "0 or more")
+    tasks.add_argument("--num-fewshot", type=shots, metavar="N", help="examples before each (default: the task's own)")
+    tasks.add_argument("--include", action="append", metavar="FOLDER", help="a folder with more tasks")
+    tasks.add_argument("--base", action="store_true", help="also evaluate without the adapter")
+    tasks.add_argument(
+        "--no-chat-template", action="store_true", help="ask in plain text also where the run has a chat template"
+    )
+    options = parser.parse(argv)
+    for name in () if options.tasks is not None else _TASK_OPTIONS:
+        if getattr(options, name):
+            raise ConfigError(f"--{name.replace('_', '-')} needs --tasks.")
+    if options.tasks is not None and (options.all or options.rows is not None or options.split):
+        raise ConfigError("--tasks takes no --all, --rows or --split: tasks have rows of their own.")
+    if options.all and options.checkpoint:
+        raise ConfigError("--all tests every checkpoint; without it, --checkpoint chooses one.")
+    options.split = options.split or "test"
+    return options
 
 
 def _print_samples(scored: GenerationResult, config: Config) -> None:

@@ -1,0 +1,80 @@
+"""Loss, perplexity and metric of adapters on one split: the data is read once, and the model serves all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from runner.backends.hidden_caches import hidden_caches
+from runner.backends.select import select_backend
+from runner.cli.commands.arguments import print_note
+from runner.cli.commands.load_adapter import LoadedAdapter
+from runner.config.schema import Config
+from runner.data.formats import EncodeOptions
+from runner.data.metrics import METRICS
+from runner.data.source import find_sources
+from runner.data.token_cache import open_token_cache
+from runner.data.tokenize import load_sources
+from runner.training.dataloader import evaluation_loader
+from runner.training.evaluate import evaluate
+from runner.training.generate import GenerationResult, generate
+
+
+class SplitEvaluation:
+    """A split of a run's data, and the model that is measured on it."""
+
+    def __init__(self, loaded: LoadedAdapter, config: Config, split: str, metric_rows: int) -> None:
+        """`metric_rows`: rows to answer and score, -1 for all, 0 for none.
+
+        Raises:
+            DataError: the rows cannot be read.
+        """
+        self._loaded, self._config, self._options = loaded, config, EncodeOptions.from_config(config.data)
+        data = load_sources(
+            find_sources(config.data),
+            loaded.base.lazy_tokenizer,
+            self._options,
+            (split,),
+            open_token_cache(config.data),
+            valid_fraction=config.data.valid_fraction,
+        )
+        for note in data.notes:
+            print_note(note)
+        rows = getattr(data, split)
+        assert loaded.adapted is not None
+        self._backend = select_backend(loaded.adapted, config, int(rows.lengths.max()) if len(rows) else None)
+        caches = hidden_caches(self._backend, loaded.base, config, print_note)
+        self._batches = evaluation_loader(rows, config, caches)
+        self._questions = data.first_rows(split, metric_rows) if metric_rows else []
+        self._split = split
+
+    def measure(self) -> tuple[dict[str, Any], GenerationResult | None]:
+        """Measure the adapter that is attached now; return the fields of the JSON document, and the scored answers."""
+        assert self._loaded.adapted is not None
+        tested = evaluate(self._backend, self._loaded.adapted.params(), self._batches)
+        fields: dict[str, Any] = {
+            "rows": self._batches.row_count,
+            "loss": tested.loss,
+            "perplexity": math.exp(min(tested.loss, 700)),  # beyond it a float overflows
+            "supervised_tokens": tested.supervised,
+            "tokens": tested.tokens,
+            "seconds": round(tested.seconds, 3),
+        }
+        if not self._questions:
+            return fields, None
+        scored = self._answer()
+        return {**fields, "metric": self._config.data.metric, "score": scored.score}, scored
+
+    def _answer(self) -> GenerationResult:
+        print_note(f"answering {len(self._questions)} {self._split} rows")
+        data = self._config.data
+        assert data.metric is not None
+        return generate(
+            self._loaded.base,
+            self._questions,
+            self._options,
+            METRICS[data.metric],
+            max_tokens=data.max_new_tokens,
+            log=print_note,
+            cache_probe=self._config.train.cache_probes,
+        )

@@ -15,6 +15,7 @@ RUN = $(VENV)/bin/python
 PIP = -m pip install --quiet --disable-pip-version-check
 STAMP = $(VENV)/.setup-$(EXTRAS)
 DEV_STAMP = $(VENV)/.setup-dev-$(EXTRAS)
+HARNESS_STAMP = $(VENV)/.setup-lm-eval
 REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
 REFERENCE_PACKAGES = torch transformers gguf accelerate peft
 # Only its chat templates are read, so that it needs none of what it depends on.
@@ -99,13 +100,18 @@ compiled: dev-setup
 test: models compiled ## run the tests, all but those against torch (WORKERS=, PYTEST_ARGS=)
 	@$(PYTEST) -m "not reference and not long"
 
-test-all: models compiled $(REFERENCE_STAMP) ## run every test, torch and transformers as references among them
+test-all: models compiled $(REFERENCE_STAMP) $(HARNESS_STAMP) ## run every test, those with torch, transformers and lm-eval too
 	@RUNNER_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE_VENV)/bin/python" $(PYTEST)
 
 test-darwin: models compiled ## run the tests of make test in a simulated macOS with a GPU, and list what it skips
 	@"$(RUN)" tests/darwin/environment.py "$(DARWIN_VENV)"
 	@RUNNER_CACHE="$(abspath $(DARWIN_VENV))/cache" $(ONE_THREAD) "$(DARWIN_VENV)/bin/python" $(PYTEST_WORDS) \
 	  -m "not reference and not long"
+
+$(HARNESS_STAMP): $(DEV_STAMP)
+	@echo "setup: installing lm-eval"
+	@"$(RUN)" $(PIP) --constraint constraints.txt --editable ".[lm-eval]"
+	@touch "$(HARNESS_STAMP)"
 
 $(REFERENCE_STAMP): constraints.txt
 	@if "$(REFERENCE_VENV)/bin/python" -c 'import pip' 2>/dev/null; then :; else \

@@ -233,10 +233,12 @@ def why_not_in_batches(
 def _probe_prompts(base: BaseModel, prompts: Prompts, max_tokens: int) -> list[Sequence[int]]:
     """Return the shortest, the longest and the median prompt.
 
-    Where an answer can grow beyond the model's attention window, the longest one is extended to just before its end.
+    A prompt of one token is not padded, so that it proves nothing, and the shortest of the others is taken. Where an
+    answer can grow beyond the model's attention window, the longest one is extended to just before its end.
     """
     by_length = sorted(prompts, key=len)
-    shortest, median, longest = by_length[0], by_length[len(by_length) // 2], by_length[-1]
+    shortest = next((prompt for prompt in by_length if len(prompt) > 1), by_length[0])
+    median, longest = by_length[len(by_length) // 2], by_length[-1]
     reachable = [w for w in _windows(base) if len(longest) < w <= len(longest) + max_tokens]
     if reachable:
         length = max(reachable) - 1

@@ -55,6 +55,12 @@ def test_answers_equal_those_of_stock_mlx_lm(tmp_path: Path, cache: Path, family
     assert [line.startswith("answers are generated one at a time:") for line in log] == [True] * (not in_batches)
 
 
+def test_prompts_of_one_token_do_not_hide_that_batches_are_wrong(tmp_path: Path, cache: Path) -> None:
+    base, log = load(write_model(tmp_path / "model", "mamba")), []
+    decoding.decode(base, [[90], *PROMPTS], 8, before_step=lambda: None, log=log.append)
+    assert "batches of this model give other answers" in log[0]
+
+
 def test_batches_of_a_recurrent_model_would_be_wrong(tmp_path: Path) -> None:
     base = load(write_model(tmp_path / "model", "mamba"))
     together = decoding._decode_batches(base.model, PROMPTS, 8, [2], lambda: None)

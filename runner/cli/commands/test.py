@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.backends import blas
-from runner.cli.commands import adapter_source, arguments, stored_settings
-from runner.common.errors import ConfigError, DataError
+from runner.cli.commands import adapter_source, arguments, stored_settings, test_rows
+from runner.common.errors import ConfigError
 from runner.config.schema import Config
-from runner.data.source import find_sources
 
 if TYPE_CHECKING:
     from runner.training.generate import GenerationResult
@@ -35,9 +34,9 @@ def run(argv: list[str]) -> int:
         return test_all(options)
     source = adapter_source.find_adapter(Path(options.run), options.checkpoint)
     settings = stored_settings.read_settings(source.run, options.overrides)
-    prepare(settings, options)
+    test_rows.require_split(settings, options.split)
     config = settings.config
-    metric_rows = count_metric_rows(options.rows, config)
+    metric_rows = test_rows.count_metric_rows(options.rows, config)
     blas.load_blas()
     from runner.cli.commands.evaluation import SplitEvaluation
     from runner.cli.commands.load_adapter import load_adapter
@@ -56,37 +55,6 @@ def run(argv: list[str]) -> int:
     if scored is not None:
         _print_samples(scored, config)
     return 0
-
-
-def prepare(settings: stored_settings.StoredSettings, options: Namespace) -> None:
-    """Evaluate all rows of the split, unless train.eval_batches was typed.
-
-    Raises:
-        DataError: the data has no such split.
-    """
-    data = settings.config.data
-    if "train.eval_batches" not in settings.typed:
-        settings.config.train.eval_batches = -1
-    splits = {split for source in find_sources(data) for split in source.find_files()}
-    if options.split not in splits | ({"valid"} if data.valid_fraction is not None else set()):
-        raise DataError(
-            f"{data.path} has no {options.split} split. Another split: --split valid. Other data: data.path=…"
-        )
-
-
-def count_metric_rows(rows: int | None, config: Config) -> int:
-    """Return how many rows to answer and score: -1 all, 0 none; `rows` is what --rows says.
-
-    Raises:
-        ConfigError: `rows` is invalid, or there is no metric.
-    """
-    if rows is None:
-        return config.data.metric_rows if config.data.metric else 0
-    if rows < -1:
-        raise ConfigError(f"--rows {rows} is invalid: must be -1 (all), 0 (none) or more.")
-    if rows and config.data.metric is None:
-        raise ConfigError("--rows needs a metric, and the run's data set has none: data.metric=exact_match or another.")
-    return rows
 
 
 def _parse(argv: list[str]) -> Namespace:

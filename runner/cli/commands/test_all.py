@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.backends import blas
-from runner.cli.commands import adapter_source, arguments, stored_settings
+from runner.cli.commands import adapter_source, arguments, stored_settings, test_rows
 from runner.cli.commands.adapter_source import AdapterSource
-from runner.cli.commands.test import count_metric_rows, prepare
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, CheckpointError, ConfigError, RunnerError
 from runner.common.text import relative_path
 from runner.config import serialize
@@ -141,14 +140,14 @@ class _Measurements:
             self._loaded.replace(source)
         else:
             settings = stored_settings.read_settings(source.run, options.overrides)
-            prepare(settings, options)
+            test_rows.require_split(settings, options.split)
             self._evaluation = None
             self._loaded = load_adapter(
                 source, settings, any_base=options.any_base, log=arguments.print_note, previous=self._loaded
             )
             from runner.cli.commands.evaluation import SplitEvaluation
 
-            metric_rows = count_metric_rows(options.rows, settings.config)
+            metric_rows = test_rows.count_metric_rows(options.rows, settings.config)
             self._evaluation = SplitEvaluation(self._loaded, settings.config, options.split, metric_rows)
             self._run = source.run
         return self._evaluation.measure()[0]

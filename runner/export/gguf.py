@@ -16,7 +16,7 @@ from runner.common.errors import ModelError
 from runner.common.storage_errors import storage_errors
 from runner.export.gguf_metadata import find_architecture, model_metadata
 from runner.export.gguf_tokenizer import read_tokenizer, tokenizer_metadata
-from runner.export.job import ExportJob, load_written
+from runner.export.job import ExportJob, Target, load_written
 from runner.export.mlx import require_space
 from runner.export.proof import ROUNDED_LIMIT, Comparison, Measured
 from runner.models import fetch
@@ -33,7 +33,7 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _LARGEST_FLOAT16 = 65504.0
 
 
-class GgufTarget:
+class GgufTarget(Target):
     """`--to gguf`; `type_name`: one of FILE_TYPES, None for 16 bits that the model bears."""
 
     limit = ROUNDED_LIMIT

@@ -10,14 +10,14 @@ import getpass
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner.common.errors import ConfigError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.config import validation
-from runner.export.job import ExportJob
+from runner.export.job import ExportJob, Target
 from runner.export.model_card import CardFacts, base_id, base_licence, write_card
 from runner.export.model_folder import FusedTarget, MlxTarget
 from runner.export.proof import Comparison, ExportError, Measured, Verdict
@@ -28,7 +28,7 @@ _TEXTS = ("README.md", "config.json", "adapter_config.json", "tokenizer_config.j
 _LARGEST_TEXT = 1 << 26
 
 
-class HubTarget:
+class HubTarget(Target):
     """`--to hub`; `path` is the name that the folder will have."""
 
     def __init__(
@@ -79,15 +79,16 @@ class HubTarget:
         assert self._facts is not None
         facts = CardFacts(**{**vars(self._facts), "verdict": verdict, "split": self._split})
         FileSystem().write_file(path / "README.md", write_card(job.config, facts).encode())
-        if found := next(find_personal(path), None):
+        paths = [name for name in (job.config.model.path, job.config.data.path) if Path(name).is_absolute()]
+        if found := next(find_personal(path, paths), None):
             raise ExportError(f"Nothing was exported: {found}. Remove it at its source, or export with --to fused.")
 
 
-def find_personal(folder: Path) -> Iterator[str]:
-    """Yield what in the texts of `folder` names this machine or its user, or looks like a secret."""
+def find_personal(folder: Path, paths: Sequence[str] = ()) -> Iterator[str]:
+    """Yield what in the texts of `folder` names this machine, its user or one of `paths`, or looks like a secret."""
     home, user, host = str(Path.home()), getpass.getuser(), socket.gethostname()
     patterns = {
-        "a path of this machine": re.escape(str(folder.parent)),
+        "a path of this machine": "|".join(map(re.escape, [str(folder.parent), *paths])),
         "the home directory": rf"{re.escape(home)}(?=[/\"'\s])" if len(home) > 1 else None,
         "the user's directory": rf"/(?:home|Users)/{re.escape(user)}\b",
         "the name of this machine": rf"(?<![\w-]){re.escape(host)}(?![\w-])" if len(host) > 3 else None,

@@ -10,7 +10,7 @@ from typing import Protocol
 from runner.config.schema import Config, LoraConfig, ModelConfig
 from runner.config.validation import lora_scale
 from runner.export.fused import fuse_adapter
-from runner.export.proof import Comparison, Measured
+from runner.export.proof import Comparison, Measured, Verdict
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, Params
 
@@ -60,7 +60,7 @@ class ExportJob:
 
 
 class Target(Protocol):
-    """A format: how it is written, read again, and how near it has to come."""
+    """A format: how it is written, read again, and how near it has to come. Targets inherit from it."""
 
     limit: float
     """Largest deviation that passes, as `proof.Verdict.limit`."""
@@ -78,6 +78,14 @@ class Target(Protocol):
         Raises:
             RunnerError: it cannot be loaded.
         """
+
+    def finish(self, job: ExportJob, verdict: Verdict | None, path: Path) -> None:
+        """Complete the export once it was compared, before it gets its name; most have nothing to add.
+
+        Raises:
+            RunnerError: it must not be exported.
+        """
+        return None
 
 
 def resolved_lora(lora: LoraConfig) -> LoraConfig:

@@ -11,13 +11,13 @@ from mlx.utils import tree_flatten
 from runner.common.errors import ModelError
 from runner.common.filesystem import FileSystem
 from runner.common.text import first_line
-from runner.export.job import ExportJob, load_written
+from runner.export.job import ExportJob, Target, load_written
 from runner.export.mlx import write_verified_folder
 from runner.export.proof import EXACT_LIMIT, ROUNDED_LIMIT, Comparison, Measured
 from runner.models.lora import AdaptedModel, Params, warm_start
 
 
-class FusedTarget:
+class FusedTarget(Target):
     """`--to fused`; `path` is the name that the folder will have."""
 
     limit = ROUNDED_LIMIT
@@ -37,7 +37,7 @@ class FusedTarget:
         return comparison.measure_model(load_written(path, job.config))
 
 
-class MlxTarget:
+class MlxTarget(Target):
     """`--to mlx`."""
 
     limit = EXACT_LIMIT

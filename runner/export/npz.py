@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from runner.common.errors import ModelError
-from runner.export.job import ExportJob, resolved_lora
+from runner.export.job import ExportJob, Target, resolved_lora
 from runner.export.proof import EXACT_LIMIT, Comparison, Measured
 from runner.models.lora import Params, read_weights, warm_start
 
@@ -22,7 +22,7 @@ LORA_PY_SCALE = 20.0
 _ADAPTED_THERE = ("self_attn.q_proj", "self_attn.v_proj", "block_sparse_moe.gate")
 
 
-class NpzTarget:
+class NpzTarget(Target):
     """`--to npz`."""
 
     limit = EXACT_LIMIT

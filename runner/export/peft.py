@@ -13,7 +13,7 @@ from runner.common.errors import ModelError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG
 from runner.config.validation import lora_scale
-from runner.export.job import ExportJob
+from runner.export.job import ExportJob, Target
 from runner.export.model_card import base_id
 from runner.export.proof import EXACT_LIMIT, Comparison, Measured
 from runner.models.arrays import to_tensors
@@ -24,7 +24,7 @@ from runner.models.peft.read import fit, read_layers
 from runner.models.quantization import module_at
 
 
-class PeftTarget:
+class PeftTarget(Target):
     """`--to peft`."""
 
     limit = EXACT_LIMIT

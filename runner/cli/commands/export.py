@@ -71,8 +71,7 @@ def _export(
     writer = _target(options, job, source, target)
 
     def finish(job: ExportJob, verdict: Verdict | None, draft: Path) -> None:
-        if hasattr(writer, "finish"):
-            writer.finish(job, verdict, draft)
+        writer.finish(job, verdict, draft)
         if base_target:
             export_job.export_base(job, base_target, dequantize=options.dequantize)
 

@@ -15,10 +15,12 @@ from huggingface_hub import ModelCard
 
 from runner.cli.commands import export
 from runner.common.errors import ConfigError, ModelError
-from runner.config.schema import LoraConfig
+from runner.config.schema import LoraConfig, ModelConfig, QuantizeConfig
 from runner.export.average import average_updates, padded
 from runner.export.hub import find_personal
+from runner.export.mlx import write_model_folder
 from runner.export.proof import ROUNDED_LIMIT, ExportError, Measured, RowLosses, Verdict
+from runner.models.load import load_base_model
 from runner.models.lora import read_weights
 
 LEARNS = {"lora.num_layers": -1, "optimizer.learning_rate": 1e-2, "train.eval_every": 4}
@@ -84,6 +86,21 @@ def test_an_export_that_lost_the_adapter_is_refused_and_removed(
     assert export.run([str(run), "--to", "fused", "--force"]) == 0
     assert "warning: the adapter's effect is lost" in capsys.readouterr().out
     assert (run / "export-fused" / "config.json").is_file()
+
+
+def test_four_bits_that_swallow_a_small_update_are_noticed(
+    tiny: Callable, train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelConfig(path="builtin:tiny", quantize=QuantizeConfig(bits=4, group_size=32))
+    write_model_folder(load_base_model(model), tmp_path / "base")
+    changes = {"model.path": str(tmp_path / "base"), "optimizer.learning_rate": 1e-5, "train.iters": 4}
+    run = train(tiny(**changes), tmp_path / "run")
+    with pytest.raises(ExportError, match="adapter's effect is (lost|damaged)"):
+        export.run([str(run), "--to", "fused"])
+    assert not (run / "export-fused").exists()
+    capsys.readouterr()
+    assert export.run([str(run), "--to", "fused", "--dequantize", "--json"]) == 0
+    assert proof_of(capsys)["deviation"] < 0.05
 
 
 def test_an_export_that_cannot_be_compared_is_refused_unless_forced(

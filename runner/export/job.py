@@ -31,8 +31,8 @@ class ExportJob:
     """The adapter folder that stock mlx-lm loads, by name of the file."""
     log: Callable[[str], None]
     """Called with each line for the user."""
-    load_as_stored: Callable[[], AdaptedModel]
-    """Returns the model anew, with its base in the types that its files have: a quantized one stays quantized."""
+    load_as_stored: Callable[[], AdaptedModel] | None = None
+    """Returns the model anew with its base quantized as its files have it; None where `adapted` is that already."""
 
     def with_weights(self, weights: Params) -> AdaptedModel:
         """Return the model with these weights in place."""
@@ -49,14 +49,17 @@ class ExportJob:
         Raises:
             ModelError: a layer cannot be merged.
         """
-        if dequantize:
-            adapted, self.adapted = self.with_weights(self.weights), None
-        else:
-            self.adapted = None  # before the other is loaded
-            adapted = self.load_as_stored()
-        fused = fuse_adapter(adapted, dequantize=dequantize)
+        fused = fuse_adapter(self.take(dequantize=dequantize), dequantize=dequantize)
         set_template(fused, self.config)
         return fused
+
+    def take(self, *, dequantize: bool) -> AdaptedModel:
+        """Return the model with its weights in place, and use up `adapted`; as its files have it, or expanded."""
+        if dequantize or self.load_as_stored is None:
+            adapted, self.adapted = self.with_weights(self.weights), None
+            return adapted
+        self.adapted = None  # before the other is loaded
+        return self.load_as_stored()
 
 
 class Target(Protocol):

@@ -42,7 +42,7 @@ def adapt(folder: Path, lora: LoraConfig) -> AdaptedModel:
 def job_of(adapted: AdaptedModel, lora: LoraConfig) -> ExportJob:
     config = Config()
     config.model.path = adapted.base.model_path
-    return ExportJob(adapted, adapted.params(), lora, config, {}, print, lambda: adapted)
+    return ExportJob(adapted, adapted.params(), lora, config, {}, print)
 
 
 def write(folder: Path, adapted: AdaptedModel, lora: LoraConfig) -> dict[str, Any]:

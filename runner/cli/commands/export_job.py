@@ -21,6 +21,7 @@ from runner.export.export import report_average as measure_average
 from runner.export.job import ExportJob, set_template
 from runner.export.mlx import check_adapter, export_model
 from runner.models.arrays import parse_arrays, to_tensors
+from runner.models.load import ROUNDED_BY_EARLIER_VERSIONS, BaseModel
 from runner.models.lora import AdaptedModel, Params
 
 _LARGEST_CONFIG = 1 << 20  # bytes of adapter_config.json
@@ -65,11 +66,10 @@ def build_job(
         adapted.model.eval()
         return adapted
 
-    kept = _with_stored_quantization(settings)
-    adapted = adapt(settings, log)
-    return ExportJob(
-        adapted, weights, lora, settings.config, files, log, load_as_stored=lambda: adapt(kept, lambda line: None)
-    )
+    adapted, kept = adapt(settings, log), _with_stored_quantization(settings)
+    expanded = _was_expanded(adapted.base) and kept is not settings
+    load_as_stored = (lambda: adapt(kept, lambda line: None)) if expanded else None
+    return ExportJob(adapted, weights, lora, settings.config, files, log, load_as_stored)
 
 
 def weights_of(source: AdapterSource) -> Params:
@@ -90,15 +90,17 @@ def report_average(job: ExportJob, baseline: Baseline, averaged: Sequence[Adapte
 
 def export_base(job: ExportJob, target: Path, *, dequantize: bool) -> None:
     """Write the base model without its adapter as a folder, with the chat template of the run."""
-    if dequantize:
-        assert job.adapted is not None
-        adapted, job.adapted = job.adapted, None
-    else:
-        job.adapted = None
-        adapted = job.load_as_stored()
+    adapted = job.take(dequantize=dequantize)
     adapted.remove()
     set_template(adapted.base, job.config)
     export_model(adapted.base, target)
+
+
+def _was_expanded(base: BaseModel) -> bool:
+    """Return whether loading dequantized the base model, or may have: a GGUF file's types are not known here."""
+    is_file = base.folder is None and base.model_path != "builtin:tiny"
+    expands = base.precision.get("dequantize") == "always"
+    return expands and (is_file or ROUNDED_BY_EARLIER_VERSIONS in base.differs_from_earlier_versions)
 
 
 def _with_stored_quantization(settings: StoredSettings) -> StoredSettings:

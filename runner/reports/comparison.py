@@ -8,14 +8,14 @@ from itertools import count as numbers_from
 from typing import Any
 
 from runner.common.safe_json import finite_number
-from runner.common.text import format_duration, relative_path
+from runner.common.text import relative_path
 from runner.reports import cells, settings_text
 from runner.reports.curves import Series
 from runner.reports.run_page import print_plot
 from runner.reports.screen import Screen
 from runner.reports.tables import Column, TableRow, table_width
 from runner.reports.verdict import Names, Verdict, judge, verdict_fields
-from runner.reports.verdict_table import print_verdict
+from runner.reports.verdict_table import duration, print_verdict
 from runner.runs.inspect import RunInfo, differing_settings, objective_value
 from runner.runs.objective import VALID_LOSS, Objective
 from runner.runs.timeline import Timeline
@@ -170,8 +170,8 @@ def _print_results(comparison: Comparison, screen: Screen) -> None:
         "score": [_text(r.score, ".4f") for r in found],
         "tokens": [_text(r.tokens, ",d") for r in found],
         "tok/s": [_text(r.tokens_per_second, ",.0f") for r in found],
-        "in updates": ["" if r.seconds_in_updates is None else format_duration(r.seconds_in_updates) for r in found],
-        "in all": ["" if r.seconds is None else format_duration(r.seconds) for r in found],
+        "in updates": ["" if r.seconds_in_updates is None else duration(r.seconds_in_updates) for r in found],
+        "in all": ["" if r.seconds is None else duration(r.seconds) for r in found],
         "GB": [_text(r.peak_memory_gb, ".2f") for r in found],
     }
     texts = {title: column for title, column in texts.items() if any(column)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from runner.common import layout
 from runner.common.text import count, shorten
 from runner.reports import significance
 from runner.reports.seed_groups import seed_groups
@@ -18,6 +20,8 @@ from runner.runs.inspect import RunInfo, count_or_none
 from runner.runs.objective import Objective
 from runner.runs.row_values import NoRowValues, RowValues, row_values
 from runner.runs.timeline import Timeline
+
+_EQUAL_TIMES = 1.1
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Contestant:
     """Whether it is worse by more than noise."""
     seconds: float | None
     """Time in updates until the result, the mean over the runs; None where it is not known."""
+    adapter_bytes: int
+    """Size of the result of its first run; 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,14 @@ class Verdict:
 
     @property
     def cheapest(self) -> Contestant | None:
-        """Of the best and those that are not distinguishable from it, the one that trained the shortest."""
-        known = [c for c in (*self.contestants[:1], *self.equals) if c.seconds is not None]
-        return min(known, key=lambda c: c.seconds or 0.0, default=None)
+        """Of the best and those that are not distinguishable from it, the one that trained the shortest.
+
+        Times are measured: of those within a tenth of the shortest, it is the one with the smallest adapter.
+        """
+        known = [(c.seconds, c) for c in (*self.contestants[:1], *self.equals) if c.seconds is not None]
+        limit = min((seconds for seconds, _ in known), default=0.0) * _EQUAL_TIMES
+        shortest = [(c.adapter_bytes, seconds, i) for i, (seconds, c) in enumerate(known) if seconds <= limit]
+        return known[min(shortest)[2]][1] if known else None
 
     @property
     def has_seeds(self) -> bool:
@@ -148,6 +159,7 @@ def _compare(
                 found.high,
                 found.is_worse,
                 _seconds(groups[i], values),
+                _adapter_bytes(groups[i][0]),
             )
         )
     return Verdict(metric, len(weights), contestants, left_out)
@@ -163,6 +175,13 @@ def _seconds(runs: Sequence[RunInfo], values: Mapping[Path, RowValues]) -> float
             return None
         found.append(seconds)
     return statistics.fmean(found)
+
+
+def _adapter_bytes(run: RunInfo) -> int:
+    try:
+        return os.stat(run.path / layout.RESULT / layout.ADAPTERS).st_size
+    except OSError:
+        return 0
 
 
 def verdict_fields(verdict: Verdict, names: Names) -> dict[str, Any]:

@@ -76,6 +76,18 @@ def test_the_cheapest_trained_the_shortest_time_until_its_result(tmp_path: Path)
     assert verdict.cheapest is not None and verdict.cheapest.seconds == 10
 
 
+def test_of_nearly_equal_times_the_smallest_adapter_is_the_cheapest(tmp_path: Path) -> None:
+    folders = []
+    for name, rank, seconds in (("A", 16, 1.0), ("B", 4, 1.05), ("C", 8, 1.09), ("D", 1, 1.2)):
+        losses = {10: row_losses(1.0 + rank / 5000, seed=rank)}
+        folders.append(write_run(tmp_path / name, losses, seconds_per_update=seconds, lora__rank=rank))
+        (folders[-1] / "adapters").mkdir()
+        (folders[-1] / "adapters/adapters.safetensors").write_bytes(b"x" * rank)
+    verdict, names = judged(*folders)
+    assert len(verdict.equals) == 3 and verdict.cheapest is not None
+    assert names.listed(verdict.cheapest.runs) == "B"
+
+
 def test_seeds_of_the_same_settings_are_replicates(tmp_path: Path) -> None:
     folders = []
     for rank, levels in ((4, (1.0, 1.2, 0.9)), (8, (1.05, 1.15, 1.0))):

@@ -4,7 +4,7 @@ const AXIS = { top: 34, bottom: 22, height: 260, left: 56, right: 78, gap: 118 }
 const MOST_TICKS = 8;
 
 function parallelPart(part) {
-  const box = el("div", { class: "scroll parallel-box", tabindex: 0, role: "region", "aria-label": part.title, "data-scroll": part.id });
+  const box = el("div", { class: "scroll parallel-box", tabindex: 0, role: "region", "aria-label": `${part.title}: lines`, "data-scroll": part.id });
   page.onDraw(() => box.replaceChildren(drawParallel(part, Math.max(box.clientWidth, AXIS.left + AXIS.right + (part.axes.length - 1) * AXIS.gap))));
   return section(part, rankLegend(), box);
 }

@@ -34,8 +34,8 @@ function barsPart(part) {
     return el("tr", {}, el("th", { scope: "row", class: "code" }, item.name), el("td", { class: "bar-cell" }, bar),
       el("td", { class: "number" }, percent(item.share), el("span", { class: "interval-text" }, interval)), el("td", {}, item.text));
   });
-  const titles = ["setting", "share", "", "how sure"].map((title) => el("th", { scope: "col" }, title));
-  return section(part, el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": part.title },
+  const titles = ["setting", "share", "in numbers", "how sure"].map((title) => el("th", { scope: "col" }, title));
+  return section(part, el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${part.title}: bars` },
     el("table", { class: "bars" }, el("thead", {}, el("tr", {}, titles)), el("tbody", {}, rows))));
 }
 
@@ -52,10 +52,10 @@ function samplesPart(part) {
 
 function sampleCard(item) {
   const answer = (label, content) => content && el("div", { class: "answer" },
-    el("h4", {}, label, verdict(content.score)), el("pre", {}, content.text));
+    el("h3", {}, label, verdict(content.score)), el("pre", {}, content.text));
   return el("article", { class: "sample" },
-    el("div", { class: "question" }, el("h4", {}, "prompt"), el("pre", {}, item.prompt),
-      item.expected ? [el("h4", {}, "expected"), el("pre", {}, item.expected)] : null),
+    el("div", { class: "question" }, el("h3", {}, "prompt"), el("pre", {}, item.prompt),
+      item.expected ? [el("h3", {}, "expected"), el("pre", {}, item.expected)] : null),
     el("div", { class: "answers" }, answer("before", item.before), answer("after", item.after)));
 }
 

@@ -20,7 +20,7 @@ function tablePart(part) {
   };
   show();
   const table = el("table", {}, el("thead", {}, el("tr", {}, headings)), body);
-  const box = el("div", { class: "scroll", tabindex: part.rows.some((row) => row.id) ? null : 0, role: "region", "aria-label": part.title, "data-scroll": part.id }, table);
+  const box = el("div", { class: "scroll", tabindex: part.rows.some((row) => row.id) ? null : 0, role: "region", "aria-label": `${part.title}: table`, "data-scroll": part.id }, table);
   if (part.rows.some((row) => row.id)) connect(table, rows);
   if (!part.closed) return section(part, box);
   const details = el("details", { "data-open": part.id, open: page.state.open.has(part.id) }, el("summary", {}, `${part.rows.length} entries`), box);

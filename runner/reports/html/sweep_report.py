@@ -166,7 +166,8 @@ def _table(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> 
         row.append(job.value)
         row += [setting_cell(texts[name][i], job.settings.get(name)) for name in names]
         row += [run.best_loss] if has_other else []
-        row += [run.best_step, sections.state(run.state), sections.shown(cells.format_progress(run), run.step)]
+        steps = None if run.step is None else sections.shown(cells.format_progress(run), run.step)
+        row += [run.best_step, sections.state(run.state), steps]
         seconds = finite_number(run.status.get("seconds"))
         row.append(None if seconds is None else sections.shown(format_duration(seconds), seconds))
         rows.append(Row(cells=row, id=job.id, notes=[note for note in cells.run_notes(run) if "restarts" in note]))

@@ -123,7 +123,7 @@ class Chart {
     });
     return {
       width: Math.max(200, this.box.clientWidth), height: this.isWide ? 300 : 190,
-      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: this.log ? undefined : padded } },
+      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: this.log ? paddedLog : padded } },
       legend: { show: false },
       padding: [10, 14, 0, 0],
       cursor: {
@@ -294,6 +294,10 @@ function padded(plot, low, high) {
 function axisSize(plot, texts) {
   const longest = Math.max(0, ...(texts ?? []).map((text) => text.length));
   return Math.max(44, 7.2 * longest + 16);
+}
+
+function paddedLog(plot, low, high) {
+  return low === null ? [1, 10] : [low / 1.15, high * 1.15];
 }
 
 function shortNumber(value) {

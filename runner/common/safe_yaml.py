@@ -1,13 +1,16 @@
 """YAML as plain data, from files that may be damaged or hostile: bounded in time, memory and depth.
 
 libyaml reads a stored config seven times as fast as PyYAML's own parser, but its composer overflows the stack on deep
-nesting; so the flat stream of events is checked first, and values are built only from what has passed.
+nesting; so the flat stream of events is checked, and values are built only from what has passed: from the same events,
+and by PyYAML where a document has more than mappings, lists and scalars.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,10 @@ MAX_BYTES = 1_000_000
 """Limit of a file; a stored config has about 3,000 bytes."""
 _MAX_DEPTH = 32
 _MAX_VALUES = 500_000
+_MAX_REMEMBERED_LENGTH = 100
+_MIN_CHECKED_LENGTH = 33
+"""Shorter texts are neither long numbers nor deeply nested references: 33 brackets would be needed."""
+_MERGE = "tag:yaml.org,2002:merge"
 _MAX_REFERENCE_LENGTH = 1000
 """Characters of a text with ${…}: the time to resolve it grows with its nesting."""
 # YAML 1.1 reads 1:30:00 as a number in base 60, in time that grows with the square of its length; and Python does
@@ -48,8 +55,12 @@ def parse(text: str) -> Any:
         ValueError: with the reason.
     """
     try:
-        _check_events(text, allow_aliases=False)
-        return yaml.load(text, Loader=_Loader)
+        try:
+            return _build(_checked_events(text, allow_aliases=False))
+        except _UncommonYaml:
+            for _ in _checked_events(text, allow_aliases=False):
+                pass
+            return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"it is not plain YAML: {' '.join(str(error).split())[:200]}") from None
 
@@ -64,14 +75,20 @@ def require_bounded(path: Path) -> None:
     """
     text = read_bounded(path, MAX_BYTES).decode()
     with suppress(yaml.YAMLError):
-        _check_events(text, allow_aliases=True)
+        for _ in _checked_events(text, allow_aliases=True):
+            pass
 
 
-def _check_events(text: str, allow_aliases: bool) -> None:
+def _checked_events(text: str, allow_aliases: bool) -> Iterator[yaml.Event]:
+    """Yield the events of `text`, each once it is checked; raises ValueError at one that a reader must not build."""
     sizes: dict[str, int] = {}  # number of values of each anchor's node, with its aliases expanded
     open_nodes: list[list[Any]] = [["", 0]]  # anchor and number of values
     for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent):
+        if type(event) is yaml.ScalarEvent and event.tag is event.anchor is None:  # nearly all of them, so first
+            open_nodes[-1][1] += 1
+            if len(event.value) >= _MIN_CHECKED_LENGTH:
+                _check_text(event.value)
+        elif isinstance(event, yaml.AliasEvent):
             if not allow_aliases or event.anchor not in sizes:
                 raise ValueError(f"it uses a YAML alias (*{str(event.anchor)[:40]}): refused")
             open_nodes[-1][1] += sizes[event.anchor]
@@ -86,17 +103,73 @@ def _check_events(text: str, allow_aliases: bool) -> None:
                 open_nodes.append([event.anchor, 1])
                 if len(open_nodes) > _MAX_DEPTH + 1:
                     raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
-                continue
-            open_nodes[-1][1] += 1
-            sizes |= {event.anchor: 1} if event.anchor else {}
-            if _LONG_NUMBER.fullmatch(event.value):
-                raise ValueError(f"it holds a number of {len(event.value):,} characters")
-            if "${" in event.value and (
-                len(event.value) > _MAX_REFERENCE_LENGTH or _max_nesting(event.value) > _MAX_DEPTH
-            ):
-                raise ValueError(f"it holds references (${{…}}) in a text of {len(event.value):,} characters")
+            else:
+                open_nodes[-1][1] += 1
+                sizes |= {event.anchor: 1} if event.anchor else {}
+                _check_text(event.value)
         if open_nodes[-1][1] > _MAX_VALUES:
             raise ValueError(f"it holds more than {_MAX_VALUES:,} values")
+        yield event
+
+
+def _check_text(text: str) -> None:
+    """Raise ValueError where `text` takes long to read as a number, or to resolve."""
+    if _LONG_NUMBER.fullmatch(text):
+        raise ValueError(f"it holds a number of {len(text):,} characters")
+    if "${" in text and (len(text) > _MAX_REFERENCE_LENGTH or _max_nesting(text) > _MAX_DEPTH):
+        raise ValueError(f"it holds references (${{…}}) in a text of {len(text):,} characters")
+
+
+class _UncommonYaml(Exception):
+    """Raised where a document holds what PyYAML has to build: merged mappings, lists as keys, several documents."""
+
+
+def _build(events: Iterable[yaml.Event]) -> Any:
+    """Return the value of the events of one document, without recursion, as PyYAML would build it."""
+    holder: list[Any] = []
+    open_nodes: list[tuple[Any, list[Any]]] = [(holder, [])]
+    """Containers that are not complete, each with the key that waits for its value, if it is a mapping."""
+    for event in events:
+        if type(event) is yaml.ScalarEvent:
+            value: Any = _plain_scalar(event.value) if event.implicit[0] else event.value
+        elif isinstance(event, yaml.CollectionStartEvent):
+            value = {} if isinstance(event, yaml.MappingStartEvent) else []
+        else:
+            if isinstance(event, yaml.CollectionEndEvent):
+                open_nodes.pop()
+            elif isinstance(event, yaml.DocumentStartEvent) and holder:
+                raise _UncommonYaml
+            continue
+        container, waiting_key = open_nodes[-1]
+        if isinstance(container, list):
+            container.append(value)
+        elif waiting_key:
+            container[waiting_key.pop()] = value
+        elif isinstance(value, dict | list):
+            raise _UncommonYaml
+        else:
+            waiting_key.append(value)
+        if isinstance(value, dict | list):
+            open_nodes.append((value, []))
+    if not holder:
+        raise _UncommonYaml
+    return holder[0]
+
+
+def _plain_scalar(text: str) -> Any:
+    """Return the value of a scalar without quotes; most of a config's are those of other configs too."""
+    return _short_scalar(text) if len(text) <= _MAX_REMEMBERED_LENGTH else _scalar(text)
+
+
+def _scalar(text: str) -> Any:
+    loader = _Loader("")  # not SafeLoader, which mlx_lm.lora changes
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    if tag == _MERGE:
+        raise _UncommonYaml
+    return loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+_short_scalar = lru_cache(maxsize=10_000)(_scalar)
 
 
 def _max_nesting(text: str) -> int:

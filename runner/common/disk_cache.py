@@ -94,6 +94,10 @@ class DiskCache:
         with suppress(OSError):
             os.utime(self.folder / name)
 
+    def entries(self) -> list[tuple[str, int, float]]:
+        """Return name, size in bytes and time of last use (seconds since 1970) of each entry."""
+        return [(p.name, _size(p), _last_use(p)) for p in self._paths() if _ENTRY.fullmatch(p.name)]
+
     def evict(self, newest: str, newest_bytes: int = 0) -> list[str]:
         """Remove the least recently used entries until the others are within the limits.
 
@@ -107,7 +111,7 @@ class DiskCache:
             The names of the removed entries.
         """
         self.clear_stale_drafts()
-        entries = {path.name: (_last_use(path), _size(path)) for path in self._paths() if _ENTRY.fullmatch(path.name)}
+        entries = {name: (used, size) for name, size, used in self.entries()}
         _, size = entries.pop(newest, (0.0, 0))
         by_use = [*sorted(entries, key=lambda name: (entries[name], name)), newest]
         sizes = {name: size for name, (_, size) in entries.items()} | {newest: max(size, newest_bytes)}

@@ -91,13 +91,15 @@ def audit_run(run: RunInfo) -> Audit:
     _verify_rows(directory.metrics, newest_state.get("metrics_offset"), audit, is_locked)
     _verify_rows(directory.samples, newest_state.get("samples_offset"), audit, is_locked)
     _verify_rows(directory.row_losses, newest_state.get("row_losses_offset"), audit, is_locked)
-    if not checkpoints and run.status.get("last_checkpoint"):
+    if not checkpoints and run.status.get("cleaned"):
+        audit.notes.append(f"{directory.checkpoints}: removed by runner clean; the result is left")
+    elif not checkpoints and run.status.get("last_checkpoint"):
         audit.damage.append(f"{directory.checkpoints}: step {run.status['last_checkpoint']} was saved, none is whole")
     if newest_state and run.settings:
         _compare_settings(run, newest_state, audit)
     if directory.result.is_dir():
         _verify_result(directory.result, audit)
-    elif run.state == "finished" and checkpoints and audit.kind == "run":
+    elif run.state == "finished" and (checkpoints or run.status.get("cleaned")) and audit.kind == "run":
         audit.damage.append(f"{directory.result}: missing, though the run is finished")
     root, run_id = run.settings.get("checkpoint.backup"), run.status.get("run_id")
     if audit.damage and audit.kind == "run" and isinstance(root, str) and isinstance(run_id, str):

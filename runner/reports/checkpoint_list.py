@@ -19,6 +19,10 @@ _MAX_HASHED_BYTES = 256_000_000
 """An adapter of this size is hashed in a fraction of a second."""
 
 
+LEFT_BY_ANOTHER_RUN = "left by another run"
+"""The problem of a checkpoint whose manifest names another run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
     """One checkpoint as its manifest describes it; its other files are not verified. The fields of `show --json`."""
@@ -50,7 +54,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
         except RunnerError as error:
             problems[path] = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
     run_id = run.status.get("run_id") or next((manifests[p].run_id for p in reversed(paths) if p in manifests), None)
-    problems |= {path: "left by another run" for path, found in manifests.items() if found.run_id != run_id}
+    problems |= {path: LEFT_BY_ANOTHER_RUN for path, found in manifests.items() if found.run_id != run_id}
     policy = _retention_policy(run)
     of_run = {found.step: found for path, found in manifests.items() if path not in problems}
     reasons = select_retained(list(of_run.values()), policy)

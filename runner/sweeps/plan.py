@@ -61,7 +61,10 @@ def has_begun(folder: Path) -> bool:
 
 
 def _is_done(directory: RunDirectory, job: SweepJob) -> bool:
-    state = directory.read_status()["state"]
+    status = directory.read_status()
+    state = status["state"]
+    if state == "finished" and status.get("cleaned"):
+        return True  # without checkpoints nothing can be changed any more, and it is not trained again
     changes = {name: value for name, value in job.later_changes.items() if not name.startswith(_INPUTS)}
     if state != "finished" or not changes:
         return state in ("finished", _DIVERGED)

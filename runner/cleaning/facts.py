@@ -1,0 +1,205 @@
+"""The facts on which `policy` decides, read from run directories; symbolic links are not followed."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runner.checkpoints import manifest, mirror, verify
+from runner.cleaning.policy import CheckpointFacts, RunFacts
+from runner.common import layout
+from runner.common.errors import CheckpointError, RunnerError
+from runner.common.filesystem import FileSystem, is_apple_double
+from runner.reports.checkpoint_list import LEFT_BY_ANOTHER_RUN, checkpoints_folder, list_checkpoints, result_step
+from runner.runs.directory import RunDirectory, unexpected_names
+from runner.runs.find import SweepInfo
+from runner.runs.inspect import RunInfo, read_run
+from runner.runs.lineage import Family, parents
+
+TEMPORARY = (".tmp-", ".del-", ".old-")
+"""Prefixes of what a save or a removal leaves that was killed, in a folder of checkpoints."""
+REMOVED = re.compile(r"\.removed-.{1,200}-[0-9a-f]{8}")
+"""A run's directory whose removal was interrupted."""
+_HYDRA_FILES = {"config.yaml", "hydra.yaml", "overrides.yaml"}
+_ADAPTER_FILES = {layout.ADAPTERS, layout.ADAPTER_CONFIG, manifest.NAME}
+_CHECKPOINT_FILES = {*_ADAPTER_FILES, "optimizer.safetensors", "train_state.json"}
+_RUN_FILES = {
+    layout.CONFIG,
+    layout.STATUS,
+    layout.METRICS,
+    layout.SAMPLES,
+    layout.LOG,
+    layout.LOCK,
+    layout.LABELS,
+    "metrics.csv",
+    "report.html",
+}
+_OTHER_FILES = re.compile(r"events\.out\.tfevents\..*|row_losses[\w.-]*")
+_LOGGER_FOLDERS = {"wandb"}
+
+
+@dataclass
+class Context:
+    """What the facts of a run depend on beside its own directory."""
+
+    family: Family
+    """All runs among which parents are looked for."""
+    sweeps: dict[Path, SweepInfo] = field(default_factory=dict)
+    """Sweeps by the path of each of their jobs."""
+    children: dict[Path, set[int]] = field(default_factory=dict)
+    """Path of a run that others began from, to the steps of the checkpoints that they name."""
+
+    @classmethod
+    def of(cls, entries: Sequence[RunInfo | SweepInfo]) -> Context:
+        """Return the context of the runs and sweeps that were found."""
+        context = cls(Family(entries))
+        for entry in entries:
+            if isinstance(entry, SweepInfo):
+                context.sweeps |= {run.path: entry for run in entry.runs}
+                for run in entry.runs:
+                    context._add_parents(run)
+            context._add_parents(entry)
+        return context
+
+    def _add_parents(self, member: RunInfo | SweepInfo) -> None:
+        for parent in parents(member):
+            found = self.family.find(parent)
+            if found is None or found.path == member.path:
+                continue
+            steps = self.children.setdefault(found.path, set())
+            if parent.step is not None:
+                steps.add(parent.step)
+            if isinstance(found, SweepInfo) and found.best:  # a sweep stands for its best job
+                self.children.setdefault(found.best.path, set())
+
+
+def read_facts(run: RunInfo, context: Context, *, is_held: bool = False) -> RunFacts:
+    """Return the facts of the run.
+
+    Args:
+        run: the run.
+        context: see `Context`.
+        is_held: whether this process itself holds the run's lock.
+    """
+    sweep = context.sweeps.get(run.path)
+    ranked = sweep.objective.rank(sweep.runs) if sweep else []
+    rank = next((i for i, job in enumerate(ranked) if job.path == run.path), None)
+    has_value = sweep is not None and sweep.objective.value(run) is not None
+    in_use = not is_held and (
+        RunDirectory(run.path).is_locked() or (sweep is not None and RunDirectory(sweep.path).is_locked())
+    )
+    listed = list_checkpoints(run)
+    foreign = {checkpoint.step: _foreign_content(checkpoint.path) for checkpoint in listed}
+    return RunFacts(
+        path=run.path,
+        state=run.state,
+        in_use=in_use,
+        age_days=(time.time() - run.updated) / 86_400,
+        size_bytes=run.size_bytes,
+        checkpoints=tuple(
+            CheckpointFacts(
+                step=checkpoint.step,
+                size_bytes=checkpoint.size_bytes,
+                valid_loss=checkpoint.valid_loss,
+                problem=checkpoint.problem or foreign[checkpoint.step],
+                is_foreign=checkpoint.problem == LEFT_BY_ANOTHER_RUN or foreign[checkpoint.step] is not None,
+            )
+            for checkpoint in listed
+        ),
+        result_step=result_step(run, listed),
+        has_result=verify.is_whole(run.path / layout.RESULT, FileSystem()),
+        has_trained=any(row["step"] > 0 for row in run.rows),
+        is_job=sweep is not None,
+        rank=rank if has_value else None,
+        parent_steps=frozenset(context.children.get(run.path, ())),
+        is_parent=run.path in context.children,
+        unknown=tuple(unknown_names(run)),
+    )
+
+
+def reread_facts(path: Path, context: Context) -> RunFacts:
+    """Return the facts of the run whose lock this process has taken meanwhile."""
+    return read_facts(read_run(path), context, is_held=True)
+
+
+def is_cleanable(run: RunInfo) -> bool:
+    """Return whether the directory is a run's own, and not the backup of one."""
+    return not mirror.is_backup(run.path) and not run.path.is_symlink()
+
+
+def unknown_names(run: RunInfo) -> list[str]:
+    """Return what lies in the run's directory that a run does not write, relative to it."""
+    folder = checkpoints_folder(run).name
+    found = [] if os.path.lexists(run.path / layout.LOCK) else [f"{layout.CONFIG} without {layout.LOCK}"]
+    for entry in _entries(run.path):
+        name = entry.name
+        if entry.is_symlink():
+            found.append(name)
+        elif entry.is_dir():
+            inner = {layout.HYDRA: _HYDRA_FILES, layout.RESULT: _ADAPTER_FILES}.get(name)
+            if inner is not None:
+                found += [f"{name}/{other}" for other in _others(Path(entry.path), inner)]
+            elif name == folder:
+                found += [f"{name}/{other}" for other in _unknown_checkpoints(Path(entry.path))]
+            elif name not in _LOGGER_FOLDERS and name not in (".adapters.new", ".adapters.old"):
+                found.append(f"{name}/")
+        elif name not in _RUN_FILES and not _OTHER_FILES.fullmatch(name) and unexpected_names(run.path, ()).count(name):
+            found.append(name)
+    return sorted(found)
+
+
+def leftovers(run: RunInfo) -> list[Path]:
+    """Return what killed processes left in the run's directory."""
+    folder = checkpoints_folder(run)
+    found = [] if folder.is_symlink() else [e for e in _entries(folder) if e.name.startswith(TEMPORARY) and e.is_dir()]
+    paths = [Path(entry.path) for entry in found if not entry.is_symlink()]
+    aside = run.path / f".{layout.RESULT}.new"
+    return [*paths, *([aside] if aside.is_dir() and not aside.is_symlink() else [])]
+
+
+def interrupted_removals(root: Path) -> list[Path]:
+    """Return the directories below `root` whose removal was interrupted."""
+    found, pending = [], [root]
+    while pending:
+        for entry in _entries(pending.pop()):
+            if entry.is_symlink() or not entry.is_dir():
+                continue
+            if REMOVED.fullmatch(entry.name):
+                found.append(Path(entry.path))
+            elif not entry.name.startswith("."):
+                pending.append(Path(entry.path))
+    return sorted(found)
+
+
+def _foreign_content(checkpoint: Path) -> str | None:
+    """Return what is said of a checkpoint with files in it that its manifest does not list."""
+    listed = set(_CHECKPOINT_FILES)
+    with suppress(CheckpointError):
+        listed = {*verify.read_manifest(checkpoint, FileSystem()).files, manifest.NAME}
+    others = list(_others(checkpoint, listed))
+    return f"it holds {', '.join(others[:3])}, which is not its own" if others else None
+
+
+def _unknown_checkpoints(folder: Path) -> Iterable[str]:
+    for entry in _entries(folder):
+        if entry.is_dir() and not entry.is_symlink() and layout.STEP_NAME.fullmatch(entry.name):
+            yield from (f"{entry.name}/{other}" for other in _others(Path(entry.path), _CHECKPOINT_FILES))
+        elif not entry.name.startswith(TEMPORARY):
+            yield entry.name
+
+
+def _others(folder: Path, known: set[str]) -> Iterable[str]:
+    with suppress(OSError, RunnerError):
+        yield from unexpected_names(folder, known)
+        yield from (e.name for e in _entries(folder) if e.name in known and (e.is_symlink() or not e.is_file()))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted((e for e in entries if not is_apple_double(e.name)), key=lambda entry: entry.name)
+    return []

@@ -1,0 +1,277 @@
+"""`runner clean`: show what runs no longer need and how much disk it takes, and remove it once that is confirmed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.cleaning import caches, facts, remove
+from runner.cleaning.caches import CacheEntry
+from runner.cleaning.facts import Context
+from runner.cleaning.policy import Kept, Policies, Removal, decide
+from runner.cleaning.remove import NotRemoved
+from runner.cli.commands import COMMANDS, CommandParser
+from runner.cli.commands.selection import Selection, add_arguments, select
+from runner.cli.run_argument import OUTPUTS
+from runner.common.cache_dir import cache_dir
+from runner.common.errors import EXIT_DONE, ConfigError
+from runner.common.text import count, format_bytes, relative_path, shorten
+from runner.reports.screen import Screen, json_document
+from runner.reports.tables import Column, TableRow
+from runner.runs.find import find_runs
+from runner.runs.inspect import RunInfo, folder_size
+
+_EXAMPLES = """\
+Of a run that stays, the best and the newest checkpoint stay, and those that its result or another run came from. Runs
+in use, and files that no run writes, are left alone. Without --yes nothing is removed.
+
+examples:
+  runner clean --checkpoints                        what the checkpoints of finished runs take
+  runner clean --checkpoints --failed --yes         remove these and failed runs
+  runner clean outputs/sweeps --beyond-best 3 --all --yes
+  runner clean --checkpoints 'valid_loss>2' --tag old
+  runner clean --caches --unused 30 --yes
+"""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?b)?", re.IGNORECASE)
+_UNITS = {"": 1e9, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_MAX_STEPS = 6
+
+
+@dataclass
+class Plan:
+    """Everything that may go."""
+
+    removals: list[Removal] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    leftovers: list[tuple[RunInfo, list[Path]]] = field(default_factory=list)
+    interrupted: list[Path] = field(default_factory=list)
+    caches: list[CacheEntry] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to remove."""
+        return not (self.removals or self.leftovers or self.interrupted or self.caches)
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that it frees."""
+        paths = [path for _, found in self.leftovers for path in found] + self.interrupted
+        sizes = [removal.size_bytes for removal in self.removals] + [entry.size_bytes for entry in self.caches]
+        return sum(sizes) + sum(map(folder_size, paths))
+
+
+def run(argv: list[str]) -> int:
+    """Show what `argv` asks for, and remove it with --yes or once a person has confirmed it.
+
+    Raises:
+        ConfigError: a wrong argument, or no such folder.
+        StorageError: the disk fails; what was not reached is untouched.
+    """
+    options = _parse(argv)
+    policies = Policies(
+        checkpoints=options.checkpoints,
+        failed=options.failed,
+        older_days=options.older,
+        beyond_best=options.beyond_best,
+        everything=options.all,
+        parents=options.parents,
+    )
+    selection = select(options.path, options.filters, options.tag)
+    context = Context.of(_relatives(selection))
+    plan = _plan(selection, context, policies, options)
+    screen = None if options.json else Screen()
+    if screen:
+        _print_plan(plan, screen)
+    confirmed = options.yes or (screen is not None and not plan.is_empty and _confirm(plan))
+    freed, problems = _remove(plan, policies, context, selection.root) if confirmed and not plan.is_empty else (0, [])
+    if screen is None:
+        print(json_document(_to_dict(plan, confirmed, freed, problems)))
+    else:
+        _print_outcome(plan, confirmed, freed, problems, argv, screen)
+    return EXIT_DONE
+
+
+def _parse(argv: list[str]) -> Namespace:
+    parser = CommandParser(
+        prog="runner clean",
+        description=COMMANDS["clean"],
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser, "folder to look below, a sweep or a run")
+    parser.add_argument("--checkpoints", action="store_true", help="checkpoints of finished runs")
+    parser.add_argument("--failed", action="store_true", help="runs that failed, diverged or trained nothing")
+    parser.add_argument("--older", type=_days, metavar="DAYS", help="checkpoints of runs not written for so long")
+    parser.add_argument(
+        "--beyond-best", type=int, metavar="K", help="checkpoints of the ended jobs of each sweep but the best K"
+    )
+    parser.add_argument("--leftovers", action="store_true", help="what killed processes left behind")
+    parser.add_argument("--caches", action="store_true", help=f"entries of the caches in {relative_path(cache_dir())}")
+    parser.add_argument("--unused", type=_days, metavar="DAYS", help="with --caches: those not used for so long")
+    parser.add_argument(
+        "--max-size", type=_size, metavar="GB", help="with --caches: the last used within this size stay"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also the best and the newest checkpoint of runs that ended and have a result (adapters/), and failed "
+        "runs that have checkpoints",
+    )
+    parser.add_argument("--parents", action="store_true", help="also what other runs began from")
+    parser.add_argument("--yes", action="store_true", help="remove it; else it is only shown, or asked on a terminal")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    options = parser.parse_intermixed_args(argv)
+    chosen = (options.checkpoints, options.failed, options.leftovers, options.caches)
+    if not any(chosen) and options.older is None and options.beyond_best is None:
+        if options.yes:
+            raise ConfigError("runner clean --yes: say what to remove, such as --checkpoints; --help lists it.")
+        options.checkpoints = options.failed = options.leftovers = True
+    if options.beyond_best is not None and options.beyond_best < 1:
+        raise ConfigError(f"--beyond-best {options.beyond_best} is invalid: must be 1 or more.")
+    if not options.caches and (options.unused is not None or options.max_size is not None):
+        raise ConfigError("--unused and --max-size belong to --caches.")
+    return options
+
+
+def _relatives(selection: Selection) -> list[Any]:
+    """Return all runs that may have come from the selected ones: those below outputs/, too."""
+    outputs = Path(OUTPUTS)
+    if not outputs.is_dir() or outputs.resolve() == selection.root.resolve():
+        return selection.found
+    known = {entry.path.absolute() for entry in selection.found}
+    return [*selection.found, *(entry for entry in find_runs(outputs) if entry.path.absolute() not in known)]
+
+
+def _plan(selection: Selection, context: Context, policies: Policies, options: Namespace) -> Plan:
+    plan = Plan()
+    # A selected part of a sweep is judged by the whole of it.
+    for run in selection.runs:
+        if not facts.is_cleanable(run):
+            continue
+        removal, kept = decide(facts.read_facts(run, context), policies)
+        plan.kept += kept
+        if removal is not None:
+            plan.removals.append(removal)
+        if options.leftovers and not (removal and removal.whole) and (found := facts.leftovers(run)):
+            plan.leftovers.append((run, found))
+    if options.leftovers and not selection.filters:
+        plan.interrupted = facts.interrupted_removals(selection.root)
+    if options.caches:
+        entries = caches.find_entries(cache_dir())
+        plan.caches = caches.select_entries(entries, unused_days=options.unused, max_bytes=options.max_size)
+    return plan
+
+
+def _remove(plan: Plan, policies: Policies, context: Context, root: Path) -> tuple[int, list[Kept]]:
+    """Remove what the plan holds; return the bytes that were freed, and what was not removed after all."""
+    freed, problems = 0, []
+    for removal in plan.removals:
+        try:
+            freed += remove.carry_out(removal, policies, context)
+        except NotRemoved as reason:
+            problems.append(Kept(removal.run, str(reason)))
+    for run, _ in plan.leftovers:
+        try:
+            freed += remove.remove_leftovers(run)
+        except NotRemoved as reason:
+            problems.append(Kept(run.path, str(reason)))
+    if plan.interrupted:
+        freed += remove.remove_interrupted(root)
+    return freed + caches.remove_entries(plan.caches), problems
+
+
+def _confirm(plan: Plan) -> bool:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    answer = input(f"Remove this ({format_bytes(plan.size_bytes)})? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _print_plan(plan: Plan, screen: Screen) -> None:
+    rows = [
+        TableRow([relative_path(r.run), _what(r), format_bytes(r.size_bytes), _why(r)], {1: "red" if r.whole else ""})
+        for r in plan.removals
+    ]
+    for run, paths in plan.leftovers:
+        size = sum(map(folder_size, paths))
+        rows.append(
+            TableRow([relative_path(run.path), count(len(paths), "leftover"), format_bytes(size), "interrupted"])
+        )
+    rows += [
+        TableRow([relative_path(path), "the rest of a run", format_bytes(folder_size(path)), "interrupted removal"])
+        for path in plan.interrupted
+    ]
+    by_cache: dict[Path, list[int]] = {}
+    for entry in plan.caches:
+        by_cache.setdefault(entry.cache.folder, []).append(entry.size_bytes)
+    for folder, sizes in by_cache.items():
+        noun = "entry" if len(sizes) == 1 else "entries"
+        rows.append(TableRow([relative_path(folder), f"{len(sizes):,} {noun}", format_bytes(sum(sizes)), "cache"]))
+    if rows:
+        columns = [Column("path", keep_end=True), Column("what"), Column("size", right=True), Column("why", cut=True)]
+        screen.table(columns, rows)
+    for kept in plan.kept:
+        screen.line((f"kept  {relative_path(kept.path)}: {kept.reason}", "dim"))
+
+
+def _print_outcome(
+    plan: Plan, confirmed: bool, freed: int, problems: list[Kept], argv: list[str], screen: Screen
+) -> None:
+    for problem in problems:
+        screen.line((f"not removed: {relative_path(problem.path)}: {problem.reason}", "yellow"))
+    if plan.is_empty:
+        screen.line("Nothing to remove.")
+    elif confirmed:
+        screen.line(f"{format_bytes(freed)} freed.")
+    else:
+        how = (
+            "--yes removes it."
+            if _names_policy(argv)
+            else "To remove it, choose with --checkpoints, --failed or --leftovers, and --yes."
+        )
+        screen.line(f"{format_bytes(plan.size_bytes)} can be freed. Nothing was removed. {how}")
+
+
+def _names_policy(argv: list[str]) -> bool:
+    policies = ("--checkpoints", "--failed", "--leftovers", "--caches", "--older", "--beyond-best")
+    return any(argument.partition("=")[0] in policies for argument in argv)
+
+
+def _what(removal: Removal) -> str:
+    return "the whole run" if removal.whole else count(len(removal.steps), "checkpoint")
+
+
+def _why(removal: Removal) -> str:
+    if removal.whole:
+        return removal.reason
+    keeps = ", ".join(map(str, removal.keeps[-_MAX_STEPS:])) or "adapters/ alone"
+    return f"keeps {keeps}" if removal.reason == "finished" else f"keeps {keeps}; {removal.reason}"
+
+
+def _to_dict(plan: Plan, confirmed: bool, freed: int, problems: list[Kept]) -> dict[str, Any]:
+    return {
+        "removed": confirmed and not plan.is_empty,
+        "size_bytes": plan.size_bytes if not confirmed else freed,
+        "runs": [vars(removal) for removal in plan.removals],
+        "leftovers": [path for _, paths in plan.leftovers for path in paths] + plan.interrupted,
+        "cache_entries": [entry.cache.folder / entry.name for entry in plan.caches],
+        "kept": [vars(kept) for kept in [*plan.kept, *problems]],
+    }
+
+
+def _days(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)d?", text)
+    if match is None:
+        raise ConfigError(f"'{shorten(text)}' is no number of days, such as 30.")
+    return float(match[1])
+
+
+def _size(text: str) -> float:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"'{shorten(text)}' is no size, such as 5GB.")
+    return float(match[1]) * _UNITS[(match[2] or "").lower()]

@@ -150,3 +150,27 @@ def trackio(folder: Path, run_id: str) -> Record:
         record.group = record.config["_Group"]
     record.numbers.sort()
     return record
+
+
+def labels(place: Path, run: Path, run_id: str) -> dict[str, tuple[str, list[str], str]]:
+    """Name, tags and note of the run in each service."""
+    from mlflow.tracking import MlflowClient
+    from wandb.proto.wandb_internal_pb2 import Record as Message
+
+    client = MlflowClient(f"sqlite:///{place}/outputs/mlflow.db")
+    experiment = client.get_experiment_by_name("runner")
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`runner.run_id` = '{run_id}'")
+    tags = found.data.tags
+    result = {"mlflow": (found.info.run_name, tags["runner.tags"].split(", "), tags["mlflow.note.content"])}
+    (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    for data in leveldb_records(path.read_bytes(), start=7):
+        message = Message.FromString(data)
+        if message.WhichOneof("record_type") == "run":
+            result["wandb"] = (message.run.display_name, list(message.run.tags), message.run.notes)
+    with closing(sqlite3.connect(place / "outputs/trackio/runner.db")) as database:
+        ((text, name),) = database.execute("SELECT config, run_name FROM configs WHERE run_id = ?", [run_id])
+        names = {row[0] for row in database.execute("SELECT run_name FROM metrics WHERE run_id = ?", [run_id])}
+    config = json.loads(text)
+    assert names == {name}
+    result["trackio"] = (name, config["_Tags"], config["_Note"])
+    return result

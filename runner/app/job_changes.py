@@ -59,7 +59,11 @@ def own_changes(
         return {}
     if "train.iters" in changed and (not resume_policy.iters_may_change(before) or after["train.iters"] < step):
         return {}
-    left_out = {guard.TRUST, *schema.provenance_settings()}  # trust is given for one invocation
+    left_out = {
+        guard.TRUST,
+        *schema.provenance_settings(),
+        *schema.label_settings(),
+    }  # trust is given for one invocation
     return {
         name: value for name, value in named.items() if resume_policy.is_free_on_resume(name) and name not in left_out
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -20,8 +20,11 @@ from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
 from runner.common.text import shell_path
 from runner.config import validation
 from runner.config.invocation import Invocation
+from runner.config.labels import Labels
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
+from runner.runs.find import run_or_best_job
+from runner.runs.labels import edit_labels
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
 
 
@@ -50,6 +53,7 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
         resolved = resolve_config(job_config)
         resolved.experiment = resolved.experiment or HydraConfig.get().runtime.choices.get("experiment")
         stored = config_to_store(job_config, resolved)
+        labels = Labels.take(stored)
         spec = RunSpec(
             resolved,
             stored,
@@ -57,6 +61,8 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
             source,
             new_run_id(),
             stop_at=invocation.stop_at,
+            labels=labels,
+            repeats=run_or_best_job(invocation.repeat) if invocation.repeat else None,
             supervise=invocation.supervise,
         )
         return train_run(spec)
@@ -64,7 +70,9 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
         if source is not None and directory.path == source.run:
             typed = [text.lstrip("+").partition("=")[0] for text in invocation.overrides]
-            record_job_changes(source.run, config_to_store(without_hydra(composed), config), typed)
+            stored = config_to_store(without_hydra(composed), config)
+            _relabel(source.run, Labels.take(stored), typed)
+            record_job_changes(source.run, stored, typed)
         context.callbacks.on_run_start(config=composed, config_name=session.config_name)
         job = run_job(run_in_job, composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
         context.callbacks.on_run_end(config=composed, config_name=session.config_name, job_return=job)
@@ -138,6 +146,12 @@ def _restore(backup: Path, directory: RunDirectory) -> ResumeSource:
         raise
     print(f"restored {backup} into {directory.path}", *damaged, sep="\n")
     return ResumeSource(run=directory.path)
+
+
+def _relabel(run: Path, labels: Labels, typed: Collection[str]) -> None:
+    """Give the resumed `run` those of the `labels` that are among the `typed` settings."""
+    if changes := {name: value for name, value in labels.to_dict().items() if name in typed}:
+        edit_labels(run, lambda present: Labels.of({**present.to_dict(), **changes}))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from runner.runs.directory import RunDirectory
 _SCHEMA = 1
 _MAX_ROWS_BYTES = 1 << 40
 _MAX_BACKUP_JSON_BYTES = 100_000
-_RUN_FILES = ("config", "status", "metrics", "samples", "row_losses")  # attributes of RunDirectory
+_RUN_FILES = ("config", "status", "metrics", "samples", "row_losses", "labels")  # attributes of RunDirectory
 
 
 class BackupMirror:

@@ -27,7 +27,7 @@ REMOVED = re.compile(r"\.removed-.{1,200}-[0-9a-f]{8}")
 """A run's directory whose removal was interrupted."""
 _HYDRA_FILES = {"config.yaml", "hydra.yaml", "overrides.yaml"}
 _ADAPTER_FILES = {layout.ADAPTERS, layout.ADAPTER_CONFIG, manifest.NAME}
-_CHECKPOINT_FILES = {*_ADAPTER_FILES, "optimizer.safetensors", "train_state.json"}
+_CHECKPOINT_FILES = {*_ADAPTER_FILES, "optimizer.safetensors", layout.TRAIN_STATE}
 _RUN_FILES = {
     layout.CONFIG,
     layout.STATUS,
@@ -36,10 +36,11 @@ _RUN_FILES = {
     layout.LOG,
     layout.LOCK,
     layout.LABELS,
+    layout.ROW_LOSSES,
+    layout.REPORT,
     "metrics.csv",
-    "report.html",
 }
-_OTHER_FILES = re.compile(r"events\.out\.tfevents\..*|row_losses[\w.-]*")
+_OTHER_FILES = re.compile(r"events\.out\.tfevents\..*")
 _LOGGER_FOLDERS = {"wandb"}
 
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner import loggers
+from runner.cli.run_argument import resolve_name
 from runner.common.errors import ConfigError, did_you_mean
-from runner.config import retired, schema, serialize, validation
+from runner.config import labels, retired, schema, serialize, validation
 from runner.config.foreign_names import explain_foreign
 from runner.config.groups import CONF_DIR, CONFIG_DIR_FLAGS, config_dirs, group_choices
 from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation, Supervision
@@ -66,7 +67,7 @@ def parse_arguments(arguments: Sequence[str]) -> Invocation:
 def _recorded_config_dir(arguments: Sequence[str]) -> Path | None:
     """Return the --config-dir of the sweep that `resume=` names: recipes and groups are chosen from it again."""
     resumed = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
-    folder = Path(os.path.expanduser(unquote(resumed[-1]))) if resumed else None
+    folder = resolve_name(unquote(resumed[-1])) if resumed else None
     if folder is None or not (folder / sweep_manifest.NAME).is_file():
         return None
     return next(iter(config_dirs(sweep_manifest.read_manifest(folder).arguments)), None)
@@ -119,6 +120,9 @@ def _add_override(argument: str, invocation: Invocation, folders: list[Path]) ->
         invocation.overrides.append(f"+{key}{package}={value}")  # no group of the defaults list of conf/config.yaml
     elif key in INVOCATION_ARGUMENTS:
         _set_on_invocation(invocation, key, value)
+    elif key in labels.SETTINGS:
+        invocation.settings[key] = value
+        invocation.overrides.append(f"{key}={labels.quote(key, value)}")
     elif key.startswith(("vars.", "data.template_args.")) or key == "data.template_args":
         invocation.settings[key] = value
         invocation.overrides.append(f"++{key}={value}")
@@ -146,7 +150,7 @@ def _set_on_invocation(invocation: Invocation, key: str, value: str) -> None:
             raise ConfigError(f"supervise={value} is invalid: must be true, false, or a number of updates, 1 or more.")
         invocation.supervise = None if value == "false" else Supervision(int(value) if is_count else None)
     else:
-        setattr(invocation, key, Path(os.path.abspath(os.path.expanduser(unquote(value)))))
+        setattr(invocation, key, Path(os.path.abspath(resolve_name(unquote(value)))))
 
 
 def _known_names() -> list[str]:

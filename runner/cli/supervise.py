@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from runner.config import labels
 from runner.config.invocation import Invocation
 from runner.runs.restarts import RestartPolicy, stored_run
 
@@ -87,7 +88,8 @@ class _Supervisor:
         if stored_run(self._run) is None:
             return [*_without(self._typed, "hydra.run.dir"), f"hydra.run.dir={self._run}"]
         # What was typed with resume= is typed again: the child may have died before it stored that.
-        kept = _without(self._typed, "hydra.run.dir", "resume", "repeat")
+        # Labels were set when the run was locked, and a person may have changed them since.
+        kept = _without(self._typed, "hydra.run.dir", "resume", "repeat", *labels.SETTINGS)
         if not self._continues:
             kept = [argument for argument in kept if not _is_override(argument) or _is_for_each_start(_key(argument))]
         changes = [f"{name}={str(value).lower()}" for name, value in self._policy.changes.items()]

@@ -34,7 +34,7 @@ GENERATED_CHOICES: dict[str, dict[str, Any]] = {
     **{f"schedule/{name}": {"name": name} for name in schema.metadata()["schedule.name"].choices},
 }
 """Choices whose YAML shows every setting of the group, with the values that differ from the schema's defaults."""
-UNGROUPED = ("seed", "adapter", "objective")
+UNGROUPED = ("seed", "adapter", "objective", "name", "tags", "note")
 """Settings and sections that conf/config.yaml shows, because they belong to no group."""
 
 _WIDTH = 110

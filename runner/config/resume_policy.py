@@ -56,7 +56,7 @@ def changed_settings(stored: Config, config: Config) -> dict[str, tuple[Any, Any
     return {
         name: (before[name], after[name])
         for name in after
-        if before[name] != after[name] and metadata[name].on_resume is not OnResume.PROVENANCE
+        if before[name] != after[name] and metadata[name].on_resume not in (OnResume.PROVENANCE, OnResume.LABEL)
     }
 
 

@@ -21,7 +21,7 @@ from runner.config.setting import MISSING, OnResume, PathKind, Setting, metadata
 
 HIGHER_IS_BETTER = ("score",)
 """Values of objective.metric of which a higher one is better, unless objective.direction says otherwise."""
-FREE, PROVENANCE = OnResume.FREE, OnResume.PROVENANCE
+FREE, PROVENANCE, LABEL = OnResume.FREE, OnResume.PROVENANCE, OnResume.LABEL
 DEFAULT_LORA_SCALE = 20.0
 """lora.scale where neither it nor lora.alpha is set, as in mlx-lm."""
 
@@ -367,6 +367,13 @@ class Config:
     """Values of one's own for ${vars.NAME} in recipes; they have no meaning by themselves."""
     experiment: str | None = setting(None, on_resume=PROVENANCE)
     """Recipe from conf/experiment/; sets any of the settings above."""
+    name: str | None = setting(None, on_resume=LABEL)
+    """What to call the run, or the sweep, in listings and loggers; the directory keeps its name. name, tags and note
+    change nothing that is computed; a repeat and a branch do not inherit them. `runner label` changes them later."""
+    tags: list[str] = setting([], on_resume=LABEL)
+    """Words to find the run, or the sweep and its jobs, by: tags=baseline,sql, then runner ls --tag sql."""
+    note: str | None = setting(None, on_resume=LABEL)
+    """Free text about the run or the sweep, such as why it was started."""
 
 
 OPEN_SECTIONS = ("loggers", "vars", "data.template_args")
@@ -405,6 +412,11 @@ def path_settings() -> dict[str, PathKind]:
 def provenance_settings() -> list[str]:
     """Return the settings that only record where the others came from."""
     return [name for name, found in metadata().items() if found.on_resume is PROVENANCE]
+
+
+def label_settings() -> list[str]:
+    """Return the settings that are labels: no config stores them."""
+    return [name for name, found in metadata().items() if found.on_resume is LABEL]
 
 
 def choice_options(section_name: str, choice: str) -> dict[str, Any]:

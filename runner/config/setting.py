@@ -30,6 +30,7 @@ _RESERVED_NAMES = {
     layout.ROW_LOSSES,
     layout.REPORT,
     layout.BACKUP,
+    layout.LABELS,
 }
 
 
@@ -42,6 +43,8 @@ class OnResume(Enum):
     """May change; the change is logged."""
     PROVENANCE = "provenance"
     """Records where the settings came from: not compared on resume; a resume keeps it, a repeat does not."""
+    LABEL = "label"
+    """What a person calls the run: kept in labels.json instead of config.yaml, so that nothing is compared with it."""
 
 
 class PathKind(Enum):
@@ -115,7 +118,10 @@ class Setting:
 
 def setting(default: Any, **metadata: Any) -> Any:
     """Return the dataclass field of a setting with its default and the arguments of `Setting`."""
-    return field(default=default, metadata={_METADATA: Setting(**metadata)})
+    found = {_METADATA: Setting(**metadata)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=found)
+    return field(default=default, metadata=found)
 
 
 def section(config_class: type, **metadata: Any) -> Any:

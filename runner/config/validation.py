@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
-from runner.config import schema, serialize
+from runner.config import labels, schema, serialize
 from runner.config.foreign_names import explain_foreign
 from runner.config.schema import (
     DEFAULT_LORA_SCALE,
@@ -77,6 +77,7 @@ def validate(config: Config) -> None:
     problems += _evaluation_problems(config)
     problems += _template_problems(config.data)
     problems += _mix_problems(config.data)
+    problems += labels.problems(config.name, config.tags, config.note)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.config.labels import NO_LABELS, Labels
 from runner.config.serialize import flatten_dict
 from runner.runs.directory import RunDirectory
+from runner.runs.labels import read_labels
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
 from runner.runs.sweep_manifest import NAME, read_manifest
@@ -68,10 +70,13 @@ class LoggedRun:
     id: str
     """The run's identity, which a resume keeps; a branch and a repeat have their own."""
     name: str
-    """Such as `2026-11-24/10-00-00`, of a sweep's job `2026-11-24/10-00-00/3`."""
+    """What the run is called, else its folder, such as `2026-11-24/10-00-00`, of a sweep's job
+    `2026-11-24/10-00-00/3`."""
     group: str | None
     """Name of the sweep that the run is a job of."""
     tags: tuple[str, ...]
+    """The experiment, the tags of the sweep, and those of the run."""
+    note: str | None
     config: Mapping[str, Any]
     """As config.yaml stores it."""
     rows: Sequence[LoggedRow] = ()
@@ -91,12 +96,16 @@ def logged_run(spec: RunSpec) -> LoggedRun:
     """Return the run that `spec` describes, without rows."""
     path = spec.directory.path
     sweep = path.parent if _is_job(path) else None
+    labels, sweep_labels = read_labels(path), read_labels(sweep) if sweep else NO_LABELS
+    group = (sweep_labels.name or _name(sweep)) if sweep else None
+    experiment = Labels(tags=tuple(filter(None, [spec.config.experiment])))
     return LoggedRun(
         path=path,
         id=spec.run_id,
-        name=f"{_name(sweep)}/{path.name}" if sweep else _name(path),
-        group=_name(sweep) if sweep else None,
-        tags=tuple(filter(None, [spec.config.experiment])),
+        name=labels.name or (f"{group}/{path.name}" if group else _name(path)),
+        group=group,
+        tags=experiment.tagged([*sweep_labels.tags, *labels.tags]),
+        note=labels.note,
         config=spec.stored,
     )
 

@@ -25,6 +25,8 @@ _MAX_METRICS = 1000
 _MAX_PARAMS = 100
 _MAX_VALUE_LENGTH = 6000
 _ID_TAG = "runner.run_id"
+_NOTE_TAG = "mlflow.note.content"
+"""What MLflow shows as the description of a run."""
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED"}
 
 
@@ -96,12 +98,15 @@ class MlflowLogger:
     def _find_or_create(self, run: LoggedRun) -> Any:
         experiment = self._experiment_id()
         found = self._client.search_runs([experiment], f"tags.`{_ID_TAG}` = '{run.id}'", max_results=1)
+        tags = {"runner.sweep": run.group, "runner.tags": ", ".join(run.tags), _NOTE_TAG: run.note}
         if found:
-            self._client.update_run(found[0].info.run_id, status="RUNNING")
+            self._client.update_run(found[0].info.run_id, status="RUNNING", name=run.name)
+            for name, value in tags.items():  # which may have changed since, and be none now
+                if (value or "") != found[0].data.tags.get(name, ""):
+                    self._client.set_tag(found[0].info.run_id, name, value or "")
             return found[0]
-        tags = {_ID_TAG: run.id, "runner.directory": str(run.path)}
-        tags |= {"runner.sweep": run.group} if run.group else {}
-        tags |= {"runner.tags": ", ".join(run.tags)} if run.tags else {}
+        tags = {name: value for name, value in tags.items() if value}
+        tags |= {_ID_TAG: run.id, "runner.directory": str(run.path)}
         return self._client.create_run(experiment, tags=tags, run_name=run.name)
 
     def _experiment_id(self) -> str:

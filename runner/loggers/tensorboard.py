@@ -46,7 +46,9 @@ class TensorBoardLogger:
             self._write(0.0, 0, session_log=SessionLog(status=SessionLog.START))
             settings = {name: _hyperparameter(value) for name, value in run.settings().items()}
             experiment, start, _ = hparams(settings, _COMPARED)
-            table = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in settings.items())
+            shown = {"name": run.name, "tags": ", ".join(run.tags), "note": run.note or ""}
+            shown = {**{name: value for name, value in shown.items() if value}, **settings}
+            table = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in shown.items())
             config = text("config", f"| setting | value |\n|---|---|\n{table}")
             for summary in (experiment, start, config):
                 self._write(run.rows[0].seconds if run.rows else None, 0, summary=summary)

@@ -27,6 +27,7 @@ class TrackioLogger:
         self._dir, self._project = Path(dir), project
         self._storage: Any = None
         self._run: LoggedRun | None = None
+        self._name = ""
 
     def load(self, run: LoggedRun) -> None:
         """Import Trackio, which reads its folder from the environment at that moment.
@@ -46,6 +47,9 @@ class TrackioLogger:
 
         SQLiteStorage.validate_project_name(self._project)
         self._storage, self._run = SQLiteStorage, run
+        # Trackio groups rows by id and name, and loses the rows' ids where it renames a run: the first name stays.
+        names = {record["id"]: record["name"] for record in SQLiteStorage.get_run_records(self._project)}
+        self._name = names.get(run.id) or run.name
         self._log(run.rows)
 
     def log(self, row: LoggedRow) -> None:
@@ -59,11 +63,16 @@ class TrackioLogger:
         assert self._run is not None
         self._storage.bulk_log(
             self._project,
-            self._run.name,
+            self._name,
             [_values(row) for row in rows],
             steps=[row.step for row in rows],
             timestamps=[datetime.fromtimestamp(row.seconds or time.time(), UTC).isoformat() for row in rows],
-            config={**self._run.config, "_Group": self._run.group, "_Tags": list(self._run.tags)},
+            config={
+                **self._run.config,
+                "_Group": self._run.group,
+                "_Tags": list(self._run.tags),
+                "_Note": self._run.note,
+            },
             log_ids=[f"{self._run.id}-{row.key}" for row in rows],
             run_id=self._run.id,
         )

@@ -72,6 +72,7 @@ class WandbLogger:
             id=run.id,
             resume=None if offline else "allow",
             name=run.name,
+            notes=run.note,
             group=run.group,
             tags=[tag[:64] for tag in run.tags],
             config=dict(run.config),

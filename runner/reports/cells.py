@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from runner.config.labels import Labels
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
 from runner.runs.restarts import read_restarts, restart_summary
 
+_MAX_NOTE_LINES = 20
 STATE_STYLES = {
     "running": "cyan",
     "finished": "green",
@@ -34,6 +37,19 @@ def format_best(run: RunInfo) -> str:
     if run.best_loss is None:
         return "-"
     return f"{run.best_loss:.4f}" + ("" if run.best_step is None else f" @{run.best_step}")
+
+
+def format_labels(labels: Labels) -> str:
+    """Format the name and the tags: ``baseline #sql #final``."""
+    return " ".join([*filter(None, [labels.name]), *(f"#{tag}" for tag in labels.tags)])
+
+
+def label_lines(labels: Labels, tags: Sequence[str]) -> list[str]:
+    """Return the lines that show the labels on a page, with all `tags` that apply."""
+    lines = [f"name     {labels.name}"] if labels.name else []
+    lines += [f"tags     {' '.join(f'#{tag}' for tag in tags)}"] if tags else []
+    note = (labels.note or "").splitlines()
+    return lines + [f"{'note' if i == 0 else '':<9}{line}" for i, line in enumerate(note[:_MAX_NOTE_LINES])]
 
 
 def format_progress(run: RunInfo) -> str:
@@ -76,6 +92,9 @@ def run_fields(run: RunInfo) -> dict[str, Any]:
     """Return the fields of a run in a JSON document, its settings excluded."""
     return {
         "path": run.path,
+        "name": run.labels.name,
+        "tags": run.tags,
+        "note": run.labels.note,
         "state": run.state,
         "reason": run.reason,
         "problem": run.problem,
@@ -98,6 +117,9 @@ def sweep_fields(sweep: SweepInfo) -> dict[str, Any]:
     best = sweep.best
     return {
         "path": sweep.path,
+        "name": sweep.labels.name,
+        "tags": sweep.labels.tags,
+        "note": sweep.labels.note,
         "problem": sweep.problem,
         "states": sweep.states,
         "best": None if best is None else {"run": best.path.name, **best_fields(best)},

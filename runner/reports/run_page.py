@@ -11,7 +11,7 @@ from typing import Any
 from runner.common.safe_json import finite_number
 from runner.common.text import format_bytes, relative_path, shorten
 from runner.reports import checkpoint_list, curves, settings_text
-from runner.reports.cells import STATE_STYLES, format_age, format_time, run_fields
+from runner.reports.cells import STATE_STYLES, format_age, format_time, label_lines, run_fields
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.curves import Series
 from runner.reports.next_commands import Command, command_fields, for_run
@@ -117,6 +117,8 @@ def print_run_page(page: RunPage, screen: Screen) -> None:
     progress = f" at step {run.step} of {'?' if run.iters is None else run.iters}" if run.step is not None else ""
     age = f"  (last update {format_age(time.time() - run.updated)} ago, {format_time(run.updated)})"
     screen.line((run.state, STATE_STYLES.get(run.state, "")), progress, (age, "dim"))
+    for line in label_lines(run.labels, run.tags):
+        screen.line(line)
     labelled = {"reason": run.reason, "damaged": run.problem, "parent": run.status.get("parent")}
     for label, text in {**labelled, "restarts": restart_summary(run.status)}.items():
         if isinstance(text, str):

@@ -56,6 +56,8 @@ def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
     screen.line((relative_path(sweep.path), "bold"))
     age = f"  (last update {cells.format_age(time.time() - sweep.updated)} ago)" if sweep.runs else ""
     screen.line("sweep: ", (cells.format_states(sweep), cells.sweep_style(sweep)), (age, "dim"))
+    for line in cells.label_lines(sweep.labels, sweep.labels.tags):
+        screen.line(line)
     if sweep.problem:
         screen.line(f"damaged  {sweep.problem}")
     plotted = [run for run in runs if run.losses("valid")][: len(_MARKS)]
@@ -115,5 +117,5 @@ def _row(run: RunInfo, marks: Mapping[str, str]) -> TableRow:
     return TableRow(
         [name, marks.get(name, ""), state, cells.format_progress(run), cells.format_best(run)],
         {2: cells.STATE_STYLES.get(state, "")},
-        cells.run_notes(run),
+        [*filter(None, [cells.format_labels(run.labels)]), *cells.run_notes(run)],
     )

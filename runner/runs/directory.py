@@ -44,6 +44,7 @@ class RunDirectory:
         self.metrics = path / layout.METRICS
         self.samples = path / layout.SAMPLES
         self.row_losses = path / layout.ROW_LOSSES
+        self.labels = path / layout.LABELS
         self.log = path / layout.LOG
         self.checkpoints = path / checkpoint_dir_name
         self.result = path / layout.RESULT
@@ -64,7 +65,7 @@ class RunDirectory:
             for path in (self.path / layout.HYDRA, self.log, self.checkpoints):
                 if path.is_symlink():
                     raise ConfigError(f"{path} is a symbolic link, which a run does not follow: {_CHOOSE_ANOTHER}.")
-            expected = {layout.LOCK, layout.HYDRA, layout.LOG, self.checkpoints.name, *written}
+            expected = {layout.LOCK, layout.HYDRA, layout.LOG, layout.LABELS, self.checkpoints.name, *written}
             if not self.config.exists() and unexpected_names(self.path, expected):
                 raise ConfigError(f"{self.path} is not empty and not a run: {_CHOOSE_ANOTHER}.")
             self.lock()

@@ -13,8 +13,10 @@ from pathlib import Path
 from runner.common import layout
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.layout import STATES
+from runner.config.labels import NO_LABELS, Labels
 from runner.runs import sweep_manifest
 from runner.runs.inspect import RunInfo, modified_time, read_run
+from runner.runs.labels import read_labels
 from runner.runs.objective import Objective, objective_of
 from runner.runs.sweep_manifest import SweepManifest
 
@@ -44,6 +46,12 @@ class SweepInfo:
     """Why the manifest cannot be read."""
     manifest: SweepManifest | None = None
     """None where it cannot be read."""
+    labels: Labels = NO_LABELS
+
+    @property
+    def repeats(self) -> Path | None:
+        """The run, or the sweep for its best job, whose settings it varies."""
+        return self.manifest.repeats if self.manifest else None
 
     @property
     def states(self) -> dict[str, int]:
@@ -102,6 +110,20 @@ def find_runs(root: Path) -> list[RunInfo | SweepInfo]:
     return sorted(found, key=lambda entry: (-entry.updated, str(entry.path)))
 
 
+def find_labelled(root: Path) -> list[tuple[Path, Labels]]:
+    """Return the runs, jobs and sweeps at or below `root` that have labels of their own; nothing else is read."""
+    found = []
+    pending = [Path(root)]
+    while pending:
+        folder = pending.pop()
+        names, folders = _list(folder)
+        if layout.LABELS in names:
+            found.append((folder, read_labels(folder)))
+        if names & set(_SWEEP_FILES) or not looks_like_run(names):
+            pending += [folder / name for name in folders if not name.startswith(".")]
+    return found
+
+
 def looks_like_run(names: Iterable[str]) -> bool:
     """Return whether a folder with these names in it is a run or the remains of one.
 
@@ -126,9 +148,11 @@ def read_sweep(path: Path) -> SweepInfo:
         jobs = [job.folder for job in manifest.jobs]
     except (RunnerError, OSError) as error:
         problem = str(error)
+    labels = read_labels(path)
     present = [name for name in jobs if name in folders]
-    runs = [read_run(path / name) for name in [*present, *(name for name in names if name not in present)]]
-    return SweepInfo(path=path, runs=runs, waiting=len(jobs) - len(present), problem=problem, manifest=manifest)
+    runs = [read_run(path / name, labels) for name in [*present, *(name for name in names if name not in present)]]
+    waiting = len(jobs) - len(present)
+    return SweepInfo(path=path, runs=runs, waiting=waiting, problem=problem, manifest=manifest, labels=labels)
 
 
 def run_or_best_job(path: Path) -> Path:

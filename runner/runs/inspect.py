@@ -18,7 +18,9 @@ from runner.common import layout, safe_yaml
 from runner.common.layout import BEST_METRIC
 from runner.common.safe_json import finite_number
 from runner.config import retired, schema, serialize
+from runner.config.labels import NO_LABELS, Labels
 from runner.runs.directory import RunDirectory
+from runner.runs.labels import labels_of_sweep_above, read_labels
 from runner.runs.rows import count_or_none, read_rows
 
 
@@ -46,6 +48,15 @@ class RunInfo:
     """Size of all files in the directory."""
     status: dict[str, Any] = field(default_factory=dict)
     """The content of status.json."""
+    labels: Labels = NO_LABELS
+    """Its own labels."""
+    sweep_labels: Labels = NO_LABELS
+    """Those of the sweep that it is a job of."""
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Its tags, with those of its sweep."""
+        return self.sweep_labels.tagged(self.labels.tags)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -58,8 +69,12 @@ class RunInfo:
         return [(step, loss) for step, loss in losses if loss is not None]
 
 
-def read_run(path: Path) -> RunInfo:
-    """Read the run in `path`."""
+def read_run(path: Path, sweep_labels: Labels | None = None) -> RunInfo:
+    """Read the run in `path`.
+
+    Args:
+        sweep_labels: those of the sweep that it is a job of, where the caller has read them.
+    """
     settings, config_problem = _read_settings(path)
     status, status_problem = _read_status(path)
     raw = status.get("best")
@@ -76,6 +91,8 @@ def read_run(path: Path) -> RunInfo:
         settings=settings,
         size_bytes=folder_size(path),
         status=status,
+        labels=read_labels(path),
+        sweep_labels=labels_of_sweep_above(path) if sweep_labels is None else sweep_labels,
     )
     run.updated = _last_update(run)
     if run.step is None and run.rows:  # status.json is lost or damaged: the rows have the same facts

@@ -13,6 +13,7 @@ from runner.common.errors import ConfigError
 from runner.common.layout import STEP_NAME
 from runner.config import environment
 from runner.config.invocation import Supervision
+from runner.config.labels import NO_LABELS, Labels
 from runner.config.schema import Config
 from runner.config.serialize import to_dict
 from runner.runs.directory import RunDirectory
@@ -61,7 +62,10 @@ class RunSpec:
     """Name of a sweep's job that shares the terminal with other jobs; None for a run alone."""
     precision: dict[str, str] | None = None
     """What model.dtype and model.dequantize on auto meant when the run began; None where it begins here."""
-
+    repeats: Path | None = None
+    """The run whose settings a new run takes."""
+    labels: Labels = NO_LABELS
+    """Those of a new run; one that resumes in its directory keeps what that holds."""
     supervise: Supervision | None = None
     """Given where a supervisor starts this process again."""
 

@@ -22,15 +22,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runner.common import safe_json
+from runner.common import layout, safe_json
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
 from runner.common.filesystem import open_regular
-from runner.common.layout import REPORT
 from runner.common.safe_json import is_count
 from runner.common.text import shorten
 from runner.config import retired, serialize
 from runner.config.invocation import INVOCATION_ARGUMENTS
+from runner.config.labels import NO_LABELS, Labels
+from runner.config.labels import problems as label_problems
+from runner.config.quoting import unquote
 from runner.runs.rows import RowFile
 
 NAME = "sweep.jsonl"
@@ -46,7 +48,7 @@ _OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w./@:-]*=.*", re.DOTALL)
 _FOLDER = re.compile(r"\w[\w.,=+@-]{0,119}")
 _NAME = re.compile(r"[\w./-]{1,100}")
 _CHOICE = re.compile(r"[^\x00-\x1f]{1,300}")
-_RESERVED_FOLDERS = {"logs", NAME, "results.csv", "curves.svg", REPORT, "multirun.yaml"}
+_RESERVED_FOLDERS = {"logs", NAME, "results.csv", "curves.svg", layout.REPORT, "multirun.yaml", layout.LABELS}
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class SweepJob:
     own_changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings that were changed for this job alone, after `changes` of the same name; `config` does not have them, so
     that jobs which are derived from it do not inherit them."""
+    labels: Labels = NO_LABELS
+    """What its run is called from the start, beside the labels of the sweep."""
 
     @property
     def id(self) -> str:
@@ -108,6 +112,12 @@ class SweepManifest:
     """Bytes of complete lines."""
     numbers: dict[str, int] = field(default_factory=dict)
     """Folder to job number."""
+
+    @property
+    def repeats(self) -> Path | None:
+        """The run, or the sweep for its best job, whose settings the sweep varies."""
+        named = [unquote(a.partition("=")[2]) for a in self.arguments if a.startswith("repeat=")]
+        return Path(named[-1]) if named and named[-1] and "\0" not in named[-1] else None
 
     def job_in(self, folder: str) -> SweepJob | None:
         """Return the job of a folder."""
@@ -226,6 +236,8 @@ def _job_line(job: SweepJob, configs: Sequence[Mapping[str, Any] | None]) -> dic
     line = {"job": job.number, "id": job.id, "folder": job.folder, "overrides": job.overrides, "choices": job.choices}
     if job.references:
         line["references"] = job.references
+    if job.labels != NO_LABELS:
+        line["labels"] = job.labels.to_dict()
     like = next(number for number, config in enumerate(configs) if config is not None)
     if like == job.number:
         return {**line, "config": job.config}
@@ -295,7 +307,16 @@ def _job(manifest: SweepManifest, line: dict[str, Any]) -> SweepJob:
     choices = _settings(line.get("choices", {}))
     if not all(isinstance(text, str) and _CHOICE.fullmatch(text) for pair in choices.items() for text in pair):
         raise ValueError("choices of groups are expected")
-    return SweepJob(number, folder, overrides, config, choices, _settings(line.get("references", {})))
+    references, labels = _settings(line.get("references", {})), _labels(_settings(line.get("labels", {})))
+    return SweepJob(number, folder, overrides, config, choices, references, labels=labels)
+
+
+def _labels(stored: dict[str, Any]) -> Labels:
+    name, tags, note = stored.get("name"), stored.get("tags") or [], stored.get("note")
+    texts = isinstance(name, str | None) and isinstance(tags, list) and isinstance(note, str | None)
+    if not texts or list(label_problems(name, tags, note)):
+        raise ValueError("the labels of a job are invalid")
+    return Labels.of(stored)
 
 
 def _settings(value: object) -> dict[str, Any]:

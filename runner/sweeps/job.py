@@ -15,6 +15,7 @@ from runner.app.compose import stored_settings
 from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
 from runner.config import serialize
 from runner.config.invocation import Invocation
+from runner.config.labels import Labels
 from runner.config.schema import Config
 from runner.reports.job_settings import job_labels
 from runner.runs.directory import RunDirectory
@@ -47,7 +48,8 @@ class JobTask:
             config = resolve_config(composed)
             config.experiment = config.experiment or hydra.runtime.choices.get("experiment")
             overrides = tuple(override for override in hydra.overrides.task if not override.startswith("stored="))
-            job = SweepJob(hydra.job.num, folder.name, overrides, config_to_store(composed, config))
+            stored = config_to_store(composed, config)
+            job = SweepJob(hydra.job.num, folder.name, overrides, stored, labels=Labels.take(stored))
         label = job_labels(manifest.jobs).get(job.number, " ".join(job.overrides))
         return train_job(
             job, folder, label=f"job {job.number}  {label}", invocation=self.invocation, written=[hydra.output_subdir]
@@ -96,14 +98,17 @@ def train_job(
         for name, text in (record or {}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
+    stored = config_to_store(composed, config)
+    Labels.take(stored)  # the record of the job has its own, and those that all jobs share are the sweep's
     spec = RunSpec(
         config,
-        config_to_store(composed, config),
+        stored,
         directory,
         source,
         new_run_id(),
         stop_at=invocation.stop_at,
         label=label,
+        labels=job.labels,
         supervise=invocation.supervise,
     )
     return train_run(spec, loader)

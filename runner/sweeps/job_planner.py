@@ -15,6 +15,8 @@ from runner.app.resolve import config_to_store, resolve_to_start
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import shorten
 from runner.config import environment, schema, serialize
+from runner.config.labels import SETTINGS as LABEL_SETTINGS
+from runner.config.labels import Labels
 from runner.config.setting import PathKind, absolute_path
 from runner.data.source import HUB_ID, find_dataset, find_sources
 from runner.runs.sweep_manifest import SweepJob, SweepManifest, is_valid_folder, unusable_reason
@@ -94,14 +96,15 @@ class JobPlanner:
         """Return the config of a recorded job with overrides on top, as it is stored."""
         assert job.config is not None
         composed = ComposedJob(self._composer.change(job.config, job.overrides, typed), dict(job.choices), {})
-        return self._resolve(typed, composed, job.number, job.folder, needs_adapter=False)
+        config = self._resolve(typed, composed, job.number, job.folder, needs_adapter=False)
+        Labels.take(config)
+        return config
 
     def complete(self, job: SweepJob) -> SweepJob:
         """Return a job of an earlier version, which has not begun, with the config that its overrides give today."""
         composed = self._composer.compose(job.overrides)
-        return replace(
-            job, config=self._resolve(job.overrides, composed, job.number, job.folder), choices=composed.choices
-        )
+        config = self._resolve(job.overrides, composed, job.number, job.folder)
+        return replace(job, labels=Labels.take(config), config=config, choices=composed.choices)
 
     def _is_group(self, override: str) -> bool:
         return self._composer.is_group(self._composer.parse(override))
@@ -112,6 +115,7 @@ class JobPlanner:
         number = self._count
         folder, unusable = self._folder(overrides, composed, number)
         config = serialize.change_dict(self._resolve(overrides, composed, number, folder), changes)
+        labels = Labels.take(config)
         if (key := config_key(config)) in self._configs and not again:
             return None
         self._configs.add(key)
@@ -120,7 +124,8 @@ class JobPlanner:
             self._unusable_names.append(f"job {number}: '{shorten(unusable)}', {unusable_reason(unusable)}")
         self._count += 1
         recorded = tuple(o for o in overrides if not o.lstrip("+").startswith(("stored=", "hydra.", "hydra/")))
-        return SweepJob(number, folder, recorded, config, composed.choices, _references(composed.config))
+        references = _references(composed.config)
+        return SweepJob(number, folder, recorded, config, composed.choices, references, labels=labels)
 
     def _resolve(
         self, overrides: Sequence[str], composed: ComposedJob, number: int, folder: str, *, needs_adapter: bool = True
@@ -194,7 +199,11 @@ def _references(composed: DictConfig) -> dict[str, Any]:
     written = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(written, dict)
     flat = serialize.flatten_dict({str(name): value for name, value in written.items()})
-    return {name: value for name, value in flat.items() if "${" in environment.REFERENCE.sub("", str(value))}
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in LABEL_SETTINGS and "${" in environment.REFERENCE.sub("", str(value))
+    }
 
 
 def config_key(config: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from runner.app import guard
 from runner.app.compose import HydraSession, set_hydra
 from runner.app.run import claim_first_free
+from runner.common import layout
 from runner.common.errors import ConfigError
 from runner.config import validation
 from runner.config.invocation import Invocation
@@ -25,7 +26,7 @@ from runner.sweeps import grid
 from runner.sweeps.job import JobTask
 from runner.sweeps.sweep import GRID_SWEEPER, PROCESS_LAUNCHER, refuse_failed, report
 
-_LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME}
+_LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME, layout.LABELS}
 """What a start leaves that ended before it recorded a job."""
 
 

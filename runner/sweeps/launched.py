@@ -18,6 +18,7 @@ from runner.sweeps.hydra_node import set_folder, with_hydra_node
 from runner.sweeps.job import composed_from
 from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
+from runner.sweeps.labels import share_labels
 from runner.sweeps.plan import PlannedJob, has_begun
 from runner.sweeps.sweep import launcher_record
 
@@ -40,7 +41,7 @@ def launched_jobs(
         parser = OverridesParser.create(config_loader=context.config_loader)
         planner = JobPlanner(JobComposer(context.config_loader, composed), manifest, composed, invocation.stop_at)
         overrides = [grid.expand_grid(parser.parse_overrides(list(texts)))[0] for texts in job_overrides]
-        jobs = planner.plan(overrides, again=True)
+        jobs = share_labels(folder, planner.plan(overrides, again=True))
         manifest.record(arguments=grid.stored_arguments(invocation), launcher=launcher_record(composed), jobs=jobs)
     else:
         found = [manifest.job_in(name or "") for name in named]

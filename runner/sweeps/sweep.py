@@ -28,6 +28,7 @@ from runner.sweeps import grid
 from runner.sweeps.extension import extend
 from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
+from runner.sweeps.labels import relabel, share_labels
 from runner.sweeps.params import expand
 from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs
 
@@ -64,13 +65,14 @@ def run_sweep(
     if manifest.jobs:
         _complete_earlier_version(manifest, arguments, composer, composed, invocation)
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
-        added = extend(manifest, [composer.parse(text) for text in invocation.sweep_overrides], composer, planner)
+        typed = relabel(folder, [composer.parse(text) for text in invocation.sweep_overrides])
+        added = extend(manifest, typed, composer, planner)
         recorded = [a for a in manifest.arguments if a.startswith("-") or not a.startswith("hydra")]
         manifest.record(
             arguments=grid.merge_arguments(recorded, grid.stored_arguments(invocation)),
             launcher=launcher_record(composed),
             changes=added.changes,
-            jobs=added.jobs,
+            jobs=share_labels(folder, added.jobs),
         )
         for name, value in added.changes.items():
             print(f"changed for all jobs: {name}={value}")
@@ -78,6 +80,7 @@ def run_sweep(
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
         combinations = expand(arguments, params or {}, composer)
         jobs = planner.plan(combinations)
+        jobs = share_labels(folder, jobs)
         OmegaConf.save(composed, folder / "multirun.yaml")  # as Hydra's own sweeper does
         manifest.record(arguments=grid.stored_arguments(invocation), launcher=launcher_record(composed), jobs=jobs)
         if len(jobs) < len(combinations):

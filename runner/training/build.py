@@ -15,6 +15,7 @@ from runner.common.atomic_io import write_atomically
 from runner.common.clock import utc_now
 from runner.common.errors import CheckpointError
 from runner.common.filesystem import FileSystem
+from runner.config.labels import NO_LABELS
 from runner.config.schema import Config
 from runner.config.validation import lora_scale
 from runner.data.order import BatchOrder
@@ -27,6 +28,8 @@ from runner.models.peft.families import find_family
 from runner.models.peft.read import fit, read_layers
 from runner.reports.progress import Display
 from runner.runs.directory import RunDirectory
+from runner.runs.labels import write_labels
+from runner.runs.lineage import record_parents
 from runner.runs.run_spec import RunSpec
 from runner.training import optimizer, state_files
 from runner.training.components import Components
@@ -72,6 +75,8 @@ def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
         background=spec.config.checkpoint.background,
         backup=build_backup(spec, retention),
     )
+    if (spec.source is None or spec.source.branch) and spec.labels != NO_LABELS:
+        write_labels(directory.path, spec.labels)
     directory.write_config(spec.stored)
     if point is not None and spec.source is not None and spec.source.branch:
         source, written = RunDirectory(spec.source.run), point.saved.written
@@ -97,6 +102,7 @@ def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
         "resumed": [*previous.get("resumed", []), utc_now()] if source and not source.branch else None,
         "restarts": previous.get("restarts"),
         "parent": str(source.checkpoint) if source and source.branch else previous.get("parent"),
+        "parents": _parents(spec) if source is None or source.branch else previous.get("parents"),
     }
 
 
@@ -108,6 +114,14 @@ def _warm_start(config: Config, params: Params, base: BaseModel) -> Params:
     else:
         weights = read_weights(path, fitting=params)
     return warm_start(params, weights, str(path))
+
+
+def _parents(spec: RunSpec) -> list[dict[str, Any]] | None:
+    """Return what the status of a new run or a branch records of the runs that it comes from."""
+    branch = spec.source.checkpoint if spec.source else None
+    adapter = None if branch else spec.config.adapter
+    recorded = record_parents(branch=branch, repeat=spec.repeats, adapter=adapter)
+    return [{**parent, "path": spec.redacted(parent["path"])} for parent in recorded] or None
 
 
 def _copy_rows(source: Path, target: Path, size: int) -> None:

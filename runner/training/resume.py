@@ -190,7 +190,10 @@ def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | 
     loaded, damage = store.newest_valid(check=lambda loaded: decoded.append(state_files.read_state(loaded)))
     if loaded is not None:
         return (loaded, decoded[-1]), [*messages, *(f"damaged, not used: {line}" for line in damage)]
-    last_step = directory.read_status().get("last_checkpoint")
+    status = directory.read_status()
+    if not damage and status.get("cleaned"):
+        raise _cleaned_error(directory.path, str(status["cleaned"]))
+    last_step = status.get("last_checkpoint")
     if not damage and last_step:
         damage = [f"{directory.checkpoints}: step {last_step} was saved and is gone"]
     if damage:
@@ -205,6 +208,14 @@ def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | 
             )
         )
     return None, messages
+
+
+def _cleaned_error(run: Path, when: str) -> ConfigError:
+    return ConfigError(
+        f"{run} cannot be resumed: `runner clean` removed its checkpoints ({shorten(when, 40)}). Its result is left.\n"
+        f"To start a new run from that: {warm_start_command(run, run / 'adapters')}\n"
+        f"To train again with the same settings: {repeat_command(run)}"
+    )
 
 
 def _backup_commands(spec: RunSpec) -> list[str]:

@@ -170,3 +170,20 @@ def test_ctrl_c_stops_a_run_with_loggers_as_any_other(cli):
     assert process.returncode == 130 and "stopped (SIGINT)" in out
     assert time.monotonic() - start < 10  # the checkpoint and what Python needs to end included
     assert_complete(cli.folder, run)
+
+
+@pytest.mark.long
+def test_labels_reach_every_logger_and_a_new_name_continues_the_record(cli):
+    """The name is that of the record; what is changed between a stop and the resume is passed on."""
+    place, run = cli.folder, cli.folder / "run"
+    names = ("name=first try", "tags=sql", "note=why: a, b")
+    cli(*RUN, "train.iters=2", "train.report_every=1", LOGGERS, *names, "train.stop_at=1", "hydra.run.dir=run")
+    cli("label", "run", "--name", "second", "--tag", "kept", "--note", "better")
+    cli("resume=run")
+    found = assert_complete(place, run)
+    assert "| name | second |" in found["tensorboard"].config and "| tags | sql, kept |" in found["tensorboard"].config
+    run_id = json.loads((run / "status.json").read_text())["run_id"]
+    labels = records.labels(place, run, run_id)
+    assert labels["wandb"] == ("second", ["sql", "kept"], "better")
+    assert labels["mlflow"] == ("second", ["sql", "kept"], "better")
+    assert labels["trackio"] == ("first try", ["sql", "kept"], "better")  # it keys rows by the name

@@ -10,10 +10,13 @@ from typing import NoReturn
 from runner.common.errors import ConfigError
 
 COMMANDS = {
-    "ls": "list runs and sweeps: state, best metric, age, size, settings that differ",
+    "ls": "list runs and sweeps, filtered and sorted by metrics and settings, or as a tree of where they come from",
+    "best": "print the path of the best run below a folder, or of its best checkpoint, for scripts",
     "show": "show a run or sweep: settings, curves, checkpoints, what to type next",
     "compare": "runs side by side, and whether they differ by more than noise",
     "report": "write a run, a sweep or a folder of them as one HTML page; --watch follows runs in progress",
+    "label": "show or change the name, the tags and the note of a run or sweep",
+    "clean": "show, and with --yes remove, what is no longer needed: old checkpoints, failed runs, leftovers, caches",
     "verify": "check that every byte is what was saved; --replay also trains again",
     "data": "report on a data set before training: lengths, what is cut and supervised, duplicates",
     "plan": "estimate a run before it starts: memory, time, disk; --fit finds the batch size that fits",

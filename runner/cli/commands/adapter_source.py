@@ -12,6 +12,7 @@ from runner.checkpoints.retention import best_checkpoint, rank_checkpoints
 from runner.checkpoints.safetensors_file import read_header
 from runner.checkpoints.store import CheckpointStore, step_name
 from runner.checkpoints.verify import CheckpointRecord
+from runner.cli.run_argument import resolve_name
 from runner.common import safe_json
 from runner.common.errors import CheckpointError, ConfigError, did_you_mean
 from runner.common.filesystem import FileSystem
@@ -59,7 +60,7 @@ def find_adapter(path: Path, checkpoint: str | None = None) -> AdapterSource:
         ConfigError: `path` holds no adapter; the message says what it holds.
         CheckpointError: the adapter is damaged.
     """
-    path = path.expanduser().absolute()
+    path = resolve_name(str(path)).absolute()
     if not path.exists():
         raise ConfigError(f"{path}: there is no such directory.{_similar_name(path)}")
     path = run_or_best_job(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.output_paths import holds_sweep
+from runner.cli.run_argument import resolve_name
 from runner.common.errors import ConfigError
 from runner.common.text import relative_path
 from runner.reports.screen import Screen, json_document
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page instead of printing")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(argv)
-    runs = _find_runs([Path(path).expanduser() for path in options.paths])
+    runs = _find_runs([resolve_name(path) for path in options.paths])
     if len(runs) < 2:
         found = runs[0].path if runs else "none"
         raise ConfigError(f"runner compare needs two runs or more, or a sweep with as many jobs; found: {found}.")

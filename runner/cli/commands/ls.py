@@ -1,165 +1,140 @@
-"""`runner ls`: list the runs and sweeps below a folder, with the settings that differ between them."""
+"""`runner ls`: list the runs and sweeps below a folder, with the settings that differ between them, or as a tree."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
-from pathlib import Path
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from typing import Any
 
 from runner.cli.commands import COMMANDS, CommandParser
+from runner.cli.commands.selection import Selection, add_arguments, select
 from runner.common.errors import ConfigError
-from runner.common.text import format_bytes, relative_path, single_line
+from runner.common.text import relative_path
 from runner.reports import settings_text
-from runner.reports.cells import (
-    STATE_STYLES,
-    format_age,
-    format_best,
-    format_progress,
-    format_states,
-    run_fields,
-    run_notes,
-    sweep_fields,
-    sweep_style,
-)
+from runner.reports.cells import run_fields, sweep_fields
+from runner.reports.fields import SETTING, Field
+from runner.reports.run_filter import SortKey, parse_sort
+from runner.reports.run_table import Entry, print_runs, runs_of, settings_rows
+from runner.reports.run_tree import tree_rows
 from runner.reports.screen import Screen, json_document
-from runner.reports.tables import Column, TableRow, column_widths
-from runner.runs.find import SweepInfo, find_runs
+from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
-from runner.runs.objective import VALID_LOSS
+from runner.runs.lineage import Family, parents
 
-DEFAULT = "outputs"
-SORT_KEYS: dict[str, Callable[[RunInfo | SweepInfo], float]] = {
-    "age": lambda entry: -entry.updated,
-    "best": lambda entry: float("inf") if entry.best_loss is None else entry.best_loss,
-    "size": lambda entry: -entry.size_bytes,
-    "step": lambda entry: -(entry.step or 0),
-}
-"""Choice of --sort to sort key, in ascending order: newest, best, largest and furthest first."""
-_COLUMNS = (
-    Column("run", keep_end=True),
-    Column("state"),
-    Column("step", right=True),
-    Column("valid_loss", right=True),
-    Column("age", right=True),
-    Column("size", right=True),
-    Column("settings that differ", cut=True),
-)
-_MIN_SETTINGS_WIDTH = 24
-"""Characters of settings that must fit beside the paths; otherwise the paths are shortened."""
+_COLUMNS = ("valid_loss", "step", "iters", "age", "size", "state", "name", "tag", "path")
+"""Fields that the table shows anyway."""
+_EXAMPLES = """\
+examples:
+  runner ls --sort valid_loss --limit 5
+  runner ls 'valid_loss<0.5' 'lora.rank>=8' --sort -valid_loss --tag sql
+  runner ls outputs/sweeps state=failed
+  runner ls --tree
+"""
 
 
 def run(argv: list[str]) -> int:
-    """List the runs and sweeps that `argv` names.
+    """List the runs and sweeps that `argv` selects.
 
     Raises:
         ConfigError: a wrong argument, or no such folder.
     """
-    parser = CommandParser(prog="runner ls", description=COMMANDS["ls"])
-    parser.add_argument("path", metavar="PATH", nargs="?", help=f"folder to look below (default: {DEFAULT})")
-    parser.add_argument("--runs", action="store_true", help="also the runs of each sweep")
-    parser.add_argument(
-        "--sort", choices=tuple(SORT_KEYS), default="age", help="newest (default), best, largest, furthest"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N runs and sweeps only")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    options = parser.parse_args(argv)
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"runner ls: --limit {options.limit} is invalid: must be 1 or more.")
-    root = Path(options.path or DEFAULT).expanduser()
-    if not root.is_dir() and (options.path is not None or root.exists()):
-        raise ConfigError(f"{root}: {'not a folder' if root.exists() else 'there is no such folder'}.")
-    found = find_runs(root)
-    sort_key = SORT_KEYS[options.sort]
-    shown = sorted(found, key=sort_key)[: options.limit]
+    options = _parse(argv)
+    selection = select(options.path, options.filters, options.tag)
+    order = parse_sort(options.sort, [run for entry in selection.found for run in runs_of(entry)])
+    ordered = sorted(selection.entries, key=lambda entry: order.key(runs_of(entry)))
+    shown = ordered if options.tree else ordered[: options.limit]
     for entry in shown:
-        if isinstance(entry, SweepInfo) and options.sort != "age":  # by age the runs keep the order of their numbers
-            entry.runs.sort(key=sort_key)
-    names = settings_text.by_importance(differing_settings([run for entry in shown for run in _runs_of(entry)]))
+        if isinstance(entry, SweepInfo) and options.sort != "age":  # by age the jobs keep the order of their numbers
+            entry.runs.sort(key=lambda run: order.key([run]))
+    names = settings_text.by_importance(differing_settings([run for entry in shown for run in runs_of(entry)]))
     if options.json:
-        entries = [_to_dict(entry, names, options.runs) for entry in shown]
-        print(json_document({"root": root, "differing": names, "entries": entries}))
+        family = Family(selection.found)
+        entries = [_to_dict(entry, names, selection, family, options.runs) for entry in shown]
+        print(json_document({"root": selection.root, "differing": names, "entries": entries}))
         return 0
     screen = Screen()
     if not shown:
-        screen.line(f"No runs below {relative_path(root)}. The first one: python -m runner experiment=first_run")
+        _print_nothing(selection, screen)
         return 0
-    _print_table(screen, root, shown, names, options.runs)
-    if len(found) > len(shown):
-        screen.line((f"{len(found) - len(shown)} more; --limit {len(found)} shows all.", "dim"))
+    fields = _further_fields(selection, order)
+    if options.tree:
+        rows = tree_rows(shown, selection.totals, limit=options.limit, ascii_only=not screen.draws_braille)
+        print_runs(screen, selection.root, rows, fields, last_title="from, and what changed")
+    else:
+        print_runs(
+            screen, selection.root, settings_rows(shown, names, selection.totals, with_runs=options.runs), fields
+        )
+    if len(selection.entries) > len(shown):
+        more = len(selection.entries) - len(shown)
+        screen.line((f"{more} more; --limit {len(selection.entries)} shows all.", "dim"))
     return 0
 
 
-def _print_table(
-    screen: Screen, root: Path, entries: list[RunInfo | SweepInfo], names: list[str], with_runs: bool
-) -> None:
-    """Print a row for each entry, and for the runs of each sweep if `with_runs`; `names` are the settings to show."""
-    runs_by_row = [runs for entry in entries for runs in _runs_by_row(entry, with_runs)]
-    settings = iter(settings_text.pairs(runs_by_row, names))
-    now = time.time()
-    rows: list[TableRow] = []
-    paths: list[tuple[TableRow, Path]] = []
-    for entry in entries:
-        if isinstance(entry, RunInfo):
-            rows.append(_run_row(entry, next(settings), now))
+def _parse(argv: list[str]) -> Namespace:
+    parser = CommandParser(
+        prog="runner ls",
+        description=COMMANDS["ls"],
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser, "folder to look below")
+    parser.add_argument("--runs", action="store_true", help="also all jobs of each sweep")
+    parser.add_argument(
+        "--sort",
+        metavar="FIELD",
+        default="age",
+        help="age (newest first, the default), valid_loss or another metric, any setting, name, state; size and step "
+        "begin with the largest; a - in front turns the order round",
+    )
+    parser.add_argument("--tree", action="store_true", help="each run below the run that it comes from")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N runs and sweeps only; of a tree, N roots")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    options = parser.parse_intermixed_args(_join_sort(argv))
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"runner ls: --limit {options.limit} is invalid: must be 1 or more.")
+    if options.tree and options.runs:
+        raise ConfigError("runner ls: --tree shows the jobs that others come from: leave out --runs.")
+    return options
+
+
+def _join_sort(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with the word behind --sort joined to it, since `-valid_loss` looks like an option."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] == "--sort":
+            joined[-1] = f"--sort={argument}"
         else:
-            rows.append(_sweep_row(entry, next(settings), now))
-        paths.append((rows[-1], entry.path))
-        for run in entry.runs if with_runs and isinstance(entry, SweepInfo) else []:
-            rows.append(_run_row(run, next(settings), now))
-            rows[-1].cells[0] = f"  {run.path.name}"
-    for row, path in paths:
-        row.cells[0] = relative_path(path)
-    columns = list(_COLUMNS if names else _COLUMNS[:-1])
-    widths = column_widths(columns, [[single_line(cell) for cell in row.cells] for row in rows])
-    needed = sum(widths) + 2 * (len(widths) - 1)
-    if names:
-        needed += min(0, _MIN_SETTINGS_WIDTH - widths[-1])
-    if screen.width is not None and needed > screen.width:
-        # A path that can be copied is best; without room for it, the part below `root` is enough.
-        for row, path in paths:
-            row.cells[0] = os.path.relpath(path, root)
-        columns[0] = Column(f"below {relative_path(root)}", keep_end=True)
-    for row in rows:
-        row.cells = row.cells[: len(columns)]
-    screen.table(columns, rows)
+            joined.append(argument)
+    return joined
 
 
-def _run_row(run: RunInfo, settings: str, now: float) -> TableRow:
-    cells = ["", run.state, format_progress(run), format_best(run)]
-    cells += [format_age(now - run.updated), format_bytes(run.size_bytes), settings]
-    return TableRow(cells, {1: STATE_STYLES.get(run.state, "")}, run_notes(run))
+def _further_fields(selection: Selection, order: SortKey) -> list[Field]:
+    """Return the metrics that were filtered or sorted by and that have no column."""
+    named = [*(found.field for found in selection.filters), order.field]
+    return list({f.name: f for f in named if f.kind != SETTING and f.name not in _COLUMNS}.values())
 
 
-def _sweep_row(sweep: SweepInfo, settings: str, now: float) -> TableRow:
-    has_one_state = len(sweep.states) < 2
-    best = "-"
-    if (run := sweep.best) is not None:
-        metric = "" if sweep.objective.metric == VALID_LOSS else f"{sweep.objective.metric} "
-        best = f"{metric}{sweep.objective.value(run):.4f} in {run.path.name}"
-    cells = ["", format_states(sweep) if has_one_state else f"{sum(sweep.states.values())} jobs", "", best]
-    cells += [format_age(now - sweep.updated), format_bytes(sweep.size_bytes), settings]
-    notes = [] if has_one_state else [format_states(sweep)]
-    notes += [f"damaged: {sweep.problem}"] if sweep.problem else []
-    return TableRow(cells, {0: "bold", 1: sweep_style(sweep)}, notes)
+def _print_nothing(selection: Selection, screen: Screen) -> None:
+    root = relative_path(selection.root)
+    if selection.found:
+        screen.line(f"None of the {len(selection.found)} runs and sweeps below {root} passes the filters.")
+    else:
+        screen.line(f"No runs below {root}. The first one: python -m runner experiment=first_run")
 
 
-def _runs_of(entry: RunInfo | SweepInfo) -> list[RunInfo]:
-    return [entry] if isinstance(entry, RunInfo) else entry.runs
-
-
-def _runs_by_row(entry: RunInfo | SweepInfo, with_runs: bool) -> list[list[RunInfo]]:
-    """Return the runs whose settings each row of the entry shows."""
-    runs = _runs_of(entry)
-    return [runs, *([run] for run in runs if with_runs and isinstance(entry, SweepInfo))]
-
-
-def _to_dict(entry: RunInfo | SweepInfo, names: list[str], with_runs: bool) -> dict[str, Any]:
+def _to_dict(
+    entry: Entry, names: Sequence[str], selection: Selection, family: Family, with_runs: bool
+) -> dict[str, Any]:
+    fields = sweep_fields(entry) if isinstance(entry, SweepInfo) else run_fields(entry)
+    found = {parent: family.find(parent) for parent in parents(entry)}
+    origins = [{**p.to_dict(), "found": member.path if member else None} for p, member in found.items()]
     if isinstance(entry, RunInfo):
         settings = {name: entry.settings[name] for name in names if name in entry.settings}
-        return {"kind": "run", **run_fields(entry), "settings": settings}
-    fields: dict[str, Any] = {"kind": "sweep", **sweep_fields(entry)}
-    if with_runs:
-        fields["runs"] = [_to_dict(run, names, False) for run in entry.runs]
+        return {"kind": "run", **fields, "parents": origins, "settings": settings}
+    fields = {"kind": "sweep", **fields, "parents": origins}
+    total = selection.totals.get(entry.path)
+    if total is not None:
+        fields["jobs"] = total
+    if with_runs or total is not None:
+        fields["runs"] = [_to_dict(run, names, selection, family, False) for run in entry.runs]
     return fields

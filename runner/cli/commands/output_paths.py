@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runner.cli.run_argument import OUTPUTS
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.layout import STEP_NAME
 from runner.common.text import relative_path
-from runner.runs.find import find_runs, is_sweep_folder, looks_like_run
+from runner.runs.find import find_labelled, find_runs, is_sweep_folder, looks_like_run
 
 
 def holds_sweep(path: Path, command: str) -> bool:
@@ -19,6 +20,8 @@ def holds_sweep(path: Path, command: str) -> bool:
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         problem = "it is not a folder" if path.exists() else "there is no such folder"
+        if path == Path(path.name):  # a name, perhaps
+            siblings += [labels.name for _, labels in find_labelled(Path(OUTPUTS)) if labels.name]
         raise ConfigError(f"{path}: {problem}.{did_you_mean(path.name, siblings)}")
     if is_sweep_folder(path):
         return True

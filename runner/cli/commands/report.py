@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner.cli.commands import COMMANDS, CommandParser
+from runner.cli.run_argument import resolve_name
 from runner.common.errors import ConfigError
 from runner.common.layout import REPORT
 from runner.common.text import relative_path
@@ -32,7 +33,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--port", type=int, metavar="N", help="port for --watch (default: a free one)")
     options = parser.parse_args(argv)
-    path = Path(options.path).expanduser()
+    path = resolve_name(options.path)
     if options.watch and options.output is not None:
         raise ConfigError("runner report: --watch serves the page and writes no file: leave out --output.")
     if options.port is not None and not options.watch:

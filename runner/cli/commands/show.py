@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.output_paths import holds_sweep
+from runner.cli.run_argument import resolve_name
 from runner.reports.screen import Screen, json_document
 from runner.runs.find import read_sweep
 from runner.runs.inspect import read_run
@@ -18,10 +17,10 @@ def run(argv: list[str]) -> int:
         ConfigError: a wrong argument, or a path that is neither a run nor a sweep.
     """
     parser = CommandParser(prog="runner show", description=COMMANDS["show"])
-    parser.add_argument("path", metavar="RUN|SWEEP", help="its directory")
+    parser.add_argument("path", metavar="RUN|SWEEP", help="its directory or its name")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(argv)
-    path = Path(options.path).expanduser()
+    path = resolve_name(options.path)
     if holds_sweep(path, "show"):
         from runner.reports.sweep_page import print_sweep_page, sweep_page_fields
 

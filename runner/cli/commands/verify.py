@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from runner.checkpoints import mirror
 from runner.cli.commands import COMMANDS, CommandParser
-from runner.cli.commands.ls import DEFAULT
+from runner.cli.run_argument import OUTPUTS, resolve_name
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, ConfigError, did_you_mean
 from runner.common.layout import STEP_NAME
 from runner.common.text import format_bytes, relative_path
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     """
     parser = CommandParser(prog="runner verify", description=COMMANDS["verify"])
     parser.add_argument(
-        "paths", metavar="PATH", nargs="*", help=f"checkpoints, runs, sweeps, folders (default: {DEFAULT})"
+        "paths", metavar="PATH", nargs="*", help=f"checkpoints, runs, sweeps, folders (default: {OUTPUTS})"
     )
     parser.add_argument(
         "--replay",
@@ -47,8 +47,8 @@ def run(argv: list[str]) -> int:
         raise ConfigError("--from STEP belongs to --replay.")
     screen, started = None if options.json else Screen(), time.monotonic()
     audits = []
-    for path in options.paths or [DEFAULT]:
-        for audited in _audits(Path(path).expanduser()):
+    for path in options.paths or [OUTPUTS]:
+        for audited in _audits(resolve_name(path)):
             audits.append(audited)
             if screen:
                 _print_audit(screen, audited)

@@ -121,7 +121,7 @@ def test_an_empty_folder_is_reported_and_a_missing_one_refused(
     assert json.loads("\n".join(listed(capsys, "--json")))["entries"] == []
     for arguments, reason in (
         (["nowhere"], "no such folder"),
-        (["--sort", "name"], "invalid choice"),
+        (["--sort", "nam"], "Did you mean 'name'"),
         (["--limit", "0"], "1"),
     ):
         with pytest.raises(ConfigError, match=reason):

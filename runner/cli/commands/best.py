@@ -1,0 +1,100 @@
+"""`runner best`: print the path of the best run below a folder or in a sweep, and nothing else, for scripts."""
+
+from __future__ import annotations
+
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner.cli.commands import COMMANDS, CommandParser
+from runner.cli.commands.selection import Selection, add_arguments, select
+from runner.common.errors import ConfigError, did_you_mean
+from runner.common.text import relative_path, single_line
+from runner.reports.checkpoint_list import list_checkpoints
+from runner.reports.fields import FIELDS, Field
+from runner.reports.screen import json_document
+from runner.runs.inspect import RunInfo
+from runner.runs.objective import Objective
+
+_EXAMPLES = """\
+examples:
+  runner generate "$(runner best outputs)" '…'
+  runner best outputs/sweeps/2026-11-24/10-00-00 'lora.rank<=8' --by test_loss
+  runner export "$(runner best --tag sql --checkpoint)" --to fused
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Print the path of the best of the runs that `argv` selects.
+
+    Raises:
+        ConfigError: a wrong argument, or no run has the metric.
+    """
+    parser = CommandParser(
+        prog="runner best",
+        description=COMMANDS["best"],
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser, "folder to look below, a sweep or a run")
+    parser.add_argument(
+        "--by", metavar="METRIC", help="valid_loss, test_loss, score, …; default: what the runs set as objective.metric"
+    )
+    parser.add_argument("--checkpoint", action="store_true", help="its checkpoint with the lowest validation loss")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    options = parser.parse_intermixed_args(argv)
+    selection = select(options.path, options.filters, options.tag)
+    objective = _objective_by(options.by, selection.runs) if options.by else _common_objective(selection.runs)
+    metric = FIELDS[objective.metric]
+    best, value = _find_best(selection, objective, metric)
+    path = _best_checkpoint(best) if options.checkpoint else best.path
+    if options.json:
+        print(json_document({"path": path, "run": best.path, "metric": metric.name, "value": value}))
+    else:
+        print(single_line(relative_path(path)))
+    return 0
+
+
+def _find_best(selection: Selection, objective: Objective, metric: Field) -> tuple[RunInfo, float]:
+    """Return the best run and its value; of equal ones the one that began first, by its path. One that diverged counts
+    for nothing."""
+    measured = [
+        (value, run) for run in selection.runs if run.state != "diverged" and (value := metric.value(run)) is not None
+    ]
+    if not measured:
+        root = relative_path(selection.root)
+        which = "that passes the filters " if selection.filters else ""
+        raise ConfigError(f"{root}: no run {which}has a {metric.name}. What there is: python -m runner ls {root}")
+    sign = -1 if objective.maximize else 1
+    value, run = min(measured, key=lambda pair: (sign * pair[0], str(pair[1].path)))
+    return run, value
+
+
+def _common_objective(runs: Sequence[RunInfo]) -> Objective:
+    """Return the objective of all `runs`.
+
+    Raises:
+        ConfigError: they have different ones.
+    """
+    objectives = list(dict.fromkeys(Objective.of(run.settings) for run in runs))
+    if len(objectives) > 1:
+        names = ", ".join(sorted({objective.metric for objective in objectives}))
+        raise ConfigError(f"The runs have different objectives ({names}): choose one with --by METRIC, or filter.")
+    return objectives[0] if objectives else Objective()
+
+
+def _objective_by(name: str, runs: Sequence[RunInfo]) -> Objective:
+    """Return the objective of a typed metric; the direction is the runs' own where that metric is their objective."""
+    field = FIELDS.get(name)
+    if field is None or field.higher_is_better is None:
+        known = [metric.name for metric in FIELDS.values() if metric.higher_is_better is not None]
+        raise ConfigError(f"--by {name}: must be one of {', '.join(dict.fromkeys(known))}.{did_you_mean(name, known)}")
+    own = {found.maximize for run in runs if (found := Objective.of(run.settings)).metric == field.name}
+    return Objective(field.name, own.pop() if len(own) == 1 else field.higher_is_better)
+
+
+def _best_checkpoint(run: RunInfo) -> Path:
+    measured = [c for c in list_checkpoints(run) if c.problem is None and c.valid_loss is not None]
+    if not measured:
+        raise ConfigError(f"{relative_path(run.path)}: none of its checkpoints was evaluated. Leave out --checkpoint.")
+    return min(measured, key=lambda checkpoint: (checkpoint.valid_loss or 0.0, checkpoint.step)).path

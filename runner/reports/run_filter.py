@@ -1,0 +1,166 @@
+"""Filters of a listing, such as `valid_loss<0.5`, `lora.rank>=8`, `state=finished` or `model.path~qwen`, and its order.
+
+A filter is one comparison. It is parsed by a pattern, and nothing that was typed is evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.common.errors import ConfigError, did_you_mean
+from runner.common.layout import STATES
+from runner.common.text import shorten
+from runner.reports import settings_text
+from runner.reports.fields import DURATION, FIELDS, NUMBER, SIZE, TEXT, WORDS, Field, find_field
+from runner.runs.inspect import RunInfo
+
+_FILTER = re.compile(
+    r"\s*(?P<field>[A-Za-z_][\w.]*)\s*(?P<operator><=|>=|==|!=|!~|[<>=~])\s*(?P<value>.*?)\s*", re.DOTALL
+)
+_ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_UNITS = {
+    DURATION: {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0},
+    SIZE: {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12},
+}
+_EXAMPLES = {DURATION: "2h or 30d", SIZE: "500MB"}
+_NUMBER = re.compile(r"(?P<number>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*(?P<unit>[A-Za-z]*)", re.IGNORECASE)
+_LARGEST_FIRST = ("size", "step")
+"""Words of --sort that begin with the largest value; all others begin with the smallest."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One comparison of a field with a value."""
+
+    field: Field
+    operator: str
+    value: str
+    """As typed."""
+
+    def accepts(self, run: RunInfo) -> bool:
+        """Return whether it holds for `run`. A run without the value passes only what excludes: != and !~."""
+        found = self.field.value(run)
+        if self.operator in ("!=", "!~"):
+            return not _holds(self, {"!=": "=", "!~": "~"}[self.operator], found)
+        return _holds(self, self.operator, found)
+
+
+@dataclass(frozen=True)
+class SortKey:
+    """The order of a listing."""
+
+    field: Field
+    descending: bool
+
+    def key(self, runs: Sequence[RunInfo]) -> tuple[bool, Any]:
+        """Return what `sorted` orders entries by, for a run or for all jobs of a sweep: those without a value last.
+
+        Of a sweep the value counts that comes first in this order; sizes and steps are added up.
+        """
+        values = [_sortable(value) for run in runs if (value := self.field.value(run)) not in (None, ())]
+        if not values:
+            return (True, ())
+        if self.field.name in _LARGEST_FIRST:
+            values = [(0, sum(number for _, number, _ in values), "")]
+        best = max(values) if self.descending else min(values)
+        return (False, _Reversed(best) if self.descending else best)
+
+
+def looks_like_filter(text: str) -> bool:
+    """Return whether `text` has the form of a filter."""
+    return _FILTER.fullmatch(text) is not None
+
+
+def parse_filter(text: str, runs: Sequence[RunInfo] = ()) -> Filter:
+    """Parse one filter; `runs` as in `find_field`.
+
+    Raises:
+        ConfigError: it is no comparison, there is no such field, or the field cannot be compared so.
+    """
+    match = _FILTER.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"'{shorten(text)}' is no filter: type one as 'valid_loss<0.5' or 'lora.rank>=8'.")
+    field, symbol, value = find_field(match["field"], runs), match["operator"].replace("==", "="), match["value"]
+    if not value:
+        raise ConfigError(f"'{shorten(text)}' has no value behind {match['operator']}.")
+    if symbol in _ORDER and field.kind in (TEXT, WORDS):
+        raise ConfigError(f"'{shorten(text)}': {field.name} is a text: compare it with =, !=, ~ (contains) or !~.")
+    needs_number = symbol in _ORDER or (field.kind in (NUMBER, DURATION, SIZE) and symbol in ("=", "!="))
+    if needs_number and _number(field.kind, value) is None and not _is_null(value):
+        example = f", such as {_EXAMPLES[field.kind]}" if field.kind in _EXAMPLES else ""
+        raise ConfigError(f"'{shorten(text)}': {field.name} is compared with a number{example}.")
+    states = (*STATES, "unknown")
+    if field is FIELDS["state"] and symbol in ("=", "!=") and value not in states:
+        raise ConfigError(f"state={shorten(value)}: a run is {', '.join(states)}.{did_you_mean(value, states)}")
+    return Filter(field, symbol, value)
+
+
+def parse_sort(text: str, runs: Sequence[RunInfo] = ()) -> SortKey:
+    """Parse the word of --sort: a field, with `-` in front in the opposite order.
+
+    Raises:
+        ConfigError: there is no such field.
+    """
+    name = text.removeprefix("-")
+    return SortKey(find_field(name, runs), (name in _LARGEST_FIRST) != text.startswith("-"))
+
+
+def tag_filters(tags: Sequence[str]) -> list[Filter]:
+    """Return the filters of --tag: each run has every one of them."""
+    return [Filter(FIELDS["tag"], "=", tag) for tag in tags]
+
+
+def _holds(tested: Filter, symbol: str, found: Any) -> bool:
+    field, typed = tested.field, tested.value
+    if field.kind == WORDS:
+        return any(typed == word if symbol == "=" else typed.casefold() in word.casefold() for word in found)
+    if found is None:
+        return symbol == "=" and _is_null(typed)
+    if symbol == "~":
+        return typed.casefold() in settings_text.value_text(found).casefold()
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        number = _number(field.kind, typed)
+        if number is None:
+            return False
+        return _ORDER[symbol](found, number) if symbol in _ORDER else math.isclose(found, number, rel_tol=1e-9)
+    return symbol == "=" and settings_text.value_text(found).replace(" ", "") == typed.replace(" ", "")
+
+
+def _number(kind: str, text: str) -> float | None:
+    """Return the number that `text` is, in seconds or bytes where the field has such a unit."""
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    units = _UNITS.get(kind, {"": 1.0})
+    unit = match["unit"].lower() if kind == SIZE else match["unit"]
+    return float(match["number"]) * units[unit] if unit in units else None
+
+
+def _is_null(text: str) -> bool:
+    return text in ("null", "none", "-")
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    """Return numbers before texts, so that values of different types can be compared."""
+    if isinstance(value, int | float):
+        return (0, float(value), "")
+    text = " ".join(value) if isinstance(value, tuple) else settings_text.value_text(value)
+    return (1, 0.0, text.casefold())
+
+
+@dataclass(frozen=True)
+class _Reversed:
+    value: Any
+
+    def __lt__(self, other: _Reversed) -> bool:
+        return bool(other.value < self.value)

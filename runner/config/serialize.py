@@ -46,7 +46,10 @@ def group_open_sections(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return `flat` settings with the values of each open section that they have as one value, a dict."""
     grouped: dict[str, Any] = {}
     for name, value in flat.items():
-        section = next((s for s in OPEN_SECTIONS if name == s or name.startswith(f"{s}.")), None)
+        may_be_open = name.startswith(OPEN_SECTIONS)  # of a hundred names none or two
+        section = (
+            next((s for s in OPEN_SECTIONS if name == s or name.startswith(f"{s}.")), None) if may_be_open else None
+        )
         if section is None:
             grouped[name] = value
         elif name == section:

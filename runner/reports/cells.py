@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from runner.common.text import relative_path
 from runner.config.labels import Labels
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
+from runner.runs.labels import read_labels
+from runner.runs.lineage import Parent, parents
 from runner.runs.restarts import read_restarts, restart_summary
 
 _MAX_NOTE_LINES = 20
@@ -50,6 +53,16 @@ def label_lines(labels: Labels, tags: Sequence[str]) -> list[str]:
     lines += [f"tags     {' '.join(f'#{tag}' for tag in tags)}"] if tags else []
     note = (labels.note or "").splitlines()
     return lines + [f"{'note' if i == 0 else '':<9}{line}" for i, line in enumerate(note[:_MAX_NOTE_LINES])]
+
+
+def parent_lines(found: Sequence[Parent]) -> str:
+    """Format where a run comes from, a line each: ``branch at 20 of outputs/2026-11-24/10-00-00 (baseline)``."""
+    lines = []
+    for parent in found:
+        name = read_labels(parent.run).name
+        note = f" ({name})" if name else "" if parent.run.exists() else " (gone)"
+        lines.append(f"{parent.text} of {relative_path(parent.run)}{note}")
+    return "\n".join(lines)
 
 
 def format_progress(run: RunInfo) -> str:
@@ -95,6 +108,7 @@ def run_fields(run: RunInfo) -> dict[str, Any]:
         "name": run.labels.name,
         "tags": run.tags,
         "note": run.labels.note,
+        "parents": [parent.to_dict() for parent in parents(run)],
         "state": run.state,
         "reason": run.reason,
         "problem": run.problem,

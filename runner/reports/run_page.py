@@ -11,13 +11,14 @@ from typing import Any
 from runner.common.safe_json import finite_number
 from runner.common.text import format_bytes, relative_path, shorten
 from runner.reports import checkpoint_list, curves, settings_text
-from runner.reports.cells import STATE_STYLES, format_age, format_time, label_lines, run_fields
+from runner.reports.cells import STATE_STYLES, format_age, format_time, label_lines, parent_lines, run_fields
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.curves import Series
 from runner.reports.next_commands import Command, command_fields, for_run
 from runner.reports.screen import Screen
 from runner.reports.tables import Column, TableRow
 from runner.runs.inspect import RunInfo
+from runner.runs.lineage import parents
 from runner.runs.restarts import restart_summary
 
 _MAX_REASON_LINES = 20
@@ -119,7 +120,7 @@ def print_run_page(page: RunPage, screen: Screen) -> None:
     screen.line((run.state, STATE_STYLES.get(run.state, "")), progress, (age, "dim"))
     for line in label_lines(run.labels, run.tags):
         screen.line(line)
-    labelled = {"reason": run.reason, "damaged": run.problem, "parent": run.status.get("parent")}
+    labelled = {"reason": run.reason, "damaged": run.problem, "parent": parent_lines(parents(run))}
     for label, text in {**labelled, "restarts": restart_summary(run.status)}.items():
         if isinstance(text, str):
             for i, line in enumerate(text.splitlines()[:_MAX_REASON_LINES]):

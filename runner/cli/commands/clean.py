@@ -104,13 +104,17 @@ def _parse(argv: list[str]) -> Namespace:
     )
     add_arguments(parser, "folder to look below, a sweep or a run")
     parser.add_argument("--checkpoints", action="store_true", help="checkpoints of finished runs")
-    parser.add_argument("--failed", action="store_true", help="runs that failed, diverged or trained nothing")
+    parser.add_argument(
+        "--failed",
+        action="store_true",
+        help="whole runs that failed, diverged or trained nothing, if they have no checkpoint",
+    )
     parser.add_argument("--older", type=_days, metavar="DAYS", help="checkpoints of runs not written for so long")
     parser.add_argument(
         "--beyond-best", type=int, metavar="K", help="checkpoints of the ended jobs of each sweep but the best K"
     )
     parser.add_argument("--leftovers", action="store_true", help="what killed processes left behind")
-    parser.add_argument("--caches", action="store_true", help=f"entries of the caches in {relative_path(cache_dir())}")
+    parser.add_argument("--caches", action="store_true", help="entries of the cache folder; models stay")
     parser.add_argument("--unused", type=_days, metavar="DAYS", help="with --caches: those not used for so long")
     parser.add_argument(
         "--max-size", type=_size, metavar="GB", help="with --caches: the last used within this size stay"

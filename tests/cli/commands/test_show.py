@@ -196,3 +196,17 @@ def test_every_command_on_the_page_works(cli: Any) -> None:
             cli(*words, *([f"hydra.run.dir=other/{state}{number}"] if new else []))
             seen.add(command["what"])
     assert seen == {"resume", "train longer", "vary", "branch", "warm start", "generate"}
+
+
+def test_the_page_says_where_the_run_comes_from(train, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = {"train.iters": 2, "checkpoint.every": 1, "lora.num_layers": 1}
+    first = train(tiny(**small), tmp_path / "first")
+    (first / "labels.json").write_text('{"name": "baseline"}')
+    branch = train(tiny(**small), tmp_path / "branch", resume=first / "checkpoints/step-0000001")
+    capsys.readouterr()
+    assert show.run(["branch"]) == 0
+    assert "parent   branch at 1 of first (baseline)" in capsys.readouterr().out.splitlines()
+    shutil.rmtree(first)
+    assert show.run([str(branch)]) == 0
+    assert "parent   branch at 1 of first (gone)" in capsys.readouterr().out.splitlines()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runner.common.text import count, format_bytes, relative_path
 from runner.reports import cells, settings_text
+from runner.reports.cells import parent_lines
 from runner.reports.html import sections
 from runner.reports.html.curves_of_runs import RunCurves
 from runner.reports.html.page import Page
@@ -17,6 +18,7 @@ from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.sweep_report import report_path
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
+from runner.runs.lineage import parents
 
 _MAX_CURVES = 200
 
@@ -52,28 +54,38 @@ def runs_of(entry: RunInfo | SweepInfo) -> Sequence[RunInfo]:
 def _table(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> Part:
     names = settings_text.by_importance(differing_settings([run for entry in entries for run in runs_of(entry)]))
     labels = settings_text.pairs([runs_of(entry) for entry in entries], names)
-    columns = [Column(title="run"), Column(title="state"), Column(title="steps", number=True)]
+    named = [
+        " ".join([entry.labels.name or "", *(f"#{tag}" for tag in entry.labels.tags)]).strip() for entry in entries
+    ]
+    origins = [parent_lines(parents(entry)) for entry in entries]
+    columns = [Column(title="run"), Column(title="name"), Column(title="state"), Column(title="steps", number=True)]
     columns += [
         Column(title="valid loss", number=True, digits=LOSS_DIGITS),
         Column(title="last update"),
         Column(title="size", number=True),
     ]
-    columns.append(Column(title="settings that differ", code=True))
+    columns += [Column(title="from", code=True), Column(title="settings that differ", code=True)]
     rows = []
-    for entry, label in zip(entries, labels, strict=True):
+    for entry, name, origin, label in zip(entries, named, origins, labels, strict=True):
         path = os.path.relpath(entry.path, folder)
         is_run = isinstance(entry, RunInfo)
-        row: list[sections.Cell] = [sections.link(path, report_path(entry.path, path), path)]
+        row: list[sections.Cell] = [sections.link(path, report_path(entry.path, path), path), name]
         if isinstance(entry, RunInfo):
             row += [sections.state(entry.state), sections.shown(cells.format_progress(entry), entry.step)]
         else:
             row += [f"sweep: {cells.format_states(entry)}", entry.step]
         updated = time_text(cells.format_time(entry.updated) or "")
         row += [entry.best_loss, sections.shown(updated, entry.updated)]
-        row += [sections.shown(format_bytes(entry.size_bytes), entry.size_bytes), label]
+        row += [sections.shown(format_bytes(entry.size_bytes), entry.size_bytes), origin, label]
         notes = cells.run_notes(entry) if isinstance(entry, RunInfo) else [entry.problem or ""]
         rows.append(Row(cells=row, id=f"run {path}" if is_run else None, notes=[note for note in notes if note]))
-    return sections.table("Runs and sweeps", columns, rows, id="runs", sorted_by=(4, True))
+    shown = [
+        i for i in range(len(columns)) if columns[i].title not in ("name", "from") or any(r.cells[i] for r in rows)
+    ]
+    columns = [columns[i] for i in shown]
+    rows = [Row(cells=[row.cells[i] for i in shown], id=row.id, notes=row.notes) for row in rows]
+    place = next(i for i, column in enumerate(columns) if column.title == "last update")
+    return sections.table("Runs and sweeps", columns, rows, id="runs", sorted_by=(place, True))
 
 
 def _curves(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> list[Part]:

@@ -14,7 +14,9 @@ from runner.common.filesystem import FileSystem
 from runner.common.safe_json import finite_number
 from runner.common.text import format_bytes, format_duration
 from runner.config import schema
+from runner.config.labels import Labels
 from runner.reports import settings_text
+from runner.reports.cells import parent_lines
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.reports.html import sections
 from runner.reports.html.curves_of_runs import RunCurves
@@ -24,6 +26,7 @@ from runner.reports.next_commands import command_fields
 from runner.reports.run_page import RunPage, has_result
 from runner.runs.find import is_sweep_folder
 from runner.runs.inspect import RunInfo
+from runner.runs.lineage import parents
 from runner.runs.restarts import restart_summary
 from runner.runs.rows import read_rows
 
@@ -35,6 +38,7 @@ _MAX_STATE_VALUES = 5_000_000
 _MAX_SAMPLES = 40
 _MAX_ANSWER = 4000
 _MAX_REASON_LINES = 40
+_MAX_NOTE_LINES = 20
 _TRAIN_CHARTS = (
     # field of a row of metrics, title, axis
     ("learning_rate", "Learning rate", "of the update"),
@@ -47,12 +51,14 @@ _MEMORY = (("peak_memory_gb", "peak"), ("active_memory_gb", "active"), ("cache_m
 def run_report(page: RunPage) -> Page:
     """Return the page of a run."""
     run = page.run
+    labels = label_fields(run.labels, run.tags, path_title(run.path))
     return Page(
         kind="run",
-        title=run_title(run),
+        title=labels["title"],
+        tags=labels["tags"],
         folder=run.path,
         state=run.state,
-        lines=_lines(run),
+        lines=[*labels["lines"], *_lines(run)],
         up=_link_to_sweep(run.path),
         hosts=[run.status.get("host")],
         parts=[
@@ -68,9 +74,9 @@ def run_report(page: RunPage) -> Page:
     )
 
 
-def run_title(run: RunInfo) -> str:
-    """Return the name of a run's directory, with that of the folder above it where it is a number or a time."""
-    path = run.path.absolute()
+def path_title(path: Path) -> str:
+    """Return the name of a directory, with that of the folder above it where it is a number or a time."""
+    path = path.absolute()
     return f"{path.parent.name}/{path.name}" if path.name[:1].isdigit() and path.parent.name else path.name
 
 
@@ -87,12 +93,17 @@ def next_steps(fields: Sequence[Mapping[str, str]]) -> list[Part]:
     return [sections.commands("How to continue", items, note=note)] if items else []
 
 
+def label_fields(labels: Labels, tags: Sequence[str], path_title: str) -> dict[str, Any]:
+    """Return title, lines and tags of a page about what is called `path_title`, unless it has a name."""
+    lines = [path_title] if labels.name else []
+    lines += (labels.note or "").splitlines()[:_MAX_NOTE_LINES]
+    return {"title": labels.name or path_title, "lines": lines, "tags": [f"#{tag}" for tag in tags]}
+
+
 def _lines(run: RunInfo) -> list[str]:
     progress = f"step {run.step:,} of {'?' if run.iters is None else f'{run.iters:,}'}" if run.step is not None else ""
     times = [f"{what} {time_text(run.status.get(what))}" for what in ("started", "ended") if run.status.get(what)]
-    lines = [" · ".join(part for part in (progress, *times) if part)]
-    parent = run.status.get("parent")
-    lines += [f"branched from {parent}"] if isinstance(parent, str) else []
+    lines = [" · ".join(part for part in (progress, *times) if part), *parent_lines(parents(run)).splitlines()]
     lines += [f"restarts: {restarts}"] if (restarts := restart_summary(run.status)) else []
     return [line for line in lines if line]
 

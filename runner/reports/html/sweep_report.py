@@ -12,10 +12,11 @@ from runner.common import layout
 from runner.common.safe_json import finite_number
 from runner.common.text import count, format_duration
 from runner.reports import cells, settings_text
+from runner.reports.cells import parent_lines
 from runner.reports.html import sections
 from runner.reports.html.curves_of_runs import RunCurves
 from runner.reports.html.page import Page
-from runner.reports.html.run_report import LOSS_DIGITS, next_steps, run_title, time_text
+from runner.reports.html.run_report import LOSS_DIGITS, label_fields, next_steps, path_title, time_text
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.verdict_part import verdict_part
 from runner.reports.importance import CLEAR_P, MIN_SPARE, Importance, ImportanceResult, measure_importance
@@ -25,6 +26,7 @@ from runner.reports.sweep_results import read_sweep_results
 from runner.reports.verdict import Names, judge
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
+from runner.runs.lineage import parents
 from runner.runs.objective import VALID_LOSS, Objective
 
 _MAX_REASON_LINES = 12
@@ -57,12 +59,15 @@ def sweep_report(sweep: SweepInfo, errors: Mapping[int, str] | None = None) -> P
     jobs = _jobs(ranked, objective, settings)
     names = list(dict.fromkeys(name for job in jobs for name in job.settings))
     started = f" · started {time_text(min(times))}" if (times := _started(runs)) else ""
+    states = f"{count(len(jobs), 'job')}: {_states(runs)}{started}"
+    labels = label_fields(sweep.labels, sweep.labels.tags, path_title(sweep.path))
     return Page(
         kind="sweep",
-        title=run_title(RunInfo(path=sweep.path, state="")),
+        title=labels["title"],
+        tags=labels["tags"],
         folder=sweep.path,
         state=_state(runs),
-        lines=[f"{count(len(jobs), 'job')}: {_states(runs)}{started}"],
+        lines=[*labels["lines"], states, *parent_lines(parents(sweep)).splitlines()],
         hosts=[run.status.get("host") for run in runs],
         parts=[
             sections.facts(_facts(jobs, names, objective)),

@@ -15,8 +15,10 @@ from evaluated_runs import row_losses, write_run, write_sweep
 
 from runner.common.errors import ConfigError, StorageError
 from runner.common.layout import REPORT
+from runner.config.labels import Labels
 from runner.reports.html.page import page_json
 from runner.reports.html.write import make_page, write_report, write_report_or_say_why
+from runner.runs.labels import write_labels
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +145,24 @@ def test_the_verdict_of_a_sweep_names_the_jobs_that_are_not_distinguishable_from
     outcomes = [row["outcome"] for row in table(data, verdict["title"])]
     assert outcomes[1].startswith("not distinguishable") and outcomes[2] == "worse"
     assert "not distinguishable from job 1" in verdict["note"]
+
+
+def test_names_tags_notes_and_where_a_run_comes_from(tmp_path: Path) -> None:
+    first = run_folders.make_run(tmp_path / "outputs/2026-11-29/10-00-00")
+    status = {"parents": [{"how": "branch", "path": str(first / "checkpoints/step-0000020"), "run_id": None}]}
+    second = run_folders.make_run(tmp_path / "outputs/2026-11-29/11-00-00", status=status)
+    write_labels(first, Labels("baseline", ("sql", "small"), "The first one.\nToo short."))
+    data = data_of(first)
+    assert data["title"] == "baseline" and data["tags"] == ["#sql", "#small"]
+    assert data["lines"][:3] == ["2026-11-29/10-00-00", "The first one.", "Too short."]
+    origin = "branch at 20 of outputs/2026-11-29/10-00-00 (baseline)"
+    assert origin in data_of(second)["lines"]
+    rows = {row["run"]: row for row in table(data_of(tmp_path / "outputs"), "Runs and sweeps")}
+    assert rows["2026-11-29/10-00-00"]["name"] == "baseline #sql #small"
+    assert rows["2026-11-29/11-00-00"]["from"] == origin
+    sweep = run_folders.make_sweep(tmp_path / "outputs/sweep", {"lora.rank": (2, 4)})
+    write_labels(sweep, Labels("ranks", ("sql",)))
+    assert (data_of(sweep)["title"], data_of(sweep / "0")["tags"]) == ("ranks", ["#sql"])
 
 
 def test_too_few_jobs_are_said_to_be_too_few(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def row_values(run: RunInfo, metric: str) -> RowValues:
     path = run.path / layout.ROW_LOSSES
     found = read_row_losses(path, split, step)
     if found is not None:
-        return RowValues(found.step, found.rows, found.losses, found.tokens)
+        return RowValues(found.step, f"{found.rows} {len(found.losses)}", found.losses, found.tokens)
     if not path.is_file():
         raise NoRowValues("has no losses of its rows: an earlier version did not keep them")
     raise NoRowValues(f"has no losses of the {split} rows" + ("" if step is None else f" at step {step}"))

@@ -129,6 +129,22 @@ def test_runs_that_cannot_be_compared_are_named_with_the_reason(tmp_path: Path) 
     assert "4 rows say too little" in str(judged(*few)[0].problem)
 
 
+def test_damaged_losses_do_not_break_the_verdict(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"{i}", {10: row_losses(1.0, seed=i)[:size]}, lora__rank=i + 1)
+        for i, size in enumerate((60, 60, 20))
+    ]
+    file = folders[1] / "row_losses.jsonl"
+    for losses in ("1e308, " * 59 + "1e308", ", ".join(["-1e308", "1e308"] * 30), ", ".join(["0"] * 60)):
+        head = file.read_text().partition('"losses": ')[0]
+        file.write_text(f'{head}"losses": [{losses}], "tokens": {[1] * 60}}}\n')
+        with np.errstate(all="ignore"):
+            verdict, names = judged(*folders)
+            assert text(verdict, names).startswith("\nverdict")
+            verdict_fields(verdict, names)
+        assert [run.path.name for run, _ in verdict.left_out] == ["2"]
+
+
 def test_scores_are_compared_answer_by_answer_and_higher_is_better(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     right, wrong = [1.0] * 30 + [0.0] * 10, [0.0] * 30 + [1.0] * 10

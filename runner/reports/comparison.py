@@ -145,6 +145,9 @@ def _print_settings(comparison: Comparison, screen: Screen) -> None:
     runs, names = comparison.runs, comparison.differing
     columns = [Column(comparison.names.noun, right=True), Column("directory", keep_end=True), Column("state")]
     cells_of = [[comparison.names.by_path[run.path], relative_path(run.path), run.state] for run in runs]
+    if any(run.labels.name for run in runs):
+        columns.append(Column("name"))
+        cells_of = [[*row, run.labels.name or ""] for row, run in zip(cells_of, runs, strict=True)]
     texts = [settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
     wide = [*columns, *[Column(name, right=True) for name in names]]
     wide_cells = [[*row, *[column[i] for column in texts]] for i, row in enumerate(cells_of)]

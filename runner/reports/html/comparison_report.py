@@ -42,12 +42,13 @@ def comparison_report(comparison: Comparison) -> Page:
 def _table(comparison: Comparison) -> Part:
     names, runs = comparison.differing, comparison.runs
     texts = {name: settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names}
-    columns = [Column(title=comparison.names.noun), Column(title="directory", code=True), Column(title="state")]
+    columns = [Column(title=title, code=title == "directory") for title in (comparison.names.noun, "directory", "name")]
+    columns.append(Column(title="state"))
     columns += [*setting_columns(names), *_RESULT_COLUMNS]
     rows = []
     for i, (run, results) in enumerate(zip(runs, comparison.results, strict=True)):
         name = comparison.names.by_path[run.path]
-        row: list[sections.Cell] = [name, relative_path(run.path), sections.state(run.state)]
+        row: list[sections.Cell] = [name, relative_path(run.path), run.labels.name, sections.state(run.state)]
         row += [setting_cell(texts[setting][i], run.settings.get(setting)) for setting in names]
         rows.append(Row(cells=[*row, *_result_cells(run, results)], id=row_id(name, comparison.names)))
     shown = [i for i in range(len(columns)) if any(row.cells[i] is not None for row in rows)]

@@ -38,6 +38,16 @@ def test_settings_results_curves_and_verdict_are_printed(inline: Callable) -> No
     assert "B is worse than A by more than noise on these 60 rows (difference 0.3000, 95 % interval 0.2" in out
 
 
+def test_the_names_of_runs_are_shown(inline: Callable, runs: Path) -> None:
+    assert "name" not in inline("compare", "out/a", "out/b")
+    inline("label", "out/b", "--name", "the big one")
+    out = inline("compare", "out/a", "out/b")
+    assert "the big one" in next(line for line in out.splitlines() if "out/b" in line)
+    inline("label", "out/a", "--name", "the small one")
+    (runs / "out").rename(runs / "outputs")  # where names are looked for
+    assert "B is worse than A by more than noise" in inline("compare", "the small one", "the big one")
+
+
 @pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize(("axis", "end"), [("step", "step"), ("tokens", "2,000"), ("time", "seconds in updates")])
 def test_curves_are_drawn_over_steps_tokens_and_time(inline: Callable, axis: str, end: str) -> None:

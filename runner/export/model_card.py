@@ -67,9 +67,9 @@ def base_licence(config: Config, folder: Path | None, typed: str | None) -> str 
 def write_card(config: Config, facts: CardFacts) -> str:
     """Return the text of README.md."""
     name = (facts.base_id or f"a {facts.model_type} model").rpartition("/")[2]
-    kind = "LoRA adapter" if facts.adapter_only else "model"
-    about = f"A {kind}: {facts.base_id or name}, fine-tuned with LoRA on {_data_text(config)}"
-    about += f", {facts.step:,} updates." if facts.step else "."
+    kind = "The adapter alone, without the base model" if facts.adapter_only else "The adapter is merged into the model"
+    about = f"{facts.base_id or name}, fine-tuned with LoRA on {_data_text(config)}"
+    about += f" ({facts.step:,} updates). {kind}." if facts.step else f". {kind}."
     parts = [
         _front_matter(config, facts),
         f"# {name}, fine-tuned",

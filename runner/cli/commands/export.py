@@ -206,7 +206,7 @@ def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Pat
         adapter_only=options.adapter_only,
         base=options.base_model,
         licence=options.license,
-        step=source.step,
+        step=None if options.average else source.step,
     )
 
 

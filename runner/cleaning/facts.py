@@ -52,6 +52,8 @@ class Context:
     """All runs among which parents are looked for."""
     sweeps: dict[Path, SweepInfo] = field(default_factory=dict)
     """Sweeps by the path of each of their jobs."""
+    ranks: dict[Path, int] = field(default_factory=dict)
+    """Place of each job that has a value among the jobs of its sweep, 0 for the best."""
     children: dict[Path, set[int]] = field(default_factory=dict)
     """Path of a run that others began from, to the steps of the checkpoints that they name."""
 
@@ -61,6 +63,9 @@ class Context:
         context = cls(Family(entries))
         for entry in entries:
             if isinstance(entry, SweepInfo):
+                ranked = entry.objective.rank(entry.runs)
+                measured = [run for run in ranked if entry.objective.value(run) is not None]
+                context.ranks |= {run.path: rank for rank, run in enumerate(measured)}
                 context.sweeps |= {run.path: entry for run in entry.runs}
                 for run in entry.runs:
                     context._add_parents(run)
@@ -79,18 +84,16 @@ class Context:
                 self.children.setdefault(found.best.path, set())
 
 
-def read_facts(run: RunInfo, context: Context, *, is_held: bool = False) -> RunFacts:
+def read_facts(run: RunInfo, context: Context, *, verify_result: bool = True, is_held: bool = False) -> RunFacts:
     """Return the facts of the run.
 
     Args:
         run: the run.
         context: see `Context`.
+        verify_result: whether to read adapters/, without which a run counts as one without a result.
         is_held: whether this process itself holds the run's lock.
     """
     sweep = context.sweeps.get(run.path)
-    ranked = sweep.objective.rank(sweep.runs) if sweep else []
-    rank = next((i for i, job in enumerate(ranked) if job.path == run.path), None)
-    has_value = sweep is not None and sweep.objective.value(run) is not None
     in_use = not is_held and (
         RunDirectory(run.path).is_locked() or (sweep is not None and RunDirectory(sweep.path).is_locked())
     )
@@ -113,10 +116,10 @@ def read_facts(run: RunInfo, context: Context, *, is_held: bool = False) -> RunF
             for checkpoint in listed
         ),
         result_step=result_step(run, listed),
-        has_result=verify.is_whole(run.path / layout.RESULT, FileSystem()),
-        has_trained=any(row["step"] > 0 for row in run.rows),
+        has_result=verify_result and verify.is_whole(run.path / layout.RESULT, FileSystem()),
+        has_trained=bool(run.step) or any(row["step"] > 0 for row in run.rows),
         is_job=sweep is not None,
-        rank=rank if has_value else None,
+        rank=context.ranks.get(run.path),
         parent_steps=frozenset(context.children.get(run.path, ())),
         is_parent=run.path in context.children,
         unknown=tuple(unknown_names(run)),

@@ -156,7 +156,7 @@ def _plan(selection: Selection, context: Context, policies: Policies, options: N
     for run in selection.runs:
         if not facts.is_cleanable(run):
             continue
-        removal, kept = decide(facts.read_facts(run, context), policies)
+        removal, kept = decide(facts.read_facts(run, context, verify_result=policies.everything), policies)
         plan.kept += kept
         if removal is not None:
             plan.removals.append(removal)

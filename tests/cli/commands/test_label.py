@@ -10,6 +10,7 @@ import pytest
 from runner.cli.commands import label
 from runner.common.errors import ConfigError
 from runner.config.labels import Labels
+from runner.runs.directory import RunDirectory
 from runner.runs.find import read_sweep
 from runner.runs.inspect import read_run
 from runner.runs.labels import edit_labels, read_labels
@@ -72,7 +73,10 @@ def test_a_run_is_found_by_its_name(train, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train(tiny(**{"train.iters": 1}), tmp_path / "outputs/2026/a")
     label.run(["outputs/2026/a", "--name", "first"])
+    directory = RunDirectory(tmp_path / "outputs/2026/a")
+    directory.lock()  # as while it trains
     assert label.run(["first", "--tag", "x"]) == 0
+    directory.unlock()
     assert capsys.readouterr().out.splitlines()[-3:] == ["outputs/2026/a", "name     first", "tags     #x"]
     train(tiny(**{"train.iters": 1}), tmp_path / "outputs/2026/b")
     label.run(["outputs/2026/b", "--name", "first"])

@@ -67,9 +67,10 @@ def escape_references(value: Any) -> Any:
 def keep_references(settings: dict[str, Any], written: Any) -> None:
     """Put each reference of `written`, the settings before they were resolved, back into the resolved `settings`."""
     for key, value in written.items() if isinstance(written, Mapping) else ():
+        texts = value if isinstance(value, list) else [value]
         if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
             keep_references(settings[key], value)
-        elif isinstance(value, str) and has_reference(value):
+        elif any(isinstance(text, str) and has_reference(text) for text in texts):
             settings[key] = value
 
 

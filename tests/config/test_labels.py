@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runner.common.errors import ConfigError
-from runner.config import serialize
+from runner.config import environment, serialize
 from runner.config.labels import Labels, quote, split_tags
 
 
@@ -61,3 +61,9 @@ def test_what_jobs_share_and_what_they_have_beside_that():
     assert shared == Labels("s", ("all",), "n")
     assert [job.without(shared) for job in jobs] == [Labels(tags=("four",)), Labels(tags=("eight",))]
     assert shared.tagged(["new", "all"], ["new"]) == ("all",)
+
+
+def test_a_tag_from_the_environment_is_stored_as_it_was_written():
+    stored = {"name": "secret-run", "tags": ["a", "secret"]}
+    environment.keep_references(stored, {"name": "${oc.env:X}-run", "tags": ["a", "${oc.env:X}"]})
+    assert Labels.take(stored) == Labels("${oc.env:X}-run", ("a", "${oc.env:X}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,21 @@ def test_entries_of_caches_go_by_age_and_size(tmp_path):
     old = select_entries(entries, unused_days=3.5, max_bytes=None, now=now)
     assert remove_entries(old) == size and len(find_entries(tmp_path)) == 3
     assert (tmp_path / "smollm2/model.safetensors").exists()
+
+
+@pytest.mark.long
+def test_a_clean_that_is_killed_leaves_runs_that_verify(run, cli, tmp_path):
+    best = read_run(run).best_step
+    for number in range(20):
+        shutil.copytree(run, tmp_path / f"killed/{number:02d}/run")
+    process = cli.start("clean", "killed", "--checkpoints", "--yes")
+    while process.poll() is None and len(list(tmp_path.glob("killed/*/run/checkpoints/step-0000001"))) > 15:
+        pass
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    for copy in tmp_path.glob("killed/*/run"):
+        assert {best, 4} <= set(steps(copy))
+    cli("verify", "killed")
+    assert "freed" in cli("clean", "killed", "--checkpoints", "--leftovers", "--yes")
+    assert not list(tmp_path.glob("killed/*/run/checkpoints/.*"))

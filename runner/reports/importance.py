@@ -104,9 +104,10 @@ class _Fit:
         return (y @ self._basis) @ self._basis.T
 
     def explained(self, y: Any) -> Any:
-        """Return the share of the variance of `y` that the fit explains."""
-        centred = y - y.mean(axis=-1, keepdims=True)
-        return 1.0 - ((y - self.project(y)) ** 2).sum(-1) / (centred**2).sum(-1).clip(1e-300)
+        """Return the share of the variance of `y` that the fit explains; the mean is one of its columns."""
+        of_mean = y.shape[-1] * y.mean(axis=-1) ** 2
+        squares = ((y @ self._basis) ** 2).sum(-1) - of_mean
+        return squares / ((y**2).sum(-1) - of_mean).clip(1e-300)
 
 
 def _permutation_p(full: _Fit, rest: _Fit, y: Any, generator: Any) -> float:
@@ -118,8 +119,8 @@ def _permutation_p(full: _Fit, rest: _Fit, y: Any, generator: Any) -> float:
 
 def _f_statistic(full: _Fit, rest: _Fit, y: Any) -> Any:
     """Return the F statistic of the setting, apart from the degrees of freedom, which do not change."""
-    unexplained = (1.0 - full.explained(y)).clip(1e-12)
-    return (full.explained(y) - rest.explained(y)) / unexplained
+    explained = full.explained(y)
+    return (explained - rest.explained(y)) / (1.0 - explained).clip(1e-12)
 
 
 def _bootstrap_interval(full: _Fit, rest: _Fit, y: Any, spare: int, generator: Any) -> tuple[float, float]:

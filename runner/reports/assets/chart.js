@@ -296,8 +296,17 @@ function axisSize(plot, texts) {
   return Math.max(44, 7.2 * longest + 16);
 }
 
+/** Return round ends of a logarithmic axis: 1, 2 or 5 times a power of ten. */
 function paddedLog(plot, low, high) {
-  return low === null ? [1, 10] : [low / 1.15, high * 1.15];
+  if (low === null) return [1, 10];
+  const round = (value, pick) => {
+    const power = 10 ** Math.floor(Math.log10(value));
+    return power * pick([1, 2, 5, 10], value / power);
+  };
+  return [
+    round(low / 1.02, (steps, ratio) => steps.findLast((step) => step <= ratio * 1.000001)),
+    round(high * 1.02, (steps, ratio) => steps.find((step) => step >= ratio * 0.999999)),
+  ];
 }
 
 function shortNumber(value) {

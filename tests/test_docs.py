@@ -37,6 +37,10 @@ ELSEWHERE = (
     "make check",
     "make setup",
     "source .venv/bin/activate",
+    # A server does not end, and lm-eval is not installed: tests/cli/commands/test_serve.py, tests/inference.
+    f"python -m runner serve {RUN}",
+    f"python -m runner test {RUN} --tasks arc_easy,hellaswag --limit 100 --base",
+    f"python -m runner test {RUN} --tasks capitals.yaml --base",
 )
 """Run by CI itself, or below as a test of its own."""
 

@@ -177,8 +177,6 @@ class _RunTokenizer(TokenizerWrapper):
 class _Handler(APIHandler):
     """mlx-lm's request handler for one model: it lists that one, and refuses what cannot be answered rightly."""
 
-    protocol_version = "HTTP/1.0"
-
     def handle_chat_completions(self) -> CompletionRequest:
         """Return the request.
 

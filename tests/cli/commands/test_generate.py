@@ -63,6 +63,10 @@ def test_the_seed_decides_the_sample(run: Path, capsys: pytest.CaptureFixture[st
     arguments = [str(run), "a", "--temp", "1", "--top-p", "0.9", "--max-tokens", "12"]
     texts = [answered(capsys, *arguments, "--seed", seed)["answers"][0]["text"] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
+    greedy = answered(capsys, str(run), "a", "--max-tokens", "12")["answers"][0]["text"]
+    for one_token in (["--top-k", "1"], ["--min-p", "1"]):
+        sampled = answered(capsys, str(run), "a", "--temp", "1", "--max-tokens", "12", *one_token)
+        assert sampled["answers"][0]["text"] == greedy
 
 
 def test_the_chat_template_is_used_as_in_training_with_a_system_turn(
@@ -115,6 +119,8 @@ def test_control_characters_in_an_answer_are_not_printed(
         (["--temp", "-1"], "--temp: -1 is invalid"),
         (["--temp", "nan"], "--temp: nan is invalid"),
         (["--top-p", "0"], "--top-p: 0 is invalid"),
+        (["--top-k", "-1"], "--top-k: -1 is invalid"),
+        (["--min-p", "2"], "--min-p: 2 is invalid: must be between 0 and 1"),
         (["--seed", "x"], "--seed: x is invalid"),
         (["--quiet"], "--quiet"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class _Entry:
     """As the run recorded it."""
     source: AdapterSource | None = None
     problem: str | None = None
+    is_damaged: bool = False
     is_result: bool = False
     fields: dict[str, Any] | None = None
     """What was measured."""
@@ -68,7 +69,7 @@ def test_all(options: Namespace) -> int:
         try:
             entry.fields = measurements.measure(entry.source)
         except CheckpointError as error:
-            entry.problem = str(error)
+            entry.problem, entry.is_damaged = str(error), True
     best = min(filter(_loss, entries), key=lambda entry: (_loss(entry), entry.step or 0), default=None)
     if options.json:
         rows = [{**entry.to_dict(), "is_best": entry is best} for entry in entries]
@@ -76,7 +77,7 @@ def test_all(options: Namespace) -> int:
     else:
         varied = differing_settings([entry.run for entry in entries]) if of_sweep else []
         _print_table(entries, best, options.split, "job" if of_sweep else "checkpoint", varied)
-    return EXIT_DAMAGED if any(entry.problem and entry.source is None for entry in entries) else EXIT_DONE
+    return EXIT_DAMAGED if any(entry.is_damaged for entry in entries) else EXIT_DONE
 
 
 def _checkpoints(path: Path) -> list[_Entry]:
@@ -86,12 +87,13 @@ def _checkpoints(path: Path) -> list[_Entry]:
     run = read_run(path)
     entries = []
     for checkpoint in list_checkpoints(run):
-        entry = _Entry(run, checkpoint.path.name, checkpoint.step, checkpoint.valid_loss, problem=checkpoint.problem)
-        if entry.problem is None:
-            _read(entry, lambda folder=checkpoint.path: adapter_source.find_adapter(folder))  # type: ignore[misc]
+        entry = _Entry(run, checkpoint.path.name, checkpoint.step, checkpoint.valid_loss)
+        _read(entry, checkpoint.path)
+        if entry.source is not None and checkpoint.problem is not None:  # such as one that another run left
+            entry.source, entry.problem = None, checkpoint.problem
         entries.append(entry)
     result = _Entry(run, "result", is_result=True)
-    _read(result, lambda: adapter_source.find_adapter(path))
+    _read(result, path)
     if result.source is None:
         return entries
     for entry in entries:
@@ -107,19 +109,21 @@ def _jobs(path: Path) -> list[_Entry]:
     entries = []
     for run in read_sweep(path).runs:
         entry = _Entry(run, run.path.name, run.best_step, run.best_loss, is_result=True)
-        _read(entry, lambda folder=run.path: adapter_source.find_adapter(folder))  # type: ignore[misc]
-        if entry.source is not None and entry.source.step is not None:
+        _read(entry, run.path)
+        if entry.source is None and not entry.is_damaged:
+            entry.problem = f"no result: {run.state}"
+        elif entry.source is not None and entry.source.step is not None:
             entry.step = entry.source.step
             entry.valid_loss = dict(run.losses("valid")).get(entry.step, entry.valid_loss)
         entries.append(entry)
     return entries
 
 
-def _read(entry: _Entry, find: Callable[[], AdapterSource]) -> None:
+def _read(entry: _Entry, path: Path) -> None:
     try:
-        entry.source = find()
+        entry.source = adapter_source.find_adapter(path)
     except RunnerError as error:
-        entry.problem = str(error)
+        entry.problem, entry.is_damaged = str(error), isinstance(error, CheckpointError)
 
 
 class _Measurements:

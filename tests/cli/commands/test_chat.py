@@ -197,7 +197,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(run: Path, cli: An
     assert (cli.folder / "typed").read_text().splitlines()[-2:] == ["/undo", "/nothing"]  # libedit escapes blanks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_a_terminal_ctrl_c_twice_ends_with_130(run: Path, cli: Any) -> None:
     terminal = Terminal(cli, str(run))
     terminal.wait_for("> ")

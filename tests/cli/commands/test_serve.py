@@ -73,9 +73,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_cli: Callable) -> Path:
 
 @pytest.fixture(scope="module")
 def server(run: Path, make_cli: Callable) -> Iterator[Server]:
+    """A server for all tests of this module; Ctrl-C ends it, with the exit code of a stop."""
     served = Server(make_cli(run.parent), "run")
     try:
         yield served
+        code, output = served.stop()
+        assert code == 130
+        assert "Traceback" not in output and "runner:" not in output
     finally:
         served.process.kill()
         served.process.communicate()
@@ -140,15 +144,14 @@ def test_the_one_model_is_listed_and_pages_of_other_origins_get_no_access(server
         assert response.headers["Access-Control-Allow-Origin"] is None
 
 
-def test_ctrl_c_ends_the_server_with_130(run: Path, make_cli: Callable) -> None:
+@pytest.mark.long
+def test_a_run_without_a_template_answers_plain_prompts_alone(run: Path, make_cli: Callable) -> None:
     served = Server(make_cli(run.parent), "run", "data.chat_template=false")
     status, content = served.post("/chat/completions", messages=QUESTION)
     assert status == 400 and "use /v1/completions" in content
     status, content = served.post("/completions", prompt="twice: sour", max_tokens=2)
     assert status == 200 and json.loads(content)["choices"][0]["text"]
-    code, output = served.stop()
-    assert code == 130
-    assert "Traceback" not in output and "runner:" not in output
+    assert served.stop()[0] == 130
 
 
 def test_an_address_in_use_is_refused_before_a_model_is_loaded(run: Path) -> None:

@@ -63,6 +63,21 @@ def test_a_turn_computes_only_what_the_turn_before_has_not(base: BaseModel) -> N
     assert ask(conversation, base, MESSAGES[0])[1].reused_tokens == 0
 
 
+def test_an_answer_that_ends_by_itself_leaves_the_cache_right(base: BaseModel) -> None:
+    encoder = encoder_of(base)
+    prompt = encoder.encode([{"role": "user", "content": MESSAGES[0]}])
+    tokens = [r.token for r in mlx_lm.stream_generate(base.model, base.tokenizer, prompt, max_tokens=30)]
+    end = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i > 1)
+    base.tokenizer.add_eos_token(str(tokens[end]))
+    conversation = Conversation(encoder, None)
+    _, piece = ask(conversation, base, MESSAGES[0], max_tokens=30)
+    assert (piece.finish_reason, piece.tokens) == ("stop", end)
+    prompt = encoder.encode([*conversation.messages, {"role": "user", "content": MESSAGES[1]}])
+    answer, piece = ask(conversation, base, MESSAGES[1])
+    assert answer == plain_answer(base, prompt)
+    assert piece.reused_tokens > len(encoder.encode([{"role": "user", "content": MESSAGES[0]}])) - 1
+
+
 def test_a_template_that_rewrites_earlier_turns_gives_the_same_answers(base: BaseModel, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"  # as templates that remove the reasoning of all turns but the last
     template.write_text(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TextIO
 
-from runner.common.errors import ConfigError
+from runner.common.errors import ConfigError, DataError
 
 _PROMPT, _CONTINUED = "> ", "… "
 _MOST_LINES = 1000
@@ -31,11 +31,15 @@ class MessageReader:
         """Return the next message, or None at the end of the input.
 
         Raises:
+            DataError: the input is not text.
             KeyboardInterrupt: Ctrl-C.
         """
         lines: list[str] = []
         while True:
-            line = self._read_line(_CONTINUED if lines else _PROMPT)
+            try:
+                line = self._read_line(_CONTINUED if lines else _PROMPT)
+            except UnicodeDecodeError:
+                raise DataError("Standard input is not UTF-8 text.") from None
             if line is None:
                 return "\n".join(lines) if lines else None
             if not line.endswith("\\"):

@@ -73,13 +73,15 @@ def test_tasks(options: Namespace) -> int:
         **_asked(asked),
         "evaluations": found,
     }
+    if not options.json:  # before what may fail
+        template = "the run's chat template" if asked.use_template else "no chat template"
+        _print_table(found)
+        print(f"lm-eval {document['lm_eval']}, {source.name}, {template}")
     file = _write(source.run, document)
     if options.json:
         arguments.print_json({**document, "file": str(file)})
-        return 0
-    _print_table(found)
-    template = "the run's chat template" if asked.use_template else "no chat template"
-    print(f"lm-eval {document['lm_eval']}, {source.name}, {template}; wrote {relative_path(file)}")
+    else:
+        print(f"wrote {relative_path(file)}")
     return 0
 
 

@@ -177,12 +177,11 @@ class Terminal:
 
 @pytest.mark.slow
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(run: Path, cli: Any) -> None:
-    terminal = Terminal(cli, str(run), "--max-tokens", "100000", "--temp", "1", "--history", "typed")
+    terminal = Terminal(cli, str(run), "--max-tokens", "100000", "--history", "typed")
     terminal.wait_for("/help lists the commands")
     terminal.wait_for("> ")
     terminal.type("swap: red blue\n")
-    terminal.wait_for("blue")  # the echo
-    terminal.wait_for("!")  # somewhere in the random bytes of the answer
+    terminal.wait_for("\r\n" * 5)  # the model goes on with line breaks to the end of its context, for seconds
     terminal.interrupt()
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")

@@ -29,6 +29,7 @@ function axisChooser(id, axes, figures) {
 
 class Chart {
   constructor(chart, id, isWide) {
+    if (chart.ranked) chart = { ...chart, curves: [...chart.curves].reverse() }; // the best are drawn last, on top
     Object.assign(this, { chart, id, isWide, axis: Object.keys(chart.curves[0].x)[0], plot: null, near: null });
     this.log = page.state[`${id}-log`] ?? chart.log;
     this.hidden = page.state[`${id}-hidden`] ??= new Set();
@@ -224,7 +225,8 @@ class Chart {
       this.setReadout(this.index);
     } else if (this.chart.ranked && (event.key === "ArrowUp" || event.key === "ArrowDown")) {
       const count = this.chart.curves.length;
-      this.near = ((this.near ?? (event.key === "ArrowDown" ? -1 : count)) + (event.key === "ArrowDown" ? 1 : -1) + count) % count;
+      const step = event.key === "ArrowDown" ? -1 : 1; // down from the best, which is the last
+      this.near = ((this.near ?? (step < 0 ? count : -1)) + step + count) % count;
       this.readout.setAttribute("aria-live", "polite");
       highlight.point(this.chart.curves[this.near].id);
     } else if (this.chart.ranked && event.key === "Enter") {
@@ -239,7 +241,7 @@ class Chart {
     if (this.plot) {
       this.chart.curves.forEach((curve, i) => {
         const isOn = highlight.has(curve.id);
-        this.plot.series[i + 1].alpha = !highlight.isActive || isOn ? 1 : 0.15;
+        this.plot.series[i + 1].alpha = !highlight.isActive || isOn ? 1 : 0.25;
         this.plot.series[i + 1].width = isOn ? 3 : this.chart.curves.length > 12 ? 1.25 : 1.75;
       });
       this.plot.redraw(false);

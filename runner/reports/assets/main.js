@@ -25,7 +25,7 @@ const page = {
 
   show(data) {
     const focused = document.activeElement?.dataset?.key;
-    const scrolled = new Map([...document.querySelectorAll("[data-scroll]")].map((box) => [box.dataset.scroll, box.scrollLeft]));
+    const scrolled = new Map([...document.querySelectorAll("[data-scroll]")].map((box) => [box.dataset.scroll, [box.scrollLeft, box.scrollTop]]));
     const top = scrollY;
     this.isLive = data.refresh !== null;
     this.drawings = [];
@@ -38,7 +38,7 @@ const page = {
     main.querySelectorAll("[data-open]").forEach((details) => details.addEventListener("toggle", () => {
       this.state.open[details.open ? "add" : "delete"](details.dataset.open);
     }));
-    document.querySelectorAll("[data-scroll]").forEach((box) => (box.scrollLeft = scrolled.get(box.dataset.scroll) ?? 0));
+    document.querySelectorAll("[data-scroll]").forEach((box) => box.scrollTo(...(scrolled.get(box.dataset.scroll) ?? [0, 0])));
     scrollTo(0, top);
     if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
     highlight.notify();

@@ -1,5 +1,7 @@
 // Tables: sortable by their titles; a row with an id lights up together with its curve.
 
+const MANY_ROWS = 20; // more than this scroll in a box of their own, so that the curves stay near
+
 function tablePart(part) {
   const state = (page.state[`${part.id}-sort`] ??= part.sorted && { ...part.sorted });
   const body = el("tbody");
@@ -20,7 +22,7 @@ function tablePart(part) {
   };
   show();
   const table = el("table", {}, el("thead", {}, el("tr", {}, headings)), body);
-  const box = el("div", { class: "scroll", tabindex: part.rows.some((row) => row.id) ? null : 0, role: "region", "aria-label": `${part.title}: table`, "data-scroll": part.id }, table);
+  const box = el("div", { class: part.rows.length > MANY_ROWS ? "scroll tall" : "scroll", tabindex: part.rows.some((row) => row.id) ? null : 0, role: "region", "aria-label": `${part.title}: table`, "data-scroll": part.id }, table);
   if (part.rows.some((row) => row.id)) connect(table, rows);
   if (!part.closed) return section(part, box);
   const details = el("details", { "data-open": part.id, open: page.state.open.has(part.id) }, el("summary", {}, `${part.rows.length} entries`), box);

@@ -131,6 +131,16 @@ def test_rows_are_reached_and_kept_highlighted_by_keys(open_report: Open, sweep:
     assert rows.nth(1).get_attribute("aria-selected") == "false"
 
 
+def test_the_arrow_keys_go_from_the_best_curve_to_the_next(open_report: Open, sweep: Path) -> None:
+    page = open_report(sweep)
+    best, second = (page.locator(JOBS).nth(i).get_attribute("data-id") for i in range(2))
+    page.locator(".plot").first.focus()
+    page.keyboard.press("ArrowDown")
+    assert highlighted(page) == [best]
+    page.keyboard.press("ArrowDown")
+    assert highlighted(page) == [second]
+
+
 def test_the_theme_follows_the_system_until_it_is_chosen(open_report: Open, sweep: Path) -> None:
     page = open_report(sweep, scheme="dark")
     background = "getComputedStyle(document.body).backgroundColor"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,18 @@ from runner.models.lora import read_weights
 LEARNS = {"lora.num_layers": -1, "optimizer.learning_rate": 1e-2, "train.eval_every": 4}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs a run trains it."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
 @pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    folder = train(tiny(**LEARNS, **{"checkpoint.keep_last": 3}), tmp_path / "run")
+def run(tiny: Callable, train: Callable, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    if not trained.exists():
+        train(tiny(**LEARNS, **{"checkpoint.keep_last": 3}), trained)
     capsys.readouterr()
-    return folder
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def proof_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,16 @@ from runner.common.errors import ConfigError
 from runner.migrate.peft import import_adapter
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs an adapter writes it."""
+    return tmp_path_factory.mktemp("exported") / "peft"
+
+
 @pytest.fixture
-def adapter(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
+def adapter(tiny: Callable, train: Callable, exported: Path, tmp_path: Path) -> Path:
+    if exported.exists():
+        return Path(shutil.copytree(exported, tmp_path / "peft"))
     changes = {
         "lora.num_layers": 2,
         "lora.rank": 4,
@@ -23,8 +32,8 @@ def adapter(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
         "lora.keys": ["self_attn.q_proj", "mlp.up_proj"],
     }
     run = train(tiny(**changes), tmp_path / "run")
-    assert export.run([str(run), "--to", "peft", "--out", str(tmp_path / "peft"), "--force"]) == 0
-    return tmp_path / "peft"
+    assert export.run([str(run), "--to", "peft", "--out", str(exported)]) == 0
+    return Path(shutil.copytree(exported, tmp_path / "peft"))
 
 
 def change(folder: Path, **changes: object) -> None:

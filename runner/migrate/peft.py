@@ -73,9 +73,11 @@ def _layers(result: ImportResult, config: PeftConfig, names: list[str]) -> None:
         result.skip("layers_to_transform", reason, blocks)
     else:
         count = -1 if blocks[0] == 0 else last - blocks[0]
-        result.add("layers_to_transform", blocks, {"lora.num_layers": count}, explicit=True)
+        shown = f"{blocks[0]} to {blocks[-1]}"
+        result.add("layers_to_transform", shown, {"lora.num_layers": count}, explicit=True)
     keys = sorted({key for _, name in found for key in _own_names(name, model_type)})
-    result.add("target_modules", sorted({name for _, name in found})[:20], {"lora.keys": keys})
+    if keys:
+        result.add("target_modules", sorted({name for _, name in found})[:20], {"lora.keys": keys})
 
 
 def _in_blocks(names: list[str]) -> list[tuple[int, str]]:

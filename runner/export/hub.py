@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
@@ -86,11 +87,11 @@ class HubTarget(Target):
 
 def find_personal(folder: Path, paths: Sequence[str] = ()) -> Iterator[str]:
     """Yield what in the texts of `folder` names this machine, its user or one of `paths`, or looks like a secret."""
-    home, user, host = str(Path.home()), getpass.getuser(), socket.gethostname()
+    home, user, host = os.path.expanduser("~"), _user_name(), socket.gethostname()
     patterns = {
         "a path of this machine": "|".join(map(re.escape, [str(folder.parent), *paths])),
-        "the home directory": rf"{re.escape(home)}(?=[/\"'\s])" if len(home) > 1 else None,
-        "the user's directory": rf"/(?:home|Users)/{re.escape(user)}\b",
+        "the home directory": rf"{re.escape(home)}(?=[/\"'\s])" if len(home) > 2 else None,
+        "the user's directory": rf"/(?:home|Users)/{re.escape(user)}\b" if user else None,
         "the name of this machine": rf"(?<![\w-]){re.escape(host)}(?![\w-])" if len(host) > 3 else None,
     }
     for name in _TEXTS:
@@ -102,6 +103,13 @@ def find_personal(folder: Path, paths: Sequence[str] = ()) -> Iterator[str]:
                 yield f"{name} holds {what}"
         if list(validation.secrets_in({"": text})) or list(validation.secrets_in(dict(enumerate(text.split())))):
             yield f"{name} holds what looks like a secret"
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user need not have a name
+        return ""
 
 
 def _remove_local_names(file: Path) -> None:

@@ -76,11 +76,11 @@ class LoggedRun:
     """Name of the sweep that the run is a job of."""
     tags: tuple[str, ...]
     """The experiment, the tags of the sweep, and those of the run."""
-    note: str | None
     config: Mapping[str, Any]
     """As config.yaml stores it."""
     rows: Sequence[LoggedRow] = ()
     """Those that metrics.jsonl holds."""
+    note: str | None = None
 
     def with_rows(self) -> LoggedRun:
         """Return the run with the rows that its directory holds now."""

@@ -113,6 +113,9 @@ def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdic
     values: dict[Path, RowValues] = {}
     left_out: list[tuple[RunInfo, str]] = []
     for run in measured:
+        if run.state == "running":  # its result would count as worse, or as the spread of a seed
+            left_out.append((run, "is still running"))
+            continue
         try:
             values[run.path] = row_values(run, objective.metric)
         except NoRowValues as reason:

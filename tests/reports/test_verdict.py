@@ -15,6 +15,7 @@ from runner.reports.screen import Screen
 from runner.reports.sweep_page import print_sweep_page, sweep_page_fields
 from runner.reports.verdict import Names, Verdict, judge, verdict_fields
 from runner.reports.verdict_table import left_out_lines, print_verdict, summary
+from runner.runs.directory import RunDirectory
 from runner.runs.find import read_sweep
 from runner.runs.inspect import read_run
 from runner.runs.objective import Objective
@@ -113,10 +114,15 @@ def test_runs_that_cannot_be_compared_are_named_with_the_reason(tmp_path: Path) 
     upgraded = write_run(tmp_path / "upgraded", {10: row_losses(1.3)}, lora__rank=3)
     (upgraded / "row_losses.jsonl").write_text("")
     diverged = write_run(tmp_path / "diverged", {10: row_losses(0.1)}, state="diverged", lora__rank=64)
-    verdict, names = judged(a, b, old, other, upgraded, diverged)
+    running = write_run(tmp_path / "running", {10: row_losses(0.9)}, state="running", lora__rank=65)
+    held = RunDirectory(running)
+    held.lock()
+    verdict, names = judged(a, b, old, other, upgraded, diverged, running)
+    held.unlock()
     assert [names.listed(c.runs) for c in verdict.contestants] == ["A", "B"]
     assert left_out_lines(verdict, names) == [
         "not compared: old has no losses of its rows: an earlier version did not keep them",
+        "not compared: running is still running",
         "not compared: upgraded has no losses of the valid rows at step 10",
         "not compared: other was evaluated on other rows than the rest, or with other tokens",
     ]

@@ -112,6 +112,7 @@ def cut_short(words: list[str]) -> list[str]:
     extra += ["model=tiny"] if "adapter" in own else []
     extra += [] if own & {"data", "data.path", "data.mix"} else ["data=tiny"]
     extra += ["data.metric=exact_match"] if "data.metric_rows" in own else []
+    extra += ["schedule.warmup=0"] if "experiment=first_run" in words else []  # its own is longer than two updates
     kept = {word.partition("=")[0] for word in extra} & own - {"train.iters"}
     return [word for word in extra if word.partition("=")[0] not in kept]
 

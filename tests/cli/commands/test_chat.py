@@ -20,9 +20,12 @@ from runner.cli.commands import chat, generate
 from runner.common.errors import ConfigError
 
 
-@pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
-    return train(tiny(), tmp_path / "run")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, make_cli: Callable) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    settings = ["data.max_length=128", "optimizer.learning_rate=1e-3", "schedule=constant", "train.iters=12"]
+    make_cli(folder, in_process=True)("model=tiny", "data=tiny", *settings, "hydra.run.dir=run")
+    return folder / "run"
 
 
 @pytest.fixture

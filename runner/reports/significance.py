@@ -1,18 +1,18 @@
 """Whether runs that were evaluated on the same rows differ by more than noise: a bootstrap over rows, paired by row.
 
-A contestant is one or more runs that differ by their seed alone. Its value is the mean over its runs of sum(values) /
-sum(weights), such as the mean loss of a token. What is estimated is how far the differences between contestants would
+A candidate is one or more runs that differ by their seed alone. Its value is the mean over its runs of sum(values) /
+sum(weights), such as the mean loss of a token. What is estimated is how far the differences between candidates would
 move with other rows of the same kind and with other seeds:
 
-- Rows are resampled with replacement, the same ones for all contestants.
+- Rows are resampled with replacement, the same ones for all candidates.
 - Seeds are too few to be resampled: of two, half of the resamples have no spread at all. Their effect is drawn from a
-  normal distribution with the variance between seeds, pooled over the contestants.
+  normal distribution with the variance between seeds, pooled over the candidates.
 
 Both are widened to Student's t, since few rows or seeds know their own spread badly.
 
-All pairs of contestants are compared at once: the limit is the 95 % quantile of the largest difference of any pair, in
+All pairs of candidates are compared at once: the limit is the 95 % quantile of the largest difference of any pair, in
 standard errors (max-t; Westfall and Young, 1993). So all that is said holds together, although the data chose which
-contestant is called the best. Those that are worse are set aside and the others compared again (step-down; Romano and
+candidate is called the best. Those that are worse are set aside and the others compared again (step-down; Romano and
 Wolf, 2005).
 """
 
@@ -26,10 +26,10 @@ import numpy as np
 CONFIDENCE = 0.95
 MIN_ROWS = 5
 """Of fewer rows nothing is said."""
-MAX_CONTESTANTS = 100
+MAX_CANDIDATES = 100
 _RESAMPLES = 10_000
 _MAX_DEVIATIONS = 200_000
-"""Resamples times contestants: where there are more than 20 of these, there are fewer resamples."""
+"""Resamples times candidates: where there are more than 20 of these, there are fewer resamples."""
 _MAX_ROWS = 500
 """More rows are put together at random into as many groups, which are resampled like rows."""
 _SEED = 2005
@@ -37,7 +37,7 @@ _SEED = 2005
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a contestant's value is above the lowest, with its interval."""
+    """How far a candidate's value is above the lowest, with its interval."""
 
     value: float
     low: float
@@ -46,26 +46,26 @@ class Difference:
     """Whether it is above by more than noise."""
 
 
-def best_of(contestants: Sequence[np.ndarray]) -> int:
-    """Return the index of the contestant with the lowest value, the first of equal ones; arguments as below."""
-    return int(np.argmin([values.sum() / len(values) for values in contestants]))
+def best_of(candidates: Sequence[np.ndarray]) -> int:
+    """Return the index of the candidate with the lowest value, the first of equal ones; arguments as below."""
+    return int(np.argmin([values.sum() / len(values) for values in candidates]))
 
 
-def differences(contestants: Sequence[np.ndarray], weights: np.ndarray) -> list[Difference]:
-    """Return how far each contestant is above the one with the lowest value; a function of the arguments alone.
+def differences(candidates: Sequence[np.ndarray], weights: np.ndarray) -> list[Difference]:
+    """Return how far each candidate is above the one with the lowest value; a function of the arguments alone.
 
     Args:
-        contestants: (seeds, rows) for each, at most `MAX_CONTESTANTS`.
+        candidates: (seeds, rows) for each, at most `MAX_CANDIDATES`.
         weights: (rows,), from `MIN_ROWS` rows; none is below zero, and not all are zero.
     """
     random = np.random.Generator(np.random.PCG64(_SEED))
-    by_seed = [values.sum(axis=1) / weights.sum() for values in contestants]
+    by_seed = [values.sum(axis=1) / weights.sum() for values in candidates]
     means = np.array([values.mean() for values in by_seed])
-    rows = _row_deviations(np.stack([values.mean(axis=0) for values in contestants], axis=1), weights, random)
-    best, above = best_of(contestants), means - means.min()
+    rows = _row_deviations(np.stack([values.mean(axis=0) for values in candidates], axis=1), weights, random)
+    best, above = best_of(candidates), means - means.min()
     found: dict[int, Difference] = {}
-    remaining = np.arange(len(contestants))
-    while len(found) < len(contestants):
+    remaining = np.arange(len(candidates))
+    while len(found) < len(candidates):
         limit, errors = _limit(rows[:, remaining], _row_count(weights), [by_seed[i] for i in remaining], random)
         widths = limit * errors[:, int(np.flatnonzero(remaining == best)[0])]
         worse = above[remaining] > widths
@@ -74,7 +74,7 @@ def differences(contestants: Sequence[np.ndarray], weights: np.ndarray) -> list[
                 value, width = float(above[i]), float(width)
                 found[int(i)] = Difference(value, value - width, value + width, bool(is_worse))
         remaining = remaining[~worse]
-    return [found[i] for i in range(len(contestants))]
+    return [found[i] for i in range(len(candidates))]
 
 
 def _row_count(weights: np.ndarray) -> float:
@@ -83,9 +83,9 @@ def _row_count(weights: np.ndarray) -> float:
 
 
 def _row_deviations(values: np.ndarray, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return the deviations (resamples, contestants) of sum(values) / sum(weights) when rows are resampled.
+    """Return the deviations (resamples, candidates) of sum(values) / sum(weights) when rows are resampled.
 
-    `values` is (rows, contestants).
+    `values` is (rows, candidates).
     """
     if len(weights) > _MAX_ROWS:
         group = random.permutation(len(weights)) % _MAX_ROWS
@@ -105,9 +105,9 @@ def _row_deviations(values: np.ndarray, weights: np.ndarray, random: np.random.G
 def _limit(
     rows: np.ndarray, row_count: float, by_seed: Sequence[np.ndarray], random: np.random.Generator
 ) -> tuple[float, np.ndarray]:
-    """Return how many standard errors the difference of a pair may have, and these (contestants, contestants).
+    """Return how many standard errors the difference of a pair may have, and these (candidates, candidates).
 
-    `rows` (resamples, contestants): deviations by rows; `by_seed`: the values of each contestant's seeds.
+    `rows` (resamples, candidates): deviations by rows; `by_seed`: the values of each candidate's seeds.
     """
     resamples, count = rows.shape
     covariance = np.cov(rows.T).reshape(count, count)

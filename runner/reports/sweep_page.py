@@ -23,7 +23,7 @@ from runner.runs.objective import VALID_LOSS, Objective
 _MARKS = "abcdefgh"
 """Marks of the curves; as many curves are drawn."""
 _PLOT_HEIGHT = 16
-MOST_CONTESTANTS = 12
+MOST_CANDIDATES = 12
 """Rows of the verdict that are printed."""
 
 
@@ -79,7 +79,7 @@ def print_sweep_verdict(runs: Sequence[RunInfo], objective: Objective, screen: S
     """Print which jobs are not distinguishable from the best; nothing where fewer than two have a result."""
     if sum(objective.value(run) is not None for run in runs) > 1:
         names = Names.of_jobs(runs)
-        print_verdict(judge(runs, objective, names), names, screen, MOST_CONTESTANTS)
+        print_verdict(judge(runs, objective, names), names, screen, MOST_CANDIDATES)
 
 
 def _print_jobs(runs: Sequence[RunInfo], objective: Objective, marks: Mapping[str, str], screen: Screen) -> None:

@@ -50,7 +50,7 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """A run, or runs that differ by their seed alone, beside the best one."""
 
     runs: list[RunInfo]
@@ -77,33 +77,33 @@ class Verdict:
     metric: str
     rows: int = 0
     """How many rows were compared."""
-    contestants: list[Contestant] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
     """The best first."""
     left_out: list[tuple[RunInfo, str]] = field(default_factory=list)
-    """Runs that were not compared, each with a clause that says why."""
+    """Runs that were not compared, each with the reason."""
     problem: str | None = None
-    """Why there are no contestants."""
+    """Why there are no candidates."""
 
     @property
-    def equals(self) -> list[Contestant]:
+    def equals(self) -> list[Candidate]:
         """Those that are not distinguishable from the best, without it."""
-        return [contestant for contestant in self.contestants[1:] if not contestant.is_worse]
+        return [candidate for candidate in self.candidates[1:] if not candidate.is_worse]
 
     @property
-    def cheapest(self) -> Contestant | None:
+    def cheapest(self) -> Candidate | None:
         """Of the best and those that are not distinguishable from it, the one that trained the shortest.
 
         Times are measured: of those within a tenth of the shortest, it is the one with the smallest adapter.
         """
-        known = [(c.seconds, c) for c in (*self.contestants[:1], *self.equals) if c.seconds is not None]
+        known = [(c.seconds, c) for c in (*self.candidates[:1], *self.equals) if c.seconds is not None]
         limit = min((seconds for seconds, _ in known), default=0.0) * _EQUAL_TIMES
         shortest = [(c.adapter_bytes, seconds, i) for i, (seconds, c) in enumerate(known) if seconds <= limit]
         return known[min(shortest)[2]][1] if known else None
 
     @property
     def has_seeds(self) -> bool:
-        """Whether a contestant has several seeds, so that their spread is part of the intervals."""
-        return any(len(contestant.runs) > 1 for contestant in self.contestants)
+        """Whether a candidate has several seeds, so that their spread is part of the intervals."""
+        return any(len(candidate.runs) > 1 for candidate in self.candidates)
 
 
 def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdict:
@@ -114,7 +114,7 @@ def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdic
     left_out: list[tuple[RunInfo, str]] = []
     for run in measured:
         if run.state == "running":  # its result would count as worse, or as the spread of a seed
-            left_out.append((run, "is still running"))
+            left_out.append((run, "still running"))
             continue
         try:
             values[run.path] = row_values(run, objective.metric)
@@ -123,7 +123,7 @@ def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdic
     rows, _ = next(iter(Counter(found.rows for found in values.values()).most_common(1)), ("", 0))
     for run in measured:
         if run.path in values and values[run.path].rows != rows:
-            left_out.append((run, "was evaluated on other rows than the rest, or with other tokens"))
+            left_out.append((run, "evaluated on other rows than the rest, or with other tokens"))
             del values[run.path]
     place = {path: i for i, path in enumerate(names.by_path)}
     groups = [sorted(group, key=lambda run: place[run.path]) for group in groups]
@@ -147,13 +147,13 @@ def _compare(
     sign = -1.0 if objective.maximize else 1.0
     arrays = [sign * np.stack([values[run.path].values for run in group]) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: float(arrays[i].sum()) / len(groups[i]))
-    for i in order[significance.MAX_CONTESTANTS :]:
-        left_out += [(run, f"is not among the best {significance.MAX_CONTESTANTS}") for run in groups[i]]
-    order = order[: significance.MAX_CONTESTANTS]
-    contestants = []
+    for i in order[significance.MAX_CANDIDATES :]:
+        left_out += [(run, f"not among the best {significance.MAX_CANDIDATES}") for run in groups[i]]
+    order = order[: significance.MAX_CANDIDATES]
+    candidates = []
     for i, found in zip(order, significance.differences([arrays[i] for i in order], weights), strict=True):
-        contestants.append(
-            Contestant(
+        candidates.append(
+            Candidate(
                 groups[i],
                 [values[run.path].step for run in groups[i]],
                 float(sign * arrays[i].sum() / len(groups[i]) / weights.sum()),
@@ -165,7 +165,7 @@ def _compare(
                 _adapter_bytes(groups[i][0]),
             )
         )
-    return Verdict(metric, len(weights), contestants, left_out)
+    return Verdict(metric, len(weights), candidates, left_out)
 
 
 def _seconds(runs: Sequence[RunInfo], values: Mapping[Path, RowValues]) -> float | None:
@@ -190,16 +190,16 @@ def _adapter_bytes(run: RunInfo) -> int:
 def verdict_fields(verdict: Verdict, names: Names) -> dict[str, Any]:
     """Return the verdict as data for a JSON document."""
 
-    def fields(contestant: Contestant) -> dict[str, Any]:
+    def fields(candidate: Candidate) -> dict[str, Any]:
         return {
-            "runs": [names.by_path[run.path] for run in contestant.runs],
-            "steps": contestant.steps,
-            "value": contestant.value,
-            "difference": contestant.difference,
-            "low": contestant.low,
-            "high": contestant.high,
-            "worse": contestant.is_worse,
-            "seconds_in_updates": contestant.seconds,
+            "runs": [names.by_path[run.path] for run in candidate.runs],
+            "steps": candidate.steps,
+            "value": candidate.value,
+            "difference": candidate.difference,
+            "low": candidate.low,
+            "high": candidate.high,
+            "worse": candidate.is_worse,
+            "seconds_in_updates": candidate.seconds,
         }
 
     cheapest = verdict.cheapest
@@ -208,7 +208,7 @@ def verdict_fields(verdict: Verdict, names: Names) -> dict[str, Any]:
         "rows": verdict.rows,
         "confidence": 0.95,
         "over_seeds": verdict.has_seeds,
-        "compared": [fields(contestant) for contestant in verdict.contestants],
+        "compared": [fields(candidate) for candidate in verdict.candidates],
         "cheapest": None if cheapest is None else [names.by_path[run.path] for run in cheapest.runs],
         "left_out": {names.by_path[run.path]: shorten(reason) for run, reason in verdict.left_out},
         "problem": verdict.problem,

@@ -8,18 +8,18 @@ from runner.common.text import count, format_duration
 from runner.reports import settings_text
 from runner.reports.screen import Screen
 from runner.reports.tables import Column, TableRow
-from runner.reports.verdict import Contestant, Names, Verdict
+from runner.reports.verdict import Candidate, Names, Verdict
 from runner.runs.inspect import RunInfo, differing_settings
 
 _MOST_REASONS = 5
 
 
 def print_verdict(verdict: Verdict, names: Names, screen: Screen, most: int | None = None) -> None:
-    """Print the contestants, at most `most` of them, the best first, and in sentences what follows."""
+    """Print the candidates, at most `most` of them, the best first, and in sentences what follows."""
     metric = metric_text(verdict.metric)
-    if verdict.contestants:
+    if verdict.candidates:
         screen.heading(f"verdict: {metric} of the same {count(verdict.rows, 'row')}")
-        _print_contestants(verdict, names, screen, most)
+        _print_candidates(verdict, names, screen, most)
         for line in summary(verdict, names):
             screen.line(line)
     else:
@@ -36,9 +36,9 @@ def metric_text(metric: str) -> str:
 
 def summary(verdict: Verdict, names: Names) -> list[str]:
     """Return sentences: what is not distinguishable from the best, the cheapest of these, what the intervals cover."""
-    best, equals, cheapest = verdict.contestants[0], verdict.equals, verdict.cheapest
-    name, rows, others = names.phrase(best.runs), count(verdict.rows, "row"), len(verdict.contestants) - 1
-    nearest = verdict.contestants[1]
+    best, equals, cheapest = verdict.candidates[0], verdict.equals, verdict.cheapest
+    name, rows, others = names.phrase(best.runs), count(verdict.rows, "row"), len(verdict.candidates) - 1
+    nearest = verdict.candidates[1]
     if not equals and others == 1:
         lines = [f"{_subject(nearest, names)} worse than {name} by more than noise on these {rows} ({_by(nearest)})"]
     elif not equals:
@@ -47,7 +47,7 @@ def summary(verdict: Verdict, names: Names) -> list[str]:
     elif len(equals) == 1:
         lines = [f"{_subject(equals[0], names)} not distinguishable from {name} on these {rows} ({_by(equals[0])})"]
     else:
-        listed = "; ".join(names.listed(contestant.runs) for contestant in equals)
+        listed = "; ".join(names.listed(candidate.runs) for candidate in equals)
         lines = [f"not distinguishable from {name} on these {rows}: {names.noun}s {listed}"]
     if equals and cheapest is not None and cheapest.seconds is not None:
         took = "" if cheapest is best or best.seconds is None else f" (the best: {duration(best.seconds)})"
@@ -63,14 +63,14 @@ def left_out_lines(verdict: Verdict, names: Names) -> list[str]:
     reasons: dict[str, list[RunInfo]] = {}
     for run, reason in verdict.left_out:
         reasons.setdefault(reason, []).append(run)
-    lines = [f"not compared: {names.phrase(runs)} {reason}" for reason, runs in reasons.items()]
+    lines = [f"not compared: {names.phrase(runs)} ({reason})" for reason, runs in reasons.items()]
     return lines[:_MOST_REASONS]
 
 
-def _print_contestants(verdict: Verdict, names: Names, screen: Screen, most: int | None) -> None:
-    best, *_ = verdict.contestants
-    shown = [best, *verdict.equals, *(c for c in verdict.contestants if c.is_worse)][:most]
-    varied = settings_text.by_importance(differing_settings([run for c in verdict.contestants for run in c.runs]))
+def _print_candidates(verdict: Verdict, names: Names, screen: Screen, most: int | None) -> None:
+    best, *_ = verdict.candidates
+    shown = [best, *verdict.equals, *(c for c in verdict.candidates if c.is_worse)][:most]
+    varied = settings_text.by_importance(differing_settings([run for c in verdict.candidates for run in c.runs]))
     labels = settings_text.pairs([c.runs for c in shown], [name for name in varied if name != "seed"])
     columns = [
         Column(f"{names.noun}s", right=True),
@@ -82,25 +82,25 @@ def _print_contestants(verdict: Verdict, names: Names, screen: Screen, most: int
     ]
     with_settings = any(labels)
     rows = [
-        TableRow([*_cells(contestant, verdict, names), *([label] if with_settings else [])])
-        for contestant, label in zip(shown, labels, strict=True)
+        TableRow([*_cells(candidate, verdict, names), *([label] if with_settings else [])])
+        for candidate, label in zip(shown, labels, strict=True)
     ]
     screen.table(columns if with_settings else columns[:-1], rows)
-    if hidden := len(verdict.contestants) - len(shown):
+    if hidden := len(verdict.candidates) - len(shown):
         screen.line((f"and {count(hidden, 'other')}; --json has all", "dim"))
 
 
-def outcome(contestant: Contestant, verdict: Verdict) -> str:
-    """Return the verdict on one contestant in a few words."""
-    cheapest = ", cheapest" if contestant is verdict.cheapest and verdict.equals else ""
-    if contestant is verdict.contestants[0]:
-        return f"best: {contestant.value:.4f}{cheapest}"
-    return "worse" if contestant.is_worse else f"not distinguishable{cheapest}"
+def outcome(candidate: Candidate, verdict: Verdict) -> str:
+    """Return the verdict on one candidate in a few words."""
+    cheapest = ", cheapest" if candidate is verdict.cheapest and verdict.equals else ""
+    if candidate is verdict.candidates[0]:
+        return f"best: {candidate.value:.4f}{cheapest}"
+    return "worse" if candidate.is_worse else f"not distinguishable{cheapest}"
 
 
-def interval(contestant: Contestant) -> str:
+def interval(candidate: Candidate) -> str:
     """Return the interval of the difference: ``-0.0041 to 0.0109``."""
-    return f"{contestant.low:.4f} to {contestant.high:.4f}"
+    return f"{candidate.low:.4f} to {candidate.high:.4f}"
 
 
 def duration(seconds: float) -> str:
@@ -108,20 +108,20 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f}s" if seconds < 10 else format_duration(seconds)
 
 
-def _cells(contestant: Contestant, verdict: Verdict, names: Names) -> Sequence[str]:
-    is_best = contestant is verdict.contestants[0]
+def _cells(candidate: Candidate, verdict: Verdict, names: Names) -> Sequence[str]:
+    is_best = candidate is verdict.candidates[0]
     return [
-        names.listed(contestant.runs),
-        "" if is_best else f"{contestant.difference:.4f}",
-        "" if is_best else interval(contestant),
-        "" if contestant.seconds is None else duration(contestant.seconds),
-        outcome(contestant, verdict),
+        names.listed(candidate.runs),
+        "" if is_best else f"{candidate.difference:.4f}",
+        "" if is_best else interval(candidate),
+        "" if candidate.seconds is None else duration(candidate.seconds),
+        outcome(candidate, verdict),
     ]
 
 
-def _by(contestant: Contestant) -> str:
-    return f"difference {contestant.difference:.4f}, 95 % interval {interval(contestant)}"
+def _by(candidate: Candidate) -> str:
+    return f"difference {candidate.difference:.4f}, 95 % interval {interval(candidate)}"
 
 
-def _subject(contestant: Contestant, names: Names) -> str:
-    return f"{names.phrase(contestant.runs)} {'are' if len(contestant.runs) > 1 else 'is'}"
+def _subject(candidate: Candidate, names: Names) -> str:
+    return f"{names.phrase(candidate.runs)} {'are' if len(candidate.runs) > 1 else 'is'}"

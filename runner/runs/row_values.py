@@ -31,7 +31,7 @@ class RowValues:
 
 
 class NoRowValues(Exception):
-    """Raised where a run has no values of rows; the message is a clause that says why, with the run as its subject."""
+    """Raised where a run has no values of rows; the message says why, such as "no evaluation yet"."""
 
 
 def row_values(run: RunInfo, metric: str) -> RowValues:
@@ -44,14 +44,14 @@ def row_values(run: RunInfo, metric: str) -> RowValues:
         return _scores(run)
     split, step = ("test", None) if metric == "test_loss" else ("valid", run.best_step)
     if split == "valid" and step is None:
-        raise NoRowValues("has no evaluation yet")
+        raise NoRowValues("no evaluation yet")
     path = run.path / layout.ROW_LOSSES
     found = read_row_losses(path, split, step)
     if found is not None:
         return RowValues(found.step, f"{found.rows} {len(found.losses)}", found.losses, found.tokens)
     if not path.is_file():
-        raise NoRowValues("has no losses of its rows: an earlier version did not keep them")
-    raise NoRowValues(f"has no losses of the {split} rows" + ("" if step is None else f" at step {step}"))
+        raise NoRowValues("no losses of the rows, which an earlier version did not keep")
+    raise NoRowValues(f"no losses of the {split} rows" + ("" if step is None else f" at step {step}"))
 
 
 def _scores(run: RunInfo) -> RowValues:
@@ -62,7 +62,7 @@ def _scores(run: RunInfo) -> RowValues:
             answers.setdefault(sample["step"], {})[sample["row"]] = sample
     step = max(answers, default=0)
     if step == 0:
-        raise NoRowValues("has no scored answers of after its training")
+        raise NoRowValues("no scored answers after training")
     rows = sorted(answers[step])
     questions = [[row, answers[step][row].get("prompt"), answers[step][row].get("expected")] for row in rows]
     text = json.dumps([run.settings.get("data.metric"), run.settings.get("data.metric_split"), questions])

@@ -15,10 +15,10 @@ def width(found: Difference) -> float:
     return found.high - found.value
 
 
-def normal_rows(rows: int, contestants: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray, float]:
-    """Contestants of one seed whose rows are independent, of equal weight, mean zero and standard deviation one; the
+def normal_rows(rows: int, candidates: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray, float]:
+    """Candidates of one seed whose rows are independent, of equal weight, mean zero and standard deviation one; the
     weights; and the standard error of a difference of two."""
-    values = np.random.default_rng(seed).standard_normal((contestants, rows))
+    values = np.random.default_rng(seed).standard_normal((candidates, rows))
     values -= values.mean(axis=1, keepdims=True)
     # Uncorrelated to the last digit, so that the tables hold.
     values = np.linalg.qr(values.T)[0].T * np.sqrt(rows - 1)
@@ -40,42 +40,42 @@ def test_the_spread_is_that_of_all_resamples_of_five_rows() -> None:
 
 @pytest.mark.parametrize(("rows", "student"), [(10, 2.262), (20, 2.093), (200, 1.972), (5000, 1.960)])
 def test_two_runs_have_the_interval_of_a_paired_t_test(rows: int, student: float) -> None:
-    contestants, weights, error = normal_rows(rows, 2)
+    candidates, weights, error = normal_rows(rows, 2)
     error *= np.sqrt((rows - 1) / rows) if rows <= 500 else 1.0
-    found = differences([contestants[0], contestants[1] + 0.1], weights)[1]
+    found = differences([candidates[0], candidates[1] + 0.1], weights)[1]
     assert found.value == pytest.approx(0.1)
     assert width(found) == pytest.approx(student * error, rel=0.06)
     assert found.low == pytest.approx(found.value - width(found))
 
 
-@pytest.mark.parametrize(("contestants", "studentized_range"), [(3, 3.314), (6, 4.030), (10, 4.474)])
-def test_several_runs_have_the_simultaneous_intervals_of_tukey(contestants: int, studentized_range: float) -> None:
-    values, weights, error = normal_rows(400, contestants)
+@pytest.mark.parametrize(("candidates", "studentized_range"), [(3, 3.314), (6, 4.030), (10, 4.474)])
+def test_several_runs_have_the_simultaneous_intervals_of_tukey(candidates: int, studentized_range: float) -> None:
+    values, weights, error = normal_rows(400, candidates)
     assert width(differences(values, weights)[1]) == pytest.approx(studentized_range / np.sqrt(2) * error, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    ("contestants", "seeds", "quantile"), [(2, 2, 4.303), (2, 5, 2.306), (4, 2, 5.757 / 2**0.5), (3, 3, 4.339 / 2**0.5)]
+    ("candidates", "seeds", "quantile"), [(2, 2, 4.303), (2, 5, 2.306), (4, 2, 5.757 / 2**0.5), (3, 3, 4.339 / 2**0.5)]
 )
-def test_seeds_count_with_their_own_degrees_of_freedom(contestants: int, seeds: int, quantile: float) -> None:
+def test_seeds_count_with_their_own_degrees_of_freedom(candidates: int, seeds: int, quantile: float) -> None:
     """Where the rows say the same of all, what remains is the analysis of variance of the seeds (Tukey)."""
-    effects = np.random.default_rng(1).standard_normal((contestants, seeds))
+    effects = np.random.default_rng(1).standard_normal((candidates, seeds))
     effects -= effects.mean(axis=1, keepdims=True)
-    effects *= 1e-3 / np.sqrt(np.square(effects).sum() / (contestants * (seeds - 1)))
-    effects += 1e-9 * np.arange(contestants)[:, None]  # the first is the best
+    effects *= 1e-3 / np.sqrt(np.square(effects).sum() / (candidates * (seeds - 1)))
+    effects += 1e-9 * np.arange(candidates)[:, None]  # the first is the best
     values = [1.0 + effect[:, None] + np.zeros((seeds, 50)) for effect in effects]
     found = differences(values, np.ones(50))
     assert [width(f) for f in found[1:]] == pytest.approx(
-        [quantile * 1e-3 * np.sqrt(2 / seeds)] * (contestants - 1), rel=0.08
+        [quantile * 1e-3 * np.sqrt(2 / seeds)] * (candidates - 1), rel=0.08
     )
 
 
 def test_a_difference_far_beyond_noise_is_found_and_the_rest_compared_without_it() -> None:
-    contestants, weights, error = normal_rows(200, 8)
+    candidates, weights, error = normal_rows(200, 8)
     shifts = [0.02, 0.0, 0.7 * 2.1 * error, *(3.0 + k for k in range(5))]
-    found = differences([c + shift for c, shift in zip(contestants, shifts, strict=True)], weights)
+    found = differences([c + shift for c, shift in zip(candidates, shifts, strict=True)], weights)
     assert [f.is_worse for f in found] == [False, False, False, True, True, True, True, True]
-    alone = differences([c + shift for c, shift in zip(contestants[:3], shifts[:3], strict=True)], weights)
+    alone = differences([c + shift for c, shift in zip(candidates[:3], shifts[:3], strict=True)], weights)
     assert width(found[2]) == pytest.approx(width(alone[2]), rel=0.05)
     assert found[3].low > 0 > found[2].low
 
@@ -88,8 +88,8 @@ def test_equal_runs_differ_by_nothing_and_the_first_is_the_best() -> None:
 
 
 def test_the_result_depends_on_the_arguments_alone() -> None:
-    contestants, weights, _ = normal_rows(50, 4)
-    assert differences(contestants, weights) == differences(contestants, weights)
+    candidates, weights, _ = normal_rows(50, 4)
+    assert differences(candidates, weights) == differences(candidates, weights)
 
 
 def test_rows_in_groups_have_the_spread_of_the_rows() -> None:
@@ -104,16 +104,16 @@ def test_rows_in_groups_have_the_spread_of_the_rows() -> None:
     assert max(map(width, found)) == pytest.approx(1.965 * error, rel=0.08)
 
 
-def simulate(count: int, contestants: int, seeds: int, rows: int, shift: float = 0.0) -> float:
+def simulate(count: int, candidates: int, seeds: int, rows: int, shift: float = 0.0) -> float:
     """Return how often something is found to be worse, in data with skewed losses and rows of different lengths; the
-    last contestant is worse by `shift`."""
+    last candidate is worse by `shift`."""
     random, found = np.random.default_rng(5), 0
     for _ in range(count):
         weights = random.integers(3, 30, rows).astype(float)
         difficulty = random.gamma(2, 0.5, rows)
         data = []
-        for index in range(contestants):
-            effect = random.gamma(1, 0.15, rows) - 0.15 + shift * (index == contestants - 1)
+        for index in range(candidates):
+            effect = random.gamma(1, 0.15, rows) - 0.15 + shift * (index == candidates - 1)
             noise = random.normal(0, 0.1, (seeds, rows)) + random.normal(0, 0.03, (seeds, 1)) * (seeds > 1)
             data.append((difficulty + effect + noise) * weights)
         found += any(difference.is_worse for difference in differences(data, weights))
@@ -126,21 +126,21 @@ def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fewer_resamples")
-@pytest.mark.parametrize(("contestants", "seeds", "rows"), [(2, 1, 100), (5, 1, 60), (2, 2, 60), (4, 3, 60)])
+@pytest.mark.parametrize(("candidates", "seeds", "rows"), [(2, 1, 100), (5, 1, 60), (2, 2, 60), (4, 3, 60)])
 def test_of_equal_settings_one_is_called_worse_in_about_5_percent_of_experiments(
-    contestants: int, seeds: int, rows: int
+    candidates: int, seeds: int, rows: int
 ) -> None:
-    assert 0.005 <= simulate(200, contestants, seeds, rows) <= 0.1  # 0.05 ± 3 standard errors
+    assert 0.005 <= simulate(200, candidates, seeds, rows) <= 0.1  # 0.05 ± 3 standard errors
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("fewer_resamples")
 @pytest.mark.parametrize(
-    ("contestants", "seeds", "rows"),
+    ("candidates", "seeds", "rows"),
     [(2, 1, 10), (2, 1, 25), (2, 1, 200), (6, 1, 50), (20, 1, 200), (2, 2, 200), (2, 3, 200), (4, 2, 100), (6, 2, 100)],
 )
-def test_the_error_rate_is_kept_from_few_rows_to_many_runs(contestants: int, seeds: int, rows: int) -> None:
-    assert simulate(1000, contestants, seeds, rows) <= 0.075
+def test_the_error_rate_is_kept_from_few_rows_to_many_runs(candidates: int, seeds: int, rows: int) -> None:
+    assert simulate(1000, candidates, seeds, rows) <= 0.075
 
 
 @pytest.mark.usefixtures("fewer_resamples")

@@ -40,11 +40,11 @@ def test_a_run_within_noise_is_not_distinguishable_and_one_beyond_it_is_worse(tm
     b = write_run(tmp_path / "B", {0: row_losses(2), 10: row_losses(1.004, seed=1)}, lora__rank=8)
     c = write_run(tmp_path / "C", {0: row_losses(2), 10: row_losses(1.2, seed=2)}, lora__rank=16)
     verdict, names = judged(c, b, a)
-    assert [names.listed(contestant.runs) for contestant in verdict.contestants] == ["A", "B", "C"]
-    assert [contestant.is_worse for contestant in verdict.contestants] == [False, False, True]
-    assert [contestant.steps for contestant in verdict.contestants] == [[10]] * 3
-    assert verdict.contestants[1].difference == pytest.approx(0.004, abs=1e-5)
-    assert verdict.contestants[1].low < 0 < verdict.contestants[1].high
+    assert [names.listed(candidate.runs) for candidate in verdict.candidates] == ["A", "B", "C"]
+    assert [candidate.is_worse for candidate in verdict.candidates] == [False, False, True]
+    assert [candidate.steps for candidate in verdict.candidates] == [[10]] * 3
+    assert verdict.candidates[1].difference == pytest.approx(0.004, abs=1e-5)
+    assert verdict.candidates[1].low < 0 < verdict.candidates[1].high
     assert verdict.rows == 60 and verdict.left_out == [] and not verdict.has_seeds
     sentence = "B is not distinguishable from A on these 60 rows (difference 0.0040, 95 % interval -0.0"
     assert sentence in text(verdict, names)
@@ -61,8 +61,8 @@ def test_the_best_evaluation_of_each_run_is_compared(tmp_path: Path) -> None:
     a = write_run(tmp_path / "A", {10: row_losses(1.0), 20: row_losses(1.5)})
     b = write_run(tmp_path / "B", {10: row_losses(2.0), 20: row_losses(1.0, seed=1)}, lora__rank=16)
     verdict, names = judged(a, b)
-    assert {names.listed(c.runs): c.steps for c in verdict.contestants} == {"A": [10], "B": [20]}
-    assert {names.listed(c.runs): c.seconds for c in verdict.contestants} == {"A": 10, "B": 20}
+    assert {names.listed(c.runs): c.steps for c in verdict.candidates} == {"A": [10], "B": [20]}
+    assert {names.listed(c.runs): c.seconds for c in verdict.candidates} == {"A": 10, "B": 20}
 
 
 def test_the_cheapest_trained_the_shortest_time_until_its_result(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_seeds_of_the_same_settings_are_replicates(tmp_path: Path) -> None:
             write_run(folders[-1], {10: row_losses(level, seed=seed + rank)}, lora__rank=rank, seed=seed)
     verdict, names = judged(*folders)
     assert verdict.has_seeds
-    assert [names.listed(c.runs) for c in verdict.contestants] == ["4-0, 4-1, 4-2", "8-0, 8-1, 8-2"]
-    assert verdict.contestants[0].value == pytest.approx(3.1 / 3, abs=1e-4)
+    assert [names.listed(c.runs) for c in verdict.candidates] == ["4-0, 4-1, 4-2", "8-0, 8-1, 8-2"]
+    assert verdict.candidates[0].value == pytest.approx(3.1 / 3, abs=1e-4)
     one_seed, _ = judged(folders[0], folders[3])
-    assert one_seed.contestants[1].high - one_seed.contestants[1].low < 0.1
-    assert verdict.contestants[1].high - verdict.contestants[1].low > 0.3
+    assert one_seed.candidates[1].high - one_seed.candidates[1].low < 0.1
+    assert verdict.candidates[1].high - verdict.candidates[1].low > 0.3
     assert "over rows and seeds" in text(verdict, names)
     assert "8-0, 8-1, 8-2 are not distinguishable from 4-0, 4-1, 4-2 on these 60 rows" in text(verdict, names)
 
@@ -119,17 +119,17 @@ def test_runs_that_cannot_be_compared_are_named_with_the_reason(tmp_path: Path) 
     held.lock()
     verdict, names = judged(a, b, old, other, upgraded, diverged, running)
     held.unlock()
-    assert [names.listed(c.runs) for c in verdict.contestants] == ["A", "B"]
+    assert [names.listed(c.runs) for c in verdict.candidates] == ["A", "B"]
     assert left_out_lines(verdict, names) == [
-        "not compared: old has no losses of its rows: an earlier version did not keep them",
-        "not compared: running is still running",
-        "not compared: upgraded has no losses of the valid rows at step 10",
-        "not compared: other was evaluated on other rows than the rest, or with other tokens",
+        "not compared: old (no losses of the rows, which an earlier version did not keep)",
+        "not compared: running (still running)",
+        "not compared: upgraded (no losses of the valid rows at step 10)",
+        "not compared: other (evaluated on other rows than the rest, or with other tokens)",
     ]
     none, names = judged(a, old)
-    assert none.contestants == [] and none.cheapest is None
+    assert none.candidates == [] and none.cheapest is None
     assert "none: there are no two to compare on the same rows" in text(none, names)
-    assert "an earlier version did not keep them" in text(none, names)
+    assert "an earlier version did not keep)" in text(none, names)
     few = [write_run(tmp_path / f"few{i}", {10: row_losses(1.0)[:4]}, rows="ef" * 32, seed=i, lora__rank=i + 1)
            for i in range(2)]  # fmt: skip
     assert "4 rows say too little" in str(judged(*few)[0].problem)
@@ -161,14 +161,14 @@ def test_scores_are_compared_answer_by_answer_and_higher_is_better(tmp_path: Pat
     d = write_run(tmp_path / "D", {10: row_losses(1)}, scores=right[:-1], lora__rank=4)
     e = write_run(tmp_path / "E", {10: row_losses(1)}, lora__rank=5)
     verdict, names = judged(a, b, c, d, e, objective=Objective("score", maximize=True))
-    assert [(names.listed(c.runs), c.is_worse) for c in verdict.contestants] == [
+    assert [(names.listed(c.runs), c.is_worse) for c in verdict.candidates] == [
         ("A", False),
         ("C", False),
         ("B", True),
     ]
-    assert verdict.contestants[2].value == 0.25 and verdict.contestants[2].difference == 0.5
+    assert verdict.candidates[2].value == 0.25 and verdict.candidates[2].difference == 0.5
     assert [(run.path.name, reason) for run, reason in verdict.left_out] == [
-        ("D", "was evaluated on other rows than the rest, or with other tokens")
+        ("D", "evaluated on other rows than the rest, or with other tokens")
     ]
 
 

@@ -17,8 +17,8 @@ from runner.reports.html.verdict_part import row_id, verdict_part
 from runner.runs.inspect import RunInfo
 from runner.runs.timeline import Timeline
 
-_AXES = {"step": "step", "tokens": "tokens", "seconds in updates": "time"}
-"""Axis of the chart to that of the timeline."""
+_AXES = {"step": ("step", 1.0), "tokens": ("tokens", 1.0), "minutes in updates": ("time", 60.0)}
+"""Axis of the chart to that of the timeline, and its unit there."""
 _MOST_NAMED_CURVES = 6
 """More curves than this are coloured by their result instead of having a colour each."""
 
@@ -107,8 +107,8 @@ def _positions(run: RunInfo) -> dict[str, list[float]]:
     """Return the positions of the run's evaluations on each axis for which its rows have them."""
     timeline, steps = Timeline.of(run.rows), [step for step, _ in run.losses("valid")]
     found = {}
-    for axis, kind in _AXES.items():
+    for axis, (kind, unit) in _AXES.items():
         at = [timeline.at(step, kind) for step in steps]
         if None not in at:
-            found[axis] = [value for value in at if value is not None]
+            found[axis] = [value / unit for value in at if value is not None]
     return found

@@ -1,4 +1,4 @@
-"""The verdict on a page: the contestants as a table, and below it what follows."""
+"""The verdict on a page: the candidates as a table, and below it what follows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from runner.common.text import count
 from runner.reports import settings_text
 from runner.reports.html import sections
 from runner.reports.html.sections import Column, Part, Row
-from runner.reports.verdict import Contestant, Names, Verdict
+from runner.reports.verdict import Candidate, Names, Verdict
 from runner.reports.verdict_table import duration, interval, left_out_lines, metric_text, outcome, summary
 from runner.runs.inspect import differing_settings
 
@@ -16,10 +16,10 @@ _DIGITS = 4
 def verdict_part(verdict: Verdict, names: Names) -> Part:
     """Return the part of a page that shows the verdict."""
     title = f"Verdict: {metric_text(verdict.metric)}"
-    if not verdict.contestants:
+    if not verdict.candidates:
         return sections.text(title, [f"None: {verdict.problem}.", *left_out_lines(verdict, names)])
-    varied = settings_text.by_importance(differing_settings([run for c in verdict.contestants for run in c.runs]))
-    labels = settings_text.pairs([c.runs for c in verdict.contestants], [name for name in varied if name != "seed"])
+    varied = settings_text.by_importance(differing_settings([run for c in verdict.candidates for run in c.runs]))
+    labels = settings_text.pairs([c.runs for c in verdict.candidates], [name for name in varied if name != "seed"])
     columns = [
         Column(title=f"{names.noun}s"),
         Column(title="difference", number=True, digits=_DIGITS, help="how much worse than the best"),
@@ -30,7 +30,7 @@ def verdict_part(verdict: Verdict, names: Names) -> Part:
     ]
     rows = [
         Row(cells=[*_cells(c, verdict, names), label], id=_id(c, names))
-        for c, label in zip(verdict.contestants, labels, strict=True)
+        for c, label in zip(verdict.candidates, labels, strict=True)
     ]
     sentences = [*summary(verdict, names), *left_out_lines(verdict, names)]
     note = " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
@@ -43,18 +43,18 @@ def row_id(name: str, names: Names) -> str:
     return name if names.noun == "run" else f"{names.noun} {name}"
 
 
-def _cells(contestant: Contestant, verdict: Verdict, names: Names) -> list[sections.Cell]:
-    seconds = contestant.seconds
-    best = contestant is verdict.contestants[0]
+def _cells(candidate: Candidate, verdict: Verdict, names: Names) -> list[sections.Cell]:
+    seconds = candidate.seconds
+    best = candidate is verdict.candidates[0]
     return [
-        names.listed(contestant.runs),
-        None if best else contestant.difference,
-        None if best else sections.shown(interval(contestant), contestant.low),
+        names.listed(candidate.runs),
+        None if best else candidate.difference,
+        None if best else sections.shown(interval(candidate), candidate.low),
         None if seconds is None else sections.shown(duration(seconds), seconds),
-        outcome(contestant, verdict),
+        outcome(candidate, verdict),
     ]
 
 
-def _id(contestant: Contestant, names: Names) -> str | None:
+def _id(candidate: Candidate, names: Names) -> str | None:
     """Return the id of a single run, which lights up with its curve; several have none."""
-    return row_id(names.listed(contestant.runs), names) if len(contestant.runs) == 1 else None
+    return row_id(names.listed(candidate.runs), names) if len(candidate.runs) == 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +15,14 @@ from runner.backends.mlx.loss import ChunkedLoss
 from runner.models.lora import AdaptedModel
 from runner.models.split_model import SplitModel
 
-TOLERANCE = 1e-3
-"""Largest relative difference of the loss, and of each gradient by its norm; float32 noise is a hundredth of it."""
+# Float32 noise on SmolLM2, with ranks from 1 to 64 and 4, 8 or all blocks: 1.4e-5, 1.7e-4, and of one array 1.3e-3,
+# where the gradient of A is small at rank 1 or 2 because its terms cancel each other.
+_LOSS_TOLERANCE = 1e-4
+"""Largest relative difference of the loss."""
+_TOLERANCE = 1e-3
+"""Largest difference of all gradients together, relative to their norm."""
+_ARRAY_TOLERANCE = 5e-3
+"""Largest difference of the gradient of one array, relative to its norm."""
 _POSITIONS = 8
 
 
@@ -48,10 +55,15 @@ def agrees(engine: Engine, adapted: AdaptedModel, split_model: SplitModel) -> bo
         engine.partitioner.min_positions, engine.head.chunk = min_positions, chunk
         adapted.place(initial)
         model.train(training)
-    if set(grads) != set(expected_grads) or not math.isclose(found, float(expected), rel_tol=TOLERANCE):
+    if not math.isclose(found, float(expected), rel_tol=_LOSS_TOLERANCE):
         return False
-    return all(
-        grads[name].shape == grad.shape
-        and np.linalg.norm(grads[name] - as_numpy(grad)) <= TOLERANCE * np.linalg.norm(as_numpy(grad))
-        for name, grad in expected_grads.items()
-    )
+    return _gradients_agree(grads, {name: as_numpy(grad) for name, grad in expected_grads.items()})
+
+
+def _gradients_agree(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> bool:
+    if {name: grad.shape for name, grad in found.items()} != {name: grad.shape for name, grad in expected.items()}:
+        return False
+    norms = np.array([np.linalg.norm(grad) for grad in expected.values()])
+    errors = np.array([np.linalg.norm(found[name] - grad) for name, grad in expected.items()])
+    together = np.linalg.norm(errors) <= _TOLERANCE * np.linalg.norm(norms)
+    return bool(together and (errors <= _ARRAY_TOLERANCE * norms).all())

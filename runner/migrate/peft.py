@@ -12,11 +12,12 @@ from runner.migrate.convert import CannotImport, to_text
 from runner.migrate.result import ImportResult
 from runner.migrate.source import Program, SourceConfig
 from runner.models.peft.config import PeftConfig, module_names, read_config
-from runner.models.peft.families import FAMILIES
+from runner.models.peft.families import DOWN, FAMILIES, PeftFamily, single_expert, stacked_parameter
 
 PEFT = Program("PEFT", {}, {})
 _BLOCK = re.compile(r".*?\.(?:layers|h)\.(\d{1,5})\.(.+)")
 _NO_DATA = "PEFT does not record what it was trained on: add data=folder data.path=FOLDER to the command"
+_NO_BASE = "the base model is needed (a folder of a known architecture); it alone"
 _LARGEST_CONFIG = 1 << 24
 
 
@@ -41,17 +42,19 @@ def import_adapter(folder: Path) -> ImportResult:
         result.add("base_model_name_or_path", config.base_model, {"model.path": to_text(config.base_model)})
     except CannotImport:
         result.skip("base_model_name_or_path", "the base model is not named: add model.path=… to the command", "(none)")
-    _shape(result, config, names)
+    depth, model_type = _base_facts(config.base_model)
+    family = FAMILIES.get(model_type) if model_type else None
+    _shape(result, config, family, names)
     result.import_value("lora_dropout", config.dropout, float, "lora.dropout")
-    _layers(result, config, names)
+    _layers(result, config, family, depth, names)
     result.add("adapter", str(folder), {"adapter": str(folder)}, note="its weights; a fresh optimizer", explicit=True)
     result.skip("data", _NO_DATA, "(none)")
     result.validate()
     return result
 
 
-def _shape(result: ImportResult, config: PeftConfig, names: list[str]) -> None:
-    parameters = [_parameter(name) for name in names]
+def _shape(result: ImportResult, config: PeftConfig, family: PeftFamily | None, names: list[str]) -> None:
+    parameters = [_parameter(name, config, family) for name in names]
     rank = max((config.rank_of(name) for name in parameters), default=config.rank)
     note = "the largest of its layers; the others are filled up" if rank != config.rank else ""
     result.add("r", config.rank, {"lora.rank": rank}, note=note)
@@ -63,51 +66,68 @@ def _shape(result: ImportResult, config: PeftConfig, names: list[str]) -> None:
     result.explain("use_rslora", "in lora.scale")
 
 
-def _layers(result: ImportResult, config: PeftConfig, names: list[str]) -> None:
+def _layers(
+    result: ImportResult, config: PeftConfig, family: PeftFamily | None, depth: int | None, names: list[str]
+) -> None:
     found = _in_blocks(names)
     blocks = sorted({block for block, _ in found})
-    depth, model_type = _base_facts(config.base_model)
     last = depth if depth is not None else (blocks[-1] + 1 if blocks else 0)
     if not blocks or blocks != list(range(blocks[0], last)):
         reason = "its blocks are not the last of the model, which alone are adapted here"
         result.skip("layers_to_transform", reason, blocks)
+    elif depth is None and blocks[0] == 0 and not config.in_all_blocks:
+        result.skip(
+            "layers_to_transform", f"{_NO_BASE} tells whether these are its last blocks: add lora.num_layers=…", blocks
+        )
     else:
         count = -1 if blocks[0] == 0 else last - blocks[0]
         shown = f"{blocks[0]} to {blocks[-1]}"
-        result.add("layers_to_transform", shown, {"lora.num_layers": count}, explicit=True)
-    keys = sorted({key for _, name in found for key in _own_names(name, model_type)})
-    if keys:
-        result.add("target_modules", sorted({name for _, name in found})[:20], {"lora.keys": keys})
+        note = "" if depth is not None or count < 0 else "if the base model, which is not here, ends with them"
+        result.add("layers_to_transform", shown, {"lora.num_layers": count}, note=note, explicit=True)
+    modules = sorted({name for _, name in found})
+    if family is None and any(map(_differs_by_family, modules)):
+        result.skip(
+            "target_modules", f"{_NO_BASE} decides what these layers are called here: add lora.keys=…", modules[:20]
+        )
+    elif keys := sorted({key for name in modules for key in _own_names(name, config, family)}):
+        result.add("target_modules", modules[:20], {"lora.keys": keys})
 
 
 def _in_blocks(names: list[str]) -> list[tuple[int, str]]:
     return [(int(match[1]), match[2]) for name in names if (match := _BLOCK.fullmatch(name))]
 
 
-def _parameter(name: str) -> str:
+def _parameter(name: str, config: PeftConfig, family: PeftFamily | None) -> str:
     """Return the name by which PEFT looks up the rank of a layer: that of the parameter where it is of all experts."""
-    if name.endswith(".experts.base_layer"):
-        return f"{name.removesuffix('.base_layer')}.gate_up_proj"
-    return f"{name}.down_proj" if name.endswith(".experts") else name
+    match = _BLOCK.fullmatch(name)
+    known = [family] if family else FAMILIES.values()
+    for experts in [family.experts for family in known if family.experts] if match else []:
+        if match and (parameter := stacked_parameter(match[2], experts, config.target_parameters)):
+            return f"{name.removesuffix('.base_layer')}.{parameter}"
+    return name
 
 
-def _own_names(name: str, model_type: str | None) -> list[str]:
+def _own_names(name: str, config: PeftConfig, family: PeftFamily | None) -> list[str]:
     """Return mlx-lm's names of a layer inside a block."""
-    families = [FAMILIES[model_type]] if model_type in FAMILIES else list(FAMILIES.values())
-    for family in families:
-        experts = family.experts
-        if experts is None:
-            continue
-        if name == experts.stacked:
-            return [f"{experts.own}.down_proj"]
-        if name == f"{experts.stacked}.base_layer":
-            return [f"{experts.own}.gate_proj", f"{experts.own}.up_proj"]
-        if name.startswith(f"{experts.theirs}."):
-            leaf = name.rpartition(".")[2]
-            return [f"{experts.own}.{own}" for own, theirs in experts.names.items() if theirs == leaf]
-        if name in family.aliases and model_type in FAMILIES:
-            return [family.aliases[name]]
-    return [name]
+    if family is None:
+        return [name]
+    if experts := family.experts:
+        parameter = stacked_parameter(name, experts, config.target_parameters)
+        if parameter is not None:
+            own = ["down_proj"] if parameter == DOWN else ["gate_proj", "up_proj"]
+            return [f"{experts.own}.{leaf}" for leaf in own]
+        if found := single_expert(name, experts):
+            return [found[0]]
+    return [family.aliases.get(name, name)]
+
+
+def _differs_by_family(name: str) -> bool:
+    """Return whether some family calls the layer `name` of PEFT otherwise."""
+    return any(
+        name in family.aliases
+        or (family.experts is not None and name.startswith((family.experts.theirs, family.experts.stacked)))
+        for family in FAMILIES.values()
+    )
 
 
 def _base_facts(base: str | None) -> tuple[int | None, str | None]:

@@ -56,6 +56,8 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     target_parameters: tuple[str, ...]
     base_model: str | None
+    in_all_blocks: bool
+    """Whether it names its layers without regard to their block: then it has them in each block of the base model."""
 
     def rank_of(self, module: str) -> int:
         """Return the rank of the layer with this name in transformers."""
@@ -111,6 +113,7 @@ def read_config(folder: Path) -> PeftConfig:
         alpha_pattern=dict(zip(patterns[1], (value for value in alphas if value is not None), strict=True)),
         target_parameters=tuple(map(str, targets)) if isinstance(targets, list) else (),
         base_model=base if isinstance(base, str) and base else None,
+        in_all_blocks=_in_all_blocks(config),
     )
 
 
@@ -123,6 +126,13 @@ def module_names(folder: Path) -> list[str]:
 def _parse_config(folder: Path) -> dict[str, Any]:
     data = FileSystem().read_file(folder / ADAPTER_CONFIG, _MAX_CONFIG_BYTES)
     return safe_json.parse_object(data, max_values=_MAX_CONFIG_VALUES)
+
+
+def _in_all_blocks(config: Mapping[str, Any]) -> bool:
+    """Return whether the layers are chosen by the ends of their names alone."""
+    names = config.get("target_modules")
+    by_ends = isinstance(names, list) and not any(re.search(r"\d", str(name)) for name in names)
+    return by_ends and config.get("layers_to_transform") is None and not config.get("exclude_modules")
 
 
 def _unsupported(config: Mapping[str, Any]) -> str | None:

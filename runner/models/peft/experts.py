@@ -7,45 +7,14 @@ the outputs of gate and up one after the other. There A is (experts rank, in), a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import mlx.core as mx
 
 from runner.common.errors import ModelError
-from runner.common.text import shorten
-from runner.models.peft.families import Experts
+from runner.models.peft.families import DOWN, Experts
 
 Pair = tuple[mx.array, mx.array]
-_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
-
-
-def single_expert(name: str, experts: Experts) -> tuple[str, int] | None:
-    """Return mlx-lm's name of the stacked layer, and the number of the expert, of `mlp.experts.3.up_proj`.
-
-    Raises:
-        ModelError: it is a layer that an expert does not have.
-    """
-    if not name.startswith(f"{experts.theirs}."):
-        return None
-    number, _, leaf = name.removeprefix(f"{experts.theirs}.").partition(".")
-    if not number.isdecimal():
-        return None
-    own = {theirs: own for own, theirs in experts.names.items()}.get(leaf)
-    if own is None or len(number) > 5:
-        raise ModelError(f"The adapter's layer {shorten(name)} is none of an expert.")
-    return f"{experts.own}.{own}", int(number)
-
-
-def stacked_parameter(name: str, experts: Experts, targets: Collection[str]) -> str | None:
-    """Return which parameter of all experts the module `name` adapts, or None if it is none of them.
-
-    `targets`: PEFT's target_parameters.
-    """
-    if name == f"{experts.stacked}.base_layer":
-        return _GATE_UP
-    if name != experts.stacked:
-        return None
-    return _DOWN if any(target.endswith(_DOWN) for target in targets) else _GATE_UP
 
 
 def unstack(pair: Pair, parameter: str, rank: int, experts: Experts) -> dict[str, Pair]:
@@ -62,7 +31,7 @@ def unstack(pair: Pair, parameter: str, rank: int, experts: Experts) -> dict[str
         )
     a = a.reshape(count, rank, a.shape[1])
     b = b.reshape(b.shape[0], rank, count).transpose(2, 0, 1)
-    if parameter == _DOWN:
+    if parameter == DOWN:
         return {f"{experts.own}.down_proj": (a, b)}
     gate, up = mx.split(b, 2, axis=1)
     return {f"{experts.own}.gate_proj": (a, gate), f"{experts.own}.up_proj": (a, up)}

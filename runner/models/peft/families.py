@@ -7,11 +7,14 @@ parameters of transformers 5 while loading. `make test-all` compares the logits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from runner.common.errors import ModelError
 from runner.common.text import shorten
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""The parameters of all experts on transformers 5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +120,32 @@ def split_name(module: str, blocks: str) -> tuple[int, str] | None:
         return None
     number, _, name = module.removeprefix(f"{blocks}.").partition(".")
     return (int(number), name) if number.isdecimal() and len(number) < 6 and name else None
+
+
+def single_expert(name: str, experts: Experts) -> tuple[str, int] | None:
+    """Return mlx-lm's name of the stacked layer, and the number of the expert, of `mlp.experts.3.up_proj`.
+
+    Raises:
+        ModelError: it is a layer that an expert does not have.
+    """
+    if not name.startswith(f"{experts.theirs}."):
+        return None
+    number, _, leaf = name.removeprefix(f"{experts.theirs}.").partition(".")
+    if not number.isdecimal():
+        return None
+    own = {theirs: own for own, theirs in experts.names.items()}.get(leaf)
+    if own is None or len(number) > 5:
+        raise ModelError(f"The adapter's layer {shorten(name)} is none of an expert.")
+    return f"{experts.own}.{own}", int(number)
+
+
+def stacked_parameter(name: str, experts: Experts, targets: Collection[str]) -> str | None:
+    """Return which parameter of all experts the module `name` adapts, or None if it is none of them.
+
+    `targets`: PEFT's target_parameters.
+    """
+    if name == f"{experts.stacked}.base_layer":
+        return GATE_UP
+    if name != experts.stacked:
+        return None
+    return DOWN if any(target.endswith(DOWN) for target in targets) else GATE_UP

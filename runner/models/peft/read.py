@@ -15,8 +15,8 @@ from runner.common.filesystem import FileSystem
 from runner.common.text import shorten
 from runner.models.arrays import parse_arrays
 from runner.models.peft.config import parse_name, read_config, weights_file
-from runner.models.peft.experts import single_expert, stack, stacked_parameter, unstack
-from runner.models.peft.families import PeftFamily, split_name
+from runner.models.peft.experts import stack, unstack
+from runner.models.peft.families import PeftFamily, single_expert, split_name, stacked_parameter
 
 _MAX_WEIGHTS = 1 << 36  # bytes
 

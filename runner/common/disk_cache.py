@@ -34,6 +34,8 @@ _DRAFT_GRACE = 60.0
 """Seconds before a draft may be found stale: a new one is locked only after it is created."""
 _MAX_RECORD_BYTES = 1 << 16
 _MAX_RECORD_VALUES = 10_000
+_BYTES_PER_NUMBER = 32
+"""More than a number of a list takes, with its indent and line break."""
 
 
 class CacheWriteError(Exception):
@@ -53,12 +55,18 @@ class DiskCache:
     max_bytes: float = math.inf
     max_entries: float = math.inf
 
-    def read_record(self, key: str) -> dict[str, Any] | None:
-        """Return the record of `key` and note its use; None where there is none, or it is damaged."""
+    def read_record(self, key: str, numbers: int = 0) -> dict[str, Any] | None:
+        """Return the record of `key` and note its use; None where there is none, or it is damaged or too large.
+
+        Args:
+            numbers: how many numbers it may have in lists, beside the 64 KiB that any record may have.
+        """
         path = self._record_path(key)
         try:
             with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                record = sealed_json.unseal(file.read(_MAX_RECORD_BYTES), max_values=_MAX_RECORD_VALUES)
+                record = sealed_json.unseal(
+                    file.read(_MAX_RECORD_BYTES + _BYTES_PER_NUMBER * numbers), max_values=_MAX_RECORD_VALUES + numbers
+                )
         except (OSError, ValueError):
             return None
         self.touch(path.name)

@@ -29,9 +29,9 @@ class CachedResult:
         """Return the result of a `kind` (the name of its folder) that depends on `parts`."""
         return cls(kind, cache_key(parts))
 
-    def load(self) -> dict[str, Any] | None:
-        """Return the stored values, or None."""
-        record = self._cache().read_record(self.key)
+    def load(self, numbers: int = 0) -> dict[str, Any] | None:
+        """Return the stored values, or None; `numbers` bounds their size as for `DiskCache.read_record`."""
+        record = self._cache().read_record(self.key, numbers)
         values = record.get("values") if record else None
         return values if isinstance(values, dict) else None
 

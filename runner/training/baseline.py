@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runner.common.result_cache import CachedResult
-from runner.runs.row_losses import rounded_losses
+from runner.runs.row_losses import MAX_ROWS, rounded_losses
 from runner.training.evaluate import EvaluatedRows, EvaluationResult
 from runner.training.generate import GenerationResult
 
@@ -30,7 +30,7 @@ class Baseline:
     """Cache entry of the validation result; None if it is not cached on disk."""
 
     def store(self) -> None:
-        """Write the validation result to the cache; writing again marks the entry as recently used."""
+        """Write the validation result to the cache."""
         if self.validation is not None and self.cached_validation is not None:
             self.cached_validation.store(_to_values(self.validation))
 
@@ -38,11 +38,12 @@ class Baseline:
 def load_baseline(key: Mapping[str, Any]) -> Baseline:
     """Return the baseline cached under `key`, which has to contain everything that the loss depends on."""
     cached = CachedResult.of("baselines", key)
-    return Baseline(_validation_result(cached.load() or {}), cached_validation=cached)
+    return Baseline(_validation_result(cached.load(numbers=2 * MAX_ROWS) or {}), cached_validation=cached)
 
 
 def _to_values(result: EvaluationResult) -> dict[str, Any]:
-    rows = {"losses": rounded_losses(result.rows.losses), "tokens": result.rows.tokens.tolist()}
+    kept = len(result.rows.losses) if len(result.rows.losses) <= MAX_ROWS else 0  # more are not recorded either
+    rows = {"losses": rounded_losses(result.rows.losses[:kept]), "tokens": result.rows.tokens[:kept].tolist()}
     fields = ("loss", "supervised", "tokens", "seconds")
     return {**{name: getattr(result, name) for name in fields}, "rows": rows}
 

@@ -148,7 +148,7 @@ class Trainer:
             result = evaluate(components.backend, self.state.params, batches, self.stops.check)
         if not math.isfinite(result.loss):
             raise Diverged(f"The validation loss at step {step} is not finite.")
-        if step == 0:
+        if step == 0 and baseline.validation is None:
             baseline.validation = result
             baseline.store()
         return result

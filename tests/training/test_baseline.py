@@ -124,6 +124,25 @@ def test_old_entries_are_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert baseline.load_baseline({"number": 0}).validation is None
 
 
+def test_the_losses_of_many_rows_are_found_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    monkeypatch.setattr(baseline, "MAX_ROWS", 10_000)
+    for count in (10_000, 10_001):
+        rows = EvaluatedRows(
+            np.exp(random.normal(0, 20, count)), random.integers(10**8, 10**9, count)
+        )  # of many characters each
+        entry = baseline.load_baseline({"rows": count})
+        entry.validation = EvaluationResult(1.5, 2, 3, 4.0, rows)
+        entry.store()
+        found = baseline.load_baseline({"rows": count}).validation
+        assert found is not None and found.loss == 1.5
+        kept = count if count <= baseline.MAX_ROWS else 0  # more are not recorded in row_losses.jsonl either
+        assert found.rows.losses == pytest.approx(rows.losses[:kept], rel=1e-5)
+        assert found.rows.tokens.tolist() == rows.tokens[:kept].tolist()
+    monkeypatch.setattr(baseline, "MAX_ROWS", 4_000)  # more than is expected is not parsed
+    assert baseline.load_baseline({"rows": 10_000}).validation is None
+
+
 def test_a_long_evaluation_before_training_is_announced(tiny, train, tmp_path, monkeypatch):
     quick = train(tiny(**{"train.iters": 1, "train.cache_baseline": False}), tmp_path / "quick")
     assert "evaluating" not in (quick / "run.log").read_text()

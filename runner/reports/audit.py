@@ -90,7 +90,7 @@ def audit_run(run: RunInfo) -> Audit:
     newest_state = checkpoints[-1][1] if checkpoints else {}
     _verify_rows(directory.metrics, newest_state.get("metrics_offset"), audit, is_locked)
     _verify_rows(directory.samples, newest_state.get("samples_offset"), audit, is_locked)
-    _verify_rows(directory.row_losses, newest_state.get("row_losses_offset"), audit, is_locked)
+    _verify_rows(directory.row_losses, newest_state.get("row_losses_offset"), audit, is_locked, optional=True)
     if not checkpoints and run.status.get("cleaned"):
         audit.notes.append(f"{directory.checkpoints}: removed by runner clean; the result is left")
     elif not checkpoints and run.status.get("last_checkpoint"):
@@ -177,12 +177,15 @@ def _parse_object(data: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _verify_rows(path: Path, needed: object, audit: Audit, is_locked: bool) -> None:
-    """Verify that the file of rows is readable, and has the `needed` bytes that the newest checkpoint relies on."""
+def _verify_rows(path: Path, needed: object, audit: Audit, is_locked: bool, *, optional: bool = False) -> None:
+    """Verify that the file of rows is readable, and has the `needed` bytes that the newest checkpoint counts; without
+    these, a resume begins an `optional` one anew."""
     try:
         entry = FileSystem().lstat(path)
         size = entry.size if entry else 0
-        if isinstance(needed, int) and size < needed:
+        if isinstance(needed, int) and size < needed and optional:
+            audit.notes.append(f"{path}: {size:,} of {needed:,} bytes; a resume begins it anew, for `compare` alone")
+        elif isinstance(needed, int) and size < needed:
             audit.damage.append(f"{path}: {size:,} bytes, the newest checkpoint relies on {needed:,}")
         if entry is None:
             return

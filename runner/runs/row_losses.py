@@ -57,7 +57,14 @@ class RowLossWriter:
     """Appends evaluations to a run's row_losses.jsonl."""
 
     def __init__(self, path: Path, offset: int) -> None:
-        """Open `path` cut to `offset` bytes, as `RowFile` does. Raises StorageError as that."""
+        """Open `path` cut to `offset` bytes; a file that does not have these is begun anew: no resume needs it.
+
+        Raises:
+            StorageError: it is a link or not a regular file, or cannot be opened.
+        """
+        self.lost = not _reaches(path, offset)
+        """Whether evaluations that the checkpoint counts on are gone."""
+        offset = 0 if self.lost else offset
         self.file = RowFile(path, offset)
         self._known = {head.rows for head, _ in _lines(path)} if offset else set()
 
@@ -102,6 +109,20 @@ def read_row_losses(path: Path, split: str, step: int | None = None) -> Recorded
     if not is_whole or not np.isfinite(tokens).all() or tokens.min() < 0 or tokens.sum() == 0:
         return None
     return RecordedLosses(head.step, head.rows, losses, tokens)
+
+
+def _reaches(path: Path, offset: int) -> bool:
+    """Return whether a line of the file ends at `offset`; True where it cannot be read, which `RowFile` reports."""
+    if offset == 0:
+        return True
+    try:
+        with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            file.seek(offset - 1)
+            return file.read(1) == b"\n"
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _lines(path: Path) -> Iterator[tuple[_Head, bytes]]:

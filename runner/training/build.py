@@ -82,7 +82,7 @@ def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
         source, written = RunDirectory(spec.source.run), point.saved.written
         _copy_rows(source.metrics, directory.metrics, written.metrics_offset)
         _copy_rows(source.samples, directory.samples, written.samples_offset)
-        _copy_rows(source.row_losses, directory.row_losses, written.row_losses_offset)
+        _copy_rows(source.row_losses, directory.row_losses, written.row_losses_offset, optional=True)
     writer.update_status(**_first_status(spec, point), last_checkpoint=retention.source_step)
     writer.open(logged_run(spec), point.saved.written if point else None)
     if writer.backup:
@@ -124,14 +124,14 @@ def _parents(spec: RunSpec) -> list[dict[str, Any]] | None:
     return [{**parent, "path": spec.redacted(parent["path"])} for parent in recorded] or None
 
 
-def _copy_rows(source: Path, target: Path, size: int) -> None:
+def _copy_rows(source: Path, target: Path, size: int, *, optional: bool = False) -> None:
     """Start a branch's row file with the first `size` bytes of the run that it branches from.
 
     Raises:
-        CheckpointError: the source has fewer bytes than when the checkpoint was saved.
+        CheckpointError: the source has fewer bytes than when the checkpoint was saved, and the file is not `optional`.
     """
     data = FileSystem().read_file(source, 1 << 40)[:size] if source.exists() else b""
-    if len(data) < size:
+    if len(data) < size and not optional:
         raise CheckpointError(f"{source} has {len(data)} bytes, but the checkpoint counts on {size}: it was cut.")
     write_atomically(target, data)
 

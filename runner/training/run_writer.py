@@ -19,6 +19,7 @@ from runner.common.clock import utc_now
 from runner.common.errors import StorageError
 from runner.common.filesystem import Content, FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS, BEST_METRIC
+from runner.common.text import relative_path
 from runner.loggers import background as background_loggers
 from runner.loggers.background import BackgroundLogger
 from runner.loggers.logged_run import LoggedRow, LoggedRun
@@ -70,6 +71,7 @@ class RunWriter:
         self._saver = AsyncSaver(background)
         self._saved_step: int | None = None
         self._new_samples: list[Mapping[str, Any]] = []
+        self._messages: list[str] = []
         self._status: dict[str, Any] = {}
         self._seconds_before = 0.0
         self._start = time.monotonic()
@@ -80,6 +82,11 @@ class RunWriter:
         self._metrics = RowFile(self.directory.metrics, saved.metrics_offset)
         self._samples = RowFile(self.directory.samples, saved.samples_offset)
         self._row_losses = RowLossWriter(self.directory.row_losses, saved.row_losses_offset)
+        if self._row_losses.lost:
+            self._messages.append(
+                f"{relative_path(self.directory.row_losses)} was removed or cut, and is begun anew: runner compare "
+                "does not know the losses of earlier evaluations"
+            )
         self._seconds_before = saved.seconds
         self._start = time.monotonic()
         run = run.with_rows() if self.loggers else run
@@ -114,9 +121,10 @@ class RunWriter:
         self._row_losses.append(step, split, fingerprint, rows.losses, rows.tokens)
 
     def new_messages(self) -> list[str]:
-        """Return what the backup and the loggers report since the last call; each message comes once."""
+        """Return what the files, the backup and the loggers report since the last call; each message comes once."""
+        own, self._messages = self._messages, []
         backup = self.backup.new_messages() if self.backup else []
-        return [*backup, *(line for logger in self.loggers for line in logger.new_messages())]
+        return [*own, *backup, *(line for logger in self.loggers for line in logger.new_messages())]
 
     def finish_loggers(self, state: str, seconds: float, print_line: Callable[[str], None]) -> list[str]:
         """Close the loggers of a run that ends in `state`, wait up to `seconds`, and return what to report."""

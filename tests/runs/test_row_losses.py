@@ -56,9 +56,23 @@ def test_a_file_that_is_cut_back_before_the_tokens_gets_them_again(path: Path) -
         assert path.read_bytes() == whole
 
 
-def test_a_file_shorter_than_the_checkpoint_saw_is_refused(path: Path) -> None:
-    with pytest.raises(StorageError, match="cut or replaced"):
-        RowLossWriter(path, 10)
+def test_a_file_without_what_the_checkpoint_saw_is_begun_anew(path: Path, tmp_path: Path) -> None:
+    writer = RowLossWriter(path, 0)
+    writer.append(0, "valid", ROWS, LOSSES, TOKENS)
+    whole, offset = path.read_bytes(), writer.file.offset
+    assert not writer.lost and not RowLossWriter(path, offset).lost
+    for content in (whole[:-1], whole + whole, b"x" * 3 * offset, b"", None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        writer = RowLossWriter(path, offset)
+        assert writer.lost == (content != whole + whole)
+        writer.append(5, "valid", ROWS, LOSSES, TOKENS)
+        assert [line["step"] for line in lines(path)] == ([5] if writer.lost else [0, 5])
+        assert ("tokens" in lines(path)[-1]) == writer.lost
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(StorageError):
+        RowLossWriter(tmp_path / "link", offset)
 
 
 def test_no_line_is_written_without_rows_or_for_too_many(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

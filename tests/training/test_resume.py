@@ -88,6 +88,23 @@ def test_a_checkpoint_of_before_the_losses_of_rows_were_kept_resumes(tiny, train
     assert evaluations[0]["losses"] == expected["losses"]
 
 
+@pytest.mark.parametrize("content", [None, "{"])
+def test_without_its_losses_of_rows_a_run_resumes_and_a_branch_begins(tiny, train, tmp_path, content):
+    """Only `compare` needs them."""
+    run = train(tiny(), tmp_path / "run", stop_at=9)
+    (run / "row_losses.jsonl").unlink()
+    if content is not None:
+        (run / "row_losses.jsonl").write_text(content)
+    step = max((run / "checkpoints").glob("step-*"))
+    branch = train(tiny(), tmp_path / "branch", resume=step)
+    train(tiny(), run, resume=run)
+    for folder in (run, branch):
+        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+        evaluations = [json.loads(line) for line in (folder / "row_losses.jsonl").read_text().splitlines()]
+        assert [evaluation["step"] for evaluation in evaluations] == [12] and "tokens" in evaluations[0]
+        assert (folder / "run.log").read_text().count("row_losses.jsonl was removed or cut, and is begun anew") == 1
+
+
 def test_evaluating_more_often_changes_only_the_rows(tiny, train, tmp_path, rows):
     few = train(tiny(**{"train.eval_every": 12, "lora.dropout": 0.1}), tmp_path / "few")
     many = train(tiny(**{"train.eval_every": 1, "lora.dropout": 0.1}), tmp_path / "many")

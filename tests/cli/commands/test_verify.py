@@ -100,9 +100,11 @@ def test_leftovers_and_torn_lines_are_notes_and_not_damage(run, capsys):
     (run / "checkpoints/.tmp-step-0000040-0123abcd").mkdir()
     with (run / "metrics.jsonl").open("a") as rows:
         rows.write('{"step": 31, "spl')
+    (run / "row_losses.jsonl").unlink()
     assert verify.run(["run"]) == 0
     out = capsys.readouterr().out
     assert "1 temporary folders of an interrupted save" in out and "its last line is torn" in out
+    assert "row_losses.jsonl: 0 of" in out and "a resume begins it anew" in out
 
 
 def test_folders_sweeps_and_checkpoints_can_be_verified(run, tmp_path, capsys):

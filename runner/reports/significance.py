@@ -12,8 +12,8 @@ Both are widened to Student's t, since few rows or seeds know their own spread b
 
 All pairs of candidates are compared at once: the limit is the 95 % quantile of the largest difference of any pair, in
 standard errors (max-t; Westfall and Young, 1993). So all that is said holds together, although the data chose which
-candidate is called the best. Those that are worse are set aside and the others compared again (step-down; Romano and
-Wolf, 2005).
+candidate is called the best. A candidate is worse where its interval is above zero. Setting those aside and comparing
+the others again (step-down; Romano and Wolf, 2005) would find a few more, but their intervals would not hold together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Difference:
     low: float
     high: float
     is_worse: bool
-    """Whether it is above by more than noise."""
+    """Whether it is above by more than noise: whether the interval is above zero."""
 
 
 def best_of(candidates: Sequence[np.ndarray]) -> int:
@@ -62,19 +62,10 @@ def differences(candidates: Sequence[np.ndarray], weights: np.ndarray) -> list[D
     by_seed = [values.sum(axis=1) / weights.sum() for values in candidates]
     means = np.array([values.mean() for values in by_seed])
     rows = _row_deviations(np.stack([values.mean(axis=0) for values in candidates], axis=1), weights, random)
-    best, above = best_of(candidates), means - means.min()
-    found: dict[int, Difference] = {}
-    remaining = np.arange(len(candidates))
-    while len(found) < len(candidates):
-        limit, errors = _limit(rows[:, remaining], _row_count(weights), [by_seed[i] for i in remaining], random)
-        widths = limit * errors[:, int(np.flatnonzero(remaining == best)[0])]
-        worse = above[remaining] > widths
-        for i, width, is_worse in zip(remaining, widths, worse, strict=True):
-            if is_worse or not worse.any():
-                value, width = float(above[i]), float(width)
-                found[int(i)] = Difference(value, value - width, value + width, bool(is_worse))
-        remaining = remaining[~worse]
-    return [found[i] for i in range(len(candidates))]
+    limit, errors = _limit(rows, _row_count(weights), by_seed, random)
+    above, widths = means - means.min(), limit * errors[:, best_of(candidates)]
+    pairs = [(float(value), float(width)) for value, width in zip(above, widths, strict=True)]
+    return [Difference(value, value - width, value + width, value > width) for value, width in pairs]
 
 
 def _row_count(weights: np.ndarray) -> float:

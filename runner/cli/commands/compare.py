@@ -18,7 +18,7 @@ from runner.runs.timeline import AXES
 _EPILOG = """\
 The verdict is a bootstrap over the rows that all runs were evaluated on, paired by row, at each run's best
 evaluation. Runs that differ by their seed alone count as one, and the spread of the seeds is part of the interval.
-The 95 % intervals hold for all pairs together (max-t, step-down), so that it needs no further correction for
+The 95 % intervals hold for all pairs together (max-t), so that it needs no further correction for
 the number of runs. docs/compare.md has an example and the method.
 """
 

@@ -17,7 +17,7 @@ from runner.common.text import count, shorten
 from runner.reports import significance
 from runner.reports.seed_groups import seed_groups
 from runner.runs.inspect import RunInfo, count_or_none
-from runner.runs.objective import Objective
+from runner.runs.objective import VALID_LOSS, Objective
 from runner.runs.row_values import NoRowValues, RowValues, row_values
 from runner.runs.timeline import Timeline
 
@@ -56,6 +56,8 @@ class Candidate:
     runs: list[RunInfo]
     steps: list[int]
     """The evaluation of each run that was compared."""
+    evaluations: list[int]
+    """Of how many evaluations that one is the best, for each run."""
     value: float
     """The metric on the compared rows, the mean over the runs."""
     difference: float
@@ -156,6 +158,7 @@ def _compare(
             Candidate(
                 groups[i],
                 [values[run.path].step for run in groups[i]],
+                [_evaluations(run, metric) for run in groups[i]],
                 float(sign * arrays[i].sum() / len(groups[i]) / weights.sum()),
                 found.value,
                 found.low,
@@ -166,6 +169,11 @@ def _compare(
             )
         )
     return Verdict(metric, len(weights), candidates, left_out)
+
+
+def _evaluations(run: RunInfo, metric: str) -> int:
+    """Return of how many evaluations the metric is the best: of all after training began, or of the one result."""
+    return sum(step > 0 for step, _ in run.losses("valid")) if metric == VALID_LOSS else 1
 
 
 def _seconds(runs: Sequence[RunInfo], values: Mapping[Path, RowValues]) -> float | None:
@@ -194,6 +202,7 @@ def verdict_fields(verdict: Verdict, names: Names) -> dict[str, Any]:
         return {
             "runs": [names.by_path[run.path] for run in candidate.runs],
             "steps": candidate.steps,
+            "evaluations": candidate.evaluations,
             "value": candidate.value,
             "difference": candidate.difference,
             "low": candidate.low,

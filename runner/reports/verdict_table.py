@@ -53,6 +53,12 @@ def summary(verdict: Verdict, names: Names) -> list[str]:
         took = "" if cheapest is best or best.seconds is None else f" (the best: {duration(best.seconds)})"
         spent = duration(cheapest.seconds)
         lines.append(f"cheapest of these: {names.phrase(cheapest.runs)}, {spent} in updates{took}")
+    evaluations = [number for candidate in verdict.candidates for number in candidate.evaluations]
+    if min(evaluations) < max(evaluations):
+        times = f"{min(evaluations)} to {max(evaluations)} times"
+        lines.append(
+            f"evaluated {times}, compared at the lowest loss: the more evaluations, the lower by selection alone"
+        )
     intervals = f"intervals hold for all {others * (others + 1) // 2} pairs together" if others > 1 else "interval"
     covered = "rows and seeds" if verdict.has_seeds else "rows alone: another seed may change the order"
     return [*lines, f"95 % {intervals}, over {covered}"]

@@ -26,11 +26,12 @@ from runner.common.filesystem import open_regular
 from runner.runs.rows import RowFile
 
 MAX_ROWS = 200_000
-"""Evaluations of more rows are not recorded."""
+"""Of evaluations of more rows no losses are recorded: their lines have an empty list."""
 _DIGITS = 6
 """Significant digits of a row's loss."""
 _FINGERPRINT_LENGTH = 32
 _MAX_LINE_BYTES = 10_000_000
+_NO_LOSSES = b'"losses": []}\n'
 _HEAD = re.compile(rb'\{"step": (\d{1,15}), "split": "(\w{1,20})", "rows": "([0-9a-f]{1,64})", "losses": \[')
 
 
@@ -70,10 +71,14 @@ class RowLossWriter:
 
     def append(self, step: int, split: str, fingerprint: str, losses: np.ndarray, tokens: np.ndarray) -> None:
         """Write a line; `losses` and `tokens` are (rows,), and `fingerprint` is that of the rows."""
-        if not 0 < len(losses) <= MAX_ROWS:
+        if not len(losses):
             return
         rows = fingerprint[:_FINGERPRINT_LENGTH]
-        line: dict[str, Any] = {"step": step, "split": split, "rows": rows, "losses": rounded_losses(losses)}
+        line: dict[str, Any] = {"step": step, "split": split, "rows": rows, "losses": []}
+        if len(losses) > MAX_ROWS:
+            self.file.append(line)
+            return
+        line["losses"] = rounded_losses(losses)
         if rows not in self._known:
             line["tokens"] = tokens.tolist()
             self._known.add(rows)
@@ -109,6 +114,16 @@ def read_row_losses(path: Path, split: str, step: int | None = None) -> Recorded
     if not is_whole or not np.isfinite(tokens).all() or tokens.min() < 0 or tokens.sum() == 0:
         return None
     return RecordedLosses(head.step, head.rows, losses, tokens)
+
+
+def has_too_many_rows(path: Path, split: str, step: int | None = None) -> bool:
+    """Return whether an evaluation of `split` (at `step`, where it is given) had more rows than are recorded."""
+    with suppress(OSError):
+        return any(
+            head.split == split and step in (None, head.step) and line.endswith(_NO_LOSSES)
+            for head, line in _lines(path)
+        )
+    return False
 
 
 def _reaches(path: Path, offset: int) -> bool:

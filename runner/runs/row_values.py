@@ -12,7 +12,7 @@ import numpy as np
 from runner.common import layout
 from runner.common.safe_json import finite_number, is_count
 from runner.runs.inspect import RunInfo
-from runner.runs.row_losses import read_row_losses
+from runner.runs.row_losses import MAX_ROWS, has_too_many_rows, read_row_losses
 from runner.runs.rows import read_rows
 
 
@@ -50,7 +50,9 @@ def row_values(run: RunInfo, metric: str) -> RowValues:
     if found is not None:
         return RowValues(found.step, f"{found.rows} {len(found.losses)}", found.losses, found.tokens)
     if not path.is_file():
-        raise NoRowValues("no losses of the rows, which an earlier version did not keep")
+        raise NoRowValues(f"no {layout.ROW_LOSSES}: it was removed, or the run is of an earlier version")
+    if has_too_many_rows(path, split, step):
+        raise NoRowValues(f"evaluated on more than {MAX_ROWS:,} rows, of which no losses are kept")
     raise NoRowValues(f"no losses of the {split} rows" + ("" if step is None else f" at step {step}"))
 
 

@@ -15,6 +15,7 @@ from runner.reports.screen import Screen
 from runner.reports.sweep_page import print_sweep_page, sweep_page_fields
 from runner.reports.verdict import Names, Verdict, judge, verdict_fields
 from runner.reports.verdict_table import left_out_lines, print_verdict, summary
+from runner.runs import row_losses as recorded
 from runner.runs.directory import RunDirectory
 from runner.runs.find import read_sweep
 from runner.runs.inspect import read_run
@@ -65,6 +66,16 @@ def test_the_best_evaluation_of_each_run_is_compared(tmp_path: Path) -> None:
     assert {names.listed(c.runs): c.seconds for c in verdict.candidates} == {"A": 10, "B": 20}
 
 
+def test_a_verdict_on_runs_with_different_numbers_of_evaluations_says_so(tmp_path: Path) -> None:
+    """The lowest of twelve losses is lower than that of one, also where nothing else differs."""
+    a = write_run(tmp_path / "A", {0: row_losses(2), **{step: row_losses(1.0, seed=step) for step in range(1, 13)}})
+    b = write_run(tmp_path / "B", {0: row_losses(2), 12: row_losses(1.0, seed=20)}, lora__rank=16)
+    c = write_run(tmp_path / "C", {12: row_losses(1.0, seed=21)}, lora__rank=32)
+    note = "evaluated 1 to 12 times, compared at the lowest loss: the more evaluations, the lower by selection alone"
+    assert note in summary(*judged(a, b, c))
+    assert not any("evaluated" in line for line in summary(*judged(b, c)))
+
+
 def test_the_cheapest_trained_the_shortest_time_until_its_result(tmp_path: Path) -> None:
     a = write_run(tmp_path / "A", {10: row_losses(1.0), 20: row_losses(1.5)}, seconds_per_update=9.0)
     b = write_run(tmp_path / "B", {10: row_losses(1.003, seed=1)}, seconds_per_update=7.0, lora__rank=16)
@@ -106,30 +117,36 @@ def test_seeds_of_the_same_settings_are_replicates(tmp_path: Path) -> None:
     assert "8-0, 8-1, 8-2 are not distinguishable from 4-0, 4-1, 4-2 on these 60 rows" in text(verdict, names)
 
 
-def test_runs_that_cannot_be_compared_are_named_with_the_reason(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared_are_named_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a = write_run(tmp_path / "A", {10: row_losses(1.0)})
     b = write_run(tmp_path / "B", {10: row_losses(1.1, seed=1)}, lora__rank=16)
     old = write_run(tmp_path / "old", {10: row_losses(0.5)}, rows=None, lora__rank=1)
     other = write_run(tmp_path / "other", {10: row_losses(1.3)}, rows="cd" * 32, lora__rank=2)
     upgraded = write_run(tmp_path / "upgraded", {10: row_losses(1.3)}, lora__rank=3)
     (upgraded / "row_losses.jsonl").write_text("")
+    monkeypatch.setattr(recorded, "MAX_ROWS", 50)
+    large = write_run(tmp_path / "large", {10: row_losses(1.3)}, lora__rank=5)
+    monkeypatch.undo()
     diverged = write_run(tmp_path / "diverged", {10: row_losses(0.1)}, state="diverged", lora__rank=64)
     running = write_run(tmp_path / "running", {10: row_losses(0.9)}, state="running", lora__rank=65)
     held = RunDirectory(running)
     held.lock()
-    verdict, names = judged(a, b, old, other, upgraded, diverged, running)
+    verdict, names = judged(a, b, old, other, upgraded, diverged, running, large)
     held.unlock()
     assert [names.listed(c.runs) for c in verdict.candidates] == ["A", "B"]
     assert left_out_lines(verdict, names) == [
-        "not compared: old (no losses of the rows, which an earlier version did not keep)",
+        "not compared: old (no row_losses.jsonl: it was removed, or the run is of an earlier version)",
         "not compared: running (still running)",
         "not compared: upgraded (no losses of the valid rows at step 10)",
+        "not compared: large (evaluated on more than 200,000 rows, of which no losses are kept)",
         "not compared: other (evaluated on other rows than the rest, or with other tokens)",
     ]
     none, names = judged(a, old)
     assert none.candidates == [] and none.cheapest is None
     assert "none: there are no two to compare on the same rows" in text(none, names)
-    assert "an earlier version did not keep)" in text(none, names)
+    assert "the run is of an earlier version)" in text(none, names)
     few = [write_run(tmp_path / f"few{i}", {10: row_losses(1.0)[:4]}, rows="ef" * 32, seed=i, lora__rank=i + 1)
            for i in range(2)]  # fmt: skip
     assert "4 rows say too little" in str(judged(*few)[0].problem)
@@ -208,6 +225,7 @@ def test_a_verdict_as_data_has_every_number(tmp_path: Path) -> None:
     assert fields["compared"][0] == {
         "runs": ["A"],
         "steps": [10],
+        "evaluations": [1],
         "value": pytest.approx(1.0, abs=1e-5),
         "difference": 0.0,
         "low": 0.0,

@@ -10,7 +10,7 @@ import pytest
 
 from runner.common.errors import StorageError
 from runner.runs import row_losses
-from runner.runs.row_losses import RowLossWriter, read_row_losses
+from runner.runs.row_losses import RowLossWriter, has_too_many_rows, read_row_losses
 
 ROWS, OTHER_ROWS = "0123456789abcdef" * 4, "f" * 64
 LOSSES, TOKENS = np.array([1.23456789, 1e-9, 1234567.0]), np.array([3, 1, 7])
@@ -75,12 +75,19 @@ def test_a_file_without_what_the_checkpoint_saw_is_begun_anew(path: Path, tmp_pa
         RowLossWriter(tmp_path / "link", offset)
 
 
-def test_no_line_is_written_without_rows_or_for_too_many(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_line_is_written_without_rows_and_one_without_losses_for_too_many(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_losses, "MAX_ROWS", 2)
     writer = RowLossWriter(path, 0)
     writer.append(0, "valid", ROWS, LOSSES, TOKENS)
-    writer.append(0, "valid", ROWS, LOSSES[:0], TOKENS[:0])
-    assert path.read_bytes() == b""
+    writer.append(5, "valid", ROWS, LOSSES[:0], TOKENS[:0])
+    assert [line["losses"] for line in lines(path)] == [[]]
+    assert read_row_losses(path, "valid", 0) is None and has_too_many_rows(path, "valid", 0)
+    assert not has_too_many_rows(path, "valid", 5) and not has_too_many_rows(path, "test")
+    writer.append(9, "valid", OTHER_ROWS, LOSSES[:2], TOKENS[:2])
+    assert read_row_losses(path, "valid") is not None and not has_too_many_rows(path, "valid", 9)
+    assert not has_too_many_rows(path.with_name("missing"), "valid")
 
 
 @pytest.mark.parametrize(

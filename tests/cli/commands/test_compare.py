@@ -69,7 +69,7 @@ def test_an_old_run_is_compared_by_its_metrics_and_the_verdict_says_why_not(inli
     out = inline("compare", "out/a", "out/old")
     assert "1.1000 @10" in out
     assert "none: there are no two to compare on the same rows" in out
-    assert "not compared: B (no losses of the rows, which an earlier version did not keep)" in out
+    assert "not compared: B (no row_losses.jsonl: it was removed, or the run is of an earlier version)" in out
 
 
 @pytest.mark.usefixtures("runs")

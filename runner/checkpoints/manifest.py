@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from runner.common.layout import BEST_METRIC
 from runner.common.safe_json import is_count, quoted
 from runner.common.sealed_json import seal, unseal
 
@@ -70,6 +71,12 @@ class CheckpointManifest:
             _require(is_count(record.size), f"the size of {name} is not a whole number from 0")
             is_digest = isinstance(record.sha256, str) and _DIGEST.fullmatch(record.sha256) is not None
             _require(is_digest, f"the SHA-256 of {name} is not 64 hexadecimal digits")
+
+    @property
+    def valid_loss(self) -> float | None:
+        """The validation loss at its step; None if it was not evaluated there, or is not finite."""
+        loss = self.metrics.get(BEST_METRIC, math.nan)
+        return loss if math.isfinite(loss) else None
 
 
 def write(manifest: CheckpointManifest) -> bytes:

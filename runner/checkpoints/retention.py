@@ -6,14 +6,26 @@ never the best; the newest checkpoint is always retained.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol, TypeVar
 
 from runner.checkpoints.manifest import CheckpointManifest
 from runner.checkpoints.save_policy import is_scheduled
-from runner.common.layout import BEST_METRIC
+
+
+class Evaluated(Protocol):
+    """A checkpoint, however it is described."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def valid_loss(self) -> float | None:
+        """The validation loss at its step; None if it was not evaluated there, or is not finite."""
+
+
+EvaluatedT = TypeVar("EvaluatedT", bound=Evaluated)
 
 
 class RetentionReason(Enum):
@@ -78,18 +90,12 @@ def select_mirrored(retained: Mapping[int, Collection[RetentionReason]], ends: C
     return sorted(mirrored) or sorted(retained)[-1:]
 
 
-def best_checkpoint(checkpoints: Iterable[CheckpointManifest]) -> CheckpointManifest | None:
+def best_checkpoint(checkpoints: Iterable[EvaluatedT]) -> EvaluatedT | None:
     """Return the checkpoint of the lowest validation loss; None if none was evaluated at its step."""
     return next(iter(rank_checkpoints(checkpoints)), None)
 
 
-def valid_loss(checkpoint: CheckpointManifest) -> float | None:
-    """Return the validation loss at the step of `checkpoint`; None if it was not evaluated there, or is not finite."""
-    loss = checkpoint.metrics.get(BEST_METRIC, math.nan)
-    return loss if math.isfinite(loss) else None
-
-
-def rank_checkpoints(checkpoints: Iterable[CheckpointManifest]) -> list[CheckpointManifest]:
+def rank_checkpoints(checkpoints: Iterable[EvaluatedT]) -> list[EvaluatedT]:
     """Return the checkpoints that have a validation loss, the best first."""
-    losses = [(loss, c.step, c) for c in checkpoints if (loss := valid_loss(c)) is not None]
+    losses = [(loss, c.step, c) for c in checkpoints if (loss := c.valid_loss) is not None]
     return [checkpoint for _, _, checkpoint in sorted(losses, key=lambda entry: entry[:2])]

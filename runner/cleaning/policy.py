@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.checkpoints.retention import best_checkpoint
+
 FAILED_STATES = ("failed", "diverged")
 _ENDED = ("finished", "diverged")
 """States of runs that no resume continues with the same settings."""
@@ -122,8 +124,8 @@ def protected_steps(run: RunFacts, policies: Policies) -> set[int]:
     named = set() if policies.parents else {*run.parent_steps}
     if policies.everything and run.state in _ENDED and run.has_result and run.rank != 0:
         return named
-    measured = [(c.valid_loss, c.step) for c in usable if c.valid_loss is not None]
-    best = {min(measured)[1]} if measured else set()
+    evaluated = best_checkpoint(usable)
+    best = {evaluated.step} if evaluated else set()
     newest = {max(c.step for c in usable)} if usable else set()
     return named | best | newest | ({run.result_step} if run.result_step is not None else set())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest
-from runner.checkpoints.retention import RetentionPolicy, RetentionReason, select_retained, valid_loss
+from runner.checkpoints.retention import RetentionPolicy, RetentionReason, select_retained
 from runner.common.errors import RunnerError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTERS, STEP_NAME
@@ -67,7 +67,7 @@ def list_checkpoints(run: RunInfo) -> list[CheckpointInfo]:
             CheckpointInfo(
                 step=step,
                 path=path,
-                valid_loss=valid_loss(manifests[path]) if path in manifests else None,
+                valid_loss=manifests[path].valid_loss if path in manifests else None,
                 size_bytes=folder_size(path),
                 saved_for=manifests[path].save_reasons if path in manifests else (),
                 kept_for=tuple(texts[reason] for reason in retained),

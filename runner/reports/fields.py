@@ -14,7 +14,7 @@ from runner.common.text import format_bytes, shorten
 from runner.config import serialize
 from runner.reports import settings_text
 from runner.reports.cells import format_age
-from runner.runs.inspect import RunInfo
+from runner.runs.inspect import RunInfo, objective_value
 
 NUMBER, TEXT, WORDS, DURATION, SIZE, SETTING = "number", "text", "words", "duration", "size", "setting"
 
@@ -86,17 +86,11 @@ def last_number(run: RunInfo, split: str | None, name: str) -> float | None:
     return None
 
 
-def last_score(run: RunInfo) -> float | None:
-    """Return the last score of generated answers that was measured after training had begun."""
-    scores = [finite_number(row.get("score")) for row in run.rows if row.get("step")]
-    return next((score for score in reversed(scores) if score is not None), None)
-
-
 def _fields() -> Iterable[Field]:
     yield Field("valid_loss", NUMBER, lambda run: run.best_loss, higher_is_better=False)
     yield Field("train_loss", NUMBER, lambda run: last_number(run, "train", "loss"), higher_is_better=False)
-    yield Field("test_loss", NUMBER, lambda run: last_number(run, "test", "loss"), higher_is_better=False)
-    yield Field("score", NUMBER, last_score, higher_is_better=True)
+    yield Field("test_loss", NUMBER, lambda run: objective_value(run.rows, None, "test_loss"), higher_is_better=False)
+    yield Field("score", NUMBER, lambda run: objective_value(run.rows, None, "score"), higher_is_better=True)
     yield Field("step", NUMBER, lambda run: run.step)
     yield Field("iters", NUMBER, lambda run: run.iters)
     yield Field("tokens", NUMBER, lambda run: last_number(run, "train", "tokens"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from runner.runs.inspect import RunInfo, higher_is_better, objective_value
 
 VALID_LOSS = "valid_loss"
+Value = Callable[[RunInfo], float | None]
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,21 @@ class Objective:
         rows = [] if self.metric == VALID_LOSS else run.rows  # read from the disk only where they are needed
         return objective_value(rows, run.best_loss, self.metric)
 
-    def rank(self, runs: Iterable[RunInfo]) -> list[RunInfo]:
-        """Return the runs, the best first and those without a value last; equal ones keep their order."""
-        values = [(run, self.value(run)) for run in runs]
+    def rank(self, runs: Iterable[RunInfo], value: Value | None = None) -> list[RunInfo]:
+        """Return the runs, the best first and those without a value last; equal ones keep their order.
+
+        Args:
+            value: returns the metric of a run, where it is none that `value` of the objective knows.
+        """
+        values = [(run, (value or self.value)(run)) for run in runs]
         measured = [pair for pair in values if pair[1] is not None]
         measured.sort(key=lambda pair: (-1.0 if self.maximize else 1.0) * (pair[1] or 0.0))
-        return [run for run, _ in measured] + [run for run, value in values if value is None]
+        return [run for run, _ in measured] + [run for run, found in values if found is None]
 
-    def best(self, runs: Iterable[RunInfo]) -> RunInfo | None:
-        """Return the best run; None where no run has a value."""
-        first = next(iter(self.rank(runs)), None)
-        return first if first is not None and self.value(first) is not None else None
+    def best(self, runs: Iterable[RunInfo], value: Value | None = None) -> RunInfo | None:
+        """Return the best run; None where no run has a value, which is as for `rank`."""
+        first = next(iter(self.rank(runs, value)), None)
+        return first if first is not None and (value or self.value)(first) is not None else None
 
 
 def objective_of(runs: Sequence[RunInfo]) -> Objective:

@@ -6,6 +6,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+from runner.checkpoints.retention import best_checkpoint
 from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.commands.selection import Selection, add_arguments, select
 from runner.common.errors import ConfigError, did_you_mean
@@ -58,16 +59,17 @@ def run(argv: list[str]) -> int:
 def _find_best(selection: Selection, objective: Objective, metric: Field) -> tuple[RunInfo, float]:
     """Return the best run and its value; of equal ones the one that began first, by its path. One that diverged counts
     for nothing."""
-    measured = [
-        (value, run) for run in selection.runs if run.state != "diverged" and (value := metric.value(run)) is not None
-    ]
-    if not measured:
+
+    def value(run: RunInfo) -> float | None:
+        return None if run.state == "diverged" else metric.value(run)
+
+    best = objective.best(sorted(selection.runs, key=lambda run: str(run.path)), value)
+    found = None if best is None else value(best)
+    if best is None or found is None:
         root = relative_path(selection.root)
         which = "that passes the filters " if selection.filters else ""
         raise ConfigError(f"{root}: no run {which}has a {metric.name}. What there is: python -m runner ls {root}")
-    sign = -1 if objective.maximize else 1
-    value, run = min(measured, key=lambda pair: (sign * pair[0], str(pair[1].path)))
-    return run, value
+    return best, found
 
 
 def _common_objective(runs: Sequence[RunInfo]) -> Objective:
@@ -94,7 +96,7 @@ def _objective_by(name: str, runs: Sequence[RunInfo]) -> Objective:
 
 
 def _best_checkpoint(run: RunInfo) -> Path:
-    measured = [c for c in list_checkpoints(run) if c.problem is None and c.valid_loss is not None]
-    if not measured:
+    best = best_checkpoint(checkpoint for checkpoint in list_checkpoints(run) if checkpoint.problem is None)
+    if best is None:
         raise ConfigError(f"{relative_path(run.path)}: none of its checkpoints was evaluated. Leave out --checkpoint.")
-    return min(measured, key=lambda checkpoint: (checkpoint.valid_loss or 0.0, checkpoint.step)).path
+    return best.path

@@ -13,11 +13,13 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
-from runner.config import validation
+from runner.config import schema, serialize, validation
+from runner.config.schema import Config
 from runner.export.job import ExportJob, Target
 from runner.export.model_card import CardFacts, base_id, base_licence, write_card
 from runner.export.model_folder import FusedTarget, MlxTarget
@@ -25,8 +27,9 @@ from runner.export.proof import Comparison, ExportError, Measured, Verdict
 
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 """Keys that transformers fills with the folder that a model was loaded from."""
-_TEXTS = ("README.md", "config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json")
-_LARGEST_TEXT = 1 << 26
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+"""Files of so many words and pieces of words that a machine or a directory may have the name of one of them."""
+_LARGEST_TEXT = 1 << 28
 
 
 class HubTarget(Target):
@@ -67,8 +70,9 @@ class HubTarget(Target):
             adapter_config = json.loads(job.files[ADAPTER_CONFIG]) | {"model": name}
             job.files = {ADAPTERS: job.files[ADAPTERS], ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
         self._target.write(job, path)
-        for file in path.glob("*.json"):
-            _remove_local_names(file)
+        for file in path.rglob("*.json"):
+            if file.name not in _VOCABULARIES:
+                _remove_local_names(file)
 
     def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
         """Load the folder as the fused model or the adapter that it is."""
@@ -80,25 +84,42 @@ class HubTarget(Target):
         assert self._facts is not None
         facts = CardFacts(**{**vars(self._facts), "verdict": verdict, "split": self._split})
         FileSystem().write_file(path / "README.md", write_card(job.config, facts).encode())
-        paths = [name for name in (job.config.model.path, job.config.data.path) if Path(name).is_absolute()]
-        if found := next(find_personal(path, paths), None):
+        if found := next(find_personal(path, local_paths(job.config)), None):
             raise ExportError(f"Nothing was exported: {found}. Remove it at its source, or export with --to fused.")
 
 
+def local_paths(config: Config) -> list[str]:
+    """Return the paths of files and folders of this machine in the settings, also those of the parts of a mixture."""
+    settings = serialize.flatten(config)
+    values = [settings.get(name) for name in schema.path_settings()]
+    values += [part.get("path") for part in config.data.mix or []]
+    paths = [value for value in values if isinstance(value, str) and "/" in value.strip("/")]
+    return [
+        path for path in paths if Path(path).expanduser().is_absolute() or Path(path).exists()
+    ]  # no name on the hub
+
+
 def find_personal(folder: Path, paths: Sequence[str] = ()) -> Iterator[str]:
-    """Yield what in the texts of `folder` names this machine, its user or one of `paths`, or looks like a secret."""
+    """Yield what in the texts of `folder` names this machine, its user or one of `paths`, or looks like a secret.
+
+    Every file is a text but those of weights.
+    """
     home, user, host = os.path.expanduser("~"), _user_name(), socket.gethostname()
+    parents = {str(folder.parent), str(folder.parent.resolve())}
+    found = "|".join(re.escape(path.rstrip("/")) for path in sorted(parents | set(paths)) if len(path) > 1)
     patterns = {
-        "a path of this machine": "|".join(map(re.escape, [str(folder.parent), *paths])),
-        "the home directory": rf"{re.escape(home)}(?=[/\"'\s])" if len(home) > 2 else None,
+        "a path of this machine": rf"(?<![\w.-])(?:{found})(?![\w-])" if found else None,
+        "the home directory": rf"{re.escape(home)}/\w" if len(home) > 2 else None,
         "the user's directory": rf"/(?:home|Users)/{re.escape(user)}\b" if user else None,
+    }
+    names = {
+        "the home directory": rf"{re.escape(home)}(?=[/\"'\s])" if len(home) > 2 else None,
         "the name of this machine": rf"(?<![\w-]){re.escape(host)}(?![\w-])" if len(host) > 3 else None,
     }
-    for name in _TEXTS:
-        if not (folder / name).is_file():
-            continue
-        text = FileSystem().read_file(folder / name, _LARGEST_TEXT).decode(errors="replace")
-        for what, pattern in patterns.items():
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+        name = file.relative_to(folder).as_posix()
+        text = FileSystem().read_file(file, _LARGEST_TEXT).decode(errors="replace")
+        for what, pattern in (patterns if file.name in _VOCABULARIES else patterns | names).items():
             if pattern and re.search(pattern, text):
                 yield f"{name} holds {what}"
         if list(validation.secrets_in({"": text})) or list(validation.secrets_in(dict(enumerate(text.split())))):
@@ -113,10 +134,14 @@ def _user_name() -> str:
 
 
 def _remove_local_names(file: Path) -> None:
-    """Remove the keys of a JSON file that name the folder that a model was loaded from."""
-    if file.name not in _TEXTS:
-        return
+    """Remove the keys of a JSON file, at any depth, that name the folder that a model was loaded from."""
     values = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(values, dict) and values.keys() & set(_LOCAL_KEYS):
-        kept = {key: value for key, value in values.items() if key not in _LOCAL_KEYS}
+    kept = _without_local_names(values)
+    if kept != values:
         file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_local_names(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _without_local_names(value) for key, value in values.items() if key not in _LOCAL_KEYS}
+    return [_without_local_names(value) for value in values] if isinstance(values, list) else values

@@ -16,14 +16,15 @@ from huggingface_hub import ModelCard
 
 from runner.cli.commands import export
 from runner.common.errors import ConfigError, ModelError
-from runner.config.schema import LoraConfig, ModelConfig, QuantizeConfig
+from runner.config.schema import Config, LoraConfig, ModelConfig, QuantizeConfig
 from runner.export.average import average_updates, padded
-from runner.export.hub import find_personal
+from runner.export.hub import _remove_local_names, find_personal, local_paths
 from runner.export.mlx import write_model_folder
 from runner.export.proof import ROUNDED_LIMIT, ExportError, Measured, RowLosses, Verdict
 from runner.models.load import load_base_model
 from runner.models.lora import read_weights
 
+MACHINE = "machine-of-alice"
 LEARNS = {"lora.num_layers": -1, "optimizer.learning_rate": 1e-2, "train.eval_every": 4}
 
 
@@ -176,8 +177,9 @@ def test_an_average_of_too_few_checkpoints_is_refused(run: Path) -> None:
 
 
 def test_a_folder_for_the_hub_has_a_valid_card_and_nothing_of_this_machine(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: MACHINE)
     assert export.run([str(run), "--to", "hub", "--license", "mit", "--base-model", "someone/base"]) == 0
     assert "hf upload YOUR_NAME/THIS_MODEL" in capsys.readouterr().out
     folder = run / "export-hub"
@@ -186,8 +188,9 @@ def test_a_folder_for_the_hub_has_a_valid_card_and_nothing_of_this_machine(
     assert card.data.to_dict()["base_model_relation"] == "finetune"
     for expected in ("mlx_lm.generate --model", "| lora.num_layers | `-1` |", "on 10 valid rows", "these files"):
         assert expected in card.text
-    texts = [path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".json", ".jinja")]
-    assert not any(str(run.parent) in text or socket.gethostname() + "/" in text for text in texts)
+    texts = [path.read_text() for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert len(texts) >= 4 and not any(str(run.parent) in text for text in texts)
+    assert not any(MACHINE in text for text in texts)
     assert not list(find_personal(folder))
 
 
@@ -205,9 +208,46 @@ def test_an_adapter_for_the_hub_needs_the_name_of_its_base(run: Path) -> None:
     ]
 
 
-def test_personal_names_are_found(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(f"see {tmp_path.parent}/data, key hf_{'a1B2' * 9}")
-    (tmp_path / "config.json").write_text(json.dumps({"x": str(Path.home() / "models")}))
-    found = " ".join(find_personal(tmp_path))
-    assert "README.md holds a path of this machine" in found or "secret" in found
-    assert "config.json holds the home directory" in found
+@pytest.mark.parametrize(
+    ("file", "text", "found"),
+    [
+        ("README.md", "see {parent}/data", "a path of this machine"),
+        ("README.md", "key hf_" + "a1B2" * 9, "what looks like a secret"),
+        ("config.json", '{{"x": "{home}/models"}}', "the home directory"),
+        ("chat_template.jinja", "from {home} ", "the home directory"),
+        ("code/modeling.py", "# on machine-of-alice", "the name of this machine"),
+        ("tokenizer.json", '{{"x": "{home}/models"}}', "the home directory"),
+        ("notes.txt", "made of clients/secret.jsonl", "a path of this machine"),
+        ("notes.txt", "made of /mix/part", "a path of this machine"),
+    ],
+)
+def test_personal_names_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, found: str
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: MACHINE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients").mkdir()
+    (tmp_path / "clients/secret.jsonl").touch()
+    config = Config()
+    config.model.path, config.data.path = "someone/base", "clients/secret.jsonl"
+    config.data.mix = [{"path": "/mix/part"}, {"path": "someone/rows"}]
+    folder = tmp_path / "hub"
+    (folder / file).parent.mkdir(parents=True)
+    (folder / file).write_text(text.format(parent=tmp_path, home=Path.home()))
+    (folder / "other.md").write_text("of someone/base and someone/rows")
+    assert list(find_personal(folder, local_paths(config))) == [f"{file} holds {found}"]
+
+
+def test_a_vocabulary_may_have_the_name_of_the_machine_as_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: MACHINE)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({MACHINE: 1, str(Path.home()): 2}))
+    assert not list(find_personal(tmp_path))
+
+
+def test_names_of_local_folders_are_removed_at_any_depth(tmp_path: Path) -> None:
+    config = {"text_config": {"_name_or_path": "/data/base", "n": 1}, "parts": [{"name_or_path": "x"}]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _remove_local_names(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"text_config": {"n": 1}, "parts": [{}]}

@@ -68,9 +68,8 @@ def page_json(page: Page, refresh: float | None = None) -> str:
 
 def render(page: Page, refresh: float | None = None) -> str:
     """Return the page as the text of an HTML file; `refresh` as for `page_json`."""
-    return document(
-        page_json(page, refresh), title=f"{page.title} · {page.kind}", made=utc_now(), live=refresh is not None
-    )
+    title = Privacy(page.folder, page.hosts).text(f"{page.title} · {page.kind}")
+    return document(page_json(page, refresh), title=title, made=utc_now(), live=refresh is not None)
 
 
 def document(data: str, *, title: str, made: str, live: bool) -> str:

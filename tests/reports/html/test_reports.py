@@ -16,7 +16,7 @@ from evaluated_runs import row_losses, write_run, write_sweep
 from runner.common.errors import ConfigError, StorageError
 from runner.common.layout import REPORT
 from runner.config.labels import Labels
-from runner.reports.html.page import page_json
+from runner.reports.html.page import page_json, render
 from runner.reports.html.write import make_page, write_report, write_report_or_say_why
 from runner.runs.labels import write_labels
 
@@ -219,6 +219,18 @@ def test_nothing_private_stands_in_a_page(tmp_path: Path, monkeypatch: pytest.Mo
     content = re.sub(r"<(script|style)>.*?</\1>", "", write_report(run).read_text(), flags=re.S)
     assert not [word for word in ("alice", str(tmp_path), "hf_secret", "4711") if word in content]
     assert "${oc.env:HF_TOKEN}" in content
+
+
+def test_a_folder_outside_the_working_directory_is_shown_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = run_folders.make_run(tmp_path / "alice/outputs/run")
+    for folder in (run, run.parent):
+        content = re.sub(r"<(script|style)>.*?</\1>", "", render(make_page(folder)), flags=re.S)
+        assert f"<title>{folder.name} · " in content
+        assert not [word for word in ("alice", str(tmp_path)) if word in content]
 
 
 def test_what_cannot_be_shown_or_written_is_an_error(tmp_path: Path) -> None:

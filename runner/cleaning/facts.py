@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.checkpoints import manifest, mirror, verify
@@ -17,7 +17,7 @@ from runner.common.errors import CheckpointError, RunnerError
 from runner.common.filesystem import FileSystem, is_apple_double
 from runner.reports.checkpoint_list import LEFT_BY_ANOTHER_RUN, checkpoints_folder, list_checkpoints, result_step
 from runner.runs.directory import RunDirectory, unexpected_names
-from runner.runs.find import SweepInfo
+from runner.runs.find import SweepInfo, is_sweep_folder, read_sweep
 from runner.runs.inspect import RunInfo, read_run
 from runner.runs.lineage import Family, parents
 
@@ -46,7 +46,7 @@ _LOGGER_FOLDERS = {"wandb"}
 
 @dataclass
 class Context:
-    """What the facts of a run depend on beside its own directory."""
+    """What the facts of a run depend on beside its own directory; all paths are resolved."""
 
     family: Family
     """All runs among which parents are looked for."""
@@ -60,28 +60,33 @@ class Context:
     @classmethod
     def of(cls, entries: Sequence[RunInfo | SweepInfo]) -> Context:
         """Return the context of the runs and sweeps that were found."""
-        context = cls(Family(entries))
-        for entry in entries:
+        present = {entry.path.resolve() for entry in entries if isinstance(entry, SweepInfo)}
+        above = {entry.path.resolve().parent for entry in entries if isinstance(entry, RunInfo)} - present
+        # A job may have been found by itself: what it is among the others, only its sweep tells.
+        members = [*entries, *(read_sweep(folder) for folder in sorted(above) if is_sweep_folder(folder))]
+        context = cls(Family(members))
+        for entry in members:
             if isinstance(entry, SweepInfo):
                 ranked = entry.objective.rank(entry.runs)
                 measured = [run for run in ranked if entry.objective.value(run) is not None]
-                context.ranks |= {run.path: rank for rank, run in enumerate(measured)}
-                context.sweeps |= {run.path: entry for run in entry.runs}
+                context.ranks |= {run.path.resolve(): rank for rank, run in enumerate(measured)}
+                context.sweeps |= {run.path.resolve(): entry for run in entry.runs}
                 for run in entry.runs:
                     context._add_parents(run)
             context._add_parents(entry)
         return context
 
     def _add_parents(self, member: RunInfo | SweepInfo) -> None:
-        for parent in parents(member):
+        for recorded in parents(member):
+            parent = replace(recorded, path=recorded.path.resolve())
             found = self.family.find(parent)
-            if found is None or found.path == member.path:
+            if found is None or found.path.resolve() == member.path.resolve():
                 continue
-            steps = self.children.setdefault(found.path, set())
+            steps = self.children.setdefault(found.path.resolve(), set())
             if parent.step is not None:
                 steps.add(parent.step)
             if isinstance(found, SweepInfo) and found.best:  # a sweep stands for its best job
-                self.children.setdefault(found.best.path, set())
+                self.children.setdefault(found.best.path.resolve(), set())
 
 
 def read_facts(run: RunInfo, context: Context, *, verify_result: bool = True, is_held: bool = False) -> RunFacts:
@@ -91,9 +96,10 @@ def read_facts(run: RunInfo, context: Context, *, verify_result: bool = True, is
         run: the run.
         context: see `Context`.
         verify_result: whether to read adapters/, without which a run counts as one without a result.
-        is_held: whether this process itself holds the run's lock.
+        is_held: whether this process itself holds the locks of the run and of its sweep.
     """
-    sweep = context.sweeps.get(run.path)
+    path = run.path.resolve()
+    sweep = context.sweeps.get(path)
     in_use = not is_held and (
         RunDirectory(run.path).is_locked() or (sweep is not None and RunDirectory(sweep.path).is_locked())
     )
@@ -117,23 +123,29 @@ def read_facts(run: RunInfo, context: Context, *, verify_result: bool = True, is
         ),
         result_step=result_step(run, listed),
         has_result=verify_result and verify.is_whole(run.path / layout.RESULT, FileSystem()),
+        has_adapters=has_adapters(run.path),
         has_trained=bool(run.step) or any(row["step"] > 0 for row in run.rows),
         is_job=sweep is not None,
-        rank=context.ranks.get(run.path),
-        parent_steps=frozenset(context.children.get(run.path, ())),
-        is_parent=run.path in context.children,
+        rank=context.ranks.get(path),
+        parent_steps=frozenset(context.children.get(path, ())),
+        is_parent=path in context.children,
         unknown=tuple(unknown_names(run)),
     )
 
 
 def reread_facts(path: Path, context: Context) -> RunFacts:
-    """Return the facts of the run whose lock this process has taken meanwhile."""
+    """Return the facts of the run; this process has taken its lock and that of its sweep meanwhile."""
     return read_facts(read_run(path), context, is_held=True)
 
 
 def is_cleanable(run: RunInfo) -> bool:
     """Return whether the directory is a run's own, and not the backup of one."""
     return not mirror.is_backup(run.path) and not run.path.is_symlink()
+
+
+def has_adapters(run: Path) -> bool:
+    """Return whether the run's directory holds a result, whole or not; a kill may have left it under another name."""
+    return any(_entries(run / name) for name in (layout.RESULT, f".{layout.RESULT}.old"))
 
 
 def unknown_names(run: RunInfo) -> list[str]:
@@ -150,7 +162,9 @@ def unknown_names(run: RunInfo) -> list[str]:
                 found += [f"{name}/{other}" for other in _others(Path(entry.path), inner)]
             elif name == folder:
                 found += [f"{name}/{other}" for other in _unknown_checkpoints(Path(entry.path))]
-            elif name not in _LOGGER_FOLDERS and name not in (".adapters.new", ".adapters.old"):
+            elif name in _LOGGER_FOLDERS:
+                found += [f"{name}/{other} (not synced)" for other in _not_synced(Path(entry.path))]
+            elif name not in (".adapters.new", ".adapters.old"):
                 found.append(f"{name}/")
         elif name not in _RUN_FILES and not _OTHER_FILES.fullmatch(name) and unexpected_names(run.path, ()).count(name):
             found.append(name)
@@ -194,6 +208,14 @@ def _unknown_checkpoints(folder: Path) -> Iterable[str]:
         if entry.is_dir() and not entry.is_symlink() and layout.STEP_NAME.fullmatch(entry.name):
             yield from (f"{entry.name}/{other}" for other in _others(Path(entry.path), _CHECKPOINT_FILES))
         elif not entry.name.startswith(TEMPORARY):
+            yield entry.name
+
+
+def _not_synced(folder: Path) -> Iterable[str]:
+    """Return the offline runs of W&B that no server has yet: `wandb sync` leaves a marker in those that it uploaded."""
+    for entry in _entries(folder):
+        inner = _entries(Path(entry.path))
+        if entry.name.startswith("offline-run-") and not any(file.name.endswith(".synced") for file in inner):
             yield entry.name
 
 

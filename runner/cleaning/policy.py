@@ -63,6 +63,8 @@ class RunFacts:
     result_step: int | None = None
     has_result: bool = False
     """Whether adapters/ is whole."""
+    has_adapters: bool = False
+    """Whether adapters/ holds anything, whole or not."""
     has_trained: bool = False
     """Whether it has made an update."""
     is_job: bool = False
@@ -151,6 +153,8 @@ def _obstacle(run: RunFacts, policies: Policies) -> str | None:
         return "diverged; its sweep would train it again if its directory were gone"
     if foreign is not None:
         return f"step {foreign.step} is not its own: {foreign.problem}"
+    if run.has_result or run.has_adapters:
+        return f"{run.state}, but has a result (adapters/)"
     if run.checkpoints and not policies.everything:
         step = max(checkpoint.step for checkpoint in run.checkpoints)
         return f"{run.state}, but has a checkpoint of step {step}; --all removes it, too"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runner.checkpoints import verify
@@ -21,6 +22,7 @@ from runner.common.errors import DirectoryInUse, RunnerError
 from runner.common.filesystem import FileSystem
 from runner.reports.checkpoint_list import checkpoints_folder
 from runner.runs.directory import RunDirectory
+from runner.runs.find import is_sweep_folder
 from runner.runs.inspect import RunInfo, folder_size, read_run
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
@@ -38,12 +40,7 @@ def carry_out(planned: Removal, policies: Policies, context: Context, filesystem
         StorageError: the disk fails.
     """
     filesystem = filesystem or FileSystem()
-    directory = RunDirectory(planned.run)
-    try:
-        directory.lock()
-    except DirectoryInUse:
-        raise NotRemoved("in use") from None
-    try:
+    with _locked(planned.run):
         removal, _ = decide(reread_facts(planned.run, context), policies)
         if removal is None or removal.whole != planned.whole:
             raise NotRemoved("has changed meanwhile")
@@ -54,8 +51,6 @@ def carry_out(planned: Removal, policies: Policies, context: Context, filesystem
         _remove_checkpoints(read_run(planned.run), removal, steps, filesystem)
         share = len(steps) / len(removal.steps)
         return round(removal.size_bytes * share)
-    finally:
-        directory.unlock()
 
 
 def remove_leftovers(run: RunInfo, filesystem: FileSystem | None = None) -> int:
@@ -66,21 +61,14 @@ def remove_leftovers(run: RunInfo, filesystem: FileSystem | None = None) -> int:
         StorageError: the disk fails.
     """
     filesystem = filesystem or FileSystem()
-    directory = RunDirectory(run.path)
-    try:
-        directory.lock()
-    except DirectoryInUse:
-        raise NotRemoved("in use") from None
-    try:
+    with _locked(run.path):
         before = sum(folder_size(path) for path in leftovers(run))
         CheckpointStore(checkpoints_folder(run), str(run.status.get("run_id")), filesystem).repair()
-        repair_replaced_folder(directory.result, filesystem)
+        repair_replaced_folder(run.path / layout.RESULT, filesystem)
         draft = run.path / f".{layout.RESULT}.new"
         if draft.is_dir() and not draft.is_symlink():
             filesystem.remove_tree(draft)
         return before - sum(folder_size(path) for path in leftovers(run))
-    finally:
-        directory.unlock()
 
 
 def remove_interrupted(root: Path, filesystem: FileSystem | None = None) -> int:
@@ -91,6 +79,25 @@ def remove_interrupted(root: Path, filesystem: FileSystem | None = None) -> int:
         filesystem.remove_tree(path)
         _remove_empty_date(path.parent)
     return freed
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold the run's lock, and before it that of the sweep that the run is a job of: a sweep that is resumed decides
+    which of its jobs are done before it locks them. Raises NotRemoved."""
+    sweep = run.resolve().parent
+    directories = [RunDirectory(sweep)] if is_sweep_folder(sweep) else []
+    directories.append(RunDirectory(run))
+    try:
+        for directory in directories:
+            try:
+                directory.lock()
+            except DirectoryInUse:
+                raise NotRemoved("in use") from None
+        yield
+    finally:
+        for directory in reversed(directories):
+            directory.unlock()
 
 
 def _remove_run(path: Path, filesystem: FileSystem) -> None:

@@ -137,6 +137,12 @@ def is_sweep_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in _SWEEP_FILES)
 
 
+def is_run_or_sweep(path: Path) -> bool:
+    """Return whether the folder itself, not a link to it, is a run or a sweep."""
+    names, _ = _list(path)
+    return not path.is_symlink() and (is_sweep_folder(path) or looks_like_run(names))
+
+
 def read_sweep(path: Path) -> SweepInfo:
     """Read the sweep in `path`; a damaged manifest is named in `SweepInfo.problem`."""
     _, folders = _list(path)

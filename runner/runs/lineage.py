@@ -40,16 +40,21 @@ class Parent:
     @property
     def step(self) -> int | None:
         """The step of the checkpoint, if it was one."""
-        match = STEP_NAME.fullmatch(self.path.name)
-        return int(match[1]) if match else None
+        checkpoint = self._checkpoint
+        return int(checkpoint.name.removeprefix("step-")) if checkpoint else None
 
     @property
     def run(self) -> Path:
         """The directory of the run that `path` belongs to, by its name."""
-        if STEP_NAME.fullmatch(self.path.name):
-            return self.path.parent.parent
+        if checkpoint := self._checkpoint:
+            return checkpoint.parent.parent
         inner = {layout.RESULT, layout.ADAPTERS}
         return next((p for p in (self.path, *self.path.parents) if p.name not in inner), self.path)
+
+    @property
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint's folder: `path`, or what holds it where it is a file. Folders above may be named so, too."""
+        return next((p for p in (self.path, self.path.parent) if STEP_NAME.fullmatch(p.name)), None)
 
     @property
     def text(self) -> str:
@@ -98,22 +103,25 @@ class Family:
     """The runs, jobs and sweeps of a listing, to find parents among."""
 
     def __init__(self, entries: Sequence[RunInfo | SweepInfo]) -> None:
-        members: list[RunInfo | SweepInfo] = []
+        self._by_path: dict[Path, RunInfo | SweepInfo] = {}
         for entry in entries:
-            members += [entry, *entry.runs] if isinstance(entry, SweepInfo) else [entry]
-        self._by_path = {str(member.path.absolute()): member for member in members}
+            jobs = entry.runs if isinstance(entry, SweepInfo) else []
+            members: list[RunInfo | SweepInfo] = [entry, *jobs]
+            for member in members:
+                self._by_path.setdefault(member.path.resolve(), member)
         self._by_id: dict[str, list[RunInfo | SweepInfo]] = {}
         self._by_tail: dict[tuple[str, ...], list[RunInfo | SweepInfo]] = {}
-        for member in members:
+        for path, member in self._by_path.items():
             if isinstance(member, RunInfo) and isinstance(run_id := member.status.get("run_id"), str):
                 self._by_id.setdefault(run_id, []).append(member)
-            self._by_tail.setdefault(member.path.absolute().parts[-_TAIL:], []).append(member)
+            self._by_tail.setdefault(path.parts[-_TAIL:], []).append(member)
 
     def find(self, parent: Parent) -> RunInfo | SweepInfo | None:
         """Return the run that `parent` is: at its path, else by its identity, else where neither was recorded by the
         last parts of its path. None where it is not among the listed ones."""
-        for path in (parent.path, *parent.path.parents):
-            member = self._by_path.get(str(path))
+        source = parent.path.resolve()
+        for path in (source, *source.parents):
+            member = self._by_path.get(path)
             if member is not None:
                 is_other = (
                     isinstance(member, RunInfo) and parent.run_id and member.status.get("run_id") != parent.run_id

@@ -17,7 +17,8 @@ PATH = Path("run")
 def facts(losses=(0.5, 0.3, None, 0.4), **fields):
     """A run with a checkpoint of 10 bytes at each step from 1, with these losses."""
     checkpoints = tuple(CheckpointFacts(step=i, valid_loss=loss, size_bytes=10) for i, loss in enumerate(losses, 1))
-    settings = {"state": "finished", "has_trained": True, "has_result": True, "result_step": 2, "size_bytes": 99}
+    settings = {"state": "finished", "has_trained": True, "result_step": 2, "size_bytes": 99}
+    settings["has_result"] = settings["has_adapters"] = fields.get("state", "finished") == "finished"
     return RunFacts(path=PATH, checkpoints=checkpoints, **{**settings, **fields})
 
 
@@ -76,6 +77,8 @@ def test_which_checkpoints_go(fields, policies, steps):
         ((), {"state": "failed", "unknown": ["my_notes.txt"]}, {"everything": True}, None, "my_notes.txt"),
         ((), {"state": "failed", "in_use": True}, {"everything": True}, None, "in use"),
         ((), {"state": "running", "has_trained": False, "in_use": True}, {}, None, "in use"),
+        ((0.3,), {"state": "failed", "has_adapters": True}, {"everything": True}, None, "has a result (adapters/)"),
+        ((), {"state": "diverged", "has_result": True}, {}, None, "has a result (adapters/)"),
     ],
 )
 def test_which_failed_runs_go(losses, fields, policies, gone, reason):
@@ -114,6 +117,7 @@ runs = st.builds(
     age_days=st.floats(0, 99),
     result_step=st.none() | st.integers(0, 30),
     has_result=st.booleans(),
+    has_adapters=st.booleans(),
     has_trained=st.booleans(),
     is_job=st.booleans(),
     rank=st.none() | st.integers(0, 5),
@@ -145,6 +149,7 @@ def test_the_best_and_the_newest_always_survive(run, policies):
         assert policies.everything or not run.checkpoints
         assert policies.parents or not run.is_parent
         assert not run.unknown and run.rank != 0
+        assert not run.has_result and not run.has_adapters
         return
     assert set(removal.steps) <= {checkpoint.step for checkpoint in usable}
     assert set(removal.steps) | set(removal.keeps) == {checkpoint.step for checkpoint in usable}

@@ -139,10 +139,11 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints_and_the_next_clean_ends_i
 
 
 def fail(run: Path) -> None:
-    """Make it a run that failed before its first checkpoint."""
+    """Make it a run that failed before its first checkpoint and its result."""
     status = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps({**status, "state": "failed"}))
-    shutil.rmtree(run / "checkpoints")
+    for name in ("checkpoints", "adapters"):
+        shutil.rmtree(run / name)
     (run / "checkpoints").mkdir()
 
 
@@ -159,7 +160,7 @@ def test_a_failed_run_goes_whole_and_its_empty_date_too(run):
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "adapters/mine.safetensors", "checkpoints/step-0000001/x", ".hydra/x", "more/"]
+    "name", ["notes.txt", "wandb/offline-run-1", "checkpoints/step-0000001/x", ".hydra/x", "more/"]
 )
 def test_what_no_run_writes_keeps_its_directory(run, name):
     if name.startswith("checkpoints"):
@@ -168,9 +169,27 @@ def test_what_no_run_writes_keeps_its_directory(run, name):
         return
     fail(run)
     assert unknown_names(read_run(run)) == []
+    (run / name).parent.mkdir(exist_ok=True)
     (run / name).mkdir() if name.endswith("/") else (run / name).touch()
     removal, kept = plan(run, Policies(failed=True, everything=True))
     assert removal is None and name in kept[0].reason
+
+
+def test_a_run_with_a_result_stays_whole(run):
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "failed"}))
+    for name in ("adapters", ".adapters.old"):  # the other: a kill between the two renames of its replacement
+        (run / "adapters").rename(run / name)
+        removal, kept = plan(run, Policies(failed=True, everything=True))
+        assert removal is None and kept[0].reason == "failed, but has a result (adapters/)"
+
+
+def test_offline_runs_of_wandb_that_were_uploaded_keep_nothing(run):
+    fail(run)
+    (run / "wandb/offline-run-1").mkdir(parents=True)
+    assert "not synced" in plan(run, Policies(failed=True))[1][0].reason
+    (run / "wandb/offline-run-1/run-1.wandb.synced").touch()
+    assert plan(run, Policies(failed=True))[0].whole
 
 
 def test_links_are_neither_followed_nor_removed(run, tmp_path):
@@ -178,6 +197,7 @@ def test_links_are_neither_followed_nor_removed(run, tmp_path):
     shutil.move(run / "checkpoints", outside)
     (run / "checkpoints").symlink_to(outside)
     assert plan(run, EVERYTHING)[0] is None and len(list(outside.iterdir())) == 4
+    shutil.rmtree(run / "adapters")
     fail_state = json.loads((run / "status.json").read_text()) | {"state": "failed"}
     (run / "status.json").write_text(json.dumps(fail_state))
     removal, kept = plan(run, Policies(failed=True, everything=True))
@@ -192,6 +212,12 @@ def test_a_run_in_use_and_a_damaged_newest_checkpoint_are_left_alone(run):
     with pytest.raises(remove.NotRemoved, match="in use"):
         remove.carry_out(removal, CHECKPOINTS, context(run))
     directory.unlock()
+    (run.parent / "multirun.yaml").touch()
+    sweep = RunDirectory(run.parent)
+    sweep.lock()
+    with pytest.raises(remove.NotRemoved, match="in use"):
+        remove.carry_out(removal, CHECKPOINTS, context(run))
+    sweep.unlock()
     file = run / "checkpoints/step-0000004/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     with pytest.raises(remove.NotRemoved, match="step 4, which would stay, is damaged"):
@@ -207,6 +233,33 @@ def test_a_checkpoint_that_a_branch_came_from_stays(run):
     (child / "status.json").write_text(json.dumps(status))
     assert 1 not in plan(run)[0].steps and 1 not in plan(run, EVERYTHING)[0].steps
     assert 1 in plan(run, Policies(checkpoints=True, parents=True))[0].steps
+
+
+@pytest.mark.parametrize("form", ["absolute", "dots", "here", "link"])
+def test_a_run_is_protected_in_whatever_form_its_path_is_typed(run, form, inline):
+    child, sweep, elsewhere = run.parent / "11-00-00", run.parent.parent / "sweep", run.parents[2] / "elsewhere"
+    sweep.mkdir()
+    elsewhere.mkdir()
+    (sweep / "multirun.yaml").touch()
+    for copy in (child, sweep / "0", sweep / "1"):
+        shutil.copytree(run, copy)
+    status = json.loads((child / "status.json").read_text())
+    adapter = run / "checkpoints/step-0000001/adapters.safetensors"
+    parent = {"how": "warm start", "path": str(adapter), "run_id": status["run_id"]}
+    (child / "status.json").write_text(json.dumps({**status, "run_id": "f" * 16, "parents": [parent]}))
+    status = json.loads((sweep / "0/status.json").read_text())
+    (sweep / "0/status.json").write_text(json.dumps({**status, "run_id": "e" * 16}))
+    for chosen, policies, left in (
+        (sweep / "0", ["--beyond-best", "1", "--all"], [1, 2, 3, 4]),
+        (run, ["--older", "0", "--all"], [1]),
+    ):
+        link = run.parents[2] / f"link-to-{chosen.name}"
+        link.symlink_to(chosen.parent)
+        inline.folder = chosen if form == "here" else elsewhere
+        relative = Path(os.path.relpath(chosen, elsewhere))
+        typed = {"absolute": chosen, "dots": relative, "here": Path("."), "link": link / chosen.name}[form]
+        inline("clean", str(typed), *policies, "--yes")
+        assert steps(chosen) == left
 
 
 def test_a_cleaned_job_is_done_for_its_sweep(inline):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from runner.common.errors import EXIT_DONE, ConfigError
 from runner.common.text import count, format_bytes, relative_path, shorten
 from runner.reports.screen import Screen, json_document
 from runner.reports.tables import Column, TableRow
-from runner.runs.find import find_runs
+from runner.runs.find import find_runs, is_run_or_sweep
 from runner.runs.inspect import RunInfo, folder_size
 
 _EXAMPLES = """\
@@ -81,13 +82,17 @@ def run(argv: list[str]) -> int:
         parents=options.parents,
     )
     selection = select(options.path, options.filters, options.tag)
-    context = Context.of(_relatives(selection))
+    context = _context(selection)
     plan = _plan(selection, context, policies, options)
     screen = None if options.json else Screen()
     if screen:
         _print_plan(plan, screen)
     confirmed = options.yes or (screen is not None and not plan.is_empty and _confirm(plan))
-    freed, problems = _remove(plan, policies, context, selection.root) if confirmed and not plan.is_empty else (0, [])
+    freed, problems = 0, list[Kept]()
+    if confirmed and not plan.is_empty:
+        if not options.yes:  # the answer may have taken long, and other runs may have begun from these
+            context = _context(select(options.path, options.filters, options.tag))
+        freed, problems = _remove(plan, policies, context, selection.root)
     if screen is None:
         print(json_document(_to_dict(plan, confirmed, freed, problems)))
     else:
@@ -141,13 +146,22 @@ def _parse(argv: list[str]) -> Namespace:
     return options
 
 
-def _relatives(selection: Selection) -> list[Any]:
-    """Return all runs that may have come from the selected ones: those below outputs/, too."""
-    outputs = Path(OUTPUTS)
-    if not outputs.is_dir() or outputs.resolve() == selection.root.resolve():
-        return selection.found
-    known = {entry.path.absolute() for entry in selection.found}
-    return [*selection.found, *(entry for entry in find_runs(outputs) if entry.path.absolute() not in known)]
+def _context(selection: Selection) -> Context:
+    """Return the context of the selected runs among all that may have come from them."""
+    known = {entry.path.resolve(): entry for entry in selection.found}
+    for entry in (found for folder in _neighbourhood(selection.root.resolve()) for found in find_runs(folder)):
+        known.setdefault(entry.path.resolve(), entry)
+    return Context.of(list(known.values()))
+
+
+def _neighbourhood(root: Path) -> list[Path]:
+    """Return the folders where runs may be that came from those below `root`, whatever the working directory: all
+    folders outputs/, and the runs and sweeps that lie beside it."""
+    outputs = [path for path in (Path(OUTPUTS).resolve(), *root.parents) if path.name == OUTPUTS and path.is_dir()]
+    beside: list[Path] = []
+    with suppress(OSError):
+        beside = [path for path in sorted(root.parent.iterdir()) if path != root and is_run_or_sweep(path)]
+    return [*outputs, *beside] if is_run_or_sweep(root) else outputs
 
 
 def _plan(selection: Selection, context: Context, policies: Policies, options: Namespace) -> Plan:

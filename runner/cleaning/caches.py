@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.common.cache_dir import CACHES
 from runner.common.disk_cache import DiskCache
 
 
@@ -21,15 +22,12 @@ class CacheEntry:
 
 
 def find_entries(root: Path) -> list[CacheEntry]:
-    """Return the entries of all caches in the folder `root`, the most recently used first.
+    """Return the entries of this program's caches in the folder `root`, the most recently used first.
 
-    What else is there, such as models that were downloaded, is no entry.
+    What else is there, such as models that were downloaded or the caches of other programs, is no entry.
     """
-    try:
-        folders = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
-    except OSError:
-        return []
-    caches = [DiskCache(folder) for folder in sorted(folders)]
+    folders = [root / kind for kind in CACHES]
+    caches = [DiskCache(folder) for folder in folders if folder.is_dir() and not folder.is_symlink()]
     found = [CacheEntry(cache, name, size, used) for cache in caches for name, size, used in cache.entries()]
     return sorted(found, key=lambda entry: (-entry.used, entry.name))
 

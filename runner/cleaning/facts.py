@@ -13,6 +13,7 @@ from pathlib import Path
 from runner.checkpoints import manifest, mirror, verify
 from runner.cleaning.policy import CheckpointFacts, RunFacts
 from runner.common import layout
+from runner.common.atomic_io import is_draft
 from runner.common.errors import CheckpointError, RunnerError
 from runner.common.filesystem import FileSystem, is_apple_double
 from runner.reports.checkpoint_list import LEFT_BY_ANOTHER_RUN, checkpoints_folder, list_checkpoints, result_step
@@ -187,11 +188,27 @@ def interrupted_removals(root: Path) -> list[Path]:
         for entry in _entries(pending.pop()):
             if entry.is_symlink() or not entry.is_dir():
                 continue
-            if REMOVED.fullmatch(entry.name):
+            if REMOVED.fullmatch(entry.name) and _is_rest_of_run(Path(entry.path)):
                 found.append(Path(entry.path))
             elif not entry.name.startswith("."):
                 pending.append(Path(entry.path))
     return sorted(found)
+
+
+def _is_rest_of_run(folder: Path) -> bool:
+    """Return whether all that is left in the folder is what a run writes, by its names."""
+    folders = {layout.HYDRA, layout.RESULT, f".{layout.RESULT}.new", f".{layout.RESULT}.old", *_LOGGER_FOLDERS}
+    for entry in _entries(folder):
+        if entry.is_dir() and not entry.is_symlink():
+            inner = [other.name for other in _entries(Path(entry.path))]
+            is_ours = entry.name in folders or all(
+                layout.STEP_NAME.fullmatch(name) or name.startswith(TEMPORARY) for name in inner
+            )
+        else:
+            is_ours = entry.name in _RUN_FILES or bool(_OTHER_FILES.fullmatch(entry.name)) or is_draft(entry.name)
+        if not is_ours:
+            return False
+    return True
 
 
 def _foreign_content(checkpoint: Path) -> str | None:

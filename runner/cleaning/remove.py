@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runner.checkpoints import verify
 from runner.checkpoints.store import CheckpointStore, step_name
-from runner.cleaning.facts import Context, interrupted_removals, leftovers, reread_facts
+from runner.cleaning.facts import Context, leftovers, reread_facts
 from runner.cleaning.policy import Policies, Removal, decide
 from runner.common import layout
 from runner.common.atomic_io import repair_replaced_folder
@@ -71,10 +71,10 @@ def remove_leftovers(run: RunInfo, filesystem: FileSystem | None = None) -> int:
         return before - sum(folder_size(path) for path in leftovers(run))
 
 
-def remove_interrupted(root: Path, filesystem: FileSystem | None = None) -> int:
-    """Remove the directories below `root` whose removal was interrupted, and return the bytes that this frees."""
+def remove_interrupted(planned: Collection[Path], filesystem: FileSystem | None = None) -> int:
+    """Remove the `planned` directories, whose removal was interrupted, and return the bytes that this frees."""
     filesystem, freed = filesystem or FileSystem(), 0
-    for path in interrupted_removals(root):
+    for path in planned:
         freed += folder_size(path)
         filesystem.remove_tree(path)
         _remove_empty_date(path.parent)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+CACHES = ("baselines", "batches", "checks", "tokenizers", "tokens", "trunk")
+"""The subfolders that are a `DiskCache`: `runner clean --caches` removes entries of these alone: other
+programs may use the folder, too."""
+
 
 def cache_dir() -> Path:
     """Return $RUNNER_CACHE, else mlx-runner/ in $XDG_CACHE_HOME (if that is an absolute path), else in ~/.cache."""

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from runner.common import layout, safe_json
 from runner.common.atomic_io import write_atomically
-from runner.common.errors import StorageError
+from runner.common.errors import ConfigError, StorageError
 from runner.common.filesystem import open_regular
+from runner.common.text import first_line, relative_path
 from runner.config.labels import MAX_NAME_LENGTH, MAX_NOTE_LENGTH, MAX_TAGS, NO_LABELS, Labels, is_tag
 
 _MAX_BYTES = 100_000
@@ -27,10 +28,15 @@ _ATTEMPTS = 3
 def read_labels(folder: Path) -> Labels:
     """Return the labels of the run or sweep in `folder`: none where it has none, or they cannot be read."""
     try:
-        with open(open_regular(folder / layout.LABELS, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            content = safe_json.parse_object(file.read(_MAX_BYTES), max_values=_MAX_VALUES)
+        return _read(folder)
     except (OSError, ValueError):
         return NO_LABELS
+
+
+def _read(folder: Path) -> Labels:
+    """Return the labels in `folder`. Raises OSError or ValueError where the file is missing or damaged."""
+    with open(open_regular(folder / layout.LABELS, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        content = safe_json.parse_object(file.read(_MAX_BYTES), max_values=_MAX_VALUES)
     tags = content.get("tags")
     return Labels(
         _text(content.get("name"), MAX_NAME_LENGTH),
@@ -54,10 +60,21 @@ def edit_labels(folder: Path, change: Callable[[Labels], Labels]) -> Labels:
     """Replace the labels by what `change` makes of them, and return these. A run may train there meanwhile.
 
     Raises:
+        ConfigError: the file is there, but cannot be read: what it holds is not overwritten.
         StorageError: they cannot be written.
     """
     with _lock(folder):
-        labels = change(read_labels(folder))
+        try:
+            present = _read(folder)
+        except FileNotFoundError:
+            present = NO_LABELS
+        except (OSError, ValueError) as error:
+            path = relative_path(folder / layout.LABELS)
+            raise ConfigError(
+                f"{path} cannot be read, so it is not changed: {first_line(str(error))}\n"
+                "Mend it, or remove it to start with new labels."
+            ) from None
+        labels = change(present)
         for attempt in range(_ATTEMPTS):
             try:
                 write_labels(folder, labels)

@@ -13,7 +13,7 @@ import pytest
 from runner.checkpoints import verify
 from runner.cleaning import remove
 from runner.cleaning.caches import find_entries, remove_entries, select_entries
-from runner.cleaning.facts import Context, leftovers, read_facts, unknown_names
+from runner.cleaning.facts import Context, interrupted_removals, leftovers, read_facts, unknown_names
 from runner.cleaning.policy import Policies, decide
 from runner.common.disk_cache import DiskCache
 from runner.common.filesystem import FileSystem
@@ -155,7 +155,13 @@ def test_a_failed_run_goes_whole_and_its_empty_date_too(run):
     with pytest.raises(Killed):
         remove.carry_out(removal, policies, context(run), KilledAt(2))
     assert not run.exists() and [path.name[:18] for path in run.parent.iterdir()] == [".removed-10-00-00-"]
-    assert remove.remove_interrupted(run.parent.parent) > 0
+    foreign = run.parent / ".removed-by-me-01234567"
+    foreign.mkdir()
+    (foreign / "thesis.txt").touch()
+    found = interrupted_removals(run.parent.parent)
+    assert len(found) == 1 and remove.remove_interrupted(found) > 0 and foreign.exists()
+    shutil.rmtree(foreign)
+    run.parent.rmdir()
     assert not run.parent.exists() and run.parent.parent.exists()
 
 
@@ -283,6 +289,7 @@ def test_entries_of_caches_go_by_age_and_size(tmp_path):
     for i, name in enumerate(names):
         cache.write_record(name, {"values": "x" * 100})
         os.utime(tmp_path / f"tokens/{name}.json", (1e9 + i * 86_400, 1e9 + i * 86_400))
+    DiskCache(tmp_path / "of_another").write_record(names[0], {"values": "theirs"})
     (tmp_path / "smollm2").mkdir()
     (tmp_path / "smollm2/model.safetensors").touch()
     entries = find_entries(tmp_path)

@@ -23,6 +23,7 @@ from runner.common.errors import EXIT_DONE, ConfigError
 from runner.common.text import count, format_bytes, relative_path, shorten
 from runner.reports.screen import Screen, json_document
 from runner.reports.tables import Column, TableRow
+from runner.runs.directory import RunDirectory
 from runner.runs.find import find_runs, is_run_or_sweep
 from runner.runs.inspect import RunInfo, folder_size
 
@@ -92,7 +93,7 @@ def run(argv: list[str]) -> int:
     if confirmed and not plan.is_empty:
         if not options.yes:  # the answer may have taken long, and other runs may have begun from these
             context = _context(select(options.path, options.filters, options.tag))
-        freed, problems = _remove(plan, policies, context, selection.root)
+        freed, problems = _remove(plan, policies, context)
     if screen is None:
         print(json_document(_to_dict(plan, confirmed, freed, problems)))
     else:
@@ -174,7 +175,9 @@ def _plan(selection: Selection, context: Context, policies: Policies, options: N
         plan.kept += kept
         if removal is not None:
             plan.removals.append(removal)
-        if options.leftovers and not (removal and removal.whole) and (found := facts.leftovers(run)):
+        is_whole = removal is not None and removal.whole
+        in_use = RunDirectory(run.path).is_locked()  # a save in progress is none that was interrupted
+        if options.leftovers and not is_whole and not in_use and (found := facts.leftovers(run)):
             plan.leftovers.append((run, found))
     if options.leftovers and not selection.filters:
         plan.interrupted = facts.interrupted_removals(selection.root)
@@ -184,7 +187,7 @@ def _plan(selection: Selection, context: Context, policies: Policies, options: N
     return plan
 
 
-def _remove(plan: Plan, policies: Policies, context: Context, root: Path) -> tuple[int, list[Kept]]:
+def _remove(plan: Plan, policies: Policies, context: Context) -> tuple[int, list[Kept]]:
     """Remove what the plan holds; return the bytes that were freed, and what was not removed after all."""
     freed, problems = 0, []
     for removal in plan.removals:
@@ -198,7 +201,7 @@ def _remove(plan: Plan, policies: Policies, context: Context, root: Path) -> tup
         except NotRemoved as reason:
             problems.append(Kept(run.path, str(reason)))
     if plan.interrupted:
-        freed += remove.remove_interrupted(root)
+        freed += remove.remove_interrupted(plan.interrupted)
     return freed + caches.remove_entries(plan.caches), problems
 
 

@@ -110,3 +110,11 @@ def test_a_damaged_file_of_labels_is_none(tmp_path, content):  # fmt: skip
     (tmp_path / "labels.json").write_text(content)
     labels = read_labels(tmp_path)
     assert labels.tags == () and labels.note is None
+
+
+def test_labels_that_cannot_be_read_are_not_overwritten(tmp_path):
+    (tmp_path / "labels.json").write_text('{"name": "mine", "note": ')
+    with pytest.raises(ConfigError, match="cannot be read, so it is not changed"):
+        edit_labels(tmp_path, lambda present: present)
+    assert (tmp_path / "labels.json").read_text().startswith('{"name": "mine"')
+    assert read_labels(tmp_path) == Labels()

@@ -105,6 +105,7 @@ def read_facts(run: RunInfo, context: Context, *, verify_result: bool = True, is
         RunDirectory(run.path).is_locked() or (sweep is not None and RunDirectory(sweep.path).is_locked())
     )
     listed = list_checkpoints(run)
+    unknown = unknown_names(run)
     foreign = {checkpoint.step: _foreign_content(checkpoint.path) for checkpoint in listed}
     return RunFacts(
         path=run.path,
@@ -130,7 +131,8 @@ def read_facts(run: RunInfo, context: Context, *, verify_result: bool = True, is
         rank=context.ranks.get(path),
         parent_steps=frozenset(context.children.get(path, ())),
         is_parent=path in context.children,
-        unknown=tuple(unknown_names(run)),
+        unknown=tuple(name for name in unknown if not _is_made(name)),
+        made=tuple(name for name in unknown if _is_made(name)),
     )
 
 
@@ -147,6 +149,10 @@ def is_cleanable(run: RunInfo) -> bool:
 def has_adapters(run: Path) -> bool:
     """Return whether the run's directory holds a result, whole or not; a kill may have left it under another name."""
     return any(_entries(run / name) for name in (layout.RESULT, f".{layout.RESULT}.old"))
+
+
+def _is_made(name: str) -> bool:
+    return name == f"{layout.EVALUATIONS}/" or name.startswith(layout.EXPORT_PREFIX)
 
 
 def unknown_names(run: RunInfo) -> list[str]:

@@ -76,6 +76,8 @@ class RunFacts:
     """Whether other runs began from it in any way."""
     unknown: Sequence[str] = ()
     """Names in its directory that a run does not write."""
+    made: Sequence[str] = ()
+    """Names in its directory of what was made of its result: exports and evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +162,15 @@ def _obstacle(run: RunFacts, policies: Policies) -> str | None:
         return f"{run.state}, but has a checkpoint of step {step}; --all removes it, too"
     if run.is_parent and not policies.parents:
         return "another run began from it; --parents removes it, too"
+    if run.made:
+        return f"holds exports or evaluations: {_list(run.made)}"
     if run.unknown:
-        return f"holds what no run writes: {', '.join(run.unknown[:3])}{', …' if len(run.unknown) > 3 else ''}"
+        return f"holds what no run writes: {_list(run.unknown)}"
     return None
+
+
+def _list(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
 
 
 def _prune(run: RunFacts, policies: Policies, reasons: Sequence[str]) -> tuple[Removal | None, list[Kept]]:

@@ -22,6 +22,8 @@ RESULT = "adapters"
 """The folder of a run's result."""
 EVALUATIONS = "evaluations"
 """The folder of a run's results of lm-eval."""
+EXPORT_PREFIX = "export-"
+"""What the name of an export in a run's directory begins with."""
 STEP_NAME = re.compile(r"step-([0-9]{7,18})")
 """The folder of a checkpoint."""
 ADAPTERS = "adapters.safetensors"

@@ -75,6 +75,7 @@ def test_which_checkpoints_go(fields, policies, steps):
         ((), {"state": "failed", "is_parent": True}, {}, None, "another run began from it"),
         ((), {"state": "failed", "is_parent": True}, {"parents": True}, "whole", ""),
         ((), {"state": "failed", "unknown": ["my_notes.txt"]}, {"everything": True}, None, "my_notes.txt"),
+        ((), {"state": "failed", "made": ["export-peft/"]}, {}, None, "holds exports or evaluations: export-peft/"),
         ((), {"state": "failed", "in_use": True}, {"everything": True}, None, "in use"),
         ((), {"state": "running", "has_trained": False, "in_use": True}, {}, None, "in use"),
         ((0.3,), {"state": "failed", "has_adapters": True}, {"everything": True}, None, "has a result (adapters/)"),
@@ -124,6 +125,7 @@ runs = st.builds(
     parent_steps=st.frozensets(st.integers(0, 30), max_size=3),
     is_parent=st.booleans(),
     unknown=st.lists(st.just("x"), max_size=1),
+    made=st.lists(st.just("export-mlx/"), max_size=1),
 )
 policy_sets = st.builds(
     Policies,
@@ -148,7 +150,7 @@ def test_the_best_and_the_newest_always_survive(run, policies):
         assert run.state in ("failed", "diverged") or not run.has_trained
         assert policies.everything or not run.checkpoints
         assert policies.parents or not run.is_parent
-        assert not run.unknown and run.rank != 0
+        assert not run.unknown and not run.made and run.rank != 0
         assert not run.has_result and not run.has_adapters
         return
     assert set(removal.steps) <= {checkpoint.step for checkpoint in usable}

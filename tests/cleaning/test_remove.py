@@ -166,7 +166,16 @@ def test_a_failed_run_goes_whole_and_its_empty_date_too(run):
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "wandb/offline-run-1", "checkpoints/step-0000001/x", ".hydra/x", "more/"]
+    "name",
+    [
+        "notes.txt",
+        "wandb/offline-run-1",
+        "evaluations/",
+        "export-mlx/",
+        "checkpoints/step-0000001/x",
+        ".hydra/x",
+        "more/",
+    ],
 )
 def test_what_no_run_writes_keeps_its_directory(run, name):
     if name.startswith("checkpoints"):

@@ -12,6 +12,7 @@ from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.cli.commands.adapter_source import AdapterSource
 from runner.common.errors import ConfigError, DataError, ModelError
+from runner.common.layout import EXPORT_PREFIX
 from runner.common.text import relative_path
 from runner.config.schema import Config
 
@@ -164,7 +165,7 @@ def _target_path(options: Namespace, source: AdapterSource) -> Path:
         if not suffix and path.suffix in (".gguf", ".npz"):
             raise ConfigError(f"--out {options.out}: --to {options.to} writes a folder.")
         return path
-    name = f"export-{options.to}{f'-{options.type}' if options.type else ''}"
+    name = f"{EXPORT_PREFIX}{options.to}{f'-{options.type}' if options.type else ''}"
     if options.average:
         name += f"-{options.average.replace(':', '-')}"
     elif not source.is_result:

@@ -18,7 +18,7 @@ from runner.export.gguf_metadata import find_architecture, model_metadata
 from runner.export.gguf_tokenizer import read_tokenizer, tokenizer_metadata
 from runner.export.job import ExportJob, Target, load_written
 from runner.export.mlx import require_space
-from runner.export.proof import ROUNDED_LIMIT, Comparison, Measured
+from runner.export.proof import ROUNDED_LIMIT, Comparison, Measured, limit_of
 from runner.models import fetch
 from runner.models.gguf.families import Family
 from runner.models.gguf.header import Value
@@ -50,6 +50,8 @@ class GgufTarget(Target):
         fused = job.fuse(dequantize=True)
         type_name = self._type or ("bf16" if family.overflows_float16 or _is_bfloat16(fused) else "f16")
         self._tokenizer = vars(fused.tokenizer).get("_tokenizer", fused.tokenizer)
+        dtypes = {str(array.dtype).rpartition(".")[2] for _, array in tree_flatten(fused.model.parameters())}
+        self.limit = limit_of([type_name, *dtypes])
         write_file(fused, path, architecture, family, type_name, _source_file(job))
 
     def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:

@@ -70,6 +70,7 @@ class HubTarget(Target):
             adapter_config = json.loads(job.files[ADAPTER_CONFIG]) | {"model": name}
             job.files = {ADAPTERS: job.files[ADAPTERS], ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
         self._target.write(job, path)
+        self.limit = self._target.limit
         for file in path.rglob("*.json"):
             if file.name not in _VOCABULARIES:
                 _remove_local_names(file)

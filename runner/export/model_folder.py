@@ -13,7 +13,7 @@ from runner.common.filesystem import FileSystem
 from runner.common.text import first_line
 from runner.export.job import ExportJob, Target, load_written
 from runner.export.mlx import write_verified_folder
-from runner.export.proof import EXACT_LIMIT, ROUNDED_LIMIT, Comparison, Measured
+from runner.export.proof import EXACT_LIMIT, ROUNDED_LIMIT, Comparison, Measured, limit_of
 from runner.models.lora import AdaptedModel, Params, warm_start
 
 
@@ -21,6 +21,7 @@ class FusedTarget(Target):
     """`--to fused`; `path` is the name that the folder will have."""
 
     limit = ROUNDED_LIMIT
+    """Until `write` knows the types that it writes."""
 
     def __init__(self, path: Path, *, dequantize: bool) -> None:
         self._path, self._dequantize = path, dequantize
@@ -31,6 +32,8 @@ class FusedTarget(Target):
         if fused.config.get("quantization"):
             job.log("the base stays quantized, which rounds the merged layers; --dequantize avoids it")
         write_verified_folder(fused, path, self._path)
+        arrays = [array for _, array in tree_flatten(fused.model.parameters())]
+        self.limit = limit_of(str(array.dtype).rpartition(".")[2] for array in arrays)
 
     def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
         """Load the folder as `model.path` does."""

@@ -20,7 +20,16 @@ from runner.config.schema import Config, LoraConfig, ModelConfig, QuantizeConfig
 from runner.export.average import average_updates, padded
 from runner.export.hub import _remove_local_names, find_personal, local_paths
 from runner.export.mlx import write_model_folder
-from runner.export.proof import ROUNDED_LIMIT, ExportError, Measured, RowLosses, Verdict
+from runner.export.proof import (
+    EXACT_LIMIT,
+    HALF_LIMIT,
+    ROUNDED_LIMIT,
+    ExportError,
+    Measured,
+    RowLosses,
+    Verdict,
+    limit_of,
+)
 from runner.models.load import load_base_model
 from runner.models.lora import read_weights
 
@@ -68,11 +77,22 @@ def test_an_adapter_that_does_nothing_is_exported_where_nothing_changes() -> Non
     assert not verdict([5.0, 4.0], [5.0, 4.0], [5.2, 4.0]).passes
 
 
+def test_noise_of_additions_is_no_deviation() -> None:
+    assert verdict([5.0, 4.0], [5.00001, 4.0], [5.000012, 4.000002], EXACT_LIMIT).passes
+    assert not verdict([5.0, 4.0], [5.1, 4.0], [5.11, 4.0], EXACT_LIMIT).passes
+
+
+def test_the_coarsest_type_decides_what_may_deviate() -> None:
+    assert limit_of(["f32", "float32"]) == EXACT_LIMIT
+    assert limit_of(["f32", "bfloat16"]) == limit_of(["f16"]) == HALF_LIMIT
+    assert limit_of(["float16", "uint32"]) == limit_of(["q8_0"]) == ROUNDED_LIMIT
+
+
 @pytest.mark.parametrize("to", ["mlx", "peft", "fused", "hub"])
 def test_each_export_has_the_losses_of_the_run(run: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert export.run([str(run), "--to", to, "--json"]) == 0
     proof = proof_of(capsys)
-    assert proof["rows"] == 10 and proof["deviation"] < 1e-3
+    assert proof["rows"] == 10 and proof["deviation"] < 1e-3 and proof["limit"] == EXACT_LIMIT
     assert proof["base_loss"] - proof["run_loss"] > 0.1
     assert proof["export_loss"] == pytest.approx(proof["run_loss"], abs=1e-5)
 

@@ -74,7 +74,7 @@ class Conversation:
         Raises:
             ContextFull: there is no room for an answer; the message does not join the history.
             DataError: the chat template fails on the conversation.
-            ModelError: mlx-lm cannot generate with this architecture.
+            ModelError: mlx-lm cannot generate with this architecture; the message does not join the history.
         """
         turn = {"role": "user", "content": message}
         prompt = self._encode([*self.messages, turn])
@@ -89,8 +89,10 @@ class Conversation:
             for piece in self._generate(base, prompt, room, room < max_tokens, sampler, before_step):
                 text += piece.text
                 yield piece
-        finally:  # also where the reader ends it
+        except GeneratorExit:  # the reader ends it
             self.messages += [turn, {"role": "assistant", "content": text}]
+            raise
+        self.messages += [turn, {"role": "assistant", "content": text}]
 
     def undo(self) -> bool:
         """Remove the last message and its answer; False if there is none."""

@@ -11,6 +11,7 @@ from tiny_models import write_model
 
 from runner.common.errors import DataError
 from runner.config.schema import Config, DataConfig, ModelConfig
+from runner.inference import conversation as conversation_module
 from runner.inference.conversation import AnswerStopped, ContextFull, Conversation, Piece, context_length
 from runner.inference.prompts import PromptEncoder
 from runner.models.load import BaseModel, load_base_model
@@ -149,3 +150,16 @@ def test_the_context_is_read_from_any_config() -> None:
     assert context_length({"max_position_embeddings": 2048}) == 2048
     assert context_length({"text_config": {"max_position_embeddings": 64}, "max_position_embeddings": 2}) == 64
     assert context_length({"n_ctx": True}) is None
+
+
+def test_a_message_that_cannot_be_answered_does_not_join_the_history(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(conversation_module, "stream_generate", fail)
+    conversation = Conversation(encoder_of(base), None)
+    with pytest.raises(Exception, match="no such layer"):
+        ask(conversation, base, MESSAGES[0])
+    assert conversation.messages == []

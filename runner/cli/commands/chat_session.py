@@ -65,6 +65,8 @@ class ChatSession:
         self._max_tokens, self._sampler = max_tokens, sampler
         self._trained_length, self._said_long = trained_length, False
         self._as_json = as_json
+        self._was_stopped = False
+        """Whether Ctrl-C stopped an answer to the last message."""
         self._set_system(system)
 
     @property
@@ -85,9 +87,9 @@ class ChatSession:
                 message = reader.read()
                 if message is None or not self._handle(message):
                     return
-                was_interrupted = False
+                was_interrupted = self._was_stopped
             except KeyboardInterrupt:
-                if was_interrupted or not reader.is_interactive:
+                if was_interrupted or self._was_stopped or not reader.is_interactive:
                     raise
                 was_interrupted = True
                 print_note("\n(Ctrl-C again or Ctrl-D ends)")
@@ -98,6 +100,7 @@ class ChatSession:
 
     def _handle(self, line: str) -> bool:
         """Carry out a line; False where it ends the session."""
+        self._was_stopped = False
         if not line.strip():
             return True
         if line.startswith("//"):
@@ -169,6 +172,9 @@ class ChatSession:
                     for answered in self.speakers[: len(answers)]:
                         answered.conversation.undo()
                     raise
+                except KeyboardInterrupt:
+                    self._was_stopped = True
+                    raise
         if self._as_json:
             print(json.dumps({"message": message, "answers": answers}), flush=True)
 
@@ -183,6 +189,7 @@ class ChatSession:
             if not self._as_json:
                 print(printable(piece.text), end="", flush=True)
         assert piece is not None
+        self._was_stopped |= piece.finish_reason == "interrupted"
         if not self._as_json:
             print(flush=True)
             self._print_ending(piece)

@@ -10,14 +10,17 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from runner.cli.commands import chat, generate
+from runner.cli.commands.chat_session import ChatSession, Speaker
 from runner.common.errors import ConfigError
+from runner.inference.conversation import Piece
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +211,28 @@ def test_on_a_terminal_ctrl_c_twice_ends_with_130(run: Path, cli: Any) -> None:
     terminal.wait_for("> ")
     terminal.interrupt()
     assert terminal.wait() == 130
+
+
+@pytest.mark.parametrize("during_the_answer", [False, True])
+def test_ctrl_c_that_stopped_an_answer_ends_the_chat_when_typed_again(
+    during_the_answer: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(*arguments: object, **options: object) -> Iterator[Piece]:
+        if during_the_answer:
+            raise KeyboardInterrupt
+        yield Piece("", 0, 0.0, 1, 0, "interrupted")
+
+    def read() -> str:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append("abc")
+        return asked[0]
+
+    asked: list[str] = []
+    reader: Any = SimpleNamespace(read=read, is_interactive=True)
+    conversation: Any = SimpleNamespace(answer=answer)
+    loaded: Any = SimpleNamespace(adapted=None, base=None)
+    options: Any = {"max_tokens": 3, "sampler": None, "system": None, "trained_length": 9, "as_json": False}
+    with pytest.raises(KeyboardInterrupt):
+        ChatSession(loaded, [Speaker("base", conversation, False)], **options).run(reader)
+    assert "Ctrl-C again" not in capsys.readouterr().err

@@ -87,7 +87,7 @@ def find_average(path: Path, choice: str) -> list[AdapterSource]:
     match = re.fullmatch(r"(last|best):(\d{1,4})", choice)
     if match is None or int(match[2]) < 2:
         raise ConfigError(f"--average {choice} is invalid: must be last:N or best:N, of 2 checkpoints or more.")
-    run = run_or_best_job(path.expanduser().absolute())
+    run = run_or_best_job(resolve_name(str(path)).absolute())
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"--average takes a run directory: {_not_a_run(run)}")
     count, found = int(match[2]), _checkpoints(run)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings, test_rows
 from runner.cli.commands.adapter_source import AdapterSource
+from runner.cli.run_argument import resolve_name
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, CheckpointError, ConfigError, RunnerError
 from runner.common.text import relative_path
 from runner.config import serialize
@@ -54,7 +55,7 @@ def test_all(options: Namespace) -> int:
     Raises:
         RunnerError: the path holds no adapters, or a base model or the data cannot be used.
     """
-    path = Path(options.run).expanduser().absolute()
+    path = resolve_name(options.run).absolute()
     of_sweep = is_sweep_folder(path)
     entries = _jobs(path) if of_sweep else _checkpoints(path)
     if not any(entry.source for entry in entries):

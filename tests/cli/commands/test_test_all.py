@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from runner.cli.commands import load_adapter, test
+from runner.cli.commands.adapter_source import find_average
 from runner.common.errors import ConfigError
+from runner.config.labels import Labels
+from runner.runs.labels import write_labels
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: str, expect: int = 0) -> dict[str, Any]:
@@ -103,3 +106,15 @@ def test_what_cannot_be_combined_is_refused(run: Path, tmp_path: Path) -> None:
         test.run([str(run), "--limit", "4"])
     with pytest.raises(ConfigError, match="--tasks takes no --all"):
         test.run([str(run), "--all", "--tasks", "a"])
+
+
+def test_a_run_may_be_given_by_its_name(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = tmp_path / "outputs" / "run"
+    named.parent.mkdir()
+    run.rename(named)
+    write_labels(named, Labels(name="baseline"))
+    monkeypatch.chdir(tmp_path)
+    assert [entry["step"] for entry in measured(capsys, "baseline", "--all", "--rows", "1")["entries"]] == [4, 8, 12]
+    assert [source.step for source in find_average(Path("baseline"), "last:2")] == [8, 12]

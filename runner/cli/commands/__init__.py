@@ -21,7 +21,7 @@ COMMANDS = {
     "data": "report on a data set before training: lengths, what is cut and supervised, duplicates",
     "plan": "estimate a run before it starts: memory, time, disk; --fit finds the batch size that fits",
     "test": "measure loss, perplexity and the data set's metric on the test split, or tasks of lm-eval",
-    "generate": "answer a prompt with a run's adapter; --compare-base also without it",
+    "generate": "answer a prompt with a run's adapter; --base also without it",
     "chat": "talk to a run's adapter; --base answers beside it without it",
     "serve": "answer HTTP requests with a run's adapter, as OpenAI's API does",
     "export": "write a run for mlx-lm, PEFT, llama.cpp or the hub, and prove that it computes the same",

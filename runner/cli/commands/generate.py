@@ -1,9 +1,9 @@
-"""`runner generate`: answer a prompt with a run's adapter, streaming; --compare-base also asks the base model."""
+"""`runner generate`: answer a prompt with a run's adapter, streaming; --base also asks the base model."""
 
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,11 @@ def run(argv: list[str]) -> int:
     loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
     prompt_tokens = _encode_prompt(loaded, settings.config, prompt, options.system)
     answers = []
-    if options.compare_base:
+    if options.base:
         loaded.detach()
         answers.append({"by": "base", **_answer(loaded, prompt_tokens, options, heading="base")})
         loaded.attach()
-    heading = f"adapter ({source.name})" if options.compare_base else None
+    heading = f"adapter ({source.name})" if options.base else None
     answers.append({"by": "adapter", **_answer(loaded, prompt_tokens, options, heading)})
     if options.json:
         document = {"run": str(source.run), "adapter": str(source.folder), "step": source.step, "prompt": prompt}
@@ -54,7 +54,8 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_sampling()
     parser.add_seed()
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
-    parser.add_argument("--compare-base", action="store_true", help="also answer without the adapter, first")
+    parser.add_argument("--base", action="store_true", help="also answer without the adapter, first")
+    parser.add_argument("--compare-base", action="store_true", dest="base", help=SUPPRESS)  # its former name
     return parser.parse(argv)
 
 

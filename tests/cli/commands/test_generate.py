@@ -48,7 +48,7 @@ def test_the_answer_equals_greedy_mlx_lm_with_the_chat_template(run: Path, capsy
 
 def test_compare_base_answers_without_the_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = models.load_base_model(schema.ModelConfig(path="builtin:tiny"))
-    found = answered(capsys, str(run), "twice: sour", "--max-tokens", "12", "--compare-base")
+    found = answered(capsys, str(run), "twice: sour", "--max-tokens", "12", "--base")
     first, second = found["answers"]
     assert (first["by"], second["by"]) == ("base", "adapter")
     assert first["text"] == plain(base.model, base.tokenizer, "twice: sour")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
     if invocation.report_run is not None:
         invocation.report_run(directory.path)
 
+    in_place = source is not None and directory.path == source.run
+
     def run_in_job(job_config: DictConfig) -> float | None:
         from runner.backends import blas
 
@@ -63,16 +66,16 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
             stop_at=invocation.stop_at,
             labels=labels,
             repeats=run_or_best_job(invocation.repeat) if invocation.repeat else None,
+            on_accepted=partial(_relabel, directory.path, labels, _typed(invocation)) if in_place else None,
             supervise=invocation.supervise,
         )
         return train_run(spec)
 
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
-        if source is not None and directory.path == source.run:
-            typed = [text.lstrip("+").partition("=")[0] for text in invocation.overrides]
+        if in_place:
             stored = config_to_store(without_hydra(composed), config)
-            _relabel(source.run, Labels.take(stored), typed)
-            record_job_changes(source.run, stored, typed)
+            Labels.take(stored)
+            record_job_changes(directory.path, stored, _typed(invocation))
         context.callbacks.on_run_start(config=composed, config_name=session.config_name)
         job = run_job(run_in_job, composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
         context.callbacks.on_run_end(config=composed, config_name=session.config_name, job_return=job)
@@ -146,6 +149,10 @@ def _restore(backup: Path, directory: RunDirectory) -> ResumeSource:
         raise
     print(f"restored {backup} into {directory.path}", *damaged, sep="\n")
     return ResumeSource(run=directory.path)
+
+
+def _typed(invocation: Invocation) -> list[str]:
+    return [text.lstrip("+").partition("=")[0] for text in invocation.overrides]
 
 
 def _relabel(run: Path, labels: Labels, typed: Collection[str]) -> None:

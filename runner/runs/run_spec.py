@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,8 @@ class RunSpec:
     """The run whose settings a new run takes."""
     labels: Labels = NO_LABELS
     """Those of a new run; one that resumes in its directory keeps what that holds."""
+    on_accepted: Callable[[], None] | None = None
+    """Called once a resume in the run's own directory was accepted: a refused one changes nothing."""
     supervise: Supervision | None = None
     """Given where a supervisor starts this process again."""
 

@@ -51,6 +51,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         spec, point = find_resume_point(spec)
         spec = template_date.fill_date(spec)
         if point is not None and is_already_finished(spec, point):
+            _accept(spec)
             _print_finished(spec, stops)
             return _objective(spec, point.saved.progress.best_loss)
         loader = shared or stack.enter_context(closing(ComponentLoader()))
@@ -58,6 +59,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
             with _exit_on_stop(stops):
                 require_same_inputs(spec, point, loader, stops)  # a refused resume writes nothing
                 spec = epochs.fill_iters(spec, loader, stops.check, point.saved.progress.step)
+        _accept(spec)
         stack.callback(_write_report, spec)  # last of all: it shows what the others wrote
         writer = stack.enter_context(closing(open_writer(spec, point)))
         stack.enter_context(_failure_recorded(spec, writer))
@@ -105,6 +107,11 @@ def _train_and_finalize(trainer: Trainer, spec: RunSpec) -> None:
         trainer.writer.update_status(step=trainer.state.progress.step)
         raise SystemExit(EXIT_REPLACE)
     finalize(trainer, spec, stop)
+
+
+def _accept(spec: RunSpec) -> None:
+    if spec.on_accepted is not None:
+        spec.on_accepted()
 
 
 def _print_finished(spec: RunSpec, stops: StopSignals) -> None:

@@ -33,6 +33,9 @@ def test_labels_of_a_run_outlast_a_resume_and_are_not_inherited(inline):
     out = inline("resume=run", "name=third")
     assert "is finished; nothing is left to do" in out and read_labels(run).name == "third"
 
+    inline("resume=run", "name=fourth", "lora.rank=32", expect=2)
+    assert read_labels(run).name == "third"  # a refused resume changes nothing
+
     inline("repeat=run", "hydra.run.dir=again")
     inline("resume=run/checkpoints/step-0000001", "tags=[branch]", "hydra.run.dir=branch")
     assert read_labels(place / "again") == Labels()

@@ -143,10 +143,13 @@ def test_an_export_that_cannot_be_compared_is_refused_unless_forced(
     assert "not compared with the run" in capsys.readouterr().out
 
 
-def test_an_npz_is_what_lora_py_reads(tiny: Callable, train: Callable, tmp_path: Path) -> None:
+def test_an_npz_is_what_lora_py_reads(
+    tiny: Callable, train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {"lora.keys": ["self_attn.q_proj", "self_attn.v_proj"], "lora.scale": 5.0, "lora.rank": 4}
     run = train(tiny(**LEARNS | changes), tmp_path / "run")
     assert export.run([str(run), "--to", "npz", "--out", str(tmp_path / "adapters.npz")]) == 0
+    assert "lora.py --model MODEL --lora-layers 4 --adapter-file" in capsys.readouterr().out
     ours, written = read_weights(run / "adapters"), np.load(tmp_path / "adapters.npz")
     assert set(written) == set(ours)
     name = "model.layers.3.self_attn.v_proj.lora"

@@ -77,7 +77,7 @@ def _export(
             export_job.export_base(job, base_target, dequantize=options.dequantize)
 
     verdict = exports.export(job, writer, target, baseline, force=options.force, finish=finish)
-    command = _command(options.to, target, base_target, config)
+    command = _command(options.to, target, base_target, job)
     steps = f"average of {', '.join(f'step {s.step}' for s in sources)}" if sources else source.name
     if options.json:
         document: dict[str, Any] = {
@@ -211,13 +211,16 @@ def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Pat
     )
 
 
-def _command(to: str, target: Path, base_target: Path | None, config: Config) -> str | None:
+def _command(to: str, target: Path, base_target: Path | None, job: ExportJob) -> str | None:
     """Return the command that tries the export by the program that it is for, or None where there is none."""
-    path = shlex.quote(relative_path(target))
+    path, config = shlex.quote(relative_path(target)), job.config
+    if to == "npz":
+        base = shlex.quote(_name_for_mlx_lm(None, config) or "MODEL")
+        layers = len(job.adapted.model.layers) if job.adapted and job.lora.num_layers < 0 else job.lora.num_layers
+        return f"python lora.py --model {base} --lora-layers {layers} --adapter-file {path} --prompt …"
     others = {
         "hub": f"hf upload YOUR_NAME/THIS_MODEL {path}",
         "gguf": f"llama-cli -m {path}",
-        "npz": f"python lora.py --adapter-file {path} --prompt …",
         "peft": f"PeftModel.from_pretrained(model, {json.dumps(relative_path(target))})",
     }
     if to in others:

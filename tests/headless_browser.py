@@ -7,6 +7,8 @@ downloads no browser of its own.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import os
 import platform
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = "@sparticuz/chromium@153.0.0"
+INTEGRITY = "sha512-jiGWqSvPMdu4+P9TilYqAR7yEGPEHINx+lCvE/NqNO/EHYzF/x1hUiI5T6ioVIt7dEy7n88byyT0vk+dnsgQwA=="
+"""Of the package's archive, as npm states it."""
 NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chrome", "chromium-browser")
 APPLICATIONS = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
@@ -53,6 +57,9 @@ def fetch() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         (archive,) = Path(folder).glob("*.tgz")
+        digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+        if f"sha512-{digest}" != INTEGRITY:
+            raise OSError(f"{PACKAGE} is not the archive that is known here: its SHA-512 differs")
         with tarfile.open(archive) as package:
             package.extractall(folder, filter="data")
         packed = Path(folder) / "package" / "bin"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,16 @@ class PromptEncoder:
         self.text = TextEncoder(tokenizer, template)
         self.system_prompt = config.data.system_prompt
         """Begins a conversation that has no system message of its own."""
-        self.uses_template = bool(
-            self.text.has_chat_template and config.data.chat_template and not _trained_on_text(config, self.text)
-        )
-        """Whether rows were conversations; otherwise each prompt is a text that the model continues."""
+        self._config = config
+
+    @cached_property
+    def uses_template(self) -> bool:
+        """Whether rows were conversations; otherwise each prompt is a text that the model continues.
+
+        The first row of the data may be read for it.
+        """
+        chats = self.text.has_chat_template and self._config.data.chat_template
+        return bool(chats and not _trained_on_text(self._config, self.text))
 
     def render(self, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True) -> str:
         """Return the conversation as the chat template writes it.

@@ -163,3 +163,8 @@ def test_a_message_that_cannot_be_answered_does_not_join_the_history(
     with pytest.raises(Exception, match="no such layer"):
         ask(conversation, base, MESSAGES[0])
     assert conversation.messages == []
+
+
+def test_a_prompt_is_rendered_without_a_look_at_the_data(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.inference.prompts._trained_on_text", lambda *arguments: pytest.fail("it was read"))
+    assert "abc" in encoder_of(base).render([{"role": "user", "content": "abc"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def _data_text(config: Config) -> str:
 def _usage(config: Config, facts: CardFacts) -> str:
     template = "" if config.data.chat_template else " --ignore-chat-template"
     if config.data.template_args:
-        template += f" --chat-template-config '{json.dumps(config.data.template_args)}'"
+        template += f" --chat-template-config {shlex.quote(json.dumps(config.data.template_args))}"
     lines = ["```", "pip install mlx-lm"]
     if facts.adapter_only:
         lines += ["hf download YOUR_NAME/THIS_MODEL --local-dir adapter"]

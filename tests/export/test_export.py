@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import socket
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from runner.config.schema import Config, LoraConfig, ModelConfig, QuantizeConfig
 from runner.export.average import average_updates, padded
 from runner.export.hub import _remove_local_names, find_personal, local_paths
 from runner.export.mlx import write_model_folder
+from runner.export.model_card import CardFacts, write_card
 from runner.export.proof import (
     EXACT_LIMIT,
     HALF_LIMIT,
@@ -274,3 +276,11 @@ def test_names_of_local_folders_are_removed_at_any_depth(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     _remove_local_names(tmp_path / "config.json")
     assert json.loads((tmp_path / "config.json").read_text()) == {"text_config": {"n": 1}, "parts": [{}]}
+
+
+def test_the_command_of_a_card_bears_an_apostrophe() -> None:
+    config = Config()
+    config.model.path, config.data.path, config.data.template_args = "someone/base", "someone/rows", {"who": "Ann's"}
+    card = write_card(config, CardFacts("someone/base", None, "llama", 1, False, None, None))
+    line = next(line for line in card.splitlines() if line.startswith("mlx_lm.generate"))
+    assert json.loads(shlex.split(line)[4]) == {"who": "Ann's"}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_program import ForkedProgram
 from hypothesis import settings as hypothesis_settings
 
 from runner.backends import blas
@@ -162,6 +166,13 @@ def _rows() -> Callable[[Path], list[dict[str, Any]]]:
     return rows
 
 
+@functools.cache
+def _forked_program() -> ForkedProgram:
+    program = ForkedProgram(CommandLine(Path()).environment)
+    atexit.register(program.close)
+    return program
+
+
 class CommandLine:
     """The program as a user runs it, in the working directory `folder`."""
 
@@ -187,9 +198,16 @@ class CommandLine:
 
     def __call__(self, *arguments: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
         """Run the program to its end, assert that its exit code is `expect`, and return its output."""
-        process = self.start(*arguments, env=env or {})
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == expect, f"exit code {process.returncode}\n{output}"
+        environment = {**self.environment, **(env or {})}
+        if self.python == sys.executable and _forked_program().accepts(environment):
+            with tempfile.NamedTemporaryFile(prefix="output-") as file:
+                code = _forked_program().run(arguments, self.folder, environment, Path(file.name))
+                output = file.read().decode()
+        else:
+            process = self.start(*arguments, env=env or {})
+            output, _ = process.communicate(timeout=600)
+            code = process.returncode
+        assert code == expect, f"exit code {code}\n{output}"
         return output
 
     def wait_for(self, run: Path, step: int, process: subprocess.Popen[str]) -> int:

@@ -50,7 +50,9 @@ class Trainer:
     saved_at: float = field(default_factory=time.monotonic)
     """When it last saved, or else started, by `time.monotonic`."""
     train_seconds: float = 0.0
-    """Time spent in updates since the last report, without evaluating and saving."""
+    """Time spent in updates since the last report, without evaluating and saving, in this process."""
+    train_tokens: int = 0
+    """Tokens trained on in that time; the sums since the last report may hold those of an earlier process, too."""
 
     def train(self) -> StopReason:
         """Train from the current step until the run ends, and return why it ended.
@@ -97,6 +99,7 @@ class Trainer:
         self.buffer_cache.empty_if_half_full()
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
+        self.train_tokens += tokens
         self.display.step(progress.step, loss_sum / supervised, tokens, seconds)
 
     def report(self) -> None:
@@ -108,7 +111,7 @@ class Trainer:
             "train",
             progress.train_loss,
             supervised=sums.supervised,
-            tokens=sums.tokens,
+            tokens=self.train_tokens,
             seconds=self.train_seconds,
             learning_rate=learning_rate,
             grad_norm=sums.grad_norm,
@@ -116,7 +119,7 @@ class Trainer:
         self.writer.update_status(state="running", step=progress.step, train_loss=progress.train_loss)
         self.display.train_loss(progress.step, progress.train_loss, learning_rate)
         progress.since_report = ReportWindow()
-        self.train_seconds = 0.0
+        self.train_seconds, self.train_tokens = 0.0, 0
 
     def evaluate(self) -> bool:
         """Evaluate at the current step and log the result; return whether the loss is the best so far.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -103,6 +104,17 @@ def test_without_its_losses_of_rows_a_run_resumes_and_a_branch_begins(tiny, trai
         evaluations = [json.loads(line) for line in (folder / "row_losses.jsonl").read_text().splitlines()]
         assert [evaluation["step"] for evaluation in evaluations] == [12] and "tokens" in evaluations[0]
         assert (folder / "run.log").read_text().count("row_losses.jsonl was removed or cut, and is begun anew") == 1
+
+
+def test_the_throughput_after_a_resume_counts_the_tokens_of_this_process(tiny, train, tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("runner.training.trainer.time.perf_counter", lambda: float(next(ticks)))  # an update takes 1 s
+    run = train(tiny(**{"train.report_every": 4, "checkpoint.every": 3}), tmp_path / "run", stop_at=3)
+    before = json.loads((run / "checkpoints/step-0000003/train_state.json").read_text())["progress"]["tokens"]
+    train(tiny(**{"train.report_every": 4, "checkpoint.every": 3}), run, resume=run)
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    first = next(row for row in lines if row["split"] == "train")
+    assert first["step"] == 4 and first["tokens_per_second"] == first["tokens"] - before
 
 
 def test_evaluating_more_often_changes_only_the_rows(tiny, train, tmp_path, rows):

@@ -16,7 +16,7 @@ from typing import Any
 POINTS = {
     "micro-batch": ("runner.training.train_step", "dropout_key"),
     "update": ("runner.training.trainer", "Trainer.update"),
-    "evaluation": ("runner.backends.mlx.backend", "MlxBackend.loss"),
+    "evaluation": ("runner.backends.mlx.backend", "MlxBackend.row_losses"),
     "save": ("runner.training.state_files", "checkpoint_files"),
     "save decision": ("runner.checkpoints.save_policy", "SavePolicy.due"),
     "answers": ("runner.training.answers", "generate"),

@@ -349,11 +349,13 @@ def test_a_resume_with_another_loss_chunk_says_once_that_results_may_differ(tiny
 
 COUNT_READS = """
 import os, sys
-reads = []
+reads, resumed = [], []
 def hook(event, arguments):
-    if event == "open" and os.path.basename(str(arguments[0])) == "config.yaml" and "conf/" not in str(arguments[0]):
+    if event == "open" and str(arguments[0]).endswith("run/config.yaml") and not resumed:
         if arguments[2] & os.O_ACCMODE == os.O_RDONLY:
             reads.append(str(arguments[0]))
+    if event == "open" and str(arguments[0]).endswith("run/metrics.jsonl"):
+        resumed.append(True)
 sys.addaudithook(hook)
 from runner.__main__ import main
 code = main(["resume=run"])
@@ -363,7 +365,7 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-def test_the_program_reads_the_config_of_a_resumed_run_once(cli):
+def test_the_program_reads_the_config_of_a_run_once_to_resume_it(cli):
     cli("model=tiny", "data=tiny", "train.iters=4", "train.stop_at=2", "hydra.run.dir=run")
     process = subprocess.run(
         [sys.executable, "-c", COUNT_READS],

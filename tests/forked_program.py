@@ -43,7 +43,12 @@ class ForkedProgram:
 
         As of `subprocess.Popen`, the code of a process that a signal ended is negative.
         """
-        request = {"arguments": arguments, "folder": str(folder), "environment": dict(environment), "output": str(output)}
+        request = {
+            "arguments": arguments,
+            "folder": str(folder),
+            "environment": dict(environment),
+            "output": str(output),
+        }
         server = self._started()
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
@@ -78,7 +83,7 @@ def serve() -> None:
     import runner.training.run  # noqa: F401
     from runner.cli.main import main
 
-    transformers.AutoTokenizer  # noqa: B018: the package imports it when it is asked for
+    assert transformers.AutoTokenizer  # imported when it is asked for
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a fork would lose {threads - 1} threads"
     for line in sys.stdin:

@@ -45,8 +45,6 @@ def run(argv: list[str]) -> int:
     from runner.reports.html.write import write_report
 
     output = Path(options.output).expanduser() if options.output is not None else None
-    if output is not None and output.is_dir():
-        raise ConfigError(f"--output {output} is a folder: name a file in it, such as {output / REPORT}.")
     written = write_report(path, output)
     Screen().line(relative_path(written))
     if options.open:

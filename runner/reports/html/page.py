@@ -20,6 +20,8 @@ from runner.common.clock import utc_now
 from runner.reports.html.private import Privacy
 from runner.reports.html.sections import Part
 
+GENERATOR = "runner report"
+"""By which a page is known as one, among its first lines."""
 _ASSETS = Path(__file__).parent.parent / "assets"
 _STYLES = ("uPlot.min.css", "page.css")
 _LIBRARY, _LIBRARY_LICENCE = "uPlot.iife.min.js", "uPlot.LICENSE.txt"
@@ -96,7 +98,7 @@ def document(data: str, *, title: str, made: str, live: bool) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
             '<meta name="referrer" content="no-referrer">',
-            f'<meta name="generator" content="runner report, {escape(made)}">',
+            f'<meta name="generator" content="{GENERATOR}, {escape(made)}">',
             '<link rel="icon" href="data:,">',
             f"<title>{escape(title)}</title>",
             *(f"<style>{style}</style>" for style in styles),

@@ -11,12 +11,15 @@ from runner.common.errors import ConfigError
 from runner.reports.comparison import Comparison
 from runner.reports.html.comparison_report import comparison_report
 from runner.reports.html.folder_report import folder_report
-from runner.reports.html.page import Page, render
+from runner.reports.html.page import GENERATOR, Page, render
 from runner.reports.html.run_report import run_report
 from runner.reports.html.sweep_report import sweep_report
 from runner.reports.run_page import read_run_page
 from runner.runs.find import find_runs, is_sweep_folder, looks_like_run, read_sweep
 from runner.runs.inspect import read_run
+
+_HEAD_BYTES = 8192
+"""Where a page names its generator."""
 
 
 def make_page(path: Path, errors: Mapping[int, str] | None = None) -> Page:
@@ -43,11 +46,13 @@ def write_report(path: Path, output: Path | None = None, errors: Mapping[int, st
     """Write the page of what is at `path` into its folder, or to `output`, and return where it is.
 
     Raises:
-        ConfigError: see `make_page`.
+        ConfigError: see `make_page`; or where it is to be written is something else than a page.
         StorageError: the file cannot be written; an earlier one stays.
     """
     target = output or path / layout.REPORT
-    write_atomically(target, render(make_page(path, errors)), durable=False)
+    page = make_page(path, errors)
+    _require_replaceable(target)
+    write_atomically(target, render(page), durable=False)
     return target
 
 
@@ -55,13 +60,36 @@ def write_comparison(comparison: Comparison, output: Path) -> Path:
     """Write the page of a comparison to `output`, and return it.
 
     Raises:
-        ConfigError: `output` is a folder.
+        ConfigError: `output` is something else than a page.
         StorageError: the file cannot be written; an earlier one stays.
     """
-    if output.is_dir():
-        raise ConfigError(f"{output} is a folder: name a file in it, such as {output / 'comparison.html'}.")
+    _require_replaceable(output)
     write_atomically(output, render(comparison_report(comparison)), durable=False)
     return output
+
+
+def _require_replaceable(target: Path) -> None:
+    """Refuse to write a page over what is not one, such as a run's files, or where there is no folder for it.
+
+    Raises:
+        ConfigError: says what stands there.
+    """
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder: name a file in it, such as {target / layout.REPORT}.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target}: there is no folder {target.parent}; make it first.")
+    if not target.is_symlink() and not target.exists():
+        return
+    if target.is_symlink() or not target.is_file() or not _is_page(target):
+        raise ConfigError(f"{target} exists already and is no page of runner; it is not replaced. Choose another name.")
+
+
+def _is_page(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return f'name="generator" content="{GENERATOR}'.encode() in opened.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def write_report_or_say_why(path: Path, errors: Mapping[int, str] | None = None) -> str | None:

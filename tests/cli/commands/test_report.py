@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
 import subprocess
@@ -41,6 +42,30 @@ def test_it_prints_where_the_page_is(inline: Any, run: Path, tmp_path: Path) -> 
 )
 def test_wrong_arguments(inline: Any, run: Path, arguments: list[str], message: str) -> None:
     assert message in inline("report", *arguments, expect=2)
+
+
+@pytest.mark.parametrize("what", ["settings", "notes", "link", "pipe"])
+def test_only_a_page_is_replaced(inline: Any, run: Path, tmp_path: Path, what: str) -> None:
+    target = run / "config.yaml" if what == "settings" else tmp_path / "there"
+    if what == "notes":
+        target.write_text("python -m runner report outputs")
+    elif what == "link":
+        inline("report", "outputs/run", "--output", "page.html")
+        target.symlink_to("page.html")
+    elif what == "pipe":
+        os.mkfifo(target)
+    before = target.lstat()
+    for command in (["report", "outputs/run", "--output"], ["compare", "outputs/run", "outputs/other", "--html"]):
+        run_folders.make_run(tmp_path / "outputs/other")
+        assert "exists already and is no page of runner" in inline(*command, str(target), expect=2)
+    after = target.lstat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_mode) == (before.st_ino, before.st_mtime_ns, before.st_mode)
+
+
+def test_a_page_is_replaced_and_its_folder_must_be_there(inline: Any, run: Path) -> None:
+    for _ in range(2):
+        assert inline("report", "outputs/run", "--output", "page.html") == "page.html\n"
+    assert "there is no folder nowhere" in inline("report", "outputs/run", "--output", "nowhere/page.html", expect=2)
 
 
 def test_it_needs_neither_mlx_nor_hydra(run: Path) -> None:

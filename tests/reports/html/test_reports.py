@@ -13,7 +13,7 @@ import pytest
 import run_folders
 from evaluated_runs import row_losses, write_run, write_sweep
 
-from runner.common.errors import ConfigError, StorageError
+from runner.common.errors import ConfigError
 from runner.common.layout import REPORT
 from runner.config.labels import Labels
 from runner.reports.html.page import page_json, render
@@ -239,7 +239,7 @@ def test_what_cannot_be_shown_or_written_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=reason):
             make_page(tmp_path / path)
     run = run_folders.make_run(tmp_path / "run")
-    with pytest.raises(StorageError):
+    with pytest.raises(ConfigError, match="there is no folder"):
         write_report(run, tmp_path / "missing/page.html")
     assert write_report_or_say_why(run) is None
     assert "report.html was not written: ConfigError" in str(write_report_or_say_why(tmp_path / "missing"))

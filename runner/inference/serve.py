@@ -21,13 +21,15 @@ from mlx_lm.server import APIHandler, CompletionRequest, ModelProvider, Response
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from runner.common.errors import ConfigError
+from runner.common.errors import ConfigError, ModelError
 from runner.config.schema import Config
 from runner.inference.conversation import context_length
 from runner.inference.prompts import PromptEncoder
 from runner.models.load import BaseModel
 from runner.training.decoding import decode, why_not_in_batches
 
+_MAX_BODY_BYTES = 64 << 20
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _CACHED_CONVERSATIONS = 10
 """Key-value caches kept for the next turn, as many as stock mlx-lm keeps."""
 _PROBE_QUESTIONS = ("Hi", "What is it called?", "Name one thing that is red, one that is green and one that is blue.")
@@ -77,7 +79,7 @@ class RunServer:
         `name` is what clients call the model; `on_ready` is called once requests are answered.
 
         Raises:
-            ModelError: mlx-lm cannot generate with this architecture.
+            ModelError: mlx-lm cannot generate with this architecture, or a request has ended its generation.
         """
         provider = _RunModel(base, config, name, self._options)
         maybe_set_recommended_wired_limit()
@@ -88,7 +90,12 @@ class RunServer:
             self._http.serve_forever()
         finally:
             self._http.server_close()
+            is_healthy = generator.is_healthy
             generator.stop_and_join()
+        if not is_healthy:
+            raise ModelError(
+                "mlx-lm's generation failed on a request (see above), and answers none after it: start again."
+            )
 
     def close(self) -> None:
         """Free the address."""
@@ -99,6 +106,7 @@ class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True  # a client that stays connected does not keep the process
 
     def __init__(self, address: tuple[str, int], handler: type[APIHandler]) -> None:
+        self.is_local = address[0] in ("localhost", "127.0.0.1", "::1")
         if ":" in address[0]:
             import socket
 
@@ -177,12 +185,61 @@ class _RunTokenizer(TokenizerWrapper):
 class _Handler(APIHandler):
     """mlx-lm's request handler for one model: it lists that one, and refuses what cannot be answered rightly."""
 
+    server: _HttpServer
+
+    def do_GET(self) -> None:
+        """Answer a request for the model or the state of the server."""
+        if self._is_for_this_machine():
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        """Answer a request for text; end the server where it can answer no other."""
+        length = self.headers.get("Content-Length") or ""
+        if not self._is_for_this_machine():
+            return
+        if length.isdecimal() and int(length) > _MAX_BODY_BYTES:
+            self._refuse(413, f"The request has more than {_MAX_BODY_BYTES:,} bytes.")
+            return
+        super().do_POST()
+        if not self.response_generator.is_healthy:
+            self.server.shutdown()
+
+    def handle_text_completions(self) -> CompletionRequest:
+        """Return the request.
+
+        Raises:
+            ValueError: its prompt is no text, or has no token; mlx-lm's generation would end for all requests.
+        """
+        _check_options(self.body)
+        prompt = self.body.get("prompt")
+        if not isinstance(prompt, str):
+            raise ValueError("prompt must be a text; several prompts are several requests.")
+        if not self._model.tokenizer.encode(prompt):
+            raise ValueError("prompt must not be empty.")
+        return super().handle_text_completions()
+
+    def _is_for_this_machine(self) -> bool:
+        """Refuse a request to another host's name where the server is reached from this machine alone: a page from
+        elsewhere may have had its name resolved to this machine."""
+        name = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host")
+        if self.server.is_local and name not in _LOOPBACK_NAMES:
+            self._refuse(421, "This server answers on the loopback interface only.")
+            return False
+        return True
+
+    def _refuse(self, status: int, reason: str) -> None:
+        self.close_connection = True
+        self._set_completion_headers(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": reason}).encode())
+
     def handle_chat_completions(self) -> CompletionRequest:
         """Return the request.
 
         Raises:
             ValueError: it has messages that this model was not trained on.
         """
+        _check_options(self.body)
         _check_messages(self.body)
         if not self._model.encoder.uses_template:
             raise ValueError("The model was trained on plain prompts, without a chat template: use /v1/completions.")
@@ -201,6 +258,19 @@ class _Handler(APIHandler):
         model = self.response_generator.model_provider
         assert isinstance(model, _RunModel)
         return model
+
+
+def _check_options(body: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that would end mlx-lm's generation for all requests."""
+    stops = body.get("stop")
+    if not all(isinstance(stop, str) and stop for stop in (stops if isinstance(stops, list) else [stops or "none"])):
+        raise ValueError("stop must be a text, or a list of texts, none of them empty.")
+    bias = body.get("logit_bias")
+    if bias is not None and not (
+        isinstance(bias, dict)
+        and all(token.isdecimal() and type(value) in (int, float) for token, value in bias.items())
+    ):
+        raise ValueError("logit_bias must give a number for each of some token ids.")
 
 
 def _check_messages(body: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import mlx_lm.server
 import pytest
 
 from runner.cli.commands import generate, serve
-from runner.common.errors import ConfigError
+from runner.common.errors import ConfigError, ModelError
 from runner.inference.serve import ServeOptions, _arguments
 
 pytestmark = pytest.mark.slow
@@ -135,6 +136,53 @@ def test_what_cannot_be_answered_rightly_is_refused(server: Server) -> None:
     assert "does not read it" in refused(chat_template_kwargs={"enable_thinking": True})
     assert "context ends at 2,048" in refused(messages=[{"role": "user", "content": "x" * 3000}])
     assert server.ask(max_tokens=2)  # it goes on
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ""},
+        {"prompt": ["a", "b"]},
+        {"prompt": None},
+        {"prompt": "a", "stop": [5]},
+        {"prompt": "a", "stop": ["", "b"]},
+        {"prompt": "a", "logit_bias": {"x": 1}},
+        {"prompt": "a", "logit_bias": {"5": "y"}},
+    ],
+    ids=str,
+)
+def test_what_would_end_the_generation_is_refused_and_the_server_answers_on(server: Server, body: Any) -> None:
+    status, content = server.post("/completions", **body, max_tokens=2)
+    assert status == 400 and json.loads(content)["error"].split()[1] == "must", content
+    assert server.ask(max_tokens=2)
+
+
+def test_other_hosts_and_huge_requests_are_refused(server: Server) -> None:
+    for headers, expected in (({"Host": "evil.example:80"}, 421), ({"Content-Length": str(10**11)}, 413)):
+        request = urllib.request.Request(f"{server.url}/completions", b"{}", headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=60)
+        assert refused.value.code == expected
+    assert server.ask(max_tokens=2)
+
+
+def test_a_server_that_can_answer_nothing_more_ends(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def ask(url: str) -> None:
+        body = json.dumps({"messages": QUESTION, "max_tokens": 2}).encode()
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{url}/chat/completions", body, timeout=60)
+        asked.append(refused.value.code)
+
+    def announce(url: str, name: str, adapter: str) -> None:
+        threading.Thread(target=ask, args=(url,)).start()
+
+    monkeypatch.setattr(serve, "_announce", announce)
+    monkeypatch.setattr(mlx_lm.server.ResponseGenerator, "_make_state_machine", lambda *_: 1 / 0)
+    with pytest.raises(ModelError, match="generation failed on a request"):
+        serve.run([str(run), "--port", "0"])
+    assert asked
 
 
 def test_the_one_model_is_listed_and_pages_of_other_origins_get_no_access(server: Server) -> None:

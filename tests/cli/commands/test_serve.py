@@ -168,6 +168,7 @@ def test_other_hosts_and_huge_requests_are_refused(server: Server) -> None:
 
 def test_a_server_that_can_answer_nothing_more_ends(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
+    clients: list[threading.Thread] = []
 
     def ask(url: str) -> None:
         body = json.dumps({"messages": QUESTION, "max_tokens": 2}).encode()
@@ -176,13 +177,15 @@ def test_a_server_that_can_answer_nothing_more_ends(run: Path, monkeypatch: pyte
         asked.append(refused.value.code)
 
     def announce(url: str, name: str, adapter: str) -> None:
-        threading.Thread(target=ask, args=(url,)).start()
+        clients.append(threading.Thread(target=ask, args=(url,)))
+        clients[0].start()
 
     monkeypatch.setattr(serve, "_announce", announce)
     monkeypatch.setattr(mlx_lm.server.ResponseGenerator, "_make_state_machine", lambda *_: 1 / 0)
     with pytest.raises(ModelError, match="generation failed on a request"):
         serve.run([str(run), "--port", "0"])
-    assert asked
+    clients[0].join(timeout=60)  # the server may end before its client has read the answer
+    assert asked == [404]
 
 
 def test_the_one_model_is_listed_and_pages_of_other_origins_get_no_access(server: Server) -> None:

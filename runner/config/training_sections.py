@@ -1,0 +1,194 @@
+"""Sections of the schema for what a run does: the adapter, its training, the checkpoints and what a sweep compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runner.common.layout import CHECKPOINTS
+from runner.config.setting import MISSING, OnResume, PathKind, section, setting
+
+FREE = OnResume.FREE
+HIGHER_IS_BETTER = ("score",)
+"""Values of objective.metric of which a higher one is better, unless objective.direction says otherwise."""
+DEFAULT_LORA_SCALE = 20.0
+"""lora.scale where neither it nor lora.alpha is set, as in mlx-lm."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """The shape of the adapter."""
+
+    type: str = setting("lora", choices=("lora",))
+    """Method of fine-tuning."""
+    rank: int = setting(8, at_least=1, at_most=16_384)
+    """Rank of the update matrices."""
+    scale: float | None = setting(None)
+    """Factor of the update, as in mlx-lm; null means 20 unless alpha is set."""
+    alpha: float | None = setting(None, above=0)
+    """Numerator of the factor, as in PEFT, instead of scale: scale = alpha / rank."""
+    rslora: bool = setting(False)
+    """With alpha: scale = alpha / sqrt(rank) (rank-stabilized LoRA, arXiv:2312.03732)."""
+    dropout: float = setting(0.0, at_least=0, below=1)
+    """Dropout probability on the adapter's input."""
+    num_layers: int = setting(16, at_least=1, minus_one_is_all=True)
+    """Number of transformer blocks to adapt, counted from the last."""
+    keys: list[str] | None = setting(None)
+    """Linear layers to adapt inside a block, such as self_attn.q_proj; null means every linear layer."""
+    dtype: str = setting("float32", choices=("float32", "model"))
+    """Data type that the adapter computes in: float32, or model, the base model's own (smaller products on a GPU);
+    weights and optimizer state are float32 in both cases."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer of the adapter's weights."""
+
+    name: str = setting(MISSING, choices=("adamw", "adam", "sgd"))
+    """Optimizer; set by the group."""
+    learning_rate: float = setting(1e-4, above=0)
+    """Peak learning rate (mlx-lm's default of 1e-5 hardly moves an adapter of rank 8)."""
+    betas: list[float] | None = setting(
+        None, length=2, at_least=0, below=1, defaults_by={"adamw": [0.9, 0.999], "adam": [0.9, 0.999]}
+    )
+    """Decay rates of the first and the second moment."""
+    eps: float | None = setting(None, above=0, defaults_by={"adamw": 1e-8, "adam": 1e-8})
+    """Term added to the denominator for numerical stability."""
+    bias_correction: bool | None = setting(None, defaults_by={"adamw": True, "adam": True})
+    """Correct the moments for their start at zero, as in the Adam paper (mlx-lm's default is not to, which makes the
+    first updates about three times too large)."""
+    weight_decay: float | None = setting(None, at_least=0, defaults_by={"adamw": 0.01, "sgd": 0.0})
+    """Weight decay; decoupled from the gradient with adamw."""
+    momentum: float | None = setting(None, defaults_by={"sgd": 0.0})
+    """Momentum factor."""
+    nesterov: bool | None = setting(None, defaults_by={"sgd": False})
+    """Nesterov momentum; needs momentum above 0."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the updates."""
+
+    name: str = setting(MISSING, choices=("constant", "linear", "cosine", "exponential"))
+    """Shape of the schedule; set by the group."""
+    warmup: int = setting(0, at_least=0)
+    """Number of updates over which the learning rate rises linearly to its peak."""
+    iters: int | None = setting(None, at_least=1)
+    """Update at which the schedule ends; null means train.iters."""
+    end: float | None = setting(None, at_least=0, defaults_by={"linear": 0.0, "cosine": 0.0, "exponential": 1e-6})
+    """Learning rate of the last update; must be above 0 with exponential."""
+
+
+@dataclass(kw_only=True)
+class EarlyStoppingConfig:
+    """Stopping when the validation loss no longer improves."""
+
+    patience: int | None = setting(None, at_least=1, on_resume=FREE)
+    """Number of evaluations in a row without improvement before training stops; null never stops."""
+    min_delta: float = setting(0.0, at_least=0, on_resume=FREE)
+    """Smallest decrease of the loss that counts as an improvement."""
+
+
+@dataclass(kw_only=True)
+class HiddenCacheConfig:
+    """Cache of the hidden states that the frozen blocks below the first adapted block compute for each row."""
+
+    enabled: bool = setting(True, on_resume=FREE)
+    """Compute the frozen blocks once per row and cache their output (no effect if all blocks are
+    adapted: lora.num_layers=-1)."""
+    memory_gb: float = setting(0.25, at_least=0, on_resume=FREE)
+    """Size limit in memory, in GB."""
+    disk_gb: float = setting(8.0, at_least=0, on_resume=FREE)
+    """Size limit on disk, in GB, shared by all runs; the least recently used entries are removed. 0 uses no disk."""
+    folder: str | None = setting(None, path=PathKind.OUTPUT, on_resume=FREE)
+    """Folder on disk; null means trunk/ in the cache folder (RUNNER_CACHE, else ~/.cache/mlx-runner)."""
+    free_frozen_weights: bool = setting(True, on_resume=FREE)
+    """Free the weights of the frozen blocks when every row is on disk; they are reloaded if an entry is lost."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The training loop: its length, its batches, what is computed how and what is reported."""
+
+    iters: int = setting(1000, at_least=1, at_most=10**12, on_resume=FREE, shown_as_result_setting=True)
+    """Number of optimizer updates."""
+    epochs: float | None = setting(None, above=0, at_most=10**9, on_resume=FREE, shown_as_result_setting=True)
+    """Number of passes over the training rows; where it is set, train.iters is computed from it and stored."""
+    batch_size: int = setting(4, at_least=1, at_most=1_000_000)
+    """Number of rows in a micro-batch."""
+    grad_accumulation: int = setting(1, at_least=1)
+    """Number of micro-batches per update, weighted by their supervised tokens."""
+    rows_at_once: int | None = setting(None, at_least=1, on_resume=FREE)
+    """Rows of a micro-batch to compute at a time, for less memory; null computes all. The gradients of its parts are
+    summed, so that an update is the same but for rounding, and for the masks of lora.dropout."""
+    grad_clip: float | None = setting(None, above=0)
+    """Maximum norm of the gradient; null does not clip."""
+    grad_checkpoint: bool = setting(False, on_resume=FREE)
+    """Recompute activations in the backward pass: less memory, about 1.4 times the time."""
+    compile: str = setting("auto", choices=("auto", "always", "never"), on_resume=FREE)
+    """Compile the step with mx.compile; auto does so except on the CPU, where each new shape costs seconds."""
+    report_every: int = setting(10, at_least=1, on_resume=FREE)
+    """Updates between reports of the training loss."""
+    eval_every: int = setting(200, at_least=1, on_resume=FREE)
+    """Updates between evaluations, in addition to one before the first update and one at the end."""
+    eval_batches: int = setting(-1, at_least=1, minus_one_is_all=True, on_resume=FREE)
+    """Number of batches, of train.batch_size rows each, that an evaluation covers."""
+    eval_tokens: int = setting(2048, at_least=1, on_resume=FREE)
+    """Maximum tokens (padding included) to compute at a time: batches are merged up to it, the rows stay the same."""
+    cache_baseline: bool = setting(True, on_resume=FREE)
+    """Cache the validation loss before training: runs on the same base model and data compute it once."""
+    cache_probes: bool = setting(True, on_resume=FREE)
+    """Cache whether the optimized code paths passed their comparison with the plain model, per base model, settings,
+    machine and code."""
+    head: str = setting("supervised", choices=("supervised", "all"), on_resume=FREE)
+    """Positions whose logits are computed: supervised, or all (more memory)."""
+    loss_chunk: int = setting(256, at_least=1, on_resume=FREE)
+    """Number of supervised positions whose logits are in memory at a time."""
+    hidden_cache: HiddenCacheConfig = section(HiddenCacheConfig)
+    prefetch: bool = setting(True, on_resume=FREE)
+    """Prepare the next batch while the current step runs."""
+    cpu_engine: bool = setting(True, on_resume=FREE)
+    """On the CPU, compute supported models with the engine of NumPy and BLAS, which is faster there than MLX."""
+    cpu_native: bool = setting(True, on_resume=FREE)
+    """In that engine, use C code compiled once by this machine's compiler; NumPy if there is no compiler."""
+    test: bool = setting(False, on_resume=FREE)
+    """Evaluate the result on the test split at the end."""
+    early_stopping: EarlyStoppingConfig = section(EarlyStoppingConfig)
+    cache_limit_gb: float | None = setting(None, above=0, on_resume=FREE)
+    """Limit of MLX's cache of freed buffers, in GB; it is emptied between updates when it is more than half full. null
+    means an eighth of the memory that a GPU should work in, because cached buffers stay wired and Metal reclaims them
+    only when 95 % of it is used; on the CPU, MLX's own limit."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved, and which are retained."""
+
+    every: int | None = setting(100, at_least=1, on_resume=FREE)
+    """Updates between checkpoints; null saves none on schedule."""
+    every_minutes: float | None = setting(None, above=0, on_resume=FREE)
+    """Also save when this many minutes have passed since the last checkpoint."""
+    keep_last: int = setting(3, at_least=0, on_resume=FREE)
+    """Number of the most recent scheduled checkpoints to retain."""
+    keep_best: int = setting(1, at_least=0, on_resume=FREE)
+    """Number of the best checkpoints, by validation loss, to retain."""
+    keep_every: int | None = setting(None, at_least=1, on_resume=FREE)
+    """Retain every checkpoint at a multiple of this many updates."""
+    result: str = setting("best", choices=("best", "last"), on_resume=FREE)
+    """Checkpoint that becomes adapters/: the best by validation loss, or the last (also without validation rows)."""
+    dir: str = setting(CHECKPOINTS, path=PathKind.RUN_SUBFOLDER)
+    """Folder of the checkpoints inside the run directory."""
+    background: bool = setting(True, on_resume=FREE)
+    """Write checkpoints while training continues; false makes the step wait for its save."""
+    backup: str | None = setting(None, path=PathKind.OUTPUT, on_resume=FREE)
+    """Folder on a second disk that the best, every keep_every-th and the final checkpoint are copied to."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """The value by which the jobs of a sweep are compared."""
+
+    metric: str = setting("valid_loss", choices=("valid_loss", "test_loss", "score"), on_resume=FREE)
+    """valid_loss means the lowest validation loss of the run; test_loss needs train.test=true; score needs
+    data.metric_rows."""
+    direction: str | None = setting(None, choices=("minimize", "maximize"), on_resume=FREE)
+    """Whether a lower or a higher value is better; null means what the metric says: higher for score."""

@@ -2,7 +2,7 @@
 
 A field holds the default of its setting, also the defaults that depend on the optimizer or the schedule; the string
 under it is its documentation. The sections are in input_sections and training_sections. docs/config.md and the default
-files of conf/ are generated from the fields and from `reference.GENERATED_CHOICES`, which adds the model and the data of
+files of conf/ are generated from the fields and from `reference.GENERATED_CHOICES`, which adds the model and data of
 the default run (`python -m runner.config.reference`). Plain Python: no Hydra, no MLX.
 """
 

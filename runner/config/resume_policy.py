@@ -45,8 +45,13 @@ def may_become(name: str, old: Any, new: Any) -> bool:
 
 
 def frozen_fingerprint(config: Config) -> str:
-    """Return the SHA-256 (hex) of the frozen settings."""
-    frozen = {name: value for name, value in flatten(config).items() if not is_free_on_resume(name)}
+    """Return the SHA-256 (hex) of the frozen settings, without those added later that have their default."""
+    defaults = flatten(Config())
+    frozen = {
+        name: value
+        for name, value in flatten(config).items()
+        if not is_free_on_resume(name) and not (schema.metadata()[name].added_later and value == defaults[name])
+    }
     return hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest()
 
 

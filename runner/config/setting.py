@@ -73,6 +73,9 @@ class Setting:
     """Number of items of a list."""
     path: PathKind | None = None
     on_resume: OnResume = OnResume.FROZEN
+    added_later: bool = False
+    """Of a frozen setting: that earlier versions did what its default does. With the default it is no part of a run's
+    identity, so that their runs can be resumed."""
     defaults_by: Mapping[str, Any] = field(default_factory=dict)
     """For an option that only some optimizers or schedules have: their names, each with the option's default there."""
     report_order: int = 100

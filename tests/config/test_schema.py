@@ -147,7 +147,7 @@ def test_secrets_are_refused_by_name_and_never_shown():
 
 
 def test_the_frozen_fingerprint_of_a_config_stays_what_earlier_versions_stored_in_checkpoints(tiny):
-    """Renaming a free setting does not change it. A new frozen setting does: enter the new value then."""
+    """Renaming a free setting does not change it. A new frozen setting is `added_later`, so that it does not."""
     settings = tiny(**{"data.max_length": 64, "lora.rank": 4, "data.window": None})
     assert resume_policy.frozen_fingerprint(settings) == (
         "6d64516d22fd1353bbdec33eab34cb090dd932a7af71ed9cd22410bda9733429"

@@ -28,6 +28,7 @@ FROZEN: dict[str, Any] = {
     "lora.rslora": ({"lora.scale": None, "lora.alpha": 16.0}, True),
     "lora.dropout": 0.1,
     "lora.dtype": "model",
+    "lora.b_lr_ratio": 16.0,
     "lora.num_layers": 2,
     "lora.keys": ["self_attn.q_proj"],
     "optimizer.name": "adam",

@@ -34,6 +34,9 @@ class LoraConfig:
     """Number of transformer blocks to adapt, counted from the last."""
     keys: list[str] | None = setting(None)
     """Linear layers to adapt inside a block, such as self_attn.q_proj; null means every linear layer."""
+    b_lr_ratio: float | None = setting(None, above=0)
+    """Learning rate of the factors B relative to optimizer.learning_rate, which A keeps (LoRA+, arXiv:2402.12354, where
+    16 is a usual value); null means that both have the same."""
     dtype: str = setting("float32", choices=("float32", "model"))
     """Data type that the adapter computes in: float32, or model, the base model's own (smaller products on a GPU);
     weights and optimizer state are float32 in both cases."""

@@ -153,7 +153,7 @@ def build_trainer(
     """
     config, data = spec.config, components.data
     params = components.adapted.params()
-    state = TrainState(params, optimizer.build_optimizer(config.optimizer, params), config.seed)
+    state = TrainState(params, optimizer.build_optimizer(config, params), config.seed)
     if point is not None:
         _restore(state, point, components, display)
     elif config.adapter:

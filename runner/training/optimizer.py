@@ -1,13 +1,14 @@
 """MLX's optimizers by name, applied to all arrays of an adapter as a few flat vectors.
 
 These optimizers are elementwise, so the result equals an update array by array. An adapter has hundreds of small
-arrays: updating each one costs far more in operations than in arithmetic.
+arrays: updating each one costs far more in operations than in arithmetic. Arrays with learning rates of their own
+(LoRA+) are in vectors of their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -36,16 +37,22 @@ class NonFiniteArray(Exception):
 class FlatLayout:
     """The assignment of named arrays to flat vectors."""
 
-    def __init__(self, params: Mapping[str, mx.array]) -> None:
+    def __init__(self, params: Mapping[str, mx.array], lr_ratios: Mapping[str, float] | None = None) -> None:
+        """`lr_ratios`: by name of an array, the factor of its learning rate where that is not 1."""
         self._shapes = {name: array.shape for name, array in params.items()}
         self.names: dict[str, list[str]] = {}
         """Names of the arrays in each vector, by the vector's key."""
+        self.lr_ratios: dict[str, float] = {}
+        """The factor of the learning rate of each vector."""
         sizes: dict[str, int] = {}
         for name, array in params.items():
-            dtype = str(array.dtype).rpartition(".")[2]
-            number = sizes.get(dtype, 0) // _VECTOR_SIZE
-            self.names.setdefault(f"{dtype}.{number}" if number else dtype, []).append(name)
-            sizes[dtype] = sizes.get(dtype, 0) + array.size
+            ratio = (lr_ratios or {}).get(name, 1.0)
+            kind = str(array.dtype).rpartition(".")[2] + (f"*{ratio!r}" if ratio != 1 else "")
+            number = sizes.get(kind, 0) // _VECTOR_SIZE
+            key = f"{kind}.{number}" if number else kind
+            self.names.setdefault(key, []).append(name)
+            self.lr_ratios[key] = ratio
+            sizes[kind] = sizes.get(kind, 0) + array.size
         self._offsets = {
             key: [0, *accumulate(math.prod(self._shapes[name]) for name in names)] for key, names in self.names.items()
         }
@@ -86,9 +93,14 @@ class FlatLayout:
 class Optimizer:
     """An MLX optimizer and its state for the arrays of one adapter."""
 
-    def __init__(self, optimizer: optim.Optimizer, params: Mapping[str, mx.array]) -> None:
-        """Initialize the state of `optimizer` for `params`, at step 0."""
-        self.layout = FlatLayout(params)
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        params: Mapping[str, mx.array],
+        lr_ratios: Mapping[str, float] | None = None,
+    ) -> None:
+        """Initialize the state of `optimizer` for `params`, at step 0; `lr_ratios`: see `FlatLayout`."""
+        self.layout = FlatLayout(params, lr_ratios)
         self._optimizer = optimizer
         optimizer.init(self.layout.flatten(params))
         mx.eval(optimizer.state)
@@ -97,11 +109,21 @@ class Optimizer:
 
     def update(self, params: Mapping[str, mx.array], grads: FlatArrays, learning_rate: float) -> dict[str, mx.array]:
         """Return the parameters after one update; `grads` in this optimizer's layout."""
-        self._optimizer.learning_rate = learning_rate
-        vectors = self._optimizer.apply_gradients(grads, self.layout.flatten(params))
+        vectors = self._apply(grads, self.layout.flatten(params), learning_rate)
         updated = self.layout.unflatten(vectors)
         mx.eval(updated, self._optimizer.state)
         self._last = updated, vectors
+        return updated
+
+    def _apply(self, grads: FlatArrays, vectors: FlatArrays, learning_rate: float) -> FlatArrays:
+        """Return the vectors after one step of the optimizer, each with its own learning rate."""
+        optimizer = self._optimizer
+        optimizer.state["step"] = optimizer.step + 1
+        updated = {}
+        for key, vector in vectors.items():
+            optimizer.learning_rate = learning_rate * self.layout.lr_ratios[key]
+            updated[key] = optimizer.apply_single(grads[key], vector, optimizer.state[key])
+        optimizer.learning_rate = learning_rate  # as it is stored in a checkpoint
         return updated
 
     def tensors(self, params: Mapping[str, mx.array]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -150,10 +172,18 @@ class Optimizer:
         mx.eval(self._optimizer.state)
 
 
-def build_optimizer(config: schema.OptimizerConfig, params: Mapping[str, mx.array]) -> Optimizer:
-    """Build the configured optimizer for `params`; `config` has its defaults filled in."""
-    options = {name: getattr(config, name) for name in schema.choice_options("optimizer", config.name)}
-    return Optimizer(CLASSES[config.name](learning_rate=config.learning_rate, **options), params)
+def build_optimizer(config: schema.Config, params: Mapping[str, mx.array]) -> Optimizer:
+    """Build the configured optimizer for `params`, an adapter's arrays; `config` has its defaults filled in."""
+    settings = config.optimizer
+    options = {name: getattr(settings, name) for name in schema.choice_options("optimizer", settings.name)}
+    optimizer = CLASSES[settings.name](learning_rate=settings.learning_rate, **options)
+    return Optimizer(optimizer, params, lr_ratios(config.lora, params))
+
+
+def lr_ratios(lora: schema.LoraConfig, names: Iterable[str]) -> dict[str, float]:
+    """Return the factor of the learning rate of each array that has one: of the factors B in LoRA+."""
+    ratio = lora.b_lr_ratio
+    return {} if ratio is None else {name: ratio for name in names if name.endswith("lora_b")}
 
 
 def require_same_arrays(

@@ -53,7 +53,7 @@ def measure_speed(config: Config, data: TokenizedDataset) -> Speed:
     probed = replace(config, train=replace(config.train, hidden_cache=in_memory))
     caches = hidden_caches(backend, base, probed, lambda line: None)
     params = adapted.params()
-    state = TrainState(params, build_optimizer(config.optimizer, params), config.seed)
+    state = TrainState(params, build_optimizer(config, params), config.seed)
     step, builder = TrainStep(backend, grad_clip=config.train.grad_clip), batch_builder(data.train, config, caches)
     order, position = batch_order(config, data), DataPosition()
     seconds, frozen, tokens, count = 0.0, 0.0, 0, -1

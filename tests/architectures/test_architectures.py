@@ -94,7 +94,7 @@ def build_run(name: str, keys: list[str] | None = None, **train_settings) -> Run
 
 def build_state(run: Run) -> TrainState:
     params = run.adapted.params()
-    return TrainState(params, optimizer.build_optimizer(run.config.optimizer, params), seed=0)
+    return TrainState(params, optimizer.build_optimizer(run.config, params), seed=0)
 
 
 def update(run: Run, state: TrainState, count: int) -> list[float]:

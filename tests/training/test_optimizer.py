@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from runner.common.errors import CheckpointError
+from runner.config.schema import LoraConfig
 from runner.models.arrays import to_tensors
 from runner.training import optimizer as optimizers
 from runner.training.optimizer import FlatLayout, NonFiniteArray, Optimizer, clip_grads
@@ -80,6 +81,29 @@ def test_a_restored_state_continues_exactly_and_a_different_one_is_refused() -> 
         restored.restore({n: a for n, a in state.items() if n != "a.m"}, "source")
     with pytest.raises(CheckpointError, match=r"source: a\.m is"):
         restored.restore({**state, "a.m": state["a.m"].T}, "source")
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_lora_plus_moves_b_at_its_own_rate_and_everything_else_as_before(name: str) -> None:
+    params = {f"x.{part}": array for part, array in zip(("lora_a", "lora_b", "m"), arrays(0).values(), strict=False)}
+    ratios = optimizers.lr_ratios(LoraConfig(b_lr_ratio=16.0), params)
+    assert ratios == {"x.lora_b": 16.0} and optimizers.lr_ratios(LoraConfig(), params) == {}
+    plus = Optimizer(OPTIMIZERS[name](), params, ratios)
+    alone = {n: Optimizer(OPTIMIZERS[name](), {n: array}) for n, array in params.items()}
+    expected, updated = dict(params), params
+    for update in range(1, 4):
+        grads = {n: array * update for n, array in params.items()}
+        updated = plus.update(updated, plus.layout.flatten(grads), 1e-3)
+        for n, one in alone.items():
+            rate = 1e-3 * ratios.get(n, 1.0)
+            expected[n] = one.update({n: expected[n]}, one.layout.flatten({n: grads[n]}), rate)[n]
+    assert all(mx.array_equal(updated[n], expected[n]).item() for n in params)
+    assert float(plus.state()["learning_rate"]) == pytest.approx(1e-3) and int(plus.state()["step"]) == 3
+    resumed = Optimizer(OPTIMIZERS[name](), params, ratios)
+    resumed.restore(plus.state(), "source")
+    grads = plus.layout.flatten(params)
+    both = [one.update(updated, grads, 1e-3) for one in (plus, resumed)]
+    assert all(mx.array_equal(both[0][n], both[1][n]).item() for n in params)
 
 
 def test_the_norm_is_exact_over_millions_of_elements_and_clips_as_mlx_does() -> None:

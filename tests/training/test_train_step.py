@@ -58,7 +58,7 @@ def train_state(adapted: AdaptedModel, **options) -> TrainState:
     settings = validation.fill_defaults(schema.Config(optimizer=schema.OptimizerConfig(name="adamw", **options)))
     settings.schedule.name = "constant"
     params = adapted.params()
-    return TrainState(params, optimizer.build_optimizer(settings.optimizer, params), seed=0)
+    return TrainState(params, optimizer.build_optimizer(settings, params), seed=0)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -13,7 +13,8 @@ from runner.reports import cells, settings_text
 from runner.reports.curves import Series
 from runner.reports.run_page import print_plot
 from runner.reports.screen import Screen
-from runner.reports.tables import Column, TableRow, table_width
+from runner.reports.settings_columns import with_settings
+from runner.reports.tables import Column, TableRow
 from runner.reports.verdict import Names, Verdict, judge, verdict_fields
 from runner.reports.verdict_table import duration, print_verdict
 from runner.runs.inspect import RunInfo, differing_settings, objective_value
@@ -127,11 +128,15 @@ def curve_points(run: RunInfo) -> list[dict[str, float | None]]:
 
 def print_comparison(comparison: Comparison, screen: Screen, x: str = "step") -> None:
     """Print the comparison; `x` is what the curves are drawn over, one of `timeline.AXES`."""
-    plotted = [run for run in comparison.runs if run.losses("valid")][: len(_MARKS)]
+    measured = [run for run in comparison.runs if run.losses("valid")]
+    best = {run.path for run in Objective(VALID_LOSS).rank(measured)[: len(_MARKS)]}
+    plotted = [run for run in measured if run.path in best]
     _print_settings(comparison, screen)
     screen.heading("results")
     _print_results(comparison, screen)
     if plotted:
+        which = f", the best {len(plotted)} of {len(measured)}" if len(plotted) < len(measured) else ""
+        screen.heading(f"valid loss{which}")
         _print_curves(plotted, comparison.names, x, screen)
     for verdict in comparison.verdicts:
         print_verdict(verdict, comparison.names, screen)
@@ -141,25 +146,25 @@ def print_comparison(comparison: Comparison, screen: Screen, x: str = "step") ->
 
 
 def _print_settings(comparison: Comparison, screen: Screen) -> None:
-    """Print the runs with a column for each setting that differs, or one for all where these do not fit."""
-    runs, names = comparison.runs, comparison.differing
-    columns = [Column(comparison.names.noun, right=True), Column("directory", keep_end=True), Column("state")]
-    cells_of = [[comparison.names.by_path[run.path], relative_path(run.path), run.state] for run in runs]
+    """Print the runs with the settings that differ; jobs of one sweep below its path, others each with its own."""
+    runs, names = comparison.runs, comparison.names
+    rows = [TableRow([names.by_path[run.path]], {}, cells.run_notes(run)) for run in runs]
+    columns = [Column(names.noun, right=True)]
+    if names.are_jobs:
+        screen.line((f"jobs of {relative_path(runs[0].path.parent)}", "bold"))
+    else:
+        columns.append(Column("directory", keep_end=True))
+        for row, run in zip(rows, runs, strict=True):
+            row.cells.append(relative_path(run.path))
+    columns.append(Column("state"))
+    for row, run in zip(rows, runs, strict=True):
+        row.styles[len(row.cells)] = cells.STATE_STYLES.get(run.state, "")
+        row.cells.append(run.state)
     if any(run.labels.name for run in runs):
         columns.append(Column("name"))
-        cells_of = [[*row, run.labels.name or ""] for row, run in zip(cells_of, runs, strict=True)]
-    texts = [settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
-    wide = [*columns, *[Column(name, right=True) for name in names]]
-    wide_cells = [[*row, *[column[i] for column in texts]] for i, row in enumerate(cells_of)]
-    if screen.width is None or table_width(wide, wide_cells) <= screen.width:
-        columns, cells_of = wide, wide_cells
-    elif names:
-        columns.append(Column("settings that differ", cut=True))
-        for row, text in zip(cells_of, settings_text.pairs([[run] for run in runs], names), strict=True):
-            row.append(text)
-    styles = [{2: cells.STATE_STYLES.get(run.state, "")} for run in runs]
-    rows = [TableRow(row, style, cells.run_notes(run)) for row, style, run in zip(cells_of, styles, runs, strict=True)]
-    screen.table(columns, rows)
+        for row, run in zip(rows, runs, strict=True):
+            row.cells.append(run.labels.name or "")
+    screen.table(with_settings(columns, rows, runs, comparison.differing, screen.width), rows)
 
 
 def _print_results(comparison: Comparison, screen: Screen) -> None:
@@ -191,7 +196,6 @@ def _print_curves(runs: Sequence[RunInfo], names: Names, x: str, screen: Screen)
     longest, label, unit = max((at for curve in curves for at, _ in curve), default=0.0), x, 1.0
     if x == "time":
         unit, label = (60.0, "minutes in updates") if longest >= _MINUTES_FROM else (1.0, "seconds in updates")
-    screen.heading("valid loss")
     series = [
         Series(names.by_path[run.path], [(at / unit, loss) for at, loss in curve], mark=mark)
         for run, curve, mark in zip(runs, curves, _MARKS, strict=False)

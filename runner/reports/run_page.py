@@ -181,7 +181,7 @@ def _print_settings(run: RunInfo, screen: Screen) -> None:
     for name, (value, default) in changed.items():
         default_text = "" if default in (None, "???") else settings_text.value_text(default)
         rows.append(TableRow([f"  {name}", settings_text.path_text(name, value), default_text], {2: "dim"}))
-    columns = [Column("  setting"), Column("value"), Column("default", cut=True)]
+    columns = [Column("  setting"), Column("value"), Column("default", wrap=True)]
     screen.table(columns, rows)
 
 
@@ -207,7 +207,7 @@ def _print_checkpoints(page: RunPage, screen: Screen) -> None:
         Column("valid_loss", right=True),
         Column("size", right=True),
         Column("saved for"),
-        Column("retained as", cut=True),
+        Column("retained as", wrap=True),
     ]
     rows = []
     for checkpoint in page.checkpoints:

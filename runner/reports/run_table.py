@@ -97,7 +97,7 @@ def print_runs(
     last = [row.last for row in rows]
     if any(labels):
         last_width = max(map(display_width, last))
-        beside = [*columns, _LABELS, Column("", cut=True)]
+        beside = [*columns, _LABELS, Column("", wrap=True)]
         cells = [
             [*row.cells, text, "x" * min(last_width, _MIN_SETTINGS_WIDTH)]
             for row, text in zip(table, labels, strict=True)
@@ -110,7 +110,7 @@ def print_runs(
             last = ["  ".join(filter(None, pair)) for pair in zip(labels, last, strict=True)]
             last_title = f"{_LABELS.title}, {last_title}" if any(row.last for row in rows) else _LABELS.title
     if any(last):
-        columns.append(Column(last_title, cut=True))
+        columns.append(Column(last_title, wrap=True))
         for printed, text in zip(table, last, strict=True):
             printed.cells.append(text)
     _shorten_paths(screen, root, rows, table, columns)
@@ -129,11 +129,11 @@ def _shorten_paths(
     if screen.width is None:
         return
     least = [[*row.cells] for row in table]
-    if columns[-1].cut:
+    if columns[-1].wrap:
         for cells in least:
             cells[-1] = cells[-1][:_MIN_SETTINGS_WIDTH]
     if (
-        table_width([*columns[:-1], Column("", cut=True)] if columns[-1].cut else columns, _printable(least))
+        table_width([*columns[:-1], Column("", wrap=True)] if columns[-1].wrap else columns, _printable(least))
         > screen.width
     ):
         for row, printed in zip(rows, table, strict=True):

@@ -78,7 +78,7 @@ def print_seed_groups(groups: Sequence[SeedGroup], metric: str, screen: Screen) 
     results = [[f"{len(group.values)} of {len(group.runs)}", group.text()] for group in groups]
     cells = [[*[column[i] for column in texts], *result] for i, result in enumerate(results)]
     if screen.width is not None and table_width(columns, cells) > screen.width:
-        columns = [*columns[-2:], Column("settings that differ", cut=True)]
+        columns = [*columns[-2:], Column("settings that differ", wrap=True)]
         labels = settings_text.pairs([group.runs[:1] for group in groups], names)
         cells = [[*result, label] for result, label in zip(results, labels, strict=True)]
     rows = [TableRow(row) for row in cells]

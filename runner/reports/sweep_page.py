@@ -13,7 +13,8 @@ from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.run_page import print_commands, print_plot
 from runner.reports.screen import Screen
 from runner.reports.seed_groups import print_seed_groups, seed_groups
-from runner.reports.tables import Column, TableRow, table_width
+from runner.reports.settings_columns import with_settings
+from runner.reports.tables import Column, TableRow
 from runner.reports.verdict import Names, judge, verdict_fields
 from runner.reports.verdict_table import print_verdict
 from runner.runs.find import SweepInfo
@@ -98,18 +99,7 @@ def _print_jobs(runs: Sequence[RunInfo], objective: Objective, marks: Mapping[st
         for row, run in zip(rows, runs, strict=True):
             value = objective.value(run)
             row.cells.append("-" if value is None else f"{value:.4f}")
-    settings_columns = [settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names]
-    wide = [*columns, *[Column(name, right=True) for name in names]]
-    wide_cells = [[*row.cells, *[column[i] for column in settings_columns]] for i, row in enumerate(rows)]
-    if screen.width is None or table_width(wide, wide_cells) <= screen.width:
-        columns = wide
-        for row, row_cells in zip(rows, wide_cells, strict=True):
-            row.cells = row_cells
-    elif names:
-        columns.append(Column("settings that differ", cut=True))
-        for row, text in zip(rows, settings_text.pairs([[run] for run in runs], names), strict=True):
-            row.cells.append(text)
-    screen.table(columns, rows)
+    screen.table(with_settings(columns, rows, runs, names, screen.width), rows)
 
 
 def _row(run: RunInfo, marks: Mapping[str, str]) -> TableRow:

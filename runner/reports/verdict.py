@@ -33,6 +33,11 @@ class Names:
     noun: str = "run"
     """`run`, or `job` where the names are numbers, which need a noun in a sentence."""
 
+    @property
+    def are_jobs(self) -> bool:
+        """Whether they are the numbers of a sweep's jobs."""
+        return self.noun == "job"
+
     @classmethod
     def of_jobs(cls, runs: Iterable[RunInfo]) -> Names:
         """Return the names of a sweep's jobs: those of their folders."""

@@ -84,7 +84,7 @@ def _print_candidates(verdict: Verdict, names: Names, screen: Screen, most: int 
         Column("95 % interval"),
         Column("in updates", right=True),
         Column("outcome"),
-        Column("settings that differ", cut=True),
+        Column("settings that differ", wrap=True),
     ]
     with_settings = any(labels)
     rows = [

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.reports.screen import Screen, json_document
-from runner.reports.tables import Column, TableRow, cut, display_width, table
+from runner.reports.tables import Column, TableRow, cut, display_width, table, wrap
 
-COLUMNS = [Column("run"), Column("step", right=True), Column("settings", cut=True)]
+COLUMNS = [Column("run"), Column("step", right=True), Column("settings", wrap=True)]
 
 
 def text(columns: list[Column], rows: list[TableRow], width: int | None) -> list[str]:
@@ -30,9 +30,21 @@ def test_columns_are_aligned_and_nothing_is_cut_without_a_width() -> None:
     ]
 
 
-def test_the_flexible_column_is_cut_to_the_width() -> None:
-    lines = text(COLUMNS, [TableRow(["a", "1", "rank=16 " * 30])], 40)
-    assert len(lines) == 2 and len(lines[1]) == 40 and lines[1].endswith("…")
+def test_the_text_of_the_flexible_column_is_wrapped_inside_its_column() -> None:
+    lines = text(
+        COLUMNS, [TableRow(["a", "1", "rank=16 learning_rate=0.0001 dropout=0.1"]), TableRow(["b", "2", ""])], 40
+    )
+    assert lines == [
+        "run  step  settings",
+        "a       1  rank=16 learning_rate=0.0001",
+        "           dropout=0.1",
+        "b       2",
+    ]
+
+
+def test_a_very_long_text_ends_after_twelve_lines() -> None:
+    lines = text(COLUMNS, [TableRow(["a", "1", "rank=16 " * 300])], 40)
+    assert len(lines) == 13 and lines[-1].endswith("…") and not any("…" in line for line in lines[:-1])
 
 
 def test_the_flexible_column_goes_below_its_row_where_too_little_width_is_left() -> None:
@@ -46,7 +58,7 @@ def test_the_flexible_column_goes_below_its_row_where_too_little_width_is_left()
 
 
 def test_a_path_is_cut_at_its_start() -> None:
-    columns = [Column("run", keep_end=True), Column("step", right=True), Column("settings", cut=True)]
+    columns = [Column("run", keep_end=True), Column("step", right=True), Column("settings", wrap=True)]
     lines = text(columns, [TableRow(["sweeps/2026-11-24/10-00-00", "1000/1000", ""])], 30)
     assert lines[1] == "…026-11-24/10-00-00  1000/1000"
 
@@ -68,6 +80,13 @@ def test_cut_text_fits(content: str, width: int) -> None:
     assert display_width(cut(content, width)) <= width
     if display_width(content) <= width:
         assert cut(content, width) == content
+
+
+@given(words=st.lists(st.text(st.characters(exclude_characters=" "), min_size=1, max_size=30), max_size=8))
+def test_wrapped_text_fits_and_nothing_of_it_is_lost(words: list[str]) -> None:
+    lines = wrap(" ".join(words), 24)
+    assert all(display_width(line) <= 24 for line in lines)
+    assert "".join(lines).replace(" ", "") == "".join(words) or len(lines) == 12
 
 
 def test_wide_characters_count_as_two_columns() -> None:

@@ -233,7 +233,7 @@ def _print_plan(plan: Plan, screen: Screen) -> None:
         noun = "entry" if len(sizes) == 1 else "entries"
         rows.append(TableRow([relative_path(folder), f"{len(sizes):,} {noun}", format_bytes(sum(sizes)), "cache"]))
     if rows:
-        columns = [Column("path", keep_end=True), Column("what"), Column("size", right=True), Column("why", cut=True)]
+        columns = [Column("path", keep_end=True), Column("what"), Column("size", right=True), Column("why", wrap=True)]
         screen.table(columns, rows)
     for kept in plan.kept:
         screen.line((f"kept  {relative_path(kept.path)}: {kept.reason}", "dim"))

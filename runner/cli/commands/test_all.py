@@ -168,7 +168,7 @@ def _print_table(entries: list[_Entry], best: _Entry | None, split: str, what: s
     columns = [Column(what, right=what == "job"), *[Column(settings_text.short_names(varied)[name]) for name in varied]]
     columns += [Column(name, right=True) for name in ("step", "valid loss", f"{split} loss", "perplexity")]
     columns += [Column(metric, right=True)] if metric else []
-    columns.append(Column("", cut=True))
+    columns.append(Column("", wrap=True))
     texts = {
         name: settings_text.texts_of(name, [entry.run.settings.get(name, defaults.get(name)) for entry in entries])
         for name in varied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 from evaluated_runs import row_losses, write_run, write_sweep
 
-from runner.reports.comparison import name_runs
-from runner.runs.inspect import RunInfo
+from runner.reports.comparison import compare, name_runs, print_comparison
+from runner.reports.screen import Screen
+from runner.runs.inspect import RunInfo, read_run
 
 
 @pytest.fixture
@@ -62,6 +64,31 @@ def test_jobs_of_a_sweep_are_compared_by_their_numbers_and_with_a_run_by_letters
     assert "job 1 is worse than job 0 by more than noise" in inline("compare", "sweep/0", "sweep/1", "sweep")
     mixed = inline("compare", "sweep", "out/b")
     assert "  C  out/b" in mixed and "A is better than all others" in mixed
+
+
+def test_of_more_than_eight_jobs_the_curves_of_the_best_are_drawn(inline: Callable) -> None:
+    for number in range(10):
+        write_run(inline.folder / f"sweep/{number}", {10: row_losses(2 - number / 20)}, lora__rank=number + 1)
+    write_sweep(inline.folder / "sweep", 10)
+    out = inline("compare", "sweep")
+    assert "\njobs of sweep\n" in f"\n{out}" and "valid loss, the best 8 of 10\n" in out
+    assert "loss of:  a 2  b 3  c 4  d 5  e 6  f 7  g 8  h 9\n" in out
+
+
+def test_on_a_terminal_of_80_columns_all_settings_that_differ_can_be_read(tmp_path: Path) -> None:
+    changes = {"optimizer__learning_rate": 3e-05, "schedule__warmup": 100, "lora__dropout": 0.05, "lora__rank": 4}
+    paths = [
+        write_run(tmp_path / "0", {10: row_losses(2)}, train__clip_norm=0.5),
+        write_run(tmp_path / "1", {10: row_losses(1)}, train__batch_size=64, **changes),
+    ]
+    out = io.StringIO()
+    screen = Screen(out)
+    screen.width = 80
+    print_comparison(compare([read_run(path) for path in paths]), screen)
+    table, _, verdict = out.getvalue().partition("results")
+    assert max(map(len, table.splitlines()[1:])) <= 80
+    for text in ("learning_rate=3e-05", "warmup=100", "clip_norm=0.5", "dropout=0.05", "batch_size=64", "rank=4"):
+        assert text in table and text in verdict
 
 
 @pytest.mark.usefixtures("runs")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.clock import utc_now
+from runner.reports.html.links import relocated
 from runner.reports.html.private import Privacy
 from runner.reports.html.sections import Part
 
@@ -49,11 +50,12 @@ class Page:
     """Names of machines that must not stand in the page, beside this one."""
 
 
-def page_json(page: Page, refresh: float | None = None) -> str:
+def page_json(page: Page, refresh: float | None = None, place: Path | None = None) -> str:
     """Return the data of a page as JSON that is safe inside a script element.
 
     Args:
         refresh: seconds after which the page asks where it came from for new data; None for a file.
+        place: the folder that the file is written into; None for that of the page.
     """
     data: dict[str, Any] = {
         "kind": page.kind,
@@ -65,13 +67,14 @@ def page_json(page: Page, refresh: float | None = None) -> str:
         "parts": [part for part in page.parts if part],
         "refresh": refresh,
     }
+    data = relocated(data, page.folder, page.folder if place is None else place)
     return _embedded(Privacy(page.folder, page.hosts).clean(data))
 
 
-def render(page: Page, refresh: float | None = None) -> str:
-    """Return the page as the text of an HTML file; `refresh` as for `page_json`."""
+def render(page: Page, refresh: float | None = None, place: Path | None = None) -> str:
+    """Return the page as the text of an HTML file; `refresh` and `place` as for `page_json`."""
     title = Privacy(page.folder, page.hosts).text(f"{page.title} · {page.kind}")
-    return document(page_json(page, refresh), title=title, made=utc_now(), live=refresh is not None)
+    return document(page_json(page, refresh, place), title=title, made=utc_now(), live=refresh is not None)
 
 
 def document(data: str, *, title: str, made: str, live: bool) -> str:

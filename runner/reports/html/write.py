@@ -52,7 +52,7 @@ def write_report(path: Path, output: Path | None = None, errors: Mapping[int, st
     target = output or path / layout.REPORT
     page = make_page(path, errors)
     _require_replaceable(target)
-    write_atomically(target, render(page), durable=False)
+    write_atomically(target, render(page, place=target.parent), durable=False)
     return target
 
 

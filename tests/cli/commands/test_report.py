@@ -12,9 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import run_folders
+
+from runner.reports.html.write import write_report
 
 
 @pytest.fixture
@@ -128,3 +131,20 @@ def test_a_port_in_use_is_an_error(served: tuple[subprocess.Popen[str], int], in
     assert "Without --port a free one is chosen" in inline(
         "report", "outputs/run", "--watch", "--port", str(served[1]), expect=2
     )
+
+
+def test_the_links_of_a_page_that_is_written_elsewhere_lead_to_the_pages_of_its_runs(
+    inline: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folders.make_run(tmp_path / "outputs/a b")
+    for folder in ("outputs/run", "outputs/a b"):
+        inline("report", folder)
+    (tmp_path / "pages/deep").mkdir(parents=True)
+    for place in ("outputs/all.html", "all.html", "pages/deep/all.html"):
+        inline("report", "outputs", "--output", place)
+        hrefs = re.findall(r'"href":"(\./[^"]*)"', (tmp_path / place).read_text())
+        pages = {((tmp_path / place).parent / unquote(href)).resolve() for href in hrefs}
+        assert pages == {run / "report.html", tmp_path / "outputs/a b/report.html"}
+    monkeypatch.chdir(tmp_path / "pages/deep")  # the way to the runs would name folders above this one
+    written = write_report(tmp_path / "outputs", tmp_path / "pages/all.html").read_text()
+    assert '"text":"a b","href":null' in written and '"href":"' not in written

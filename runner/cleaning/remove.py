@@ -114,7 +114,9 @@ def _remove_checkpoints(run: RunInfo, removal: Removal, steps: list[int], filesy
     for step in removal.keeps:
         if not verify.is_whole(folder / step_name(step), filesystem):
             raise NotRemoved(f"step {step}, which would stay, is damaged: python -m runner verify says more")
-    if not removal.keeps:  # the result stays: `decide` has verified it
+    if steps and max(steps) > max(removal.keeps, default=-1):
+        # Recorded first, so that a kill leaves no run whose newest checkpoint is gone for no known reason. It counts
+        # only where that is gone.
         RunDirectory(run.path).write_status({**run.status, "cleaned": utc_now()})
     CheckpointStore(folder, str(run.status.get("run_id")), filesystem).remove(steps)
 

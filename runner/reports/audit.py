@@ -91,10 +91,13 @@ def audit_run(run: RunInfo) -> Audit:
     _verify_rows(directory.metrics, newest_state.get("metrics_offset"), audit, is_locked)
     _verify_rows(directory.samples, newest_state.get("samples_offset"), audit, is_locked)
     _verify_rows(directory.row_losses, newest_state.get("row_losses_offset"), audit, is_locked, optional=True)
-    if not checkpoints and run.status.get("cleaned"):
-        audit.notes.append(f"{directory.checkpoints}: removed by runner clean; the result is left")
-    elif not checkpoints and run.status.get("last_checkpoint"):
-        audit.damage.append(f"{directory.checkpoints}: step {run.status['last_checkpoint']} was saved, none is whole")
+    last = run.status.get("last_checkpoint")
+    newest = checkpoints[-1][0].step if checkpoints else -1
+    if run.status.get("cleaned") and newest < (last if safe_json.is_count(last) else 0):
+        which = f"those after step {newest}: " if checkpoints else ""
+        audit.notes.append(f"{directory.checkpoints}: {which}removed by runner clean; the result is left")
+    elif last and not checkpoints:
+        audit.damage.append(f"{directory.checkpoints}: step {last} was saved, none is whole")
     if newest_state and run.settings:
         _compare_settings(run, newest_state, audit)
     if directory.result.is_dir():

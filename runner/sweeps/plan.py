@@ -8,6 +8,7 @@ from pathlib import Path
 from runner.config import serialize
 from runner.config.quoting import quote_text
 from runner.runs.directory import RunDirectory
+from runner.runs.restarts import newest_checkpoint, stored_run
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
 _DIVERGED = "diverged"
@@ -60,13 +61,37 @@ def has_begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
+def unchangeable_jobs(manifest: SweepManifest) -> list[SweepJob]:
+    """Return the finished jobs that settings were changed for since, and that `runner clean` left no checkpoint of, so
+    that they keep what they had."""
+    directories = [(job, RunDirectory(manifest.folder / job.folder)) for job in manifest.jobs]
+    return [
+        job
+        for job, directory in directories
+        if has_begun(directory.path) and _is_cleaned(directory) and _is_changed(directory, job)
+    ]
+
+
 def _is_done(directory: RunDirectory, job: SweepJob) -> bool:
-    status = directory.read_status()
-    state = status["state"]
-    if state == "finished" and status.get("cleaned"):
-        return True  # without checkpoints nothing can be changed any more, and it is not trained again
+    state = directory.read_status()["state"]
+    if state != "finished":
+        return bool(state == _DIVERGED)
+    return not _is_changed(directory, job) or _is_cleaned(directory)
+
+
+def _is_changed(directory: RunDirectory, job: SweepJob) -> bool:
+    """Return whether settings of the job that began in the directory were changed since."""
     changes = {name: value for name, value in job.later_changes.items() if not name.startswith(_INPUTS)}
-    if state != "finished" or not changes:
-        return state in ("finished", _DIVERGED)
+    if not changes:
+        return False
     stored = serialize.flatten_stored(directory.read_config())
-    return all(stored.get(name) == value for name, value in changes.items())
+    return any(stored.get(name) != value for name, value in changes.items())
+
+
+def _is_cleaned(directory: RunDirectory) -> bool:
+    """Return whether the run is finished and `runner clean` left no checkpoint from which it could resume."""
+    status = directory.read_status()
+    if status["state"] != "finished" or not status.get("cleaned"):
+        return False
+    stored = stored_run(directory.path)
+    return stored is not None and newest_checkpoint(stored) is None

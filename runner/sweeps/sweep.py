@@ -30,7 +30,7 @@ from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
 from runner.sweeps.labels import relabel, share_labels
 from runner.sweeps.params import expand
-from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs
+from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs, unchangeable_jobs
 
 GRID_SWEEPER = "hydra_plugins.mlx_runner.plugins.GridSweeper"
 PROCESS_LAUNCHER = "hydra_plugins.mlx_runner.plugins.ProcessLauncher"
@@ -85,6 +85,10 @@ def run_sweep(
         manifest.record(arguments=grid.stored_arguments(invocation), launcher=launcher_record(composed), jobs=jobs)
         if len(jobs) < len(combinations):
             print(f"{len(combinations) - len(jobs)} combinations give the config of another job and are left out")
+    if unchanged := unchangeable_jobs(manifest):
+        numbers = ", ".join(str(job.number) for job in unchanged)
+        noun = "job" if len(unchanged) == 1 else "jobs"
+        print(f"not changed: {noun} {numbers}, of which `runner clean` left no checkpoint")
     remaining = remaining_jobs(manifest)
     _refuse_links(folder, remaining)
     print(_plan_text(manifest, remaining), flush=True)

@@ -16,6 +16,7 @@ from runner.common.atomic_io import repair_replaced_folder
 from runner.common.commands import repeat_command, resume_command, warm_start_command
 from runner.common.errors import CheckpointError, ConfigError
 from runner.common.filesystem import FileSystem
+from runner.common.safe_json import is_count
 from runner.common.text import shorten
 from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
@@ -188,9 +189,11 @@ def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | 
     messages = store.repair()
     decoded: list[SavedState] = []
     loaded, damage = store.newest_valid(check=lambda loaded: decoded.append(state_files.read_state(loaded)))
-    if loaded is not None:
-        return (loaded, decoded[-1]), [*messages, *(f"damaged, not used: {line}" for line in damage)]
     status = directory.read_status()
+    if loaded is not None:
+        messages += [f"damaged, not used: {line}" for line in damage]
+        messages += [] if damage else _gone_message(status, loaded.checkpoint.step)
+        return (loaded, decoded[-1]), messages
     if not damage and status.get("cleaned"):
         raise _cleaned_error(directory.path, str(status["cleaned"]))
     last_step = status.get("last_checkpoint")
@@ -208,6 +211,17 @@ def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | 
             )
         )
     return None, messages
+
+
+def _gone_message(status: Mapping[str, Any], step: int) -> list[str]:
+    """Return what is said of a run that resumes at `step` where a later one was saved and is gone."""
+    last = status.get("last_checkpoint")
+    if not is_count(last) or last <= step:
+        return []
+    reason = (
+        "`runner clean` removed its newer checkpoints" if status.get("cleaned") else "its newer checkpoints are gone"
+    )
+    return [f"resumes from step {step}, though step {last} was saved: {reason}"]
 
 
 def _cleaned_error(run: Path, when: str) -> ConfigError:

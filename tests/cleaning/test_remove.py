@@ -20,6 +20,8 @@ from runner.common.filesystem import FileSystem
 from runner.runs.directory import RunDirectory
 from runner.runs.find import find_runs
 from runner.runs.inspect import read_run
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
+from runner.sweeps.plan import remaining_jobs, unchangeable_jobs
 
 CHECKPOINTS = Policies(checkpoints=True)
 EVERYTHING = Policies(older_days=-1, everything=True)
@@ -78,6 +80,37 @@ def test_everything_leaves_the_result_and_says_so_on_resume(run, inline):
         and len((run / "metrics.jsonl").read_text().splitlines()) > 2
     )
     assert "removed by runner clean" in inline("verify", str(run))
+
+
+def test_a_resume_from_an_older_step_than_was_cleaned_says_so(run, inline):
+    child = run.parent / "11-00-00"
+    shutil.copytree(run, child)
+    status = json.loads((child / "status.json").read_text())
+    status |= {"run_id": "f" * 16, "parent": str(run / "checkpoints/step-0000001")}
+    (child / "status.json").write_text(json.dumps(status))
+    removal, _ = plan(run, EVERYTHING)
+    with pytest.raises(Killed):
+        remove.carry_out(removal, EVERYTHING, context(run), KilledAt(0))
+    assert steps(run) == [1, 2, 3, 4] and "resumes from" not in inline(f"resume={run}", "checkpoint.keep_last=8")
+    remove.carry_out(removal, EVERYTHING, context(run))
+    assert steps(run) == [1]
+    assert "those after step 1: removed by runner clean" in inline("verify", str(run))
+    adapters = (run / "adapters/adapters.safetensors").read_bytes()
+    out = inline(f"resume={run}", "checkpoint.keep_last=9")
+    assert "resumes from step 1, though step 4 was saved: `runner clean` removed its newer checkpoints" in out
+    assert steps(run) == [1, 2, 3, 4] and (run / "adapters/adapters.safetensors").read_bytes() == adapters
+    assert "removed" not in inline("verify", str(run))
+
+
+def test_a_sweep_resumes_a_job_whose_cleaning_was_interrupted(run, tmp_path):
+    job = SweepJob(0, run.name, (), {}, changes={"checkpoint.keep_last": 1})
+    manifest = SweepManifest(run.parent, jobs=[job])
+    removal, _ = plan(run, EVERYTHING)
+    with pytest.raises(Killed):
+        remove.carry_out(removal, EVERYTHING, context(run), KilledAt(0))
+    assert [planned.job for planned in remaining_jobs(manifest)] == [job] and unchangeable_jobs(manifest) == []
+    remove.carry_out(removal, EVERYTHING, context(run))
+    assert remaining_jobs(manifest) == [] and unchangeable_jobs(manifest) == [job]
 
 
 class Killed(BaseException):
@@ -287,8 +320,11 @@ def test_a_cleaned_job_is_done_for_its_sweep(inline):
     left = [job for job in "012" if steps(sweep / job)]
     assert "freed" in out and left == [find_runs(sweep)[0].best.path.name]
     rows = {job: (sweep / job / "metrics.jsonl").read_bytes() for job in "012"}
-    assert "3 done" in inline("resume=sweep")
-    assert "2 done" in inline("resume=sweep", "checkpoint.keep_last=1")  # the best runs again to apply it
+    out = inline("resume=sweep")
+    assert "3 done" in out and "not changed" not in out
+    out = inline("resume=sweep", "checkpoint.keep_last=1")  # the best runs again to apply it
+    first, second = (job for job in "012" if job not in left)
+    assert "2 done" in out and f"not changed: jobs {first}, {second}, of which `runner clean` left no" in out
     assert all((sweep / job / "metrics.jsonl").read_bytes() == rows[job] for job in "012" if job not in left)
 
 

@@ -78,9 +78,8 @@ def _compare(job: ExportJob, target: Target, draft: Path, baseline: Baseline, fo
         return None
     verdict = Verdict(baseline.base, baseline.run, measured, target.limit)
     if not verdict.passes and not force:
-        raise ExportError(
-            f"Nothing was exported, because {verdict.problem()}. {verdict_lines(verdict, None)[0]}. --force exports it."
-        )
+        figures = verdict_lines(verdict, None, job.name)[0]
+        raise ExportError(f"Nothing was exported, because {verdict.problem(job.name)}. {figures}. --force exports it.")
     return verdict
 
 
@@ -91,15 +90,15 @@ def _draft(path: Path) -> Iterator[Path]:
         yield draft
 
 
-def verdict_lines(verdict: Verdict, metric: str | None) -> list[str]:
-    """Return the figures of a comparison as lines for a person."""
+def verdict_lines(verdict: Verdict, metric: str | None, name: str) -> list[str]:
+    """Return the figures of a comparison as lines for a person; `name` is that of what is exported."""
     base, run, export = verdict.base.mean, verdict.run.losses.mean, verdict.export.losses.mean
-    line = f"loss: base {base:.4f}, run {run:.4f}, export {export:.4f}"
+    line = f"loss: base {base:.4f}, {name} {run:.4f}, export {export:.4f}"
     if base > run:
         line += f", {(base - export) / (base - run):.1%} of the gain"
     lines = [f"{line}; deviation {verdict.deviation:.2%} of the adapter's effect on the rows"]
     if verdict.run.score is not None and verdict.export.score is not None:
-        lines.append(f"{metric}: run {verdict.run.score:.1%}, export {verdict.export.score:.1%}")
+        lines.append(f"{metric}: {name} {verdict.run.score:.1%}, export {verdict.export.score:.1%}")
     return lines
 
 

@@ -33,6 +33,8 @@ class ExportJob:
     """Called with each line for the user."""
     load_as_stored: Callable[[], AdaptedModel] | None = None
     """Returns the model anew with its base quantized as its files have it; None where `adapted` is that already."""
+    name: str = "run"
+    """What messages call the adapter: run, or average."""
 
     def with_weights(self, weights: Params) -> AdaptedModel:
         """Return the model with these weights in place."""

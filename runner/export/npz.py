@@ -7,12 +7,14 @@ factor is carried in B, and other layers are refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from runner.common.errors import ModelError
+from runner.config.schema import LoraConfig
 from runner.export.job import ExportJob, Target, resolved_lora
 from runner.export.proof import EXACT_LIMIT, Comparison, Measured
 from runner.models.lora import Params, read_weights, warm_start
@@ -28,28 +30,36 @@ class NpzTarget(Target):
     limit = EXACT_LIMIT
 
     def write(self, job: ExportJob, path: Path) -> None:
-        """Write the file. Raises ModelError for an adapter that lora.py would read in part only."""
-        others = {key for name in job.weights if (key := _key(name)) not in _ADAPTED_THERE}
-        if others:
-            raise ModelError(
-                "lora.py of mlx-examples adapts q_proj and v_proj alone, and would leave out "
-                f"{', '.join(sorted(others))} of this adapter without a word. For mlx-lm: --to mlx. A run that it can "
-                "read: lora=query_value."
-            )
-        if _scale(job) == 0:
-            raise ModelError("The adapter's scale is 0: it does nothing, and lora.py has no such scale.")
-        factor = _scale(job) / LORA_PY_SCALE
+        """Write the file. Raises ModelError: see `require_readable_there`."""
+        require_readable_there(job.weights, job.lora)
+        scale = _scale(job.lora)
+        factor = scale / LORA_PY_SCALE
         if factor != 1:
-            job.log(
-                f"B is multiplied by {factor:.6g}: lora.py scales by {LORA_PY_SCALE:g}, this run by {_scale(job):g}"
-            )
+            job.log(f"B is multiplied by {factor:.6g}: lora.py scales by {LORA_PY_SCALE:g}, this run by {scale:g}")
         arrays = {name: np.array(array.astype(mx.float32)) for name, array in _rescaled(job.weights, factor).items()}
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
     def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
         """Read the file as `adapter=` does, with lora.py's factor."""
-        weights = _rescaled(warm_start(job.weights, read_weights(path), str(path)), LORA_PY_SCALE / _scale(job))
+        weights = _rescaled(warm_start(job.weights, read_weights(path), str(path)), LORA_PY_SCALE / _scale(job.lora))
         return comparison.measure(job.with_weights(weights), weights)
+
+
+def require_readable_there(weights: Iterable[str], lora: LoraConfig) -> None:
+    """Refuse an adapter that lora.py would read in part only, by the names of its weights; no model is needed.
+
+    Raises:
+        ModelError: it has other layers, or a scale of 0.
+    """
+    others = {key for name in weights if (key := _key(name)) not in _ADAPTED_THERE}
+    if others:
+        raise ModelError(
+            "lora.py of mlx-examples adapts q_proj and v_proj alone, and would leave out "
+            f"{', '.join(sorted(others))} of this adapter without a word. For mlx-lm: --to mlx. A run that it can "
+            "read: lora=query_value."
+        )
+    if _scale(lora) == 0:
+        raise ModelError("The adapter's scale is 0: it does nothing, and lora.py has no such scale.")
 
 
 def _key(name: str) -> str:
@@ -57,8 +67,8 @@ def _key(name: str) -> str:
     return name.split(".layers.", 1)[-1].partition(".")[2].rpartition(".")[0]
 
 
-def _scale(job: ExportJob) -> float:
-    scale = resolved_lora(job.lora).scale
+def _scale(lora: LoraConfig) -> float:
+    scale = resolved_lora(lora).scale
     assert scale is not None
     return scale
 

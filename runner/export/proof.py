@@ -117,17 +117,16 @@ class Verdict:
         is_noise = self.export.losses.distance(self.run.losses) <= _NOISE
         return is_noise or self.deviation <= self.limit  # not where it is NaN
 
-    def problem(self) -> str:
-        """Return what is wrong with an export that does not pass."""
+    def problem(self, name: str = "run") -> str:
+        """Return what is wrong with an export that does not pass; `name` is that of what is exported."""
         if not math.isfinite(self.export.losses.mean):
             return "its loss is not finite"
         if self.effect <= _NO_EFFECT:
             return "the adapter changes nothing, and the export computes something else than its base model"
         lost = self.export.losses.distance(self.base) < 0.5 * self.effect
         what = "the adapter's effect is lost" if lost else "the adapter's effect is damaged"
-        return (
-            f"{what}: it deviates from the run by {self.deviation:.1%} of that effect, and {self.limit:.0%} is allowed"
-        )
+        deviates = f"it deviates from the {name} by {self.deviation:.1%} of that effect"
+        return f"{what}: {deviates}, and {self.limit:.0%} is allowed"
 
 
 class Comparison:

@@ -159,7 +159,10 @@ def test_an_npz_is_what_lora_py_reads(
     np.testing.assert_allclose(update, np.array(5.0 * (ours[f"{name}_a"] @ ours[f"{name}_b"])), atol=1e-6)
 
 
-def test_an_npz_of_layers_that_lora_py_ignores_is_refused(run: Path) -> None:
+def test_an_npz_of_layers_that_lora_py_ignores_is_refused_before_the_model_is_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("runner.cli.commands.export_job.build_job")
     with pytest.raises(ModelError, match="adapts q_proj and v_proj alone.*mlp.down_proj.*lora=query_value"):
         export.run([str(run), "--to", "npz"])
     assert not list(run.glob("*.npz")) and not list(run.glob(".export*"))
@@ -192,7 +195,9 @@ def test_an_average_is_exported_and_compared_with_the_best_checkpoint(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_parameters"]["rank"] == 8 * count
     assert export.run([str(run), "--to", "fused", "--average", choice]) == 0
-    assert "The average is worse: --checkpoint 12" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The average is worse: --checkpoint 12" in out
+    assert f"average {average['loss']:.4f}, export " in out and ", run " not in out
 
 
 def test_an_average_of_too_few_checkpoints_is_refused(run: Path) -> None:

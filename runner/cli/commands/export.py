@@ -51,6 +51,10 @@ def run(argv: list[str]) -> int:
     blas.load_blas()
     from runner.cli.commands import export_job
 
+    if options.to == "npz":  # before the model is loaded, for minutes
+        from runner.export.npz import require_readable_there
+
+        require_readable_there(export_job.weights_of(source), settings.config.lora)
     job = export_job.build_job(source, sources, settings, any_base=options.any_base, log=arguments.print_note)
     return _export(job, options, source, sources, target, base_target)
 
@@ -86,6 +90,7 @@ def _export(
             "base": str(base_target) if base_target else None,
             "run": str(source.run),
             "step": None if sources else source.step,
+            "exported": job.name,
             "command": command,
             "proof": exports.verdict_values(verdict) if verdict else None,
         }
@@ -93,12 +98,12 @@ def _export(
         return 0
     for line in [average.line] if average else []:
         print(line)
-    for line in (
-        exports.verdict_lines(verdict, config.data.metric) if verdict else ["not compared with the run (--force)"]
-    ):
+    if verdict is None:
+        print(f"not compared with the {job.name} (--force)")
+    for line in exports.verdict_lines(verdict, config.data.metric, job.name) if verdict else []:
         print(line)
     if verdict and not verdict.passes:
-        print(f"warning: {verdict.problem()}; exported all the same (--force)")
+        print(f"warning: {verdict.problem(job.name)}; exported all the same (--force)")
     print(f"wrote {relative_path(target)} ({steps})")
     if base_target:
         print(f"wrote {relative_path(base_target)} (the base model)")

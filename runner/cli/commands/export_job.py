@@ -69,7 +69,8 @@ def build_job(
     adapted, kept = adapt(settings, log), _with_stored_quantization(settings)
     expanded = _was_expanded(adapted.base) and kept is not settings
     load_as_stored = (lambda: adapt(kept, lambda line: None)) if expanded else None
-    return ExportJob(adapted, weights, lora, settings.config, files, log, load_as_stored)
+    name = "average" if averaged else "run"
+    return ExportJob(adapted, weights, lora, settings.config, files, log, load_as_stored, name)
 
 
 def weights_of(source: AdapterSource) -> Params:

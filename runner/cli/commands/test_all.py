@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from runner.reports import settings_text
 from runner.reports.checkpoint_list import list_checkpoints
 from runner.reports.screen import Screen
 from runner.reports.tables import Column, TableRow
-from runner.runs.find import is_sweep_folder, looks_like_run, read_sweep
+from runner.runs.find import SweepInfo, is_sweep_folder, looks_like_run, read_sweep
 from runner.runs.inspect import RunInfo, differing_settings, read_run
+from runner.runs.objective import VALID_LOSS
 
 if TYPE_CHECKING:
     from runner.cli.commands.evaluation import SplitEvaluation
@@ -57,7 +59,8 @@ def test_all(options: Namespace) -> int:
     """
     path = resolve_name(options.run).absolute()
     of_sweep = is_sweep_folder(path)
-    entries = _jobs(path) if of_sweep else _checkpoints(path)
+    sweep = read_sweep(path) if of_sweep else None
+    entries = _jobs(sweep) if sweep else _checkpoints(path)
     if not any(entry.source for entry in entries):
         reasons = "".join(f"\n{entry.label}: {entry.problem}" for entry in entries)
         raise ConfigError(f"{relative_path(path)} has no adapter to test.{reasons}")
@@ -71,14 +74,46 @@ def test_all(options: Namespace) -> int:
             entry.fields = measurements.measure(entry.source)
         except CheckpointError as error:
             entry.problem, entry.is_damaged = str(error), True
-    best = min(filter(_loss, entries), key=lambda entry: (_loss(entry), entry.step or 0), default=None)
+    marks = _marks(entries, sweep, options.split)
     if options.json:
-        rows = [{**entry.to_dict(), "is_best": entry is best} for entry in entries]
-        arguments.print_json({"path": str(path), "split": options.split, "entries": rows})
+        rows = [entry.to_dict() | marks.of(entry) for entry in entries]
+        document = {"path": str(path), "split": options.split, "best_by": marks.metric, "entries": rows}
+        arguments.print_json(document)
     else:
         varied = differing_settings([entry.run for entry in entries]) if of_sweep else []
-        _print_table(entries, best, options.split, "job" if of_sweep else "checkpoint", varied)
+        _print_table(entries, marks, "job" if of_sweep else "checkpoint", varied)
     return EXIT_DAMAGED if any(entry.is_damaged for entry in entries) else EXIT_DONE
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Which entries stand out, and by what."""
+
+    best: _Entry | None
+    """The one that `runner best` names."""
+    metric: str
+    """By which it is the best."""
+    lowest: _Entry | None
+    """The one of the lowest loss of what was measured."""
+    split: str
+    """Of that loss."""
+
+    def of(self, entry: _Entry) -> dict[str, bool]:
+        return {"is_best": entry is self.best, "is_lowest": entry is self.lowest}
+
+
+def _marks(entries: list[_Entry], sweep: SweepInfo | None, split: str) -> _Marks:
+    """Return the best checkpoint by its validation loss, or the best job by the sweep's objective, as `runner best`
+    does, and the one of the lowest loss."""
+    measured = [entry for entry in entries if entry.fields]
+    lowest = min(measured, key=lambda entry: (_loss(entry), entry.step or 0), default=None)
+    if sweep is not None:
+        path = sweep.best.path if sweep.best else None
+        best = next((entry for entry in entries if entry.run.path == path), None)
+        return _Marks(best, sweep.objective.metric, lowest, split)
+    evaluated = [(entry.valid_loss, entry.step or 0, entry) for entry in measured if entry.valid_loss is not None]
+    best = min(evaluated, key=lambda found: found[:2])[2] if evaluated else None
+    return _Marks(best, VALID_LOSS, lowest, split)
 
 
 def _checkpoints(path: Path) -> list[_Entry]:
@@ -106,9 +141,9 @@ def _checkpoints(path: Path) -> list[_Entry]:
     return [*entries, result]
 
 
-def _jobs(path: Path) -> list[_Entry]:
+def _jobs(sweep: SweepInfo) -> list[_Entry]:
     entries = []
-    for run in read_sweep(path).runs:
+    for run in sweep.runs:
         entry = _Entry(run, run.path.name, run.best_step, run.best_loss, is_result=True)
         _read(entry, run.path)
         if entry.source is None and not entry.is_damaged:
@@ -158,15 +193,15 @@ class _Measurements:
         return self._evaluation.measure()[0]
 
 
-def _loss(entry: _Entry) -> float | None:
-    return entry.fields["loss"] if entry.fields else None
+def _loss(entry: _Entry) -> float:
+    return float(entry.fields["loss"]) if entry.fields else math.inf
 
 
-def _print_table(entries: list[_Entry], best: _Entry | None, split: str, what: str, varied: list[str]) -> None:
+def _print_table(entries: list[_Entry], marks: _Marks, what: str, varied: list[str]) -> None:
     defaults = serialize.default_settings()
     metric = next((entry.fields["metric"] for entry in entries if entry.fields and "metric" in entry.fields), None)
     columns = [Column(what, right=what == "job"), *[Column(settings_text.short_names(varied)[name]) for name in varied]]
-    columns += [Column(name, right=True) for name in ("step", "valid loss", f"{split} loss", "perplexity")]
+    columns += [Column(name, right=True) for name in ("step", "valid loss", f"{marks.split} loss", "perplexity")]
     columns += [Column(metric, right=True)] if metric else []
     columns.append(Column("", wrap=True))
     texts = {
@@ -180,14 +215,16 @@ def _print_table(entries: list[_Entry], best: _Entry | None, split: str, what: s
         cells += ["" if entry.step is None else str(entry.step), _decimal(entry.valid_loss, 4)]
         cells += [_decimal(fields.get("loss"), 4), _decimal(fields.get("perplexity"), 3)]
         cells += ["" if "score" not in fields else f"{fields['score']:.1%}"] if metric else []
-        cells.append(", ".join(_remarks(entry, entry is best, shows_result=what != "job")))
-        rows.append(TableRow(cells, dict.fromkeys(range(len(cells)), "bold") if entry is best else {}))
+        cells.append(", ".join(_remarks(entry, marks, shows_result=what != "job")))
+        rows.append(TableRow(cells, dict.fromkeys(range(len(cells)), "bold") if entry is marks.best else {}))
     Screen().table(columns, rows)
 
 
-def _remarks(entry: _Entry, is_best: bool, shows_result: bool) -> Iterator[str]:
-    if is_best:
-        yield "best"
+def _remarks(entry: _Entry, marks: _Marks, shows_result: bool) -> Iterator[str]:
+    if entry is marks.best:
+        yield f"best by {marks.metric}"
+    elif entry is marks.lowest:
+        yield f"lowest {marks.split} loss"
     if entry.is_result and shows_result and entry.label != "result":
         yield "the run's result"
     if entry.problem:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runner.cli.commands import load_adapter, test
+from runner.checkpoints import manifest
+from runner.cli.commands import best, load_adapter, test
 from runner.cli.commands.adapter_source import find_average
 from runner.common.errors import ConfigError
 from runner.config.labels import Labels
@@ -55,8 +57,10 @@ def test_every_kept_checkpoint_is_measured_as_it_is_alone(
             name: alone[name] for name in ("loss", "perplexity", "score", "rows")
         }
         assert entry["valid_loss"] == recorded.get(entry["step"])
-    best = min(table["entries"], key=lambda entry: entry["loss"])
-    assert [entry["is_best"] for entry in table["entries"]] == [entry is best for entry in table["entries"]]
+    top = min(table["entries"], key=lambda entry: entry["valid_loss"] or 9)
+    lowest = min(table["entries"], key=lambda entry: entry["loss"])
+    assert [entry["is_best"] for entry in table["entries"]] == [entry is top for entry in table["entries"]]
+    assert [entry["is_lowest"] for entry in table["entries"]] == [entry is lowest for entry in table["entries"]]
     assert [entry["is_result"] for entry in table["entries"]] == [False, False, True]
 
 
@@ -65,7 +69,24 @@ def test_the_table_marks_the_best(run: Path, capsys: pytest.CaptureFixture[str])
     title, *lines = capsys.readouterr().out.splitlines()
     assert title.split("  ")[0] == "checkpoint" and "valid loss" in title
     assert [line.split()[0] for line in lines] == ["step-0000004", "step-0000008", "step-0000012"]
-    assert lines[-1].endswith("best, the run's result")
+    assert lines[-1].endswith("best by valid_loss, the run's result")
+
+
+def test_the_best_is_the_one_that_best_names_and_the_lowest_loss_is_marked_beside_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:  # as if an earlier checkpoint had been better on the validation rows
+        row["loss"] = 0.5 if (row["split"], row["step"]) == ("valid", 8) else row.get("loss")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = run / "checkpoints/step-0000008/manifest.json"
+    file.write_bytes(manifest.write(replace(manifest.read(file.read_bytes()), metrics={"valid_loss": 0.5})))
+    capsys.readouterr()
+    assert best.run([str(run), "--checkpoint"]) == 0
+    assert capsys.readouterr().out.strip().endswith("step-0000008")
+    assert test.run([str(run), "--all", "--rows", "1"]) == 0
+    remarks = [line.rpartition("   ")[2].strip() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert remarks[0].endswith("best by valid_loss") and remarks[1].endswith("lowest test loss, the run's result")
 
 
 def test_a_result_without_its_checkpoint_has_a_row_and_a_damaged_checkpoint_is_named(

@@ -20,8 +20,9 @@ from runner.common.errors import ConfigError
 from runner.config import schema, serialize
 from runner.config.groups import CONF_DIR
 from runner.config.invocation import Invocation
-from runner.config.schema import Config
+from runner.config.schema import Config, DataConfig
 from runner.runs import sweep_manifest
+from runner.runs.earlier_window import recorded_window
 from runner.runs.find import run_or_best_job
 from runner.runs.run_spec import ResumeSource, find_resume_source
 
@@ -113,9 +114,9 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
     dropped = schema.provenance_settings() if invocation.repeat else in_branch
     for name in (*invocation.group_choices, *dropped):
         settings.pop(name, None)
-    # A new run takes the default where earlier versions stored null: the window that their backend chose.
+    # Earlier versions stored null and left the window to the backend. A new run takes what it was, or else the default.
     if invocation.repeat and settings.get("data", {}).get("window", 0) is None:
-        del settings["data"]["window"]
+        settings["data"]["window"] = recorded_window(source.run) or DataConfig.window
     remove_alternatives(settings, invocation.settings)
     return settings
 

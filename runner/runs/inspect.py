@@ -20,6 +20,7 @@ from runner.common.safe_json import finite_number
 from runner.config import retired, schema, serialize
 from runner.config.labels import NO_LABELS, Labels
 from runner.runs.directory import RunDirectory
+from runner.runs.earlier_window import WINDOW, recorded_window
 from runner.runs.labels import labels_of_sweep_above, read_labels
 from runner.runs.rows import count_or_none, read_rows
 
@@ -41,7 +42,8 @@ class RunInfo:
     """Lowest validation loss so far."""
     best_step: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    """Dotted name to value, as stored (loggers is one dict); empty where config.yaml cannot be read."""
+    """Dotted name to value, as stored (loggers is one dict); empty where config.yaml cannot be read.
+    A window of batches that was left to the backend is the one that was used, where a checkpoint records it."""
     updated: float = 0.0
     """When it last wrote a file, in seconds since 1970."""
     size_bytes: int = 0
@@ -165,7 +167,10 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
     """Return the stored settings by dotted name, or none and why config.yaml cannot be read."""
     try:
         config = retired.upgrade_config(safe_yaml.read_mapping(path / layout.CONFIG))
-        return serialize.group_open_sections(serialize.flatten_dict(config)), None
+        settings = serialize.group_open_sections(serialize.flatten_dict(config))
+        if settings.get(WINDOW, 0) is None:
+            settings[WINDOW] = recorded_window(path)
+        return settings, None
     except FileNotFoundError:
         return {}, "config.yaml is missing"
     except OSError as error:

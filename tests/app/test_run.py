@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from runner.config.schema import DataConfig
+from runner.runs.inspect import differing_settings, read_run
+
 
 def test_references_to_the_environment_are_stored_unresolved(cli):
     secret = "a-value-of-the-environment"
@@ -24,17 +27,21 @@ def test_references_to_the_environment_are_stored_unresolved(cli):
     cli("resume=run", "train.iters=4", env={"WHERE": secret})
 
 
-def test_a_repeat_of_a_run_that_stored_no_window_gets_the_default_one(cli):
+def test_a_repeat_of_a_run_that_stored_no_window_has_the_one_that_was_used_and_does_not_differ(cli):
     """Earlier versions stored null where the backend was to choose the window of batches."""
-    cli("experiment=smoke", "train.iters=1", "hydra.run.dir=run")
+    cli("experiment=smoke", "train.iters=1", "data.window=3", "hydra.run.dir=run")
     file = cli.folder / "run/config.yaml"
     stored = yaml.safe_load(file.read_text())
-    window = stored["data"]["window"]
-    assert window is not None
+    assert stored["data"]["window"] == 3
     stored["data"]["window"] = None
     file.write_text(yaml.safe_dump(stored))
     assert "finished at step 1" in cli("repeat=run", "hydra.run.dir=again")
-    assert yaml.safe_load((cli.folder / "again/config.yaml").read_text())["data"]["window"] == window
+    assert yaml.safe_load((cli.folder / "again/config.yaml").read_text())["data"]["window"] == 3
+    assert differing_settings([read_run(cli.folder / "run"), read_run(cli.folder / "again")]) == []
+    shutil.rmtree(cli.folder / "run/checkpoints")  # then nothing says what it was
+    assert read_run(cli.folder / "run").settings["data.window"] is None
+    cli("repeat=run", "hydra.run.dir=default")
+    assert yaml.safe_load((cli.folder / "default/config.yaml").read_text())["data"]["window"] == DataConfig.window
 
 
 def test_a_used_directory_is_refused_and_one_of_several_starts_gets_a_new_one(cli):

@@ -26,10 +26,18 @@ def find_entries(root: Path) -> list[CacheEntry]:
 
     What else is there, such as models that were downloaded or the caches of other programs, is no entry.
     """
-    folders = [root / kind for kind in CACHES]
-    caches = [DiskCache(folder) for folder in folders if folder.is_dir() and not folder.is_symlink()]
-    found = [CacheEntry(cache, name, size, used) for cache in caches for name, size, used in cache.entries()]
+    found = [CacheEntry(cache, name, size, used) for cache in _caches(root) for name, size, used in cache.entries()]
     return sorted(found, key=lambda entry: (-entry.used, entry.name))
+
+
+def find_drafts(root: Path) -> list[CacheEntry]:
+    """Return what killed processes left in these caches: no use of any kind is left for it."""
+    return [CacheEntry(cache, name, size, 0.0) for cache in _caches(root) for name, size in cache.stale_drafts()]
+
+
+def _caches(root: Path) -> list[DiskCache]:
+    folders = [root / kind for kind in CACHES]
+    return [DiskCache(folder) for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
 def select_entries(

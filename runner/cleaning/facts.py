@@ -13,7 +13,7 @@ from pathlib import Path
 from runner.checkpoints import manifest, mirror, verify
 from runner.cleaning.policy import CheckpointFacts, RunFacts
 from runner.common import layout
-from runner.common.atomic_io import is_draft
+from runner.common.atomic_io import is_draft, is_draft_folder, is_stale
 from runner.common.errors import CheckpointError, RunnerError
 from runner.common.filesystem import FileSystem, is_apple_double
 from runner.reports.checkpoint_list import LEFT_BY_ANOTHER_RUN, checkpoints_folder, list_checkpoints, result_step
@@ -171,7 +171,7 @@ def unknown_names(run: RunInfo) -> list[str]:
                 found += [f"{name}/{other}" for other in _unknown_checkpoints(Path(entry.path))]
             elif name in _LOGGER_FOLDERS:
                 found += [f"{name}/{other} (not synced)" for other in _not_synced(Path(entry.path))]
-            elif name not in (".adapters.new", ".adapters.old"):
+            elif name not in (".adapters.new", ".adapters.old") and not _is_stale_draft(entry):
                 found.append(f"{name}/")
         elif name not in _RUN_FILES and not _OTHER_FILES.fullmatch(name) and unexpected_names(run.path, ()).count(name):
             found.append(name)
@@ -184,7 +184,17 @@ def leftovers(run: RunInfo) -> list[Path]:
     found = [] if folder.is_symlink() else [e for e in _entries(folder) if e.name.startswith(TEMPORARY) and e.is_dir()]
     paths = [Path(entry.path) for entry in found if not entry.is_symlink()]
     aside = run.path / f".{layout.RESULT}.new"
-    return [*paths, *([aside] if aside.is_dir() and not aside.is_symlink() else [])]
+    paths += [aside] if aside.is_dir() and not aside.is_symlink() else []
+    return [*paths, *stale_drafts(run.path)]
+
+
+def stale_drafts(run: Path) -> list[Path]:
+    """Return the exports in the run's directory whose process was killed while it wrote them."""
+    return [Path(entry.path) for entry in _entries(run) if entry.is_dir() and _is_stale_draft(entry)]
+
+
+def _is_stale_draft(entry: os.DirEntry[str]) -> bool:
+    return is_draft_folder(entry.name) and not entry.is_symlink() and is_stale(Path(entry.path))
 
 
 def interrupted_removals(root: Path) -> list[Path]:
@@ -207,8 +217,10 @@ def _is_rest_of_run(folder: Path) -> bool:
     for entry in _entries(folder):
         if entry.is_dir() and not entry.is_symlink():
             inner = [other.name for other in _entries(Path(entry.path))]
-            is_ours = entry.name in folders or all(
-                layout.STEP_NAME.fullmatch(name) or name.startswith(TEMPORARY) for name in inner
+            is_ours = (
+                entry.name in folders
+                or is_draft_folder(entry.name)
+                or all(layout.STEP_NAME.fullmatch(name) or name.startswith(TEMPORARY) for name in inner)
             )
         else:
             is_ours = entry.name in _RUN_FILES or bool(_OTHER_FILES.fullmatch(entry.name)) or is_draft(entry.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runner.checkpoints import verify
 from runner.checkpoints.store import CheckpointStore, step_name
-from runner.cleaning.facts import Context, leftovers, reread_facts
+from runner.cleaning.facts import Context, leftovers, reread_facts, stale_drafts
 from runner.cleaning.policy import Policies, Removal, decide
 from runner.common import layout
 from runner.common.atomic_io import repair_replaced_folder
@@ -67,6 +67,8 @@ def remove_leftovers(run: RunInfo, filesystem: FileSystem | None = None) -> int:
         repair_replaced_folder(run.path / layout.RESULT, filesystem)
         draft = run.path / f".{layout.RESULT}.new"
         if draft.is_dir() and not draft.is_symlink():
+            filesystem.remove_tree(draft)
+        for draft in stale_drafts(run.path):
             filesystem.remove_tree(draft)
         return before - sum(folder_size(path) for path in leftovers(run))
 

@@ -7,11 +7,14 @@ crash came between the two renames.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
+import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +22,9 @@ from runner.common.errors import ConfigError, StorageError
 from runner.common.filesystem import Content, FileSystem, open_regular
 from runner.common.storage_errors import storage_errors
 
+_DRAFT_FOLDER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_GRACE = 60.0
+"""Seconds before a draft may be found stale: a new folder is held only after it is created, and a file never is."""
 _DRAFT = re.compile(r"\.[A-Za-z0-9][\w.-]*\.(yaml|json|jsonl|csv|svg|html)\.[0-9a-f]{8}\.tmp")
 
 
@@ -65,10 +71,11 @@ def open_text(path: Path) -> TextIO:
 
 
 @contextmanager
-def create_folder_atomically(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`; when the block ends, sync all of it to the disk and rename it to `target`.
+def create_atomically(target: Path, *, is_folder: bool) -> Iterator[Path]:
+    """Yield the path of a file or folder to write; when the block ends, sync it to the disk and rename it to `target`.
 
-    If the block raises, the new folder is removed and `target` is not created.
+    A file is written in a new folder beside `target`, under its own name; a folder exists already. The block may read
+    back what it wrote. If it raises, nothing is left and `target` is not created.
 
     Raises:
         ConfigError: `target` exists by then; nothing is replaced.
@@ -78,46 +85,55 @@ def create_folder_atomically(target: Path) -> Iterator[Path]:
     with storage_errors(target, "created"):
         target.parent.mkdir(parents=True, exist_ok=True)
     filesystem.mkdir(draft)
-    try:
-        yield draft
-        filesystem.fsync_tree(draft)
-        if filesystem.lstat(target):
-            raise ConfigError(f"{target} was created by another process meanwhile; nothing is replaced.")
-        filesystem.rename(draft, target)
-        filesystem.fsync_folder(target.parent)
-    except BaseException:
-        with suppress(StorageError):
-            if filesystem.lstat(draft):
-                filesystem.remove_tree(draft)
-        raise
+    written = draft if is_folder else draft / target.name
+    with ExitStack() as stack:
+        with suppress(OSError):  # a file system without locks: clean leaves the drafts there alone
+            stack.enter_context(hold_draft(draft))
+        try:
+            yield written
+            filesystem.fsync_tree(draft)
+            if filesystem.lstat(target):
+                raise ConfigError(f"{target} was created by another process meanwhile; nothing is replaced.")
+            filesystem.rename(written, target)
+            filesystem.fsync_folder(target.parent)
+        finally:
+            with suppress(StorageError):
+                if filesystem.lstat(draft):
+                    filesystem.remove_tree(draft)
 
 
 @contextmanager
-def create_file_atomically(target: Path) -> Iterator[Path]:
-    """Yield the path of a file to write, in a new folder beside `target` and of the same name; when the block ends,
-    sync it to the disk and rename it to `target`.
-
-    The block may read the file back. If it raises, the new folder is removed and `target` is not created.
+def hold_draft(folder: Path) -> Iterator[None]:
+    """Hold the lock of a draft folder, which tells other processes that this one is writing it.
 
     Raises:
-        ConfigError: `target` exists by then; nothing is replaced.
-        StorageError: the disk fails or is full.
+        OSError: another process holds it, or the file system has no locks.
     """
-    filesystem, draft = FileSystem(), _draft_path(target)
-    with storage_errors(target, "created"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    filesystem.mkdir(draft)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        yield draft / target.name
-        filesystem.fsync_tree(draft)
-        if filesystem.lstat(target):
-            raise ConfigError(f"{target} was created by another process meanwhile; nothing is replaced.")
-        filesystem.rename(draft / target.name, target)
-        filesystem.fsync_folder(target.parent)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        with suppress(StorageError):
-            if filesystem.lstat(draft):
-                filesystem.remove_tree(draft)
+        os.close(handle)
+
+
+def is_draft_folder(name: str) -> bool:
+    """Return whether `name` is that of a folder in which `create_atomically` writes."""
+    return _DRAFT_FOLDER.fullmatch(name) is not None
+
+
+def is_stale(draft: Path) -> bool:
+    """Return whether a draft was left by a killed process: it is not new, and nothing holds it if it is a folder."""
+    try:
+        status = draft.lstat()
+        if time.time() - status.st_mtime <= _GRACE:
+            return False
+        if stat.S_ISDIR(status.st_mode):
+            with hold_draft(draft):
+                pass
+    except OSError:
+        return False
+    return True
 
 
 def replace_folder(target: Path, contents: Mapping[str, Content], filesystem: FileSystem) -> None:

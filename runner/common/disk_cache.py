@@ -7,7 +7,6 @@ after which the caller does without the cache.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.common import sealed_json
-from runner.common.atomic_io import is_draft, write_atomically
+from runner.common.atomic_io import hold_draft, is_draft, is_stale, write_atomically
 from runner.common.errors import StorageError
 from runner.common.filesystem import FileSystem, open_regular
 from runner.common.storage_errors import os_error_reason
 
 _ENTRY = re.compile(r"[0-9a-f]{32,64}(\.json)?")
 _DRAFT_PREFIX = ".draft-"
-_DRAFT_GRACE = 60.0
-"""Seconds before a draft may be found stale: a new one is locked only after it is created."""
 _MAX_RECORD_BYTES = 1 << 16
 _MAX_RECORD_VALUES = 10_000
 _BYTES_PER_NUMBER = 32
@@ -144,17 +140,20 @@ class DiskCache:
                 os.rename(path, aside / "entry")
             shutil.rmtree(aside, ignore_errors=True)
 
+    def stale_drafts(self) -> list[tuple[str, int]]:
+        """Return name and size in bytes of each draft that a killed process left."""
+        drafts = [p for p in self._paths() if is_draft(p.name) or p.name.startswith(_DRAFT_PREFIX)]
+        return [(path.name, _size(path)) for path in drafts if is_stale(path)]
+
     def clear_stale_drafts(self) -> None:
-        """Remove the drafts that killed processes left; a living process holds a lock on its own."""
-        for path in self._paths():
-            with suppress(OSError), ExitStack() as stack:
-                if time.time() - path.lstat().st_mtime <= _DRAFT_GRACE:
-                    continue
-                if is_draft(path.name):
-                    path.unlink()
-                elif path.name.startswith(_DRAFT_PREFIX):
-                    _lock(path, stack)
+        """Remove the drafts that killed processes left."""
+        for name, _ in self.stale_drafts():
+            path = self.folder / name
+            with suppress(OSError):
+                if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)  # macOS removes some names with others
+                else:
+                    path.unlink()
 
     def _record_path(self, key: str) -> Path:
         return self.folder / f"{key}.json"
@@ -174,7 +173,7 @@ class EntryDraft:
         self.folder = Path(tempfile.mkdtemp(prefix=_DRAFT_PREFIX, dir=cache_folder))
         self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         try:
-            _lock(self.folder, self._stack)
+            self._stack.enter_context(hold_draft(self.folder))
         except OSError:
             self._stack.close()
             raise
@@ -212,12 +211,6 @@ def cache_write_errors(folder: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = os_error_reason(cause) if isinstance(cause, OSError) else str(error)
         raise CacheWriteError(f"{folder}: {reason}") from error
-
-
-def _lock(folder: Path, stack: ExitStack) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    stack.callback(os.close, handle)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _last_use(path: Path) -> float:

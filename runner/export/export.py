@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.common.atomic_io import create_file_atomically, create_folder_atomically
+from runner.common.atomic_io import create_atomically
 from runner.common.errors import RunnerError
 from runner.common.text import count
 from runner.export.job import ExportJob, Target
@@ -59,7 +58,7 @@ def export(
         ModelError, StorageError: it cannot be written, or not be loaded. Nothing is left of it.
         ConfigError: `path` exists by then.
     """
-    with _draft(path) as draft:
+    with create_atomically(path, is_folder=path.suffix not in (".gguf", ".npz")) as draft:
         target.write(job, draft)
         verdict = None
         if baseline is not None:
@@ -81,13 +80,6 @@ def _compare(job: ExportJob, target: Target, draft: Path, baseline: Baseline, fo
         figures = verdict_lines(verdict, None, job.name)[0]
         raise ExportError(f"Nothing was exported, because {verdict.problem(job.name)}. {figures}. --force exports it.")
     return verdict
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    create = create_file_atomically if path.suffix in (".gguf", ".npz") else create_folder_atomically
-    with create(path) as draft:
-        yield draft
 
 
 def verdict_lines(verdict: Verdict, metric: str | None, name: str) -> list[str]:

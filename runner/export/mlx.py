@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from runner.checkpoints.safetensors_file import require_finite, unpack
-from runner.common.atomic_io import create_folder_atomically
+from runner.common.atomic_io import create_atomically
 from runner.common.errors import ModelError, StorageError
 from runner.common.filesystem import FileSystem, is_apple_double
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
@@ -45,7 +45,7 @@ def export_model(base: BaseModel, target: Path) -> None:
         ModelError: stock mlx-lm would not read the same model from it.
         ConfigError, StorageError: `target` exists, there is too little space, or the disk fails.
     """
-    with create_folder_atomically(target) as folder:
+    with create_atomically(target, is_folder=True) as folder:
         write_verified_folder(base, folder, target)
 
 

@@ -89,6 +89,6 @@ def test_a_cache_removes_stale_drafts_and_old_entries(disk: Path, monkeypatch: p
     stale.mkdir()
     for name in ("data", "more"):
         FileSystem().write_file(stale / name, b"x")
-    monkeypatch.setattr("runner.common.disk_cache._DRAFT_GRACE", -1.0)
+    monkeypatch.setattr("runner.common.atomic_io._GRACE", -1.0)
     cache.clear_stale_drafts()
     assert [path.name for path in (disk / "cache").iterdir() if not path.name.startswith("._")] == ["b" * 32]

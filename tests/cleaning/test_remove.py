@@ -12,9 +12,10 @@ import pytest
 
 from runner.checkpoints import verify
 from runner.cleaning import remove
-from runner.cleaning.caches import find_entries, remove_entries, select_entries
+from runner.cleaning.caches import find_drafts, find_entries, remove_entries, select_entries
 from runner.cleaning.facts import Context, interrupted_removals, leftovers, read_facts, unknown_names
 from runner.cleaning.policy import Policies, decide
+from runner.common.atomic_io import hold_draft
 from runner.common.disk_cache import DiskCache
 from runner.common.filesystem import FileSystem
 from runner.runs.directory import RunDirectory
@@ -223,6 +224,19 @@ def test_what_no_run_writes_keeps_its_directory(run, name):
     assert removal is None and name in kept[0].reason
 
 
+def test_the_draft_of_a_killed_export_goes_and_that_of_a_living_one_stays(run, inline):
+    draft = run / ".export-mlx.0123abcd.tmp"
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(b"12345")
+    os.utime(draft, (1, 1))
+    with hold_draft(draft):
+        assert leftovers(read_run(run)) == [] and remove.remove_leftovers(read_run(run)) == 0 and draft.exists()
+        fail(run)
+        assert ".export-mlx" in plan(run, Policies(failed=True))[1][0].reason
+    assert plan(run, Policies(failed=True))[0].whole
+    assert "1 leftover" in inline("clean", "--leftovers", "--yes") and not draft.exists()
+
+
 def test_a_run_with_a_result_stays_whole(run):
     status = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps({**status, "state": "failed"}))
@@ -343,6 +357,16 @@ def test_entries_of_caches_go_by_age_and_size(tmp_path):
     assert len(select_entries(entries, unused_days=None, max_bytes=None)) == 4
     assert len(select_entries(entries, unused_days=2.5, max_bytes=None, now=now)) == 2
     assert len(select_entries(entries, unused_days=None, max_bytes=3 * size + 1)) == 1
+    with cache.draft() as draft:
+        os.utime(draft.folder, (1, 1))
+        assert find_drafts(tmp_path) == []
+        left = draft.folder.with_name(".draft-killed")
+        left.mkdir()
+        (left / "tokens").write_bytes(b"12345")
+        os.utime(left, (1, 1))
+        drafts = find_drafts(tmp_path)
+        assert [draft.name for draft in drafts] == [left.name]
+        assert remove_entries(drafts) == drafts[0].size_bytes and not left.exists() and draft.folder.exists()
     old = select_entries(entries, unused_days=3.5, max_bytes=None, now=now)
     assert remove_entries(old) == size and len(find_entries(tmp_path)) == 3
     assert (tmp_path / "smollm2/model.safetensors").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from runner.common.atomic_io import (
-    create_folder_atomically,
+    create_atomically,
     is_draft,
+    is_draft_folder,
+    is_stale,
     repair_replaced_folder,
     replace_folder,
     write_atomically,
@@ -82,16 +85,35 @@ def test_only_drafts_are_taken_for_drafts(name: str) -> None:
 
 
 def test_a_created_folder_appears_whole_or_not_at_all(folder: Path) -> None:
-    with create_folder_atomically(folder / "export") as draft:
+    with create_atomically(folder / "export", is_folder=True) as draft:
         (draft / "a").write_bytes(b"1")
         assert not (folder / "export").exists()
     assert (folder / "export" / "a").read_bytes() == b"1"
-    with pytest.raises(ModelError), create_folder_atomically(folder / "other") as draft:
+    with pytest.raises(ModelError), create_atomically(folder / "other", is_folder=True) as draft:
         (draft / "a").write_bytes(b"1")
         raise ModelError("no")
-    with pytest.raises(ConfigError, match="meanwhile"), create_folder_atomically(folder / "third"):
+    with pytest.raises(ConfigError, match="meanwhile"), create_atomically(folder / "third", is_folder=True):
         (folder / "third").mkdir()
     assert sorted(path.name for path in folder.iterdir()) == ["export", "third"]
+
+
+def test_a_file_is_created_with_its_name_and_leaves_no_folder(folder: Path) -> None:
+    with create_atomically(folder / "model.gguf", is_folder=False) as draft:
+        assert draft.name == "model.gguf" and is_draft_folder(draft.parent.name)
+        draft.write_bytes(b"1")
+    assert (folder / "model.gguf").read_bytes() == b"1" and len(list(folder.iterdir())) == 1
+
+
+def test_a_draft_is_stale_once_nothing_writes_it(folder: Path) -> None:
+    with create_atomically(folder / "export", is_folder=True) as draft:
+        assert is_draft_folder(draft.name) and not is_draft_folder("export-1.tmp")
+        os.utime(draft, (1, 1))
+        assert not is_stale(draft)
+        left = folder / draft.name.replace("export", "other")
+        left.mkdir()
+        assert not is_stale(left)  # new: its process may be about to hold it
+        os.utime(left, (1, 1))
+        assert is_stale(left)
 
 
 def test_a_replaced_folder_is_the_old_or_the_new_one_after_a_kill_at_any_call(tmp_path: Path, tape, killed) -> None:

@@ -183,7 +183,8 @@ def _plan(selection: Selection, context: Context, policies: Policies, options: N
         plan.interrupted = facts.interrupted_removals(selection.root)
     if options.caches:
         entries = caches.find_entries(cache_dir())
-        plan.caches = caches.select_entries(entries, unused_days=options.unused, max_bytes=options.max_size)
+        selected = caches.select_entries(entries, unused_days=options.unused, max_bytes=options.max_size)
+        plan.caches = [*selected, *caches.find_drafts(cache_dir())]
     return plan
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
 
 
-def record_job_changes(run: Path, after: Mapping[str, Any], typed: Collection[str]) -> None:
-    """Record in the sweep of a resumed `run`, if it is a job of one, what was typed for it alone.
+@contextmanager
+def job_changes_recorded(run: Path, after: Mapping[str, Any], typed: Collection[str]) -> Iterator[None]:
+    """Record in the sweep of a resumed `run`, if it is a job of one, what was typed for it alone, once the block has
+    ended without an error.
 
     Otherwise the next resume of the sweep would give the job again what was typed for all jobs before.
 
@@ -27,22 +30,26 @@ def record_job_changes(run: Path, after: Mapping[str, Any], typed: Collection[st
         DirectoryInUse: the sweep is running, so nothing can be recorded.
     """
     sweep = RunDirectory(run.parent)
-    if not typed or _job_number(run) is None:
-        return
-    directory = RunDirectory(run)
-    before, step = directory.read_config(), directory.read_status().get("step") or 0
-    changes = own_changes(serialize.flatten_stored(before), serialize.flatten_stored(after), typed, step)
+    changes = _changes(run, after, typed) if typed and _job_number(run) is not None else {}
     if not changes:
+        yield
         return
     try:
         sweep.lock()
     except DirectoryInUse as error:
         raise DirectoryInUse(f"{error} The settings of one of its jobs can be changed after that.") from None
     try:
+        yield
         if (number := _job_number(run)) is not None:
             sweep_manifest.read_manifest(sweep.path).record(own_changes={number: changes})
     finally:
         sweep.unlock()
+
+
+def _changes(run: Path, after: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    directory = RunDirectory(run)
+    before, step = directory.read_config(), directory.read_status().get("step") or 0
+    return own_changes(serialize.flatten_stored(before), serialize.flatten_stored(after), typed, step)
 
 
 def own_changes(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app.compose import HydraSession, set_hydra, without_hydra
 from runner.app.hydra_internals import job_error
-from runner.app.job_changes import record_job_changes
+from runner.app.job_changes import job_changes_recorded
 from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
 from runner.checkpoints import mirror
 from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
@@ -66,16 +67,12 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
             stop_at=invocation.stop_at,
             labels=labels,
             repeats=run_or_best_job(invocation.repeat) if invocation.repeat else None,
-            on_accepted=partial(_relabel, directory.path, labels, _typed(invocation)) if in_place else None,
+            on_accepted=partial(_record_changes, directory.path, stored, labels, invocation) if in_place else None,
             supervise=invocation.supervise,
         )
         return train_run(spec)
 
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
-        if in_place:
-            stored = config_to_store(without_hydra(composed), config)
-            Labels.take(stored)
-            record_job_changes(directory.path, stored, _typed(invocation))
         context.callbacks.on_run_start(config=composed, config_name=session.config_name)
         job = run_job(run_in_job, composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
         context.callbacks.on_run_end(config=composed, config_name=session.config_name, job_return=job)
@@ -151,14 +148,18 @@ def _restore(backup: Path, directory: RunDirectory) -> ResumeSource:
     return ResumeSource(run=directory.path)
 
 
-def _typed(invocation: Invocation) -> list[str]:
-    return [text.lstrip("+").partition("=")[0] for text in invocation.overrides]
+def _record_changes(run: Path, stored: Mapping[str, Any], labels: Labels, invocation: Invocation) -> None:
+    """Record what was typed for a run that resumes in its directory: its labels, and in its sweep its settings.
 
-
-def _relabel(run: Path, labels: Labels, typed: Collection[str]) -> None:
-    """Give the resumed `run` those of the `labels` that are among the `typed` settings."""
-    if changes := {name: value for name, value in labels.to_dict().items() if name in typed}:
-        edit_labels(run, lambda present: Labels.of({**present.to_dict(), **changes}))
+    Raises:
+        DirectoryInUse: the sweep is running; nothing is recorded.
+        ConfigError: the present labels cannot be read; nothing is recorded.
+    """
+    typed = [text.lstrip("+").partition("=")[0] for text in invocation.overrides]
+    changes = {name: value for name, value in labels.to_dict().items() if name in typed}
+    with job_changes_recorded(run, stored, typed):
+        if changes:
+            edit_labels(run, lambda present: Labels.of({**present.to_dict(), **changes}))
 
 
 @contextmanager

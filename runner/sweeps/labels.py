@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.types import Override
 
@@ -28,15 +29,19 @@ def share_labels(folder: Path, jobs: Sequence[SweepJob]) -> list[SweepJob]:
     return [replace(job, labels=Labels(tags=job.labels.without(sweep).tags)) for job in jobs]
 
 
-def relabel(folder: Path, typed: Sequence[Override]) -> list[Override]:
-    """Give the sweep those of the `typed` overrides that are labels, and return the others.
+def take_labels(typed: Sequence[Override]) -> tuple[dict[str, Any], list[Override]]:
+    """Return the labels among the `typed` overrides, by setting, and the other overrides.
 
     Raises:
         ConfigError: a label is invalid.
     """
     changes = {override.key_or_group: override.value() for override in typed if override.key_or_group in SETTINGS}
+    for problem in problems(changes.get("name"), changes.get("tags") or (), changes.get("note")):
+        raise ConfigError(problem)
+    return changes, [override for override in typed if override.key_or_group not in SETTINGS]
+
+
+def relabel(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Give the sweep the labels that `take_labels` returned. Raises ConfigError where its present ones are damaged."""
     if changes:
-        for problem in problems(changes.get("name"), changes.get("tags") or (), changes.get("note")):
-            raise ConfigError(problem)
         edit_labels(folder, lambda present: Labels.of({**present.to_dict(), **changes}))
-    return [override for override in typed if override.key_or_group not in SETTINGS]

@@ -28,7 +28,7 @@ from runner.sweeps import grid
 from runner.sweeps.extension import extend
 from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
-from runner.sweeps.labels import relabel, share_labels
+from runner.sweeps.labels import relabel, share_labels, take_labels
 from runner.sweeps.params import expand
 from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs, unchangeable_jobs
 
@@ -65,8 +65,10 @@ def run_sweep(
     if manifest.jobs:
         _complete_earlier_version(manifest, arguments, composer, composed, invocation)
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
-        typed = relabel(folder, [composer.parse(text) for text in invocation.sweep_overrides])
+        labels, typed = take_labels([composer.parse(text) for text in invocation.sweep_overrides])
         added = extend(manifest, typed, composer, planner)
+        _refuse_links(folder, [*manifest.jobs, *added.jobs])
+        relabel(folder, labels)  # nothing refuses the resume after this
         recorded = [a for a in manifest.arguments if a.startswith("-") or not a.startswith("hydra")]
         manifest.record(
             arguments=grid.merge_arguments(recorded, grid.stored_arguments(invocation)),
@@ -80,6 +82,7 @@ def run_sweep(
         planner = JobPlanner(composer, manifest, composed, invocation.stop_at)
         combinations = expand(arguments, params or {}, composer)
         jobs = planner.plan(combinations)
+        _refuse_links(folder, jobs)
         jobs = share_labels(folder, jobs)
         OmegaConf.save(composed, folder / "multirun.yaml")  # as Hydra's own sweeper does
         manifest.record(arguments=grid.stored_arguments(invocation), launcher=launcher_record(composed), jobs=jobs)
@@ -90,7 +93,6 @@ def run_sweep(
         noun = "job" if len(unchanged) == 1 else "jobs"
         print(f"not changed: {noun} {numbers}, of which `runner clean` left no checkpoint")
     remaining = remaining_jobs(manifest)
-    _refuse_links(folder, remaining)
     print(_plan_text(manifest, remaining), flush=True)
     return launch_and_report(manifest, remaining, launcher, composed.hydra.output_subdir)
 
@@ -179,11 +181,10 @@ def _complete_earlier_version(
         manifest.record(jobs=jobs)
 
 
-def _refuse_links(folder: Path, jobs: Sequence[PlannedJob]) -> None:
+def _refuse_links(folder: Path, jobs: Sequence[SweepJob]) -> None:
     """Refuse to start a job in a symbolic link, which could lead out of the sweep."""
-    for planned in jobs:
-        path = folder / planned.job.folder
-        if not planned.resumes and path.is_symlink():
+    for path in (folder / job.folder for job in jobs):
+        if path.is_symlink() and not has_begun(path):
             raise ConfigError(f"{path} is a symbolic link, which a sweep does not follow: remove it.")
 
 

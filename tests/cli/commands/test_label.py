@@ -63,6 +63,23 @@ def test_labels_of_a_sweep_are_those_of_its_jobs(inline):
     assert "3 done" in inline("resume=sweep", "tags=[a,b]")  # no finished job runs again for a label
     assert read_labels(place / "sweep").tags == ("a", "b")
     assert json.loads(inline("show", "sweep", "--json"))["tags"] == ["a", "b"]
+    recorded = (place / "sweep/sweep.jsonl").read_bytes()
+    inline("resume=sweep", "tags=[c]", "checkpoint.keep_last=7,8", expect=2)
+    (place / "sweep/3").symlink_to(place / "elsewhere")
+    inline("resume=sweep", "tags=[c]", "lora.rank=16", expect=2)  # a refused resume changes nothing
+    assert read_labels(place / "sweep").tags == ("a", "b") and (place / "sweep/sweep.jsonl").read_bytes() == recorded
+
+
+def test_a_refused_resume_of_a_job_leaves_its_sweep_as_it_is(inline):
+    inline("-m", *TINY, "train.stop_at=1", "seed=1,2", "hydra.sweep.dir=sweep")
+    job, recorded = inline.folder / "sweep/0", (inline.folder / "sweep/sweep.jsonl").read_bytes()
+    (job / "labels.json").write_text("{")
+    inline("resume=sweep/0", "checkpoint.keep_last=7", "name=mine", expect=2)
+    (job / "labels.json").unlink()
+    for checkpoint in job.glob("checkpoints/step-*"):
+        (checkpoint / "manifest.json").unlink()
+    inline("resume=sweep/0", "checkpoint.keep_last=7", "name=mine", expect=5)
+    assert (inline.folder / "sweep/sweep.jsonl").read_bytes() == recorded and not (job / "labels.json").exists()
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten
 from runner.common.errors import ModelError
 from runner.common.storage_errors import storage_errors
 from runner.export.gguf_metadata import find_architecture, model_metadata
-from runner.export.gguf_tokenizer import read_tokenizer, tokenizer_metadata
+from runner.export.gguf_tokenizer import assign_stops, find_stops, read_tokenizer, tokenizer_metadata
 from runner.export.job import ExportJob, Target, load_written
 from runner.export.mlx import require_space
 from runner.export.proof import ROUNDED_LIMIT, Comparison, Measured, limit_of
@@ -52,7 +53,14 @@ class GgufTarget(Target):
         self._tokenizer = vars(fused.tokenizer).get("_tokenizer", fused.tokenizer)
         dtypes = {str(array.dtype).rpartition(".")[2] for _, array in tree_flatten(fused.model.parameters())}
         self.limit = limit_of([type_name, *dtypes])
-        write_file(fused, path, architecture, family, type_name, _source_file(job))
+        source = _source_file(job)
+        write_file(fused, path, architecture, family, type_name, source)
+        stops = {} if source else find_stops(self._tokenizer, set(fused.tokenizer.eos_token_ids))
+        for token in assign_stops(stops)[1]:
+            job.log(
+                f"the model also stops at {token}, for which a GGUF file has no place left: "
+                f"llama-cli --reverse-prompt {shlex.quote(token)}"
+            )
 
     def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
         """Load the file as `model.path` does, and compare its tokens as well."""

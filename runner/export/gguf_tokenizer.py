@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from runner.models.gguf.pre_tokenizers import PRE_TOKENIZERS
 from runner.models.gguf.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_STOPS_OF_LLAMA_CPP = {
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<EOT>",
+}
+"""Tokens at which llama.cpp stops because of their text, in every version since it has a list of them."""
+_END_OF_MESSAGE = "<|eom_id|>"
 PROBE = (
     "Hello, World! I'm 12345 it's HELLO'S 3.14\n\n\n  naïve café — ﬁ\t\tdef f(x):\n    return x+1 # \r\n日本語, "
     "テキスト русский ЁЖ 🚀🧪  ... ''' $x_1^2$ <a href='b'>ĲĿ</a> ①② 1,000,000.5\u3000\u200b e\u0301 we'll THEY'RE   "
@@ -105,16 +117,42 @@ def _tokens(
     return tokens, types
 
 
+def assign_stops(stops: Mapping[int, str]) -> tuple[dict[str, int], list[str]]:
+    """Return the keys for tokens, id to text, that end generation beside the end of text, and those without a place.
+
+    The format has two such keys; llama.cpp stops at some further tokens because of their text. Keys go first to tokens
+    that it does not know, then to those that our reader does not. A key names the kind of end where that is known.
+    """
+    by_need = sorted(stops, key=lambda n: (stops[n] in _STOPS_OF_LLAMA_CPP, stops[n] in reader.TURN_ENDS, n))
+    named = sorted(by_need[:2], key=lambda n: (stops[n] == _END_OF_MESSAGE, stops[n] not in reader.TURN_ENDS, n))
+    names = ["eot_token_id", "eom_token_id"]
+    if [stops[number] for number in named] == [_END_OF_MESSAGE]:
+        names = names[1:]
+    lost = [stops[number] for number in by_need[2:] if stops[number] not in _STOPS_OF_LLAMA_CPP]
+    return dict(zip(names, named, strict=False)), lost
+
+
+def find_stops(tokenizer: Any, stop_ids: set[int]) -> dict[int, str]:
+    """Return the tokens, id to text, that end generation beside the tokenizer's end of text."""
+    others = sorted(stop_ids - {_end_of_text(tokenizer, stop_ids)})
+    return dict(zip(others, tokenizer.convert_ids_to_tokens(others), strict=True))
+
+
 def _ids(tokenizer: Any, stop_ids: set[int]) -> dict[str, Value]:
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": _end_of_text(tokenizer, stop_ids),
         "unknown_token_id": tokenizer.unk_token_id,
         "padding_token_id": tokenizer.pad_token_id,
+        **assign_stops(find_stops(tokenizer, stop_ids))[0],
     }
-    others = sorted(stop_ids - {tokenizer.eos_token_id})
-    ids |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
     return {name: int(number) for name, number in ids.items() if number is not None}
+
+
+def _end_of_text(tokenizer: Any, stop_ids: set[int]) -> int | None:
+    """Return the tokenizer's end of text; where it has none, a token that ends generation takes its key."""
+    end: int | None = tokenizer.eos_token_id
+    return min(stop_ids, default=None) if end is None else end
 
 
 def _adds(tokenizer: Any, token: int | None, position: int) -> bool:

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from runner.common.errors import ModelError
-from runner.export.gguf_tokenizer import PROBE, tokenizer_metadata
-from runner.models.gguf.tokenizer import build_tokenizer
+from runner.export.gguf_tokenizer import PROBE, assign_stops, tokenizer_metadata
+from runner.models.gguf.tokenizer import build_tokenizer, stop_token_ids
 
 PATH = Path("some.gguf")
 REFERENCE = Path(__file__).resolve().parents[1] / "models" / "reference" / "sentencepiece.json"
@@ -50,6 +50,31 @@ def test_the_scheme_that_splits_as_the_tokenizer_does_is_named(pre: str) -> None
     assert found["tokenizer.ggml.merges"] == metadata["tokenizer.ggml.merges"]
     assert found["tokenizer.chat_template"] == gguf_files.CHAT_TEMPLATE
     assert build_tokenizer(found, PATH).encode(PROBE) == tokenizer.encode(PROBE)
+
+
+@pytest.mark.parametrize(
+    ("stops", "keys", "lost"),
+    [
+        ({}, {}, []),
+        ({7: "<|im_end|>"}, {"eot_token_id": 7}, []),
+        ({8: "<|eom_id|>"}, {"eom_token_id": 8}, []),
+        ({8: "<|eom_id|>", 9: "<|eot_id|>"}, {"eot_token_id": 9, "eom_token_id": 8}, []),  # Llama 3.1
+        ({1: "<|user|>", 2: "<|observation|>"}, {"eot_token_id": 1, "eom_token_id": 2}, []),  # GLM-4
+        ({1: "<|im_end|>", 2: "<a>", 3: "<b>"}, {"eot_token_id": 2, "eom_token_id": 3}, []),  # the first by its text
+        ({1: "<|endoftext|>", 2: "<|end|>", 3: "<a>"}, {"eot_token_id": 1, "eom_token_id": 3}, []),
+        ({1: "<a>", 2: "<b>", 3: "<c>", 4: "<|end|>"}, {"eot_token_id": 1, "eom_token_id": 2}, ["<c>"]),
+    ],
+)
+def test_stops_take_the_keys_that_the_format_has_and_the_rest_is_named(stops, keys, lost) -> None:
+    assert assign_stops(stops) == (keys, lost)
+
+
+def test_every_stop_of_a_model_is_read_back() -> None:
+    tokenizer = sentencepiece("llama")
+    metadata = tokenizer_metadata(tokenizer, len(tokenizer), None, {2, 5, 6})
+    assert stop_token_ids(metadata) == [2, 5, 6]
+    tokenizer.eos_token = None
+    assert stop_token_ids(tokenizer_metadata(tokenizer, len(tokenizer), None, {5, 6})) == [5, 6]
 
 
 def test_other_kinds_are_refused() -> None:

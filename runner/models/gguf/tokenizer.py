@@ -26,7 +26,7 @@ _SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"
 _SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 """What llama.cpp takes where a file with a SentencePiece tokenizer does not say; byte-level ones have no such ids."""
 
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
 """Control tokens that end a turn wherever they occur; files name them only as far as there is a key for them."""
 
 _PHI3_KEEPS_BLANKS_AFTER = ("<unk>", "<s>", "<|endoftext|>")
@@ -97,7 +97,7 @@ def stop_token_ids(metadata: dict[str, Value]) -> list[int]:
         ids[0] = _SENTENCEPIECE_IDS["eos_token_id"]
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(types, np.ndarray) and types.shape == (len(tokens),):
-        ends = set(_TURN_ENDS)
+        ends = set(TURN_ENDS)
         ids += [i for i in np.flatnonzero(np.isin(types, (CONTROL, USER_DEFINED))).tolist() if tokens[i] in ends]
     return list(dict.fromkeys(token_id for token_id in ids if type(token_id) is int))
 

@@ -12,9 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +166,16 @@ def _rows() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @functools.cache
-def _forked_program() -> ForkedProgram:
-    program = ForkedProgram(CommandLine(Path()).environment)
+def _forked_program(python: str, more: tuple[tuple[str, str], ...]) -> ForkedProgram:
+    """What forks programs of `python` whose packages are imported with the variables `more`; one of each."""
+    program = ForkedProgram({**CommandLine(Path()).environment, **dict(more)}, python)
     atexit.register(program.close)
     return program
+
+
+def _hear_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class CommandLine:
@@ -182,32 +187,33 @@ class CommandLine:
         self.environment.pop("RUNNER_TRACEBACK", None)
         self.python = sys.executable
 
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        """Start the program and return its process."""
-        return subprocess.Popen(
-            [self.python, "-m", "runner", *arguments],
-            cwd=self.folder,
-            env={**self.environment, **options.pop("env", {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # Tests that run in the background ignore Ctrl-C, which a child process would inherit.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            **options,
-        )
+    def start(
+        self, *arguments: str, words: Sequence[str] = ("-m", "runner"), fork: bool = True, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start the program and return its process.
+
+        Args:
+            words: what follows `python` before the arguments.
+            fork: whether it may be forked from a process that has imported its packages.
+        """
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+        options |= {"cwd": self.folder, "env": {**self.environment, **options.get("env", {})}}
+        if fork and (forked := self._forked(options["env"])):
+            return forked.start(*words, *arguments, **options)  # type: ignore[return-value]
+        # Tests that run in the background ignore Ctrl-C and the loss of a terminal, which a child would inherit.
+        return subprocess.Popen([self.python, *words, *arguments], preexec_fn=_hear_signals, **options)
+
+    def _forked(self, environment: dict[str, str]) -> ForkedProgram | None:
+        """Return what forks programs with `environment`, if there is one."""
+        more = tuple((name, environment[name]) for name in ("LD_PRELOAD",) if name in environment)
+        program = _forked_program(str(self.python), more)
+        return program if program.accepts(environment) else None
 
     def __call__(self, *arguments: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
         """Run the program to its end, assert that its exit code is `expect`, and return its output."""
-        environment = {**self.environment, **(env or {})}
-        if self.python == sys.executable and _forked_program().accepts(environment):
-            with tempfile.NamedTemporaryFile(prefix="output-") as file:
-                code = _forked_program().run(arguments, self.folder, environment, Path(file.name))
-                output = file.read().decode()
-        else:
-            process = self.start(*arguments, env=env or {})
-            output, _ = process.communicate(timeout=600)
-            code = process.returncode
-        assert code == expect, f"exit code {code}\n{output}"
+        process = self.start(*arguments, env=env or {})
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == expect, f"exit code {process.returncode}\n{output}"
         return output
 
     def wait_for(self, run: Path, step: int, process: subprocess.Popen[str]) -> int:

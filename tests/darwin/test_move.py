@@ -6,9 +6,7 @@ The simulated GPU computes with the CPU's kernels: see simulated_macos.py.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,25 +31,17 @@ for command in json.loads(sys.argv[1]):
 class Devices:
     """Commands on the CPU of this machine and on the simulated GPU, in one folder."""
 
-    def __init__(self, folder: Path, cpu: Any, gpu_python: Path) -> None:
-        self.folder, self._cpu, self._gpu_python = folder, cpu, gpu_python
+    def __init__(self, folder: Path, cpu: Any, gpu: Any) -> None:
+        self.folder, self._cpu, self._gpu = folder, cpu, gpu
 
     def __call__(self, device: str, *commands: list[str], expect: int = 0, **environment: str) -> str:
         """Run the commands one after the other on `device`, and return their output."""
         if device == "cpu":
             return "".join(self._cpu(*command, expect=expect) for command in commands)
-        cache = str(self._gpu_python.parents[1] / "cache")
-        process = subprocess.run(
-            [str(self._gpu_python), "-c", _IN_ONE_PROCESS, json.dumps(commands)],
-            cwd=self.folder,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "RUNNER_CACHE": cache, "COLUMNS": "120", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == expect, process.stdout
-        return process.stdout
+        process = self._gpu.start(json.dumps(commands), words=("-c", _IN_ONE_PROCESS), env=environment)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == expect, output
+        return output
 
     def saved(self, step: int) -> dict[str, Any]:
         """The content of train_state.json of a checkpoint of `run`."""
@@ -60,7 +50,10 @@ class Devices:
 
 @pytest.fixture
 def devices(simulated_python: Path, make_cli: Callable, tmp_path: Path) -> Devices:
-    return Devices(tmp_path, make_cli(tmp_path, in_process=True), simulated_python)
+    gpu = make_cli(tmp_path)
+    gpu.python = simulated_python
+    gpu.environment["RUNNER_CACHE"] = str(simulated_python.parents[1] / "cache")
+    return Devices(tmp_path, make_cli(tmp_path, in_process=True), gpu)
 
 
 def start(base: Path) -> list[str]:

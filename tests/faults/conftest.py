@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -169,12 +168,6 @@ def fault_environment(shim: Path) -> Any:
     return make
 
 
-def _hear_signals() -> None:
-    """Where the tests run in the background or without a terminal, a child would inherit that these are ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @pytest.fixture
 def driven() -> Any:
     """`driven(cli, "micro-batch", 17, *overrides)`: the program, SIGKILLed by itself at the 17th micro-batch."""
@@ -182,16 +175,7 @@ def driven() -> Any:
     def start(
         cli: Any, point: str, at: int, *overrides: str, number: str = "SIGKILL", env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, str(HERE / "driver.py"), point, str(at), number, *overrides]
-        return subprocess.Popen(
-            command,
-            cwd=cli.folder,
-            env={**cli.environment, **(env or {})},
-            preexec_fn=_hear_signals,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return cli.start(*overrides, words=(str(HERE / "driver.py"), point, str(at), number), env=env or {})
 
     return start
 

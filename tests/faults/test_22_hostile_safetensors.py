@@ -192,7 +192,7 @@ def test_every_hostile_file_is_refused_within_a_second_and_200_mb(
         place = places / made(name).stem
         place.mkdir()
         paths[name] = prepare(place, made(name), run, folder)
-    for name, found in zip(paths, hostile.measure(reader, list(paths.values()), cli.environment), strict=True):
+    for name, found in zip(paths, hostile.measure(cli, reader, list(paths.values())), strict=True):
         assert found["error"] in ("CheckpointError", "ModelError"), (name, found)
         assert found["message"].isprintable() or "\n" in found["message"], (name, found)
         assert len(found["message"]) < 1000, (name, found)
@@ -277,7 +277,7 @@ def test_a_hostile_npz_for_a_warm_start_is_refused_at_once_and_nothing_is_execut
     for number, make in enumerate(ARCHIVES.values()):
         paths.append(tmp_path / f"{number}.npz")
         make(paths[-1], names)
-    for name, found in zip(ARCHIVES, hostile.measure("adapter", paths, cli.environment), strict=True):
+    for name, found in zip(ARCHIVES, hostile.measure(cli, "adapter", paths), strict=True):
         assert found["error"] == "ModelError", (name, found)
         assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
         cases.done()

@@ -125,7 +125,7 @@ def test_hostile_model_folders_are_refused_within_a_second_and_200_mb(cases, cli
     for number, change in enumerate(MODELS.values()):
         paths.append(shutil.copytree(folder, tmp_path / str(number)))
         change(paths[-1])
-    for name, result in zip(MODELS, hostile.measure("model", paths, cli.environment), strict=True):
+    for name, result in zip(MODELS, hostile.measure(cli, "model", paths), strict=True):
         assert result["error"] == "ModelError", (name, result)
         assert result["seconds"] < hostile.SECONDS and result["bytes"] < hostile.BYTES, (name, result)
         cases.done()
@@ -192,7 +192,7 @@ def test_a_hostile_gguf_file_is_refused_within_a_second_and_200_mb(cases, fresh_
         paths.append(tmp_path / f"{number}.gguf")
         paths[-1].write_bytes(data)
     cli = fresh_cli()
-    for name, result in zip(GGUF, hostile.measure("model", paths, cli.environment), strict=True):
+    for name, result in zip(GGUF, hostile.measure(cli, "model", paths), strict=True):
         assert result["error"] == "ModelError" and len(result["message"]) < 1000, (name, result)
         assert result["seconds"] < hostile.SECONDS and result["bytes"] < hostile.BYTES, (name, result)
         cases.done()
@@ -234,7 +234,7 @@ def test_a_hostile_adapter_config_is_ignored_or_refused(cases, fresh_cli, run, t
         if not data:
             fifo(config.name)(config.parent)
     for reader in ("generate", "export"):
-        for name, result in zip(ADAPTER_CONFIGS, hostile.measure(reader, paths, fresh_cli().environment), strict=True):
+        for name, result in zip(ADAPTER_CONFIGS, hostile.measure(fresh_cli(), reader, paths), strict=True):
             assert result["error"] in ("CheckpointError", "ModelError", None), (name, result)
             assert result["error"] or reader == "generate", name
             assert result["seconds"] < hostile.SECONDS and result["bytes"] < hostile.BYTES, (name, result)
@@ -291,7 +291,7 @@ def test_hostile_data_is_refused_within_a_second_and_200_mb(cases, fresh_cli, tm
     for number, make in enumerate(DATA.values()):
         paths.append(tmp_path / f"d{number}")
         make(paths[-1])
-    for name, result in zip(DATA, hostile.measure("data", paths, fresh_cli().environment), strict=True):
+    for name, result in zip(DATA, hostile.measure(fresh_cli(), "data", paths), strict=True):
         assert result["error"] == "DataError" and len(result["message"]) < 5000, (name, result)
         assert result["seconds"] < hostile.SECONDS and result["bytes"] < hostile.BYTES, (name, result)
         cases.done()

@@ -96,7 +96,7 @@ def test_the_same_manifest_without_anything_hostile_runs(cli):
 
 def test_hostile_manifests_are_refused_within_a_second_and_200_mb(cases, cli, tmp_path, hostile):
     paths = [sweep_in(tmp_path / str(number), name) for number, name in enumerate(SWEEPS)]
-    for name, found in zip(SWEEPS, hostile.measure("sweep", paths, cli.environment), strict=True):
+    for name, found in zip(SWEEPS, hostile.measure(cli, "sweep", paths), strict=True):
         assert found["error"] in ("ConfigError", None), (name, found)
         assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (name, found)
         cases.done()

@@ -195,7 +195,7 @@ def test_stored_configs_are_refused_within_a_second_and_200_mb(cases, cli, run, 
     runs = [stored(run, tmp_path / str(number), name) for number, name in enumerate(STORED)]
     for reader in ("stored", "recipe", "show"):
         paths = [path / "config.yaml" if reader == "recipe" else path for path in runs]
-        for name, found in zip(STORED, hostile.measure(reader, paths, cli.environment), strict=True):
+        for name, found in zip(STORED, hostile.measure(cli, reader, paths), strict=True):
             assert found["error"] in ("ConfigError", "ValueError", "UnicodeDecodeError", None), (name, found)
             assert found["error"] or reader != "stored" or "logger" in name, name  # which verbs do not look at
             assert found["seconds"] < hostile.SECONDS and found["bytes"] < hostile.BYTES, (reader, name, found)

@@ -56,8 +56,9 @@ def test_a_sweep_killed_at_any_time_resumes_to_the_results_of_single_runs(
         before: dict[int, dict[str, int]] = {}
         kills = 0
         while kills < 3:
-            process = inline.start(*overrides, start_new_session=True)
-            time.sleep(moments.uniform(1.5, 4.5))
+            # The workers of a process launcher are found as its children, which those of a fork are not.
+            process = inline.start(*overrides, start_new_session=True, fork=launcher == "serial")
+            time.sleep(moments.uniform(0.2, 3) if launcher == "serial" else moments.uniform(1.5, 4.5))
             if process.poll() is not None:
                 process.communicate()
                 break
@@ -88,7 +89,7 @@ def test_a_sweep_killed_at_any_time_resumes_to_the_results_of_single_runs(
 def test_the_same_command_restarts_a_sweep_killed_before_it_recorded_a_job(inline):
     """A kill between the lock and the first line of sweep.jsonl, as a loaded machine shows it now and then."""
     sweep = inline.folder / "s"
-    process = inline.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True)
+    process = inline.start("-m", *SMALL, "lora.rank=2", "hydra.sweep.dir=s", start_new_session=True, fork=False)
     while not sweep.exists():
         assert process.poll() is None
         time.sleep(0.001)

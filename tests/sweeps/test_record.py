@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -136,9 +135,8 @@ def test_jobs_save_and_end_with_the_process_launcher_that_was_killed(inline, ass
 
 def test_a_worker_that_is_stopping_on_a_signal_saves_though_its_parent_ends(inline):
     inline("-m", *SMALL, "train.iters=100000", "seed=1", "train.stop_at=1", "hydra.sweep.dir=s")
-    command = [sys.executable, "-m", "runner.sweeps.launchers.worker"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OPENBLAS_NUM_THREADS": "1"}
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stderr": None}
+    worker = inline.start(words=("-m", "runner.sweeps.launchers.worker"), **pipes)
     assert worker.stdin is not None and worker.stdout is not None
     sweep = inline.folder / "s"
     for request in (

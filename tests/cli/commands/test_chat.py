@@ -8,8 +8,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,16 +147,8 @@ class Terminal:
 
     def __init__(self, cli: Any, *arguments: str) -> None:
         self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "runner", "chat", *arguments],
-            cwd=cli.folder,
-            env={**cli.environment, "TERM": "dumb"},
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        own = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True, "env": {"TERM": "dumb"}}
+        self.process = cli.start("chat", *arguments, **own)
         os.close(slave)
         self.shown = ""
 

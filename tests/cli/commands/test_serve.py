@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -31,15 +30,7 @@ class Server:
     """A server process on a free port of the loopback device."""
 
     def __init__(self, cli: Any, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [cli.python, "-m", "runner", "serve", *arguments, "--port", "0"],
-            cwd=cli.folder,
-            env=cli.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        self.process = cli.start("serve", *arguments, "--port", "0")
         assert self.process.stdout
         line = self.process.stdout.readline()
         found = re.search(r"at (http://127\.0\.0\.1:\d+/v1); Ctrl-C ends", line)

@@ -50,12 +50,13 @@ _DECIMALS = {"valid_loss": 4, "train_loss": 4, "test_loss": 4, "score": 4, "peak
 """Digits that are shown of a metric."""
 
 
-def find_field(name: str, runs: Sequence[RunInfo] = ()) -> Field:
+def find_field(name: str, runs: Sequence[RunInfo] = (), where: str = "") -> Field:
     """Return the field that a person named: a metric, or a setting by its dotted name or its last part.
 
     Args:
         name: as typed.
         runs: those that are listed: their own keys of open sections, such as vars.size, are known too.
+        where: what was typed, which an error begins with.
 
     Raises:
         ConfigError: there is none; the message names the nearest.
@@ -71,7 +72,7 @@ def find_field(name: str, runs: Sequence[RunInfo] = ()) -> Field:
     known = [*FIELDS, *_short_names(), *serialize.default_settings(), *own]
     listed = ", ".join(field for field in FIELDS if field not in _ALIASES)
     raise ConfigError(
-        f"{shorten(name)} is neither a metric nor a setting.{did_you_mean(name, known)} "
+        f"{f'{where}: ' if where else ''}{shorten(name)} is neither a metric nor a setting.{did_you_mean(name, known)} "
         f"Any setting can be named (docs/config.md), and {listed}."
     )
 

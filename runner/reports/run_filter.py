@@ -40,19 +40,24 @@ _LARGEST_FIRST = ("size", "step")
 
 @dataclass(frozen=True)
 class Filter:
-    """One comparison of a field with a value."""
+    """One comparison of a field with a value, or for `=` and `!=` with several: `rank=8,16` is one of them."""
 
     field: Field
     operator: str
     value: str
     """As typed."""
 
+    @property
+    def values(self) -> list[str]:
+        """The values of which one has to be that of the run; a list, such as `[0.9,0.999]`, is one value."""
+        is_list = self.operator not in ("=", "!=") or self.value.startswith("[")
+        return [self.value] if is_list else list(dict.fromkeys([self.value, *map(str.strip, self.value.split(","))]))
+
     def accepts(self, run: RunInfo) -> bool:
         """Return whether it holds for `run`. A run without the value passes only what excludes: != and !~."""
-        found = self.field.value(run)
-        if self.operator in ("!=", "!~"):
-            return not _holds(self, {"!=": "=", "!~": "~"}[self.operator], found)
-        return _holds(self, self.operator, found)
+        found, symbol = self.field.value(run), {"!=": "=", "!~": "~"}.get(self.operator, self.operator)
+        holds = any(_holds(self.field, symbol, value, found) for value in self.values)
+        return not holds if self.operator in ("!=", "!~") else holds
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,11 @@ def looks_like_filter(text: str) -> bool:
     return _FILTER.fullmatch(text) is not None
 
 
+def resembles_filter(text: str) -> bool:
+    """Return whether `text` has an operator, so that it may have been meant as a filter."""
+    return any(symbol in text for symbol in "<>=~")
+
+
 def parse_filter(text: str, runs: Sequence[RunInfo] = ()) -> Filter:
     """Parse one filter; `runs` as in `find_field`.
 
@@ -90,19 +100,25 @@ def parse_filter(text: str, runs: Sequence[RunInfo] = ()) -> Filter:
     match = _FILTER.fullmatch(text)
     if match is None:
         raise ConfigError(f"'{shorten(text)}' is no filter: type one as 'valid_loss<0.5' or 'lora.rank>=8'.")
-    field, symbol, value = find_field(match["field"], runs), match["operator"].replace("==", "="), match["value"]
+    symbol, value = match["operator"].replace("==", "="), match["value"]
+    field = find_field(match["field"], runs, f"'{shorten(text)}'")
     if not value:
         raise ConfigError(f"'{shorten(text)}' has no value behind {match['operator']}.")
     if symbol in _ORDER and field.kind in (TEXT, WORDS):
         raise ConfigError(f"'{shorten(text)}': {field.name} is a text: compare it with =, !=, ~ (contains) or !~.")
     needs_number = symbol in _ORDER or (field.kind in (NUMBER, DURATION, SIZE) and symbol in ("=", "!="))
-    if needs_number and _number(field.kind, value) is None and not _is_null(value):
+    parsed = Filter(field, symbol, value)
+    values = [found for found in parsed.values if found != value or len(parsed.values) == 1]
+    if needs_number and not all(_is_null(found) or _number(field.kind, found) is not None for found in values):
         example = f", such as {_EXAMPLES[field.kind]}" if field.kind in _EXAMPLES else ""
         raise ConfigError(f"'{shorten(text)}': {field.name} is compared with a number{example}.")
     states = (*STATES, "unknown")
-    if field is FIELDS["state"] and symbol in ("=", "!=") and value not in states:
-        raise ConfigError(f"state={shorten(value)}: a run is {', '.join(states)}.{did_you_mean(value, states)}")
-    return Filter(field, symbol, value)
+    unknown = [found for found in values if found not in states]
+    if field is FIELDS["state"] and symbol in ("=", "!=") and unknown:
+        raise ConfigError(
+            f"state={shorten(unknown[0])}: a run is {', '.join(states)}.{did_you_mean(unknown[0], states)}"
+        )
+    return parsed
 
 
 def parse_sort(text: str, runs: Sequence[RunInfo] = ()) -> SortKey:
@@ -112,7 +128,7 @@ def parse_sort(text: str, runs: Sequence[RunInfo] = ()) -> SortKey:
         ConfigError: there is no such field.
     """
     name = text.removeprefix("-")
-    return SortKey(find_field(name, runs), (name in _LARGEST_FIRST) != text.startswith("-"))
+    return SortKey(find_field(name, runs, f"--sort {shorten(text)}"), (name in _LARGEST_FIRST) != text.startswith("-"))
 
 
 def tag_filters(tags: Sequence[str]) -> list[Filter]:
@@ -120,8 +136,7 @@ def tag_filters(tags: Sequence[str]) -> list[Filter]:
     return [Filter(FIELDS["tag"], "=", tag) for tag in tags]
 
 
-def _holds(tested: Filter, symbol: str, found: Any) -> bool:
-    field, typed = tested.field, tested.value
+def _holds(field: Field, symbol: str, typed: str, found: Any) -> bool:
     if field.kind == WORDS:
         return any(typed == word if symbol == "=" else typed.casefold() in word.casefold() for word in found)
     if found is None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,16 +90,19 @@ class SweepInfo:
         return sum(run.size_bytes for run in self.runs)
 
 
-def find_runs(root: Path) -> list[RunInfo | SweepInfo]:
+def find_runs(root: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> list[RunInfo | SweepInfo]:
     """Return the runs and sweeps at or below `root`, newest first.
 
     Links, hidden folders and folders that cannot be listed are skipped; a run is not searched for other runs.
+
+    Args:
+        unlisted: called with each folder that cannot be listed, and why.
     """
     found: list[RunInfo | SweepInfo] = []
     pending = [Path(root)]
     while pending:
         folder = pending.pop()
-        names, folders = _list(folder)
+        names, folders = _list(folder, unlisted)
         if names & set(_SWEEP_FILES):
             found.append(read_sweep(folder))
         elif looks_like_run(names):
@@ -177,12 +179,16 @@ def run_or_best_job(path: Path) -> Path:
     return sweep.best.path
 
 
-def _list(folder: Path) -> tuple[set[str], list[str]]:
-    """Return the names in `folder`, and those of them that are folders."""
+def _list(folder: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> tuple[set[str], list[str]]:
+    """Return the names in `folder`, and those of them that are folders; `unlisted` as for `find_runs`."""
     names, folders = set(), []
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            names.add(entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                names.add(entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+    except OSError as error:
+        if unlisted is not None and not isinstance(error, FileNotFoundError):  # or else it was removed meanwhile
+            unlisted(folder, error)
     return names, folders

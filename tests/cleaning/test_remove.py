@@ -342,6 +342,11 @@ def test_a_cleaned_job_is_done_for_its_sweep(inline):
     assert all((sweep / job / "metrics.jsonl").read_bytes() == rows[job] for job in "012" if job not in left)
 
 
+@pytest.mark.parametrize("arguments", [["rank=8"], ["--tag", "sql"], ["."], ["--checkpoints", "rank=8"]])
+def test_entries_of_caches_are_not_selected_by_runs(inline, arguments):
+    assert "entries of caches belong to none" in inline("clean", "--caches", *arguments, expect=2)
+
+
 def test_entries_of_caches_go_by_age_and_size(tmp_path):
     cache = DiskCache(tmp_path / "tokens")
     names = [f"{i:064x}" for i in range(4)]

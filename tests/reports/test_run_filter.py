@@ -68,6 +68,12 @@ RUN = make(best_loss=0.4, updated=time.time() - 7200, size_bytes=2_000_000, labe
         ("size<1kb", False),
         ("vars.size=3", True),
         ("betas=[0.9,0.999]", True),
+        ("rank=4,8,16", True),
+        ("rank=4, 16", False),
+        ("rank!=4,16", True),
+        ("rank!=4,8", False),
+        ("state=failed,finished", True),
+        ("valid_loss=0.3,0.4", True),
     ],
 )
 def test_a_filter_accepts_or_not(text, accepted):
@@ -82,7 +88,9 @@ def test_a_filter_accepts_or_not(text, accepted):
     ("text", "reason"),
     [
         ("valid_los<1", "valid_los is neither a metric nor a setting. Did you mean 'valid_loss'"),
-        ("lora.rnk=1", "Did you mean 'lora.rank'"),
+        ("lora.rnk=1", "'lora.rnk=1': lora.rnk is neither a metric nor a setting. Did you mean 'lora.rank'"),
+        ("state=failed,finshed", "state=finshed: a run is"),
+        ("valid_loss=0.3,low", "valid_loss is compared with a number"),
         ("state=finshed", "Did you mean 'finished'"),
         ("state<finished", "state is a text: compare it with ="),
         ("valid_loss<low", "valid_loss is compared with a number"),
@@ -119,7 +127,7 @@ def test_what_is_sorted_by_comes_first_and_runs_without_it_last():
         16,
         "x",
     ]
-    with pytest.raises(ConfigError, match="Did you mean 'learning_rate'"):
+    with pytest.raises(ConfigError, match="--sort learning_rat: .* Did you mean 'learning_rate'"):
         parse_sort("learning_rat")
 
 

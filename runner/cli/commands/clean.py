@@ -83,6 +83,7 @@ def run(argv: list[str]) -> int:
         parents=options.parents,
     )
     selection = select(options.path, options.filters, options.tag)
+    _require_caches_alone(selection, options)
     context = _context(selection)
     plan = _plan(selection, context, policies, options)
     screen = None if options.json else Screen()
@@ -145,6 +146,18 @@ def _parse(argv: list[str]) -> Namespace:
     if not options.caches and (options.unused is not None or options.max_size is not None):
         raise ConfigError("--unused and --max-size belong to --caches.")
     return options
+
+
+def _require_caches_alone(selection: Selection, options: Namespace) -> None:
+    """Refuse to select entries of the cache folder by runs, to none of which they belong."""
+    of_runs = (options.checkpoints, options.failed, options.leftovers, options.older is not None, options.beyond_best)
+    is_path = options.path is not None and not any(of_runs) and not selection.filters
+    if options.caches and (selection.filters or is_path):
+        what = "PATH is" if is_path else "filters and --tag are"
+        raise ConfigError(
+            f"runner clean: {what} for runs, and entries of caches belong to none: clean them by themselves, "
+            "--caches with --unused DAYS or --max-size GB."
+        )
 
 
 def _context(selection: Selection) -> Context:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from runner.cli.commands import COMMANDS, CommandParser
+from runner.cli.commands.arguments import print_note
 from runner.cli.commands.output_paths import holds_sweep
 from runner.cli.run_argument import resolve_name
 from runner.common.errors import ConfigError, did_you_mean
@@ -49,6 +51,8 @@ def run(argv: list[str]) -> int:
     if options.json:
         print(json_document({"path": path, **labels.to_dict()}))
         return 0
+    if options.name and Path(options.name).exists():
+        print_note(f"{options.name} is also a path here, for which commands take it: name this run by its directory")
     screen = Screen()
     screen.line((relative_path(path), "bold"))
     for line in label_lines(labels, labels.tags) or ["no name, no tags, no note"]:

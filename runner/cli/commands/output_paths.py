@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runner.cli.run_argument import OUTPUTS
-from runner.common.errors import ConfigError, did_you_mean
+from runner.cli.run_argument import missing_run, runs_named
+from runner.common.errors import ConfigError
 from runner.common.layout import STEP_NAME
 from runner.common.text import relative_path
-from runner.runs.find import find_labelled, find_runs, is_sweep_folder, looks_like_run
+from runner.runs.find import find_runs, is_sweep_folder, looks_like_run
 
 
 def holds_sweep(path: Path, command: str) -> bool:
@@ -18,11 +18,7 @@ def holds_sweep(path: Path, command: str) -> bool:
         ConfigError: it holds neither; the message says what it holds.
     """
     if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        problem = "it is not a folder" if path.exists() else "there is no such folder"
-        if path == Path(path.name):  # a name, perhaps
-            siblings += [labels.name for _, labels in find_labelled(Path(OUTPUTS)) if labels.name]
-        raise ConfigError(f"{path}: {problem}.{did_you_mean(path.name, siblings)}")
+        raise ConfigError(missing_run(path))
     if is_sweep_folder(path):
         return True
     try:
@@ -34,5 +30,7 @@ def holds_sweep(path: Path, command: str) -> bool:
     if STEP_NAME.fullmatch(path.name) and (path.parent.parent / "config.yaml").is_file():
         run = relative_path(path.parent.parent)
         raise ConfigError(f"{path} is a checkpoint. Its run: python -m runner {command} {run}")
-    below = f" Runs lie below it: python -m runner ls {relative_path(path)}" if find_runs(path) else ""
-    raise ConfigError(f"{path} is neither a run (no config.yaml) nor a sweep (no multirun.yaml).{below}")
+    named = runs_named(str(path))  # a folder comes before a name
+    hint = f" The run of that name is {relative_path(named[0])}." if named else ""
+    hint += f" Runs lie below it: python -m runner ls {relative_path(path)}" if find_runs(path) else ""
+    raise ConfigError(f"{path} is neither a run (no config.yaml) nor a sweep (no multirun.yaml).{hint}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.cli.run_argument import OUTPUTS, resolve_name
-from runner.common.errors import ConfigError, did_you_mean
-from runner.reports.run_filter import Filter, looks_like_filter, parse_filter, tag_filters
+from runner.cli.run_argument import OUTPUTS, missing_run, resolve_name
+from runner.common.errors import ConfigError
+from runner.common.text import relative_path, single_line
+from runner.reports.run_filter import Filter, looks_like_filter, parse_filter, resembles_filter, tag_filters
 from runner.reports.run_table import Entry, runs_of
 from runner.runs.find import SweepInfo, find_runs
 from runner.runs.inspect import RunInfo
@@ -62,13 +64,18 @@ def select(path: str | None, filters: Sequence[str], tags: Sequence[str]) -> Sel
         )
     root = resolve_name(folders[0] if folders else OUTPUTS)
     if not root.is_dir() and (folders or root.exists()):
-        siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        problem = "not a folder" if root.exists() else f"there is no such folder.{did_you_mean(root.name, siblings)}"
-        raise ConfigError(f"{root}: {problem}{'' if problem.endswith('?') else '.'}".replace("..", "."))
-    found = find_runs(root)
+        if not root.exists() and resembles_filter(folders[0]):
+            parse_filter(folders[0])  # which says what is wrong with it
+        raise ConfigError(missing_run(root))
+    found = find_runs(root, _note_unlisted)
     runs = [run for entry in found for run in runs_of(entry)]
     parsed = [parse_filter(text, runs) for text in texts if text not in folders]
     return _filtered(root, found, (*parsed, *tag_filters(tags)))
+
+
+def _note_unlisted(folder: Path, error: OSError) -> None:
+    reason = error.strerror or type(error).__name__
+    print(f"{single_line(relative_path(folder))} is not listed: {reason}", file=sys.stderr)
 
 
 def _filtered(root: Path, found: list[Entry], filters: tuple[Filter, ...]) -> Selection:

@@ -61,7 +61,7 @@ def test_only_the_path_is_printed(outputs, capsys):
         (["outputs/d", "--by", "score"], "no run has a score"),
         (["outputs/d", "--by", "lora.rank"], "--by lora.rank: must be one of valid_loss"),
         (["outputs/d", "--checkpoint"], "none of its checkpoints was evaluated"),
-        (["outputs/dd"], "no such folder. Did you mean 'd'"),
+        (["outputs/dd"], "no such folder, and .* Did you mean 'd'"),
         (["outputs/d", "outputs/s"], "nor the only PATH"),
     ],
 )

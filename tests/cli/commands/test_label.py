@@ -102,6 +102,11 @@ def test_a_run_is_found_by_its_name(train, tiny, tmp_path, monkeypatch, capsys):
     label.run(["outputs/2026/b", "--name", "first"])
     with pytest.raises(ConfigError, match="first is the name of 2 runs"):
         label.run(["first"])
+    label.run(["outputs/2026/b", "--name", "sql/second"])
+    assert label.run(["sql/second", "--name", "outputs"]) == 0
+    assert "outputs is also a path here" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="neither a run.* The run of that name is outputs/2026/b"):
+        label.run(["outputs"])
     with pytest.raises(ConfigError, match="Did you mean 'first'"):
         label.run(["firts"])
     with pytest.raises(ConfigError, match="its own tags are x. Did you mean 'x'"):

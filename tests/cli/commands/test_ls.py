@@ -113,6 +113,22 @@ def test_damaged_runs_are_listed_with_the_reason(outputs: Path, capsys: pytest.C
     assert "\x1b" not in text
 
 
+@pytest.mark.usefixtures("outputs")
+def test_a_folder_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path) == "outputs/2026-11-24":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert ls.run([]) == 0
+    assert capsys.readouterr().err == "outputs/2026-11-24 is not listed: Permission denied\n"
+
+
 def test_an_empty_folder_is_reported_and_a_missing_one_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,7 +136,8 @@ def test_an_empty_folder_is_reported_and_a_missing_one_refused(
     assert listed(capsys) == ["No runs below outputs. The first one: python -m runner experiment=first_run"]
     assert json.loads("\n".join(listed(capsys, "--json")))["entries"] == []
     for arguments, reason in (
-        (["nowhere"], "no such folder"),
+        (["nowhere"], "no such folder, and no run below outputs has that name. What there is: python -m runner ls"),
+        (["<3"], "'<3' is no filter"),
         (["--sort", "nam"], "Did you mean 'name'"),
         (["--limit", "0"], "1"),
     ):

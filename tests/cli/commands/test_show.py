@@ -166,7 +166,7 @@ def test_a_sweep_without_any_run_has_a_page(tmp_path: Path, capsys: pytest.Captu
 def test_a_path_that_is_neither_is_refused_with_what_it_is(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases = {
-        "rum": "no such folder. Did you mean 'run'",
+        "rum": "no such folder, and no run below outputs has that name. Did you mean 'run'",
         "run/config.yaml": "not a folder",
         "run/checkpoints/step-0000012": "is a checkpoint. Its run: python -m runner show run",
         ".": "Runs lie below it: python -m runner ls",

@@ -159,7 +159,7 @@ def _obstacle(run: RunFacts, policies: Policies) -> str | None:
         return f"{run.state}, but has a result (adapters/)"
     if run.checkpoints and not policies.everything:
         step = max(checkpoint.step for checkpoint in run.checkpoints)
-        return f"{run.state}, but has a checkpoint of step {step}; --all removes it, too"
+        return f"{run.state}, but has a checkpoint of step {step}; --everything removes it, too"
     if run.is_parent and not policies.parents:
         return "another run began from it; --parents removes it, too"
     if run.made:

@@ -312,8 +312,8 @@ def test_a_run_is_protected_in_whatever_form_its_path_is_typed(run, form, inline
     status = json.loads((sweep / "0/status.json").read_text())
     (sweep / "0/status.json").write_text(json.dumps({**status, "run_id": "e" * 16}))
     for chosen, policies, left in (
-        (sweep / "0", ["--beyond-best", "1", "--all"], [1, 2, 3, 4]),
-        (run, ["--older", "0", "--all"], [1]),
+        (sweep / "0", ["--beyond-best", "1", "--everything"], [1, 2, 3, 4]),
+        (run, ["--older", "0", "--everything"], [1]),
     ):
         link = run.parents[2] / f"link-to-{chosen.name}"
         link.symlink_to(chosen.parent)
@@ -328,9 +328,9 @@ def test_a_cleaned_job_is_done_for_its_sweep(inline):
     small = ("model=tiny", "data=tiny", "lora.num_layers=1", "train.iters=2", "checkpoint.every=1")
     inline("-m", *small, "seed=0,1,2", "hydra.sweep.dir=sweep")
     sweep = inline.folder / "sweep"
-    out = inline("clean", "sweep", "--beyond-best", "1", "--all")
+    out = inline("clean", "sweep", "--beyond-best", "1", "--everything")
     assert "Nothing was removed" in out and all(steps(sweep / job) for job in "012")
-    out = inline("clean", "sweep", "--beyond-best", "1", "--all", "--yes")
+    out = inline("clean", "sweep", "--beyond-best", "1", "--everything", "--yes")
     left = [job for job in "012" if steps(sweep / job)]
     assert "freed" in out and left == [find_runs(sweep)[0].best.path.name]
     rows = {job: (sweep / job / "metrics.jsonl").read_bytes() for job in "012"}

@@ -34,7 +34,7 @@ in use, and files that no run writes, are left alone. Without --yes nothing is r
 examples:
   runner clean --checkpoints                        what the checkpoints of finished runs take
   runner clean --checkpoints --failed --yes         remove these and failed runs
-  runner clean outputs/sweeps --beyond-best 3 --all --yes
+  runner clean outputs/sweeps --beyond-best 3 --everything --yes
   runner clean --checkpoints 'valid_loss>2' --tag old
   runner clean --caches --unused 30 --yes
 """
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
         failed=options.failed,
         older_days=options.older,
         beyond_best=options.beyond_best,
-        everything=options.all,
+        everything=options.everything,
         parents=options.parents,
     )
     selection = select(options.path, options.filters, options.tag)
@@ -127,7 +127,7 @@ def _parse(argv: list[str]) -> Namespace:
         "--max-size", type=_size, metavar="GB", help="with --caches: the last used within this size stay"
     )
     parser.add_argument(
-        "--all",
+        "--everything",
         action="store_true",
         help="also the best and the newest checkpoint of runs that ended and have a result (adapters/), and failed "
         "runs that have checkpoints",

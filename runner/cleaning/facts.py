@@ -20,7 +20,7 @@ from runner.reports.checkpoint_list import LEFT_BY_ANOTHER_RUN, checkpoints_fold
 from runner.runs.directory import RunDirectory, unexpected_names
 from runner.runs.find import SweepInfo, is_sweep_folder, read_sweep
 from runner.runs.inspect import RunInfo, read_run
-from runner.runs.lineage import Family, parents
+from runner.runs.lineage import ParentIndex, parents
 
 TEMPORARY = (".tmp-", ".del-", ".old-")
 """Prefixes of what a save or a removal leaves that was killed, in a folder of checkpoints."""
@@ -49,7 +49,7 @@ _LOGGER_FOLDERS = {"wandb"}
 class Context:
     """What the facts of a run depend on beside its own directory; all paths are resolved."""
 
-    family: Family
+    index: ParentIndex
     """All runs among which parents are looked for."""
     sweeps: dict[Path, SweepInfo] = field(default_factory=dict)
     """Sweeps by the path of each of their jobs."""
@@ -65,7 +65,7 @@ class Context:
         above = {entry.path.resolve().parent for entry in entries if isinstance(entry, RunInfo)} - present
         # A job may have been found by itself: what it is among the others, only its sweep tells.
         members = [*entries, *(read_sweep(folder) for folder in sorted(above) if is_sweep_folder(folder))]
-        context = cls(Family(members))
+        context = cls(ParentIndex(members))
         for entry in members:
             if isinstance(entry, SweepInfo):
                 ranked = entry.objective.rank(entry.runs)
@@ -80,7 +80,7 @@ class Context:
     def _add_parents(self, member: RunInfo | SweepInfo) -> None:
         for recorded in parents(member):
             parent = replace(recorded, path=recorded.path.resolve())
-            found = self.family.find(parent)
+            found = self.index.find(parent)
             if found is None or found.path.resolve() == member.path.resolve():
                 continue
             steps = self.children.setdefault(found.path.resolve(), set())

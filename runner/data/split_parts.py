@@ -14,7 +14,7 @@ from runner.data.holdout import Holdout
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SplitPart:
     """One file of a split."""
 
     file: Path
@@ -25,7 +25,7 @@ class Part:
     """Which of its rows belong to the split; None for all."""
 
 
-def split_content(parts: Sequence[Part], contents: Sequence[str]) -> str:
+def split_content(parts: Sequence[SplitPart], contents: Sequence[str]) -> str:
     """Return the identity of a split whose files have the SHA-256 hashes `contents`; of one plain file, its hash."""
     if len(parts) == 1 and parts[0].holdout is None:
         return contents[0] if not _is_converted_by_name(parts[0].file) else _hash([contents[0], parts[0].file.suffix])

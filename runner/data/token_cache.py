@@ -17,7 +17,7 @@ from runner.data.encode import TokenBuffer, TokenizeFile, tokenize_in_memory
 from runner.data.formats import EncodeOptions
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.data.row_errors import RowErrors
-from runner.data.split_parts import Part, split_content
+from runner.data.split_parts import SplitPart, split_content
 from runner.data.token_cache_entry import EntryWriter, read_entry
 from runner.data.token_cache_key import (
     cache_key,
@@ -56,7 +56,7 @@ class TokenCache:
         """Lines for the log."""
 
     def load_or_tokenize(
-        self, parts: Sequence[Part], tokenize: TokenizeFile, errors: RowErrors
+        self, parts: Sequence[SplitPart], tokenize: TokenizeFile, errors: RowErrors
     ) -> tuple[TokenSet, SplitStats]:
         """Return the cached tokens of the files of a split, or else what `tokenize` makes, which is then cached.
 

@@ -23,7 +23,7 @@ from runner.data.mixture import Mixture
 from runner.data.readers import ChunkReader, read_rows
 from runner.data.row_errors import RowErrors
 from runner.data.source import EXPECTED_FILES, SPLITS, Source, describe_content
-from runner.data.split_parts import Part, split_content
+from runner.data.split_parts import SplitPart, split_content
 from runner.data.text_encoder import TextEncoder
 from runner.data.token_cache import TokenCache
 from runner.data.token_cache_key import depends_on_date
@@ -38,7 +38,7 @@ class TokenizedDataset:
     train: TokenSet
     valid: TokenSet
     test: TokenSet
-    parts: dict[str, tuple[Part, ...]]
+    parts: dict[str, tuple[SplitPart, ...]]
     """The files of each split that exists."""
     stats: dict[str, SplitStats]
     tokenizer: Any
@@ -116,7 +116,7 @@ def load_sources(
     loaded = {split: (TokenBuffer().to_token_set(), SplitStats()) for split in SPLITS}
     for split, split_parts in parts.items():
 
-        def tokenize(writer: ChunkWriter, errors: RowErrors, parts: tuple[Part, ...] = split_parts) -> str | None:
+        def tokenize(writer: ChunkWriter, errors: RowErrors, parts: tuple[SplitPart, ...] = split_parts) -> str | None:
             return tokenize_parts(parts, resolve_tokenizer(tokenizer), errors, writer, check_stop)
 
         loaded[split] = (
@@ -147,9 +147,9 @@ def load_sources(
 
 def _find_parts(
     sources: Sequence[Source], splits: Sequence[str], valid_fraction: float | None
-) -> tuple[dict[str, tuple[Part, ...]], list[str]]:
+) -> tuple[dict[str, tuple[SplitPart, ...]], list[str]]:
     """Return the files of each of `splits`, those of all sources one after the other, and notes about them."""
-    parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[SplitPart]] = {split: [] for split in SPLITS}
     notes = []
     for number, source in enumerate(sources):
         files = source.find_files()
@@ -167,11 +167,11 @@ def _find_parts(
                 "for it (data.valid_fraction)"
             )
         for split, split_files in files.items():
-            parts[split] += [Part(file, source.options, number, cut[split]) for file in split_files]
+            parts[split] += [SplitPart(file, source.options, number, cut[split]) for file in split_files]
     return {split: tuple(found) for split, found in parts.items() if found and split in splits}, notes
 
 
-def _format_notes(sources: Sequence[Source], train: Sequence[Part]) -> list[str]:
+def _format_notes(sources: Sequence[Source], train: Sequence[SplitPart]) -> list[str]:
     """Return what the log says about the format of each source: by the first row of its training rows."""
     notes = []
     for number, source in enumerate(sources):
@@ -182,7 +182,7 @@ def _format_notes(sources: Sequence[Source], train: Sequence[Part]) -> list[str]
     return notes
 
 
-def _require_rows(stats: SplitStats, parts: Sequence[Part], options: EncodeOptions) -> None:
+def _require_rows(stats: SplitStats, parts: Sequence[SplitPart], options: EncodeOptions) -> None:
     if stats.rows:
         return
     reasons = [
@@ -200,7 +200,7 @@ def _require_rows(stats: SplitStats, parts: Sequence[Part], options: EncodeOptio
     raise DataError(f"{parts[0].file} has no row to train on: {', '.join(reasons) or 'it is empty'}.{hint}")
 
 
-def _mixture(sources: Sequence[Source], parts: Sequence[Part], train: TokenSet) -> Mixture | None:
+def _mixture(sources: Sequence[Source], parts: Sequence[SplitPart], train: TokenSet) -> Mixture | None:
     if len(sources) == 1 or not len(train):
         return None
     source_of_part = np.array([part.source for part in parts])
@@ -248,11 +248,11 @@ def tokenize_file(
     check_stop: Callable[[], None],
 ) -> str | None:
     """Write the tokens of one file to `writer`; see `tokenize_parts`."""
-    return tokenize_parts([Part(file, options)], tokenizer, errors, writer, check_stop)
+    return tokenize_parts([SplitPart(file, options)], tokenizer, errors, writer, check_stop)
 
 
 def tokenize_parts(
-    parts: Sequence[Part],
+    parts: Sequence[SplitPart],
     tokenizer: Any,
     errors: RowErrors,
     writer: ChunkWriter,

@@ -14,7 +14,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from runner.config.schema import LoraConfig
-from runner.export.job import resolved_lora
+from runner.export.trained_adapter import resolved_lora
 from runner.models.lora import Params
 
 

@@ -10,46 +10,47 @@ from typing import Any
 from runner.common.atomic_io import create_atomically
 from runner.common.errors import RunnerError
 from runner.common.text import count
-from runner.export.job import ExportJob, Target
-from runner.export.proof import Comparison, ExportError, Measured, RowLosses, Verdict, without_effect
+from runner.export.fidelity import ExportError, FidelityCheck, FidelityRows, LossesByRow, Measured, without_effect
+from runner.export.target import Target
+from runner.export.trained_adapter import TrainedAdapter
 from runner.models.lora import Params
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """What base and run compute on the rows of a comparison."""
+class FidelityReference:
+    """What base and run compute on the rows that are compared."""
 
-    comparison: Comparison
-    base: RowLosses
+    rows: FidelityRows
+    base: LossesByRow
     run: Measured
 
 
-def measure_run(job: ExportJob, rows: int, log: Callable[[str], None]) -> Baseline:
-    """Measure the base model and the run on `rows` validation rows.
+def measure_run(trained: TrainedAdapter, row_count: int, log: Callable[[str], None]) -> FidelityReference:
+    """Measure the base model and the run on `row_count` validation rows.
 
     Raises:
         DataError: the data set cannot be read.
     """
-    adapted = job.with_weights(job.weights)
-    comparison = Comparison(job.config, adapted.base, rows, log)
-    log(f"comparing on {count(comparison.row_count, f'{comparison.split} row')}")
-    base = comparison.losses(adapted, without_effect(job.weights))
-    return Baseline(comparison, base, comparison.measure(adapted, job.weights))
+    adapted = trained.with_weights(trained.weights)
+    rows = FidelityRows(trained.config, adapted.base, row_count, log)
+    log(f"comparing on {count(rows.row_count, f'{rows.split} row')}")
+    base = rows.losses(adapted, without_effect(trained.weights))
+    return FidelityReference(rows, base, rows.measure(adapted, trained.weights))
 
 
 def export(
-    job: ExportJob,
+    trained: TrainedAdapter,
     target: Target,
     path: Path,
-    baseline: Baseline | None,
+    reference: FidelityReference | None,
     *,
     force: bool,
-    finish: Callable[[ExportJob, Verdict | None, Path], None] = lambda job, verdict, path: None,
-) -> Verdict | None:
+    finish: Callable[[TrainedAdapter, FidelityCheck | None, Path], None] = lambda trained, check, path: None,
+) -> FidelityCheck | None:
     """Write the export to `path` and compare it with the run, all or nothing; return the comparison.
 
     Args:
-        baseline: what the run computes; None where it cannot be compared, which `force` accepts.
+        reference: what the run computes; None where it cannot be compared, which `force` accepts.
         force: keep an export that does not pass.
         finish: called before the export gets its name, with the comparison and where the export lies until then.
 
@@ -59,53 +60,57 @@ def export(
         ConfigError: `path` exists by then.
     """
     with create_atomically(path, is_folder=path.suffix not in (".gguf", ".npz")) as draft:
-        target.write(job, draft)
-        verdict = None
-        if baseline is not None:
-            verdict = _compare(job, target, draft, baseline, force)
-        finish(job, verdict, draft)
-    return verdict
+        target.write(trained, draft)
+        check = None
+        if reference is not None:
+            check = _compare(trained, target, draft, reference, force)
+        finish(trained, check, draft)
+    return check
 
 
-def _compare(job: ExportJob, target: Target, draft: Path, baseline: Baseline, force: bool) -> Verdict | None:
+def _compare(
+    trained: TrainedAdapter, target: Target, draft: Path, reference: FidelityReference, force: bool
+) -> FidelityCheck | None:
     try:
-        measured = target.measure(job, draft, baseline.comparison)
+        measured = target.measure(trained, draft, reference.rows)
     except RunnerError as error:
         if not force:
             raise
-        job.log(f"the export cannot be loaded again (--force): {error}")
+        trained.log(f"the export cannot be loaded again (--force): {error}")
         return None
-    verdict = Verdict(baseline.base, baseline.run, measured, target.limit)
-    if not verdict.passes and not force:
-        figures = verdict_lines(verdict, None, job.name)[0]
-        raise ExportError(f"Nothing was exported, because {verdict.problem(job.name)}. {figures}. --force exports it.")
-    return verdict
+    check = FidelityCheck(reference.base, reference.run, measured, target.limit)
+    if not check.passes and not force:
+        figures = check_lines(check, None, trained.name)[0]
+        raise ExportError(
+            f"Nothing was exported, because {check.problem(trained.name)}. {figures}. --force exports it."
+        )
+    return check
 
 
-def verdict_lines(verdict: Verdict, metric: str | None, name: str) -> list[str]:
+def check_lines(check: FidelityCheck, metric: str | None, name: str) -> list[str]:
     """Return the figures of a comparison as lines for a person; `name` is that of what is exported."""
-    base, run, export = verdict.base.mean, verdict.run.losses.mean, verdict.export.losses.mean
+    base, run, export = check.base.mean, check.run.losses.mean, check.export.losses.mean
     line = f"loss: base {base:.4f}, {name} {run:.4f}, export {export:.4f}"
     if base > run:
         line += f", {(base - export) / (base - run):.1%} of the gain"
-    lines = [f"{line}; deviation {verdict.deviation:.2%} of the adapter's effect on the rows"]
-    if verdict.run.score is not None and verdict.export.score is not None:
-        lines.append(f"{metric}: {name} {verdict.run.score:.1%}, export {verdict.export.score:.1%}")
+    lines = [f"{line}; deviation {check.deviation:.2%} of the adapter's effect on the rows"]
+    if check.run.score is not None and check.export.score is not None:
+        lines.append(f"{metric}: {name} {check.run.score:.1%}, export {check.export.score:.1%}")
     return lines
 
 
-def verdict_values(verdict: Verdict) -> dict[str, Any]:
+def check_values(check: FidelityCheck) -> dict[str, Any]:
     """Return the figures of a comparison for a JSON document."""
     return {
-        "rows": len(verdict.base.tokens),
-        "base_loss": verdict.base.mean,
-        "run_loss": verdict.run.losses.mean,
-        "export_loss": verdict.export.losses.mean,
-        "deviation": verdict.deviation,
-        "limit": verdict.limit,
-        "passes": verdict.passes,
-        "run_score": verdict.run.score,
-        "export_score": verdict.export.score,
+        "rows": len(check.base.tokens),
+        "base_loss": check.base.mean,
+        "run_loss": check.run.losses.mean,
+        "export_loss": check.export.losses.mean,
+        "deviation": check.deviation,
+        "limit": check.limit,
+        "passes": check.passes,
+        "run_score": check.run.score,
+        "export_score": check.export.score,
     }
 
 
@@ -131,8 +136,8 @@ class AverageReport:
 
 
 def report_average(
-    job: ExportJob, baseline: Baseline, steps: list[int], single_step: int, single: Params
+    trained: TrainedAdapter, reference: FidelityReference, steps: list[int], single_step: int, single: Params
 ) -> AverageReport:
     """Measure the best single checkpoint, whose weights have the average's rank, beside the average."""
-    single_loss = baseline.comparison.losses(job.with_weights(single), single).mean
-    return AverageReport(steps, baseline.run.losses.mean, single_step, single_loss)
+    single_loss = reference.rows.losses(trained.with_weights(single), single).mean
+    return AverageReport(steps, reference.run.losses.mean, single_step, single_loss)

@@ -15,11 +15,12 @@ from mlx.utils import tree_flatten
 
 from runner.common.errors import ModelError
 from runner.common.storage_errors import storage_errors
+from runner.export.fidelity import ROUNDED_LIMIT, FidelityRows, Measured, limit_of
 from runner.export.gguf_metadata import find_architecture, model_metadata
 from runner.export.gguf_tokenizer import assign_stops, find_stops, read_tokenizer, tokenizer_metadata
-from runner.export.job import ExportJob, Target, load_written
 from runner.export.mlx import require_space
-from runner.export.proof import ROUNDED_LIMIT, Comparison, Measured, limit_of
+from runner.export.target import Target, load_written
+from runner.export.trained_adapter import TrainedAdapter
 from runner.models import fetch
 from runner.models.gguf.families import Family
 from runner.models.gguf.header import Value
@@ -43,35 +44,35 @@ class GgufTarget(Target):
         self._type = type_name
         self._tokenizer: Any = None
 
-    def write(self, job: ExportJob, path: Path) -> None:
+    def write(self, trained: TrainedAdapter, path: Path) -> None:
         """Write the file. Raises ModelError for a model that such a file cannot hold."""
         _gguf()
-        assert job.adapted is not None
-        architecture, family = find_architecture(job.adapted.base)  # before anything is merged
-        fused = job.fuse(dequantize=True)
+        assert trained.adapted is not None
+        architecture, family = find_architecture(trained.adapted.base)  # before anything is merged
+        fused = trained.fuse(dequantize=True)
         type_name = self._type or ("bf16" if family.overflows_float16 or _is_bfloat16(fused) else "f16")
         self._tokenizer = vars(fused.tokenizer).get("_tokenizer", fused.tokenizer)
         dtypes = {str(array.dtype).rpartition(".")[2] for _, array in tree_flatten(fused.model.parameters())}
         self.limit = limit_of([type_name, *dtypes])
-        source = _source_file(job)
+        source = _source_file(trained)
         write_file(fused, path, architecture, family, type_name, source)
         stops = {} if source else find_stops(self._tokenizer, set(fused.tokenizer.eos_token_ids))
         for token in assign_stops(stops)[1]:
-            job.log(
+            trained.log(
                 f"the model also stops at {token}, for which a GGUF file has no place left: "
                 f"llama-cli --reverse-prompt {shlex.quote(token)}"
             )
 
-    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+    def measure(self, trained: TrainedAdapter, path: Path, rows: FidelityRows) -> Measured:
         """Load the file as `model.path` does, and compare its tokens as well."""
         written = read_tokenizer(path)
-        for text in comparison.texts(20):
+        for text in rows.texts(20):
             if written.encode(text, add_special_tokens=False) != self._tokenizer.encode(text, add_special_tokens=False):
                 raise ModelError(
                     f"The tokenizer in the file gives other tokens than the model's own, for {text[:60]!r}: llama.cpp "
                     "has no scheme that splits text as it does."
                 )
-        return comparison.measure_model(load_written(path, job.config))
+        return rows.measure_model(load_written(path, trained.config))
 
 
 def write_file(
@@ -198,8 +199,8 @@ def _is_bfloat16(base: BaseModel) -> bool:
     return "bfloat16" in str(base.config.get("torch_dtype") or base.config.get("dtype"))
 
 
-def _source_file(job: ExportJob) -> Path | None:
-    path = job.config.model.path
+def _source_file(trained: TrainedAdapter) -> Path | None:
+    path = trained.config.model.path
     if path.startswith("builtin:") and path.removeprefix("builtin:") in fetch.BUILTIN_MODELS:
         return fetch.fetch_model(path.removeprefix("builtin:"))
     return Path(path) if path.endswith(".gguf") else None

@@ -20,10 +20,11 @@ from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.config import schema, serialize, validation
 from runner.config.schema import Config
-from runner.export.job import ExportJob, Target
+from runner.export.fidelity import ExportError, FidelityCheck, FidelityRows, Measured
 from runner.export.model_card import CardFacts, base_id, base_licence, write_card
 from runner.export.model_folder import FusedTarget, MlxTarget
-from runner.export.proof import Comparison, ExportError, Measured, Verdict
+from runner.export.target import Target
+from runner.export.trained_adapter import TrainedAdapter
 
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 """Keys that transformers fills with the folder that a model was loaded from."""
@@ -51,41 +52,44 @@ class HubTarget(Target):
         self._split: str | None = None
         self.limit = self._target.limit
 
-    def write(self, job: ExportJob, path: Path) -> None:
+    def write(self, trained: TrainedAdapter, path: Path) -> None:
         """Write the files but the card. Raises ConfigError where an adapter's base model has no name."""
-        assert job.adapted is not None
-        base = job.adapted.base
-        name = base_id(job.config, self._typed_base)
+        assert trained.adapted is not None
+        base = trained.adapted.base
+        name = base_id(trained.config, self._typed_base)
         if self._adapter_only and name is None:
             raise ConfigError(
-                f"--adapter-only: {job.config.model.path} is no name on the hub by which others could load the base "
-                "model. Name it: --base-model ORGANISATION/NAME."
+                f"--adapter-only: {trained.config.model.path} is no name on the hub by which others could load the "
+                "base model. Name it: --base-model ORGANISATION/NAME."
             )
-        licence = base_licence(job.config, base.folder, self._typed_licence)
+        licence = base_licence(trained.config, base.folder, self._typed_licence)
         if licence is None:
-            job.log("the base model's licence is not known here: --license ID, or write it into README.md")
+            trained.log("the base model's licence is not known here: --license ID, or write it into README.md")
         model_type = str(base.config.get("model_type"))
         self._facts = CardFacts(name, licence, model_type, self._step, self._adapter_only, None, None)
         if self._adapter_only:
-            adapter_config = json.loads(job.files[ADAPTER_CONFIG]) | {"model": name}
-            job.files = {ADAPTERS: job.files[ADAPTERS], ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
-        self._target.write(job, path)
+            adapter_config = json.loads(trained.files[ADAPTER_CONFIG]) | {"model": name}
+            trained.files = {
+                ADAPTERS: trained.files[ADAPTERS],
+                ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode(),
+            }
+        self._target.write(trained, path)
         self.limit = self._target.limit
         for file in path.rglob("*.json"):
             if file.name not in _VOCABULARIES:
                 _remove_local_names(file)
 
-    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+    def measure(self, trained: TrainedAdapter, path: Path, rows: FidelityRows) -> Measured:
         """Load the folder as the fused model or the adapter that it is."""
-        self._split = comparison.split
-        return self._target.measure(job, path, comparison)
+        self._split = rows.split
+        return self._target.measure(trained, path, rows)
 
-    def finish(self, job: ExportJob, verdict: Verdict | None, path: Path) -> None:
+    def finish(self, trained: TrainedAdapter, check: FidelityCheck | None, path: Path) -> None:
         """Write the card, then refuse the folder if a text in it names this machine or holds a secret."""
         assert self._facts is not None
-        facts = CardFacts(**{**vars(self._facts), "verdict": verdict, "split": self._split})
-        FileSystem().write_file(path / "README.md", write_card(job.config, facts).encode())
-        if found := next(find_personal(path, local_paths(job.config)), None):
+        facts = CardFacts(**{**vars(self._facts), "check": check, "split": self._split})
+        FileSystem().write_file(path / "README.md", write_card(trained.config, facts).encode())
+        if found := next(find_personal(path, local_paths(trained.config)), None):
             raise ExportError(f"Nothing was exported: {found}. Remove it at its source, or export with --to fused.")
 
 

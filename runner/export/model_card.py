@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from runner.common.text import single_line
 from runner.config import schema, serialize, validation
 from runner.config.schema import Config
 from runner.data.source import HUB_ID
-from runner.export.proof import Verdict
+from runner.export.commands import generate_command
+from runner.export.fidelity import FidelityCheck
 from runner.models.fetch import BUILTIN_MODELS
 from runner.reports.settings_text import by_importance, changed_from_defaults, value_text
 
@@ -34,7 +34,7 @@ class CardFacts:
     model_type: str
     step: int | None
     adapter_only: bool
-    verdict: Verdict | None
+    check: FidelityCheck | None
     split: str | None
     """The split whose rows were compared."""
 
@@ -122,15 +122,12 @@ def _data_text(config: Config) -> str:
 
 
 def _usage(config: Config, facts: CardFacts) -> str:
-    template = "" if config.data.chat_template else " --ignore-chat-template"
-    if config.data.template_args:
-        template += f" --chat-template-config {shlex.quote(json.dumps(config.data.template_args))}"
     lines = ["```", "pip install mlx-lm"]
     if facts.adapter_only:
         lines += ["hf download YOUR_NAME/THIS_MODEL --local-dir adapter"]
-        lines += [f'mlx_lm.generate --model {facts.base_id} --adapter-path adapter{template} --prompt "…"']
+        lines += [generate_command(config, str(facts.base_id), "adapter")]
     else:
-        lines += [f'mlx_lm.generate --model YOUR_NAME/THIS_MODEL{template} --prompt "…"']
+        lines += [generate_command(config, "YOUR_NAME/THIS_MODEL", None)]
     text = "\n".join([*lines, "```"])
     if config.data.system_prompt:
         text += f"\n\nIt was trained with this system prompt:\n\n> {single_line(config.data.system_prompt)}"
@@ -138,19 +135,19 @@ def _usage(config: Config, facts: CardFacts) -> str:
 
 
 def _results(config: Config, facts: CardFacts) -> str:
-    verdict = facts.verdict
-    if verdict is None:
+    check = facts.check
+    if check is None:
         return "This export was not compared with its run."
     rows = [
-        f"| | loss on {len(verdict.base.tokens)} {facts.split} rows |",
+        f"| | loss on {len(check.base.tokens)} {facts.split} rows |",
         "|---|---|",
-        f"| base model | {verdict.base.mean:.4f} |",
-        f"| after training | {verdict.run.losses.mean:.4f} |",
-        f"| these files, loaded again | {verdict.export.losses.mean:.4f} |",
+        f"| base model | {check.base.mean:.4f} |",
+        f"| after training | {check.run.losses.mean:.4f} |",
+        f"| these files, loaded again | {check.export.losses.mean:.4f} |",
     ]
     text = "\n".join(rows)
-    if verdict.export.score is not None:
-        text += f"\n\n{config.data.metric} on the {config.data.metric_split} split: {verdict.export.score:.1%}."
+    if check.export.score is not None:
+        text += f"\n\n{config.data.metric} on the {config.data.metric_split} split: {check.export.score:.1%}."
     return text
 
 

@@ -11,9 +11,10 @@ from mlx.utils import tree_flatten
 from runner.common.errors import ModelError
 from runner.common.filesystem import FileSystem
 from runner.common.text import first_line
-from runner.export.job import ExportJob, Target, load_written
+from runner.export.fidelity import EXACT_LIMIT, ROUNDED_LIMIT, FidelityRows, Measured, limit_of
 from runner.export.mlx import write_verified_folder
-from runner.export.proof import EXACT_LIMIT, ROUNDED_LIMIT, Comparison, Measured, limit_of
+from runner.export.target import Target, load_written
+from runner.export.trained_adapter import TrainedAdapter
 from runner.models.lora import AdaptedModel, Params, warm_start
 
 
@@ -26,18 +27,18 @@ class FusedTarget(Target):
     def __init__(self, path: Path, *, dequantize: bool) -> None:
         self._path, self._dequantize = path, dequantize
 
-    def write(self, job: ExportJob, path: Path) -> None:
+    def write(self, trained: TrainedAdapter, path: Path) -> None:
         """Write the folder and check that stock mlx-lm reads the same weights, tokens and settings from it."""
-        fused = job.fuse(dequantize=self._dequantize)
+        fused = trained.fuse(dequantize=self._dequantize)
         if fused.config.get("quantization"):
-            job.log("the base stays quantized, which rounds the merged layers; --dequantize avoids it")
+            trained.log("the base stays quantized, which rounds the merged layers; --dequantize avoids it")
         write_verified_folder(fused, path, self._path)
         arrays = [array for _, array in tree_flatten(fused.model.parameters())]
         self.limit = limit_of(str(array.dtype).rpartition(".")[2] for array in arrays)
 
-    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+    def measure(self, trained: TrainedAdapter, path: Path, rows: FidelityRows) -> Measured:
         """Load the folder as `model.path` does."""
-        return comparison.measure_model(load_written(path, job.config))
+        return rows.measure_model(load_written(path, trained.config))
 
 
 class MlxTarget(Target):
@@ -45,18 +46,18 @@ class MlxTarget(Target):
 
     limit = EXACT_LIMIT
 
-    def write(self, job: ExportJob, path: Path) -> None:
+    def write(self, trained: TrainedAdapter, path: Path) -> None:
         """Write the adapter's files."""
-        for name, content in job.files.items():
+        for name, content in trained.files.items():
             FileSystem().write_file(path / name, content)
 
-    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+    def measure(self, trained: TrainedAdapter, path: Path, rows: FidelityRows) -> Measured:
         """Load the adapter by stock mlx-lm's own function."""
-        weights = read_with_stock(job, path)
-        return comparison.measure(job.with_weights(weights), weights)
+        weights = read_with_stock(trained, path)
+        return rows.measure(trained.with_weights(weights), weights)
 
 
-def read_with_stock(job: ExportJob, folder: Path) -> Params:
+def read_with_stock(trained: TrainedAdapter, folder: Path) -> Params:
     """Return the weights that stock mlx-lm puts into the layers of the base model when it loads the adapter `folder`.
 
     Raises:
@@ -64,9 +65,9 @@ def read_with_stock(job: ExportJob, folder: Path) -> Params:
     """
     from mlx_lm.tuner.utils import load_adapters
 
-    assert job.adapted is not None
-    base, seed = job.adapted.base, job.config.seed
-    job.adapted.remove()
+    assert trained.adapted is not None
+    base, seed = trained.adapted.base, trained.config.seed
+    trained.adapted.remove()
     try:
         load_adapters(base.model, str(folder))
         stored = dict(tree_flatten(base.model.parameters()))
@@ -80,6 +81,6 @@ def read_with_stock(job: ExportJob, folder: Path) -> Params:
             f"{type(error).__name__}: {first_line(str(error))[:200]}. A model with it merged: --to fused."
         ) from error
     finally:
-        job.adapted.remove()  # what mlx-lm put there
-        job.adapted = AdaptedModel(base, job.lora, seed)
-    return warm_start(job.weights, weights, str(folder))
+        trained.adapted.remove()  # what mlx-lm put there
+        trained.adapted = AdaptedModel(base, trained.lora, seed)
+    return warm_start(trained.weights, weights, str(folder))

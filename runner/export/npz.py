@@ -15,8 +15,9 @@ import numpy as np
 
 from runner.common.errors import ModelError
 from runner.config.schema import LoraConfig
-from runner.export.job import ExportJob, Target, resolved_lora
-from runner.export.proof import EXACT_LIMIT, Comparison, Measured
+from runner.export.fidelity import EXACT_LIMIT, FidelityRows, Measured
+from runner.export.target import Target
+from runner.export.trained_adapter import TrainedAdapter, resolved_lora
 from runner.models.lora import Params, read_weights, warm_start
 
 LORA_PY_SCALE = 20.0
@@ -29,20 +30,24 @@ class NpzTarget(Target):
 
     limit = EXACT_LIMIT
 
-    def write(self, job: ExportJob, path: Path) -> None:
+    def write(self, trained: TrainedAdapter, path: Path) -> None:
         """Write the file. Raises ModelError: see `require_readable_there`."""
-        require_readable_there(job.weights, job.lora)
-        scale = _scale(job.lora)
+        require_readable_there(trained.weights, trained.lora)
+        scale = _scale(trained.lora)
         factor = scale / LORA_PY_SCALE
         if factor != 1:
-            job.log(f"B is multiplied by {factor:.6g}: lora.py scales by {LORA_PY_SCALE:g}, this run by {scale:g}")
-        arrays = {name: np.array(array.astype(mx.float32)) for name, array in _rescaled(job.weights, factor).items()}
+            trained.log(f"B is multiplied by {factor:.6g}: lora.py scales by {LORA_PY_SCALE:g}, this run by {scale:g}")
+        arrays = {
+            name: np.array(array.astype(mx.float32)) for name, array in _rescaled(trained.weights, factor).items()
+        }
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
-    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+    def measure(self, trained: TrainedAdapter, path: Path, rows: FidelityRows) -> Measured:
         """Read the file as `adapter=` does, with lora.py's factor."""
-        weights = _rescaled(warm_start(job.weights, read_weights(path), str(path)), LORA_PY_SCALE / _scale(job.lora))
-        return comparison.measure(job.with_weights(weights), weights)
+        weights = _rescaled(
+            warm_start(trained.weights, read_weights(path), str(path)), LORA_PY_SCALE / _scale(trained.lora)
+        )
+        return rows.measure(trained.with_weights(weights), weights)
 
 
 def require_readable_there(weights: Iterable[str], lora: LoraConfig) -> None:

@@ -13,9 +13,10 @@ from runner.common.errors import ModelError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG
 from runner.config.validation import lora_scale
-from runner.export.job import ExportJob, Target
+from runner.export.fidelity import EXACT_LIMIT, FidelityRows, Measured
 from runner.export.model_card import base_id
-from runner.export.proof import EXACT_LIMIT, Comparison, Measured
+from runner.export.target import Target
+from runner.export.trained_adapter import TrainedAdapter
 from runner.models.arrays import to_tensors
 from runner.models.lora import Params
 from runner.models.peft.config import PREFIX, WEIGHTS
@@ -29,23 +30,23 @@ class PeftTarget(Target):
 
     limit = EXACT_LIMIT
 
-    def write(self, job: ExportJob, path: Path) -> None:
+    def write(self, trained: TrainedAdapter, path: Path) -> None:
         """Write weights and config. Raises ModelError for a layer that PEFT cannot adapt."""
-        assert job.adapted is not None
-        family = find_family(job.adapted.base.config.get("model_type"))
-        _refuse_embeddings(job)
-        tensors, targets, blocks = convert_weights(job.weights, family)
-        depth = len(job.adapted.model.layers)
-        config = adapter_config(job, family, sorted(targets), blocks, depth)
+        assert trained.adapted is not None
+        family = find_family(trained.adapted.base.config.get("model_type"))
+        _refuse_embeddings(trained)
+        tensors, targets, blocks = convert_weights(trained.weights, family)
+        depth = len(trained.adapted.model.layers)
+        config = adapter_config(trained, family, sorted(targets), blocks, depth)
         FileSystem().write_file(path / WEIGHTS, pack(to_tensors(tensors), {"format": "pt"}))
         FileSystem().write_file(path / ADAPTER_CONFIG, f"{json.dumps(config, indent=2)}\n".encode())
 
-    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
+    def measure(self, trained: TrainedAdapter, path: Path, rows: FidelityRows) -> Measured:
         """Read the folder as `adapter=` does."""
-        assert job.adapted is not None
-        layers = read_layers(path, find_family(job.adapted.base.config.get("model_type")))
-        weights = fit(layers, job.weights, lora_scale(job.lora), path)
-        return comparison.measure(job.with_weights(weights), weights)
+        assert trained.adapted is not None
+        layers = read_layers(path, find_family(trained.adapted.base.config.get("model_type")))
+        weights = fit(layers, trained.weights, lora_scale(trained.lora), path)
+        return rows.measure(trained.with_weights(weights), weights)
 
 
 def convert_weights(weights: Params, family: PeftFamily) -> tuple[Params, set[str], set[int]]:
@@ -88,16 +89,16 @@ def convert_weights(weights: Params, family: PeftFamily) -> tuple[Params, set[st
 
 
 def adapter_config(
-    job: ExportJob, family: PeftFamily, targets: list[str], blocks: set[int], depth: int
+    trained: TrainedAdapter, family: PeftFamily, targets: list[str], blocks: set[int], depth: int
 ) -> dict[str, Any]:
     """Return PEFT's adapter_config.json."""
-    lora = job.lora
+    lora = trained.lora
     alpha = lora_scale(lora) * lora.rank if lora.alpha is None else lora.alpha
     every = len(blocks) == depth
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_id(job.config, None) or job.config.model.path,
+        "base_model_name_or_path": base_id(trained.config, None) or trained.config.model.path,
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": lora.rslora and lora.alpha is not None,
@@ -117,8 +118,8 @@ def adapter_config(
     }
 
 
-def _refuse_embeddings(job: ExportJob) -> None:
-    assert job.adapted is not None
-    for name in {name.rpartition(".")[0] for name in job.weights}:
-        if "embedding" in module_at(job.adapted.model, name):
+def _refuse_embeddings(trained: TrainedAdapter) -> None:
+    assert trained.adapted is not None
+    for name in {name.rpartition(".")[0] for name in trained.weights}:
+        if "embedding" in module_at(trained.adapted.model, name):
             raise ModelError(f"{name} is an embedding, whose adapter cannot be carried to PEFT. --to mlx or fused.")

@@ -10,7 +10,7 @@ from runner.reports import settings_text
 from runner.reports.run_table import Entry, ListedRow, runs_of
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
-from runner.runs.lineage import Family, Parent, parents
+from runner.runs.lineage import Parent, ParentIndex, parents
 
 _MAX_CHANGES = 6
 GONE, NOT_LISTED = "gone", "not listed"
@@ -52,19 +52,19 @@ class _Tree:
         self._parent: dict[int, Entry] = {}
         self._text: dict[int, str] = {}
         self._missing: dict[Path, Entry] = {}
-        family = Family(entries)
+        index = ParentIndex(entries)
         for entry in entries:
-            self._place(entry, family)
+            self._place(entry, index)
 
     def rows(self, limit: int | None) -> Iterator[ListedRow]:
         roots = [entry for entry in self._entries if id(entry) not in self._parent]
         for root in [*self._missing.values(), *roots][:limit]:
             yield from self._below(root, "", "")
 
-    def _place(self, entry: Entry, family: Family) -> None:
+    def _place(self, entry: Entry, index: ParentIndex) -> None:
         """Put `entry` below its first parent, unless it would become its own ancestor."""
         for parent in parents(entry)[:1]:
-            found = family.find(parent)
+            found = index.find(parent)
             above = found or self._missing.setdefault(parent.run, _missing(parent))
             if self._is_ancestor(entry, above):
                 continue

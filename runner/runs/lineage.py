@@ -99,7 +99,7 @@ def parents_of(status: Mapping[str, Any]) -> list[Parent]:
     return sorted(found, key=lambda parent: _HOW.index(parent.how))
 
 
-class Family:
+class ParentIndex:
     """The runs, jobs and sweeps of a listing, to find parents among."""
 
     def __init__(self, entries: Sequence[RunInfo | SweepInfo]) -> None:

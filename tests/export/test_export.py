@@ -1,4 +1,4 @@
-"""An export proves itself: what does not compute what the run does is refused, and nothing is left of it."""
+"""An export is checked: what does not compute what the run does is refused, and nothing is left of it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from runner.cli.commands import export
 from runner.common.errors import ConfigError, ModelError
 from runner.config.schema import Config, LoraConfig, ModelConfig, QuantizeConfig
 from runner.export.average import average_updates, padded
-from runner.export.hub import _remove_local_names, find_personal, local_paths
-from runner.export.mlx import write_model_folder
-from runner.export.model_card import CardFacts, write_card
-from runner.export.proof import (
+from runner.export.fidelity import (
     EXACT_LIMIT,
     HALF_LIMIT,
     ROUNDED_LIMIT,
     ExportError,
+    FidelityCheck,
+    LossesByRow,
     Measured,
-    RowLosses,
-    Verdict,
     limit_of,
 )
+from runner.export.hub import _remove_local_names, find_personal, local_paths
+from runner.export.mlx import write_model_folder
+from runner.export.model_card import CardFacts, write_card
 from runner.models.load import load_base_model
 from runner.models.lora import read_weights
 
@@ -53,35 +53,35 @@ def run(tiny: Callable, train: Callable, trained: Path, tmp_path: Path, capsys: 
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def proof_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    return json.loads(capsys.readouterr().out)["proof"]
+def check_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out)["check"]
 
 
-def verdict(base: list[float], run: list[float], export: list[float], limit: float = ROUNDED_LIMIT) -> Verdict:
+def check(base: list[float], run: list[float], export: list[float], limit: float = ROUNDED_LIMIT) -> FidelityCheck:
     tokens = np.ones(len(base))
-    losses = [RowLosses(np.array(sums), tokens) for sums in (base, run, export)]
-    return Verdict(losses[0], Measured(losses[1]), Measured(losses[2]), limit)
+    losses = [LossesByRow(np.array(sums), tokens) for sums in (base, run, export)]
+    return FidelityCheck(losses[0], Measured(losses[1]), Measured(losses[2]), limit)
 
 
 def test_the_deviation_is_zero_of_the_run_and_one_of_the_base() -> None:
     base, run = [5.0, 4.0, 6.0], [1.0, 2.0, 3.0]
-    assert verdict(base, run, run).deviation == 0
-    assert verdict(base, run, base).deviation == pytest.approx(1)
-    assert not verdict(base, run, base).passes and "lost" in verdict(base, run, base).problem()
-    shifted = verdict(base, run, [3.0, 1.0, 2.0])  # the same mean loss, by other rows
+    assert check(base, run, run).deviation == 0
+    assert check(base, run, base).deviation == pytest.approx(1)
+    assert not check(base, run, base).passes and "lost" in check(base, run, base).problem()
+    shifted = check(base, run, [3.0, 1.0, 2.0])  # the same mean loss, by other rows
     assert shifted.export.losses.mean == shifted.run.losses.mean
     assert not shifted.passes and "damaged" in shifted.problem()
-    assert not verdict(base, run, [float("nan"), 2.0, 3.0]).passes
+    assert not check(base, run, [float("nan"), 2.0, 3.0]).passes
 
 
 def test_an_adapter_that_does_nothing_is_exported_where_nothing_changes() -> None:
-    assert verdict([5.0, 4.0], [5.0, 4.0], [5.001, 4.0]).passes
-    assert not verdict([5.0, 4.0], [5.0, 4.0], [5.2, 4.0]).passes
+    assert check([5.0, 4.0], [5.0, 4.0], [5.001, 4.0]).passes
+    assert not check([5.0, 4.0], [5.0, 4.0], [5.2, 4.0]).passes
 
 
 def test_noise_of_additions_is_no_deviation() -> None:
-    assert verdict([5.0, 4.0], [5.00001, 4.0], [5.000012, 4.000002], EXACT_LIMIT).passes
-    assert not verdict([5.0, 4.0], [5.1, 4.0], [5.11, 4.0], EXACT_LIMIT).passes
+    assert check([5.0, 4.0], [5.00001, 4.0], [5.000012, 4.000002], EXACT_LIMIT).passes
+    assert not check([5.0, 4.0], [5.1, 4.0], [5.11, 4.0], EXACT_LIMIT).passes
 
 
 def test_the_coarsest_type_decides_what_may_deviate() -> None:
@@ -93,10 +93,10 @@ def test_the_coarsest_type_decides_what_may_deviate() -> None:
 @pytest.mark.parametrize("to", ["mlx", "peft", "fused", "hub"])
 def test_each_export_has_the_losses_of_the_run(run: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert export.run([str(run), "--to", to, "--json"]) == 0
-    proof = proof_of(capsys)
-    assert proof["rows"] == 10 and proof["deviation"] < 1e-3 and proof["limit"] == EXACT_LIMIT
-    assert proof["base_loss"] - proof["run_loss"] > 0.1
-    assert proof["export_loss"] == pytest.approx(proof["run_loss"], abs=1e-5)
+    check = check_of(capsys)
+    assert check["rows"] == 10 and check["deviation"] < 1e-3 and check["limit"] == EXACT_LIMIT
+    assert check["base_loss"] - check["run_loss"] > 0.1
+    assert check["export_loss"] == pytest.approx(check["run_loss"], abs=1e-5)
 
 
 def swallow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_four_bits_that_swallow_a_small_update_are_noticed(
     assert not (run / "export-fused").exists()
     capsys.readouterr()
     assert export.run([str(run), "--to", "fused", "--dequantize", "--json"]) == 0
-    assert proof_of(capsys)["deviation"] < 0.05
+    assert check_of(capsys)["deviation"] < 0.05
 
 
 def test_an_export_that_cannot_be_compared_is_refused_unless_forced(
@@ -162,7 +162,7 @@ def test_an_npz_is_what_lora_py_reads(
 def test_an_npz_of_layers_that_lora_py_ignores_is_refused_before_the_model_is_loaded(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("runner.cli.commands.export_job.build_job")
+    monkeypatch.delattr("runner.cli.commands.export_adapter.load_trained")
     with pytest.raises(ModelError, match="adapts q_proj and v_proj alone.*mlp.down_proj.*lora=query_value"):
         export.run([str(run), "--to", "npz"])
     assert not list(run.glob("*.npz")) and not list(run.glob(".export*"))
@@ -188,7 +188,7 @@ def test_an_average_is_exported_and_compared_with_the_best_checkpoint(
     assert export.run([str(run), "--to", "mlx", "--average", choice, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     folder = run / f"export-mlx-{choice.replace(':', '-')}"
-    assert document["folder"] == str(folder) and document["proof"]["passes"]
+    assert document["folder"] == str(folder) and document["check"]["passes"]
     average, count = document["average"], int(choice[-1])
     assert len(average["steps"]) == count and average["single_step"] == 12
     assert average["loss"] > average["single_loss"]  # of a run that still improves

@@ -89,9 +89,9 @@ def test_a_run_is_exported_as_one_file(
     assert export.run([str(run), "--to", "gguf", "--type", "q8_0", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["folder"] == str(run / "export-gguf-q8_0.gguf")
-    proof = document["proof"]
-    assert proof["passes"] and 0 < proof["deviation"] < 0.1
-    assert abs(proof["export_loss"] - proof["run_loss"]) < 0.02 < proof["base_loss"] - proof["run_loss"]
+    check = document["check"]
+    assert check["passes"] and 0 < check["deviation"] < 0.1
+    assert abs(check["export_loss"] - check["run_loss"]) < 0.02 < check["base_loss"] - check["run_loss"]
     assert sorted(path.name for path in run.iterdir() if path.name.startswith(".export")) == []
 
 

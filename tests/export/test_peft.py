@@ -18,8 +18,8 @@ import tiny_models
 from runner.common.errors import ModelError
 from runner.config.schema import Config, LoraConfig, ModelConfig
 from runner.config.validation import lora_scale
-from runner.export.job import ExportJob
 from runner.export.peft import PeftTarget
+from runner.export.trained_adapter import TrainedAdapter
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel, Params
 from runner.models.peft.config import is_peft_folder, module_names
@@ -39,10 +39,10 @@ def adapt(folder: Path, lora: LoraConfig) -> AdaptedModel:
     return adapted
 
 
-def job_of(adapted: AdaptedModel, lora: LoraConfig) -> ExportJob:
+def job_of(adapted: AdaptedModel, lora: LoraConfig) -> TrainedAdapter:
     config = Config()
     config.model.path = adapted.base.model_path
-    return ExportJob(adapted, adapted.params(), lora, config, {}, print)
+    return TrainedAdapter(adapted, adapted.params(), lora, config, {}, print)
 
 
 def write(folder: Path, adapted: AdaptedModel, lora: LoraConfig) -> dict[str, Any]:

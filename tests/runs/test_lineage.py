@@ -9,7 +9,7 @@ import pytest
 from runner.reports.run_tree import GONE, tree_rows
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
-from runner.runs.lineage import Family, Parent, parents, parents_of, record_parents
+from runner.runs.lineage import Parent, ParentIndex, parents, parents_of, record_parents
 from runner.runs.sweep_manifest import SweepManifest
 
 
@@ -38,9 +38,9 @@ def test_a_tree_of_branches_repeats_and_warm_starts():
 def test_a_moved_parent_is_found_by_its_identity_and_a_missing_one_has_a_row():
     moved = run("/elsewhere/a", "1")
     child = run("/o/2026/b", "2", [("repeat", Path("/o/2026/a"), "1")])
-    assert Family([moved, child]).find(parents(child)[0]) is moved
+    assert ParentIndex([moved, child]).find(parents(child)[0]) is moved
     another = run("/o/2026/a", "9")  # a new run has taken the directory
-    assert Family([another, child]).find(parents(child)[0]) is None
+    assert ParentIndex([another, child]).find(parents(child)[0]) is None
     rows = tree_rows([another, child], {})
     assert [str(row.entry.path) for row in rows] == ["/o/2026/a", "/o/2026/b", "/o/2026/a"]
     assert isinstance(rows[0].entry, RunInfo) and rows[0].entry.state == GONE and rows[1].prefix == "└─ "
@@ -51,8 +51,10 @@ def test_a_branch_of_an_earlier_version_is_found_by_its_path_or_the_end_of_it():
     (parent,) = parents_of(old)
     assert (parent.how, parent.step, parent.run_id) == ("branch", 100, None)
     moved = run("/new/2026-11-24/10-00-00", "1")
-    assert Family([moved]).find(parent) is moved
-    assert Family([moved, run("/copy/2026-11-24/10-00-00", "1")]).find(parent) is None  # which of them is not known
+    assert ParentIndex([moved]).find(parent) is moved
+    assert (
+        ParentIndex([moved, run("/copy/2026-11-24/10-00-00", "1")]).find(parent) is None
+    )  # which of them is not known
 
 
 def test_a_job_stands_below_its_sweep_where_a_run_came_from_it():
@@ -91,11 +93,11 @@ def test_a_run_records_where_it_comes_from(train, tiny, tmp_path):
     from runner.runs.inspect import read_run
 
     infos = {path.name: read_run(path) for path in (first, branch, warm)}
-    family = Family(list(infos.values()))
+    index = ParentIndex(list(infos.values()))
     for name, text in (("branch", "branch at 1"), ("warm", "warm start")):
         (parent,) = parents(infos[name])
         assert parent.text == text and parent.run_id == infos["first"].status["run_id"]
-        assert family.find(parent) is infos["first"]
+        assert index.find(parent) is infos["first"]
     assert parents(infos["first"]) == []
     train(tiny(**small), warm, resume=warm)  # a resume keeps it
     assert parents(read_run(warm)) == parents(infos["warm"])

@@ -24,7 +24,7 @@ COMMANDS = {
     "generate": "answer a prompt with a run's adapter; --base also without it",
     "chat": "talk to a run's adapter; --base answers beside it without it",
     "serve": "answer HTTP requests with a run's adapter, as OpenAI's API does",
-    "export": "write a run for mlx-lm, PEFT, llama.cpp or the hub, and prove that it computes the same",
+    "export": "write a run for mlx-lm, PEFT, llama.cpp or the hub, and check that it computes the same",
     "import": "turn an mlx_lm.lora config or command line into overrides",
 }
 """Command to summary; the module `runner.cli.commands.NAME` is imported when it runs (`import_` for import)."""

@@ -1,9 +1,7 @@
-"""`runner export`: write a run's adapter in the format of another program, and prove that it computes the same."""
+"""`runner export`: write a run's adapter in the format of another program, and check that it computes the same."""
 
 from __future__ import annotations
 
-import json
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +12,12 @@ from runner.cli.commands.adapter_source import AdapterSource
 from runner.common.errors import ConfigError, DataError, ModelError
 from runner.common.layout import EXPORT_PREFIX
 from runner.common.text import relative_path
-from runner.config.schema import Config
 
 if TYPE_CHECKING:
-    from runner.export.export import Baseline
-    from runner.export.job import ExportJob, Target
-    from runner.export.proof import Verdict
+    from runner.export.export import FidelityReference
+    from runner.export.fidelity import FidelityCheck
+    from runner.export.target import Target
+    from runner.export.trained_adapter import TrainedAdapter
 
 _FORMATS = {
     "mlx": "an adapter folder for mlx-lm",
@@ -49,39 +47,42 @@ def run(argv: list[str]) -> int:
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path} exists already; nothing is replaced. Choose another --out, or move it away.")
     blas.load_blas()
-    from runner.cli.commands import export_job
+    from runner.cli.commands import export_adapter
 
     if options.to == "npz":  # before the model is loaded, for minutes
         from runner.export.npz import require_readable_there
 
-        require_readable_there(export_job.weights_of(source), settings.config.lora)
-    job = export_job.build_job(source, sources, settings, any_base=options.any_base, log=arguments.print_note)
-    return _export(job, options, source, sources, target, base_target)
+        require_readable_there(export_adapter.weights_of(source), settings.config.lora)
+    trained = export_adapter.load_trained(
+        source, sources, settings, any_base=options.any_base, log=arguments.print_note
+    )
+    return _export(trained, options, source, sources, target, base_target)
 
 
 def _export(
-    job: ExportJob,
+    trained: TrainedAdapter,
     options: Namespace,
     source: AdapterSource,
     sources: list[AdapterSource],
     target: Path,
     base_target: Path | None,
 ) -> int:
-    from runner.cli.commands import export_job
+    from runner.cli.commands import export_adapter
+    from runner.export import commands
     from runner.export import export as exports
 
-    config = job.config
-    baseline = _measure(job, options)
-    average = export_job.report_average(job, baseline, sources) if baseline and sources else None
-    writer = _target(options, job, source, target)
+    config = trained.config
+    reference = _measure(trained, options)
+    average = export_adapter.report_average(trained, reference, sources) if reference and sources else None
+    writer = _target(options, trained, source, target)
 
-    def finish(job: ExportJob, verdict: Verdict | None, draft: Path) -> None:
-        writer.finish(job, verdict, draft)
+    def finish(trained: TrainedAdapter, check: FidelityCheck | None, draft: Path) -> None:
+        writer.finish(trained, check, draft)
         if base_target:
-            export_job.export_base(job, base_target, dequantize=options.dequantize)
+            export_adapter.export_base(trained, base_target, dequantize=options.dequantize)
 
-    verdict = exports.export(job, writer, target, baseline, force=options.force, finish=finish)
-    command = _command(options.to, target, base_target, job)
+    check = exports.export(trained, writer, target, reference, force=options.force, finish=finish)
+    command = commands.try_command(options.to, target, base_target, trained)
     steps = f"average of {', '.join(f'step {s.step}' for s in sources)}" if sources else source.name
     if options.json:
         document: dict[str, Any] = {
@@ -90,33 +91,33 @@ def _export(
             "base": str(base_target) if base_target else None,
             "run": str(source.run),
             "step": None if sources else source.step,
-            "exported": job.name,
+            "exported": trained.name,
             "command": command,
-            "proof": exports.verdict_values(verdict) if verdict else None,
+            "check": exports.check_values(check) if check else None,
         }
         arguments.print_json(document | ({"average": vars(average)} if average else {}))
         return 0
     for line in [average.line] if average else []:
         print(line)
-    if verdict is None:
-        print(f"not compared with the {job.name} (--force)")
-    for line in exports.verdict_lines(verdict, config.data.metric, job.name) if verdict else []:
+    if check is None:
+        print(f"not compared with the {trained.name} (--force)")
+    for line in exports.check_lines(check, config.data.metric, trained.name) if check else []:
         print(line)
-    if verdict and not verdict.passes:
-        print(f"warning: {verdict.problem(job.name)}; exported all the same (--force)")
+    if check and not check.passes:
+        print(f"warning: {check.problem(trained.name)}; exported all the same (--force)")
     print(f"wrote {relative_path(target)} ({steps})")
     if base_target:
         print(f"wrote {relative_path(base_target)} (the base model)")
-    print(f"try it: {command}" if command else _no_command(config))
+    print(f"try it: {command}" if command else commands.no_command(config))
     return 0
 
 
-def _measure(job: ExportJob, options: Namespace) -> Baseline | None:
+def _measure(trained: TrainedAdapter, options: Namespace) -> FidelityReference | None:
     from runner.export.export import measure_run
-    from runner.export.proof import ExportError
+    from runner.export.fidelity import ExportError
 
     try:
-        return measure_run(job, options.rows, arguments.print_note)
+        return measure_run(trained, options.rows, arguments.print_note)
     except (DataError, ConfigError, ModelError) as error:
         reason = f"{str(error).rstrip('.')}."
         if options.force:
@@ -178,14 +179,15 @@ def _target_path(options: Namespace, source: AdapterSource) -> Path:
     return source.run / f"{name}{suffix}"
 
 
-def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Path) -> Target:
+def _target(options: Namespace, trained: TrainedAdapter, source: AdapterSource, path: Path) -> Target:
     """Return what writes the chosen format."""
     if options.to == "mlx":
         from runner.export.model_folder import MlxTarget
 
-        if job.config.data.template:
+        if trained.config.data.template:
             arguments.print_note(
-                f"the run used the chat template {job.config.data.template}, which an adapter folder does not contain"
+                f"the run used the chat template {trained.config.data.template}, which an adapter folder "
+                "does not contain"
             )
         return MlxTarget()
     if options.to == "fused":
@@ -214,48 +216,3 @@ def _target(options: Namespace, job: ExportJob, source: AdapterSource, path: Pat
         licence=options.license,
         step=None if options.average else source.step,
     )
-
-
-def _command(to: str, target: Path, base_target: Path | None, job: ExportJob) -> str | None:
-    """Return the command that tries the export by the program that it is for, or None where there is none."""
-    path, config = shlex.quote(relative_path(target)), job.config
-    if to == "npz":
-        base = shlex.quote(_name_for_mlx_lm(None, config) or "MODEL")
-        layers = len(job.adapted.model.layers) if job.adapted and job.lora.num_layers < 0 else job.lora.num_layers
-        return f"python lora.py --model {base} --lora-layers {layers} --adapter-file {path} --prompt …"
-    others = {
-        "hub": f"hf upload YOUR_NAME/THIS_MODEL {path}",
-        "gguf": f"llama-cli -m {path}",
-        "peft": f"PeftModel.from_pretrained(model, {json.dumps(relative_path(target))})",
-    }
-    if to in others:
-        return others[to]
-    model = relative_path(target) if to == "fused" else _name_for_mlx_lm(base_target, config)
-    if model is None:
-        return None
-    command = ["mlx_lm.generate", "--model", model]
-    command += ["--adapter-path", relative_path(target)] if to == "mlx" else []
-    command += [] if config.data.chat_template else ["--ignore-chat-template"]
-    if config.data.template_args:
-        command += ["--chat-template-config", json.dumps(config.data.template_args)]
-    return f"{shlex.join(command)} --prompt …"
-
-
-def _no_command(config: Config) -> str:
-    return (
-        f"Stock mlx-lm cannot load {config.model.path} by its name, nor a base that was quantized while "
-        "loading, nor all that transformers 5 saves: --with-base writes it as a folder."
-    )
-
-
-def _name_for_mlx_lm(base_target: Path | None, config: Config) -> str | None:
-    """Return the name by which stock mlx-lm loads the same base model, or None if there is none."""
-    from runner.models.transformers5_config import misread_by_stock
-
-    if base_target:
-        return relative_path(base_target)
-    path = config.model.path
-    if Path(path).is_dir() and misread_by_stock(Path(path)):
-        return None
-    unknown = path.startswith("builtin:") or path.endswith(".gguf") or config.model.quantize.bits is not None
-    return None if unknown else path

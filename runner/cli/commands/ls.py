@@ -19,7 +19,7 @@ from runner.reports.run_tree import tree_rows
 from runner.reports.screen import Screen, json_document
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
-from runner.runs.lineage import Family, parents
+from runner.runs.lineage import ParentIndex, parents
 
 _COLUMNS = ("valid_loss", "step", "iters", "age", "size", "state", "name", "tag", "path")
 """Fields that the table shows anyway."""
@@ -48,8 +48,8 @@ def run(argv: list[str]) -> int:
             entry.runs.sort(key=lambda run: order.key([run]))
     names = settings_text.by_importance(differing_settings([run for entry in shown for run in runs_of(entry)]))
     if options.json:
-        family = Family(selection.found)
-        entries = [_to_dict(entry, names, selection, family, options.runs) for entry in shown]
+        index = ParentIndex(selection.found)
+        entries = [_to_dict(entry, names, selection, index, options.runs) for entry in shown]
         print(json_document({"root": selection.root, "differing": names, "entries": entries}))
         return 0
     screen = Screen()
@@ -123,10 +123,10 @@ def _print_nothing(selection: Selection, screen: Screen) -> None:
 
 
 def _to_dict(
-    entry: Entry, names: Sequence[str], selection: Selection, family: Family, with_runs: bool
+    entry: Entry, names: Sequence[str], selection: Selection, index: ParentIndex, with_runs: bool
 ) -> dict[str, Any]:
     fields = sweep_fields(entry) if isinstance(entry, SweepInfo) else run_fields(entry)
-    found = {parent: family.find(parent) for parent in parents(entry)}
+    found = {parent: index.find(parent) for parent in parents(entry)}
     origins = [{**p.to_dict(), "found": member.path if member else None} for p, member in found.items()]
     if isinstance(entry, RunInfo):
         settings = {name: entry.settings[name] for name in names if name in entry.settings}
@@ -136,5 +136,5 @@ def _to_dict(
     if total is not None:
         fields["jobs"] = total
     if with_runs or total is not None:
-        fields["runs"] = [_to_dict(run, names, selection, family, False) for run in entry.runs]
+        fields["runs"] = [_to_dict(run, names, selection, index, False) for run in entry.runs]
     return fields

@@ -16,10 +16,10 @@ from runner.common.errors import CheckpointError
 from runner.common.filesystem import FileSystem
 from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.export.average import average_updates, padded
-from runner.export.export import AverageReport, Baseline
+from runner.export.export import AverageReport, FidelityReference
 from runner.export.export import report_average as measure_average
-from runner.export.job import ExportJob, set_template
 from runner.export.mlx import check_adapter, export_model
+from runner.export.trained_adapter import TrainedAdapter, set_template
 from runner.models.arrays import parse_arrays, to_tensors
 from runner.models.load import ROUNDED_BY_EARLIER_VERSIONS, BaseModel
 from runner.models.lora import AdaptedModel, Params
@@ -27,14 +27,14 @@ from runner.models.lora import AdaptedModel, Params
 _LARGEST_CONFIG = 1 << 20  # bytes of adapter_config.json
 
 
-def build_job(
+def load_trained(
     source: AdapterSource,
     averaged: Sequence[AdapterSource],
     settings: StoredSettings,
     *,
     any_base: bool,
     log: Callable[[str], None],
-) -> ExportJob:
+) -> TrainedAdapter:
     """Load the base model and the adapter of `source`, or the average of `averaged`, of which it is one.
 
     Raises:
@@ -70,7 +70,7 @@ def build_job(
     expanded = _was_expanded(adapted.base) and kept is not settings
     load_as_stored = (lambda: adapt(kept, lambda line: None)) if expanded else None
     name = "average" if averaged else "run"
-    return ExportJob(adapted, weights, lora, settings.config, files, log, load_as_stored, name)
+    return TrainedAdapter(adapted, weights, lora, settings.config, files, log, load_as_stored, name)
 
 
 def weights_of(source: AdapterSource) -> Params:
@@ -78,22 +78,24 @@ def weights_of(source: AdapterSource) -> Params:
     return parse_arrays(source.adapters, source=str(source.folder / ADAPTERS))
 
 
-def report_average(job: ExportJob, baseline: Baseline, averaged: Sequence[AdapterSource]) -> AverageReport:
+def report_average(
+    trained: TrainedAdapter, reference: FidelityReference, averaged: Sequence[AdapterSource]
+) -> AverageReport:
     """Measure the best of the run's checkpoints, or where none was evaluated the newest, beside the average."""
     run = averaged[0].run
     single = adapter_source.find_best(run)
     if single.step is None:
         raise CheckpointError(f"{single.folder}: its manifest names no step.")
-    weights = padded(weights_of(single), job.weights)
+    weights = padded(weights_of(single), trained.weights)
     steps = [adapter.step for adapter in averaged if adapter.step is not None]
-    return measure_average(job, baseline, steps, single.step, weights)
+    return measure_average(trained, reference, steps, single.step, weights)
 
 
-def export_base(job: ExportJob, target: Path, *, dequantize: bool) -> None:
+def export_base(trained: TrainedAdapter, target: Path, *, dequantize: bool) -> None:
     """Write the base model without its adapter as a folder, with the chat template of the run."""
-    adapted = job.take(dequantize=dequantize)
+    adapted = trained.take(dequantize=dequantize)
     adapted.remove()
-    set_template(adapted.base, job.config)
+    set_template(adapted.base, trained.config)
     export_model(adapted.base, target)
 
 

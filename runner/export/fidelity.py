@@ -1,4 +1,4 @@
-"""Prove an export: load it again and compare, on validation rows, what it computes with what the run computes.
+"""Check an export: load it again and compare, on validation rows, what it computes with what the run computes.
 
 What an adapter does is how it changes the loss of each row. An export is faithful where it changes the losses of the
 same rows by the same amounts; the deviation is the root mean square of the differences, relative to that of the run's
@@ -62,8 +62,8 @@ class ExportError(RunnerError):
 
 
 @dataclass(frozen=True)
-class RowLosses:
-    """The losses of the rows of a comparison, in nats."""
+class LossesByRow:
+    """The losses of the rows that are compared, in nats."""
 
     sums: np.ndarray
     """(rows,): the sum of -log p over a row's supervised tokens."""
@@ -75,7 +75,7 @@ class RowLosses:
         """The mean over the supervised tokens of all rows."""
         return float(self.sums.sum() / self.tokens.sum())
 
-    def distance(self, other: RowLosses) -> float:
+    def distance(self, other: LossesByRow) -> float:
         """Return the root mean square, over tokens, of the differences of the rows' mean losses."""
         differences = (self.sums - other.sums) / self.tokens
         return math.sqrt(float((self.tokens * differences**2).sum() / self.tokens.sum()))
@@ -83,18 +83,18 @@ class RowLosses:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model computes on the rows of a comparison."""
+    """What a model computes on the rows that are compared."""
 
-    losses: RowLosses
+    losses: LossesByRow
     score: float | None = None
     """Mean score of the data set's metric; None where it has none."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FidelityCheck:
     """How an export compares with its run."""
 
-    base: RowLosses
+    base: LossesByRow
     run: Measured
     export: Measured
     limit: float
@@ -129,7 +129,7 @@ class Verdict:
         return f"{what}: {deviates}, and {self.limit:.0%} is allowed"
 
 
-class Comparison:
+class FidelityRows:
     """The rows on which a run and its exports are compared: a sample of the validation split."""
 
     def __init__(self, config: Config, base: BaseModel, count: int, log: Callable[[str], None]) -> None:
@@ -162,14 +162,14 @@ class Comparison:
         """Return the texts of up to `count` of the rows, special tokens included."""
         return [self._data.decode(self._rows.row(int(row))[0]) for row in self._selected[:count]]
 
-    def losses(self, adapted: AdaptedModel, params: Params) -> RowLosses:
+    def losses(self, adapted: AdaptedModel, params: Params) -> LossesByRow:
         """Return the losses of the model with the adapter `params`."""
         backend = select_backend(adapted, self.config, int(self._rows.lengths[self._selected].max()))
         size = self.config.train.batch_size
         batches = [self._selected[start : start + size] for start in range(0, len(self._selected), size)]
         loader = EvaluationLoader(BatchBuilder(self._rows, self.config.data.pad_to), batches)
         rows = evaluate(backend, params, loader).rows
-        return RowLosses(rows.losses, rows.tokens)
+        return LossesByRow(rows.losses, rows.tokens)
 
     def measure(self, adapted: AdaptedModel, params: Params) -> Measured:
         """Return losses and score of the model with the adapter `params`.

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
 
-from runner.config.schema import Config, LoraConfig, ModelConfig
+from runner.config.schema import Config, LoraConfig
 from runner.config.validation import lora_scale
 from runner.export.fused import fuse_adapter
-from runner.export.proof import Comparison, Measured, Verdict
-from runner.models.load import BaseModel, load_base_model
+from runner.models.load import BaseModel
 from runner.models.lora import AdaptedModel, Params
 
 
 @dataclass
-class ExportJob:
+class TrainedAdapter:
     """An adapter to export. A target may use up `adapted`: it is the last that does."""
 
     adapted: AdaptedModel | None
@@ -64,43 +61,9 @@ class ExportJob:
         return self.load_as_stored()
 
 
-class Target(Protocol):
-    """A format: how it is written, read again, and how near it has to come. Targets inherit from it."""
-
-    limit: float
-    """Largest deviation that passes, as `proof.Verdict.limit`."""
-
-    def write(self, job: ExportJob, path: Path) -> None:
-        """Write the export to `path`: a new, empty folder, or a file that does not exist.
-
-        Raises:
-            RunnerError: the format cannot hold this adapter, or the disk fails.
-        """
-
-    def measure(self, job: ExportJob, path: Path, comparison: Comparison) -> Measured:
-        """Load what was written and return what it computes.
-
-        Raises:
-            RunnerError: it cannot be loaded.
-        """
-
-    def finish(self, job: ExportJob, verdict: Verdict | None, path: Path) -> None:
-        """Complete the export once it was compared, before it gets its name; most have nothing to add.
-
-        Raises:
-            RunnerError: it must not be exported.
-        """
-        return None
-
-
 def resolved_lora(lora: LoraConfig) -> LoraConfig:
     """Return the same shape with its factor as `scale`."""
     return replace(lora, scale=lora_scale(lora), alpha=None, rslora=False)
-
-
-def load_written(path: Path, config: Config) -> BaseModel:
-    """Load the model in the folder or GGUF file `path` as this device computes it."""
-    return load_base_model(ModelConfig(path=str(path), trust_remote_code=config.model.trust_remote_code))
 
 
 def set_template(base: BaseModel, config: Config) -> None:

@@ -21,7 +21,7 @@ def iters_may_change(settings: Mapping[str, Any]) -> bool:
 
     `settings` are those of the run: dotted name to value.
     """
-    return settings.get("schedule.name") == "constant" or settings.get("schedule.iters") is not None
+    return settings.get("schedule.name") in schema.ENDLESS_SCHEDULES or settings.get("schedule.iters") is not None
 
 
 def is_free_on_resume(name: str) -> bool:

@@ -28,6 +28,7 @@ from runner.config.input_sections import (
 from runner.config.setting import MISSING, OnResume, PathKind, Setting, metadata_of, section, setting
 from runner.config.training_sections import (
     DEFAULT_LORA_SCALE,
+    ENDLESS_SCHEDULES,
     HIGHER_IS_BETTER,
     CheckpointConfig,
     HiddenCacheConfig,
@@ -41,6 +42,7 @@ from runner.config.training_sections import (
 __all__ = [
     "AFFINE_GROUP_SIZES",
     "DEFAULT_LORA_SCALE",
+    "ENDLESS_SCHEDULES",
     "FLOATING_POINT_MODES",
     "HIGHER_IS_BETTER",
     "MISSING",

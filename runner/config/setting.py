@@ -91,13 +91,14 @@ class Setting:
         """Return what a value must be, as the end of a sentence that begins "must be"; empty without bounds."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
-        lower = f"{self.at_least:,}" if self.at_least is not None else ""
         upper = f"below {self.below:,}" if self.below is not None else ""
-        upper = f"{self.at_most:,}" if self.at_most is not None else upper
-        if lower and upper:
-            text = f"from {lower} to {upper}"
+        if self.at_least is not None:
+            upper = upper or (f"{self.at_most:,}" if self.at_most is not None else "")
+            text = f"from {self.at_least:,} to {upper}" if upper else f"{self.at_least:,} or more"
         else:
-            text = f"{lower} or more" if lower else f"above {self.above:,}" if self.above is not None else ""
+            upper = upper or (f"at most {self.at_most:,}" if self.at_most is not None else "")
+            lower = f"above {self.above:,}" if self.above is not None else ""
+            text = " and ".join(filter(None, (lower, upper)))
         if self.minus_one_is_all:
             text = f"-1 (all), or {text}"
         return f"{self.length} numbers {text}" if self.length else text

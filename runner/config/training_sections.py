@@ -10,6 +10,8 @@ from runner.config.setting import MISSING, OnResume, PathKind, section, setting
 FREE = OnResume.FREE
 HIGHER_IS_BETTER = ("score",)
 """Values of objective.metric of which a higher one is better, unless objective.direction says otherwise."""
+ENDLESS_SCHEDULES = ("constant", "step", "inverse_sqrt")
+"""Schedules whose learning rates do not depend on the update at which the run ends."""
 DEFAULT_LORA_SCALE = 20.0
 """lora.scale where neither it nor lora.alpha is set, as in mlx-lm."""
 
@@ -46,39 +48,91 @@ class LoraConfig:
 class OptimizerConfig:
     """The optimizer of the adapter's weights."""
 
-    name: str = setting(MISSING, choices=("adamw", "adam", "sgd"))
+    name: str = setting(MISSING, choices=("adamw", "adam", "sgd", "lion", "adafactor", "muon"))
     """Optimizer; set by the group."""
-    learning_rate: float = setting(1e-4, above=0)
+    learning_rate: float | None = setting(
+        None,
+        above=0,
+        defaults_by={"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-4, "lion": 2e-5, "adafactor": 1e-4, "muon": 2e-3},
+    )
     """Peak learning rate (mlx-lm's default of 1e-5 hardly moves an adapter of rank 8)."""
     betas: list[float] | None = setting(
-        None, length=2, at_least=0, below=1, defaults_by={"adamw": [0.9, 0.999], "adam": [0.9, 0.999]}
+        None,
+        length=2,
+        at_least=0,
+        below=1,
+        defaults_by={"adamw": [0.9, 0.999], "adam": [0.9, 0.999], "lion": [0.9, 0.99]},
     )
-    """Decay rates of the first and the second moment."""
-    eps: float | None = setting(None, above=0, defaults_by={"adamw": 1e-8, "adam": 1e-8})
-    """Term added to the denominator for numerical stability."""
+    """Decay rates of the first and the second moment; with lion, those of the update's and of the stored momentum."""
+    eps: float | None = setting(None, above=0, defaults_by={"adamw": 1e-8, "adam": 1e-8, "adafactor": 1e-30})
+    """Term added to the denominator for numerical stability; with adafactor, to the squares of the gradient."""
     bias_correction: bool | None = setting(None, defaults_by={"adamw": True, "adam": True})
     """Correct the moments for their start at zero, as in the Adam paper (mlx-lm's default is not to, which makes the
     first updates about three times too large)."""
-    weight_decay: float | None = setting(None, at_least=0, defaults_by={"adamw": 0.01, "sgd": 0.0})
-    """Weight decay; decoupled from the gradient with adamw."""
-    momentum: float | None = setting(None, defaults_by={"sgd": 0.0})
+    weight_decay: float | None = setting(
+        None, at_least=0, defaults_by={"adamw": 0.01, "sgd": 0.0, "lion": 0.0, "adafactor": 0.0, "muon": 0.0}
+    )
+    """Weight decay; added to the gradient with sgd and muon, decoupled from it with the others."""
+    momentum: float | None = setting(None, defaults_by={"sgd": 0.0, "muon": 0.95})
     """Momentum factor."""
-    nesterov: bool | None = setting(None, defaults_by={"sgd": False})
+    nesterov: bool | None = setting(None, defaults_by={"sgd": False, "muon": True})
     """Nesterov momentum; needs momentum above 0."""
+    ns_steps: int | None = setting(None, added_later=True, at_least=1, at_most=100, defaults_by={"muon": 5})
+    """Iterations of Newton-Schulz that make the update of a matrix orthogonal."""
+    beta1: float | None = setting(None, added_later=True, at_least=0, below=1, defaults_by={"adafactor": None})
+    """Decay rate of a first moment; null keeps none, which takes less memory."""
+    decay_rate: float | None = setting(None, added_later=True, below=0, defaults_by={"adafactor": -0.8})
+    """Exponent of the update in the decay rate of the second moment: 1 - update ** decay_rate."""
+    clip_threshold: float | None = setting(None, added_later=True, above=0, defaults_by={"adafactor": 1.0})
+    """Largest root mean square of an array's update, before the learning rate."""
+    scale_parameter: bool | None = setting(None, added_later=True, defaults_by={"adafactor": False})
+    """Multiply the learning rate by the root mean square of the array's weights, or by 0.001 where that is larger, as
+    in the Adafactor paper. The second factor of an adapter begins at zero, so that it hardly moves."""
 
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
     """The learning rate over the updates."""
 
-    name: str = setting(MISSING, choices=("constant", "linear", "cosine", "exponential"))
+    name: str = setting(
+        MISSING,
+        choices=(
+            "constant",
+            "linear",
+            "cosine",
+            "exponential",
+            "cosine_with_restarts",
+            "wsd",
+            "step",
+            "inverse_sqrt",
+        ),
+    )
     """Shape of the schedule; set by the group."""
     warmup: int = setting(0, at_least=0)
     """Number of updates over which the learning rate rises linearly to its peak."""
     iters: int | None = setting(None, at_least=1)
-    """Update at which the schedule ends; null means train.iters."""
-    end: float | None = setting(None, at_least=0, defaults_by={"linear": 0.0, "cosine": 0.0, "exponential": 1e-6})
+    """Update at which the schedule ends; null means train.iters. (constant, step and inverse_sqrt have no end.)"""
+    end: float | None = setting(
+        None,
+        at_least=0,
+        defaults_by={"linear": 0.0, "cosine": 0.0, "exponential": 1e-6, "cosine_with_restarts": 0.0, "wsd": 0.0},
+    )
     """Learning rate of the last update; must be above 0 with exponential."""
+    cycles: int | None = setting(None, added_later=True, at_least=1, defaults_by={"cosine_with_restarts": 2})
+    """Number of times that the learning rate falls from its peak to the end, each as long as the others."""
+    decay: float | None = setting(None, added_later=True, above=0, defaults_by={"wsd": 0.2})
+    """Updates over which the learning rate falls at the end: below 1 a fraction of the schedule, from 1 on a number."""
+    decay_shape: str | None = setting(
+        None, added_later=True, choices=("linear", "cosine", "sqrt"), defaults_by={"wsd": "linear"}
+    )
+    """How it falls: in a straight line, in half a cosine, or as 1 - sqrt (arXiv:2405.18392)."""
+    step_size: int | None = setting(None, added_later=True, at_least=1, defaults_by={"step": 200})
+    """Updates between two decreases."""
+    gamma: float | None = setting(None, added_later=True, above=0, at_most=1, defaults_by={"step": 0.5})
+    """Factor of each decrease."""
+    timescale: int | None = setting(None, added_later=True, at_least=1, defaults_by={"inverse_sqrt": None})
+    """Updates after the peak until the learning rate is peak / sqrt(2); null means schedule.warmup, and 10,000
+    without a warmup."""
 
 
 @dataclass(kw_only=True)

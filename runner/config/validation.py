@@ -71,7 +71,7 @@ def validate(config: Config) -> None:
     ]
     problems += _quantize_problems(config.model.quantize)
     problems += _lora_problems(config.lora)
-    problems += _optimizer_problems(config)
+    problems += _optimizer_problems(config.optimizer)
     problems += _schedule_problems(config)
     problems += [*_unused_options("optimizer", config.optimizer), *_unused_options("schedule", config.schedule)]
     problems += _evaluation_problems(config)
@@ -204,9 +204,14 @@ def _lora_problems(lora: LoraConfig) -> list[str]:
     return []
 
 
-def _optimizer_problems(config: Config) -> list[str]:
-    if config.optimizer.nesterov and not config.optimizer.momentum:
+def _optimizer_problems(optimizer: OptimizerConfig) -> list[str]:
+    momentum = optimizer.momentum
+    if momentum is None:
+        momentum = schema.choice_options("optimizer", optimizer.name).get("momentum", 0.0)
+    if optimizer.nesterov and not momentum:
         return ["optimizer.nesterov=true needs optimizer.momentum above 0."]
+    if optimizer.name == "muon" and not 0 <= momentum < 1:
+        return [f"optimizer.momentum={momentum} is invalid with optimizer=muon: must be from 0 to below 1."]
     return []
 
 
@@ -221,7 +226,21 @@ def _schedule_problems(config: Config) -> list[str]:
         )
     if schedule.name == "exponential" and schedule.end == 0:
         problems.append(f"schedule.end={schedule.end} is invalid with schedule=exponential: must be above 0.")
+    if (schedule.decay or 0) > 1 and not float(schedule.decay or 0).is_integer():
+        problems.append(f"schedule.decay={schedule.decay} is invalid: must be below 1, or a whole number of updates.")
+    updates = end - schedule.warmup
+    if is_known and updates > 0:
+        problems += _shape_problems(schedule, end, updates)
     return problems
+
+
+def _shape_problems(schedule: ScheduleConfig, end: int, updates: int) -> Iterator[str]:
+    """Check what has to fit into the `updates` from the peak to the `end` of the schedule."""
+    if schedule.cycles is not None and schedule.cycles > updates:
+        yield f"schedule.cycles={schedule.cycles} is more than the {updates} updates after the warmup."
+    decay = schedule.decay
+    if decay is not None and (decay if decay >= 1 else round(decay * end)) >= updates > 1:
+        yield f"schedule.decay={decay:g} leaves no update at the peak: there are {updates} after the warmup."
 
 
 def _evaluation_problems(config: Config) -> list[str]:

@@ -24,7 +24,23 @@ _OPTIONS: dict[str, Convert] = {
     "weight_decay": to_float,
     "momentum": to_float,
     "nesterov": to_bool,
+    "ns_steps": to_int,
+    "beta_1": to_float,
+    "decay_rate": to_float,
+    "clip_threshold": to_float,
+    "scale_parameter": to_bool,
 }
+_RENAMED = {"beta_1": "beta1"}
+_BIAS_CORRECTION = ("bias_correction", False, "off there unless said: the first updates are about three times as large")
+_THEIR_DEFAULTS = {
+    "adam": _BIAS_CORRECTION,
+    "adamw": _BIAS_CORRECTION,
+    "muon": ("weight_decay", 0.01, "0.01 there unless said"),
+    "adafactor": ("scale_parameter", True, "on there unless said"),
+}
+"""By optimizer, the option whose default there differs from ours: its name, its default there, and a note."""
+_RELATIVE_STEP_RATE, _RELATIVE_STEP_UPDATES = 0.01, 10_000
+"""MLX's Adafactor with relative_step has the rate min(0.01, 1 / sqrt(update)), which falls from update 10,000 on."""
 
 
 def optimizer(result: ImportResult) -> None:
@@ -55,6 +71,9 @@ def optimizer(result: ImportResult) -> None:
 def schedule(result: ImportResult) -> None:
     """Import the learning rate, constant or on a schedule."""
     result.handled.add("lr_schedule")
+    if _computes_its_rate(result):
+        _relative_step(result)
+        return
     given = result.source.settings.get("lr_schedule")
     if not given:
         result.explain("lr_schedule", "empty: a constant rate")
@@ -99,6 +118,12 @@ def scheduled(given: Any, iters: int) -> tuple[dict[str, str], dict[str, Any], s
         if warmup:
             values |= {"schedule.iters": max(iters, rise + 1), "schedule.warmup": rise}
         return {"schedule": "constant"}, values, note
+    if name == "step_decay" and len(arguments) == 3:
+        values = {"optimizer.learning_rate": peak, "schedule.warmup": rise}
+        values |= {"schedule.gamma": to_float(arguments[1]), "schedule.step_size": to_int(arguments[2])}
+        if rise:
+            values["schedule.iters"] = max(iters, rise + 1)
+        return {"schedule": "step"}, values, note
     if name == "exponential_decay" and len(arguments) == 2:
         return _exponential(peak, to_float(arguments[1]), rise, iters, note)
     if name not in _SHAPES:
@@ -137,6 +162,35 @@ def _exponential(
     return {"schedule": "exponential"}, values, f"{note}; the rate stays at schedule.end after update {last}"
 
 
+def _computes_its_rate(result: ImportResult) -> bool:
+    """Return whether the optimizer there is Adafactor with its own learning rate, which is its default."""
+    if str(result.value("optimizer")).lower() != "adafactor":
+        return False
+    return _adafactor_options(result).get("relative_step", not result.our_defaults) is True
+
+
+def _relative_step(result: ImportResult) -> None:
+    """Import the learning rate that MLX's Adafactor computes, as a schedule."""
+    for key in ("learning_rate", "lr_schedule"):
+        result.explain(key, "not used there: adafactor computes its own rate unless relative_step is false")
+    rate, updates = _RELATIVE_STEP_RATE, _RELATIVE_STEP_UPDATES
+    iters = result.values.get("train.iters", schema.TrainConfig().iters)
+    key, values, groups = "optimizer_config.adafactor.relative_step", {"optimizer.learning_rate": rate}, {}
+    note = "the rate that adafactor computes there"
+    if _adafactor_options(result).get("warmup_init") is True:
+        groups = {"schedule": "inverse_sqrt"}
+        values |= {"schedule.warmup": updates - 1, "schedule.timescale": updates, "schedule.iters": max(iters, updates)}
+    elif iters > updates:
+        note += f", until update {updates:,}; there it falls after it with the square root of the updates"
+    result.add(key, True, values, groups, note, explicit=False)
+
+
+def _adafactor_options(result: ImportResult) -> Mapping[str, Any]:
+    sections = result.source.settings.get("optimizer_config")
+    options = sections.get("adafactor") if isinstance(sections, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
+
+
 def _options(result: ImportResult, used: str, given: Any) -> None:
     if given is not None and not isinstance(given, dict):
         result.skip(f"optimizer_config.{used}", "it is not a mapping of options", given)
@@ -148,12 +202,24 @@ def _options(result: ImportResult, used: str, given: Any) -> None:
         try:
             if option == "dampening" and not to_float(value):
                 continue
-            if option not in takes:
+            if used == "adafactor" and option in ("relative_step", "warmup_init"):
+                continue  # see _relative_step
+            if used == "adafactor" and option == "eps":
+                value = _first_epsilon(value)
+            ours = _RENAMED.get(option, option)
+            if ours not in takes:
                 raise CannotImport(f"optimizer={used} has no such option here ({', '.join(takes)})")
-            result.add(key, value, {f"optimizer.{option}": _OPTIONS[option](value)})
+            result.add(key, value, {f"optimizer.{ours}": _OPTIONS[option](value)})
         except CannotImport as reason:
             result.skip(key, f"{reason}", value)
-    if "bias_correction" in takes and "bias_correction" not in given and not result.our_defaults:
-        key = "optimizer_config.bias_correction"
-        note = "off there unless said: the first updates are about three times as large"
-        result.add(key, False, {"optimizer.bias_correction": False}, note=note, explicit=False)
+    option, default, note = _THEIR_DEFAULTS.get(used, ("", None, ""))
+    if option and option not in given and not result.our_defaults:
+        result.add(f"optimizer_config.{option}", default, {f"optimizer.{option}": default}, note=note, explicit=False)
+
+
+def _first_epsilon(value: Any) -> float:
+    """Return the first of Adafactor's two epsilons; the second is fixed here. Raises CannotImport where it differs."""
+    epsilons = to_floats(value)
+    if len(epsilons) != 2 or epsilons[1] != 1e-3:
+        raise CannotImport("here its second value is always 0.001")
+    return epsilons[0]

@@ -35,7 +35,7 @@ from runner.training import optimizer, state_files
 from runner.training.components import Components
 from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluation_loader
 from runner.training.legacy_window import window_of_run
-from runner.training.lr_schedule import learning_rate
+from runner.training.lr_schedule import learning_rate_of
 from runner.training.memory import BufferCache
 from runner.training.plan import TrainingPlan
 from runner.training.process_limit import ProcessLimit
@@ -173,7 +173,7 @@ def build_trainer(
     return Trainer(
         plan=_plan(spec, has_validation=len(data.valid) > 0),
         save_policy=SavePolicy(config.checkpoint.every, config.checkpoint.every_minutes),
-        learning_rate=lambda update: _learning_rate(config, update),
+        learning_rate=lambda update: learning_rate_of(config, update),
         components=components,
         state=state,
         order=order,
@@ -209,16 +209,4 @@ def _plan(spec: RunSpec, *, has_validation: bool) -> TrainingPlan:
         stop_at=spec.stop_at,
         patience=train.early_stopping.patience,
         min_delta=train.early_stopping.min_delta,
-    )
-
-
-def _learning_rate(config: Config, update: int) -> float:
-    schedule = config.schedule
-    return learning_rate(
-        update,
-        name=schedule.name,
-        peak=config.optimizer.learning_rate,
-        iters=schedule.iters or config.train.iters,
-        warmup=schedule.warmup,
-        end=schedule.end or 0.0,
     )

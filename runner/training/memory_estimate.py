@@ -38,6 +38,7 @@ from runner.models.shapes import load_shapes
 from runner.training.dataloader import join_batches, split_rows
 from runner.training.epochs import updates_of
 from runner.training.memory import default_cache_limit
+from runner.training.optimizer import state_bytes
 
 PROCESS_BYTES = 120_000_000
 """Measured: a run of the tiny model, whose arrays take next to nothing (Linux, Python 3.11)."""
@@ -115,12 +116,12 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
     params = adapted.params()
     adapter = sum(array.nbytes for array in params.values())
     everything = sum(array.nbytes for _, array in tree_flatten(adapted.model.parameters()))
-    moments = 1 if config.optimizer.name == "sgd" else 2
+    moments = state_bytes(config.optimizer, params)
     # The sum of the gradients stays while the next micro-batch, or its next part, is computed.
     sums = config.train.grad_accumulation > 1 or (config.train.rows_at_once or math.inf) < config.train.batch_size
-    while_computing = adapter * (1 + moments + sums)
+    while_computing = adapter * (1 + sums) + moments
     # Old and new weights and moments, and the gradients; the vectors of their sum are freed one by one.
-    while_updating = adapter * (3 + 2 * moments)
+    while_updating = adapter * 3 + moments * 2
     step = max(_steps(config, data, planned), key=lambda step: step.total, default=StepMemory(0, 0))
     in_mlx = 0 if backend.uses_host_memory else step.total
     hidden = _hidden_bytes(config, data, backend)

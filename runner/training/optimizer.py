@@ -1,8 +1,9 @@
-"""MLX's optimizers by name, applied to all arrays of an adapter as a few flat vectors.
+"""MLX's optimizers by name, applied to the arrays of an adapter.
 
-These optimizers are elementwise, so the result equals an update array by array. An adapter has hundreds of small
-arrays: updating each one costs far more in operations than in arithmetic. Arrays with learning rates of their own
-(LoRA+) are in vectors of their own.
+An adapter has hundreds of small arrays: updating each one costs far more in operations than in arithmetic. So the
+elementwise optimizers are applied to a few flat vectors, which gives the same bits as an update array by array; the
+others, whose update of an element depends on the shape of its array, are applied to the arrays themselves. Arrays with
+learning rates of their own (LoRA+) are in vectors of their own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 
 from runner.checkpoints.safetensors_file import Tensor
 from runner.common.errors import CheckpointError
 from runner.config import schema
 from runner.models.arrays import to_tensors
 
-CLASSES: dict[str, type[optim.Optimizer]] = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
+_MIN_PARAMETER_SCALE = 1e-3
+"""With optimizer.scale_parameter, the least scale of Adafactor's learning rate (epsilon 2 in its paper)."""
 FlatArrays = dict[str, mx.array]
 """Vectors of concatenated arrays of one dtype, by key: `float32`, then `float32.1`, … ."""
 _VECTOR_SIZE = 1 << 18
@@ -32,6 +35,34 @@ _SUM_SIZE = 4096
 
 class NonFiniteArray(Exception):
     """Raised when an array contains NaN or Inf; the message is its name."""
+
+
+class Muon(optim.Muon):
+    """MLX's Muon, applied to each matrix of a stack, such as those of the adapters of a mixture's experts.
+
+    MLX's class flattens an array of three axes to one matrix, as is right for the filters of a convolution.
+    """
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """Return the updated `parameter` (…, rows, columns) or (length,), and set the momentum in `state`."""
+        if gradient.ndim <= 2:
+            return super().apply_single(gradient, parameter, state)
+        states = [{"v": v} for v in state["v"]]
+        updated = [self.apply_single(*parts) for parts in zip(gradient, parameter, states, strict=True)]
+        state["v"] = mx.stack([each["v"] for each in states])
+        return mx.stack(updated)
+
+
+CLASSES: dict[str, type[optim.Optimizer]] = {
+    "adamw": optim.AdamW,
+    "adam": optim.Adam,
+    "sgd": optim.SGD,
+    "lion": optim.Lion,
+    "adafactor": optim.Adafactor,
+    "muon": Muon,
+}
+_ELEMENTWISE = (optim.AdamW, optim.Adam, optim.SGD, optim.Lion)
+"""Classes whose update of an element depends on this element alone: applied to flat vectors, all others to arrays."""
 
 
 class FlatLayout:
@@ -102,27 +133,37 @@ class Optimizer:
         """Initialize the state of `optimizer` for `params`, at step 0; `lr_ratios`: see `FlatLayout`."""
         self.layout = FlatLayout(params, lr_ratios)
         self._optimizer = optimizer
-        optimizer.init(self.layout.flatten(params))
+        self._elementwise = isinstance(optimizer, _ELEMENTWISE)
+        ratios = self.layout.lr_ratios
+        if not self._elementwise:
+            ratios = {name: ratios[key] for key, names in self.layout.names.items() for name in names}
+        self._lr_ratios = ratios
+        optimizer.init(self.layout.flatten(params) if self._elementwise else dict(params))
         mx.eval(optimizer.state)
         # The arrays returned by the last update and the vectors that hold them: saving them needs no copy.
         self._last: tuple[Mapping[str, mx.array], FlatArrays] | None = None
 
     def update(self, params: Mapping[str, mx.array], grads: FlatArrays, learning_rate: float) -> dict[str, mx.array]:
         """Return the parameters after one update; `grads` in this optimizer's layout."""
-        vectors = self._apply(grads, self.layout.flatten(params), learning_rate)
-        updated = self.layout.unflatten(vectors)
+        if self._elementwise:
+            vectors = self._apply(grads, self.layout.flatten(params), learning_rate)
+            updated = self.layout.unflatten(vectors)
+            self._last = updated, vectors
+        else:
+            updated = self._apply(self.layout.unflatten(grads), params, learning_rate)
         mx.eval(updated, self._optimizer.state)
-        self._last = updated, vectors
         return updated
 
-    def _apply(self, grads: FlatArrays, vectors: FlatArrays, learning_rate: float) -> FlatArrays:
-        """Return the vectors after one step of the optimizer, each with its own learning rate."""
+    def _apply(
+        self, grads: Mapping[str, mx.array], weights: Mapping[str, mx.array], learning_rate: float
+    ) -> dict[str, mx.array]:
+        """Return the vectors or arrays after one step of the optimizer, each with its own learning rate."""
         optimizer = self._optimizer
         optimizer.state["step"] = optimizer.step + 1
         updated = {}
-        for key, vector in vectors.items():
-            optimizer.learning_rate = learning_rate * self.layout.lr_ratios[key]
-            updated[key] = optimizer.apply_single(grads[key], vector, optimizer.state[key])
+        for key, weight in weights.items():
+            optimizer.learning_rate = learning_rate * self._lr_ratios[key]
+            updated[key] = optimizer.apply_single(grads[key], weight, optimizer.state[key])
         optimizer.learning_rate = learning_rate  # as it is stored in a checkpoint
         return updated
 
@@ -136,24 +177,22 @@ class Optimizer:
         weights = self.layout.tensors(vectors)
         state: dict[str, Tensor] = {}
         for key, value in self._optimizer.state.items():
-            if key in self.layout.names:
+            if self._elementwise and isinstance(value, dict):
                 for part, vector in value.items():
                     state |= {f"{name}.{part}": t for name, t in self.layout.tensors({key: vector}).items()}
             else:
-                state |= to_tensors({key: value})
-                if not state[key].is_finite():
-                    raise NonFiniteArray(key)
+                state |= _finite_tensors(_by_part(key, value))
         return weights, state
 
     def state(self) -> dict[str, mx.array]:
         """Return the state by name, such as `model.layers.0.….lora_a.m`, `step` and `learning_rate`."""
         state: dict[str, mx.array] = {}
         for key, value in self._optimizer.state.items():
-            if key in self.layout.names:
+            if self._elementwise and isinstance(value, dict):
                 for part, vector in value.items():
                     state |= {f"{name}.{part}": array for name, array in self.layout.split(key, vector)}
             else:
-                state[key] = value
+                state |= _by_part(key, value)
         return dict(sorted(state.items()))
 
     def restore(self, saved: Mapping[str, mx.array], source: str) -> None:
@@ -164,26 +203,58 @@ class Optimizer:
         """
         require_same_arrays(saved, self.state(), "the optimizer state", source)
         for key, value in self._optimizer.state.items():
-            if key in self.layout.names:
-                for part in value:
-                    value[part] = _concatenate([saved[f"{name}.{part}"] for name in self.layout.names[key]])
-            else:
+            if not isinstance(value, dict):
                 self._optimizer.state[key] = saved[key]
+                continue
+            for part in value:
+                names = self.layout.names[key] if self._elementwise else [key]
+                arrays = [saved[f"{name}.{part}"] for name in names]
+                value[part] = _concatenate(arrays) if self._elementwise else arrays[0]
         mx.eval(self._optimizer.state)
 
 
 def build_optimizer(config: schema.Config, params: Mapping[str, mx.array]) -> Optimizer:
     """Build the configured optimizer for `params`, an adapter's arrays; `config` has its defaults filled in."""
-    settings = config.optimizer
-    options = {name: getattr(settings, name) for name in schema.choice_options("optimizer", settings.name)}
-    optimizer = CLASSES[settings.name](learning_rate=settings.learning_rate, **options)
-    return Optimizer(optimizer, params, lr_ratios(config.lora, params))
+    return Optimizer(_mlx_optimizer(config.optimizer), params, lr_ratios(config.lora, params))
 
 
 def lr_ratios(lora: schema.LoraConfig, names: Iterable[str]) -> dict[str, float]:
     """Return the factor of the learning rate of each array that has one: of the factors B in LoRA+."""
     ratio = lora.b_lr_ratio
     return {} if ratio is None else {name: ratio for name in names if name.endswith("lora_b")}
+
+
+def state_bytes(config: schema.OptimizerConfig, params: Mapping[str, mx.array]) -> int:
+    """Return the size of the optimizer's state for arrays of the shapes of `params`; nothing is computed."""
+    optimizer = _mlx_optimizer(config)
+    optimizer.init(dict(params))
+    return sum(array.nbytes for name, array in tree_flatten(optimizer.state) if name not in ("step", "learning_rate"))
+
+
+def _mlx_optimizer(config: schema.OptimizerConfig) -> optim.Optimizer:
+    options = {name: getattr(config, name) for name in schema.choice_options("optimizer", config.name)}
+    if config.name == "adafactor":
+        # The learning rate is that of the schedule, instead of min(0.01, 1 / sqrt(update)).
+        options |= {
+            "eps": (options["eps"], _MIN_PARAMETER_SCALE),
+            "beta_1": options.pop("beta1"),
+            "relative_step": False,
+        }
+    return CLASSES[config.name](**options)
+
+
+def _by_part(key: str, value: dict[str, mx.array] | mx.array) -> dict[str, mx.array]:
+    """Return an entry of an MLX optimizer's state with the names that a checkpoint has."""
+    if isinstance(value, mx.array):
+        return {key: value}
+    return {f"{key}.{part}": array for part, array in value.items()}
+
+
+def _finite_tensors(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
+    tensors = to_tensors(arrays)
+    if bad := next((name for name, tensor in tensors.items() if not tensor.is_finite()), None):
+        raise NonFiniteArray(bad)
+    return tensors
 
 
 def require_same_arrays(

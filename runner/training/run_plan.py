@@ -29,6 +29,7 @@ from runner.training.memory_estimate import (
     iterations,
     needed,
 )
+from runner.training.optimizer import state_bytes
 from runner.training.time_probe import Speed
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "*.tiktoken")
@@ -165,8 +166,9 @@ def _times(config: Config, data: TokenizedDataset, speed: Speed) -> dict[str, An
 def _disk(config: Config, data: TokenizedDataset, planned: PlannedModel, assumed: str | None) -> dict[str, Any]:
     """Return what the run writes at most: the checkpoints that are retained, one being written, the result, a backup of
     each checkpoint worth it, and the caches of hidden states and tokens."""
-    adapter = sum(array.nbytes for array in planned.adapted.params().values())
-    checkpoint = adapter * (2 if config.optimizer.name == "sgd" else 3) + _STATE_BYTES
+    params = planned.adapted.params()
+    adapter = sum(array.nbytes for array in params.values())
+    checkpoint = adapter + state_bytes(config.optimizer, params) + _STATE_BYTES
     c, iters = config.checkpoint, iterations(config, data)
     kept_by_step = iters // c.keep_every if c.keep_every else 0
     saves = 1 + (iters // c.every if c.every else 0) + (-(-iters // config.train.eval_every) if len(data.valid) else 0)

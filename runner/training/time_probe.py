@@ -16,6 +16,7 @@ from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
 from runner.training.components import longest_row
 from runner.training.dataloader import batch_builder, evaluation_loader, split_rows
+from runner.training.lr_schedule import learning_rate_of
 from runner.training.memory_estimate import batch_order
 from runner.training.optimizer import build_optimizer
 from runner.training.train_state import TrainState
@@ -64,7 +65,7 @@ def measure_speed(config: Config, data: TokenizedDataset) -> Speed:
         begin = time.perf_counter()
         batches = [builder(part) for rows in indices for part in split_rows(rows, config.train.rows_at_once)]
         middle = time.perf_counter()
-        step.update(state, batches, config.optimizer.learning_rate)
+        step.update(state, batches, learning_rate_of(config, 1))
         if count >= 0:
             frozen += middle - begin
             seconds += time.perf_counter() - middle

@@ -31,6 +31,9 @@ def test_options_by_choice_name_choices_of_their_group(group):
     assert schema.choice_options("optimizer", "adamw")["weight_decay"] == 0.01
     assert schema.choice_options("optimizer", "sgd")["weight_decay"] == 0.0
     assert "weight_decay" not in schema.choice_options("optimizer", "adam")
+    assert schema.metadata()["optimizer.learning_rate"].defaults_by.keys() == set(
+        schema.metadata()["optimizer.name"].choices
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,8 @@ def test_options_by_choice_name_choices_of_their_group(group):
     [
         (Setting(at_least=1), [1, 10**9], [0, -1], "1 or more"),
         (Setting(above=0), [1e-9], [0, 0.0, math.nan], "above 0"),
+        (Setting(below=0), [-0.8], [0, 0.8, math.nan], "below 0"),
+        (Setting(above=0, at_most=1), [0.5, 1], [0, 1.5], "above 0 and at most 1"),
         (Setting(at_least=1, at_most=16_384), [1, 16_384], [0, 16_385], "from 1 to 16,384"),
         (Setting(at_least=0, below=1), [0, 0.99], [1, -0.1], "from 0 to below 1"),
         (Setting(at_least=1, minus_one_is_all=True), [-1, 1], [0, -2], "-1 (all), or 1 or more"),
@@ -76,6 +81,9 @@ def test_bounds_and_choices_of_the_metadata(metadata, valid, invalid, requiremen
         ("data.metric_rows", 5),
         ("lora.rslora", True),
         ("optimizer.nesterov", True),
+        ("schedule.step_size", 0),
+        ("schedule.gamma", 1.5),
+        ("optimizer.decay_rate", 0.8),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(tiny, name, value):
@@ -104,6 +112,29 @@ def test_exactly_one_of_scale_and_alpha(tiny):
 def test_an_option_that_the_optimizer_does_not_use_is_refused(tiny, group, option, value):
     with pytest.raises(ConfigError, match=f"optimizer.{option} is not used by optimizer={group}"):
         tiny(**{"optimizer.name": group, f"optimizer.{option}": value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"optimizer.name": "muon", "optimizer.nesterov": True}, None),
+        ({"optimizer.name": "muon", "optimizer.momentum": 0.0, "optimizer.nesterov": True}, "nesterov=true needs"),
+        ({"optimizer.name": "muon", "optimizer.momentum": 1.0}, "momentum=1.0 is invalid with optimizer=muon"),
+        ({"schedule.name": "cosine_with_restarts", "schedule.cycles": 12}, None),
+        ({"schedule.name": "cosine_with_restarts", "schedule.cycles": 13}, "cycles=13 is more than the 12 updates"),
+        ({"schedule.name": "cosine_with_restarts", "schedule.cycles": 13, "train.epochs": 1.0}, None),
+        ({"schedule.name": "wsd", "schedule.decay": 11.0}, None),
+        ({"schedule.name": "wsd", "schedule.decay": 12.0}, "decay=12 leaves no update at the peak: there are 12"),
+        ({"schedule.name": "wsd", "schedule.decay": 0.9, "schedule.warmup": 2}, "decay=0.9 leaves no update"),
+        ({"schedule.name": "wsd", "schedule.decay": 2.5}, "decay=2.5 is invalid: must be below 1, or a whole number"),
+    ],
+)
+def test_rules_on_optimizers_and_schedules(tiny, changes, problem):
+    if problem is None:
+        tiny(**changes)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        tiny(**changes)
 
 
 def test_an_option_that_the_schedule_does_not_use_is_refused(tiny):

@@ -6,6 +6,8 @@ import argparse
 import typing
 from pathlib import Path
 
+import mlx.core as mx
+import mlx.optimizers as optim
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from runner.config.groups import CONF_DIR
 from runner.migrate.mapping import import_config
 from runner.migrate.result import GROUP_DEFAULTS
 from runner.migrate.source import EXAMPLES, MLX_LM, read_command, read_config
+from runner.training.lr_schedule import learning_rate_of as learning_rate
 
 WHOLE = {"model": "org/model", "data": "my_data", "train": True}
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
@@ -60,7 +63,10 @@ RICH = [
     {"data": "null", "model": "1e-5"},
     {"hf_dataset": {"path": "org/set", "prompt_feature": "question", "completion_feature": "answer"}},
     {"seed": 7, "test": True, "mask_prompt": True, "grad_checkpoint": True, "max_seq_length": 512, "batch_size": 1},
-    {"optimizer": "muon", "optimizer_config": {"muon": {"momentum": 0.95}}, "report_to": "wandb,swanlab"},
+    {"optimizer": "muon", "optimizer_config": {"muon": {"momentum": 0.9}}, "report_to": "wandb,swanlab"},
+    {"optimizer": "muon", "optimizer_config": {"muon": {"ns_steps": 6, "nesterov": False, "weight_decay": 0.1}}},
+    {"optimizer": "adafactor", "optimizer_config": {"adafactor": {"relative_step": False, "beta_1": 0.9}}},
+    {"optimizer": "adafactor", "optimizer_config": {"adafactor": {"eps": [1e-20, 1e-3], "warmup_init": True}}},
 ]
 
 
@@ -120,8 +126,12 @@ def test_numbers_without_a_dot_are_numbers_as_in_mlx_lms_own_loader(tmp_path, co
     ("old", "key", "says"),
     [
         ({"fine_tune_type": "nothing"}, "fine_tune_type", "trains lora"),
-        ({"optimizer": "muon"}, "optimizer", "not there yet"),
-        ({"optimizer": "adafactor"}, "optimizer", "learning rate of its own"),
+        ({"optimizer": "rmsprop"}, "optimizer", "learning rate of its own"),
+        (
+            {"optimizer": "adafactor", "optimizer_config": {"adafactor": {"eps": [1e-30, 0.01]}}},
+            "optimizer_config.adafactor.eps",
+            "always 0.001",
+        ),
         ({"report_to": "swanlab"}, "report_to", "not yet a logger"),
         ({"project_name": "p"}, "project_name", "hydra.run.dir"),
         ({"trust_remote_code": True}, "trust_remote_code", "reads the flag only"),
@@ -146,7 +156,8 @@ def test_numbers_without_a_dot_are_numbers_as_in_mlx_lms_own_loader(tmp_path, co
         ({"lora_parameters": LORA | {"alpha": 16}}, "lora_parameters.alpha", "scale alone"),
         ({"lora_parameters": {"rank": 8}}, "lora_parameters.scale", "mlx-lm stops"),
         ({"lora_parameters": LORA | {"keys": ["lm_head"]}}, "lora_parameters.keys", "none of them is left"),
-        ({"lr_schedule": {"name": "step_decay", "arguments": [1e-5, 0.5, 10]}}, "lr_schedule", "not there yet"),
+        ({"lr_schedule": {"name": "join_schedules", "arguments": [1e-5, 0.5, 10]}}, "lr_schedule", "not there yet"),
+        ({"lr_schedule": {"name": "step_decay", "arguments": [1e-5, 1.5, 10]}}, "lr_schedule", "at most 1"),
         ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-5]}}, "lr_schedule", "other arguments"),
         (
             {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 9], "warmup": 2, "warmup_init": 1e-6}},
@@ -161,8 +172,40 @@ def test_what_cannot_be_imported_is_named_with_its_reason(tmp_path, compose, old
     compose(carried)
 
 
+@pytest.mark.parametrize("our_defaults", [False, True])
+def test_the_defaults_of_muon_there_are_imported(tmp_path, compose, our_defaults):
+    found = compose(imported(tmp_path, our_defaults, optimizer="muon", learning_rate=1e-4)).optimizer
+    assert (found.name, found.weight_decay, found.learning_rate) == ("muon", 0.0 if our_defaults else 0.01, 1e-4)
+    assert (found.momentum, found.nesterov, found.ns_steps) == (0.95, True, 5)
+
+
+def adafactor(tmp_path, compose, our_defaults=False, iters=1000, **options):
+    old = {"optimizer": "adafactor", "learning_rate": 3e-4, "iters": iters, "optimizer_config": {"adafactor": options}}
+    return compose(imported(tmp_path, our_defaults, **old))
+
+
+def test_adafactor_ignores_the_learning_rate_there_unless_told_otherwise(tmp_path, compose):
+    found = adafactor(tmp_path, compose)
+    assert (found.optimizer.learning_rate, found.schedule.name) == (0.01, "constant")
+    assert found.optimizer.scale_parameter is True
+    assert adafactor(tmp_path, compose, relative_step=False).optimizer.learning_rate == 3e-4
+    assert adafactor(tmp_path, compose, our_defaults=True).optimizer.learning_rate == 3e-4
+    assert adafactor(tmp_path, compose, our_defaults=True, relative_step=True).optimizer.learning_rate == 0.01
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup_init": True}])
+def test_the_rate_that_adafactor_computes_there_is_that_of_the_imported_schedule(tmp_path, compose, options):
+    iters = 10_050 if options else 10_000
+    found = adafactor(tmp_path, compose, iters=iters, **options)
+    theirs = optim.Adafactor(scale_parameter=False, **options)
+    for update in (1, 2, 5_000, 9_999, 10_000, 10_001, 10_050):
+        if update <= iters:
+            expected = float(theirs._compute_learning_rate(mx.array(update, mx.uint64), mx.array(1.0)))
+            assert learning_rate(found, update) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_schedule_that_is_not_there_leaves_its_first_rate(tmp_path, compose):
-    old = {"lr_schedule": {"name": "step_decay", "arguments": [3e-4, 0.5, 10]}, "learning_rate": 1.0}
+    old = {"lr_schedule": {"name": "join_schedules", "arguments": [3e-4, 0.5, 10]}, "learning_rate": 1.0}
     assert compose(imported(tmp_path, **old)).optimizer.learning_rate == 3e-4
 
 
@@ -250,7 +293,23 @@ ANY = st.recursive(
 )
 LORA_PARAMETERS = st.dictionaries(st.sampled_from(["rank", "scale", "dropout", "alpha", "keys", "x"]), ANY)
 OPTIMIZER_OPTIONS = st.dictionaries(
-    st.sampled_from(["betas", "eps", "weight_decay", "bias_correction", "momentum", "nesterov", "dampening"]), ANY
+    st.sampled_from(
+        [
+            "betas",
+            "eps",
+            "weight_decay",
+            "bias_correction",
+            "momentum",
+            "nesterov",
+            "dampening",
+            "ns_steps",
+            "beta_1",
+            "decay_rate",
+            "relative_step",
+            "warmup_init",
+        ]
+    ),
+    ANY,
 )
 SCHEDULES = st.fixed_dictionaries(
     {
@@ -263,8 +322,10 @@ PLAUSIBLE = st.fixed_dictionaries(
     {},
     optional={
         "lora_parameters": st.one_of(LORA_PARAMETERS, ANY),
-        "optimizer": st.sampled_from(["adam", "adamw", "sgd", "muon"]),
-        "optimizer_config": st.dictionaries(st.sampled_from(["adam", "adamw", "sgd"]), OPTIMIZER_OPTIONS),
+        "optimizer": st.sampled_from(["adam", "adamw", "sgd", "muon", "adafactor"]),
+        "optimizer_config": st.dictionaries(
+            st.sampled_from(["adam", "adamw", "sgd", "muon", "adafactor"]), OPTIMIZER_OPTIONS
+        ),
         "lr_schedule": st.one_of(SCHEDULES, ANY),
         "hf_dataset": ANY,
     },

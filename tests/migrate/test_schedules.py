@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
+from runner.config import schema
 from runner.migrate.convert import CannotImport
 from runner.migrate.schedules import scheduled
 from runner.training.lr_schedule import learning_rate
@@ -22,7 +23,10 @@ def ours(given_: dict, updates: int) -> list[float]:
             peak=values["optimizer.learning_rate"],
             iters=values.get("schedule.iters", updates),
             warmup=values.get("schedule.warmup", 0),
-            end=values.get("schedule.end", 0.0),
+            **{
+                option: values.get(f"schedule.{option}", default)
+                for option, default in schema.choice_options("schedule", groups["schedule"]).items()
+            },
         )
         for update in range(1, updates + 1)
     ]
@@ -62,6 +66,16 @@ def test_an_exponential_decay_has_equal_rates_until_the_end_of_the_run(peak, fac
     first = warmup + 1 if warmup else 0
     assert here[first:] == pytest.approx(there[first:], rel=1e-4)
     assert sum(here[:first]) == pytest.approx(sum(there[:first]), rel=1e-4, abs=1e-8)
+
+
+@settings(deadline=None, max_examples=20)
+@given(factor=st.floats(0.1, 0.99), size=st.integers(1, 9), warmup=st.integers(0, 5), updates=st.integers(1, 40))
+def test_a_step_decay_has_equal_rates(factor, size, warmup, updates):
+    old = {"name": "step_decay", "arguments": [1e-3, factor, size], "warmup": warmup}
+    updates += warmup + 2
+    there, here = theirs(old, updates), ours(old, updates)
+    first = warmup + 1 if warmup else 0
+    assert here[first:] == pytest.approx(there[first:], rel=1e-4)
 
 
 @pytest.mark.parametrize("factor", [0.0, -0.5, 1e-300, 1e300])

@@ -1,6 +1,9 @@
-"""Updates of flat vectors are bitwise equal to MLX's updates array by array."""
+"""Updates are bitwise equal to MLX's updates array by array, and follow the formulas of the papers."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -9,15 +12,27 @@ import pytest
 from mlx.utils import tree_flatten
 
 from runner.common.errors import CheckpointError
+from runner.config import schema, validation
 from runner.config.schema import LoraConfig
 from runner.models.arrays import to_tensors
 from runner.training import optimizer as optimizers
-from runner.training.optimizer import FlatLayout, NonFiniteArray, Optimizer, clip_grads
+from runner.training.optimizer import (
+    FlatLayout,
+    Muon,
+    NonFiniteArray,
+    Optimizer,
+    build_optimizer,
+    clip_grads,
+    state_bytes,
+)
 
 OPTIMIZERS = {
     "adam": lambda: optim.Adam(1e-3, bias_correction=True),
     "adamw": lambda: optim.AdamW(1e-3, weight_decay=0.1),
     "sgd": lambda: optim.SGD(1e-3, momentum=0.9, weight_decay=0.01),
+    "lion": lambda: optim.Lion(1e-3, weight_decay=0.1),
+    "adafactor": lambda: optim.Adafactor(1e-3, beta_1=0.9, weight_decay=0.1, relative_step=False),
+    "muon": lambda: optim.Muon(1e-3),
 }
 
 
@@ -67,9 +82,10 @@ def test_several_vectors_equal_one_and_can_load_its_state(name: str, monkeypatch
         assert {n: bytes(t.data) for n, t in ours.items()} == {n: bytes(t.data) for n, t in theirs.items()}
 
 
-def test_a_restored_state_continues_exactly_and_a_different_one_is_refused() -> None:
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_restored_state_continues_exactly_and_a_different_one_is_refused(name: str) -> None:
     params = arrays(0)
-    uninterrupted, restored = (Optimizer(OPTIMIZERS["adam"](), params) for _ in range(2))
+    uninterrupted, restored = (Optimizer(OPTIMIZERS[name](), params) for _ in range(2))
     grads = [uninterrupted.layout.flatten(arrays(update)) for update in (1, 2)]
     stopped = uninterrupted.update(params, grads[0], 1e-3)
     state = {name: mx.array(np.array(array)) for name, array in uninterrupted.state().items()}
@@ -77,10 +93,107 @@ def test_a_restored_state_continues_exactly_and_a_different_one_is_refused() -> 
     restored.restore(state, "source")
     resumed = restored.update(stopped, grads[1], 1e-3)
     assert all(mx.array_equal(resumed[n], expected[n]).item() for n in params)
+    part = next(n for n in state if n.startswith("a."))
     with pytest.raises(CheckpointError, match="source: .*different arrays"):
-        restored.restore({n: a for n, a in state.items() if n != "a.m"}, "source")
-    with pytest.raises(CheckpointError, match=r"source: a\.m is"):
-        restored.restore({**state, "a.m": state["a.m"].T}, "source")
+        restored.restore({n: a for n, a in state.items() if n != part}, "source")
+    with pytest.raises(CheckpointError, match=f"source: {re.escape(part)} is"):
+        restored.restore({**state, part: state[part][None]}, "source")
+
+
+def test_every_optimizer_of_the_schema_is_compared_here() -> None:
+    assert list(optimizers.CLASSES) == list(schema.metadata()["optimizer.name"].choices)
+    assert set(OPTIMIZERS) == set(optimizers.CLASSES)
+
+
+def test_muon_makes_each_matrix_of_a_stack_orthogonal_and_not_the_stack() -> None:
+    generator = np.random.default_rng(3)
+    stacks = [mx.array(generator.normal(size=(3, 8, 5)).astype(np.float32)) for _ in range(3)]
+    optimizer = Optimizer(Muon(0.0), {"stack": stacks[0]})
+    singles = [Optimizer(optim.Muon(0.0), {"matrix": matrix}) for matrix in stacks[0]]
+    updated, expected = stacks[0], list(stacks[0])
+    for grads in stacks[1:]:
+        updated = optimizer.update({"stack": updated}, optimizer.layout.flatten({"stack": grads}), 0.1)["stack"]
+        for i, single in enumerate(singles):
+            flat = single.layout.flatten({"matrix": grads[i]})
+            expected[i] = single.update({"matrix": expected[i]}, flat, 0.1)["matrix"]
+    assert mx.array_equal(updated, mx.stack(expected)).item()
+    assert mx.array_equal(optimizer.state()["stack.v"], mx.stack([s.state()["matrix.v"] for s in singles])).item()
+
+
+Update = Callable[[np.ndarray, np.ndarray, dict, int], np.ndarray]
+
+
+def lion_of_the_paper(w: np.ndarray, g: np.ndarray, state: dict, update: int) -> np.ndarray:
+    """Algorithm 2 of arXiv:2302.06675."""
+    m = state.get("m", 0.0)
+    state["m"] = 0.99 * m + 0.01 * g
+    return w - 0.01 * (np.sign(0.9 * m + 0.1 * g) + 0.1 * w)
+
+
+def adafactor_of_transformers(w: np.ndarray, g: np.ndarray, state: dict, update: int) -> np.ndarray:
+    """`Adafactor.step` of transformers with relative_step=False and scale_parameter=True."""
+    rms = np.sqrt(np.mean(w * w))
+    beta2, squares = 1 - update**-0.8, g * g + 1e-30
+    if w.ndim == 1:
+        state["v"] = beta2 * state.get("v", 0.0) + (1 - beta2) * squares
+        direction = g / np.sqrt(state["v"])
+    else:
+        state["row"] = beta2 * state.get("row", 0.0) + (1 - beta2) * squares.mean(axis=-1)
+        state["col"] = beta2 * state.get("col", 0.0) + (1 - beta2) * squares.mean(axis=-2)
+        row = 1 / np.sqrt(state["row"] / state["row"].mean(axis=-1, keepdims=True))
+        direction = row[:, None] / np.sqrt(state["col"]) * g
+    rate = 0.01 * max(1e-3, rms)
+    step = rate * direction / max(1.0, np.sqrt(np.mean(direction**2)))
+    return w - 0.1 * rate * w - step
+
+
+def muon_of_jordan(w: np.ndarray, g: np.ndarray, state: dict, update: int) -> np.ndarray:
+    """`SingleDeviceMuon` of github.com/KellerJordan/Muon: momentum, Nesterov, five iterations, scaled by the shape."""
+    state["m"] = state.get("m", 0.0) * 0.95 + 0.05 * g
+    u = 0.05 * g + 0.95 * state["m"]
+    if w.ndim == 1:  # as in MLX's class
+        return w - 0.01 * u
+    x = u.T if w.shape[0] > w.shape[1] else u
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    x = x.T if w.shape[0] > w.shape[1] else x
+    return w - 0.01 * max(1, w.shape[0] / w.shape[1]) ** 0.5 * x
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "formula"),
+    [
+        ("lion", {"weight_decay": 0.1}, lion_of_the_paper),
+        ("adafactor", {"weight_decay": 0.1, "scale_parameter": True}, adafactor_of_transformers),
+        ("muon", {}, muon_of_jordan),
+    ],
+)
+def test_updates_follow_the_formula_of_the_paper_in_double_precision(
+    name: str, options: dict, formula: Update, tiny
+) -> None:
+    changes = {f"optimizer.{option}": value for option, value in options.items()}
+    config = tiny(**{"optimizer.name": name, "optimizer.learning_rate": 0.01, **changes})
+    params = {n: a for n, a in arrays(0).items() if n != "d"}
+    optimizer = build_optimizer(config, params)
+    expected = {n: np.array(a, dtype=np.float64) for n, a in params.items()}
+    states: dict[str, dict] = {n: {} for n in params}
+    for update in range(1, 6):
+        grads = arrays(update)
+        params = optimizer.update(params, optimizer.layout.flatten(grads), 0.01)
+        expected = {n: formula(w, np.array(grads[n], dtype=np.float64), states[n], update) for n, w in expected.items()}
+    for n, array in params.items():
+        assert np.abs(np.array(array) - expected[n]).max() < 2e-5, n
+
+
+@pytest.mark.parametrize(("name", "bytes_of_1000_by_8"), [("adamw", 64_000), ("lion", 32_000), ("adafactor", 4_032)])
+def test_the_size_of_the_state_is_that_of_its_arrays(name: str, bytes_of_1000_by_8: int) -> None:
+    config = validation.fill_defaults(schema.Config(optimizer=schema.OptimizerConfig(name=name)))
+    params = {"a": mx.zeros((1000, 8))}
+    state = build_optimizer(config, params).state()
+    assert sum(a.nbytes for n, a in state.items() if n.startswith("a.")) == bytes_of_1000_by_8
+    assert state_bytes(config.optimizer, params) == bytes_of_1000_by_8
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
@@ -130,12 +243,13 @@ def test_unflattened_arrays_share_the_memory_of_their_vector() -> None:
     assert all(mx.array_equal(parts[n], params[n]).item() for n in params)
 
 
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_tensors_for_a_checkpoint_equal_arrays_and_state_and_nan_is_reported_by_name(
-    dtype: mx.Dtype,
+    dtype: mx.Dtype, name: str
 ) -> None:
     params = arrays(0, dtype)
-    optimizer = Optimizer(OPTIMIZERS["adam"](), params)
+    optimizer = Optimizer(OPTIMIZERS[name](), params)
     updated = optimizer.update(params, optimizer.layout.flatten(arrays(1, dtype)), 1e-3)
     for params_to_save in (updated, dict(updated), params):  # the result of the last update, and other arrays
         tensors, state = optimizer.tensors(params_to_save)

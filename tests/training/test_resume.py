@@ -19,6 +19,7 @@ from runner.common.errors import CheckpointError, ConfigError
 from runner.config import serialize
 from runner.runs.directory import RunDirectory
 from runner.training import state_files
+from runner.training.optimizer import CLASSES
 from runner.training.resume import numeric_differences
 from runner.training.state_files import RunIdentity
 
@@ -61,6 +62,15 @@ def test_a_run_stopped_and_resumed_ends_equal_to_the_uninterrupted_run(
     train(tiny(**ALL_FEATURES), run, resume=run)
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert_equal_runs(uninterrupted, run)
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if n != "adamw"])
+def test_a_run_with_any_optimizer_ends_equal_after_a_resume(tiny, train, tmp_path, name, assert_equal_runs):
+    config = tiny(**{"optimizer.name": name, "train.iters": 4, "checkpoint.every": 2, "train.eval_batches": 1})
+    whole = train(config, tmp_path / "whole")
+    run = train(config, tmp_path / "run", stop_at=2)
+    train(config, run, resume=run)
+    assert_equal_runs(whole, run)
 
 
 def test_a_branch_from_a_checkpoint_ends_equal_in_a_directory_of_its_own(
@@ -235,7 +245,18 @@ def test_iters_may_grow_if_the_schedule_does_not_depend_on_them(tiny, train, tmp
     assert (run / "adapters/adapters.safetensors").read_bytes() == (long / "adapters/adapters.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["step", "inverse_sqrt"])
+def test_iters_may_grow_with_a_schedule_that_has_no_end(tiny, train, tmp_path, name, rows):
+    few = {"schedule.name": name, "train.eval_batches": 1, "schedule.warmup": 2}
+    long = train(tiny(**few, **{"train.iters": 6}), tmp_path / "long")
+    run = train(tiny(**few, **{"train.iters": 4}), tmp_path / "run")
+    train(tiny(**few, **{"train.iters": 6}), run, resume=run)
+    assert (run / "checkpoints/step-0000006/adapters.safetensors").read_bytes() == (
+        long / "checkpoints/step-0000006/adapters.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "wsd"])
 def test_iters_cannot_grow_if_the_schedule_ends_with_them(tiny, train, tmp_path, name):
     run = train(tiny(**{"schedule.name": name}), tmp_path / "run", stop_at=3)
     with pytest.raises(ConfigError, match="other learning rates"):

@@ -68,6 +68,9 @@ OUR_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "lr_schedule"), ("schedule",)),
     **dict.fromkeys(("warmup_steps", "warmup_iters"), ("schedule.warmup",)),
     **dict.fromkeys(("min_lr",), ("schedule.end",)),
+    **dict.fromkeys(("num_cycles",), ("schedule.cycles",)),
+    **dict.fromkeys(("decay_ratio", "num_decay_steps"), ("schedule.decay",)),
+    **dict.fromkeys(("decay_type",), ("schedule.decay_shape",)),
     # checkpoints and reports
     **dict.fromkeys(("save_steps", "save_every", "steps_per_save"), ("checkpoint.every",)),
     **dict.fromkeys(("save_total_limit",), ("checkpoint.keep_last",)),

@@ -216,7 +216,10 @@ def _default_text(found: DocumentedField) -> str:
     if found.default == schema.MISSING:
         return "by its group"
     if found.metadata.defaults_by:
-        return ", ".join(f"`{yaml_value(value)}` ({choice})" for choice, value in found.metadata.defaults_by.items())
+        choices: dict[str, list[str]] = {}
+        for choice, value in found.metadata.defaults_by.items():
+            choices.setdefault(yaml_value(value), []).append(choice)
+        return ", ".join(f"`{value}` ({', '.join(names)})" for value, names in choices.items())
     return f"`{yaml_value(found.default)}`"
 
 

@@ -111,7 +111,7 @@ class ScheduleConfig:
     warmup: int = setting(0, at_least=0)
     """Number of updates over which the learning rate rises linearly to its peak."""
     iters: int | None = setting(None, at_least=1)
-    """Update at which the schedule ends; null means train.iters. (constant, step and inverse_sqrt have no end.)"""
+    """Update at which the schedule ends; null means train.iters; constant, step and inverse_sqrt have no end."""
     end: float | None = setting(
         None,
         at_least=0,

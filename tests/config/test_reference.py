@@ -68,7 +68,9 @@ def test_the_page_shows_defaults_by_choice_bounds_and_what_a_resume_may_change()
     page = reference.reference_page()
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 6}
     assert set(rows) == set(serialize.default_settings())
-    assert "| `0.01` (adamw), `0.0` (sgd) | 0 or more. | frozen |" in rows["optimizer.weight_decay"]
+    assert (
+        "| `0.01` (adamw), `0.0` (sgd, lion, adafactor, muon) | 0 or more. | frozen |" in rows["optimizer.weight_decay"]
+    )
     assert "| `8` | From 1 to 16,384. | frozen |" in rows["lora.rank"]
     assert "frozen" not in rows["train.iters"] and "by its group" in rows["model.path"]
     assert "| `train.stop_at=N` |" in page

@@ -292,25 +292,9 @@ ANY = st.recursive(
     SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
 )
 LORA_PARAMETERS = st.dictionaries(st.sampled_from(["rank", "scale", "dropout", "alpha", "keys", "x"]), ANY)
-OPTIMIZER_OPTIONS = st.dictionaries(
-    st.sampled_from(
-        [
-            "betas",
-            "eps",
-            "weight_decay",
-            "bias_correction",
-            "momentum",
-            "nesterov",
-            "dampening",
-            "ns_steps",
-            "beta_1",
-            "decay_rate",
-            "relative_step",
-            "warmup_init",
-        ]
-    ),
-    ANY,
-)
+ADAM_AND_SGD = ["betas", "eps", "weight_decay", "bias_correction", "momentum", "nesterov", "dampening"]
+MUON_AND_ADAFACTOR = ["ns_steps", "beta_1", "decay_rate", "relative_step", "warmup_init"]
+OPTIMIZER_OPTIONS = st.dictionaries(st.sampled_from([*ADAM_AND_SGD, *MUON_AND_ADAFACTOR]), ANY)
 SCHEDULES = st.fixed_dictionaries(
     {
         "name": st.sampled_from(["cosine_decay", "linear_schedule", "step_decay", "exponential_decay", "x"]),

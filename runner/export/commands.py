@@ -6,6 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
+from runner.common.commands import mlx_lm_command
 from runner.common.text import relative_path
 from runner.config.schema import Config
 from runner.export.trained_adapter import TrainedAdapter
@@ -35,13 +36,9 @@ def try_command(to: str, target: Path, base_target: Path | None, trained: Traine
 
 
 def generate_command(config: Config, model: str, adapter: str | None) -> str:
-    """Return the command by which mlx-lm answers as the run was trained: with its chat template, or without one."""
-    command = ["mlx_lm.generate", "--model", model]
-    command += ["--adapter-path", adapter] if adapter else []
-    command += [] if config.data.chat_template else ["--ignore-chat-template"]
-    if config.data.template_args:
-        command += ["--chat-template-config", json.dumps(config.data.template_args)]
-    return f'{shlex.join(command)} --prompt "…"'
+    """Return the command by which mlx-lm answers as the run of `config` was trained."""
+    data = config.data
+    return mlx_lm_command(model, adapter, chat_template=data.chat_template, template_args=data.template_args)
 
 
 def no_command(config: Config) -> str:

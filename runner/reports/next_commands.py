@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.common.commands import PROGRAM, repeat_command, resume_command, warm_start_command
+from runner.common.commands import PROGRAM, mlx_lm_command, repeat_command, resume_command, warm_start_command
 from runner.common.safe_json import finite_number
-from runner.common.text import shell_path
+from runner.common.text import relative_path, shell_path
 from runner.config.resume_policy import iters_may_change
 from runner.reports.checkpoint_list import CheckpointInfo
 from runner.runs.find import SweepInfo
@@ -61,8 +60,7 @@ def for_run(run: RunInfo, checkpoints: Sequence[CheckpointInfo], *, has_result: 
     if has_result:
         if run.settings:  # repeat= selects the base model that the adapter fits
             commands.append(_warm_start(run))
-        commands.append(Command("generate", f"{PROGRAM} generate {shell_path(run.path)} '…'"))
-        commands += _use_with_mlx_lm(run)
+        commands += _use(run)
     return commands
 
 
@@ -126,6 +124,16 @@ def _warm_start(run: RunInfo) -> Command:
     return Command("warm start", warm_start_command(run.path, run.path / "adapters"))
 
 
+def _use(run: RunInfo) -> list[Command]:
+    """Return the commands that use the result: with one prompt, in a conversation, by HTTP, and in other programs."""
+    path = shell_path(run.path)
+    others = _use_with_mlx_lm(run)
+    commands = [Command("generate", f"{PROGRAM} generate {path} '…'")]
+    commands += [Command(verb, f"{PROGRAM} {verb} {path}") for verb in ("chat", "serve")]
+    fuses = any(" export " in command.line for command in others)
+    return [*commands, *others, *([] if fuses else [Command("export", f"{PROGRAM} export {path} --to fused")])]
+
+
 def _use_with_mlx_lm(run: RunInfo) -> list[Command]:
     """Return the command that loads the run's adapter into stock mlx-lm, where mlx-lm can load the base model."""
     model = run.settings.get("model.path")
@@ -133,13 +141,14 @@ def _use_with_mlx_lm(run: RunInfo) -> list[Command]:
         return []
     if _is_in_transformers5_format(Path(model) / "config.json"):  # stock mlx-lm may compute another model from it
         return [Command("use with mlx-lm", f"{PROGRAM} export {shell_path(run.path)} --to fused")]
-    adapter = shell_path(run.path / "adapters")
-    return [
-        Command(
-            "use with mlx-lm",
-            f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {adapter} --prompt '…'",
-        )
-    ]
+    template_args = run.settings.get("data.template_args")
+    line = mlx_lm_command(
+        model,
+        relative_path(run.path / "adapters"),
+        chat_template=run.settings.get("data.chat_template") is not False,
+        template_args=template_args if isinstance(template_args, dict) else None,
+    )
+    return [Command("use with mlx-lm", line)]
 
 
 def _is_in_transformers5_format(config: Path) -> bool:

@@ -31,7 +31,7 @@ def test_the_variation_is_never_the_run_itself(rank: int) -> None:
 
 
 def test_a_stopped_run_is_resumed_and_a_finished_one_is_varied_and_used() -> None:
-    mlx_lm = "mlx_lm.generate --model org/model --adapter-path r/adapters --prompt '…'"
+    mlx_lm = 'mlx_lm.generate --model org/model --adapter-path r/adapters --prompt "…"'
     assert lines(after_run(run_with("stopped"), has_result=True)) == ["python -m runner resume=r", mlx_lm]
     assert lines(after_run(run_with("stopped"), has_result=False)) == ["python -m runner resume=r"]
     assert lines(after_run(run_with("finished"), has_result=True)) == [
@@ -45,6 +45,21 @@ def test_a_stopped_run_is_resumed_and_a_finished_one_is_varied_and_used() -> Non
 def test_mlx_lm_is_offered_only_for_a_base_model_that_it_can_load(model: str | None) -> None:
     run = run_with(**{"model.path": model})
     assert not any("mlx_lm" in line for line in lines(for_run(run, CHECKPOINTS, has_result=True)))
+
+
+def test_the_page_of_a_run_names_what_uses_its_result() -> None:
+    shown = lines(for_run(run_with(), CHECKPOINTS, has_result=True))
+    used = [f"python -m runner {text}" for text in ("generate r '…'", "chat r", "serve r", "export r --to fused")]
+    assert [line for line in shown if line in used] == used
+    assert not {*lines(for_run(run_with(), CHECKPOINTS, has_result=False))} & {*used}
+
+
+def test_mlx_lm_gets_the_template_of_the_run() -> None:
+    run = run_with(**{"data.chat_template": False})
+    assert "adapters --ignore-chat-template --prompt" in lines(for_run(run, [], has_result=True))[-2]
+    run = run_with(**{"data.chat_template": True, "data.template_args": {"enable_thinking": False}})
+    expected = """--chat-template-config '{"enable_thinking": false}' --prompt"""
+    assert expected in lines(after_run(run, has_result=True))[-1]
 
 
 def test_every_command_at_the_end_of_a_run_is_also_on_its_page() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
+from runner.config.schema import DataConfig
 from runner.data.chat_template import writes_date
 from runner.data.encode import Chunk, ChunkWriter, EncodePart, EncodeTask, TokenBuffer, tokenize_in_memory
 from runner.data.formats import FORMATS, EncodeOptions, choose_format, format_name, format_note
@@ -22,10 +23,10 @@ from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.data.mixture import Mixture
 from runner.data.readers import ChunkReader, read_rows
 from runner.data.row_errors import RowErrors
-from runner.data.source import EXPECTED_FILES, SPLITS, Source, describe_content
+from runner.data.source import EXPECTED_FILES, SPLITS, Source, describe_content, find_sources
 from runner.data.split_parts import SplitPart, split_content
 from runner.data.text_encoder import TextEncoder
-from runner.data.token_cache import TokenCache
+from runner.data.token_cache import TokenCache, open_token_cache
 from runner.data.token_cache_key import depends_on_date
 from runner.data.token_set import SplitStats, TokenSet, part_numbers, split_location
 from runner.data.tokenize_workers import encode_in_parallel, encode_serially, worker_count
@@ -90,6 +91,18 @@ def load_dataset(
 ) -> TokenizedDataset:
     """Load the data set that `path` names; see `load_sources`."""
     return load_sources([Source(path=path, options=options)], tokenizer, options, splits, cache, check_stop)
+
+
+def load_data(config: DataConfig, tokenizer: Any | LazyTokenizer, splits: Sequence[str] = SPLITS) -> TokenizedDataset:
+    """Locate, read and tokenize the configured data as training does; see `load_sources`."""
+    return load_sources(
+        find_sources(config),
+        tokenizer,
+        EncodeOptions.from_config(config),
+        splits,
+        open_token_cache(config),
+        valid_fraction=config.valid_fraction,
+    )
 
 
 def load_sources(

@@ -19,18 +19,15 @@ import numpy as np
 from runner.backends.select import select_backend
 from runner.common.errors import DataError, RunnerError
 from runner.config.schema import Config, LoraConfig
-from runner.data.formats import EncodeOptions
-from runner.data.metrics import METRICS
 from runner.data.order import evaluation_batches
 from runner.data.source import find_sources
-from runner.data.token_cache import open_token_cache
 from runner.data.token_set import TokenSet
-from runner.data.tokenize import TokenizedDataset, load_sources
+from runner.data.tokenize import TokenizedDataset, load_data
 from runner.models.load import BaseModel
 from runner.models.lora import AdaptedModel, Params
 from runner.training.dataloader import BatchBuilder, EvaluationLoader
 from runner.training.evaluate import evaluate
-from runner.training.generate import generate
+from runner.training.generate import answer_rows
 
 DEFAULT_ROWS = 64
 EXACT_LIMIT = 0.01
@@ -195,19 +192,8 @@ class FidelityRows:
     def _score(self, base: BaseModel) -> float | None:
         if not self._answers:
             return None
-        data = self.config.data
-        assert data.metric is not None
-        rows = self._data.first_rows(data.metric_split, self._answers)
-        result = generate(
-            base,
-            rows,
-            EncodeOptions.from_config(data),
-            METRICS[data.metric],
-            max_tokens=data.max_new_tokens,
-            log=self._log,
-            cache_probe=self.config.train.cache_probes,
-        )
-        return result.score
+        rows = self._data.first_rows(self.config.data.metric_split, self._answers)
+        return answer_rows(base, rows, self.config, log=self._log).score
 
 
 def without_effect(params: Params) -> Params:
@@ -220,8 +206,7 @@ def _equal(first: Params, second: Params) -> bool:
 
 
 def _load_rows(config: Config, base: BaseModel) -> tuple[TokenizedDataset, str]:
-    sources = find_sources(config.data)
-    available = {split for source in sources for split in source.find_files()}
+    available = {split for source in find_sources(config.data) for split in source.find_files()}
     splits = ["valid", "test", "train"] if "valid" in available else ["test", "valid", "train"]
     split = next((name for name in splits if name in available), None)
     if config.data.valid_fraction is not None and "valid" not in available:
@@ -229,12 +214,4 @@ def _load_rows(config: Config, base: BaseModel) -> tuple[TokenizedDataset, str]:
     if split is None:
         raise DataError(f"{config.data.path} has no rows.")
     wanted = {split} | ({config.data.metric_split} & available if config.data.metric_rows else set())
-    data = load_sources(
-        sources,
-        base.lazy_tokenizer,
-        EncodeOptions.from_config(config.data),
-        tuple(sorted(wanted)),
-        open_token_cache(config.data),
-        valid_fraction=config.data.valid_fraction,
-    )
-    return data, split
+    return load_data(config.data, base.lazy_tokenizer, tuple(sorted(wanted))), split

@@ -113,9 +113,9 @@ class Conversation:
         try:
             tokens = self._encoder.encode([*self._system_turn(), *messages])
         except RowError as reason:
-            raise DataError(f"The message cannot be used: {reason}.") from None
+            raise DataError(f"The prompt cannot be used: {reason}.") from None
         if not tokens:
-            raise DataError("The message is empty.")
+            raise DataError("The prompt is empty.")
         return tokens
 
     def _system_turn(self) -> list[Message]:

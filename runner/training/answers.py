@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from runner.config.schema import Config
-from runner.data.formats import EncodeOptions
-from runner.data.metrics import METRICS
 from runner.models.lora import Params
 from runner.reports import run_summary
 from runner.runs.rows import read_rows
-from runner.training.generate import GenerationResult, generate
+from runner.training.generate import GenerationResult, answer_rows
 from runner.training.signals import StopRequested
 from runner.training.trainer import Trainer
 
@@ -57,21 +55,11 @@ def compare_answers(trainer: Trainer, metric: str) -> list[str]:
 
 def _generate(trainer: Trainer, params: Params, config: Config, when: str) -> GenerationResult:
     components, data = trainer.components, config.data
-    assert data.metric is not None
     rows = components.data.first_rows(data.metric_split, data.metric_rows)
     trainer.stops.check()
     trainer.components.adapted.place(params)
     trainer.display.line(f"answering {len(rows)} {data.metric_split} rows {when} training")
-    return generate(
-        components.base,
-        rows,
-        EncodeOptions.from_config(data),
-        METRICS[data.metric],
-        max_tokens=data.max_new_tokens,
-        before_step=trainer.stops.check,
-        log=trainer.display.line,
-        cache_probe=config.train.cache_probes,
-    )
+    return answer_rows(components.base, rows, config, before_step=trainer.stops.check, log=trainer.display.line)
 
 
 def _record(trainer: Trainer, config: Config, result: GenerationResult) -> None:

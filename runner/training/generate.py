@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.common.errors import DataError
+from runner.config.schema import Config
 from runner.data.conversation import normalize
 from runner.data.formats import EncodeOptions, with_system_prompt
-from runner.data.metrics import Metric
+from runner.data.metrics import METRICS, Metric
 from runner.data.row_errors import RowError
 from runner.data.template_traits import TemplateTraits
 from runner.data.text_encoder import Message, TextEncoder
@@ -52,6 +53,29 @@ class Question:
     """The conversation before the answer."""
     expected: str
     prompt_tokens: list[int]
+
+
+def answer_rows(
+    base: BaseModel,
+    rows: Sequence[Mapping[str, Any]],
+    config: Config,
+    *,
+    before_step: Callable[[], None] = lambda: None,
+    log: Callable[[str], None] = lambda line: None,
+) -> GenerationResult:
+    """Answer `rows` and score the answers as the settings say; see `generate`."""
+    data = config.data
+    assert data.metric is not None
+    return generate(
+        base,
+        rows,
+        EncodeOptions.from_config(data),
+        METRICS[data.metric],
+        max_tokens=data.max_new_tokens,
+        before_step=before_step,
+        log=log,
+        cache_probe=config.train.cache_probes,
+    )
 
 
 def generate(

@@ -14,10 +14,8 @@ from runner.common.cache_dir import cache_dir
 from runner.config.schema import Config
 from runner.data.formats import EncodeOptions
 from runner.data.order import evaluation_batches
-from runner.data.source import find_sources
-from runner.data.token_cache import open_token_cache
 from runner.data.token_set import TokenSet
-from runner.data.tokenize import TokenizedDataset, load_sources
+from runner.data.tokenize import TokenizedDataset, load_data
 from runner.models.lora import trainable_share
 from runner.models.tokenizer_only import load_tokenizer_only
 from runner.training.memory_estimate import (
@@ -51,14 +49,7 @@ def load_planned_data(config: Config, planned: PlannedModel) -> tuple[TokenizedD
     if not planned.has_weights and folder and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
         assumption = f"the tokenizer is not here: every row is taken for {config.data.max_length} tokens"
         return _assumed_data(config, options), assumption
-    data = load_sources(
-        find_sources(config.data),
-        load_tokenizer_only(config.model),
-        options,
-        cache=open_token_cache(config.data),
-        valid_fraction=config.data.valid_fraction,
-    )
-    return data, None
+    return load_data(config.data, load_tokenizer_only(config.model)), None
 
 
 def _assumed_data(config: Config, options: EncodeOptions) -> TokenizedDataset:

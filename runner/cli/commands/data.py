@@ -31,20 +31,11 @@ def run(argv: list[str]) -> int:
     if options.rows < 0:
         raise ConfigError(f"--rows {options.rows} is invalid: must be 0 or more.")
     config = arguments.compose_run("data", options.overrides)
-    from runner.data.formats import EncodeOptions
     from runner.data.report import data_report
-    from runner.data.source import find_sources
-    from runner.data.token_cache import open_token_cache
-    from runner.data.tokenize import load_sources
+    from runner.data.tokenize import load_data
     from runner.models.tokenizer_only import load_tokenizer_only
 
-    data = load_sources(
-        find_sources(config.data),
-        load_tokenizer_only(config.model),
-        EncodeOptions.from_config(config.data),
-        cache=open_token_cache(config.data),
-        valid_fraction=config.data.valid_fraction,
-    )
+    data = load_data(config.data, load_tokenizer_only(config.model))
     report = {"model": config.model.path, "data": config.data.path, **data_report(data, options.rows)}
     if config.data.mix is not None:
         report |= {"data": config.data.mix, "rows_an_epoch": list(data.mixture.counts) if data.mixture else None}

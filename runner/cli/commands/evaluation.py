@@ -10,14 +10,10 @@ from runner.backends.select import select_backend
 from runner.cli.commands.arguments import print_note
 from runner.cli.commands.load_adapter import LoadedAdapter
 from runner.config.schema import Config
-from runner.data.formats import EncodeOptions
-from runner.data.metrics import METRICS
-from runner.data.source import find_sources
-from runner.data.token_cache import open_token_cache
-from runner.data.tokenize import load_sources
+from runner.data.tokenize import load_data
 from runner.training.dataloader import evaluation_loader
 from runner.training.evaluate import evaluate
-from runner.training.generate import GenerationResult, generate
+from runner.training.generate import GenerationResult, answer_rows
 
 
 class SplitEvaluation:
@@ -29,15 +25,8 @@ class SplitEvaluation:
         Raises:
             DataError: the rows cannot be read.
         """
-        self._loaded, self._config, self._options = loaded, config, EncodeOptions.from_config(config.data)
-        data = load_sources(
-            find_sources(config.data),
-            loaded.base.lazy_tokenizer,
-            self._options,
-            (split,),
-            open_token_cache(config.data),
-            valid_fraction=config.data.valid_fraction,
-        )
+        self._loaded, self._config = loaded, config
+        data = load_data(config.data, loaded.base.lazy_tokenizer, (split,))
         for note in data.notes:
             print_note(note)
         rows = getattr(data, split)
@@ -62,19 +51,6 @@ class SplitEvaluation:
         }
         if not self._questions:
             return fields, None
-        scored = self._answer()
-        return {**fields, "metric": self._config.data.metric, "score": scored.score}, scored
-
-    def _answer(self) -> GenerationResult:
         print_note(f"answering {len(self._questions)} {self._split} rows")
-        data = self._config.data
-        assert data.metric is not None
-        return generate(
-            self._loaded.base,
-            self._questions,
-            self._options,
-            METRICS[data.metric],
-            max_tokens=data.max_new_tokens,
-            log=print_note,
-            cache_probe=self._config.train.cache_probes,
-        )
+        scored = answer_rows(self._loaded.base, self._questions, self._config, log=print_note)
+        return {**fields, "metric": self._config.data.metric, "score": scored.score}, scored

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings
-from runner.common.errors import ConfigError, DataError
+from runner.common.errors import ConfigError
 from runner.common.text import printable
 from runner.config.schema import Config
-from runner.data.row_errors import RowError
 
 if TYPE_CHECKING:
     from runner.cli.commands.load_adapter import LoadedAdapter
+    from runner.inference.conversation import Conversation
 
 
 def run(argv: list[str]) -> int:
@@ -33,17 +33,17 @@ def run(argv: list[str]) -> int:
     from runner.cli.commands.load_adapter import load_adapter
 
     loaded = load_adapter(source, settings, any_base=options.any_base, log=arguments.print_note)
-    prompt_tokens = _encode_prompt(loaded, settings.config, prompt, options.system)
+    conversation = _conversation(loaded, settings.config, options.system)
     answers = []
     if options.base:
         loaded.detach()
-        answers.append({"by": "base", **_answer(loaded, prompt_tokens, options, heading="base")})
+        answers.append({"by": "base", **_answer(loaded, conversation, prompt, options, "base")})
         loaded.attach()
     heading = f"adapter ({source.name})" if options.base else None
-    answers.append({"by": "adapter", **_answer(loaded, prompt_tokens, options, heading)})
+    answers.append({"by": "adapter", **_answer(loaded, conversation, prompt, options, heading)})
     if options.json:
         document = {"run": str(source.run), "adapter": str(source.folder), "step": source.step, "prompt": prompt}
-        arguments.print_json({**document, "prompt_tokens": len(prompt_tokens), "answers": answers})
+        arguments.print_json({**document, "prompt_tokens": answers[0]["prompt_tokens"], "answers": answers})
     return 0
 
 
@@ -59,57 +59,48 @@ def _parse(argv: list[str]) -> Namespace:
     return parser.parse(argv)
 
 
-def _encode_prompt(loaded: LoadedAdapter, config: Config, prompt: str, system: str | None) -> list[int]:
-    """Encode the prompt as the run's rows were encoded: with the chat template if they were."""
+def _conversation(loaded: LoadedAdapter, config: Config, system: str | None) -> Conversation:
+    """Return a conversation without any turn, as the run's rows were encoded: with the chat template if they were."""
+    from runner.inference.conversation import Conversation
     from runner.inference.prompts import PromptEncoder
 
     encoder = PromptEncoder(loaded.base.tokenizer, config)
     if system is not None and not encoder.uses_template:
         raise ConfigError("--system needs a chat template, and this run's rows were encoded without one.")
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    try:
-        tokens = encoder.encode([*turns, {"role": "user", "content": prompt}])
-    except RowError as reason:
-        raise DataError(f"The prompt cannot be used: {reason}.") from None
-    if not tokens:
-        raise ConfigError("The prompt is empty.")
-    return tokens
+    conversation = Conversation(encoder, context=None)
+    conversation.system = system
+    return conversation
 
 
-def _answer(loaded: LoadedAdapter, prompt_tokens: list[int], options: Namespace, heading: str | None) -> dict[str, Any]:
+def _answer(
+    loaded: LoadedAdapter, conversation: Conversation, prompt: str, options: Namespace, heading: str | None
+) -> dict[str, Any]:
     """Generate with the model as it is, printing the text as it comes unless --json was given."""
     import mlx.core as mx
-    from mlx_lm import stream_generate
-
-    from runner.training.decoding import generation_error
 
     mx.random.seed(options.seed)
-    sampler = arguments.make_sampler(options)
     prints = not options.json
-    text, response = "", None
+    text, piece = "", None
     if heading and prints:
         print(f"--- {heading}", flush=True)
+    conversation.reset()
     try:
-        for response in stream_generate(
-            loaded.base.model, loaded.base.tokenizer, prompt_tokens, max_tokens=options.max_tokens, sampler=sampler
+        for piece in conversation.answer(
+            loaded.base, prompt, max_tokens=options.max_tokens, sampler=arguments.make_sampler(options)
         ):
-            text += response.text
+            text += piece.text
             if prints:
-                print(printable(response.text), end="", flush=True)
-    except (OSError, MemoryError):  # such as a closed pipe
-        raise
-    except Exception as error:  # mlx-lm's caches and models raise all kinds of errors
-        raise generation_error(loaded.base, error) from error
+                print(printable(piece.text), end="", flush=True)
     finally:
         if prints:
             print(flush=True)
-    assert response is not None  # stream_generate always ends with a response
+    assert piece is not None  # an answer always ends with a piece
     if prints:
-        tokens, rate = response.generation_tokens, response.generation_tps
-        arguments.print_note(f"({tokens} tokens, {rate:.1f} a second, {response.finish_reason})")
+        arguments.print_note(f"({piece.tokens} tokens, {piece.tokens_per_second:.1f} a second, {piece.finish_reason})")
     return {
+        "prompt_tokens": piece.prompt_tokens,
         "text": text,
-        "tokens": response.generation_tokens,
-        "tokens_per_second": round(response.generation_tps, 3),
-        "finish_reason": response.finish_reason,
+        "tokens": piece.tokens,
+        "tokens_per_second": round(piece.tokens_per_second, 3),
+        "finish_reason": piece.finish_reason,
     }

@@ -16,7 +16,7 @@ import pytest
 
 from runner.cli.commands import adapter_source, generate, stored_settings
 from runner.cli.commands.load_adapter import load_adapter
-from runner.common.errors import ConfigError
+from runner.common.errors import ConfigError, DataError
 from runner.config import schema
 from runner.models import load as models
 
@@ -131,7 +131,7 @@ def test_an_invalid_option_is_refused(tmp_path: Path, options: list[str], messag
 
 
 def test_an_empty_prompt_without_a_template_is_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match="prompt is empty"):
+    with pytest.raises(DataError, match="prompt is empty"):
         generate.run([str(run), "", "data.chat_template=false"])
 
 

@@ -10,27 +10,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from typing import Any, Protocol
 
-from runner.common.errors import DataError, did_you_mean
-from runner.common.text import shorten
+from runner.common.errors import DataError
 from runner.config.schema import DataConfig, KeysConfig
 from runner.data import conversions
 from runner.data.chat_encoder import ChatEncoder
 from runner.data.chat_spans import prompt_length
 from runner.data.chat_template import TemplateOptions
-from runner.data.conversation import REASONING_FIELDS, TOOL_ROLES
 from runner.data.encoded import Encoded
 from runner.data.jsonl import JsonlRow, json_type
+from runner.data.row_checks import (
+    list_keys,
+    require_keys,
+    require_string,
+    require_text,
+    validate_message,
+    validate_tools,
+)
 from runner.data.row_errors import RowError
 from runner.data.text_encoder import Message, TextEncoder
 
-ROLES = ("system", "developer", "user", "assistant", *TOOL_ROLES)
-ROLE_ALIASES = {"human": "user"} | dict.fromkeys(("gpt", "bot", "ai", "model"), "assistant")
-"""Names that other data sets use, for a hint in the error message."""
 _MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
-_MAX_LISTED_KEYS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class CompletionsFormat:
         return (keys.prompt, keys.completion)
 
     def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
-        _require_keys(row, self.required_keys(keys))
+        require_keys(row, self.required_keys(keys))
         if row.get("label") is False:
             raise RowError("'label' is false: an unwanted answer, as in TRL's unpaired preferences; remove such rows")
         if isinstance(row[keys.prompt], list) or isinstance(row[keys.completion], list):
@@ -101,9 +102,9 @@ class CompletionsFormat:
                     raise RowError(f"'{key}' is a list, not a string or a list of messages")
             _CHAT.validate(self.standardize(row, keys, True), keys)
             return
-        _require_string(row[keys.prompt], f"'{keys.prompt}'")
-        _require_text(row[keys.completion], f"'{keys.completion}'")
-        _validate_tools(row)
+        require_string(row[keys.prompt], f"'{keys.prompt}'")
+        require_text(row[keys.completion], f"'{keys.completion}'")
+        validate_tools(row)
 
     def standardize(self, row: dict[str, Any], keys: KeysConfig, renders: bool) -> dict[str, Any]:
         prompt, completion = row[keys.prompt], row[keys.completion]
@@ -139,15 +140,15 @@ class ChatFormat:
         return (keys.messages,)
 
     def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
-        _require_keys(row, self.required_keys(keys))
+        require_keys(row, self.required_keys(keys))
         messages = row[keys.messages]
         if not isinstance(messages, list):
             raise RowError(f"'{keys.messages}' is {json_type(messages)}, not a list of messages")
         if not messages:
             raise RowError(f"'{keys.messages}' is an empty list")
         for number, message in enumerate(messages, start=1):
-            _validate_message(message, f"message {number}")
-        _validate_tools(row)
+            validate_message(message, f"message {number}")
+        validate_tools(row)
 
     def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
         return _encode_conversation(row[options.keys.messages], row, encoder, options)
@@ -165,8 +166,8 @@ class TextFormat:
         return (keys.text,)
 
     def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
-        _require_keys(row, self.required_keys(keys))
-        _require_text(row[keys.text], f"'{keys.text}'")
+        require_keys(row, self.required_keys(keys))
+        require_text(row[keys.text], f"'{keys.text}'")
 
     def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
         tokens = encoder.append_eos(encoder.encode(row[options.keys.text]))
@@ -182,7 +183,7 @@ class _ConvertedFormat(ABC):
     needs_chat_template = False
 
     def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
-        _require_keys(row, self.required_keys(keys))
+        require_keys(row, self.required_keys(keys))
         self._convert(row, keys, True)
 
     def encode(self, row: dict[str, Any], encoder: TextEncoder, options: EncodeOptions) -> Encoded:
@@ -270,7 +271,7 @@ def format_name(row: JsonlRow, options: EncodeOptions) -> str:
         )
     expected = "; ".join(map(_quoted, required.values()))
     raise DataError(
-        f"{row.location}: no known format has these keys: {_list_keys(row.value)}. Expected: {expected}. "
+        f"{row.location}: no known format has these keys: {list_keys(row.value)}. Expected: {expected}. "
         "Other names are set with data.keys, such as data.keys.text=body, or data.keys.prompt=question "
         "data.keys.completion=answer."
     )
@@ -329,82 +330,3 @@ def with_system_prompt(messages: list[Message], system_prompt: str | None) -> li
     if not system_prompt or (messages and messages[0]["role"] in ("system", "developer")):
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
-
-
-def _require_keys(row: dict[str, Any], keys: tuple[str, ...]) -> None:
-    for key in keys:
-        if key not in row:
-            hint = did_you_mean(key, set(row) - set(keys)) if len(row) <= _MAX_LISTED_KEYS else ""
-            raise RowError(f"no key '{key}'; the row has: {_list_keys(row)}.{hint}")
-
-
-def _list_keys(row: dict[str, Any]) -> str:
-    listed = ", ".join(f"'{shorten(key, 60)}'" for key in islice(row, _MAX_LISTED_KEYS))
-    return (listed or "none") + (f" and {len(row) - _MAX_LISTED_KEYS} more" if len(row) > _MAX_LISTED_KEYS else "")
-
-
-def _require_string(value: Any, name: str) -> None:
-    if not isinstance(value, str):
-        raise RowError(f"{name} is {json_type(value)}, not a string")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(f"{name} has half of a surrogate pair at character {error.start + 1}") from None
-
-
-def _require_unicode(value: Any, name: str) -> None:
-    """Refuse texts at any depth of a message that no tokenizer can encode."""
-    if isinstance(value, str):
-        _require_string(value, f"the content of {name}")
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            _require_unicode(item, name)
-
-
-def _require_text(value: Any, name: str) -> None:
-    _require_string(value, name)
-    if not value.strip():
-        raise RowError(f"{name} is empty")
-
-
-def _validate_message(message: Any, name: str) -> None:
-    if not isinstance(message, dict):
-        raise RowError(f"{name} is {json_type(message)}, not an object with 'role' and 'content'")
-    _require_field(message, "role", name)
-    role = message["role"]
-    if role not in ROLES:
-        alias = ROLE_ALIASES.get(role) if isinstance(role, str) else None
-        hint = f" Did you mean '{alias}'?" if alias else did_you_mean(str(role), ROLES)
-        raise RowError(f"{name} has the role {shorten(repr(role), 60)}; known: {', '.join(ROLES)}.{hint}")
-    if message.get("function_call"):
-        raise RowError(f"{name} has a 'function_call', the old form of 'tool_calls'; write it as those")
-    calls = message.get("tool_calls")
-    if calls is not None and not isinstance(calls, list):
-        raise RowError(f"'tool_calls' of {name} is {json_type(calls)}, not a list")
-    says_something = calls or any(message.get(key) for key in REASONING_FIELDS)
-    if not (role == "assistant" and message.get("content") is None and says_something):
-        _require_field(message, "content", name)
-        _validate_content(message["content"], role, f"the content of {name}")
-    _require_unicode(message, name)
-
-
-def _validate_content(content: Any, role: str, name: str) -> None:
-    """Refuse a content that is neither text nor a list of parts; a tool's result may be any value but null."""
-    if isinstance(content, list) or (role in TOOL_ROLES and content is not None):
-        for part in content if role not in TOOL_ROLES else ():
-            if not isinstance(part, dict):
-                raise RowError(f"{name} contains {json_type(part)}; each part must be an object")
-    else:
-        _require_string(content, name)
-
-
-def _require_field(message: dict[str, Any], key: str, name: str) -> None:
-    if key not in message:
-        raise RowError(f"{name} has no '{key}'.{did_you_mean(key, message)}")
-
-
-def _validate_tools(row: dict[str, Any]) -> None:
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"'tools' is {json_type(tools)}, not a list")

@@ -15,6 +15,7 @@ from typing import Any
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.layout import STATES
 from runner.common.text import shorten
+from runner.common.units import BYTES, SECONDS, parse_quantity
 from runner.reports import settings_text
 from runner.reports.fields import DURATION, FIELDS, NUMBER, SIZE, TEXT, WORDS, Field, find_field
 from runner.runs.inspect import RunInfo
@@ -28,12 +29,7 @@ _ORDER: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_UNITS = {
-    DURATION: {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0},
-    SIZE: {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12},
-}
 _EXAMPLES = {DURATION: "2h or 30d", SIZE: "500MB"}
-_NUMBER = re.compile(r"(?P<number>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*(?P<unit>[A-Za-z]*)", re.IGNORECASE)
 _LARGEST_FIRST = ("size", "step")
 """Words of --sort that begin with the largest value; all others begin with the smallest."""
 
@@ -153,12 +149,9 @@ def _holds(field: Field, symbol: str, typed: str, found: Any) -> bool:
 
 def _number(kind: str, text: str) -> float | None:
     """Return the number that `text` is, in seconds or bytes where the field has such a unit."""
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    units = _UNITS.get(kind, {"": 1.0})
-    unit = match["unit"].lower() if kind == SIZE else match["unit"]
-    return float(match["number"]) * units[unit] if unit in units else None
+    if kind == DURATION:
+        return parse_quantity(text, SECONDS)
+    return parse_quantity(text, BYTES if kind == SIZE else {}, default=1.0)
 
 
 def _is_null(text: str) -> bool:

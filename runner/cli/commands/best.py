@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
 from runner.checkpoints.retention import best_checkpoint
-from runner.cli.commands import COMMANDS, CommandParser
-from runner.cli.commands.selection import Selection, add_arguments, select
+from runner.cli.commands.selection import Selection, SelectionParser, select
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import relative_path, single_line
 from runner.reports.checkpoint_list import list_checkpoints
@@ -31,18 +29,11 @@ def run(argv: list[str]) -> int:
     Raises:
         ConfigError: a wrong argument, or no run has the metric.
     """
-    parser = CommandParser(
-        prog="runner best",
-        description=COMMANDS["best"],
-        epilog=_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser, "folder to look below, a sweep or a run")
+    parser = SelectionParser("best", "folder to look below, a sweep or a run", _EXAMPLES)
     parser.add_argument(
         "--by", metavar="METRIC", help="valid_loss, test_loss, score, …; default: what the runs set as objective.metric"
     )
     parser.add_argument("--checkpoint", action="store_true", help="its checkpoint with the lowest validation loss")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_intermixed_args(argv)
     selection = select(options.path, options.filters, options.tag)
     objective = _objective_by(options.by, selection.runs) if options.by else _common_objective(selection.runs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ from runner.cleaning.caches import CacheEntry
 from runner.cleaning.facts import Context
 from runner.cleaning.policy import Kept, Policies, Removal, decide
 from runner.cleaning.remove import NotRemoved
-from runner.cli.commands import COMMANDS, CommandParser
-from runner.cli.commands.selection import Selection, add_arguments, select
+from runner.cli.commands.selection import Selection, SelectionParser, select
 from runner.cli.run_argument import OUTPUTS
 from runner.common.cache_dir import cache_dir
 from runner.common.errors import EXIT_DONE, ConfigError
 from runner.common.text import count, format_bytes, relative_path, shorten
+from runner.common.units import BYTES, SECONDS, parse_quantity
 from runner.reports.screen import Screen, json_document
 from runner.reports.tables import Column, TableRow
 from runner.runs.directory import RunDirectory
@@ -38,8 +37,6 @@ examples:
   runner clean --checkpoints 'valid_loss>2' --tag old
   runner clean --caches --unused 30 --yes
 """
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?b)?", re.IGNORECASE)
-_UNITS = {"": 1e9, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _MAX_STEPS = 6
 
 
@@ -103,13 +100,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> Namespace:
-    parser = CommandParser(
-        prog="runner clean",
-        description=COMMANDS["clean"],
-        epilog=_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser, "folder to look below, a sweep or a run")
+    parser = SelectionParser("clean", "folder to look below, a sweep or a run", _EXAMPLES)
     parser.add_argument("--checkpoints", action="store_true", help="checkpoints of finished runs")
     parser.add_argument(
         "--failed",
@@ -134,7 +125,6 @@ def _parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--parents", action="store_true", help="also what other runs began from")
     parser.add_argument("--yes", action="store_true", help="remove it; else it is only shown, or asked on a terminal")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_intermixed_args(argv)
     chosen = (options.checkpoints, options.failed, options.leftovers, options.caches)
     if not any(chosen) and options.older is None and options.beyond_best is None:
@@ -299,14 +289,14 @@ def _to_dict(plan: Plan, confirmed: bool, freed: int, problems: list[Kept]) -> d
 
 
 def _days(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)d?", text)
-    if match is None:
-        raise ConfigError(f"'{shorten(text)}' is no number of days, such as 30.")
-    return float(match[1])
+    seconds = parse_quantity(text, SECONDS, default=SECONDS["d"])
+    if seconds is None or seconds < 0:
+        raise ConfigError(f"'{shorten(text)}' is no number of days, such as 30, nor another duration, such as 12h.")
+    return seconds / SECONDS["d"]
 
 
 def _size(text: str) -> float:
-    match = _SIZE.fullmatch(text)
-    if match is None:
+    size = parse_quantity(text, BYTES, default=BYTES["gb"])
+    if size is None or size < 0:
         raise ConfigError(f"'{shorten(text)}' is no size, such as 5GB.")
-    return float(match[1]) * _UNITS[(match[2] or "").lower()]
+    return size

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from runner.cli.commands import COMMANDS, CommandParser
-from runner.cli.commands.selection import Selection, add_arguments, select
+from runner.cli.commands.selection import Selection, SelectionParser, select
 from runner.common.errors import ConfigError
 from runner.common.text import relative_path
 from runner.reports import settings_text
@@ -71,13 +70,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> Namespace:
-    parser = CommandParser(
-        prog="runner ls",
-        description=COMMANDS["ls"],
-        epilog=_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser, "folder to look below")
+    parser = SelectionParser("ls", "folder to look below", _EXAMPLES)
     parser.add_argument("--runs", action="store_true", help="also all jobs of each sweep")
     parser.add_argument(
         "--sort",
@@ -88,7 +81,6 @@ def _parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--tree", action="store_true", help="each run below the run that it comes from")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N runs and sweeps only; of a tree, N roots")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_intermixed_args(_join_sort(argv))
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"runner ls: --limit {options.limit} is invalid: must be 1 or more.")

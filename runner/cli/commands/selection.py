@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runner.cli.commands import COMMANDS, CommandParser
 from runner.cli.run_argument import OUTPUTS, missing_run, resolve_name
 from runner.common.errors import ConfigError
 from runner.common.text import relative_path, single_line
@@ -41,13 +42,22 @@ class Selection:
         return [run for entry in self.entries for run in runs_of(entry)]
 
 
-def add_arguments(parser: ArgumentParser, path_help: str) -> None:
-    """Add PATH, FILTER and --tag."""
-    parser.add_argument("path", metavar="PATH", nargs="?", help=f"{path_help} (default: {OUTPUTS})")
-    parser.add_argument("filters", metavar="FILTER", nargs="*", help=FILTERS_HELP)
-    parser.add_argument(
-        "--tag", metavar="TAG", action="append", default=[], help="only what has this tag; several: all of them"
-    )
+class SelectionParser(CommandParser):
+    """The parser of a command that selects runs: PATH, FILTER, --tag and --json."""
+
+    def __init__(self, command: str, path_help: str, examples: str) -> None:
+        super().__init__(
+            prog=f"runner {command}",
+            description=COMMANDS[command],
+            epilog=examples,
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        self.add_argument("path", metavar="PATH", nargs="?", help=f"{path_help} (default: {OUTPUTS})")
+        self.add_argument("filters", metavar="FILTER", nargs="*", help=FILTERS_HELP)
+        self.add_argument(
+            "--tag", metavar="TAG", action="append", default=[], help="only what has this tag; several: all of them"
+        )
+        self.add_argument("--json", action="store_true", help="one JSON document on standard output")
 
 
 def select(path: str | None, filters: Sequence[str], tags: Sequence[str]) -> Selection:

@@ -16,6 +16,7 @@ from runner.reports.html.page import Page
 from runner.reports.html.run_report import LOSS_DIGITS, time_text
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.sweep_report import report_path
+from runner.reports.run_table import runs_of
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings
 from runner.runs.lineage import parents
@@ -44,11 +45,6 @@ def folder_report(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> Page:
             *_curves(folder, entries),
         ],
     )
-
-
-def runs_of(entry: RunInfo | SweepInfo) -> Sequence[RunInfo]:
-    """Return the runs of a sweep, or the run itself."""
-    return entry.runs if isinstance(entry, SweepInfo) else [entry]
 
 
 def _table(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> Part:

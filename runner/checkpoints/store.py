@@ -22,6 +22,7 @@ from runner.checkpoints import manifest as manifests
 from runner.checkpoints import verify
 from runner.checkpoints.manifest import CheckpointManifest, FileRecord
 from runner.checkpoints.verify import KIND_TEXT, CheckpointRecord, LoadedCheckpoint
+from runner.common.atomic_io import errors_named
 from runner.common.errors import CheckpointError, StorageError
 from runner.common.filesystem import Content, FileSystem, sha256_of, size_of
 from runner.common.layout import STEP_NAME
@@ -91,11 +92,12 @@ class CheckpointStore:
     def _write(self, target: Path, contents: Mapping[str, Content]) -> None:
         filesystem, temporary = self._filesystem, self._aside("tmp", target.name)
         try:
-            filesystem.mkdir(temporary)
-            for name, content in contents.items():
-                filesystem.write_file(temporary / name, content)
-            filesystem.fsync_folder(temporary)
-            replaced = self._rename_to(target, temporary)
+            with errors_named(temporary, target):
+                filesystem.mkdir(temporary)
+                for name, content in contents.items():
+                    filesystem.write_file(temporary / name, content)
+                filesystem.fsync_folder(temporary)
+                replaced = self._rename_to(target, temporary)
         except StorageError:
             # Frees the space at once. Only after an error: after a kill, `repair` does it.
             with suppress(StorageError):

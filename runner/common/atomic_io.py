@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from runner.common.errors import ConfigError, StorageError
+from runner.common.errors import ConfigError, RunnerError, StorageError
 from runner.common.filesystem import Content, FileSystem, open_regular
 from runner.common.storage_errors import storage_errors
 
@@ -44,8 +44,9 @@ def write_atomically(
     filesystem = filesystem or FileSystem()
     draft = _draft_path(path)
     try:
-        filesystem.write_file(draft, content.encode() if isinstance(content, str) else content, durable=durable)
-        filesystem.rename(draft, path)
+        with errors_named(draft, path):
+            filesystem.write_file(draft, content.encode() if isinstance(content, str) else content, durable=durable)
+            filesystem.rename(draft, path)
     except BaseException:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -84,9 +85,10 @@ def create_atomically(target: Path, *, is_folder: bool) -> Iterator[Path]:
     filesystem, draft = FileSystem(), _draft_path(target)
     with storage_errors(target, "created"):
         target.parent.mkdir(parents=True, exist_ok=True)
-    filesystem.mkdir(draft)
     written = draft if is_folder else draft / target.name
     with ExitStack() as stack:
+        stack.enter_context(errors_named(draft, target))
+        filesystem.mkdir(draft)
         with suppress(OSError):  # a file system without locks: clean leaves the drafts there alone
             stack.enter_context(hold_draft(draft))
         try:
@@ -100,6 +102,17 @@ def create_atomically(target: Path, *, is_folder: bool) -> Iterator[Path]:
             with suppress(StorageError):
                 if filesystem.lstat(draft):
                     filesystem.remove_tree(draft)
+
+
+@contextmanager
+def errors_named(draft: Path, target: Path) -> Iterator[None]:
+    """Name `target` in the errors that the block raises, in place of the `draft` that is written for it."""
+    try:
+        yield
+    except RunnerError as error:
+        text = str(error).replace(str(draft / target.name), str(target)).replace(str(draft), str(target))
+        error.args = (text.replace(f"cannot be renamed to {target.name}", "cannot be written"),)
+        raise
 
 
 @contextmanager

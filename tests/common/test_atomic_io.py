@@ -28,8 +28,9 @@ def test_a_failed_write_keeps_the_old_content_and_leaves_no_draft(folder: Path, 
     target = folder / "status.json"
     write_atomically(target, "old")
     at = ["create", "write", "fsync", "close", "rename"].index(call)
-    with tape(fail_at=at, error=errno.ENOSPC), pytest.raises(StorageError, match="No space"):
+    with tape(fail_at=at, error=errno.ENOSPC), pytest.raises(StorageError, match="No space") as raised:
         write_atomically(target, "new")
+    assert str(raised.value).startswith(f"{target}: cannot be written") and ".tmp" not in str(raised.value)
     assert target.read_text() == "old"
     assert [path.name for path in folder.iterdir()] == ["status.json"]
 
@@ -102,6 +103,13 @@ def test_a_file_is_created_with_its_name_and_leaves_no_folder(folder: Path) -> N
         assert draft.name == "model.gguf" and is_draft_folder(draft.parent.name)
         draft.write_bytes(b"1")
     assert (folder / "model.gguf").read_bytes() == b"1" and len(list(folder.iterdir())) == 1
+
+
+def test_an_error_names_what_is_created_and_not_its_draft(folder: Path) -> None:
+    for name, is_folder in (("model.gguf", False), ("export", True)):
+        with pytest.raises(ModelError) as raised, create_atomically(folder / name, is_folder=is_folder) as draft:
+            raise ModelError(f"{draft}: cannot be read")
+        assert str(raised.value) == f"{folder / name}: cannot be read"
 
 
 def test_a_draft_is_stale_once_nothing_writes_it(folder: Path) -> None:

@@ -57,6 +57,7 @@ FROZEN: dict[str, Any] = {
     "train.batch_size": 2,
     "train.grad_accumulation": 2,
     "train.grad_clip": 1.0,
+    "train.neftune_alpha": 5.0,
     "checkpoint.dir": "saved",
 }
 """Another value of every frozen setting; with the other settings that it needs to be valid, where it needs some."""
@@ -95,6 +96,8 @@ FREE: dict[str, Any] = {
     "train.grad_checkpoint": True,
     "train.rows_at_once": 1,
     "train.compile": "never",
+    "train.on_nonfinite": "skip",
+    "train.nonfinite_limit": 3,
     "checkpoint.every": 1,
     "checkpoint.every_minutes": 60.0,
     "checkpoint.keep_last": 2,

@@ -15,6 +15,7 @@ from runner.backends.cpu.engine import Engine
 from runner.backends.cpu.kernels import Ops
 from runner.backends.cpu.linear import UnsupportedModel
 from runner.backends.mlx.backend import MlxBackend
+from runner.backends.mlx.embedding_noise import EmbeddingNoise
 from runner.backends.mlx.probe import GradientProbe
 from runner.backends.protocol import Backend
 from runner.common.errors import ConfigError
@@ -52,7 +53,7 @@ def select_backend(adapted: AdaptedModel, config: Config, longest_row: int | Non
         ConfigError: a setting that this model does not allow.
     """
     t = config.train
-    frozen_blocks = len(adapted.model.layers) - adapted.num_layers if t.hidden_cache.enabled else 0
+    frozen_blocks = _cached_blocks(adapted, config)
     length = min(longest_row or config.data.max_length, config.data.max_length)
     ops: Ops | None = None
     not_native = ""
@@ -85,7 +86,7 @@ def unverified_backend(adapted: AdaptedModel, config: Config) -> Backend:
         ModelError: MLX cannot train this model, or not with this adapter.
     """
     t = config.train
-    frozen_blocks = len(adapted.model.layers) - adapted.num_layers if t.hidden_cache.enabled else 0
+    frozen_blocks = _cached_blocks(adapted, config)
     try:
         parts = split_probe.unverified_parts(adapted.model, frozen_blocks)
         split_model = SplitModel(adapted.model, parts)
@@ -100,7 +101,20 @@ def unverified_backend(adapted: AdaptedModel, config: Config) -> Backend:
         all_positions=t.head == "all",
         grad_checkpoint=t.grad_checkpoint,
         compiled=t.compile == "always" or (t.compile == "auto" and not on_cpu()),
+        embedding_noise=_embedding_noise(adapted, config),
     )
+
+
+def _cached_blocks(adapted: AdaptedModel, config: Config) -> int:
+    """Return the number of frozen blocks whose output is to be cached: none where noise is added below them."""
+    if not config.train.hidden_cache.enabled or config.train.neftune_alpha is not None:
+        return 0
+    return len(adapted.model.layers) - adapted.num_layers
+
+
+def _embedding_noise(adapted: AdaptedModel, config: Config) -> EmbeddingNoise | None:
+    alpha = config.train.neftune_alpha
+    return None if alpha is None else EmbeddingNoise(adapted, alpha)
 
 
 def _choose(adapted: AdaptedModel, config: Config, ops: Ops) -> Choice:
@@ -108,6 +122,7 @@ def _choose(adapted: AdaptedModel, config: Config, ops: Ops) -> Choice:
     t = config.train
     unsupported = {
         "lora.dropout is above 0": config.lora.dropout > 0,
+        "train.neftune_alpha is set": t.neftune_alpha is not None,
         "train.compile=always": t.compile == "always",
         "train.head=all": t.head == "all",
     }
@@ -136,7 +151,13 @@ def _mlx_backend(
     notes = [f"using MLX instead of the CPU engine: {not_engine}"] if not_engine else []
     probed = _Probed.of(adapted, frozen_blocks, length, config, None)
 
-    def backend(parts: Parts, *, grad_checkpoint: bool = t.grad_checkpoint, compiled: bool = False) -> MlxBackend:
+    def backend(
+        parts: Parts,
+        *,
+        grad_checkpoint: bool = t.grad_checkpoint,
+        compiled: bool = False,
+        embedding_noise: EmbeddingNoise | None = None,
+    ) -> MlxBackend:
         return MlxBackend(
             adapted,
             SplitModel(adapted.model, parts),
@@ -145,6 +166,7 @@ def _mlx_backend(
             grad_checkpoint=grad_checkpoint,
             compiled=compiled,
             fallback_reason="; ".join(notes) or None,
+            embedding_noise=embedding_noise,
         )
 
     parts, can_compile = probed.parts, probed.can_compile
@@ -169,7 +191,8 @@ def _mlx_backend(
                 "compiled. Set train.compile=never"
             )
         notes.append("train.compile: the step of this model cannot be compiled and runs eagerly")
-    return backend(parts, compiled=compiled and can_compile)
+    # The probes compare with the whole model, which has no noise.
+    return backend(parts, compiled=compiled and can_compile, embedding_noise=_embedding_noise(adapted, config))
 
 
 _NO_CHECKPOINTING = "train.grad_checkpoint=true is not possible with this model: {}. Set train.grad_checkpoint=false"

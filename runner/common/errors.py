@@ -65,6 +65,10 @@ class Diverged(RunnerError):
     exit_code = EXIT_DIVERGED
 
 
+class NonFiniteUpdate(Diverged):
+    """Raised when the loss or the gradient of an update is not finite; the update was not applied."""
+
+
 class CheckpointError(RunnerError):
     """Raised for a checkpoint or adapter that is missing, damaged or does not fit the run; names it and the reason."""
 

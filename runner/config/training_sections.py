@@ -179,6 +179,14 @@ class TrainConfig:
     summed, so that an update is the same but for rounding, and for the masks of lora.dropout."""
     grad_clip: float | None = setting(None, above=0)
     """Maximum norm of the gradient; null does not clip."""
+    neftune_alpha: float | None = setting(None, above=0, added_later=True)
+    """Add uniform noise of up to alpha / sqrt(tokens * hidden size) to the embeddings of each row in training (NEFTune,
+    arXiv:2310.05914, where 5 is a usual value); null adds none. Hidden states of frozen blocks are not cached then."""
+    on_nonfinite: str = setting("stop", choices=("stop", "skip"), on_resume=FREE)
+    """What happens at an update whose loss or gradient is not finite: stop ends the run as diverged; skip leaves the
+    weights and the optimizer as they are and continues with the next rows."""
+    nonfinite_limit: int = setting(10, at_least=1, on_resume=FREE)
+    """With on_nonfinite=skip, how many updates in a row may be skipped; one more ends the run as diverged."""
     grad_checkpoint: bool = setting(False, on_resume=FREE)
     """Recompute activations in the backward pass: less memory, about 1.4 times the time."""
     compile: str = setting("auto", choices=("auto", "always", "never"), on_resume=FREE)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.common.safe_json import finite_number
-from runner.common.text import format_bytes, relative_path, shorten
+from runner.common.text import count, format_bytes, relative_path, shorten
 from runner.reports import checkpoint_list, curves, settings_text
 from runner.reports.cells import STATE_STYLES, format_age, format_time, label_lines, parent_lines, run_fields
 from runner.reports.checkpoint_list import CheckpointInfo
@@ -20,6 +20,7 @@ from runner.reports.tables import Column, TableRow
 from runner.runs.inspect import RunInfo
 from runner.runs.lineage import parents
 from runner.runs.restarts import restart_summary
+from runner.runs.rows import count_or_none
 
 _MAX_REASON_LINES = 20
 _LAST_ROWS = 5
@@ -106,6 +107,7 @@ def run_page_fields(page: RunPage) -> dict[str, Any]:
         "checkpoints": [vars(checkpoint) for checkpoint in page.checkpoints],
         "adapters_step": page.result_step,
         "has_adapters": has_result(run),
+        "skipped_updates": count_or_none(run.status.get("skipped_updates")) or 0,
         "scores": [vars(score) for score in page.scores],
         "commands": command_fields(page.commands),
     }
@@ -121,7 +123,8 @@ def print_run_page(page: RunPage, screen: Screen) -> None:
     for line in label_lines(run.labels, run.tags):
         screen.line(line)
     labelled = {"reason": run.reason, "damaged": run.problem, "parent": parent_lines(parents(run))}
-    for label, text in {**labelled, "restarts": restart_summary(run.status)}.items():
+    labelled |= {"restarts": restart_summary(run.status), "skipped": skipped_text(run)}
+    for label, text in labelled.items():
         if isinstance(text, str):
             for i, line in enumerate(text.splitlines()[:_MAX_REASON_LINES]):
                 screen.line(f"{label if i == 0 else '':<9}{line}")
@@ -139,6 +142,12 @@ def print_run_page(page: RunPage, screen: Screen) -> None:
     _print_rows(run.rows[-_LAST_ROWS:], screen)
     _print_checkpoints(page, screen)
     print_commands(page.commands, screen)
+
+
+def skipped_text(run: RunInfo) -> str | None:
+    """Return how many updates were skipped because their loss or gradient was not finite; None if none was."""
+    skipped = count_or_none(run.status.get("skipped_updates"))
+    return f"{count(skipped, 'update')}, whose loss or gradient was not finite" if skipped else None
 
 
 def print_commands(commands: Sequence[Command], screen: Screen) -> None:

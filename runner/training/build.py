@@ -101,6 +101,7 @@ def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
         "started": previous.get("started", utc_now()),
         "resumed": [*previous.get("resumed", []), utc_now()] if source and not source.branch else None,
         "restarts": previous.get("restarts"),
+        "skipped_updates": (point.saved.progress.skipped_updates or None) if point else None,
         "parent": str(source.checkpoint) if source and source.branch else previous.get("parent"),
         "parents": _parents(spec) if source is None or source.branch else previous.get("parents"),
     }
@@ -184,6 +185,7 @@ def build_trainer(
         stops=stops,
         display=display,
         process_limit=ProcessLimit(spec.supervise),
+        skip_limit=train.nonfinite_limit if train.on_nonfinite == "skip" else None,
         buffer_cache=buffer_cache,
     )
 

@@ -177,7 +177,7 @@ def _describe_hidden_cache(
         count = backend.split_model.frozen_blocks
         display.line(f"cache  hidden states of the first {count} blocks are computed once per row{location}")
     elif frozen and config.train.hidden_cache.enabled:
-        display.line(
-            f"cache  the first {frozen} blocks run in each step, since they cannot be computed separately: "
-            f"{backend.split_model.parts.reason}"
-        )
+        reason = f"they cannot be computed separately: {backend.split_model.parts.reason}"
+        if config.train.neftune_alpha is not None:
+            reason = "train.neftune_alpha adds noise to the embeddings that they read"
+        display.line(f"cache  the first {frozen} blocks run in each step, since {reason}")

@@ -56,6 +56,10 @@ class Progress:
     """Consecutive evaluations that did not improve on the best loss."""
     train_loss: float | None = None
     """Last reported training loss."""
+    skipped_updates: int = 0
+    """Updates, of `step`, that were not applied because their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """The last of these, since an update was applied."""
     pending_evaluation: bool = False
     """A stop prevented the evaluation that was due at this step; the resumed run starts with it."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from runner.backends.protocol import Backend, BackendBatch
-from runner.common.errors import Diverged
+from runner.common.errors import NonFiniteUpdate
 from runner.models.dropout import dropout_key
 from runner.training import optimizer
 from runner.training.optimizer import FlatArrays
@@ -29,7 +29,7 @@ class TrainStep:
             The loss summed over all supervised tokens, and the norm of their mean gradient before clipping.
 
         Raises:
-            Diverged: the loss or the gradient is not finite; `state` is unchanged.
+            NonFiniteUpdate: the loss or the gradient is not finite; `state` is unchanged.
         """
         update = state.progress.step + 1
         loss_sum, grad_sum = 0.0, FlatArrays()
@@ -49,7 +49,7 @@ class TrainStep:
         norm = float(norm_array)
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss_sum) else "gradient"
-            raise Diverged(
+            raise NonFiniteUpdate(
                 f"The {what} at update {update} is not finite (learning rate {learning_rate:g}); "
                 "the update was not applied."
             )

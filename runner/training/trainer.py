@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from runner.backends.protocol import BackendBatch
 from runner.checkpoints.save_policy import SavePolicy, StopReason
-from runner.common.errors import Diverged
+from runner.common.errors import Diverged, NonFiniteUpdate
+from runner.common.text import count
 from runner.data.order import BatchOrder
 from runner.reports.progress import Display
 from runner.training import state_files
@@ -46,6 +47,8 @@ class Trainer:
     stops: StopSignals
     display: Display
     process_limit: ProcessLimit
+    skip_limit: int | None = None
+    """How many updates in a row may be skipped because their loss or gradient is not finite; None skips none."""
     buffer_cache: BufferCache
     saved_at: float = field(default_factory=time.monotonic)
     """When it last saved, or else started, by `time.monotonic`."""
@@ -58,7 +61,7 @@ class Trainer:
         """Train from the current step until the run ends, and return why it ended.
 
         Raises:
-            Diverged: a loss or a gradient is not finite.
+            Diverged: a loss or a gradient is not finite, and its update cannot be skipped.
             StorageError: a save failed; earlier checkpoints are intact.
         """
         self.evaluate_pending()
@@ -68,7 +71,7 @@ class Trainer:
             self.log_messages()
             self.update()
             step, is_best = self.state.progress.step, False
-            if self.plan.is_report_due(step):
+            if self.plan.is_report_due(step) and self.state.progress.since_report.updates:
                 self.report()
             if self.plan.is_evaluation_due(step):
                 is_best = self.evaluate()
@@ -84,23 +87,44 @@ class Trainer:
         return StopReason.REPLACE if stop is None and self.process_limit.is_reached() else stop
 
     def update(self) -> None:
-        """Make one optimizer update and add it to the sums since the last report."""
+        """Make or skip one optimizer update, and add one that was made to the sums since the last report."""
         start = time.perf_counter()
         state, progress = self.state, self.state.progress
         batches, next_position = self.batches.load(state.position)
-        loss_sum, grad_norm = self.train_step.update(state, batches, self.learning_rate(progress.step + 1))
-        supervised = sum(batch.supervised for batch in batches)
-        tokens = sum(batch.real_tokens for batch in batches)
+        made = self.update_or_skip(batches)
         state.position = next_position
         progress.step += 1
-        progress.tokens += tokens
-        progress.since_report.add(loss_sum, supervised, tokens, grad_norm)
         self.process_limit.count_update()
         self.buffer_cache.empty_if_half_full()
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
-        self.train_tokens += tokens
-        self.display.step(progress.step, loss_sum / supervised, tokens, seconds)
+        if made is not None:
+            loss_sum, grad_norm = made
+            supervised = sum(batch.supervised for batch in batches)
+            tokens = sum(batch.real_tokens for batch in batches)
+            progress.tokens += tokens
+            progress.since_report.add(loss_sum, supervised, tokens, grad_norm)
+            self.train_tokens += tokens
+            self.display.step(progress.step, loss_sum / supervised, tokens, seconds)
+
+    def update_or_skip(self, batches: Sequence[BackendBatch]) -> tuple[float, float] | None:
+        """Make the next update and return its loss and gradient norm; None where it was skipped, and not applied."""
+        progress = self.state.progress
+        try:
+            made = self.train_step.update(self.state, batches, self.learning_rate(progress.step + 1))
+        except NonFiniteUpdate as error:
+            if self.skip_limit is None:
+                raise
+            if progress.skipped_in_a_row >= self.skip_limit:
+                skipped = count(progress.skipped_in_a_row, "update")
+                raise Diverged(f"{error} Before it, {skipped} in a row had been skipped.") from None
+            progress.skipped_updates += 1
+            progress.skipped_in_a_row += 1
+            self.display.line(f"{error} Skipped so far: {progress.skipped_updates}", "yellow")
+            self.writer.update_status(skipped_updates=progress.skipped_updates)
+            return None
+        progress.skipped_in_a_row = 0
+        return made
 
     def report(self) -> None:
         """Log the training loss since the last report: the mean over supervised tokens."""
@@ -115,6 +139,7 @@ class Trainer:
             seconds=self.train_seconds,
             learning_rate=learning_rate,
             grad_norm=sums.grad_norm,
+            **({} if self.skip_limit is None else {"skipped_updates": progress.skipped_updates}),
         )
         self.writer.update_status(state="running", step=progress.step, train_loss=progress.train_loss)
         self.display.train_loss(progress.step, progress.train_loss, learning_rate)

@@ -25,6 +25,7 @@ from runner.training.state_files import RunIdentity
 
 ALL_FEATURES = {
     "lora.dropout": 0.2,
+    "train.neftune_alpha": 5.0,
     "data.window": 32,
     "train.grad_accumulation": 3,
     "schedule.name": "cosine",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from runner.backends.mlx.embedding_noise import EmbeddingNoise
 from runner.backends.mlx.gradient_checkpointing import gradient_checkpointing
 from runner.backends.mlx.loss import ChunkedLoss
 from runner.backends.mlx.memory import checkpointed_step, step_memory
@@ -37,9 +39,11 @@ class MlxBackend:
         grad_checkpoint: bool = False,
         compiled: bool = False,
         fallback_reason: str | None = None,
+        embedding_noise: EmbeddingNoise | None = None,
     ) -> None:
         """`chunk`, `all_positions`: see `ChunkedLoss`. `grad_checkpoint`: activations are recomputed backward."""
         self.split_model, self.fallback_reason = split_model, fallback_reason
+        self._embedding_noise = embedding_noise
         self._adapted, self._grad_checkpoint = adapted, grad_checkpoint
         self._loss = ChunkedLoss(split_model=split_model, chunk=chunk, all_positions=all_positions)
         self._compiled = compiled
@@ -69,7 +73,8 @@ class MlxBackend:
     def loss_and_grads(self, params: Params, batch: BackendBatch, key: mx.array) -> tuple[mx.array, Params]:
         """Return the summed loss and its gradients by `params`, not evaluated."""
         self._set_training(True)
-        loss, grads = self._step(params, *self._arrays(batch), key)
+        lengths = mx.array(batch.batch.input_lengths.astype(np.float32)) if self._embedding_noise else None
+        loss, grads = self._step(params, *self._arrays(batch), key, lengths)
         self._adapted.dropout.set_key(None)
         self._adapted.place(params)  # tracing left its own arrays in the model
         return loss, grads
@@ -84,10 +89,11 @@ class MlxBackend:
         """Return the peak memory of `loss_and_grads`; a compiled step is taken for one that is not."""
 
         def step(*arrays: Any) -> list[mx.array]:
-            if self._grad_checkpoint:
-                return checkpointed_step(self._adapted, self._loss, params, *arrays)
-            loss, grads = self._loss.loss_and_grads(self._adapted.place, params, *arrays)
-            return [loss, *grads.values()]
+            with self._noise(arrays[0]):
+                if self._grad_checkpoint:
+                    return checkpointed_step(self._adapted, self._loss, params, *arrays)
+                loss, grads = self._loss.loss_and_grads(self._adapted.place, params, *arrays)
+                return [loss, *grads.values()]
 
         self._set_training(True)
         self._adapted.dropout.set_key(mx.random.key(0))
@@ -121,10 +127,15 @@ class MlxBackend:
         targets: mx.array,
         weights: mx.array,
         key: mx.array,
+        lengths: mx.array | None,
     ) -> tuple[mx.array, Params]:
         self._adapted.dropout.set_key(key)
-        with gradient_checkpointing(self._adapted.model.layers, self._grad_checkpoint):
+        checkpointing = gradient_checkpointing(self._adapted.model.layers, self._grad_checkpoint)
+        with self._noise(inputs, lengths), checkpointing:
             return self._loss.loss_and_grads(self._adapted.place, params, inputs, states, positions, targets, weights)
+
+    def _noise(self, inputs: mx.array, lengths: mx.array | None = None) -> AbstractContextManager[None]:
+        return self._embedding_noise.applied(inputs, lengths) if self._embedding_noise else nullcontext()
 
     def _arrays(self, batch: BackendBatch) -> tuple[mx.array, mx.array | None, mx.array, mx.array, mx.array]:
         """Return token ids, hidden states or None, positions, targets and weights."""

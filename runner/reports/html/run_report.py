@@ -23,7 +23,7 @@ from runner.reports.html.curves_of_runs import RunCurves
 from runner.reports.html.page import Page
 from runner.reports.html.sections import Column, Curve, Mark, Part, Row
 from runner.reports.next_commands import command_fields
-from runner.reports.run_page import RunPage, has_result
+from runner.reports.run_page import RunPage, has_result, skipped_text
 from runner.runs.find import is_sweep_folder
 from runner.runs.inspect import RunInfo
 from runner.runs.lineage import parents
@@ -105,6 +105,7 @@ def _lines(run: RunInfo) -> list[str]:
     times = [f"{what} {time_text(run.status.get(what))}" for what in ("started", "ended") if run.status.get(what)]
     lines = [" · ".join(part for part in (progress, *times) if part), *parent_lines(parents(run)).splitlines()]
     lines += [f"restarts: {restarts}"] if (restarts := restart_summary(run.status)) else []
+    lines += [f"skipped: {skipped}"] if (skipped := skipped_text(run)) else []
     return [line for line in lines if line]
 
 

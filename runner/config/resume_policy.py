@@ -14,6 +14,7 @@ from runner.config import schema
 from runner.config.schema import Config
 from runner.config.serialize import flatten, format_value
 from runner.config.setting import OnResume
+from runner.config.validation import decay_updates
 
 
 def iters_may_change(settings: Mapping[str, Any]) -> bool:
@@ -22,6 +23,13 @@ def iters_may_change(settings: Mapping[str, Any]) -> bool:
     `settings` are those of the run: dotted name to value.
     """
     return settings.get("schedule.name") in schema.ENDLESS_SCHEDULES or settings.get("schedule.iters") is not None
+
+
+def last_update_at_peak(config: Config) -> int:
+    """Return the last update before the decay of a wsd schedule; the rates up to it do not depend on the end."""
+    schedule, iters = config.schedule, config.schedule.iters or config.train.iters
+    assert schedule.decay is not None
+    return max(iters - decay_updates(schedule.decay, iters), schedule.warmup + 1)
 
 
 def is_free_on_resume(name: str) -> bool:
@@ -55,6 +63,12 @@ def frozen_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _is_before_decay(stored: Config, config: Config, step: int) -> bool:
+    """Return whether both configs have a wsd schedule whose decay begins after `step`."""
+    names = {stored.schedule.name, config.schedule.name}
+    return names == {"wsd"} and step <= min(last_update_at_peak(stored), last_update_at_peak(config))
+
+
 def changed_settings(stored: Config, config: Config) -> dict[str, tuple[Any, Any]]:
     """Return the settings that `config` changes of the `stored` one: name to (stored value, new value)."""
     before, after, metadata = flatten(stored), flatten(config), schema.metadata()
@@ -85,11 +99,14 @@ def refuse_frozen_changes(stored: Config, config: Config, run: Path, step: int =
         )
     if "train.iters" in changed:
         old, new = changed["train.iters"]
-        if not iters_may_change(flatten(stored)):
+        if not iters_may_change(flatten(stored)) and not _is_before_decay(stored, config, step):
             problems.append(
                 f"train.iters was {old} and cannot become {new}: the {stored.schedule.name} schedule ends at "
                 "train.iters, so the updates already made would have had other learning rates."
             )
+            if stored.schedule.name == "wsd":
+                last = min(last_update_at_peak(stored), last_update_at_peak(config))
+                problems.append(f"A checkpoint of before the decay, up to step {last}, can be resumed with it.")
         elif new < step:
             problems.append(f"train.iters={new} is before update {step}, which the run has reached.")
     if problems:

@@ -124,6 +124,11 @@ def lora_scale(lora: LoraConfig) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
+def decay_updates(decay: float, iters: int) -> int:
+    """Return the number of updates that a schedule.decay is: from 1 on a number, and below 1 a fraction of `iters`."""
+    return int(decay) if decay >= 1 else max(1, round(decay * iters))
+
+
 def secrets_in(value: Any, where: str = "") -> Iterator[str]:
     """Yield the dotted names in `value` whose text looks like a token or a private key."""
     if isinstance(value, Mapping):
@@ -239,7 +244,7 @@ def _shape_problems(schedule: ScheduleConfig, end: int, updates: int) -> Iterato
     if schedule.cycles is not None and schedule.cycles > updates:
         yield f"schedule.cycles={schedule.cycles} is more than the {updates} updates after the warmup."
     decay = schedule.decay
-    if decay is not None and (decay if decay >= 1 else round(decay * end)) >= updates > 1:
+    if decay is not None and decay_updates(decay, end) >= updates > 1:
         yield f"schedule.decay={decay:g} leaves no update at the peak: there are {updates} after the warmup."
 
 

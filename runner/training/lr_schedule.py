@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from runner.config import schema
+from runner.config import schema, validation
 from runner.config.schema import Config
 
 Shape = Callable[..., float]
@@ -102,14 +102,9 @@ def learning_rate(update: int, *, name: str, peak: float, iters: int, warmup: in
     if "end" in options and span > 0 and update >= iters:
         return float(options["end"])
     if "decay" in options:
-        options["decay"] = decay_updates(options["decay"], iters)
+        options["decay"] = validation.decay_updates(options["decay"], iters)
     if "timescale" in options:
         options["timescale"] = options["timescale"] or warmup or DEFAULT_TIMESCALE
     # The peak alone where the schedule ends there.
     elapsed = update - warmup - 1 if span > 0 or "end" not in options else 0
     return SHAPES[name](elapsed, max(span, 1), peak=peak, **options)
-
-
-def decay_updates(decay: float, iters: int) -> int:
-    """Return the number of updates that a `decay` is, which is a number from 1 on and below 1 a fraction of `iters`."""
-    return int(decay) if decay >= 1 else max(1, round(decay * iters))

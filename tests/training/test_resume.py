@@ -257,6 +257,21 @@ def test_iters_may_grow_with_a_schedule_that_has_no_end(tiny, train, tmp_path, n
     ).read_bytes()
 
 
+def test_a_run_with_wsd_is_prolonged_from_a_checkpoint_before_its_decay(tiny, train, tmp_path):
+    wsd = {"schedule.name": "wsd", "schedule.decay": 3.0, "checkpoint.every": 2, "checkpoint.keep_last": 9}
+    wsd |= {"train.eval_batches": 1, "schedule.warmup": 1}
+    long = train(tiny(**wsd, **{"train.iters": 10}), tmp_path / "long")
+    run = train(tiny(**wsd, **{"train.iters": 7}), tmp_path / "run")
+    branch = train(tiny(**wsd, **{"train.iters": 10}), tmp_path / "a", resume=run / "checkpoints/step-0000004")
+    assert (branch / "checkpoints/step-0000010/adapters.safetensors").read_bytes() == (
+        long / "checkpoints/step-0000010/adapters.safetensors"
+    ).read_bytes()
+    with pytest.raises(ConfigError, match=r"other learning rates\.\nA checkpoint of before the decay, up to step 4"):
+        train(tiny(**wsd, **{"train.iters": 10}), tmp_path / "b", resume=run / "checkpoints/step-0000006")
+    with pytest.raises(ConfigError, match="up to step 3, can"):
+        train(tiny(**wsd, **{"train.iters": 6}), tmp_path / "c", resume=run / "checkpoints/step-0000004")
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "wsd"])
 def test_iters_cannot_grow_if_the_schedule_ends_with_them(tiny, train, tmp_path, name):
     run = train(tiny(**{"schedule.name": name}), tmp_path / "run", stop_at=3)

@@ -28,8 +28,8 @@ def iters_may_change(settings: Mapping[str, Any]) -> bool:
 def last_update_at_peak(config: Config) -> int:
     """Return the last update before the decay of a wsd schedule; the rates up to it do not depend on the end."""
     schedule, iters = config.schedule, config.schedule.iters or config.train.iters
-    assert schedule.decay is not None
-    return max(iters - decay_updates(schedule.decay, iters), schedule.warmup + 1)
+    decay = schedule.decay or schema.choice_options("schedule", "wsd")["decay"]
+    return max(iters - decay_updates(decay, iters), schedule.warmup + 1)
 
 
 def is_free_on_resume(name: str) -> bool:

@@ -176,7 +176,7 @@ class TrainConfig:
     """Number of micro-batches per update, weighted by their supervised tokens."""
     rows_at_once: int | None = setting(None, at_least=1, on_resume=FREE)
     """Rows of a micro-batch to compute at a time, for less memory; null computes all. The gradients of its parts are
-    summed, so that an update is the same but for rounding, and for the masks of lora.dropout."""
+    summed, so that an update is the same but for rounding, and for what lora.dropout and neftune_alpha draw."""
     grad_clip: float | None = setting(None, above=0)
     """Maximum norm of the gradient; null does not clip."""
     neftune_alpha: float | None = setting(None, above=0, added_later=True)

@@ -272,7 +272,7 @@ def test_a_run_with_wsd_is_prolonged_from_a_checkpoint_before_its_decay(tiny, tr
         train(tiny(**wsd, **{"train.iters": 6}), tmp_path / "c", resume=run / "checkpoints/step-0000004")
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "wsd"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts"])
 def test_iters_cannot_grow_if_the_schedule_ends_with_them(tiny, train, tmp_path, name):
     run = train(tiny(**{"schedule.name": name}), tmp_path / "run", stop_at=3)
     with pytest.raises(ConfigError, match="other learning rates"):

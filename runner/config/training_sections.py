@@ -53,7 +53,7 @@ class OptimizerConfig:
     learning_rate: float | None = setting(
         None,
         above=0,
-        defaults_by={"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-4, "lion": 2e-5, "adafactor": 1e-4, "muon": 2e-3},
+        defaults_by={"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-4, "lion": 3e-5, "adafactor": 1e-4, "muon": 2e-3},
     )
     """Peak learning rate (mlx-lm's default of 1e-5 hardly moves an adapter of rank 8)."""
     betas: list[float] | None = setting(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_program import ForkedProgram
+from forked_program import READ_WHILE_IMPORTING, ForkedProgram, popen_that_forks, read_while_importing
 from hypothesis import settings as hypothesis_settings
 
 from runner.backends import blas
@@ -166,9 +166,13 @@ def _rows() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @functools.cache
-def _forked_program(python: str, more: tuple[tuple[str, str], ...]) -> ForkedProgram:
-    """What forks programs of `python` whose packages are imported with the variables `more`; one of each."""
-    program = ForkedProgram({**CommandLine(Path()).environment, **dict(more)}, python)
+def _forked_program(python: str, imported_with: frozenset[tuple[str, str]] | None = None) -> ForkedProgram:
+    """What forks programs of `python`; `imported_with`: the variables that packages read, None for the usual ones."""
+    environment = CommandLine(Path()).environment
+    if imported_with is not None:
+        usual = {name: value for name, value in environment.items() if not READ_WHILE_IMPORTING.match(name)}
+        environment = usual | dict(imported_with)
+    program = ForkedProgram(environment, python)
     atexit.register(program.close)
     return program
 
@@ -186,6 +190,9 @@ class CommandLine:
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "120"}
         self.environment.pop("RUNNER_TRACEBACK", None)
         self.python = sys.executable
+        self.imports_for_itself = False
+        """Whether many commands have this environment, with variables that packages read while they are imported: they
+        are forked from a process of their own."""
 
     def start(
         self, *arguments: str, words: Sequence[str] = ("-m", "runner"), fork: bool = True, **options: Any
@@ -205,8 +212,9 @@ class CommandLine:
 
     def _forked(self, environment: dict[str, str]) -> ForkedProgram | None:
         """Return what forks programs with `environment`, if there is one."""
-        more = tuple((name, environment[name]) for name in ("LD_PRELOAD",) if name in environment)
-        program = _forked_program(str(self.python), more)
+        program = _forked_program(str(self.python))
+        if self.imports_for_itself or "LD_PRELOAD" in environment:
+            program = _forked_program(str(self.python), frozenset(read_while_importing(environment).items()))
         return program if program.accepts(environment) else None
 
     def __call__(self, *arguments: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
@@ -255,6 +263,7 @@ class CommandLineInProcess(CommandLine):
             for name in ("PYTHONPATH", "OPENBLAS_NUM_THREADS", "COLUMNS"):
                 patch.setenv(name, self.environment[name])
             patch.delenv("RUNNER_TRACEBACK", raising=False)
+            patch.setattr(subprocess, "Popen", popen_that_forks(_forked_program(self.python)))
             code = main(arguments)
         assert code == expect, f"exit code {code}\n{output.getvalue()}"
         return output.getvalue()

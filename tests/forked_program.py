@@ -195,6 +195,14 @@ class Server:
     imported_with: dict[str, str]
     """The environment that decided what the imports did."""
 
+    def accepts(self, environment: Mapping[str, str]) -> bool:
+        """As `ForkedProgram.accepts`."""
+        return read_while_importing(environment) == self.imported_with
+
+    def start(self, *words: str, **options: Any) -> ForkedProcess:
+        """As `ForkedProgram.start`."""
+        return ForkedProcess(self.address, words, **options)
+
 
 def serve() -> None:
     """Import the packages, print an address, fork a process for each request there, and tell how it ended."""
@@ -286,7 +294,7 @@ def _run(request: Mapping[str, Any], descriptors: Sequence[int], server: Server)
     time.tzset()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    _fork_own_processes(server)
+    subprocess.Popen = popen_that_forks(server)  # type: ignore[misc]
     kind, *arguments = request["words"]
     if kind == "-m":
         name = sys.argv[0] = arguments[0]
@@ -310,19 +318,19 @@ def _open_standard_streams() -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
-def _fork_own_processes(server: Server) -> None:
-    """Make `subprocess.Popen` ask the server for processes of the program."""
+def popen_that_forks(program: ForkedProgram | Server) -> type[subprocess.Popen[Any]]:
+    """Return what can take the place of `subprocess.Popen`: it has `program` start the processes of `runner`."""
 
     class Popen(subprocess.Popen):  # type: ignore[type-arg]
         def __new__(cls, args: Any, *rest: Any, **options: Any) -> Any:
             known = not rest and set(options) <= _OPTIONS and isinstance(args, list)
             if known and args[:2] == [sys.executable, "-m"] and args[2].startswith("runner."):
                 environment = os.environ if options.get("env") is None else options["env"]
-                if read_while_importing(environment) == server.imported_with:
-                    return ForkedProcess(server.address, args[1:], **options)
+                if program.accepts(environment):
+                    return program.start(*args[1:], **options)
             return super().__new__(cls)
 
-    subprocess.Popen = Popen  # type: ignore[misc]
+    return Popen
 
 
 _OPTIONS = {"cwd", "env", "stdin", "stdout", "stderr", "text", "start_new_session", "process_group", "pass_fds"}

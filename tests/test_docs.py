@@ -76,6 +76,7 @@ def place(tmp_path_factory, make_cli):
         (cache / "refs/main").write_text(commit)
     cli = make_cli(folder)
     cli.environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    cli.imports_for_itself = True
     cli.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shutil.copytree(ROOT / "runner/data/sets/tiny", folder / "my_data")
     cli("experiment=smoke", "train.iters=100", "train.stop_at=80", "checkpoint.every=20", "checkpoint.keep_every=20",

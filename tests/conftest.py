@@ -9,11 +9,12 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,25 @@ def train() -> Callable[..., Path]:
         start = RunSpec(settings, serialize.to_dict(settings), directory, source, new_run_id(), stop_at=stop_at)
         train_run(start, loader)
         return folder
+
+    return do
+
+
+@pytest.fixture(scope="session")
+def _trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    return tmp_path_factory.mktemp("trained"), {}
+
+
+@pytest.fixture
+def train_once(train: Callable[..., Path], _trained: tuple[Path, dict[str, Path]]) -> Callable[[Config, Path], Path]:
+    """As `train`, for tests of what is done with a run: equal settings are trained once, `folder` is a copy."""
+
+    def do(settings: Config, folder: Path) -> Path:
+        parent, made = _trained
+        key = json.dumps(serialize.to_dict(settings))
+        if key not in made:
+            made[key] = train(settings, parent / str(len(made)))
+        return shutil.copytree(made[key], folder, symlinks=True)
 
     return do
 
@@ -267,6 +287,18 @@ class CommandLineInProcess(CommandLine):
             code = main(arguments)
         assert code == expect, f"exit code {code}\n{output.getvalue()}"
         return output.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _environment_ends_with_the_test() -> Iterator[None]:
+    """What a command in this process sets, such as HF_HUB_OFFLINE, would be passed on to all later ones."""
+    before = read_while_importing(os.environ)
+    yield
+    for name in read_while_importing(os.environ).keys() | before.keys():
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

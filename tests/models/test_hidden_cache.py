@@ -320,7 +320,7 @@ def reference(tiny: Callable, train: Callable, tmp_path: Path, cut: dict) -> Pat
     return train(tiny(**cut, **{"train.hidden_cache.disk_gb": 0.0}), tmp_path / "reference")
 
 
-@pytest.mark.parametrize("kind", ["disk", "nothing", "little memory", "warm"])
+@pytest.mark.parametrize("kind", ["disk", pytest.param("nothing", marks=pytest.mark.long), "little memory", "warm"])
 def test_the_content_of_the_cache_does_not_change_training(
     tiny: Callable, train: Callable, tmp_path: Path, reference: Path, cut: dict, assert_equal_runs: Callable, kind: str
 ) -> None:
@@ -339,7 +339,14 @@ def test_the_content_of_the_cache_does_not_change_training(
     assert (tmp_path / "cache").exists() == (kind in ("disk", "warm"))
 
 
-@pytest.mark.parametrize("between", ["deleted", "filled", "elsewhere", "damaged", "filled and damaged"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        "deleted",
+        "filled and damaged",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("filled", "elsewhere", "damaged")),
+    ],
+)
 def test_a_resume_is_exact_whatever_happened_to_the_cache(
     tiny: Callable,
     train: Callable,

@@ -75,7 +75,7 @@ def test_stop_at_stops_every_job_and_resume_finishes_each_equal_to_a_single_run(
 @pytest.mark.parametrize("own_processes", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, assert_equal_runs, own_processes):
     """Gradient checkpointing, dropout, a quantized base and several ranks, each after every other kind."""
-    common = {"train": {"iters": 6}, "lora": {"dropout": 0.1}, "data": {"metric": "exact_match"}}
+    common = {"train": {"iters": 4}, "lora": {"dropout": 0.1}, "data": {"metric": "exact_match"}}
     variants = {
         "rank4": {"lora": {"rank": 4}},
         "checkpointed": {"lora": {"rank": 8}, "train": {"grad_checkpoint": True}},
@@ -89,7 +89,7 @@ def test_jobs_that_share_a_process_equal_single_runs_in_any_order(cli, inline, a
         settings["defaults"] = [{"override /model": "tiny"}, {"override /data": "tiny"}]
         text = "# @package _global_\n" + yaml.safe_dump(settings)
         (cli.folder / f"mine/experiment/{name}.yaml").write_text(text)
-    overrides = ("--config-dir", str(cli.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=4")
+    overrides = ("--config-dir", str(cli.folder / "mine"), "data.metric_rows=2", "data.max_new_tokens=2")
     for name in variants:
         alone(cli if own_processes else inline, f"alone_{name}", *overrides, f"experiment={name}")
     for round_, order in enumerate((list(variants), list(variants)[::-1])):

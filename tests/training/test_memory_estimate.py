@@ -60,10 +60,12 @@ SMALL = ("llama", 256, 6, 704, 8, 4, 8_000)
 QWEN = ("qwen3", 512, 8, 1536, 8, 4, 32_000)
 WIDE = ("qwen3", 1024, 4, 2816, 16, 8, 50_000)
 QUICK = [
-    Case("llama 256, rows of 256", SMALL, 256, MLX),
-    Case("llama 256, CPU engine", SMALL, 512, {"train.batch_size": 16}),
+    Case("llama 256, rows of 128", SMALL, 128, MLX),
+    Case("llama 256, CPU engine", SMALL, 512, {"train.batch_size": 8}),
 ]
 LONG = [
+    Case("llama 256, rows of 256", SMALL, 256, MLX),
+    Case("llama 256, CPU engine, batch of 16", SMALL, 512, {"train.batch_size": 16}),
     Case("llama 256, checkpointing", SMALL, 256, {**MLX, "train.grad_checkpoint": True, "train.batch_size": 8}),
     Case("qwen3 512, no cache", QWEN, 256, {**MLX, "train.hidden_cache.enabled": False, "lora.num_layers": 4}),
     Case("qwen3 512, cache, 4 of 8 blocks", QWEN, 256, {**MLX, "lora.num_layers": 4}),

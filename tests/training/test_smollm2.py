@@ -12,17 +12,17 @@ import system
 
 SHORT = (
     "experiment=first_run",
-    "train.iters=6",
+    "train.iters=4",
     "train.batch_size=2",
     "train.report_every=1",
-    "train.eval_every=3",
+    "train.eval_every=2",
     "train.eval_batches=1",
     "schedule.warmup=1",
-    "lora.num_layers=4",
+    "lora.num_layers=2",
     "lora.dropout=0.1",
     "checkpoint.every=2",
     "data.metric_rows=2",
-    "data.max_new_tokens=8",
+    "data.max_new_tokens=4",
     "hydra.run.dir=run",
 )
 

@@ -16,9 +16,9 @@ from runner.common.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
+def run(tiny: Callable, train_once: Callable, tmp_path: Path) -> Path:
     # Keeps steps 4, 8 and 12, all of them evaluated or not: evaluations are at 6 and 12.
-    return train(tiny(), tmp_path / "run")
+    return train_once(tiny(), tmp_path / "run")
 
 
 def test_a_run_means_its_result_with_its_step(run: Path) -> None:

@@ -41,8 +41,8 @@ def difference(one: mx.array, other: mx.array) -> float:
 
 
 @pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
-    return train(tiny(**{"lora.num_layers": -1, "optimizer.learning_rate": 1e-2}), tmp_path / "run")
+def run(tiny: Callable, train_once: Callable, tmp_path: Path) -> Path:
+    return train_once(tiny(**{"lora.num_layers": -1, "optimizer.learning_rate": 1e-2}), tmp_path / "run")
 
 
 @pytest.fixture

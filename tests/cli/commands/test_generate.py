@@ -22,8 +22,8 @@ from runner.models import load as models
 
 
 @pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
-    return train(tiny(), tmp_path / "run")
+def run(tiny: Callable, train_once: Callable, tmp_path: Path) -> Path:
+    return train_once(tiny(), tmp_path / "run")
 
 
 def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

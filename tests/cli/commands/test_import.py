@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,7 +114,10 @@ def test_import_from_the_command_line(cli):
 
 STOCK = """
 import json, sys
+import mlx.core as mx
 from mlx_lm import lora
+
+mx.disable_compile()  # a C++ compiler at run time is not what is compared
 
 class Keep:
     def __init__(self):
@@ -194,10 +195,9 @@ def test_the_imported_command_trains_as_stock_mlx_lm_does_where_one_batch_is_the
         "seed": 3,
     } | more
     (here / "old.yaml").write_text(yaml.safe_dump(old).replace("'1e-3'", "1e-3"))
-    # Without compiling: a C++ compiler at run time is not what is compared.
-    environment = {**cli.environment, "MLX_DISABLE_COMPILE": "1"}
-    stock = [sys.executable, "-c", STOCK, "--", "-c", "old.yaml"]
-    subprocess.run(stock, cwd=here, env=environment, check=True, capture_output=True, timeout=300)
+    stock = cli.start("-c", "old.yaml", words=("-c", STOCK, "--"))
+    output, _ = stock.communicate(timeout=300)
+    assert stock.returncode == 0, output
     theirs = json.loads((here / "stock.json").read_text())
     command = json.loads(cli("import", "old.yaml", "--json"))
     assert command["not_carried"] == []

@@ -36,8 +36,8 @@ def by_hand(run: Path, name: str) -> Path:
 
 
 @pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
-    return train(tiny(**{"lora.dropout": 0.1}), tmp_path / "run")
+def run(tiny: Callable, train_once: Callable, tmp_path: Path) -> Path:
+    return train_once(tiny(**{"lora.dropout": 0.1}), tmp_path / "run")
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def outputs(
-    tiny: Callable[..., Config], train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Config], train_once: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A folder with two runs, a sweep of three jobs of which one failed, and the working directory above it."""
     monkeypatch.chdir(tmp_path)
-    first = train(tiny(), tmp_path / "outputs/2026-11-24/10-00-00")
+    first = train_once(tiny(), tmp_path / "outputs/2026-11-24/10-00-00")
     status = json.loads((first / "status.json").read_text())
 
     def again(name: str, rank: int, updated: str, **changes: Any) -> None:

@@ -18,13 +18,13 @@ from runner.config.schema import Config
 
 @pytest.fixture
 def trained(
-    tiny: Callable[..., Config], train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Config], train_once: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A run of the tiny model with generated answers, below the working directory."""
     monkeypatch.chdir(tmp_path)
     settings = tiny(**{"lora.rank": 4, "optimizer.learning_rate": 2e-3, "data.metric": "exact_match"})
     settings.data.metric_rows, settings.data.max_new_tokens, settings.train.test = 2, 4, True
-    return train(settings, tmp_path / "run")
+    return train_once(settings, tmp_path / "run")
 
 
 def page(capsys: pytest.CaptureFixture[str], path: Path | str, *arguments: str) -> str:

@@ -25,9 +25,9 @@ def run_test(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 
 
 @pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
+def run(tiny: Callable, train_once: Callable, tmp_path: Path) -> Path:
     changes = {"train.test": True, "train.eval_batches": 1, "data.metric": "exact_match", "data.max_new_tokens": 4}
-    return train(tiny(**changes), tmp_path / "run")
+    return train_once(tiny(**changes), tmp_path / "run")
 
 
 def write_split(folder: Path, name: str, rows: list[dict[str, str]]) -> Path:

@@ -39,8 +39,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def run(tiny: Callable, train: Callable, tmp_path: Path) -> Path:
-    return train(tiny(**{"data.metric": "exact_match", "data.max_new_tokens": 4}), tmp_path / "run")
+def run(tiny: Callable, train_once: Callable, tmp_path: Path) -> Path:
+    return train_once(tiny(**{"data.metric": "exact_match", "data.max_new_tokens": 4}), tmp_path / "run")
 
 
 def test_every_kept_checkpoint_is_measured_as_it_is_alone(

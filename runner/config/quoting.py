@@ -26,6 +26,11 @@ def unquote(text: str) -> str:
     return re.sub(rf"(\\+)({text[0]}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], text[1:-1])
 
 
+def unescape(text: str) -> str:
+    """Return the text that Hydra's grammar reads from plain `text`, in which special characters are escaped."""
+    return re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", text)
+
+
 def quote_value(value: Any) -> str:
     """Return a scalar or a list so that Hydra's grammar reads it back with the same type."""
     if isinstance(value, (list, tuple)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -85,6 +85,8 @@ class Measured:
     losses: LossesByRow
     score: float | None = None
     """Mean score of the data set's metric; None where it has none."""
+    answers: int = 0
+    """Number of rows whose answers were scored."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class FidelityRows:
         self._rows: TokenSet = getattr(data, self.split)
         self._selected = np.concatenate(evaluation_batches(self._rows.lengths, 1, count))
         self._answers = 0
-        self._known: tuple[Params, float | None] | None = None
+        self._known: tuple[Params, Measured] | None = None
         if config.data.metric and config.data.metric_rows and config.data.metric_split in data.parts:
             wanted = config.data.metric_rows
             self._answers = wanted if count < 0 else min(wanted, count) if wanted > 0 else count
@@ -175,10 +177,10 @@ class FidelityRows:
         """
         losses = self.losses(adapted, params)
         if self._known is not None and _equal(params, self._known[0]):
-            return Measured(losses, self._known[1])
+            return replace(self._known[1], losses=losses)
         adapted.place(params)
-        measured = Measured(losses, self._score(adapted.base))
-        self._known = self._known or (params, measured.score)
+        measured = Measured(losses, *self._score(adapted.base))
+        self._known = self._known or (params, measured)
         return measured
 
     def measure_model(self, base: BaseModel) -> Measured:
@@ -189,11 +191,11 @@ class FidelityRows:
         finally:
             adapted.remove()
 
-    def _score(self, base: BaseModel) -> float | None:
+    def _score(self, base: BaseModel) -> tuple[float | None, int]:
         if not self._answers:
-            return None
+            return None, 0
         rows = self._data.first_rows(self.config.data.metric_split, self._answers)
-        return answer_rows(base, rows, self.config, log=self._log).score
+        return answer_rows(base, rows, self.config, log=self._log).score, len(rows)
 
 
 def without_effect(params: Params) -> Params:

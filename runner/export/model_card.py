@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.safe_yaml import parse
-from runner.common.text import single_line
+from runner.common.text import count, single_line
 from runner.config import schema, serialize, validation
 from runner.config.schema import Config
 from runner.data.source import HUB_ID
@@ -70,7 +70,8 @@ def write_card(config: Config, facts: CardFacts) -> str:
     name = (facts.base_id or f"a {facts.model_type} model").rpartition("/")[2]
     kind = "The adapter alone, without the base model" if facts.adapter_only else "The adapter is merged into the model"
     about = f"{facts.base_id or name}, fine-tuned with LoRA on {_data_text(config)}"
-    about += f" ({facts.step:,} updates). {kind}." if facts.step else f". {kind}."
+    update = count(config.train.batch_size * config.train.grad_accumulation, "row")
+    about += f" ({count(facts.step, 'update')} of {update}). {kind}." if facts.step else f". {kind}."
     parts = [
         _front_matter(config, facts),
         f"# {name}, fine-tuned",
@@ -138,16 +139,17 @@ def _results(config: Config, facts: CardFacts) -> str:
     check = facts.check
     if check is None:
         return "This export was not compared with its run."
-    rows = [
-        f"| | loss on {len(check.base.tokens)} {facts.split} rows |",
+    lines = [
+        f"| | loss on {count(len(check.base.tokens), f'{facts.split} row')} |",
         "|---|---|",
         f"| base model | {check.base.mean:.4f} |",
         f"| after training | {check.run.losses.mean:.4f} |",
         f"| these files, loaded again | {check.export.losses.mean:.4f} |",
     ]
-    text = "\n".join(rows)
+    text = "\n".join(lines)
     if check.export.score is not None:
-        text += f"\n\n{config.data.metric} on the {config.data.metric_split} split: {check.export.score:.1%}."
+        rows = count(check.export.answers, f"{config.data.metric_split} row")
+        text += f"\n\n{config.data.metric} on {rows}: {check.export.score:.1%}."
     return text
 
 

@@ -7,6 +7,7 @@ loading, or for the chat template of a run. So it is given a model that is in me
 from __future__ import annotations
 
 import json
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -21,8 +22,9 @@ from mlx_lm.server import APIHandler, CompletionRequest, ModelProvider, Response
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from runner.common.errors import ConfigError, ModelError
+from runner.common.errors import ConfigError, DataError, ModelError
 from runner.config.schema import Config
+from runner.data.row_errors import RowError
 from runner.inference.conversation import context_length
 from runner.inference.prompts import PromptEncoder
 from runner.models.load import BaseModel
@@ -174,12 +176,16 @@ class _RunTokenizer(TokenizerWrapper):
         return self._with_room(list(self._wrapped.encode(text, **options)))
 
     def _with_room(self, tokens: list[int]) -> list[int]:
-        """Raise ValueError where the model's context has no room for an answer after `tokens`, and return them."""
+        """Raise _PromptTooLong where the model's context has no room for an answer after `tokens`, and return them."""
         if self._context is not None and len(tokens) >= self._context:
-            raise ValueError(
+            raise _PromptTooLong(
                 f"The prompt has {len(tokens):,} tokens, and the model's context ends at {self._context:,}."
             )
         return tokens
+
+
+class _PromptTooLong(ValueError):
+    """Raised for a prompt after which the model's context has no room for an answer."""
 
 
 class _Handler(APIHandler):
@@ -226,6 +232,12 @@ class _Handler(APIHandler):
             self._refuse(421, "This server answers on the loopback interface only.")
             return False
         return True
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        """Begin an answer. mlx-lm has 404 for every prompt that it cannot answer, in the handler of what was raised."""
+        if isinstance(sys.exc_info()[1], (_PromptTooLong, DataError, RowError)):
+            status_code = 400
+        super()._set_completion_headers(status_code)
 
     def _refuse(self, status: int, reason: str) -> None:
         self.close_connection = True

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.config import serialize
+from runner.config.quoting import unescape, unquote
 from runner.reports import settings_text
 from runner.runs.inspect import RunInfo
 from runner.runs.sweep_manifest import SweepJob
@@ -59,4 +60,4 @@ def _value(name: str, job: SweepJob, settings: Mapping[str, Any]) -> Any:
     if job.config is not None:
         return None
     typed = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in job.overrides)}
-    return typed.get(name)
+    return unescape(unquote(typed[name])) if name in typed else None

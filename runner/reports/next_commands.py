@@ -84,8 +84,8 @@ def for_sweep(sweep: SweepInfo) -> list[Command]:
 def after_sweep(folder: Path, *, finished: bool, varied: Sequence[str]) -> list[Command]:
     """Return the command printed where a sweep ends: finish it, or extend it by values of the first `varied` key."""
     if not finished:
-        return [_resume(folder, "finish the sweep")]
-    return [Command("extend the sweep", f"{_resume(folder).line} {varied[0]}=…")] if varied else []
+        return [_resume(folder, "finish")]
+    return [Command("extend", f"{_resume(folder).line} {varied[0]}=…")] if varied else []
 
 
 def for_damaged_run(run: Path, *, resumable: bool, repeatable: bool, backup: Path | None) -> list[Command]:

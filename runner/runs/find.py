@@ -75,11 +75,6 @@ class SweepInfo:
         return self.best.best_loss if self.best else None
 
     @property
-    def step(self) -> int:
-        """The number of updates made in all its runs."""
-        return sum(run.step or 0 for run in self.runs)
-
-    @property
     def updated(self) -> float:
         """When one of its runs last wrote a file, in seconds since 1970."""
         return max((run.updated for run in self.runs), default=modified_time(self.path))

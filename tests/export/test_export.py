@@ -283,6 +283,17 @@ def test_names_of_local_folders_are_removed_at_any_depth(tmp_path: Path) -> None
     assert json.loads((tmp_path / "config.json").read_text()) == {"text_config": {"n": 1}, "parts": [{}]}
 
 
+def test_a_card_says_on_how_many_rows_it_trained_and_was_measured() -> None:
+    config = Config()
+    config.model.path, config.data.path, config.data.metric = "someone/base", "someone/rows", "exact_match"
+    config.train.batch_size, config.train.grad_accumulation = 4, 2
+    losses = LossesByRow(np.ones(3), np.ones(3, np.int64))
+    measured = FidelityCheck(losses, Measured(losses), Measured(losses, 0.5, 8), 1.0)
+    card = write_card(config, CardFacts("someone/base", None, "llama", 1200, False, measured, "valid"))
+    assert "(1,200 updates of 8 rows)" in card and "loss on 3 valid rows" in card
+    assert "exact_match on 8 test rows: 50.0%" in card
+
+
 def test_the_command_of_a_card_bears_an_apostrophe() -> None:
     config = Config()
     config.model.path, config.data.path, config.data.template_args = "someone/base", "someone/rows", {"who": "Ann's"}

@@ -54,4 +54,4 @@ def test_table_csv_and_curves_name_the_settings_that_differ(manifest: SweepManif
     assert results_svg(results).count("<polyline") == 4
     out = io.StringIO()
     print_sweep_results(results, Screen(out))
-    assert "lora.rank  state" in out.getvalue() and "finish the sweep" in out.getvalue()
+    assert "lora.rank  state" in out.getvalue() and "\nfinish      python" in out.getvalue()

@@ -88,5 +88,7 @@ def test_the_settings_that_vary_have_the_values_of_each_jobs_config_whatever_was
         {"data.path": "/a b", "vars.x": 4, "lora.rank": 4, "optimizer": "sgd"},
     ]
     assert varied_settings(jobs)[3]["seed"] == "1"
+    escaped = SweepJob(4, "4", (r"seed=$\{oc.env\:SEED\}",))
+    assert varied_settings([*jobs, escaped])[4]["seed"] == "${oc.env:SEED}"
     changed = [jobs[0], jobs[1].with_changes({"data.path": "builtin:tiny"})]
     assert "data.path" not in varied_settings(changed)[0]

@@ -69,7 +69,7 @@ def _table(folder: Path, entries: Sequence[RunInfo | SweepInfo]) -> Part:
         if isinstance(entry, RunInfo):
             row += [sections.state(entry.state), sections.shown(cells.format_progress(entry), entry.step)]
         else:
-            row += [f"sweep: {cells.format_states(entry)}", entry.step]
+            row += [f"sweep: {cells.format_states(entry)}", None]
         updated = time_text(cells.format_time(entry.updated) or "")
         row += [entry.best_loss, sections.shown(updated, entry.updated)]
         row += [sections.shown(format_bytes(entry.size_bytes), entry.size_bytes), origin, label]

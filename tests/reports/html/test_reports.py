@@ -193,6 +193,7 @@ def test_a_folder_links_to_the_pages_below_it(tmp_path: Path) -> None:
     assert links == {"a:b/run": "./a%3Ab/run/report.html", "other": None, "sweep": "./sweep/report.html"}
     notes = [note for row in part(data, "Runs and sweeps")["rows"] for note in row["notes"]]
     assert notes == ["failed: no <b>room</b>"]
+    assert {row["run"]: row["steps"] for row in table(data, "Runs and sweeps")}["sweep"] is None  # each job has its own
 
 
 def test_a_long_run_makes_a_small_page_with_its_peaks(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ _MAX_REFERENCE_LENGTH = 1000
 # YAML 1.1 reads 1:30:00 as a number in base 60, in time that grows with the square of its length; and Python does
 # not print an integer of thousands of digits.
 _LONG_NUMBER = re.compile(r"[-+0-9_:.]{100,}|[-+]?0[xob][0-9a-fA-F_]{98,}")
+_SECTION = re.compile(r"^(?=[a-z_]+:(?: |$))", re.MULTILINE)
+_NOT_OF_ONE_SECTION = re.compile(r"^(?:---|\.\.\.|%)|[&*]", re.MULTILINE)
+"""Marks of documents, and what may be an anchor or an alias."""
+_MAX_REMEMBERED_SECTION = 4000
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -54,6 +58,8 @@ def parse(text: str) -> Any:
     Raises:
         ValueError: with the reason.
     """
+    with suppress(ValueError, yaml.YAMLError, _UncommonYaml):  # the whole text says where it is wrong
+        return _parse_sections(text)
     try:
         try:
             return _build(_checked_events(text, allow_aliases=False))
@@ -63,6 +69,41 @@ def parse(text: str) -> Any:
             return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"it is not plain YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def _parse_sections(text: str) -> dict[Any, Any]:
+    """Return the mapping in `text`, whose sections are parsed once where several configs share them, as in a sweep.
+
+    A section is a line that begins with a key and all that follows until the next such line. A construct that goes on
+    there, such as a quoted text, is incomplete without it.
+
+    Raises:
+        ValueError, yaml.YAMLError, _UncommonYaml: it has other parts, or a section cannot be parsed by itself.
+    """
+    start, *sections = _SECTION.split(text)
+    if start or not sections or _NOT_OF_ONE_SECTION.search(text):
+        raise _UncommonYaml
+    mapping: dict[Any, Any] = {}
+    for section in sections:
+        found = _short_section(section) if len(section) <= _MAX_REMEMBERED_SECTION else _parse_section(section)
+        mapping |= {key: _copied(value) for key, value in found.items()}
+    return mapping
+
+
+def _parse_section(text: str) -> dict[Any, Any]:
+    found = _build(_checked_events(text, allow_aliases=False))
+    if not isinstance(found, dict):
+        raise _UncommonYaml
+    return found
+
+
+_short_section = lru_cache(maxsize=1000)(_parse_section)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def require_bounded(path: Path) -> None:

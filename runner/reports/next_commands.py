@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.common.commands import PROGRAM, mlx_lm_command, repeat_command, resume_command, warm_start_command
 from runner.common.safe_json import finite_number
 from runner.common.text import relative_path, shell_path
 from runner.config.resume_policy import iters_may_change
-from runner.reports.checkpoint_list import CheckpointInfo
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
 from runner.runs.sweep_manifest import NAME as SWEEP_MANIFEST
+
+if TYPE_CHECKING:
+    from runner.reports.checkpoint_list import CheckpointInfo  # which imports NumPy
 
 _MOST_RUNS = 5
 """Unfinished runs of a sweep without a manifest that are listed one by one."""

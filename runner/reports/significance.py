@@ -120,7 +120,15 @@ def _limit(
     for i in range(count - 1):
         pairs = np.abs(deviations[:, i + 1 :] - deviations[:, i : i + 1]) * scale[i, i + 1 :]
         np.maximum(largest, pairs.max(axis=1), out=largest)
-    return float(np.quantile(largest, CONFIDENCE)), errors
+    return _quantile(largest, CONFIDENCE), errors
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    """Return what np.quantile does, which imports numpy.ma: a tenth of the time that a sweep takes to be shown."""
+    place = share * (len(values) - 1)
+    below = int(place)
+    pair = np.partition(values, (below, min(below + 1, len(values) - 1)))[below : below + 2]
+    return float(pair[0] + (pair[-1] - pair[0]) * (place - below))
 
 
 def _widening(freedom: float, resamples: int, random: np.random.Generator) -> np.ndarray:

@@ -61,6 +61,56 @@ def test_what_pyyaml_writes_is_read_as_pyyaml_reads_it(data: dict[str, Any]) -> 
     assert safe_yaml.parse(text) == yaml.load(text, Loader=PurePython)
 
 
+LINES = st.sampled_from(
+    [
+        "a: 1",
+        "b:",
+        "c: 'x",
+        'd: "y',
+        "e: [1,",
+        "f: {g: 2",
+        "h: >",
+        "i: >+",
+        "true: 3",
+        "a: 4",
+        "m: foo",
+        "  n: 5",
+        "  - 6",
+        "- 7",
+        "  o: 'p'",
+        "q: 8]",
+        "r: 9}",
+        "s: t'",
+        'u: v"',
+        "  w",
+        "",
+        "# x",
+        "---",
+        "...",
+        "? y",
+        "z",
+        "%",
+    ]
+)
+
+
+@given(lines=st.lists(LINES, max_size=8))
+def test_sections_that_are_remembered_are_read_as_in_the_whole_text(lines: list[str]) -> None:
+    text = "\n".join(lines)
+    try:
+        expected = yaml.load(text, Loader=PurePython)
+    except (yaml.YAMLError, TypeError, ValueError):
+        with pytest.raises(ValueError, match="."):
+            safe_yaml.parse(text)
+    else:
+        assert safe_yaml.parse(text) == expected
+
+
+def test_what_is_remembered_is_not_shared() -> None:
+    safe_yaml.parse("a:\n  b: [1]\n")["a"]["b"].append(2)
+    assert safe_yaml.parse("a:\n  b: [1]\n") == {"a": {"b": [1]}}
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_refuses_hostile_text_with_the_reason(name: str) -> None:
     text, reason = HOSTILE[name]

@@ -9,7 +9,6 @@ from runner.checkpoints.retention import best_checkpoint
 from runner.cli.commands.selection import Selection, SelectionParser, select
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import relative_path, single_line
-from runner.reports.checkpoint_list import list_checkpoints
 from runner.reports.fields import FIELDS, Field
 from runner.reports.screen import json_document
 from runner.runs.inspect import RunInfo
@@ -87,6 +86,8 @@ def _objective_by(name: str, runs: Sequence[RunInfo]) -> Objective:
 
 
 def _best_checkpoint(run: RunInfo) -> Path:
+    from runner.reports.checkpoint_list import list_checkpoints  # imports NumPy, which the path of a run does without
+
     best = best_checkpoint(checkpoint for checkpoint in list_checkpoints(run) if checkpoint.problem is None)
     if best is None:
         raise ConfigError(f"{relative_path(run.path)}: none of its checkpoints was evaluated. Leave out --checkpoint.")

@@ -161,7 +161,8 @@ def _context(selection: Selection) -> Context:
 def _neighbourhood(root: Path) -> list[Path]:
     """Return the folders where runs may be that came from those below `root`, whatever the working directory: all
     folders outputs/, and the runs and sweeps that lie beside it."""
-    outputs = [path for path in (Path(OUTPUTS).resolve(), *root.parents) if path.name == OUTPUTS and path.is_dir()]
+    above = dict.fromkeys((Path(OUTPUTS).resolve(), *root.parents))
+    outputs = [path for path in above if path.name == OUTPUTS and path != root and path.is_dir()]
     beside: list[Path] = []
     with suppress(OSError):
         beside = [path for path in sorted(root.parent.iterdir()) if path != root and is_run_or_sweep(path)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from runner.common.text import count, format_duration, relative_path
@@ -19,6 +20,8 @@ from runner.runs.timeline import Timeline
 
 _AXES = {"step": ("step", 1.0), "tokens": ("tokens", 1.0), "minutes in updates": ("time", 60.0)}
 """Axis of the chart to that of the timeline, and its unit there."""
+_COLUMN_GAP, _MOST_CHARACTERS = 5, 90
+"""Characters between two columns, and of all settings, that fit on a page beside the name and the state."""
 _MOST_NAMED_CURVES = 6
 """More curves than this are coloured by their result instead of having a colour each."""
 
@@ -29,32 +32,59 @@ def comparison_report(comparison: Comparison) -> Page:
     return Page(
         kind="comparison",
         title=f"{count(len(runs), names.noun)} compared",
+        lines=[f"of {relative_path(runs[0].path.parent)}"] if names.are_jobs else [],
         folder=Path(os.path.commonpath([run.path.absolute() for run in runs])),
         hosts=[run.status.get("host") for run in runs],
         parts=[
             *(verdict_part(verdict, names) for verdict in comparison.verdicts),
-            _table(comparison),
+            _results(comparison),
+            _settings(comparison),
             sections.charts("Curves", [_chart(comparison)], id="charts"),
         ],
     )
 
 
-def _table(comparison: Comparison) -> Part:
+def _settings(comparison: Comparison) -> Part:
+    """Return the table of what was run; its settings have a column each where these fit beside each other."""
     names, runs = comparison.differing, comparison.runs
     texts = {name: settings_text.texts_of(name, [run.settings.get(name) for run in runs]) for name in names}
-    columns = [Column(title=title, code=title == "directory") for title in (comparison.names.noun, "directory", "name")]
+    columns = [Column(title=comparison.names.noun), Column(title="directory", code=True), Column(title="name")]
     columns.append(Column(title="state"))
-    columns += [*setting_columns(names), *_RESULT_COLUMNS]
-    rows = []
-    for i, (run, results) in enumerate(zip(runs, comparison.results, strict=True)):
-        name = comparison.names.by_path[run.path]
-        row: list[sections.Cell] = [name, relative_path(run.path), run.labels.name, sections.state(run.state)]
-        row += [setting_cell(texts[setting][i], run.settings.get(setting)) for setting in names]
-        rows.append(Row(cells=[*row, *_result_cells(run, results)], id=row_id(name, comparison.names)))
-    shown = [i for i in range(len(columns)) if any(row.cells[i] is not None for row in rows)]
-    columns = [columns[i] for i in shown]
-    rows = [Row(cells=[row.cells[i] for i in shown], id=row.id) for row in rows]
-    return sections.table("Settings and results", columns, rows, id="runs")
+    rows: list[list[sections.Cell]] = []
+    for run in runs:
+        directory = None if comparison.names.are_jobs else relative_path(run.path)
+        rows.append([comparison.names.by_path[run.path], directory, run.labels.name, sections.state(run.state)])
+    titles = settings_text.short_names(names)
+    if sum(max(map(len, [titles[name], *texts[name]])) + _COLUMN_GAP for name in names) <= _MOST_CHARACTERS:
+        columns += setting_columns(names)
+        for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
+            row += [setting_cell(texts[name][i], run.settings.get(name)) for name in names]
+    else:
+        columns.append(Column(title="settings that differ", code=True))
+        for row, text in zip(rows, settings_text.pairs([[run] for run in runs], names), strict=True):
+            row.append(text)
+    return _without_empty_columns("Settings", columns, rows, comparison, id="runs")
+
+
+def _results(comparison: Comparison) -> Part:
+    columns = [Column(title=comparison.names.noun), *_RESULT_COLUMNS]
+    rows = [
+        [comparison.names.by_path[run.path], *_result_cells(run, results)]
+        for run, results in zip(comparison.runs, comparison.results, strict=True)
+    ]
+    return _without_empty_columns("Results", columns, rows, comparison, id="results")
+
+
+def _without_empty_columns(
+    title: str, columns: Sequence[Column], rows: Sequence[Sequence[sections.Cell]], comparison: Comparison, *, id: str
+) -> Part:
+    shown = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    names = comparison.names
+    found = [
+        Row(cells=[row[i] for i in shown], id=row_id(names.by_path[run.path], names))
+        for run, row in zip(comparison.runs, rows, strict=True)
+    ]
+    return sections.table(title, [columns[i] for i in shown], found, id=id)
 
 
 _RESULT_COLUMNS = (

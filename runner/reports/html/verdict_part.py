@@ -22,10 +22,10 @@ def verdict_part(verdict: Verdict, names: Names) -> Part:
     labels = settings_text.pairs([c.runs for c in verdict.candidates], [name for name in varied if name != "seed"])
     columns = [
         Column(title=f"{names.noun}s"),
+        Column(title="outcome"),
         Column(title="difference", number=True, digits=_DIGITS, help="how much worse than the best"),
         Column(title="95 % interval", number=True),
         Column(title="in updates", number=True, help="time in updates until the result"),
-        Column(title="outcome"),
         Column(title="settings that differ", code=True),
     ]
     rows = [
@@ -48,10 +48,10 @@ def _cells(candidate: Candidate, verdict: Verdict, names: Names) -> list[section
     best = candidate is verdict.candidates[0]
     return [
         names.listed(candidate.runs),
+        outcome(candidate, verdict),
         None if best else candidate.difference,
         None if best else sections.shown(interval(candidate), candidate.low),
         None if seconds is None else sections.shown(duration(seconds), seconds),
-        outcome(candidate, verdict),
     ]
 
 

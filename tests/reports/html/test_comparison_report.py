@@ -35,13 +35,14 @@ def parts(data: str) -> list[dict[str, Any]]:
 
 
 def test_the_page_of_a_comparison_has_the_verdict_the_results_and_the_curves(sweep: Path) -> None:
-    verdict, results, curves = parts(page_json(comparison_report(compare(read_sweep(sweep).runs))))
+    verdict, results, settings, curves = parts(page_json(comparison_report(compare(read_sweep(sweep).runs))))
     assert verdict["title"] == "Verdict: validation loss of the same 60 rows"
     assert [row["cells"][0] for row in verdict["rows"]] == ["0, 1", "2, 3"]
-    assert [row["cells"][4] for row in verdict["rows"]] == ["best: 1.2000", "worse"]
+    assert [row["cells"][1] for row in verdict["rows"]] == ["best: 1.2000", "worse"]
     assert verdict["note"].startswith("Jobs 2, 3 are worse than jobs 0, 1 by more than noise on these 60 rows (diff")
     titles = [column["title"] for column in results["columns"]]
-    assert titles[:5] == ["job", "directory", "state", "rank", "seed"] and "test loss" not in titles
+    assert [column["title"] for column in settings["columns"]] == ["job", "state", "rank", "seed"]
+    assert titles[:2] == ["job", "valid loss"] and "test loss" not in titles
     row = dict(zip(titles, results["rows"][0]["cells"], strict=True))
     assert row["valid loss"] == pytest.approx(1.2, abs=1e-5) and row["at step"] == 10
     assert row["tokens"] == 2000 and row["tokens a second"] == 100 and row["in updates"]["text"] == "20s"
@@ -51,9 +52,20 @@ def test_the_page_of_a_comparison_has_the_verdict_the_results_and_the_curves(swe
     assert [curve["id"] for curve in curves["charts"][0]["curves"]] == [row["id"] for row in results["rows"]]
 
 
+def test_many_settings_that_differ_are_one_column_that_a_page_has_room_for(tmp_path: Path) -> None:
+    changes = {"lora__rank": 16, "schedule__warmup": 10, "train__batch_size": 2, "optimizer__learning_rate": 1e-5}
+    paths = [
+        write_run(tmp_path / "a", {10: row_losses(1.0)}, data__path="builtin:text_to_sql"),
+        write_run(tmp_path / "b", {10: row_losses(1.0)}, train__grad_accumulation=4, train__clip_norm=0.5, **changes),
+    ]
+    *_, settings, _ = parts(page_json(comparison_report(compare([read_run(path) for path in paths]))))
+    assert [column["title"] for column in settings["columns"]] == ["run", "directory", "state", "settings that differ"]
+    assert "rank=16" in settings["rows"][1]["cells"][3] and "grad_accumulation=4" in settings["rows"][1]["cells"][3]
+
+
 def test_runs_that_cannot_be_judged_have_a_page_that_says_why(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, {10: row_losses(1.0)}, rows=None, lora__rank=len(name)) for name in ("a", "bc")]
-    verdict, _, _ = parts(page_json(comparison_report(compare([read_run(run) for run in runs]))))
+    verdict, *_ = parts(page_json(comparison_report(compare([read_run(run) for run in runs]))))
     assert verdict["kind"] == "text"
     assert "the run is of an earlier version" in " ".join(verdict["lines"])
 
@@ -79,4 +91,8 @@ def test_a_browser_draws_the_comparison_over_each_axis(
     for axis in ("tokens", "minutes in updates"):
         page.get_by_role("radio", name=axis, exact=True).check()
         assert page.locator(".plot canvas").count() == 1
+    tables = page.locator(".scroll").evaluate_all("all => all.map((one) => one.scrollWidth - one.clientWidth)")
+    assert len(tables) == 3 and (width < 1280 or tables == [0, 0, 0])
+    outcome = page.locator("section.table").first.locator("tbody tr").first.locator("td").nth(1).bounding_box()
+    assert outcome["x"] + outcome["width"] <= width
     assert re.search("more than noise|not distinguishable", page.locator("main").inner_text())

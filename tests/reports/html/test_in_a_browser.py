@@ -163,6 +163,11 @@ def test_the_page_fits_its_window(open_report: Open, sweep: Path, width: int) ->
     assert unnamed == 0
 
 
+def test_the_last_axis_of_the_settings_is_inside_the_page(open_report: Open, sweep: Path) -> None:
+    page = open_report(sweep)
+    assert page.locator(".parallel-box").evaluate("box => box.scrollWidth - box.clientWidth") == 0
+
+
 def test_hostile_texts_are_shown_and_never_run(open_report: Open, tmp_path: Path) -> None:
     samples = [
         {"step": step, "row": 0, "prompt": HOSTILE, "expected": HOSTILE, "text": HOSTILE, "score": 0.0}

@@ -45,6 +45,7 @@ def job_settings(sweep: Path, *names: str) -> list[tuple]:
 def test_a_refused_resume_removes_nothing_and_a_second_one_is_refused_too(inline):
     process = inline.start("-m", *SMALL, "train.iters=100000", "lora.rank=2,4", "hydra.sweep.dir=s")
     inline.wait_for(inline.folder / "s/0", 10, process)
+    process.send_signal(signal.SIGSTOP)  # it holds the sweep all the same, and leaves the processor to the others
     for _ in range(2):
         assert f"pid {process.pid}" in inline("resume=s", expect=3)
         assert (inline.folder / "s/.lock").exists()

@@ -95,7 +95,7 @@ def place(tmp_path_factory, make_cli):
     (folder / "old").mkdir()
     (folder / "mine/experiment").mkdir(parents=True)
     (folder / "old.yaml").write_text("model: Qwen/Qwen3-0.6B\ntrain: true\ndata: my_data\niters: 100\n")
-    from runner.models.lora import read_weights
+    from runner.models.warm_start import read_weights
 
     weights = read_weights(folder / RUN / "adapters")
     np.savez(folder / "old/adapters.npz", **{name: np.array(array) for name, array in weights.items()})

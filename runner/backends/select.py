@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +27,15 @@ from runner.models.hidden_cache import numeric_platform
 from runner.models.lora import AdaptedModel
 from runner.models.split_model import Parts, SplitModel
 
-_MODEL_FILES = ("split_model.py", "split_probe.py", "stand_in.py", "lora.py", "dropout.py")
+_MODEL_FILES = (
+    "split_model.py",
+    "split_probe.py",
+    "stand_in.py",
+    "lora.py",
+    "adapter_layers.py",
+    "adapter_targets.py",
+    "dropout.py",
+)
 _UNSUPPORTED = (UnsupportedModel, AttributeError)  # another version of mlx-lm may rename parts of its models
 
 
@@ -89,6 +97,8 @@ def unverified_backend(adapted: AdaptedModel, config: Config) -> Backend:
     frozen_blocks = _cached_blocks(adapted, config)
     try:
         parts = split_probe.unverified_parts(adapted.model, frozen_blocks)
+        if adapted.trains_head:
+            parts = replace(parts, trunk=None)
         split_model = SplitModel(adapted.model, parts)
     except Exception as error:  # models and MLX raise all kinds of errors
         raise adapted.explain(error) from error
@@ -109,7 +119,7 @@ def _cached_blocks(adapted: AdaptedModel, config: Config) -> int:
     """Return the number of frozen blocks whose output is to be cached: none where noise is added below them."""
     if not config.train.hidden_cache.enabled or config.train.neftune_alpha is not None:
         return 0
-    return len(adapted.model.layers) - adapted.num_layers
+    return adapted.frozen_blocks
 
 
 def _embedding_noise(adapted: AdaptedModel, config: Config) -> EmbeddingNoise | None:
@@ -119,9 +129,13 @@ def _embedding_noise(adapted: AdaptedModel, config: Config) -> EmbeddingNoise | 
 
 def _choose(adapted: AdaptedModel, config: Config, ops: Ops) -> Choice:
     """Decide by the settings, then by the model, whether the engine may compute the run."""
-    t = config.train
+    t, lora = config.train, config.lora
     unsupported = {
-        "lora.dropout is above 0": config.lora.dropout > 0,
+        f"lora.type={lora.type}": lora.type != "lora",
+        f"lora.init={lora.init}": lora.init != "default",
+        "lora.modules_to_save is set": bool(adapted.targets.whole),
+        f"an adapter on {', '.join(sorted(adapted.targets.outside))}": bool(adapted.targets.outside),
+        "lora.dropout is above 0": lora.dropout > 0,
         "train.neftune_alpha is set": t.neftune_alpha is not None,
         "train.compile=always": t.compile == "always",
         "train.head=all": t.head == "all",
@@ -173,6 +187,8 @@ def _mlx_backend(
     if parts is None:
         try:
             parts = split_probe.find_parts(adapted.model, frozen_blocks, length)
+            if adapted.trains_head:  # of which the loss in chunks gives no gradients
+                parts = replace(parts, trunk=None)
             gradients = GradientProbe(adapted)
         except Exception as error:  # models and MLX raise all kinds of errors
             raise adapted.explain(error) from error

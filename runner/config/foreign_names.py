@@ -18,6 +18,11 @@ OUR_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), ("lora.rslora",)),
     **dict.fromkeys(("lora_layers", "layers_to_transform", "num_lora_layers"), ("lora.num_layers",)),
     **dict.fromkeys(("fine_tune_type", "train_type", "finetuning_type"), ("lora.type",)),
+    **dict.fromkeys(("use_dora", "peft_use_dora"), ("lora.type",)),
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), ("lora.modules_to_save",)),
+    **dict.fromkeys(("rank_pattern",), ("lora.rank_pattern",)),
+    **dict.fromkeys(("init_lora_weights", "peft_init_lora_weights", "pissa_init"), ("lora.init",)),
+    **dict.fromkeys(("loraplus_lr_ratio",), ("lora.b_lr_ratio",)),
     **dict.fromkeys(("resume_adapter_file", "lora_model_dir", "adapter_name_or_path", "adapter_path"), ("adapter",)),
     # model
     **dict.fromkeys(
@@ -82,7 +87,6 @@ OUR_NAMES: dict[str, tuple[str, ...]] = {
 }
 """The last part of a name there, in lower case, and what it is here."""
 _ANSWERS = {
-    **dict.fromkeys(("use_dora", "peft_use_dora"), "DoRA is not offered: lora.type=lora is the only kind of adapter."),
     **dict.fromkeys(
         ("packing", "sample_packing", "eval_packing", "neat_packing", "eval_sample_packing", "pad_to_sequence_len"),
         "Rows are neither packed into one nor padded to a length: docs/data.md, 'Batches'.",
@@ -101,6 +105,7 @@ _ANSWERS = {
 _REVERSED = "The meaning is reversed: {name}=true is data.mask_prompt=false, and false is true."
 _NOTES = {
     **{name: _REVERSED.format(name=name) for name in ("train_on_inputs", "train_on_prompt")},
+    **dict.fromkeys(("use_dora", "peft_use_dora"), "lora.type=dora."),
     "warmup_ratio": "schedule.warmup is a number of updates here: the ratio times train.iters.",
     "lora_alpha": "lora.alpha is the numerator as in PEFT: scale = alpha / rank.",
     "target_modules": "A suffix such as q_proj names the layer in every block.",

@@ -20,10 +20,14 @@ DEFAULT_LORA_SCALE = 20.0
 class LoraConfig:
     """The shape of the adapter."""
 
-    type: str = setting("lora", choices=("lora",))
-    """Method of fine-tuning."""
+    type: str = setting("lora", choices=("lora", "dora", "full"))
+    """Method of fine-tuning: lora; dora, which trains the norm of each row as well (arXiv:2402.09353); or full, which
+    trains the model's own weights in the chosen blocks, in float32, and has no rank and no factor."""
     rank: int = setting(8, at_least=1, at_most=16_384)
     """Rank of the update matrices."""
+    rank_pattern: list[str] | None = setting(None)
+    """Ranks that differ by layer, each as KEY:RANK with a key as in lora.keys, such as v_proj:16; the first that names
+    a layer counts. lora.alpha is divided by the layer's own rank, as in PEFT; lora.scale holds for all."""
     scale: float | None = setting(None)
     """Factor of the update, as in mlx-lm; null means 20 unless alpha is set."""
     alpha: float | None = setting(None, above=0)
@@ -32,10 +36,17 @@ class LoraConfig:
     """With alpha: scale = alpha / sqrt(rank) (rank-stabilized LoRA, arXiv:2312.03732)."""
     dropout: float = setting(0.0, at_least=0, below=1)
     """Dropout probability on the adapter's input."""
+    init: str = setting("default", choices=("default", "pissa"))
+    """Start of the factors: default, A random and B zero; or pissa, the principal singular vectors of the weight
+    (arXiv:2404.02948), while what the model computes is that of the base all the same."""
     num_layers: int = setting(16, at_least=1, minus_one_is_all=True)
     """Number of transformer blocks to adapt, counted from the last."""
     keys: list[str] | None = setting(None)
-    """Linear layers to adapt inside a block, such as self_attn.q_proj; null means every linear layer."""
+    """Layers to adapt; null means every linear layer of the blocks. A key is a layer's name inside a block, its end
+    (q_proj), or a glob (self_attn.*), with layers.20-29. or layers.3. in front for blocks by number, from 0; or the
+    name of a layer outside of the blocks (embed_tokens, lm_head)."""
+    modules_to_save: list[str] | None = setting(None)
+    """Modules to train whole, by keys as in lora.keys, such as embed_tokens and lm_head for new tokens; norms too."""
     b_lr_ratio: float | None = setting(None, above=0)
     """Learning rate of the factors B relative to optimizer.learning_rate, which A keeps (LoRA+, arXiv:2402.12354, where
     16 is a usual value); null means that both have the same."""

@@ -56,6 +56,10 @@ _TEMPLATE_RESERVED = frozenset(
 """Arguments of apply_chat_template that are no variables for the template."""
 
 
+_LAYER_KEY = re.compile(r"[\w.*?-]{1,200}")
+_RANK = re.compile(r"(?!0)\d{1,4}|1[0-5]\d{3}|16[0-2]\d{2}|163[0-7]\d|1638[0-4]")
+"""A rank, from 1 to 16,384."""
+
 _MIX_KEYS = ("path", "weight", "config", "revision", "splits", "format", "keys")
 
 
@@ -70,7 +74,7 @@ def validate(config: Config) -> None:
         problem for name, found in schema.metadata().items() for problem in _setting_problems(name, values[name], found)
     ]
     problems += _quantize_problems(config.model.quantize)
-    problems += _lora_problems(config.lora)
+    problems += _lora_problems(config)
     problems += _optimizer_problems(config.optimizer)
     problems += _schedule_problems(config)
     problems += [*_unused_options("optimizer", config.optimizer), *_unused_options("schedule", config.schedule)]
@@ -102,7 +106,7 @@ def fill_defaults(config: Config) -> Config:
         for option, default in schema.choice_options(name, section.name).items():
             if getattr(section, option) is None:
                 setattr(section, option, copy.copy(default))
-    if config.lora.scale is None and config.lora.alpha is None:
+    if config.lora.scale is None and config.lora.alpha is None and config.lora.type != "full":
         config.lora.scale = lora_scale(config.lora)
     return config
 
@@ -117,11 +121,15 @@ def make_paths_absolute(config: Config) -> None:
         source["path"] = absolute_path(source["path"], PathKind.INPUT)
 
 
-def lora_scale(lora: LoraConfig) -> float:
-    """Return the factor of the update: `scale`, or alpha / rank, with rslora alpha / sqrt(rank)."""
+def lora_scale(lora: LoraConfig, rank: int | None = None) -> float:
+    """Return the factor of the update: `scale`, or alpha / rank, with rslora alpha / sqrt(rank).
+
+    `rank`: that of the layer, where lora.rank_pattern gives it one of its own.
+    """
     if lora.alpha is None:
         return DEFAULT_LORA_SCALE if lora.scale is None else lora.scale
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+    rank = lora.rank if rank is None else rank
+    return lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
 
 
 def decay_updates(decay: float, iters: int) -> int:
@@ -201,12 +209,37 @@ def _quantize_problems(quantize: QuantizeConfig) -> list[str]:
     return []
 
 
-def _lora_problems(lora: LoraConfig) -> list[str]:
+def _lora_problems(config: Config) -> Iterator[str]:
+    lora = config.lora
     if lora.scale is not None and lora.alpha is not None:
-        return [f"lora.scale={lora.scale} and lora.alpha={lora.alpha} both set the factor: set exactly one."]
-    if lora.rslora and lora.alpha is None:
-        return ["lora.rslora=true needs lora.alpha: scale = alpha / sqrt(rank)."]
-    return []
+        yield f"lora.scale={lora.scale} and lora.alpha={lora.alpha} both set the factor: set exactly one."
+    elif lora.rslora and lora.alpha is None:
+        yield "lora.rslora=true needs lora.alpha: scale = alpha / sqrt(rank)."
+    for name in ("keys", "modules_to_save", "rank_pattern"):
+        for key in getattr(lora, name) or []:
+            if not _LAYER_KEY.fullmatch(key.rpartition(":")[0] if name == "rank_pattern" else key):
+                example = "v_proj:16" if name == "rank_pattern" else "self_attn.q_proj or layers.20-29.*"
+                yield f"lora.{name}: '{shorten(key, 60)}' is invalid: must be a name such as {example}."
+            elif name == "rank_pattern" and not _RANK.fullmatch(key.rpartition(":")[2]):
+                yield f"lora.rank_pattern: the rank of '{shorten(key, 60)}' is invalid: must be from 1 to 16,384."
+    if lora.type == "full":
+        unused = {
+            "lora.scale": lora.scale,
+            "lora.alpha": lora.alpha,
+            "lora.dropout": lora.dropout,
+            "lora.rank_pattern": lora.rank_pattern,
+            "lora.b_lr_ratio": lora.b_lr_ratio,
+            "lora.init": None if lora.init == "default" else lora.init,
+        }
+        for name, value in unused.items():
+            if value:
+                yield f"{name}={shorten(value, 60)} has no effect with lora.type=full, which has no factors."
+    elif lora.init == "pissa":
+        if lora.type == "dora" or lora.rank_pattern or config.adapter:
+            other = "lora.type=dora" if lora.type == "dora" else "lora.rank_pattern" if lora.rank_pattern else "adapter"
+            yield f"lora.init=pissa and {other} exclude each other: choose one."
+        if lora_scale(lora) <= 0:
+            yield f"lora.init=pissa needs a factor above 0, and lora.scale={lora.scale} is not."
 
 
 def _optimizer_problems(optimizer: OptimizerConfig) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from runner.common.atomic_io import create_atomically
 from runner.common.errors import RunnerError
 from runner.common.text import count
-from runner.export.fidelity import ExportError, FidelityCheck, FidelityRows, LossesByRow, Measured, without_effect
+from runner.export.fidelity import ExportError, FidelityCheck, FidelityRows, LossesByRow, Measured
 from runner.export.target import Target
 from runner.export.trained_adapter import TrainedAdapter
 from runner.models.lora import Params
@@ -34,7 +34,7 @@ def measure_run(trained: TrainedAdapter, row_count: int, log: Callable[[str], No
     adapted = trained.with_weights(trained.weights)
     rows = FidelityRows(trained.config, adapted.base, row_count, log)
     log(f"comparing on {count(rows.row_count, f'{rows.split} row')}")
-    base = rows.losses(adapted, without_effect(trained.weights))
+    base = rows.losses(adapted, adapted.without_effect(trained.weights))
     return FidelityReference(rows, base, rows.measure(adapted, trained.weights))
 
 

@@ -198,11 +198,6 @@ class FidelityRows:
         return answer_rows(base, rows, self.config, log=self._log).score, len(rows)
 
 
-def without_effect(params: Params) -> Params:
-    """Return an adapter of the same shapes that does nothing: B is zero."""
-    return {name: mx.zeros_like(array) if name.endswith("lora_b") else array for name, array in params.items()}
-
-
 def _equal(first: Params, second: Params) -> bool:
     return first.keys() == second.keys() and all(mx.array_equal(first[name], second[name]).item() for name in first)
 

@@ -30,6 +30,7 @@ def fuse_adapter(adapted: AdaptedModel, *, dequantize: bool) -> BaseModel:
     )
     if dequantize and quantization.is_quantized(model):
         remove_quantization(base)
+    adapted.round_whole_modules()
     for name in [name for name, layer in model.named_modules() if "lora_a" in layer]:
         try:
             fused = _fuse_layer(quantization.module_at(model, name))

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from runner.checkpoints.safetensors_file import pack
 from runner.common.errors import ModelError
 from runner.common.filesystem import FileSystem
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.common.text import first_line
+from runner.config.validation import lora_scale
+from runner.export.average import padded
 from runner.export.fidelity import EXACT_LIMIT, ROUNDED_LIMIT, FidelityRows, Measured, limit_of
 from runner.export.mlx import write_verified_folder
 from runner.export.target import Target, load_written
 from runner.export.trained_adapter import TrainedAdapter
-from runner.models.lora import AdaptedModel, Params, warm_start
+from runner.models.arrays import to_tensors
+from runner.models.lora import AdaptedModel, Params
+from runner.models.stock_mlx_lm import stock_problem
+from runner.models.warm_start import warm_start
+
+_FACTORS = (".lora_a", ".lora_b", ".m")
+"""Ends of the names of the arrays that mlx-lm's adapter layers have."""
 
 
 class FusedTarget(Target):
@@ -47,7 +59,18 @@ class MlxTarget(Target):
     limit = EXACT_LIMIT
 
     def write(self, trained: TrainedAdapter, path: Path) -> None:
-        """Write the adapter's files."""
+        """Write the adapter's files; layers of several ranks are filled up to the largest.
+
+        Raises:
+            ModelError: mlx-lm cannot load such an adapter.
+        """
+        assert trained.adapted is not None
+        if problem := stock_problem(trained.adapted):
+            if problem.export != "mlx":
+                raise ModelError(
+                    f"mlx-lm {version('mlx-lm')} cannot load this adapter: {problem.reason}. --to {problem.export}"
+                )
+            fill_up_ranks(trained)
         for name, content in trained.files.items():
             FileSystem().write_file(path / name, content)
 
@@ -55,6 +78,30 @@ class MlxTarget(Target):
         """Load the adapter by stock mlx-lm's own function."""
         weights = read_with_stock(trained, path)
         return rows.measure(trained.with_weights(weights), weights)
+
+
+def fill_up_ranks(trained: TrainedAdapter) -> None:
+    """Give every layer of `trained` the largest rank and one scale: zeros fill A and B, and B carries its own."""
+    assert trained.adapted is not None
+    adapted, lora = trained.adapted, trained.lora
+    targets, base = adapted.targets.adapted, adapted.base
+    rank, scale = max(target.rank for target in targets), lora_scale(lora)
+    trained.lora = replace(lora, rank=rank, rank_pattern=None, scale=scale, alpha=None, rslora=False)
+    adapted.remove()
+    trained.adapted = AdaptedModel(base, trained.lora, trained.config.seed)
+    weights = padded(trained.weights, trained.adapted.params())
+    for target in targets:
+        if (own := lora_scale(lora, target.rank)) != scale:
+            weights[f"{target.path}.lora_b"] = weights[f"{target.path}.lora_b"] * (own / scale)
+    mx.eval(weights)
+    trained.weights = weights
+    config = json.loads(trained.files[ADAPTER_CONFIG])
+    config["lora_parameters"]["rank"] = rank
+    config.pop("rank_pattern", None)
+    trained.files = {
+        ADAPTERS: pack(to_tensors(weights), {"format": "mlx"}),
+        ADAPTER_CONFIG: json.dumps(config, indent=1).encode(),
+    }
 
 
 def read_with_stock(trained: TrainedAdapter, folder: Path) -> Params:
@@ -71,7 +118,7 @@ def read_with_stock(trained: TrainedAdapter, folder: Path) -> Params:
     try:
         load_adapters(base.model, str(folder))
         stored = dict(tree_flatten(base.model.parameters()))
-        weights = {name: array for name, array in stored.items() if name.endswith((".lora_a", ".lora_b"))}
+        weights = {name: array for name, array in stored.items() if name in trained.weights or name.endswith(_FACTORS)}
         mx.eval(weights)
     except MemoryError:
         raise

@@ -18,7 +18,8 @@ from runner.config.schema import LoraConfig
 from runner.export.fidelity import EXACT_LIMIT, FidelityRows, Measured
 from runner.export.target import Target
 from runner.export.trained_adapter import TrainedAdapter, resolved_lora
-from runner.models.lora import Params, read_weights, warm_start
+from runner.models.lora import Params
+from runner.models.warm_start import read_weights, warm_start
 
 LORA_PY_SCALE = 20.0
 """The factor of lora.py's update."""

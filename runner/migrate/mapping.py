@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ _HF_DATASET = (
     "data come from a folder here, or from a hub id that holds such files: write the rows to data/train.jsonl, "
     "data/valid.jsonl and data/test.jsonl, or give another folder with data.path"
 )
+
+
+_BLOCK = re.compile(r"(?:[\w.]+\.)?(layers\.\d+\.)")
+"""The beginning of a layer's full name, by which mlx-lm adapts that layer alone."""
 
 
 def import_config(source: SourceConfig, our_defaults: bool = False) -> ImportResult:
@@ -81,7 +86,10 @@ def _lora(result: ImportResult) -> None:
             _layers(result, "lora_layers", ignored if result.source.program is MLX_LM else "")
     if "lora_layers" not in result.source.settings or "num_layers" in result.source.settings:
         _layers(result, "num_layers", "")
-    _lora_parameters(result)
+    if kind == "full":
+        result.explain("lora_parameters", "full fine-tuning reads none of them, there and here")
+    else:
+        _lora_parameters(result)
 
 
 def _layers(result: ImportResult, key: str, note: str) -> None:
@@ -131,14 +139,7 @@ def _keys(result: ImportResult, value: Any) -> None:
     except CannotImport as reason:
         result.skip(key, f"{reason}", value)
         return
-    outside = [n for n in names if n == "lm_head" or n.split(".")[0] in ("model", "language_model", "transformer")]
-    if outside:
-        result.skip(key, "outside the blocks, which alone are adapted here", outside)
-    inside = [n for n in names if n not in outside]
-    if inside:
-        result.add(key, value, {"lora.keys": inside})
-    else:
-        result.skip(key, "none of them is left, and here every linear layer of a block is adapted without keys", value)
+    result.add(key, value, {"lora.keys": [_BLOCK.sub(r"\1", name) for name in names]})
 
 
 def _lengths(result: ImportResult) -> None:

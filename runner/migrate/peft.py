@@ -11,11 +11,12 @@ from runner.common.filesystem import FileSystem
 from runner.migrate.convert import CannotImport, to_text
 from runner.migrate.result import ImportResult
 from runner.migrate.source import Program, SourceConfig
-from runner.models.peft.config import PeftConfig, module_names, read_config
+from runner.models.peft.config import PeftConfig, module_names, read_config, saved_modules
 from runner.models.peft.families import DOWN, FAMILIES, PeftFamily, single_expert, stacked_parameter
 
 PEFT = Program("PEFT", {}, {})
 _BLOCK = re.compile(r".*?\.(?:layers|h)\.(\d{1,5})\.(.+)")
+_BLOCK_NAME = re.compile(r".*?\.(?:layers|h)\.(\d{1,5}\.)")
 _NO_DATA = "PEFT does not record what it was trained on: add data=folder data.path=FOLDER to the command"
 _NO_BASE = "the base model is needed (a folder of a known architecture); it alone"
 _LARGEST_CONFIG = 1 << 24
@@ -36,6 +37,8 @@ def import_adapter(folder: Path) -> ImportResult:
         "use_rslora": config.rslora,
         "lora_dropout": config.dropout,
         "target_modules": sorted({name for _, name in _in_blocks(names)}),
+        "use_dora": config.dora or None,
+        "modules_to_save": saved_modules(folder) or None,
     }
     result = ImportResult(SourceConfig(PEFT, {k: v for k, v in settings.items() if v is not None}, str(folder)))
     try:
@@ -46,7 +49,12 @@ def import_adapter(folder: Path) -> ImportResult:
     family = FAMILIES.get(model_type) if model_type else None
     _shape(result, config, family, names)
     result.import_value("lora_dropout", config.dropout, float, "lora.dropout")
+    if config.dora:
+        result.add("use_dora", True, {"lora.type": "dora"})
     _layers(result, config, family, depth, names)
+    if saved := saved_modules(folder):
+        keys = [_BLOCK_NAME.sub(r"layers.\1", name) for name in saved]
+        result.add("modules_to_save", saved[:20], {"lora.modules_to_save": keys})
     result.add("adapter", str(folder), {"adapter": str(folder)}, note="its weights; a fresh optimizer", explicit=True)
     result.skip("data", _NO_DATA, "(none)")
     result.validate()
@@ -70,11 +78,14 @@ def _layers(
     result: ImportResult, config: PeftConfig, family: PeftFamily | None, depth: int | None, names: list[str]
 ) -> None:
     found = _in_blocks(names)
+    outside = sorted(set(names) - {name for name in names if _BLOCK.fullmatch(name)})
     blocks = sorted({block for block, _ in found})
+    if outside or (blocks and not _are_last_blocks(found, config, depth)):
+        _layers_by_number(result, config, family, found, outside)
+        return
     last = depth if depth is not None else (blocks[-1] + 1 if blocks else 0)
-    if not blocks or blocks != list(range(blocks[0], last)):
-        reason = "its blocks are not the last of the model, which alone are adapted here"
-        result.skip("layers_to_transform", reason, blocks)
+    if not blocks:
+        result.skip("layers_to_transform", "it adapts no layer of a block", "(none)")
     elif depth is None and blocks[0] == 0 and not config.in_all_blocks:
         result.skip(
             "layers_to_transform", f"{_NO_BASE} tells whether these are its last blocks: add lora.num_layers=…", blocks
@@ -91,6 +102,43 @@ def _layers(
         )
     elif keys := sorted({key for name in modules for key in _own_names(name, config, family)}):
         result.add("target_modules", modules[:20], {"lora.keys": keys})
+
+
+def _are_last_blocks(found: list[tuple[int, str]], config: PeftConfig, depth: int | None) -> bool:
+    """Return whether the same layers are adapted in each of the last blocks, as far as that is known."""
+    by_block: dict[int, set[str]] = {}
+    for block, name in found:
+        by_block.setdefault(block, set()).add(name)
+    last = depth if depth is not None else max(by_block) + 1
+    is_range = sorted(by_block) == list(range(min(by_block), last))
+    # Blocks of one model may differ in the layers that they have: there names without numbers say what is meant.
+    return is_range and (config.by_ends or len({frozenset(own) for own in by_block.values()}) == 1)
+
+
+def _layers_by_number(
+    result: ImportResult,
+    config: PeftConfig,
+    family: PeftFamily | None,
+    found: list[tuple[int, str]],
+    outside: list[str],
+) -> None:
+    """Import layers of some of the blocks, or outside of them, each by its own name."""
+    if family is None and any(_differs_by_family(name) for _, name in found):
+        result.skip("target_modules", f"{_NO_BASE} decides what these layers are called here: add lora.keys=…", "…")
+        return
+    spans: dict[str, list[int]] = {}
+    for block, name in sorted(found):
+        for own in _own_names(name, config, family):
+            spans.setdefault(own, []).append(block)
+    keys = [f"layers.{span}.{own}" for own, blocks in sorted(spans.items()) for span in _spans(sorted(set(blocks)))]
+    result.add("target_modules", outside[:20] or "some blocks", {"lora.keys": [*keys, *outside]}, explicit=True)
+
+
+def _spans(blocks: list[int]) -> list[str]:
+    """Return the numbers as ranges: `3`, `20-29`."""
+    starts = [n for n in blocks if n - 1 not in blocks]
+    ends = [n for n in blocks if n + 1 not in blocks]
+    return [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
 
 
 def _in_blocks(names: list[str]) -> list[tuple[int, str]]:

@@ -55,6 +55,10 @@ class BaseModel:
     """The folder that the model was read from; None for a GGUF file and a generated model."""
     differs_from_earlier_versions: list[str] = field(default_factory=list)
     """A sentence for each reason why the model is not the one that earlier versions loaded from the same files."""
+    expanded: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Bits and mode of the layers of a folder that are quantized there and were dequantized while loading."""
+    has_values: bool = True
+    """Whether the weights are there; else they are shapes: see `shapes.load_shapes`."""
     carried_over: dict[str, Any] = field(default_factory=dict)
     """Keys of `config` that stock mlx-lm does not find in the folder's config.json."""
     notes: list[str] = field(default_factory=list)
@@ -136,6 +140,7 @@ def remove_quantization(base: BaseModel, dtype: mx.Dtype | None = None, *, evalu
     Raises:
         ModelError: a layer is of a kind that cannot be dequantized.
     """
+    base.expanded = {name: (q.bits, q.mode) for name, q in quantization.quantized_layers(base.model).items()}
     if remaining := quantization.expand_layers(base.model, dtype, evaluate=evaluate):
         raise ModelError(
             f"{base.model_path}: {remaining[0]} ({len(remaining)} in all) is quantized in a way of its architecture's "

@@ -1,79 +1,95 @@
-"""LoRA adapters of a base model: adding and removing the layers, their config, and weights from other tools."""
+"""Adapters of a base model: adding and removing their layers, and their config.
+
+`lora.type` lora and dora put layers with factors of their own into the model; full trains arrays of the model itself,
+as does `lora.modules_to_save`. Every trained array is float32, whatever the base has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from runner.checkpoints.safetensors_file import read_header
-from runner.common import safe_json
-from runner.common.errors import ModelError, RunnerError, did_you_mean
-from runner.common.filesystem import FileSystem
-from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
-from runner.common.text import shorten
+from runner.checkpoints.safetensors_file import Tensor
+from runner.common.errors import ModelError
 from runner.config import schema, validation
-from runner.models import npz
-from runner.models.arrays import parse_arrays
+from runner.models import pissa
+from runner.models.adapter_layers import DoraEmbedding, DoraLinear, PissaLinear
+from runner.models.adapter_targets import Targets, adapter_for, find_targets
 from runner.models.dropout import DropoutKeys, KeyedDropout
 from runner.models.load import BaseModel
 from runner.models.precision import ADAPTER_FIELD
 
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_CONFIG_VALUES = 10_000
 Params = dict[str, mx.array]
 """Trainable arrays by their dotted path in the model."""
+_AFTER_BLOCKS = ("lm_head", "norm")
+"""Last names of modules outside the blocks that are computed after them; any other may be computed before them."""
 
 
 class AdaptedModel:
     """A base model with an adapter; `remove` restores the base."""
 
     def __init__(self, base: BaseModel, lora: schema.LoraConfig, seed: int, model_path: str | None = None) -> None:
-        """Add LoRA layers to the last `lora.num_layers` blocks, or to all if there are fewer.
+        """Add the adapter that `lora` describes, at its start.
 
-        A is a function of `seed` alone, B is zero. `model_path` is what adapter_config.json names as the base model, by
-        default the path that it was loaded from.
+        A is a function of `seed` alone, B is zero; magnitudes and whole modules start as the base has them. (PiSSA
+        begins with `start_pissa`.) `model_path` is what adapter_config.json names as the base model, by default the
+        path that it was loaded from.
 
         Raises:
-            ModelError: `lora.keys` names a layer that no block has.
+            ModelError: a key names a layer that the model does not have, or one that cannot be trained this way.
         """
-        self.base = base
+        self.base, self.lora = base, lora
         self.model_path = model_path or base.model_path
         self.model = base.model
         self.dropout = DropoutKeys()
-        depth = len(self.model.layers)
-        self.num_layers = depth if lora.num_layers == -1 else min(lora.num_layers, depth)
-        self.keys = keys = _checked_keys(self.model, lora.keys)
-        scale = validation.lora_scale(lora)
-        self.lora_parameters: dict[str, Any] = {
-            "rank": lora.rank,
-            "scale": scale,
-            "dropout": lora.dropout,
-            "keys": keys,
-        }
-        # mlx-lm draws the factors from MLX's global random state, which nothing else uses.
+        self.depth = len(self.model.layers)
+        self.num_layers = self.depth if lora.num_layers == -1 else min(lora.num_layers, self.depth)
+        self.targets: Targets = find_targets(self.model, lora, self.num_layers, self.model_path)
+        # mlx-lm's layers draw their factors from MLX's global random state, which nothing else uses.
         mx.random.seed(seed)
-        linear_to_lora_layers(self.model, self.num_layers, {**self.lora_parameters, "keys": set(keys)})
-        if not tree_flatten(self.model.trainable_parameters()):
-            raise ModelError(
-                f"model.path={self.model_path}: no layer of its last {self.num_layers} blocks can have an adapter: "
-                "mlx-lm adapts linear, embedding and expert layers only."
-            )
+        layers = []
+        for target in self.targets.adapted:
+            scale = validation.lora_scale(lora, target.rank)
+            layers.append((target.path, adapter_for(target, lora, scale, has_values=base.has_values)))
+        self.model.update_modules(tree_unflatten(layers))
+        self._originals = self._train_whole_modules()
         for _, module in self._adapters():
             if lora.dropout > 0:
                 module.dropout = KeyedDropout(lora.dropout, self.dropout)
         mx.eval(self.model.trainable_parameters())
-        self._dtypes = {name: _dtype_of(module) for name, module in self._adapters()} if lora.dtype == "model" else {}
+        self._dtypes = self._computed_dtypes() if lora.dtype == "model" else {}
+
+    @property
+    def frozen_blocks(self) -> int:
+        """Number of blocks below everything that is trained."""
+        if any(path.rpartition(".")[2] not in _AFTER_BLOCKS for path in self.targets.outside):
+            return 0
+        return min(self.targets.blocks, default=self.depth)
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of the base's own arrays that are kept beside those trained in their place."""
+        return sum(array.nbytes for array in self._originals.values())
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head, or an embedding that may be the head as well, is trained."""
+        outside = {path.rpartition(".")[2] for path in self.targets.outside}
+        return bool(outside - {"norm"} - (set() if self.is_tied else {"embed_tokens"}))
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the model has no head of its own beside its embedding."""
+        return not any(name.rpartition(".")[2] == "lm_head" for name, _ in self.model.named_modules())
 
     def place(self, params: Params) -> None:
         """Set the model's adapter to `params`, cast to the dtype it computes in; gradients pass through the cast."""
         if self._dtypes:
-            params = {name: array.astype(self._dtypes[name.rpartition(".")[0]]) for name, array in params.items()}
+            params = {name: array.astype(self._dtypes.get(name, array.dtype)) for name, array in params.items()}
         self.model.update(tree_unflatten(list(params.items())))
 
     def params(self) -> Params:
@@ -87,28 +103,82 @@ class AdaptedModel:
         wild that rounding alone exceeds a tolerance.
         """
         params = self.params()
-        spread = 0.02 / max(1.0, self.lora_parameters["scale"])
+        spread = 0.02 / max(1.0, validation.lora_scale(self.lora))
         keys = mx.random.split(mx.random.key(0), max(1, len(params)))
         return {
             name: mx.random.normal(array.shape, scale=spread, key=key) if name.endswith("lora_b") else array
             for (name, array), key in zip(params.items(), keys, strict=False)
         }
 
+    def without_effect(self, params: Params) -> Params:
+        """Return an adapter like `params` that does nothing: B is zero, all else as the base has it."""
+        base = {name: array.astype(mx.float32) for name, array in self._originals.items()}
+        for name, module in self._adapters():
+            if isinstance(module, (DoraLinear, DoraEmbedding)):
+                base[f"{name}.m"] = module.base_magnitudes
+        return {
+            name: mx.zeros_like(array) if name.endswith("lora_b") else base.get(name, array)
+            for name, array in params.items()
+        }
+
+    def start_pissa(self, params: Params) -> Params:
+        """Return `params` with the factors that PiSSA starts from, where `lora.init` asks for it."""
+        started = dict(params)
+        for name, module in self._pissa_layers():
+            pissa.set_start(module, self._dtypes.get(f"{name}.lora_a", mx.float32))
+            started |= {f"{name}.lora_a": module.lora_a, f"{name}.lora_b": module.lora_b}
+        mx.eval(started)
+        return started
+
+    def to_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return trained arrays as a checkpoint holds them: beside PiSSA's factors their start, as a LoRA of twice the
+        rank."""
+        stored = dict(tensors)
+        for name, module in self._pissa_layers():
+            stored |= pissa.with_start(name, module, tensors)
+        return stored
+
+    def from_stored(self, params: Params) -> Params:
+        """Return the trained arrays of those that a checkpoint holds; the start of PiSSA is set to the stored one.
+
+        Arrays of other names or shapes are returned as they are.
+        """
+        trained = dict(params)
+        for name, module in self._pissa_layers():
+            trained |= pissa.split_start(name, module, params, self._dtypes.get(f"{name}.lora_a", mx.float32))
+        return trained
+
     def adapter_config(self) -> dict[str, Any]:
         """Return the content of adapter_config.json as mlx-lm reads it."""
+        lora, whole = self.lora, self.targets.whole
+        num_layers, keys = self.targets.stock_keys(self.num_layers)
+        parameters = {
+            "rank": lora.rank * (2 if lora.init == "pissa" else 1),
+            "scale": validation.lora_scale(lora),
+            "dropout": lora.dropout,
+            "keys": keys,
+        }
         return {
             "model": self.model_path,
-            "fine_tune_type": "lora",
-            "num_layers": self.num_layers,
-            "lora_parameters": self.lora_parameters,
+            "fine_tune_type": lora.type,
+            "num_layers": num_layers,
+            "lora_parameters": None if lora.type == "full" else parameters,
+            **({"rank_pattern": lora.rank_pattern} if lora.rank_pattern else {}),
+            **({"modules_to_save": sorted(whole)} if whole and lora.type != "full" else {}),
             "base_fingerprint": self.base.fingerprint,
             ADAPTER_FIELD: self.base.precision,
         }
 
+    def round_whole_modules(self) -> None:
+        """Cast the arrays of whole modules to the dtypes that the base has."""
+        arrays = dict(tree_flatten(self.model.parameters()))
+        self.model.update(tree_unflatten([(n, arrays[n].astype(base.dtype)) for n, base in self._originals.items()]))
+
     def remove(self) -> None:
-        """Remove the adapter and restore the base model's own layers."""
+        """Remove the adapter and restore the base model's own layers and weights."""
         base_layers = [(name, _base_of(module)) for name, module in self._adapters()]
         self.model.update_modules(tree_unflatten(base_layers))
+        self.model.update(tree_unflatten(list(self._originals.items())))
         self.model.freeze()
         self.model.eval()
 
@@ -120,8 +190,9 @@ class AdaptedModel:
         if _fails(self.model):
             return ModelError(f"model.path={self.model_path}: mlx-lm cannot compute this model here: {reason}.")
         read = []
-        for key in self.keys:
-            own = [(name, module) for name, module in adapters if name.endswith(f".{key}")]
+        keys = self.targets.keys
+        for key in keys:
+            own = [(name, module) for name, module in adapters if name.endswith(f".{key}") or name == key]
             self.model.update_modules(tree_unflatten(own))
             if _fails(self.model):
                 read.append(key)
@@ -129,14 +200,47 @@ class AdaptedModel:
         self.model.update_modules(tree_unflatten(adapters))
         if not read:
             return ModelError(f"model.path={self.model_path}: mlx-lm cannot train this model: {reason}.")
-        others = ",".join(key for key in self.keys if key not in read)
+        others = ",".join(key for key in keys if key not in read)
         return ModelError(
             f"lora.keys: the model reads the weights of {', '.join(read)} itself, so there can be no adapter on it. "
             f"Leave it out: 'lora.keys=[{others}]'"
         )
 
+    def _train_whole_modules(self) -> Params:
+        """Make the arrays of whole modules trainable, in float32, and return them as the base has them."""
+        originals: Params = {}
+        for path, module in self.targets.whole.items():
+            module.unfreeze()
+            for part in module.modules():
+                arrays = {k: v for k, v in part.items() if isinstance(v, mx.array)}
+                other = [key for key, array in arrays.items() if not mx.issubdtype(array.dtype, mx.floating)]
+                part.freeze(recurse=False, keys=other)
+            originals |= {f"{path}.{name}": array for name, array in tree_flatten(module.trainable_parameters())}
+        self.model.update(tree_unflatten([(name, array.astype(mx.float32)) for name, array in originals.items()]))
+        return originals
+
+    def _computed_dtypes(self) -> dict[str, mx.Dtype]:
+        """Return the dtypes of the base, by name of a trained array; magnitudes keep float32."""
+        dtypes = {name: array.dtype for name, array in self._originals.items()}
+        for name, module in self._adapters():
+            dtypes |= dict.fromkeys((f"{name}.lora_a", f"{name}.lora_b"), _dtype_of(module))
+        return dtypes
+
     def _adapters(self) -> list[tuple[str, nn.Module]]:
         return [(name, m) for name, m in self.model.named_modules() if hasattr(m, "lora_a")]
+
+    def _pissa_layers(self) -> list[tuple[str, PissaLinear]]:
+        if self.lora.init != "pissa":
+            return []
+        return [(name, m) for name, m in self._adapters() if isinstance(m, PissaLinear)]
+
+
+def stored_lora(lora: schema.LoraConfig) -> schema.LoraConfig:
+    """Return the shape of the adapter that checkpoints of a run with `lora` hold: see `AdaptedModel.to_stored`."""
+    if lora.init != "pissa":
+        return lora
+    scale = validation.lora_scale(lora)
+    return dataclasses.replace(lora, init="default", rank=2 * lora.rank, scale=scale, alpha=None, rslora=False)
 
 
 def _base_of(module: nn.Module) -> nn.Module:
@@ -168,123 +272,3 @@ def trainable_share(adapted: AdaptedModel) -> tuple[int, int]:
     from mlx_lm.utils import get_total_parameters
 
     return sum(a.size for a in adapted.params().values()), get_total_parameters(adapted.model)
-
-
-def read_weights(path: Path, fitting: Params | None = None) -> dict[str, mx.array]:
-    """Return adapter weights from an mlx-examples .npz, an mlx-lm .safetensors, or a folder with adapters.safetensors.
-
-    Names and shapes are compared with those of `fitting`, if given, before any weights are read.
-
-    Raises:
-        ModelError: missing, of another kind, unreadable, or not fitting; a pickle inside an .npz is never loaded.
-        CheckpointError: an invalid .safetensors file.
-    """
-    file = _weights_file(path)
-    if file.suffix == ".npz":
-        return _read_npz(file, path, fitting)
-    spans, _ = read_header(file)
-    if fitting is not None:
-        _require_fit(fitting, {name: span.shape for name, span in spans.items()}, str(path))
-    return parse_arrays(file.read_bytes(), source=str(file))
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        for file in (path / ADAPTERS, path / "adapters" / ADAPTERS, path / "adapters.npz"):
-            if file.is_file():
-                return file
-        raise ModelError(f"adapter={path}: no {ADAPTERS} in this folder.")
-    if not path.is_file():
-        raise ModelError(f"adapter={path}: there is no such file or folder.")
-    if path.suffix not in (".npz", ".safetensors"):
-        raise ModelError(f"adapter={path}: expected .npz, .safetensors or an adapter folder, not '{path.suffix}'.")
-    return path
-
-
-def _read_npz(file: Path, path: Path, fitting: Params | None) -> dict[str, mx.array]:
-    try:
-        with npz.open_npz(file) as archive:
-            if fitting is not None:
-                _require_fit(fitting, dict.fromkeys(archive.names), str(path))
-                _require_fit(fitting, archive.shapes(), str(path))
-            return {name: mx.array(array) for name, array in archive.arrays()}
-    except ModelError:
-        raise
-    except Exception as error:  # zip, zlib, numpy and value errors alike: not a plain .npz
-        raise ModelError(f"adapter={path} cannot be read: {shorten(' '.join(str(error).split()))}") from error
-
-
-def warm_start(params: Params, weights: dict[str, mx.array], where: str) -> Params:
-    """Return `weights` in the dtypes of `params`, whose names and shapes they must have.
-
-    Raises:
-        ModelError: names arrays that are missing, unknown, of another shape or not finite, and what to set.
-    """
-    _require_fit(params, {name: array.shape for name, array in weights.items()}, where)
-    for name in sorted(params):
-        if not mx.all(mx.isfinite(weights[name])).item():
-            raise _unfit(where, [f"{name} has NaN or Inf"])
-    return {name: weights[name].astype(params[name].dtype) for name in params}
-
-
-def _require_fit(params: Params, shapes: Mapping[str, tuple[int, ...] | None], where: str) -> None:
-    """Raise ModelError unless names and shapes (None: not known yet) are those of `params`."""
-    missing, unknown = sorted(set(params) - set(shapes)), sorted(set(shapes) - set(params))
-    problems = [f"{len(missing)} arrays are missing, such as {missing[0]}"] if missing else []
-    problems += [f"{len(unknown)} arrays are unknown, such as {shorten(unknown[0])}"] if unknown else []
-    for name in sorted(set(params) & set(shapes)):
-        if shapes[name] is not None and params[name].shape != shapes[name]:
-            problems.append(f"{name} has shape {shorten(shapes[name])}, expected {params[name].shape}")
-            break
-    if problems:
-        raise _unfit(where, problems)
-
-
-def _unfit(where: str, problems: list[str]) -> ModelError:
-    return ModelError(
-        f"adapter={where} does not fit this run: {'; '.join(problems)}. "
-        f"Set lora.rank, lora.num_layers and lora.keys to what it was trained with{_trained_with(where)}."
-    )
-
-
-def _trained_with(where: str) -> str:
-    """Return the shape of the adapter in parentheses, if its adapter_config.json can be read."""
-    path = Path(where)
-    file = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
-    try:
-        config = safe_json.parse(FileSystem().read_file(file, _MAX_CONFIG_BYTES), max_values=_MAX_CONFIG_VALUES)
-        lora = config["lora_parameters"]
-        shape = f"rank {lora['rank']}, num_layers {config['num_layers']}, keys {lora.get('keys')}"
-    except (RunnerError, ValueError, KeyError, TypeError, AttributeError):
-        return ""
-    return f" ({shorten(shape, 1000)})"
-
-
-def _checked_keys(model: nn.Module, keys: list[str] | None) -> list[str]:
-    """Return the names of a block's layers that can have an adapter, or those of them that `keys` names.
-
-    A key is a layer's name, or the end of the names of one or several, as in PEFT's `target_modules`.
-    """
-    known: set[str] = set()
-    for block in model.layers:
-        for name, module in block.named_modules():
-            if hasattr(module, "to_lora") or _adaptable(module):
-                known.add(name)
-    if keys is None:
-        return sorted(known)
-    chosen: set[str] = set()
-    for key in keys:
-        matches = {key} & known or {name for name in known if name.endswith(f".{key}")}
-        if not matches:
-            raise ModelError(
-                f"lora.keys: no block has '{key}'; it has {', '.join(sorted(known))}.{did_you_mean(key, known)}"
-            )
-        chosen |= matches
-    return sorted(chosen)
-
-
-def _adaptable(module: nn.Module) -> bool:
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
-    quantized = (nn.QuantizedLinear, QuantizedSwitchLinear, nn.QuantizedEmbedding)
-    return isinstance(module, (nn.Linear, SwitchLinear, nn.Embedding, *quantized))

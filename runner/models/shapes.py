@@ -43,6 +43,7 @@ def load_shapes(config: schema.ModelConfig) -> tuple[BaseModel, bool]:
     mx.eval(base.model.parameters())
     base.model.freeze()
     base.model.eval()
+    base.has_values = False
     return base, has_weights
 
 

@@ -17,15 +17,14 @@ from runner.common.errors import CheckpointError
 from runner.common.filesystem import FileSystem
 from runner.config.labels import NO_LABELS
 from runner.config.schema import Config
-from runner.config.validation import lora_scale
 from runner.data.order import BatchOrder
 from runner.loggers.background import build_background
 from runner.loggers.logged_run import logged_run
-from runner.models.load import BaseModel
-from runner.models.lora import Params, read_weights, warm_start
+from runner.models.lora import Params
 from runner.models.peft.config import is_peft_folder
 from runner.models.peft.families import find_family
-from runner.models.peft.read import fit, read_layers
+from runner.models.peft.read import fit, read_adapter
+from runner.models.warm_start import read_weights, warm_start
 from runner.reports.progress import Display
 from runner.runs.directory import RunDirectory
 from runner.runs.labels import write_labels
@@ -107,11 +106,11 @@ def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
     }
 
 
-def _warm_start(config: Config, params: Params, base: BaseModel) -> Params:
+def _warm_start(config: Config, params: Params, components: Components) -> Params:
     path = Path(config.adapter or "")
     if is_peft_folder(path):
-        layers = read_layers(path, find_family(base.config.get("model_type")))
-        weights = fit(layers, params, lora_scale(config.lora), path)
+        adapter = read_adapter(path, find_family(components.base.config.get("model_type")))
+        weights = fit(adapter, params, config.lora, path, tied=components.adapted.is_tied)
     else:
         weights = read_weights(path, fitting=params)
     return warm_start(params, weights, str(path))
@@ -158,8 +157,10 @@ def build_trainer(
     if point is not None:
         _restore(state, point, components, display)
     elif config.adapter:
-        state.params = _warm_start(config, state.params, components.base)
+        state.params = _warm_start(config, state.params, components)
         display.line(f"warm start from {config.adapter}")
+    else:
+        state.params = components.adapted.start_pissa(state.params)
     if point is None and spec.source is not None:
         display.line("no checkpoint yet: training starts from the beginning")
     train = config.train
@@ -197,7 +198,7 @@ def _restore(state: TrainState, point: ResumePoint, components: Components, disp
         messages.append(f"results may differ in the last digits from an uninterrupted run: {'; '.join(differences)}")
     for line in messages:
         display.line(line, "yellow")
-    state_files.restore(state, point.saved, str(path))
+    state_files.restore(state, point.saved, components.adapted, str(path))
     display.line(f"resumed from {path} at step {state.progress.step}")
 
 

@@ -20,6 +20,7 @@ from runner.models.hidden_cache import HiddenStateCaches
 from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, trainable_share
 from runner.models.precision import resolve_auto
+from runner.models.stock_mlx_lm import stock_problem
 from runner.reports.progress import Display
 from runner.runs.run_spec import RunSpec
 from runner.training.baseline import Baseline
@@ -127,10 +128,15 @@ def longest_row(data: TokenizedDataset) -> int | None:
 
 def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, display: Display) -> None:
     trainable, total = trainable_share(adapted)
-    blocks = f"the last {adapted.num_layers} of {len(adapted.model.layers)} blocks"
     display.line(
-        f"model  {adapted.model_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.3f}M trained in {blocks}"
+        f"model  {adapted.model_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.3f}M trained in "
+        f"{adapted.targets.where}"
     )
+    if problem := stock_problem(adapted):
+        display.line(
+            f"model  stock mlx-lm cannot load this adapter: {problem.reason}. After the run: "
+            f"python -m runner export RUN --to {problem.export}"
+        )
     report = blas.load_blas()
     product = f", {report.kind} BLAS, {report.threads} threads" if report.threads and on_cpu() else ""
     display.line(f"device {'CPU' if on_cpu() else 'GPU'}{product}")
@@ -168,7 +174,7 @@ def _describe_hidden_cache(
     caches: HiddenStateCaches | None,
     display: Display,
 ) -> None:
-    frozen = len(adapted.model.layers) - adapted.num_layers
+    frozen = adapted.frozen_blocks
     if caches:
         location = ""
         if on_disk := caches.disk_location(data.train):

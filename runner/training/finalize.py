@@ -88,7 +88,8 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
     """
     config, params = spec.config, trainer.state.params
     if result_step is not None and (config.train.test or config.data.metric_rows):
-        params = state_files.read_params(trainer.writer.store.load_step(result_step))
+        stored = state_files.read_params(trainer.writer.store.load_step(result_step))
+        params = trainer.components.adapted.from_stored(stored)
     lines = _evaluate_test_split(trainer, spec, params, result_step) if config.train.test else []
     if config.data.metric_rows and config.data.metric:
         record_answers_after_training(trainer, params, config)

@@ -174,7 +174,7 @@ def surely_fits(config: Config, data: TokenizedDataset, planned: PlannedModel, l
         PROCESS_BYTES
         + t.hidden_cache.memory_gb * 1e9
         + 1.5 * sum(array.nbytes for array in arrays)
-        + a_position * max(planned.adapted.num_layers * training, 2 * evaluation)
+        + a_position * max((planned.adapted.depth - planned.adapted.frozen_blocks) * training, 2 * evaluation)
         + logits
     )
     return bound < _SHARE_THAT_SURELY_FITS * limit

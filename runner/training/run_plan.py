@@ -88,7 +88,7 @@ def describe_run(
             "path": config.model.path,
             "parameters": parameters,
             "trained_parameters": trained,
-            "trained_blocks": planned.adapted.num_layers,
+            "trained_blocks": planned.adapted.depth - planned.adapted.frozen_blocks,
             "blocks": len(planned.adapted.model.layers),
             "weights_are_here": planned.has_weights,
         },

@@ -20,7 +20,7 @@ from runner.common.safe_json import quoted
 from runner.data.order import DataPosition
 from runner.models.arrays import parse_arrays
 from runner.models.dropout import dropout_seed
-from runner.models.lora import Params
+from runner.models.lora import AdaptedModel, Params
 from runner.models.precision import recorded_precision
 from runner.training.optimizer import NonFiniteArray, require_same_arrays
 from runner.training.run_writer import FilePositions
@@ -67,7 +67,7 @@ def checkpoint_files(
     window: int,
     written: FilePositions,
     identity: RunIdentity,
-    adapter_config: Mapping[str, Any],
+    adapted: AdaptedModel,
 ) -> dict[str, Content | Callable[[], Content]]:
     """Return the files of a checkpoint of `state`.
 
@@ -107,8 +107,8 @@ def checkpoint_files(
         "hyperparameters": identity.hyperparameters,
     }
     return {
-        ADAPTERS: partial(pieces, weights, {"format": "mlx"}),
-        ADAPTER_CONFIG: _json_bytes(adapter_config),
+        ADAPTERS: partial(pieces, adapted.to_stored(weights), {"format": "mlx"}),
+        ADAPTER_CONFIG: _json_bytes(adapted.adapter_config()),
         OPTIMIZER: partial(pieces, optimizer, {"format": "mlx"}),
         STATE: _json_bytes(document),
     }
@@ -160,14 +160,15 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
         raise CheckpointError(f"{path}/{STATE} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
-def restore(state: TrainState, saved: SavedState, source: str) -> None:
-    """Replace `state` by a saved one; `source` is named in errors.
+def restore(state: TrainState, saved: SavedState, adapted: AdaptedModel, source: str) -> None:
+    """Replace `state` by a saved one, and what `adapted` starts from; `source` is named in errors.
 
     Raises:
         CheckpointError: arrays differ from the run's in name, shape or dtype.
     """
-    require_same_arrays(saved.params, state.params, "the adapter", source)
-    state.params = {name: saved.params[name] for name in state.params}
+    params = adapted.from_stored(saved.params)
+    require_same_arrays(params, state.params, "the adapter", source)
+    state.params = {name: params[name] for name in state.params}
     state.optimizer.restore(saved.optimizer, source)
     state.progress, state.position = saved.progress, saved.position
 

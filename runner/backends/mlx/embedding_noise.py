@@ -60,7 +60,11 @@ class EmbeddingNoise:
 
 
 def _token_embedding(adapted: AdaptedModel) -> nn.Module:
-    embeddings = [m for _, m in adapted.model.named_modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
+    modules = adapted.model.modules()
+    adapters = [m for m in modules if "lora_a" in m and "embedding" in m]
+    inner = {id(m.embedding) for m in adapters}  # DoRA would take the norms of rows with noise
+    plain = [m for m in modules if isinstance(m, nn.Embedding | nn.QuantizedEmbedding) and id(m) not in inner]
+    embeddings = adapters + plain
     token_ids, called = mx.zeros((1, 2), mx.int32), []
 
     def record(index: int, own_call: Callable, *args: Any, **kwargs: Any) -> Any:

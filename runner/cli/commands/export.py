@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.backends import blas
+from runner.checkpoints.safetensors_file import unpack
 from runner.cli.commands import adapter_source, arguments, stored_settings
 from runner.cli.commands.adapter_source import AdapterSource
 from runner.common.errors import ConfigError, DataError, ModelError
 from runner.common.layout import EXPORT_PREFIX
 from runner.common.text import relative_path
+from runner.export.support import refusal
 
 if TYPE_CHECKING:
     from runner.export.export import FidelityReference
@@ -49,10 +51,15 @@ def run(argv: list[str]) -> int:
     blas.load_blas()
     from runner.cli.commands import export_adapter
 
+    names = [name for adapter in sources or [source] for name in unpack(adapter.adapters, where=str(adapter.folder))[0]]
+    if reason := refusal(
+        options.to, settings.config.lora, names, adapter_only=options.adapter_only, averages=bool(sources)
+    ):
+        raise ConfigError(reason)
     if options.to == "npz":  # before the model is loaded, for minutes
         from runner.export.npz import require_readable_there
 
-        require_readable_there(export_adapter.weights_of(source), settings.config.lora)
+        require_readable_there(names, settings.config.lora)
     trained = export_adapter.load_trained(
         source, sources, settings, any_base=options.any_base, log=arguments.print_note
     )

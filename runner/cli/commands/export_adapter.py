@@ -22,7 +22,7 @@ from runner.export.mlx import check_adapter, export_model
 from runner.export.trained_adapter import TrainedAdapter, set_template
 from runner.models.arrays import parse_arrays, to_tensors
 from runner.models.load import ROUNDED_BY_EARLIER_VERSIONS, BaseModel
-from runner.models.lora import AdaptedModel, Params
+from runner.models.lora import AdaptedModel, Params, stored_lora
 
 _LARGEST_CONFIG = 1 << 20  # bytes of adapter_config.json
 
@@ -43,13 +43,14 @@ def load_trained(
     """
     for adapter in averaged or [source]:
         check_adapter(adapter.folder, adapter.adapters, adapter.adapter_config)
-    weights, lora = weights_of(source), settings.config.lora
+    weights, lora = weights_of(source), stored_lora(settings.config.lora)
     config_file = FileSystem().read_file(source.folder / ADAPTER_CONFIG, _LARGEST_CONFIG)
     files = {ADAPTERS: source.adapters, ADAPTER_CONFIG: config_file}
     if averaged:
         weights, lora = average_updates([weights_of(adapter) for adapter in averaged], lora)
-        parameters = {**source.adapter_config["lora_parameters"], "rank": lora.rank}
-        adapter_config = {**source.adapter_config, "lora_parameters": parameters}
+        adapter_config = {**source.adapter_config}
+        if parameters := adapter_config.get("lora_parameters"):
+            adapter_config["lora_parameters"] = {**parameters, "rank": lora.rank}
         files = {
             ADAPTERS: pack(to_tensors(weights), {"format": "mlx"}),
             ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode(),
@@ -68,6 +69,9 @@ def load_trained(
 
     adapted, kept = adapt(settings, log), _with_stored_quantization(settings)
     expanded = _was_expanded(adapted.base) and kept is not settings
+    if expanded and adapted.targets.whole:
+        log("the base stays expanded: weights that were trained whole are not quantized again")
+        expanded = False
     load_as_stored = (lambda: adapt(kept, lambda line: None)) if expanded else None
     name = "average" if averaged else "run"
     return TrainedAdapter(adapted, weights, lora, settings.config, files, log, load_as_stored, name)

@@ -14,7 +14,7 @@ from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
 from runner.config import schema, serialize
 from runner.models.arrays import parse_arrays
 from runner.models.load import BaseModel, load_base_model
-from runner.models.lora import AdaptedModel, Params
+from runner.models.lora import AdaptedModel, Params, stored_lora
 from runner.models.precision import ADAPTER_FIELD, on_the_other_device, recorded_precision, resolve_auto
 
 _BASE_FIELDS = ("model", "base_fingerprint", ADAPTER_FIELD)
@@ -103,7 +103,7 @@ def load_adapter(
             base = previous.base
         del previous.base  # before another is loaded
     base = base or _load_base(source, settings, model, any_base=any_base, log=log)
-    loaded = LoadedAdapter(base, settings.config.lora, settings.config.seed, weights, model)
+    loaded = LoadedAdapter(base, stored_lora(settings.config.lora), settings.config.seed, weights, model)
     _compare_config(loaded.attach(), source)
     return loaded
 

@@ -1,7 +1,8 @@
 """The settings of a LoRA adapter that PEFT saved, and the names of its layers. No MLX.
 
 Every layer has a rank and an alpha of its own (`rank_pattern`, `alpha_pattern`), the factor of an update is
-alpha / rank, with `use_rslora` alpha / sqrt(rank). What is no plain LoRA is refused with the reason.
+alpha / rank, with `use_rslora` alpha / sqrt(rank). DoRA and modules that were trained whole are read; what a run here
+cannot hold is refused with the reason.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from runner.common.text import shorten
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAGNITUDE, WHOLE = "magnitude", "whole"
 _MAX_CONFIG_BYTES = 8 << 20
 _MAX_CONFIG_VALUES = 200_000
 _MAX_PATTERNS = 1_000
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
+_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+)\."
+    r"(?:lora_(?P<factor>[AB])(?:\.default)?\.weight"
+    r"|lora_embedding_(?P<embedding>[AB])(?:\.default)?"
+    r"|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+)
 _PATTERN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*|\.)+\$?")
 """The regular expressions of rank_pattern and alpha_pattern that are read: any other could take forever to match."""
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
 _UNSUPPORTED = {
-    "use_dora": "it is a DoRA adapter",
     "use_qalora": "it is a QALoRA adapter",
     "use_bdlora": "it is a block-diagonal LoRA adapter",
     "lora_bias": "its B has biases",
-    "modules_to_save": "it trained whole modules as well (modules_to_save)",
     "trainable_token_indices": "it trained embeddings of tokens as well (trainable_token_indices)",
     "layer_replication": "it replicates layers",
     "alora_invocation_tokens": "it is an activated LoRA adapter",
@@ -55,7 +60,12 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     target_parameters: tuple[str, ...]
+    dora: bool
+    modules_to_save: tuple[str, ...]
+    """The ends of the names of the modules that were trained whole."""
     base_model: str | None
+    by_ends: bool
+    """Whether it names its layers by the ends of their names alone."""
     in_all_blocks: bool
     """Whether it names its layers without regard to their block: then it has them in each block of the base model."""
 
@@ -89,7 +99,7 @@ def read_config(folder: Path) -> PeftConfig:
     except ValueError as error:
         raise ModelError(f"{where}: {error}.") from None
     if reason := _unsupported(config):
-        raise ModelError(f"adapter={folder}: {reason}, which cannot be read: plain LoRA alone can.")
+        raise ModelError(f"adapter={folder}: {reason}, which cannot be read: LoRA, DoRA and modules_to_save alone can.")
     patterns: list[dict[str, Any]] = []
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
@@ -104,6 +114,7 @@ def read_config(folder: Path) -> PeftConfig:
     if alpha is None or dropout is None or None in alphas:
         raise ModelError(f"{where}: lora_alpha or lora_dropout is not a number.")
     base, targets = config.get("base_model_name_or_path"), config.get("target_parameters") or []
+    saved = config.get("modules_to_save") or []
     return PeftConfig(
         rank=rank,
         alpha=alpha,
@@ -112,15 +123,25 @@ def read_config(folder: Path) -> PeftConfig:
         rank_pattern=patterns[0],
         alpha_pattern=dict(zip(patterns[1], (value for value in alphas if value is not None), strict=True)),
         target_parameters=tuple(map(str, targets)) if isinstance(targets, list) else (),
+        dora=config.get("use_dora") is True,
+        modules_to_save=tuple(map(str, saved)) if isinstance(saved, list) else (),
         base_model=base if isinstance(base, str) and base else None,
-        in_all_blocks=_in_all_blocks(config),
+        by_ends=_by_ends(config),
+        in_all_blocks=_by_ends(config) and config.get("layers_to_transform") is None,
     )
 
 
 def module_names(folder: Path) -> list[str]:
     """Return the names in transformers of the layers that the adapter has, from the header of its weights alone."""
     spans, _ = read_header(weights_file(folder))
-    return sorted({parse_name(name, folder)[0] for name in spans})
+    return sorted({module for name in spans for module, factor in [parse_name(name, folder)] if factor != WHOLE})
+
+
+def saved_modules(folder: Path) -> list[str]:
+    """Return the names in transformers of the modules that were trained whole, from the header of the weights alone."""
+    spans, _ = read_header(weights_file(folder))
+    parsed = [(name, *parse_name(name, folder)) for name in spans]
+    return sorted({module.rpartition(".")[0] for _, module, factor in parsed if factor == WHOLE})
 
 
 def _parse_config(folder: Path) -> dict[str, Any]:
@@ -128,11 +149,10 @@ def _parse_config(folder: Path) -> dict[str, Any]:
     return safe_json.parse_object(data, max_values=_MAX_CONFIG_VALUES)
 
 
-def _in_all_blocks(config: Mapping[str, Any]) -> bool:
-    """Return whether the layers are chosen by the ends of their names alone."""
+def _by_ends(config: Mapping[str, Any]) -> bool:
     names = config.get("target_modules")
     by_ends = isinstance(names, list) and not any(re.search(r"\d", str(name)) for name in names)
-    return by_ends and config.get("layers_to_transform") is None and not config.get("exclude_modules")
+    return by_ends and not config.get("exclude_modules")
 
 
 def _unsupported(config: Mapping[str, Any]) -> str | None:
@@ -161,12 +181,18 @@ def weights_file(folder: Path) -> Path:
 
 
 def parse_name(name: str, folder: Path) -> tuple[str, str]:
-    """Return the layer in transformers, and A or B, of an array's name. Raises ModelError for any other array."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        what = "DoRA" if "lora_magnitude" in name else "an embedding's" if "lora_embedding" in name else "not known"
-        raise ModelError(f"adapter={folder}: the array {shorten(name)} is {what}; plain LoRA alone can be read.")
-    return match["module"], match["factor"]
+    """Return the layer in transformers, and the factor, of an array's name: A, B or MAGNITUDE.
+
+    Of an array of a module that was trained whole: its own name in transformers, and WHOLE.
+
+    Raises:
+        ModelError: any other array.
+    """
+    if match := _NAME.fullmatch(name):
+        return match["module"], match["factor"] or match["embedding"] or MAGNITUDE
+    if not name.startswith(PREFIX) or ".lora_" in name or not name.endswith((".weight", ".bias")):
+        raise ModelError(f"adapter={folder}: the array {shorten(name)} is not known, and nothing is left out.")
+    return name.removeprefix(PREFIX), WHOLE
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -38,6 +38,6 @@ def test_a_run_trains_and_every_format_carries_it_or_says_why_not(inline, name):
         if refusal:
             assert refusal in out and "Traceback" not in out
             continue
-        proof = json.loads(out[out.index("{") :])["proof"]
+        proof = json.loads(out[out.index("{") :])["check"]
         assert proof["passes"] and proof["deviation"] < 1e-3 and proof["base_loss"] != proof["run_loss"]
     assert tested

@@ -155,7 +155,6 @@ def test_numbers_without_a_dot_are_numbers_as_in_mlx_lms_own_loader(tmp_path, co
         ),
         ({"lora_parameters": LORA | {"alpha": 16}}, "lora_parameters.alpha", "scale alone"),
         ({"lora_parameters": {"rank": 8}}, "lora_parameters.scale", "mlx-lm stops"),
-        ({"lora_parameters": LORA | {"keys": ["lm_head"]}}, "lora_parameters.keys", "none of them is left"),
         ({"lr_schedule": {"name": "join_schedules", "arguments": [1e-5, 0.5, 10]}}, "lr_schedule", "not there yet"),
         ({"lr_schedule": {"name": "step_decay", "arguments": [1e-5, 1.5, 10]}}, "lr_schedule", "at most 1"),
         ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-5]}}, "lr_schedule", "other arguments"),
@@ -345,3 +344,12 @@ def test_every_flag_has_its_place_in_the_documentation():
         assert f"`{key}" in there or key == "lora_layers", key
     for flag in EXAMPLES.flags:
         assert f"`--{flag.replace('_', '-')}`" in examples, flag
+
+
+def test_kinds_of_fine_tuning_and_layers_by_their_full_names_are_carried_over(tmp_path):
+    keys = ["self_attn.q_proj", "lm_head", "model.embed_tokens", "model.layers.3.mlp.up_proj"]
+    found = imported(tmp_path, fine_tune_type="dora", lora_parameters=LORA | {"keys": keys}).values
+    assert found["lora.type"] == "dora"
+    assert found["lora.keys"] == [*keys[:3], "layers.3.mlp.up_proj"]
+    full = imported(tmp_path, fine_tune_type="full", lora_parameters=LORA)
+    assert full.values["lora.type"] == "full" and not any("lora.rank" in name for name in full.values)

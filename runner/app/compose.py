@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from argparse import Namespace
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -86,9 +87,26 @@ def open_session(invocation: Invocation) -> Iterator[HydraSession]:
         yield HydraSession(hydra, flags, source)
 
 
+@functools.cache
 def register_schema() -> None:
     """Make the schema known to Hydra, which checks every config of the defaults list against it."""
     ConfigStore.instance().store(name="schema", node=Config)
+
+
+def checked_by_schema(settings: Mapping[str, Any]) -> DictConfig:
+    """Return a config with these settings, and the defaults of the schema for all others.
+
+    Raises:
+        OmegaConfBaseException: a setting is unknown, or its value has another type.
+    """
+    merged = OmegaConf.merge(_schema(), settings)  # a copy
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)  # 20 ms
 
 
 def is_multirun(composed: DictConfig) -> bool:

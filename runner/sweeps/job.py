@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from runner.app import guard
-from runner.app.compose import stored_settings
+from runner.app.compose import checked_by_schema, stored_settings
 from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
 from runner.config import serialize
 from runner.config.invocation import Invocation
 from runner.config.labels import Labels
-from runner.config.schema import Config
 from runner.reports.job_settings import job_labels
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import ResumeSource, RunSpec, new_run_id
@@ -121,6 +120,4 @@ def composed_from(stored: dict[str, Any]) -> DictConfig:
         ConfigError: it refers to other settings more often than a config may.
     """
     guard.check_references([stored])
-    composed = OmegaConf.merge(OmegaConf.structured(Config), stored)
-    assert isinstance(composed, DictConfig)
-    return composed
+    return checked_by_schema(stored)

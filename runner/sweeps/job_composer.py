@@ -12,10 +12,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from runner.app import guard
-from runner.app.compose import remove_alternatives, without_hydra
+from runner.app.compose import checked_by_schema, remove_alternatives, without_hydra
 from runner.app.hydra_internals import CheckedLoader
 from runner.common.errors import ConfigError
-from runner.config.schema import Config
 
 
 class ComposedJob(NamedTuple):
@@ -72,8 +71,7 @@ class JobComposer:
         settings = copy.deepcopy(dict(stored))
         remove_alternatives(settings, {self.parse(override).key_or_group for override in typed})
         if not groups:
-            merged = OmegaConf.merge(OmegaConf.structured(Config), settings)
-            assert isinstance(merged, DictConfig)
+            merged = checked_by_schema(settings)
             self._set_values(merged, typed)
             return merged
         replaced = {self.parse(override).key_or_group for override in groups}

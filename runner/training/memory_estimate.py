@@ -121,8 +121,9 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
     # The sum of the gradients stays while the next micro-batch, or its next part, is computed.
     sums = config.train.grad_accumulation > 1 or (config.train.rows_at_once or math.inf) < config.train.batch_size
     while_computing = adapter * (1 + sums) + moments
-    # Old and new weights and moments, and the gradients; the vectors of their sum are freed one by one.
-    while_updating = adapter * 3 + moments * 2
+    # Old and new weights, the sum and the mean of the gradients, and temporary arrays of that size (measured); an array
+    # of the moments is freed once its new one is computed.
+    while_updating = adapter * 5 + moments
     step = max(_steps(config, data, planned), key=lambda step: step.total, default=StepMemory(0, 0))
     in_mlx = 0 if backend.uses_host_memory else step.total
     hidden = _hidden_bytes(config, data, backend)

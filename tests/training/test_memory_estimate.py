@@ -77,6 +77,15 @@ LONG = [
     Case("llama 256, 4 bits", SMALL, 128, {**MLX, "model.quantize.bits": 4}),
     Case("llama 256, bfloat16", SMALL, 128, {**MLX, "model.dtype": "bfloat16"}, "bfloat16"),
     Case("llama 256, rank 512", SMALL, 32, {**MLX, "lora.rank": 512, "train.batch_size": 1}),
+    *(
+        Case(
+            f"llama 256, rank 512, {name}",
+            SMALL,
+            32,
+            {**MLX, "lora.rank": 512, "train.batch_size": 1, "optimizer": name},
+        )
+        for name in ("adafactor", "muon")
+    ),
     Case("SmolLM2-135M on MLX", None, 0, {**MLX, "train.batch_size": 2, "train.eval_batches": 8}),
     Case("SmolLM2-135M, CPU engine", None, 0, {"train.eval_batches": 8}),
     Case("SmolLM2-135M, CPU engine, 4 blocks", None, 0, {"lora.num_layers": 4, "train.eval_batches": 8}),

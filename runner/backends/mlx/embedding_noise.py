@@ -22,7 +22,7 @@ class EmbeddingNoise:
         """Find the token embedding: the one that the model calls with the token ids themselves.
 
         Raises:
-            ConfigError: there is no such module, or there are several.
+            ConfigError: it is not found.
         """
         self._alpha = alpha
         self._embedding = _token_embedding(adapted)
@@ -60,21 +60,23 @@ class EmbeddingNoise:
 
 
 def _token_embedding(adapted: AdaptedModel) -> nn.Module:
-    modules = adapted.model.modules()
-    adapters = [m for m in modules if "lora_a" in m and "embedding" in m]
-    inner = {id(m.embedding) for m in adapters}  # DoRA would take the norms of rows with noise
-    plain = [m for m in modules if isinstance(m, nn.Embedding | nn.QuantizedEmbedding) and id(m) not in inner]
-    embeddings = adapters + plain
-    token_ids, called = mx.zeros((1, 2), mx.int32), []
+    """Return the embedding that is called with the token ids; of several, as in Gemma 4, embed_tokens."""
+    named = [(n, m) for n, m in adapted.model.named_modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
+    token_ids, called = mx.zeros((1, 2), mx.int32), set[int]()
 
     def record(index: int, own_call: Callable, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is token_ids:
-            called.append(index)
+            called.add(index)
         return own_call(*args, **kwargs)
 
-    with stand_in(embeddings, record):
+    with stand_in([module for _, module in named], record):
         adapted.model(token_ids)  # not evaluated
-    if len(set(called)) != 1:
-        found = "has several" if called else "has none that is called with the token ids"
-        raise ConfigError(f"train.neftune_alpha is not possible with this model: of token embeddings it {found}.")
-    return embeddings[called[0]]
+    found = [named[index] for index in called]
+    if len(found) > 1:
+        found = [(name, module) for name, module in found if name.rpartition(".")[2] == "embed_tokens"]
+    if len(found) != 1:
+        raise ConfigError(
+            "train.neftune_alpha is not possible with this model: the embedding that it calls with the token ids "
+            "is not found. Set train.neftune_alpha=null"
+        )
+    return found[0][1]

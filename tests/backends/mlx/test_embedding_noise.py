@@ -17,6 +17,7 @@ from runner.config import schema
 from runner.data.batch import collate
 from runner.data.length_buckets import LengthBuckets
 from runner.data.token_set import TokenSet
+from runner.models.dropout import DropoutKeys
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
 from runner.models.split_probe import split
@@ -93,17 +94,27 @@ def test_padding_does_not_change_the_size_of_the_noise(adapted, batch, monkeypat
     assert batch.batch.inputs.shape[1] > 29 and seen[0].tolist() == [8.0, 29.0]
 
 
-class Unusual(nn.Module):
-    """Looks its embeddings up with an array that is not the token ids."""
+class TwoEmbeddings(nn.Module):
+    """A model with a second embedding; without `passes_ids`, neither is called with the token ids themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: str, passes_ids: bool = True) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(8, 4)
+        self._first, self._passes_ids = first, passes_ids
+        self[first] = nn.Embedding(8, 4)
+        self.embed_tokens_per_layer = nn.Embedding(8, 4)
 
     def __call__(self, token_ids):
-        return self.embedding(token_ids + 0)
+        token_ids = token_ids if self._passes_ids else token_ids + 0
+        return self.embed_tokens_per_layer(token_ids) + self[self._first](token_ids)
 
 
-def test_a_model_whose_token_embedding_is_not_found_is_refused():
-    with pytest.raises(ConfigError, match="train.neftune_alpha is not possible with this model: .* has none"):
-        EmbeddingNoise(SimpleNamespace(model=Unusual()), 5.0)
+def test_of_several_embeddings_the_noise_is_on_embed_tokens():
+    model = TwoEmbeddings("embed_tokens")
+    noise = EmbeddingNoise(SimpleNamespace(model=model, dropout=DropoutKeys()), 5.0)
+    assert noise._embedding is model.embed_tokens
+
+
+@pytest.mark.parametrize("model", [TwoEmbeddings("other"), TwoEmbeddings("embed_tokens", passes_ids=False)])
+def test_a_model_whose_token_embedding_is_not_found_is_refused(model):
+    with pytest.raises(ConfigError, match="train.neftune_alpha is not possible with this model: .* is not found"):
+        EmbeddingNoise(SimpleNamespace(model=model), 5.0)

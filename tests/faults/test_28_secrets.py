@@ -26,6 +26,12 @@ KEYS = {
 SMALL = ("model=tiny", "data=tiny", "train.iters=4", "train.report_every=1", "checkpoint.every=2")
 
 
+@pytest.fixture
+def cli(cli):
+    cli.imports_for_itself = True  # with HF_TOKEN
+    return cli
+
+
 def leaks(folder: Path, out: str) -> list[str]:
     """Where one of `KEYS` is: files below `folder`, by bytes and by name, and what was printed."""
     found = []

@@ -69,7 +69,8 @@ def write_card(config: Config, facts: CardFacts) -> str:
     """Return the text of README.md."""
     name = (facts.base_id or f"a {facts.model_type} model").rpartition("/")[2]
     kind = "The adapter alone, without the base model" if facts.adapter_only else "The adapter is merged into the model"
-    about = f"{facts.base_id or name}, fine-tuned with LoRA on {_data_text(config)}"
+    method = {"lora": "with LoRA", "dora": "with DoRA", "full": "in its own weights"}[config.lora.type]
+    about = f"{facts.base_id or name}, fine-tuned {method} on {_data_text(config)}"
     update = count(config.train.batch_size * config.train.grad_accumulation, "row")
     about += f" ({count(facts.step, 'update')} of {update}). {kind}." if facts.step else f". {kind}."
     parts = [
@@ -101,7 +102,7 @@ def _front_matter(config: Config, facts: CardFacts) -> str:
         values["base_model_relation"] = "adapter" if facts.adapter_only else "finetune"
     if HUB_ID.fullmatch(config.data.path) and not Path(config.data.path).exists():
         values["datasets"] = [config.data.path]
-    values["tags"] = ["mlx", "lora", "text-generation"]
+    values["tags"] = ["mlx", *([] if config.lora.type == "full" else [config.lora.type]), "text-generation"]
     lines = ["---"]
     for key, value in values.items():
         if isinstance(value, list):

@@ -199,6 +199,25 @@ def test_peft_computes_the_same_logits_and_its_adapters_are_read(tmp_path: Path)
         compare(folder, lora)
 
 
+@pytest.mark.reference
+def test_peft_computes_the_same_logits_with_each_kind_of_adapter(tmp_path: Path) -> None:
+    python = os.environ.get("RUNNER_REFERENCE_PYTHON") or sys.executable
+    folders = []
+    for number, lora in enumerate(KINDS.values()):
+        folder = tiny_models.write_model(tmp_path / f"kind{number}", "llama")
+        adapted = adapt(folder, lora)
+        np.save(folder / "ids.npy", np.array(IDS))
+        np.save(folder / "own_logits.npy", np.array(adapted.model(IDS)))
+        write(folder / "peft", adapted, lora)
+        folders.append(folder)
+    command = [python, str(REFERENCE / "peft_logits.py"), *map(str, folders)]
+    subprocess.run(command, check=True, capture_output=True, timeout=1200)
+    for folder, kind in zip(folders, KINDS, strict=True):
+        assert not (folder / "warnings.txt").read_text(), kind
+        difference = np.abs(np.load(folder / "own_logits.npy") - np.load(folder / "peft_logits.npy")).max()
+        assert difference < 5e-4, (kind, difference)
+
+
 def without_refused(folder: Path, lora: LoraConfig) -> LoraConfig:
     """The same shape, on the layers that PEFT can hold."""
     model_type = json.loads((folder / "config.json").read_text())["model_type"]

@@ -111,15 +111,16 @@ class AdaptedModel:
         }
 
     def without_effect(self, params: Params) -> Params:
-        """Return an adapter like `params` that does nothing: B is zero, all else as the base has it."""
-        base = {name: array.astype(mx.float32) for name, array in self._originals.items()}
+        """Return an adapter like `params` that does nothing: B is zero, or the start of PiSSA, all else as the base
+        has it."""
+        base = {name: mx.zeros_like(array) for name, array in params.items() if name.endswith("lora_b")}
+        base |= {name: array.astype(mx.float32) for name, array in self._originals.items()}
         for name, module in self._adapters():
             if isinstance(module, (DoraLinear, DoraEmbedding)):
                 base[f"{name}.m"] = module.base_magnitudes
-        return {
-            name: mx.zeros_like(array) if name.endswith("lora_b") else base.get(name, array)
-            for name, array in params.items()
-        }
+        for name, module in self._pissa_layers():
+            base[f"{name}.lora_a"], base[f"{name}.lora_b"] = module.exact_start
+        return {name: base.get(name, array) for name, array in params.items()}
 
     def start_pissa(self, params: Params) -> Params:
         """Return `params` with the factors that PiSSA starts from, where `lora.init` asks for it."""

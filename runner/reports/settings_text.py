@@ -132,7 +132,10 @@ def _defaults_for(settings: Mapping[str, Any]) -> Config:
     defaults.optimizer.name, defaults.schedule.name = optimizer, schedule
     if settings.get("lora.alpha") is not None:
         defaults.lora.alpha = 1.0  # then the factor follows from alpha, and scale has no default
+    if settings.get("lora.type") == "full":
+        defaults.lora.type = "full"  # which has no factor
     defaults = validation.fill_defaults(defaults)
+    defaults.lora.type = Config().lora.type
     defaults.optimizer.name, defaults.schedule.name = schema.MISSING, schema.MISSING
     defaults.lora.alpha = None
     return defaults

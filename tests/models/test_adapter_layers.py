@@ -128,6 +128,9 @@ def test_stock_mlx_lm_loads_what_is_stored_and_computes_the_same(tmp_path, name)
     params = randomize(adapted)
     expected = adapted.model(IDS)
     assert mx.abs(expected - untouched).max().item() > 0.05
+    adapted.place(adapted.without_effect(params))
+    assert mx.abs(adapted.model(IDS) - untouched).max().item() < 1e-5
+    adapted.place(params)
     stored, config = adapted.to_stored(to_tensors(params)), adapted.adapter_config()
     assert stock_problem(adapted) is None
     write(tmp_path, stored, config)

@@ -97,7 +97,7 @@ def unverified_backend(adapted: AdaptedModel, config: Config) -> Backend:
     frozen_blocks = _cached_blocks(adapted, config)
     try:
         parts = split_probe.unverified_parts(adapted.model, frozen_blocks)
-        if adapted.trains_head:
+        if _is_one_piece(adapted, config):
             parts = replace(parts, trunk=None)
         split_model = SplitModel(adapted.model, parts)
     except Exception as error:  # models and MLX raise all kinds of errors
@@ -120,6 +120,11 @@ def _cached_blocks(adapted: AdaptedModel, config: Config) -> int:
     if not config.train.hidden_cache.enabled or config.train.neftune_alpha is not None:
         return 0
     return adapted.frozen_blocks
+
+
+def _is_one_piece(adapted: AdaptedModel, config: Config) -> bool:
+    """Return whether all logits are computed together: in chunks, dropout on the head would repeat its mask."""
+    return adapted.trains_head and config.lora.dropout > 0
 
 
 def _embedding_noise(adapted: AdaptedModel, config: Config) -> EmbeddingNoise | None:
@@ -187,7 +192,7 @@ def _mlx_backend(
     if parts is None:
         try:
             parts = split_probe.find_parts(adapted.model, frozen_blocks, length)
-            if adapted.trains_head:  # of which the loss in chunks gives no gradients
+            if _is_one_piece(adapted, config):
                 parts = replace(parts, trunk=None)
             gradients = GradientProbe(adapted)
         except Exception as error:  # models and MLX raise all kinds of errors

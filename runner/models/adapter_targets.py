@@ -175,7 +175,7 @@ def adapter_for(target: Target, lora: schema.LoraConfig, scale: float, *, has_va
 
 def _not_possible(target: Target, setting: str, kinds: str) -> str:
     return (
-        f"{setting}: {target.path} is a {type(target.module).__name__}, and {kinds} alone can be trained so. "
+        f"{setting}: {target.path} is of type {type(target.module).__name__}, and {kinds} alone can be trained so. "
         "Leave it out: list the other layers in lora.keys."
     )
 

@@ -78,8 +78,13 @@ class AdaptedModel:
     @property
     def trains_head(self) -> bool:
         """Whether the head, or an embedding that may be the head as well, is trained."""
-        outside = {path.rpartition(".")[2] for path in self.targets.outside}
-        return bool(outside - {"norm"} - (set() if self.is_tied else {"embed_tokens"}))
+        return bool(self._head_paths())
+
+    @property
+    def head_params(self) -> tuple[str, ...]:
+        """Names of the trained arrays that the head may read."""
+        paths = tuple(f"{path}." for path in self._head_paths())
+        return tuple(name for name in self.params() if name.startswith(paths))
 
     @property
     def is_tied(self) -> bool:
@@ -207,6 +212,10 @@ class AdaptedModel:
             f"Leave it out: 'lora.keys=[{others}]'"
         )
 
+    def _head_paths(self) -> list[str]:
+        below = {"norm"} if self.is_tied else {"norm", "embed_tokens"}
+        return [path for path in self.targets.outside if path.rpartition(".")[2] not in below]
+
     def _train_whole_modules(self) -> Params:
         """Make the arrays of whole modules trainable, in float32, and return them as the base has them."""
         originals: Params = {}
@@ -215,6 +224,8 @@ class AdaptedModel:
             for part in module.modules():
                 arrays = {k: v for k, v in part.items() if isinstance(v, mx.array)}
                 other = [key for key, array in arrays.items() if not mx.issubdtype(array.dtype, mx.floating)]
+                # The bias that balances experts has no gradient: weight decay alone would change it.
+                other += [key for key in arrays if key.endswith("correction_bias")]
                 part.freeze(recurse=False, keys=other)
             originals |= {f"{path}.{name}": array for name, array in tree_flatten(module.trainable_parameters())}
         self.model.update(tree_unflatten([(name, array.astype(mx.float32)) for name, array in originals.items()]))

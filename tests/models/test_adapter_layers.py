@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import tiny_models
 from mlx.utils import tree_flatten
 from mlx_lm.tuner import dora as stock_dora
 from mlx_lm.tuner.utils import load_adapters
@@ -19,7 +20,7 @@ from runner.config.schema import LoraConfig, ModelConfig
 from runner.models import quantization
 from runner.models.adapter_layers import DoraEmbedding, DoraLinear
 from runner.models.arrays import to_tensors
-from runner.models.load import load_base_model
+from runner.models.load import BaseModel, load_base_model
 from runner.models.lora import AdaptedModel, stored_lora
 from runner.models.pissa import principal_factors
 from runner.models.stock_mlx_lm import stock_problem
@@ -214,7 +215,11 @@ def test_what_cannot_be_trained_so_is_refused_by_name():
     for lora, quantize, message in (
         (LoraConfig(type="full", num_layers=1), {"bits": 4}, "is quantized.*model.dequantize=always"),
         (LoraConfig(modules_to_save=["embed_tokens"]), {"bits": 4}, "model.embed_tokens is quantized"),
-        (LoraConfig(init="pissa", keys=["embed_tokens"]), {}, "lora.init=pissa: model.embed_tokens is a Embedding"),
+        (
+            LoraConfig(init="pissa", keys=["embed_tokens"]),
+            {},
+            "model.embed_tokens is of type Embedding",
+        ),
         (LoraConfig(keys=["norm"]), {}, "no block has 'norm'"),
         (LoraConfig(keys=["q_proj"], modules_to_save=["layers.3"]), {}, "both name model.layers.3.self_attn.q_proj"),
     ):
@@ -237,3 +242,12 @@ def test_what_cannot_be_trained_so_is_refused_by_name():
 def test_blocks_below_everything_that_is_trained_are_frozen(lora, frozen, head):
     adapted = AdaptedModel(base(), lora, seed=0)
     assert (adapted.frozen_blocks, adapted.trains_head) == (frozen, head)
+
+
+def test_the_bias_that_balances_experts_is_not_trained_whole():
+    model, config = tiny_models.build_model("deepseek_v3")
+    model.freeze()
+    adapted = AdaptedModel(BaseModel(model, None, config, "deepseek"), LoraConfig(type="full"), seed=0)
+    assert any("correction_bias" in name for name, _ in tree_flatten(model.parameters()))
+    assert not any("correction_bias" in name for name in adapted.params())
+    assert "model.layers.1.mlp.gate.weight" in adapted.params()

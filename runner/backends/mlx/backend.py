@@ -45,7 +45,9 @@ class MlxBackend:
         self.split_model, self.fallback_reason = split_model, fallback_reason
         self._embedding_noise = embedding_noise
         self._adapted, self._grad_checkpoint = adapted, grad_checkpoint
-        self._loss = ChunkedLoss(split_model=split_model, chunk=chunk, all_positions=all_positions)
+        self._loss = ChunkedLoss(
+            split_model=split_model, chunk=chunk, all_positions=all_positions, head_params=adapted.head_params
+        )
         self._compiled = compiled
         self._step = mx.compile(self._loss_and_grads) if compiled else self._loss_and_grads
 

@@ -1,8 +1,8 @@
 """Head and cross-entropy in chunks of supervised positions: the logits of all positions never exist at once.
 
-The head is frozen, so of its backward pass only the gradient by the hidden states is needed. It is computed together
-with the loss while a chunk's logits exist, which are neither kept for the backward pass nor computed again in it; Liger
-Kernel (Hsu et al., 2024) fuses linear layer and cross-entropy in the same way.
+Of the head's backward pass only the gradient by the hidden states is needed, and that by its own arrays where it is
+trained. They are computed together with the loss while a chunk's logits exist, which are neither kept for the backward
+pass nor computed again in it; Liger Kernel (Hsu et al., 2024) fuses linear layer and cross-entropy in the same way.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class ChunkedLoss:
     """Positions whose logits exist at once."""
     all_positions: bool
     """Compute the head at every position, and pick the supervised ones from its logits."""
+    head_params: tuple[str, ...] = ()
+    """Names of the trained arrays that the head reads."""
 
     def __call__(
         self, inputs: mx.array, states: mx.array | None, positions: mx.array, targets: mx.array, weights: mx.array
@@ -80,9 +82,16 @@ class ChunkedLoss:
                 loss = self._in_one(inputs, states, positions, targets, weights).sum()
                 return loss, loss
             hidden = self._selected(inputs, states, positions)
-            loss, grad_hidden = self._chunks_with_grad(mx.stop_gradient(hidden), targets, weights)
+            own = {name: params[name] for name in self.head_params if name in params}
+            stopped = mx.stop_gradient(hidden), {name: mx.stop_gradient(array) for name, array in own.items()}
+            loss, grad_hidden, grads = self._chunks_with_grad(*stopped, place, targets, weights)
+            if own:
+                place(params)
             # A scalar whose gradient by the hidden states is `grad_hidden`: the backward pass begins with it.
-            return (hidden.astype(mx.float32) * grad_hidden.astype(mx.float32)).sum(), mx.stop_gradient(loss)
+            total = (hidden.astype(mx.float32) * grad_hidden.astype(mx.float32)).sum()
+            for name, array in own.items():
+                total = total + (array * mx.stop_gradient(grads[name])).sum()
+            return total, mx.stop_gradient(loss)
 
         (_, loss), grads = mx.value_and_grad(surrogate)(params)
         return loss, grads
@@ -105,21 +114,36 @@ class ChunkedLoss:
         logits = self.split_model.logits(inputs, states)
         return token_losses(logits.reshape(-1, logits.shape[-1])[positions], targets, weights)
 
-    def _chunks_with_grad(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the loss and its gradient by `hidden` (n, hidden_size)."""
+    def _chunks_with_grad(
+        self,
+        hidden: mx.array,
+        own: Params,
+        place: Callable[[Params], None],
+        targets: mx.array,
+        weights: mx.array,
+    ) -> tuple[mx.array, mx.array, Params]:
+        """Return the loss, its gradient by `hidden` (n, hidden_size), and those by `own`, arrays of the head."""
         total = mx.array(0.0)
         grads: list[mx.array] = []
+        sums = {name: mx.zeros_like(array) for name, array in own.items()}
+
+        def head(h: mx.array, *arrays: mx.array) -> mx.array:
+            if own:
+                place(dict(zip(own, arrays, strict=True)))
+            return self.split_model.head(h)
+
         for start in range(0, len(targets), self.chunk):
             part = slice(start, start + self.chunk)
             h, t, w = hidden[part], targets[part], weights[part]
             # MLX evaluates a graph in an order of its own, and all chunks' logits could exist at once: each chunk waits
             # for the one before it.
             h = mx.depends(h, [total, grads[-1]]) if start else h
-            loss, grad_logits = cross_entropy_and_grad(self.split_model.head(h), t, w)
-            grad = mx.vjp(self.split_model.head, [h], [grad_logits])[1][0]
+            loss, grad_logits = cross_entropy_and_grad(head(h, *own.values()), t, w)
+            grad, *own_grads = mx.vjp(head, [h, *own.values()], [grad_logits])[1]
             total = total + loss
             grads.append(grad)
-        return total, mx.concatenate(grads)
+            sums = {name: sums[name] + g for name, g in zip(own, own_grads, strict=True)}
+        return total, mx.concatenate(grads), sums
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:

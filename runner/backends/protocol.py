@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -41,6 +41,20 @@ class BackendBatch:
     def real_tokens(self) -> int:
         """Number of tokens without padding."""
         return self.batch.real_tokens
+
+    def weighted(self, weights: np.ndarray) -> BackendBatch:
+        """Return the batch with `weights`, (supervised,), for its supervised tokens."""
+        return replace(self, batch=self.batch.weighted(weights))
+
+    def without_unweighted_rows(self) -> BackendBatch | None:
+        """Return the batch without rows of which all weights are zero; None if none is left."""
+        weighted = np.flatnonzero(self.batch.sums_by_row(np.abs(self.batch.weights[: self.supervised])))
+        if len(weighted) == self.row_count:
+            return self
+        if not len(weighted):
+            return None
+        hidden = None if self.hidden is None else self.hidden[weighted]
+        return BackendBatch(self.batch.select_rows(weighted), hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +102,13 @@ class Backend(Protocol):
     def row_losses(self, params: Params, batch: BackendBatch) -> RowLosses:
         """Return the sum of -log p(target) over the supervised tokens of each row of `batch`, without dropout."""
 
+    def token_losses(self, params: Params, batch: BackendBatch, key: mx.array) -> np.ndarray:
+        """Return -log p(target) of each supervised token, (supervised,) float32, as `loss_and_grads` computes it: with
+        the dropout masks of `key`."""
+
     def loss_and_grads(self, params: Params, batch: BackendBatch, key: mx.array) -> tuple[mx.array, Gradients]:
-        """Return the summed loss, a scalar, and its gradients by `params`; MLX arrays may not be evaluated yet.
+        """Return the loss summed with the weights of `batch`, a scalar, and its gradients by `params`; MLX arrays may
+        not be evaluated yet.
 
         `key` decides the dropout masks of this micro-batch.
         """

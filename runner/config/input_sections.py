@@ -70,9 +70,11 @@ class KeysConfig:
     output: str = setting("output", on_resume=FREE)
     """Field of the answer of an Alpaca row."""
     chosen: str = setting("chosen", on_resume=FREE)
-    """Field of the better answer of a preference row, on which it is trained."""
+    """Field of the better answer of a preference row."""
     rejected: str = setting("rejected", on_resume=FREE)
-    """Field of the worse answer of a preference row, which is not used."""
+    """Field of the worse answer of a preference row, which the methods on pairs use."""
+    label: str = setting("label", on_resume=FREE)
+    """Field that says whether the answer is a good one (true) or a bad one (false), for method=kto."""
 
 
 @dataclass(kw_only=True)

@@ -32,6 +32,7 @@ GENERATED_CHOICES: dict[str, dict[str, Any]] = {
     "checkpoint/default": {},
     **{f"optimizer/{name}": {"name": name} for name in schema.metadata()["optimizer.name"].choices},
     **{f"schedule/{name}": {"name": name} for name in schema.metadata()["schedule.name"].choices},
+    **{f"method/{name}": {"name": name} for name in schema.metadata()["method.name"].choices},
 }
 """Choices whose YAML shows every setting of the group, with the values that differ from the schema's defaults."""
 UNGROUPED = ("seed", "adapter", "objective", "name", "tags", "note")

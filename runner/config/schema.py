@@ -30,9 +30,12 @@ from runner.config.training_sections import (
     DEFAULT_LORA_SCALE,
     ENDLESS_SCHEDULES,
     HIGHER_IS_BETTER,
+    METHOD_ANSWERS,
+    METHOD_MEASURES,
     CheckpointConfig,
     HiddenCacheConfig,
     LoraConfig,
+    MethodConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -45,6 +48,8 @@ __all__ = [
     "ENDLESS_SCHEDULES",
     "FLOATING_POINT_MODES",
     "HIGHER_IS_BETTER",
+    "METHOD_ANSWERS",
+    "METHOD_MEASURES",
     "MISSING",
     "CheckpointConfig",
     "Config",
@@ -52,6 +57,7 @@ __all__ = [
     "HiddenCacheConfig",
     "KeysConfig",
     "LoraConfig",
+    "MethodConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -74,6 +80,7 @@ class Config:
     lora: LoraConfig = section(LoraConfig, report_order=1, short_names=True)
     optimizer: OptimizerConfig = section(OptimizerConfig, report_order=2, short_names=True)
     schedule: ScheduleConfig = section(ScheduleConfig, report_order=3)
+    method: MethodConfig = section(MethodConfig, report_order=4)
     train: TrainConfig = section(TrainConfig, report_order=4, short_names=True)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     loggers: dict[str, Any] = section(dict, on_resume=FREE)
@@ -96,7 +103,7 @@ class Config:
 
 OPEN_SECTIONS = ("loggers", "vars", "data.template_args")
 """Sections whose keys the schema does not name."""
-GROUPS = ("model", "data", "lora", "optimizer", "schedule", "train", "checkpoint", "loggers", "experiment")
+GROUPS = ("model", "data", "lora", "optimizer", "schedule", "method", "train", "checkpoint", "loggers", "experiment")
 
 
 def walk(config_class: type = Config, prefix: str = "") -> Iterator[tuple[str, Setting, type | None]]:

@@ -8,6 +8,23 @@ from runner.common.layout import CHECKPOINTS
 from runner.config.setting import MISSING, OnResume, PathKind, section, setting
 
 FREE = OnResume.FREE
+METHOD_ANSWERS = {
+    "sft": "chosen",
+    "dpo": "pairs",
+    "ipo": "pairs",
+    "orpo": "pairs",
+    "simpo": "pairs",
+    "kto": "labeled",
+    "grpo": "chosen",
+}
+"""The methods of training, and which answers of the data each reads: see `runner.data.formats.EncodeOptions`."""
+_PAIR_MEASURES = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+METHOD_MEASURES = {
+    **dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), _PAIR_MEASURES),
+    "kto": ("reward_chosen", "reward_rejected", "kl"),
+    "grpo": ("reward", "reward_std", "answer_tokens", "kl"),
+}
+"""What the rows of metrics.jsonl have beside the loss, by method."""
 HIGHER_IS_BETTER = ("score",)
 """Values of objective.metric of which a higher one is better, unless objective.direction says otherwise."""
 ENDLESS_SCHEDULES = ("constant", "step", "inverse_sqrt")
@@ -144,6 +161,44 @@ class ScheduleConfig:
     timescale: int | None = setting(None, added_later=True, at_least=1, defaults_by={"inverse_sqrt": None})
     """Updates after the peak until the learning rate is peak / sqrt(2); null means schedule.warmup, and 10,000
     without a warmup."""
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """What training minimizes. Losses and names are those of TRL."""
+
+    name: str = setting("sft", choices=tuple(METHOD_ANSWERS), added_later=True)
+    """Training method: sft (supervised fine-tuning); dpo, ipo, orpo, simpo on pairs of a better and a worse answer; kto
+    on answers that are each good or bad; grpo on answers that the model samples and data.metric scores."""
+    beta: float | None = setting(
+        None,
+        at_least=0,
+        defaults_by={"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 0.0},
+        added_later=True,
+    )
+    """dpo, ipo, kto: how strongly the model is held to the reference, the model as it was before training. orpo: weight
+    of the odds ratio. simpo: scale of the rewards. grpo: weight of the KL divergence from the reference."""
+    reference_free: bool | None = setting(None, defaults_by={"dpo": False, "ipo": False}, added_later=True)
+    """Compare with a reference that finds all answers equally likely, instead of the model before training."""
+    gamma: float | None = setting(None, at_least=0, defaults_by={"simpo": 1.0}, added_later=True)
+    """Margin by which the reward of the better answer has to exceed that of the worse one."""
+    desirable_weight: float | None = setting(None, above=0, defaults_by={"kto": 1.0}, added_later=True)
+    """Weight of the good answers."""
+    undesirable_weight: float | None = setting(None, above=0, defaults_by={"kto": 1.0}, added_later=True)
+    """Weight of the bad answers."""
+    group_size: int | None = setting(None, at_least=2, at_most=1024, defaults_by={"grpo": 8}, added_later=True)
+    """Answers sampled for each prompt, whose rewards are compared with one another."""
+    temperature: float | None = setting(None, above=0, defaults_by={"grpo": 1.0}, added_later=True)
+    """Temperature at which answers are sampled."""
+    max_new_tokens: int | None = setting(None, at_least=1, defaults_by={"grpo": 96}, added_later=True)
+    """Maximum length of a sampled answer, in tokens."""
+    scale_rewards: bool | None = setting(None, defaults_by={"grpo": True}, added_later=True)
+    """Divide the advantages of a prompt's answers by the standard deviation of their rewards."""
+    loss_type: str | None = setting(
+        None, choices=("grpo", "dapo", "dr_grpo"), defaults_by={"grpo": "dapo"}, added_later=True
+    )
+    """How the tokens of an update are averaged: grpo, within each answer first; dapo, over all tokens; dr_grpo, over
+    the number of answers times max_new_tokens, so that an answer's length does not matter."""
 
 
 @dataclass(kw_only=True)

@@ -17,9 +17,11 @@ from runner.config import labels, schema, serialize
 from runner.config.foreign_names import explain_foreign
 from runner.config.schema import (
     DEFAULT_LORA_SCALE,
+    METHOD_ANSWERS,
     Config,
     DataConfig,
     LoraConfig,
+    MethodConfig,
     OptimizerConfig,
     QuantizeConfig,
     ScheduleConfig,
@@ -77,7 +79,9 @@ def validate(config: Config) -> None:
     problems += _lora_problems(config)
     problems += _optimizer_problems(config.optimizer)
     problems += _schedule_problems(config)
-    problems += [*_unused_options("optimizer", config.optimizer), *_unused_options("schedule", config.schedule)]
+    for name, section in _choice_sections(config):
+        problems += _unused_options(name, section)
+    problems += _method_problems(config)
     problems += _evaluation_problems(config)
     problems += _template_problems(config.data)
     problems += _mix_problems(config.data)
@@ -100,9 +104,9 @@ def unknown_setting(name: str, known: Iterable[str], note: str = "") -> str:
 
 
 def fill_defaults(config: Config) -> Config:
-    """Return a copy with the defaults of the chosen optimizer and schedule and of the LoRA scale filled in."""
+    """Return a copy with the defaults of the chosen optimizer, schedule and method and of the LoRA scale filled in."""
     config = copy.deepcopy(config)
-    for name, section in (("optimizer", config.optimizer), ("schedule", config.schedule)):
+    for name, section in _choice_sections(config):
         for option, default in schema.choice_options(name, section.name).items():
             if getattr(section, option) is None:
                 setattr(section, option, copy.copy(default))
@@ -281,6 +285,17 @@ def _shape_problems(schedule: ScheduleConfig, end: int, updates: int) -> Iterato
         yield f"schedule.decay={decay:g} leaves no update at the peak: there are {updates} after the warmup."
 
 
+def _method_problems(config: Config) -> list[str]:
+    method, problems = config.method, []
+    if method.name == "grpo" and config.data.metric is None:
+        problems.append("method=grpo needs data.metric, which scores the sampled answers: exact_match or another.")
+    if METHOD_ANSWERS.get(method.name, "chosen") != "chosen" and not config.data.mask_prompt:
+        problems.append(f"method={method.name} compares answers only: data.mask_prompt=false is not possible.")
+    if method.name == "ipo" and method.beta == 0:
+        problems.append("method.beta=0 is invalid with method=ipo: must be above 0.")
+    return problems
+
+
 def _evaluation_problems(config: Config) -> list[str]:
     problems = []
     if config.data.metric_rows and config.data.metric is None:
@@ -323,8 +338,13 @@ def _is_mapping_of_texts(value: Any, names: Iterable[str]) -> bool:
     return isinstance(value, Mapping) and all(k in names and isinstance(v, str) for k, v in value.items())
 
 
-def _unused_options(name: str, section: OptimizerConfig | ScheduleConfig) -> Iterator[str]:
-    """Refuse an option that the chosen optimizer or schedule does not use: it would silently have no effect."""
+def _choice_sections(config: Config) -> tuple[tuple[str, OptimizerConfig | ScheduleConfig | MethodConfig], ...]:
+    """Return the sections of which some options belong to some choices only, with their names."""
+    return ("optimizer", config.optimizer), ("schedule", config.schedule), ("method", config.method)
+
+
+def _unused_options(name: str, section: OptimizerConfig | ScheduleConfig | MethodConfig) -> Iterator[str]:
+    """Refuse an option that the chosen optimizer, schedule or method does not use: it would silently have no effect."""
     if section.name not in schema.metadata()[f"{name}.name"].choices:
         return
     for option in dataclasses.fields(section):

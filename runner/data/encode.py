@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -16,6 +16,7 @@ from runner.data.encoded import Encoded, Span
 from runner.data.formats import EncodeOptions, RowFormat, refuse_media
 from runner.data.holdout import Holdout
 from runner.data.jsonl import MAX_LINE_BYTES, parse_lines
+from runner.data.preferences import encode_answers
 from runner.data.row_errors import RowError, RowErrors
 from runner.data.text_encoder import TextEncoder
 from runner.data.token_set import SplitStats, TokenSet, row_location
@@ -47,6 +48,8 @@ class EncodedChunk:
     """(rows,) int64: where each row ends, counted from the first token of the chunk."""
     lines: np.ndarray
     """(rows,) int64: the line of each row."""
+    unwanted: np.ndarray
+    """(rows,) bool: whether each row is an answer that the model should not give."""
     stats: SplitStats
 
 
@@ -58,12 +61,13 @@ class ChunkWriter(Protocol):
 
 
 class TokenBuffer:
-    """A ChunkWriter in memory: 5 bytes per token and 16 per row, which the resulting arrays share."""
+    """A ChunkWriter in memory: 5 bytes per token and 17 per row, which the resulting arrays share."""
 
     def __init__(self) -> None:
         self.stats = SplitStats()
         self._tokens, self._supervised = bytearray(), bytearray()
         self._offsets, self._lines = bytearray(np.int64(0).tobytes()), bytearray()
+        self._unwanted = bytearray()
 
     def append(self, chunk: EncodedChunk) -> None:
         """Append the rows of `chunk`."""
@@ -71,6 +75,7 @@ class TokenBuffer:
         self._supervised += chunk.supervised
         self._offsets += (chunk.ends + self.stats.tokens).tobytes()
         self._lines += chunk.lines.tobytes()
+        self._unwanted += chunk.unwanted.tobytes()
         self.stats += chunk.stats
 
     def to_token_set(self) -> TokenSet:
@@ -80,6 +85,7 @@ class TokenBuffer:
             np.frombuffer(self._supervised, np.bool_),
             np.frombuffer(self._offsets, np.int64),
             np.frombuffer(self._lines, np.int64),
+            np.frombuffer(self._unwanted, np.bool_),
         )
 
 
@@ -146,10 +152,21 @@ def encode_chunk(chunk: Chunk, task: EncodeTask, encoder: TextEncoder, errors: R
         try:
             refuse_media(row.value, part.options.keys)
             part.row_format.validate(row.value, part.options.keys)
-            builder.add_row(row.line, part.row_format.encode(row.value, encoder, part.options))
+            builder.add_row(row.line, encode_answers(row.value, part.row_format, encoder, part.options))
         except RowError as error:
             errors.add(row.file, row.line, str(error))
     return builder.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _CutRow:
+    """A row within the length limit, or the reason why there is none."""
+
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    mask: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    truncated: bool = False
+    reason: str = ""
+    """Name of the count of SplitStats for rows that are left out for it."""
 
 
 class _ChunkBuilder:
@@ -161,23 +178,37 @@ class _ChunkBuilder:
         self.total = self.longest = 0
         self.ends: list[int] = []
         self.lines: list[int] = []
+        self.unwanted: list[bool] = []
         self.counts = Counter[str]()
         """Counts by the name of a SplitStats field."""
         self.first_lines: dict[str, int] = {}
         """Line numbers by the name of a SplitStats field."""
 
     def add_row(self, line: int, encoded: Encoded) -> None:
-        """Append the token rows of one row. Raises RowError as `add`."""
-        for tokens, spans in encoded.rows:
-            self.add(line, tokens, spans)
-        self.counts["split"] += len(encoded.rows) > 1
+        """Append the token rows of one row; of a pair both or none. Raises RowError for a row that is too long where
+        `on_too_long` is ``error``."""
+        is_pair = len(set(encoded.unwanted)) == 2
+        unwanted = encoded.unwanted or (False,) * len(encoded.rows)
+        rows = [
+            (self._cut(tokens, spans), unwanted)
+            for (tokens, spans), unwanted in zip(encoded.rows, unwanted, strict=True)
+        ]
+        reasons = [cut.reason for cut, _ in rows if cut.reason]
+        if is_pair and reasons:
+            self.counts[reasons[0]] += 1
+            return
+        self.counts.update(reasons)
+        for cut, is_unwanted in rows:
+            if not cut.reason:
+                self._append(line, cut, is_unwanted)
+        self.counts["split"] += len(encoded.rows) > 1 and not is_pair
         for name in ("lost_reasoning", "lost_context"):
             if count := getattr(encoded, name):
                 self.counts[name] += count
                 self.first_lines.setdefault(f"{name}_line", line)
 
-    def add(self, line: int, tokens: list[int], spans: list[Span]) -> None:
-        """Append a row. Raises RowError for one that is too long where `on_too_long` is ``error``."""
+    def _cut(self, tokens: list[int], spans: list[Span]) -> _CutRow:
+        """Return the row within `max_length`. Raises RowError where `on_too_long` is ``error``."""
         limit = self.options.max_length
         self.longest = max(self.longest, len(tokens))
         too_long = len(tokens) > limit
@@ -187,24 +218,26 @@ class _ChunkBuilder:
                 "(data.on_too_long=truncate cuts such rows, drop leaves them out)"
             )
         if too_long and self.options.on_too_long == "drop":
-            self.counts["dropped"] += 1
-            return
+            return _CutRow(reason="dropped")
         row = np.asarray(tokens[:limit], dtype=np.int32)
         mask = np.zeros(len(row), dtype=np.uint8)
         for start, end in spans:
             mask[start:end] = 1
         mask[:1] = 0
-        supervised = int(mask.sum())
-        if supervised == 0:
-            self.counts["prompt_too_long" if too_long else "unsupervised"] += 1
-            return
-        self.tokens += row.tobytes()
-        self.supervised += mask.tobytes()
-        self.total += len(row)
+        if not mask.any():
+            return _CutRow(reason="prompt_too_long" if too_long else "unsupervised")
+        return _CutRow(row, mask, truncated=too_long)
+
+    def _append(self, line: int, row: _CutRow, unwanted: bool) -> None:
+        self.tokens += row.tokens.tobytes()
+        self.supervised += row.mask.tobytes()
+        self.total += len(row.tokens)
         self.ends.append(self.total)
         self.lines.append(row_location(self.part, line))
-        self.counts["truncated"] += too_long
-        self.counts["supervised"] += supervised
+        self.unwanted.append(unwanted)
+        self.counts["truncated"] += row.truncated
+        self.counts["supervised"] += int(row.mask.sum())
+        self.counts["unwanted"] += unwanted
 
     def finish(self) -> EncodedChunk:
         """Return the rows that were added."""
@@ -213,6 +246,7 @@ class _ChunkBuilder:
             bytes(self.supervised),
             np.array(self.ends, np.int64),
             np.array(self.lines, np.int64),
+            np.array(self.unwanted, bool),
             SplitStats(
                 rows=len(self.lines), tokens=self.total, longest=self.longest, **self.counts, **self.first_lines
             ),

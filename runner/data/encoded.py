@@ -18,6 +18,9 @@ class Encoded:
     """Turns whose reasoning the chat template leaves out."""
     lost_context: int = 0
     """Messages that are not supervised, and tools, that the chat template leaves out."""
+    unwanted: tuple[bool, ...] = ()
+    """Whether each of `rows` is an answer that the model should not give; empty if none is. With both kinds in it, the
+    rows are the two answers of a pair."""
 
     @classmethod
     def single(cls, tokens: list[int], spans: list[Span]) -> Encoded:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from runner.common.errors import DataError
-from runner.config.schema import DataConfig, KeysConfig
+from runner.config.schema import METHOD_ANSWERS, DataConfig, KeysConfig
 from runner.data import conversions
 from runner.data.chat_encoder import ChatEncoder
 from runner.data.chat_spans import prompt_length
@@ -38,6 +38,9 @@ _MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 class EncodeOptions:
     """The settings that decide the tokens and the mask of a row; `schema.DataConfig` documents and checks them."""
 
+    answers: str
+    """What the method trains on: the `chosen` answer of each row, `pairs` of a better and a worse answer, or `labeled`
+    answers that are each good or bad."""
     format: str
     mask_prompt: bool
     max_length: int
@@ -56,14 +59,15 @@ class EncodeOptions:
         return replace(self, format=row_format or self.format, keys=replace(self.keys, **keys))
 
     @classmethod
-    def from_config(cls, data: DataConfig) -> EncodeOptions:
-        """Return the options of the data settings, which have the same names.
+    def from_config(cls, data: DataConfig, method: str = "sft") -> EncodeOptions:
+        """Return the options of the data settings, which have the same names, and of `method.name`.
 
         Raises:
             DataError: data.template cannot be read.
         """
-        names = [field.name for field in fields(cls) if field.name != "template"]
-        return cls(template=TemplateOptions.from_config(data), **{name: copy(getattr(data, name)) for name in names})
+        names = [field.name for field in fields(cls) if field.name not in ("template", "answers")]
+        values = {name: copy(getattr(data, name)) for name in names}
+        return cls(template=TemplateOptions.from_config(data), answers=METHOD_ANSWERS[method], **values)
 
 
 class RowFormat(Protocol):
@@ -94,8 +98,6 @@ class CompletionsFormat:
 
     def validate(self, row: dict[str, Any], keys: KeysConfig) -> None:
         require_keys(row, self.required_keys(keys))
-        if row.get("label") is False:
-            raise RowError("'label' is false: an unwanted answer, as in TRL's unpaired preferences; remove such rows")
         if isinstance(row[keys.prompt], list) or isinstance(row[keys.completion], list):
             for key in self.required_keys(keys):
                 if isinstance(row[key], list) and not all(isinstance(message, dict) for message in row[key]):
@@ -277,10 +279,14 @@ def format_name(row: JsonlRow, options: EncodeOptions) -> str:
     )
 
 
-def format_note(row: JsonlRow, name: str, keys: KeysConfig) -> str | None:
+def format_note(row: JsonlRow, name: str, options: EncodeOptions) -> str | None:
     """Return what the log says about fields of the row that training in the format `name` does not use."""
-    if name == "preference":
-        return f"preference pairs: trains on '{keys.chosen}'; '{keys.rejected}' is not used"
+    keys = options.keys
+    if name == "preference" and options.answers == "chosen":
+        return (
+            f"preference pairs: trains on '{keys.chosen}'; '{keys.rejected}' is not used "
+            "(method=dpo and others train on both)"
+        )
     if name == "chat" and keys.prompt in row.value:
         return f"trains on '{keys.messages}'; '{keys.prompt}' beside it is not used"
     if name in ("chat", "completions") and row.value.get("system"):

@@ -156,9 +156,13 @@ def _require_all_shards(folder: Path, name: str, shards: tuple[Path, ...]) -> No
         )
 
 
-def find_sources(data: DataConfig) -> list[Source]:
-    """Return the sources of data.mix, or else the one that data.path names. Raises DataError for data.template."""
-    options = EncodeOptions.from_config(data)
+def find_sources(data: DataConfig, method: str = "sft") -> list[Source]:
+    """Return the sources of data.mix, or else the one that data.path names, for `method.name`.
+
+    Raises:
+        DataError: data.template cannot be read.
+    """
+    options = EncodeOptions.from_config(data, method)
     if data.mix is None:
         return [Source(path=data.path, options=options, config=data.config, revision=data.revision, splits=data.splits)]
     return [

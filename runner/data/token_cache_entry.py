@@ -1,4 +1,4 @@
-"""One entry of the token cache: a folder with the four arrays of a TokenSet as they are in memory, and a manifest.
+"""One entry of the token cache: a folder with the arrays of a TokenSet as they are in memory, and a manifest.
 
 Nothing in an entry changes once it is complete, so a mapping stays valid even where the entry has been removed.
 """
@@ -23,10 +23,11 @@ from runner.common.filesystem import open_regular
 from runner.data.encode import EncodedChunk
 from runner.data.token_set import SplitStats, TokenSet, fingerprint_header
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of the files of an entry."""
-COLUMNS = {"offsets": "<i8", "tokens": "<i4", "supervised": "|b1", "lines": "<i8"}
-"""The arrays and their stored dtypes. The fingerprint is a hash of the first three in this order."""
+COLUMNS = {"offsets": "<i8", "tokens": "<i4", "supervised": "|b1", "unwanted": "|b1", "lines": "<i8"}
+"""The arrays and their stored dtypes. The fingerprint is a hash of the first three in this order, and of the fourth if
+any row is unwanted."""
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 1 << 20
 """Bytes that share a checksum."""
@@ -95,6 +96,7 @@ class EntryWriter:
             self._files["tokens"].write(chunk.tokens)
             self._files["supervised"].write(chunk.supervised)
             self._files["offsets"].write(ends.astype(COLUMNS["offsets"], copy=False).tobytes())
+            self._files["unwanted"].write(chunk.unwanted.tobytes())
             self._files["lines"].write(chunk.lines.astype(COLUMNS["lines"], copy=False).tobytes())
         self.stats += chunk.stats
 
@@ -125,7 +127,7 @@ class EntryWriter:
             while block := file.read(BLOCK_BYTES):
                 checksums.append(zlib.crc32(block))
                 size += len(block)
-                if name != "lines":
+                if name in ("offsets", "tokens", "supervised") or (name == "unwanted" and self.stats.unwanted):
                     digest.update(block)
             files[name] = {"size": size, "crc32": checksums}
         return {
@@ -159,7 +161,9 @@ def _create(path: Path) -> BinaryIO:
 
 
 def _map_columns(files: Mapping[str, BinaryIO], stats: SplitStats) -> TokenSet:
-    shapes = {"offsets": stats.rows + 1, "tokens": stats.tokens, "supervised": stats.tokens, "lines": stats.rows}
+    shapes = {name: stats.rows for name in COLUMNS}
+    shapes |= {"offsets": stats.rows + 1, "tokens": stats.tokens, "supervised": stats.tokens}
     # A plain array that views the mapping: indexing a np.memmap creates another np.memmap each time, which is slow.
     columns = {name: np.memmap(files[name], dtype, mode="r", shape=shapes[name]) for name, dtype in COLUMNS.items()}
-    return TokenSet(**{name: np.asarray(column) for name, column in columns.items()})
+    arrays: dict[str, Any] = {name: np.asarray(column) for name, column in columns.items()}
+    return TokenSet(**arrays)

@@ -41,6 +41,7 @@ CODE_FILES = (
     "readers.py",
     "holdout.py",
     "formats.py",
+    "preferences.py",
     "conversions.py",
     "conversation.py",
     "template_traits.py",

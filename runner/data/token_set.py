@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,9 +23,15 @@ class TokenSet:
     """(rows + 1,) int64: row i is ``tokens[offsets[i]:offsets[i + 1]]``."""
     lines: np.ndarray
     """(rows,) int64: the file and the line that each row comes from, see `row_location`."""
+    unwanted: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """(rows,) bool: whether the row is an answer that the model should not give; all false where it is left out."""
+    rows_per_example: int = 1
+    """Consecutive rows that are always in the same batch, such as the two answers of a pair."""
 
     def __post_init__(self) -> None:
-        for array in (self.tokens, self.supervised, self.offsets, self.lines):
+        if not len(self.unwanted):
+            object.__setattr__(self, "unwanted", np.zeros(len(self.lines), bool))
+        for array in (self.tokens, self.supervised, self.offsets, self.lines, self.unwanted):
             array.flags.writeable = False
 
     def __len__(self) -> int:
@@ -38,13 +44,36 @@ class TokenSet:
         positions = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[positions], self.supervised[positions]
 
+    def rows_of(self, examples: np.ndarray) -> np.ndarray:
+        """Return the indices of the rows of `examples`, in their order."""
+        size = self.rows_per_example
+        return examples if size == 1 else (examples[:, None] * size + np.arange(size)).reshape(-1)
+
+    @property
+    def example_count(self) -> int:
+        """Number of examples."""
+        return len(self) // self.rows_per_example
+
+    @property
+    def example_lengths(self) -> np.ndarray:
+        """(examples,) int64: tokens of the longest row of each."""
+        size = self.rows_per_example
+        return self.lengths if size == 1 else self.lengths.reshape(-1, size).max(axis=1)
+
     def subset(self, indices: np.ndarray) -> TokenSet:
-        """Return the set of the rows `indices`, in their order."""
+        """Return the set of the rows `indices`, in their order, each an example of its own."""
         rows = [self.row(int(index)) for index in indices]
         tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in rows)])
         supervised = np.concatenate([np.zeros(0, bool), *(mask for _, mask in rows)])
         offsets = np.cumsum([0, *(len(tokens) for tokens, _ in rows)]).astype(np.int64)
-        return TokenSet(tokens, supervised, offsets, self.lines[indices])
+        return TokenSet(tokens, supervised, offsets, self.lines[indices], self.unwanted[indices])
+
+    def grouped(self, rows_per_example: int) -> TokenSet:
+        """Return the set with its rows as examples of so many."""
+        grouped = replace(self, rows_per_example=rows_per_example)
+        if "fingerprint" in vars(self):
+            vars(grouped)["fingerprint"] = self.fingerprint
+        return grouped
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -53,10 +82,12 @@ class TokenSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of offsets, tokens and mask: equal for two splits that train identically."""
+        """SHA-256 (hex) of offsets, tokens, mask and what is unwanted: equal for two splits that train identically."""
         digest = hashlib.sha256(fingerprint_header(len(self.tokens), len(self)))
         for array, dtype in ((self.offsets, "<i8"), (self.tokens, "<i4"), (self.supervised, "u1")):
             digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+        if self.unwanted.any():  # else the fingerprint is that of versions without it
+            digest.update(np.ascontiguousarray(self.unwanted, dtype="u1").data)
         return digest.hexdigest()
 
 
@@ -105,6 +136,8 @@ class SplitStats:
     """Tokens of the longest row before any cut."""
     split: int = 0
     """Conversations of the data that became one row for each turn."""
+    unwanted: int = 0
+    """Rows in the split that are answers that the model should not give."""
     lost_reasoning: int = 0
     """Turns of the assistant whose reasoning the chat template leaves out."""
     lost_reasoning_line: int = 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from runner.common.disk_cache import DiskCache
 from runner.common.errors import DataError
-from runner.config.schema import DataConfig
+from runner.config.schema import Config
 from runner.data.chat_template import writes_date
 from runner.data.encode import Chunk, ChunkWriter, EncodePart, EncodeTask, TokenBuffer, tokenize_in_memory
 from runner.data.formats import FORMATS, EncodeOptions, choose_format, format_name, format_note
@@ -21,6 +21,7 @@ from runner.data.holdout import Holdout, find_threshold
 from runner.data.jsonl import JsonlRow
 from runner.data.lazy_tokenizer import LazyTokenizer, resolve_tokenizer
 from runner.data.mixture import Mixture
+from runner.data.preferences import as_examples
 from runner.data.readers import ChunkReader, read_rows
 from runner.data.row_errors import RowErrors
 from runner.data.source import EXPECTED_FILES, SPLITS, Source, describe_content, find_sources
@@ -28,7 +29,7 @@ from runner.data.split_parts import SplitPart, split_content
 from runner.data.text_encoder import TextEncoder
 from runner.data.token_cache import TokenCache, open_token_cache
 from runner.data.token_cache_key import depends_on_date
-from runner.data.token_set import SplitStats, TokenSet, part_numbers, split_location
+from runner.data.token_set import SplitStats, TokenSet, part_numbers, row_location, split_location
 from runner.data.tokenize_workers import encode_in_parallel, encode_serially, worker_count
 
 
@@ -60,6 +61,10 @@ class TokenizedDataset:
         """
         return list(islice(self._standard_rows(split), count if count >= 0 else None))
 
+    def rows_by_location(self, split: str) -> dict[int, dict[str, Any]]:
+        """Return the rows of a split as `first_rows` does, by their `TokenSet.lines`."""
+        return dict(self._located_rows(split))
+
     def decode(self, tokens: Any) -> str:
         """Return the text of `tokens`, special tokens included."""
         return str(resolve_tokenizer(self.tokenizer).decode([int(token) for token in tokens]))
@@ -70,7 +75,10 @@ class TokenizedDataset:
         return self.parts[split][part].file, line
 
     def _standard_rows(self, split: str) -> Iterator[dict[str, Any]]:
-        for part in self.parts.get(split, ()):
+        return (row for _, row in self._located_rows(split))
+
+    def _located_rows(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, part in enumerate(self.parts.get(split, ())):
             row_format = None
             for row in read_rows(part.file):
                 if row_format is None:
@@ -78,7 +86,7 @@ class TokenizedDataset:
                     encoder = TextEncoder(resolve_tokenizer(self.tokenizer), self.options.template)
                 if part.holdout is None or part.holdout.selects(row.value):
                     standard = row_format.standardize(row.value, part.options.keys, part.options.renders(encoder))
-                    yield _with_keys(standard, part.options, self.options)
+                    yield row_location(number, row.line), _with_keys(standard, part.options, self.options)
 
 
 def load_dataset(
@@ -93,15 +101,21 @@ def load_dataset(
     return load_sources([Source(path=path, options=options)], tokenizer, options, splits, cache, check_stop)
 
 
-def load_data(config: DataConfig, tokenizer: Any | LazyTokenizer, splits: Sequence[str] = SPLITS) -> TokenizedDataset:
+def load_data(
+    config: Config,
+    tokenizer: Any | LazyTokenizer,
+    splits: Sequence[str] = SPLITS,
+    check_stop: Callable[[], None] = lambda: None,
+) -> TokenizedDataset:
     """Locate, read and tokenize the configured data as training does; see `load_sources`."""
     return load_sources(
-        find_sources(config),
+        find_sources(config.data, config.method.name),
         tokenizer,
-        EncodeOptions.from_config(config),
+        EncodeOptions.from_config(config.data, config.method.name),
         splits,
-        open_token_cache(config),
-        valid_fraction=config.valid_fraction,
+        open_token_cache(config.data),
+        check_stop,
+        config.data.valid_fraction,
     )
 
 
@@ -140,9 +154,10 @@ def load_sources(
     errors.raise_if_any()
     for split, split_parts in parts.items():
         _require_rows(loaded[split][1], split_parts, options)
-    mixture = _mixture(sources, parts.get("train", ()), loaded["train"][0])
+    examples = {split: as_examples(tokens, options) for split, (tokens, _) in loaded.items()}
+    mixture = _mixture(sources, parts.get("train", ()), examples["train"])
     return TokenizedDataset(
-        **{split: tokens for split, (tokens, _) in loaded.items()},
+        **examples,
         parts=parts,
         stats={split: stats for split, (_, stats) in loaded.items()},
         tokenizer=tokenizer,
@@ -190,7 +205,7 @@ def _format_notes(sources: Sequence[Source], train: Sequence[SplitPart]) -> list
     for number, source in enumerate(sources):
         file = next((part.file for part in train if part.source == number), None)
         first = next(read_rows(file, RowErrors()), None) if file else None
-        note = format_note(first, format_name(first, source.options), source.options.keys) if first else None
+        note = format_note(first, format_name(first, source.options), source.options) if first else None
         notes += [f"data   {file}: {note}"] if note else []
     return notes
 
@@ -217,7 +232,7 @@ def _mixture(sources: Sequence[Source], parts: Sequence[SplitPart], train: Token
     if len(sources) == 1 or not len(train):
         return None
     source_of_part = np.array([part.source for part in parts])
-    found = source_of_part[part_numbers(train.lines)]
+    found = source_of_part[part_numbers(train.lines[:: train.rows_per_example])]
     sizes = np.bincount(found, minlength=len(sources))
     return Mixture.from_weights([int(size) for size in sizes], [source.weight for source in sources])
 

@@ -144,7 +144,7 @@ class FidelityRows:
         self._log = log
         data, self.split = _load_rows(self.config, base)
         self._data = data
-        self._rows: TokenSet = getattr(data, self.split)
+        self._rows: TokenSet = getattr(data, self.split).grouped(1)
         self._selected = np.concatenate(evaluation_batches(self._rows.lengths, 1, count))
         self._answers = 0
         self._known: tuple[Params, Measured] | None = None
@@ -211,4 +211,4 @@ def _load_rows(config: Config, base: BaseModel) -> tuple[TokenizedDataset, str]:
     if split is None:
         raise DataError(f"{config.data.path} has no rows.")
     wanted = {split} | ({config.data.metric_split} & available if config.data.metric_rows else set())
-    return load_data(config.data, base.lazy_tokenizer, tuple(sorted(wanted))), split
+    return load_data(config, base.lazy_tokenizer, tuple(sorted(wanted))), split

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from runner.common.atomic_io import open_text, write_atomically
 from runner.common.errors import ConfigError
 from runner.common.storage_errors import storage_errors
+from runner.config.schema import METHOD_MEASURES
 from runner.loggers.logged_run import LoggedRow, LoggedRun
 
 COLUMNS = (
@@ -40,6 +41,7 @@ class CsvLogger:
         self._name = file
         self._path = Path(file)
         self._file: TextIO | None = None
+        self._columns: tuple[str, ...] = COLUMNS
 
     def load(self, run: LoggedRun) -> None:
         """There is no library."""
@@ -47,15 +49,16 @@ class CsvLogger:
     def open(self, run: LoggedRun) -> None:
         """Replace the file by the header and the rows of `run`, and open it for appending."""
         self._path = run.path / self._name
-        rows = [dict(zip(COLUMNS, COLUMNS, strict=True)), *(row.metrics for row in run.rows)]
-        write_atomically(self._path, _format(rows), durable=False)
+        self._columns = (*COLUMNS, *METHOD_MEASURES.get(run.settings().get("method.name", ""), ()))
+        rows = [dict(zip(self._columns, self._columns, strict=True)), *(row.metrics for row in run.rows)]
+        write_atomically(self._path, self._format(rows), durable=False)
         self._file = open_text(self._path)
 
     def log(self, row: LoggedRow) -> None:
         """Append one row."""
         assert self._file is not None
         with storage_errors(self._path, "written"):
-            self._file.write(_format([row.metrics]))
+            self._file.write(self._format([row.metrics]))
             self._file.flush()
 
     def close(self, state: str) -> None:
@@ -63,8 +66,7 @@ class CsvLogger:
         if self._file is not None:
             self._file.close()
 
-
-def _format(rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text).writerows([row.get(column, "") for column in COLUMNS] for row in rows)
-    return text.getvalue()
+    def _format(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        text = io.StringIO()
+        csv.writer(text).writerows([row.get(column, "") for column in self._columns] for row in rows)
+        return text.getvalue()

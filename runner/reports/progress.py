@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -106,10 +106,11 @@ class Display:
         """Log the mean training loss since the last report."""
         self.line(f"step {step:>5}/{self._iters}  train loss {loss:.4f}  lr {learning_rate:.2e}  {self._speed(step)}")
 
-    def valid_loss(self, step: int, loss: float, best: bool) -> None:
-        """Log a validation loss; `best` if it is the lowest so far."""
+    def valid_loss(self, step: int, loss: float, best: bool, measures: Mapping[str, float] | None = None) -> None:
+        """Log a validation loss; `best` if it is the lowest so far. `measures`: what the method measured beside it."""
+        beside = f"  {measures_text(measures)}" if measures else ""
         self.line(
-            f"step {step:>5}/{self._iters}  valid loss {loss:.4f}{'  best' if best else ''}",
+            f"step {step:>5}/{self._iters}  valid loss {loss:.4f}{beside}{'  best' if best else ''}",
             "bold" if best else "",
         )
 
@@ -148,3 +149,12 @@ class _Rate:
     @property
     def seconds_per_update(self) -> float:
         return self._seconds / self._updates if self._updates else 0.0
+
+
+_SHOWN_MEASURES = ("reward_accuracy", "reward_margin", "reward", "kl")
+
+
+def measures_text(measures: Mapping[str, float]) -> str:
+    """Return what a method measured, such as "reward accuracy 0.71"; of rewards the ones that say most."""
+    shown = [name for name in _SHOWN_MEASURES if name in measures]
+    return ", ".join(f"{name.replace('_', ' ')} {measures[name]:.4g}" for name in shown)

@@ -30,6 +30,9 @@ _METRIC_COLUMNS = (
     # field of a row, title, format
     ("loss", "loss", ".4f"),
     ("score", "score", ".4f"),
+    ("reward_accuracy", "accuracy", ".3f"),
+    ("reward_margin", "margin", ".3g"),
+    ("reward", "reward", ".3f"),
     ("learning_rate", "lr", ".3g"),
     ("grad_norm", "norm", ".3g"),
     ("tokens", "tokens", ",.0f"),
@@ -178,7 +181,8 @@ def _print_losses(run: RunInfo, screen: Screen) -> None:
         screen.line(f"valid loss {first}{run.best_loss:.4f}{step}")
     if tested := run.losses("test"):
         _, loss = tested[-1]
-        screen.line(f"test loss  {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}")
+        is_sft = run.settings.get("method.name", "sft") == "sft"
+        screen.line(f"test loss  {loss:.4f}" + (f", perplexity {math.exp(min(loss, 700)):.3f}" if is_sft else ""))
 
 
 def _print_settings(run: RunInfo, screen: Screen) -> None:

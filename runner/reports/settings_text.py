@@ -123,13 +123,15 @@ def _report_order(name: str) -> int:
 
 
 def _defaults_for(settings: Mapping[str, Any]) -> Config:
-    """Return the defaults that hold with this run's optimizer, schedule and way to set the LoRA factor."""
+    """Return the defaults that hold with this run's optimizer, schedule, method and way to set the LoRA factor."""
     defaults = Config()
     optimizer, schedule = settings.get("optimizer.name"), settings.get("schedule.name")
     choices = schema.metadata()
     if optimizer not in choices["optimizer.name"].choices or schedule not in choices["schedule.name"].choices:
         return defaults
     defaults.optimizer.name, defaults.schedule.name = optimizer, schedule
+    if settings.get("method.name") in choices["method.name"].choices:
+        defaults.method.name = settings["method.name"]
     if settings.get("lora.alpha") is not None:
         defaults.lora.alpha = 1.0  # then the factor follows from alpha, and scale has no default
     if settings.get("lora.type") == "full":
@@ -137,5 +139,6 @@ def _defaults_for(settings: Mapping[str, Any]) -> Config:
     defaults = validation.fill_defaults(defaults)
     defaults.lora.type = Config().lora.type
     defaults.optimizer.name, defaults.schedule.name = schema.MISSING, schema.MISSING
+    defaults.method.name = Config().method.name
     defaults.lora.alpha = None
     return defaults

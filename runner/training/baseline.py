@@ -44,7 +44,7 @@ def load_baseline(key: Mapping[str, Any]) -> Baseline:
 def _to_values(result: EvaluationResult) -> dict[str, Any]:
     kept = len(result.rows.losses) if len(result.rows.losses) <= MAX_ROWS else 0  # more are not recorded either
     rows = {"losses": rounded_losses(result.rows.losses[:kept]), "tokens": result.rows.tokens[:kept].tolist()}
-    fields = ("loss", "supervised", "tokens", "seconds")
+    fields = ("loss", "supervised", "tokens", "seconds", "measures")
     return {**{name: getattr(result, name) for name in fields}, "rows": rows}
 
 
@@ -57,9 +57,11 @@ def _validation_result(values: Mapping[str, Any]) -> EvaluationResult | None:
             tokens=int(values["tokens"]),
             seconds=float(values["seconds"]),
             rows=EvaluatedRows(
+                indices=np.arange(len(values["rows"]["losses"])),
                 losses=np.array(values["rows"]["losses"], np.float64),
                 tokens=np.array(values["rows"]["tokens"], np.int64),
             ),
+            measures={str(name): float(value) for name, value in dict(values.get("measures", {})).items()},
         )
     except (ValueError, KeyError, TypeError, OverflowError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,6 @@ from runner.data.order import BatchOrder
 from runner.loggers.background import build_background
 from runner.loggers.logged_run import logged_run
 from runner.models.lora import Params
-from runner.models.peft.config import is_peft_folder
-from runner.models.peft.families import find_family
-from runner.models.peft.read import fit, read_adapter
-from runner.models.warm_start import read_weights, warm_start
 from runner.reports.progress import Display
 from runner.runs.directory import RunDirectory
 from runner.runs.labels import write_labels
@@ -36,11 +33,15 @@ from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluat
 from runner.training.legacy_window import window_of_run
 from runner.training.lr_schedule import learning_rate_of
 from runner.training.memory import BufferCache
+from runner.training.methods.build import build_method, has_reference
+from runner.training.methods.method import Method
+from runner.training.methods.reference import BASE, params_fingerprint
 from runner.training.plan import TrainingPlan
 from runner.training.process_limit import ProcessLimit
 from runner.training.resume import ResumePoint, numeric_differences
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopSignals
+from runner.training.start_adapter import warm_started_params
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 from runner.training.trainer import Trainer
@@ -106,16 +107,6 @@ def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
     }
 
 
-def _warm_start(config: Config, params: Params, components: Components) -> Params:
-    path = Path(config.adapter or "")
-    if is_peft_folder(path):
-        adapter = read_adapter(path, find_family(components.base.config.get("model_type")))
-        weights = fit(adapter, params, config.lora, path, tied=components.adapted.is_tied)
-    else:
-        weights = read_weights(path, fitting=params)
-    return warm_start(params, weights, str(path))
-
-
 def _parents(spec: RunSpec) -> list[dict[str, Any]] | None:
     """Return what the status of a new run or a branch records of the runs that it comes from."""
     branch = spec.source.checkpoint if spec.source else None
@@ -157,15 +148,16 @@ def build_trainer(
     if point is not None:
         _restore(state, point, components, display)
     elif config.adapter:
-        state.params = _warm_start(config, state.params, components)
+        state.params = warm_started_params(config, state.params, components.adapted)
         display.line(f"warm start from {config.adapter}")
     else:
         state.params = components.adapted.start_pissa(state.params)
+    components, method = _method(config, point, components, params, state.params, stops, display)
     if point is None and spec.source is not None:
         display.line("no checkpoint yet: training starts from the beginning")
     train = config.train
     window = window_of_run(config, point.saved.window if point else None, components.backend)
-    order = BatchOrder(data.train.lengths, train.batch_size, config.seed, window, data.mixture)
+    order = BatchOrder(data.train.example_lengths, train.batch_size, config.seed, window, data.mixture)
     if point is not None and state.position.batch >= order.batches_per_epoch:
         raise CheckpointError(
             f"{point.checkpoint.path} is damaged: its position is batch {state.position.batch} of an epoch of "
@@ -181,7 +173,8 @@ def build_trainer(
         order=order,
         batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch, train.rows_at_once),
         valid_batches=evaluation_loader(data.valid, config, components.caches),
-        train_step=TrainStep(components.backend, grad_clip=train.grad_clip),
+        method=method,
+        train_step=TrainStep(components.backend, grad_clip=train.grad_clip, method=method),
         writer=writer,
         stops=stops,
         display=display,
@@ -189,6 +182,50 @@ def build_trainer(
         skip_limit=train.nonfinite_limit if train.on_nonfinite == "skip" else None,
         buffer_cache=buffer_cache,
     )
+
+
+def _method(
+    config: Config,
+    point: ResumePoint | None,
+    components: Components,
+    fresh: Params,
+    started: Params,
+    stops: StopSignals,
+    display: Display,
+) -> tuple[Components, Method]:
+    """Return the method, and the components with an identity that names its reference.
+
+    `fresh`: the adapter without a warm start. `started`: the one that a new run starts from.
+    """
+    fingerprint = BASE
+    if has_reference(config.method) and config.adapter:
+        fingerprint = point.saved.identity.fingerprints["reference"] if point else params_fingerprint(started)
+        named = {**components.identity.fingerprints, "reference": fingerprint}
+        components = replace(components, identity=replace(components.identity, fingerprints=named))
+
+    def reference_params() -> Params:
+        if not config.adapter:
+            return components.adapted.without_effect(fresh)
+        params = warm_started_params(config, fresh, components.adapted)
+        if params_fingerprint(params) != fingerprint:
+            raise CheckpointError(
+                f"adapter={config.adapter} has other weights than when the run began: they are the reference of "
+                f"method={config.method.name}."
+            )
+        return params
+
+    method = build_method(
+        config,
+        components.adapted,
+        components.backend,
+        components.data,
+        components.caches,
+        reference_fingerprint=fingerprint,
+        reference_params=reference_params,
+        check_stop=stops.check,
+        log=display.line,
+    )
+    return components, method
 
 
 def _restore(state: TrainState, point: ResumePoint, components: Components, display: Display) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from typing import Any
 
 from runner.backends.hidden_caches import hidden_caches
@@ -49,11 +49,11 @@ class ComponentLoader:
             self._base = (key, load_base_model(config))
         return self._base[1]
 
-    def data(self, config: schema.DataConfig, base: BaseModel, check_stop: Callable[[], None]) -> TokenizedDataset:
+    def data(self, config: schema.Config, base: BaseModel, check_stop: Callable[[], None]) -> TokenizedDataset:
         """Return the configured data, tokenized for `base`; `check_stop` is called meanwhile and may raise to stop."""
-        options = EncodeOptions.from_config(config)
-        sources = find_sources(config)
-        key = (sources, options, config.valid_fraction, base.fingerprint)
+        options = EncodeOptions.from_config(config.data, config.method.name)
+        sources = find_sources(config.data, config.method.name)
+        key = (sources, options, config.data.valid_fraction, base.fingerprint)
         if self._data is None or self._data[0] != key:
             self._data = None
             self.close()
@@ -61,9 +61,9 @@ class ComponentLoader:
                 sources,
                 base.lazy_tokenizer,
                 options,
-                cache=open_token_cache(config),
+                cache=open_token_cache(config.data),
                 check_stop=check_stop,
-                valid_fraction=config.valid_fraction,
+                valid_fraction=config.data.valid_fraction,
             )
             self._data = (key, data)
         return self._data[1]
@@ -92,14 +92,15 @@ class ComponentLoader:
 
         `numeric_environment`: what the last digits depend on, as a checkpoint records it.
         """
-        if config.adapter:
+        if config.adapter or config.method.name == "grpo":  # whose validation loss depends on much more
             return Baseline()
         d, t = config.data, config.train
-        validation_key = {
+        validation_key: dict[str, Any] = {
             "base": base.content_hash,
             "rows": data.valid.fingerprint,
             "batches": (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to),
             "environment": {**numeric_environment, **numeric_platform()},
+            **({"method": asdict(config.method)} if config.method.name != "sft" else {}),
         }
         template = EncodeOptions.from_config(d).template
         generation_key = (

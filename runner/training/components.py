@@ -54,7 +54,7 @@ def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, st
     base = loader.base(config.model, spec.precision)
     for note in base.notes:
         display.line(note)
-    data = loader.data(config.data, base, stops.check)
+    data = loader.data(config, base, stops.check)
     for note in data.notes:
         display.line(note, "yellow")
     _require_splits(config, data)
@@ -64,11 +64,14 @@ def load_components(spec: RunSpec, loader: ComponentLoader, display: Display, st
     adapted = AdaptedModel(base, config.lora, config.seed, model_path=spec.stored["model"]["path"])
     try:
         _describe(config, data, adapted, display)
-        backend = select_backend(adapted, config, longest_row(data))
+        sampled = config.method.max_new_tokens or 0
+        backend = select_backend(adapted, config, (longest_row(data) or 0) + sampled)
         if backend.fallback_reason:
             display.line(backend.fallback_reason)
-        caches = loader.hidden_caches(backend, base, config, display.line)
-        _describe_hidden_cache(config, data, adapted, backend, caches, display)
+        caches = None
+        if config.method.name != "grpo":  # which trains on rows that are new in each update
+            caches = loader.hidden_caches(backend, base, config, display.line)
+            _describe_hidden_cache(config, data, adapted, backend, caches, display)
     except BaseException:
         adapted.remove()
         raise

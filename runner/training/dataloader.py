@@ -31,19 +31,20 @@ class _PreparedBatch:
 
 
 class BatchBuilder:
-    """Builds batches of rows of one token set."""
+    """Builds batches of the examples of one token set."""
 
     def __init__(self, token_set: TokenSet, pad_to: int | None, hidden: HiddenStates | None = None) -> None:
         """`pad_to` as the setting `data.pad_to`."""
         self.token_set, self._hidden = token_set, hidden
         self.buckets = LengthBuckets.from_lengths(token_set.lengths, pad_to)
 
-    def __call__(self, indices: np.ndarray) -> BackendBatch:
-        """Return the batch of the rows `indices`. For the training thread."""
-        return self.finish(self.prepare(indices))
+    def __call__(self, examples: np.ndarray) -> BackendBatch:
+        """Return the batch of the rows of `examples`. For the training thread."""
+        return self.finish(self.prepare(examples))
 
-    def prepare(self, indices: np.ndarray) -> _PreparedBatch:
+    def prepare(self, examples: np.ndarray) -> _PreparedBatch:
         """Collate the rows and read the cache. Any thread may call it."""
+        indices = self.token_set.rows_of(examples)
         batch = collate(self.token_set, indices, self.buckets)
         if self._hidden is None:
             return _PreparedBatch(batch, indices, None, [])
@@ -70,7 +71,7 @@ class EvaluationLoader:
     """The batches of an evaluation, the same in each pass, built one at a time."""
 
     def __init__(self, builder: BatchBuilder, batches: Sequence[np.ndarray]) -> None:
-        """`batches`: the row indices of each."""
+        """`batches`: the indices of the examples of each."""
         self._builder, self._batches = builder, batches
 
     def __iter__(self) -> Iterator[BackendBatch]:
@@ -78,14 +79,14 @@ class EvaluationLoader:
 
     @property
     def row_count(self) -> int:
-        """Number of rows in a pass."""
+        """Number of examples in a pass: rows of the data."""
         return sum(map(len, self._batches))
 
     @cached_property
     def fingerprint(self) -> str:
         """That of the rows of a pass in the order of the data: tokens and mask (see `TokenSet.fingerprint`)."""
         token_set = self._builder.token_set
-        indices = np.sort(np.concatenate([*self._batches, np.zeros(0, np.int64)]))
+        indices = token_set.rows_of(np.sort(np.concatenate([*self._batches, np.zeros(0, np.int64)])))
         return (token_set if len(indices) == len(token_set) else token_set.subset(indices)).fingerprint
 
 
@@ -131,7 +132,7 @@ class PrefetchingLoader:
 
 
 def split_rows(rows: np.ndarray, at_once: int | None) -> list[np.ndarray]:
-    """Return the rows of a micro-batch in parts of at most `at_once` rows; in one where it is None."""
+    """Return the examples of a micro-batch in parts of at most `at_once`; in one where it is None."""
     return [rows] if at_once is None else [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
 
@@ -144,9 +145,15 @@ def batch_builder(token_set: TokenSet, config: Config, caches: HiddenStateCaches
 
 def evaluation_loader(token_set: TokenSet, config: Config, caches: HiddenStateCaches | None) -> EvaluationLoader:
     """Return the batches of an evaluation: rows chosen in batches of training's size, computed in larger ones."""
-    t, builder = config.train, batch_builder(token_set, config, caches)
-    batches = evaluation_batches(token_set.lengths, t.batch_size, t.eval_batches)
-    return EvaluationLoader(builder, join_batches(batches, token_set.lengths, builder.buckets, t.eval_tokens))
+    builder = batch_builder(token_set, config, caches)
+    return EvaluationLoader(builder, joined_evaluation_batches(token_set, config, builder.buckets))
+
+
+def joined_evaluation_batches(token_set: TokenSet, config: Config, buckets: LengthBuckets) -> list[np.ndarray]:
+    """Return the examples of each batch that an evaluation computes."""
+    t, lengths = config.train, token_set.example_lengths
+    batches = evaluation_batches(lengths, t.batch_size, t.eval_batches)
+    return join_batches(batches, lengths, buckets, t.eval_tokens // token_set.rows_per_example)
 
 
 def join_batches(

@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts: in batches where these give what one prompt at a time gives, else one at a time.
+"""Continuations of prompts, greedy or sampled: in batches where these give what one prompt at a time gives.
 
 mlx-lm's batches pad prompts, which recurrent states take for tokens and some caches do not support. Whether a model's
 batches are right is therefore measured: some of the prompts are continued in both ways and the log-probabilities
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,8 @@ _WINDOW_NAMES = ("window", "chunk_size")
 """Parts of the names that configs and caches give to the number of tokens within which attention looks back."""
 
 Prompts = Sequence[Sequence[int]]
+Sampler = Callable[[mx.array], mx.array]
+"""Log-probabilities (1, vocabulary) to the next token, (1,)."""
 
 
 def decode(
@@ -48,35 +51,51 @@ def decode(
     before_step: Callable[[], None],
     log: Callable[[str], None],
     cache_probe: bool = True,
+    in_batches: bool | None = None,
     is_finished: Callable[[int, Sequence[int]], bool] = lambda number, tokens: False,
+    sampler: Callable[[int], Sampler] | None = None,
+    with_end: bool = False,
 ) -> list[list[int]]:
-    """Return a greedy continuation of each prompt, up to the end of the answer or `max_tokens`.
+    """Return a continuation of each prompt, up to the end of the answer or `max_tokens`.
 
     Args:
         base: the model, with or without an adapter, and its tokenizer.
         before_step: called before every step; may raise to stop.
         log: called with a line where prompts are continued one at a time.
         cache_probe: store on disk that batches are right for this base model and these prompts.
+        in_batches: whether batches are right, where that is known already.
         is_finished: called with the number of a prompt and the tokens of its answer after each of them; says whether
             the answer ends there.
+        sampler: returns the sampler of the prompt with a number; None continues with the most likely token.
+        with_end: include the token of the model that ends an answer.
 
     Raises:
         ModelError: mlx-lm cannot generate with this architecture.
     """
-    model, stop_tokens = base.model, sorted(base.tokenizer.eos_token_ids)
+    request = _Request(base, max_tokens, sorted(base.tokenizer.eos_token_ids), before_step, sampler, with_end)
     reason: str | None = None
-    if len(prompts) > _PROBE_PROMPTS:
-        reason = why_not_in_batches(base, prompts, max_tokens, before_step, cache_probe)
+    if in_batches or (in_batches is None and len(prompts) > _PROBE_PROMPTS):
+        if in_batches is None:
+            reason = why_not_in_batches(base, prompts, max_tokens, before_step, cache_probe)
         if reason is None:
             try:
-                return _decode_batches(model, prompts, max_tokens, stop_tokens, before_step, is_finished)
+                return _decode_batches(request, prompts, is_finished)
             except _BatchError as error:
                 reason = str(error)
         log(f"answers are generated one at a time: {reason}")
-    return [
-        _decode_one(base, prompt, max_tokens, stop_tokens, before_step, partial(is_finished, number))
-        for number, prompt in enumerate(prompts)
-    ]
+    return [_decode_one(request, number, prompt, partial(is_finished, number)) for number, prompt in enumerate(prompts)]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `decode` is asked for; see there."""
+
+    base: BaseModel
+    max_tokens: int
+    stop_tokens: list[int]
+    before_step: Callable[[], None]
+    sampler: Callable[[int], Sampler] | None
+    with_end: bool
 
 
 class _BatchError(Exception):
@@ -84,18 +103,19 @@ class _BatchError(Exception):
 
 
 def _decode_batches(
-    model: nn.Module,
-    prompts: Prompts,
-    max_tokens: int,
-    stop_tokens: list[int],
-    before_step: Callable[[], None],
-    is_finished: Callable[[int, Sequence[int]], bool] = lambda number, tokens: False,
+    request: _Request, prompts: Prompts, is_finished: Callable[[int, Sequence[int]], bool]
 ) -> list[list[int]]:
     """Continue all prompts; those of similar length together."""
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     generated: list[list[int]] = [[] for _ in prompts]
     steps = _batch_steps(
-        model, [prompts[i] for i in by_length], [max_tokens] * len(prompts), stop_tokens, BATCH_SIZE, before_step
+        request.base.model,
+        [prompts[i] for i in by_length],
+        [request.max_tokens] * len(prompts),
+        request.stop_tokens,
+        BATCH_SIZE,
+        request.before_step,
+        [request.sampler(i) for i in by_length] if request.sampler else None,
     )
     finished: list[int] | None = None
     with closing(steps):
@@ -106,7 +126,7 @@ def _decode_batches(
                 return generated
             finished = []
             for number, response in step:
-                if response.finish_reason != "stop":
+                if response.finish_reason != "stop" or request.with_end:
                     generated[by_length[number]].append(response.token)
                 if response.finish_reason is None and is_finished(by_length[number], generated[by_length[number]]):
                     finished.append(number)
@@ -119,6 +139,7 @@ def _batch_steps(
     stop_tokens: list[int],
     size: int,
     before_step: Callable[[], None],
+    samplers: list[Sampler] | None = None,
 ) -> Generator[list[tuple[int, Any]], list[int] | None, None]:
     """Yield what each step generates: the number of the prompt and mlx-lm's response. Numbers that are sent back are
     not continued.
@@ -144,7 +165,7 @@ def _batch_steps(
                 if finished:
                     generator.remove([uid for uid, number in numbers.items() if number in finished])
                 if not numbers:
-                    uids = generator.insert([list(prompt) for prompt in prompts], max_tokens)
+                    uids = generator.insert([list(prompt) for prompt in prompts], max_tokens, samplers=samplers)
                     numbers = {uid: number for number, uid in enumerate(uids)}
                 responses = generator.next_generated()
             except MemoryError:
@@ -158,18 +179,15 @@ def _batch_steps(
 
 
 def _decode_one(
-    base: BaseModel,
-    prompt: Sequence[int],
-    max_tokens: int,
-    stop_tokens: list[int],
-    before_step: Callable[[], None],
-    is_finished: Callable[[Sequence[int]], bool],
+    request: _Request, number: int, prompt: Sequence[int], is_finished: Callable[[Sequence[int]], bool]
 ) -> list[int]:
     generated: list[int] = []
-    with wired_limit(base.model, [generation_stream]):
-        for token, _ in _steps(base, prompt, max_tokens):
-            before_step()
-            if token in stop_tokens:
+    sampler = request.sampler(number) if request.sampler else None
+    with wired_limit(request.base.model, [generation_stream]):
+        for token, _ in _steps(request.base, prompt, request.max_tokens, sampler):
+            request.before_step()
+            if token in request.stop_tokens:
+                generated += [token] * request.with_end
                 break
             generated.append(token)
             if is_finished(generated):
@@ -177,14 +195,16 @@ def _decode_one(
     return generated
 
 
-def _steps(base: BaseModel, prompt: Sequence[int], max_tokens: int) -> Iterator[tuple[int, mx.array]]:
-    """Yield each token of mlx-lm's own greedy generation, with the log-probabilities of all tokens.
+def _steps(
+    base: BaseModel, prompt: Sequence[int], max_tokens: int, sampler: Sampler | None = None
+) -> Iterator[tuple[int, mx.array]]:
+    """Yield each token of mlx-lm's own generation with the log-probabilities of all; greedy without a `sampler`.
 
     Raises:
         ModelError: mlx-lm fails.
     """
     try:
-        yield from generate_step(mx.array(list(prompt)), base.model, max_tokens=max_tokens)
+        yield from generate_step(mx.array(list(prompt)), base.model, max_tokens=max_tokens, sampler=sampler)
     except MemoryError:
         raise
     except Exception as error:

@@ -34,8 +34,8 @@ def fill_iters(spec: RunSpec, loader: ComponentLoader, check_stop: Callable[[], 
     train = spec.config.train
     if train.epochs is None:
         return spec
-    data = loader.data(spec.config.data, loader.base(spec.config.model, spec.precision), check_stop)
-    iters = updates_of(train.epochs, len(data.train), train.batch_size, train.grad_accumulation)
+    data = loader.data(spec.config, loader.base(spec.config.model, spec.precision), check_stop)
+    iters = updates_of(train.epochs, data.train.example_count, train.batch_size, train.grad_accumulation)
     if iters < done:
         raise ConfigError(f"train.epochs={train.epochs:g} ends at update {iters}, before update {done} of the run.")
     validation.validate(replace(spec.config, train=replace(train, epochs=None, iters=iters)))

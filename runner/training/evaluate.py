@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,10 +16,13 @@ from runner.models.lora import Params
 class EvaluatedRows:
     """What each row contributes to a loss, in the order of the data."""
 
+    indices: np.ndarray
+    """(rows,) int64: which rows of the split they are."""
     losses: np.ndarray
-    """(rows,) float64: sum of -log p(target) over the supervised tokens of the row."""
+    """(rows,) float64: sum of -log p(target) over the supervised tokens of the row; of a method that compares answers,
+    its loss of the example."""
     tokens: np.ndarray
-    """(rows,) int64: supervised tokens of the row."""
+    """(rows,) int64: supervised tokens of the row; 1 where its loss is no sum."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,15 @@ class EvaluationResult:
     """The result of one pass over a split."""
 
     loss: float
-    """Mean over supervised tokens."""
+    """Mean over supervised tokens, or over the examples of a method that compares answers."""
     supervised: int
     """Supervised tokens."""
     tokens: int
     """Real tokens, no padding."""
     seconds: float
     rows: EvaluatedRows
+    measures: dict[str, float] = field(default_factory=dict)
+    """What the method measures beside the loss, such as the accuracy of the rewards."""
 
 
 def evaluate(
@@ -53,8 +58,9 @@ def evaluate(
         losses.append(found.rows)
         counts.append(batch.batch.supervised_by_row)
     # Batches hold rows of similar lengths.
-    order = np.argsort(_joined(indices), kind="stable")
-    rows = EvaluatedRows(_joined(losses)[order], _joined(counts).astype(np.int64)[order])
+    evaluated = _joined(indices).astype(np.int64)
+    order = np.argsort(evaluated, kind="stable")
+    rows = EvaluatedRows(evaluated[order], _joined(losses)[order], _joined(counts).astype(np.int64)[order])
     return EvaluationResult(loss_sum / max(1, supervised), supervised, tokens, time.perf_counter() - start, rows)
 
 

@@ -17,12 +17,12 @@ from runner.common.commands import resume_command
 from runner.config import serialize
 from runner.models.lora import Params
 from runner.reports import next_commands, run_summary
+from runner.reports.progress import measures_text
 from runner.runs.inspect import RunInfo
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
 from runner.training.answers import compare_answers, record_answers_after_training
 from runner.training.dataloader import evaluation_loader
-from runner.training.evaluate import evaluate
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
 
@@ -100,17 +100,19 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
 def _evaluate_test_split(trainer: Trainer, spec: RunSpec, params: Params, result_step: int | None) -> list[str]:
     components = trainer.components
     batches = evaluation_loader(components.data.test, spec.config, components.caches)
-    result = evaluate(components.backend, params, batches, trainer.stops.check)
-    perplexity = math.exp(min(result.loss, 700))
+    result = trainer.method.evaluate(params, "test", batches, trainer.stops.check)
+    perplexity = math.exp(min(result.loss, 700)) if spec.config.method.name == "sft" else None
     trainer.writer.log_metrics(
         step=trainer.state.progress.step,
         split="test",
         loss=result.loss,
-        perplexity=perplexity,
+        **({"perplexity": perplexity} if perplexity is not None else result.measures),
         of_step=result_step,
     )
-    trainer.writer.log_row_losses(trainer.state.progress.step, "test", batches.fingerprint, result.rows)
-    return [f"test loss {result.loss:.4f}, perplexity {perplexity:.3f}"]
+    identity = trainer.method.identity(batches.fingerprint)
+    trainer.writer.log_row_losses(trainer.state.progress.step, "test", identity, result.rows)
+    beside = f"perplexity {perplexity:.3f}" if perplexity is not None else measures_text(result.measures)
+    return [f"test loss {result.loss:.4f}, {beside}"]
 
 
 def _write_final_status(trainer: Trainer, stop: StopReason, result_step: int | None) -> None:

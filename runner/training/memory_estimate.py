@@ -35,7 +35,7 @@ from runner.data.tokenize import TokenizedDataset
 from runner.models.device import on_cpu
 from runner.models.lora import AdaptedModel
 from runner.models.shapes import load_shapes
-from runner.training.dataloader import join_batches, split_rows
+from runner.training.dataloader import joined_evaluation_batches, split_rows
 from runner.training.epochs import updates_of
 from runner.training.memory import default_cache_limit
 from runner.training.optimizer import state_bytes
@@ -154,7 +154,7 @@ def _loading_bytes(planned: PlannedModel) -> int:
 def batch_order(config: Config, data: TokenizedDataset) -> BatchOrder:
     """Return the order of the batches of a new run."""
     window = config.data.window or 1
-    return BatchOrder(data.train.lengths, config.train.batch_size, config.seed, window, data.mixture)
+    return BatchOrder(data.train.example_lengths, config.train.batch_size, config.seed, window, data.mixture)
 
 
 def iterations(config: Config, data: TokenizedDataset) -> int:
@@ -162,7 +162,7 @@ def iterations(config: Config, data: TokenizedDataset) -> int:
     t = config.train
     if t.epochs is None:
         return t.iters
-    return updates_of(t.epochs, len(data.train), t.batch_size, t.grad_accumulation)
+    return updates_of(t.epochs, data.train.example_count, t.batch_size, t.grad_accumulation)
 
 
 def device_limit() -> tuple[int, str]:
@@ -199,7 +199,7 @@ def _steps(config: Config, data: TokenizedDataset, planned: PlannedModel) -> Ite
     ):
         buckets = LengthBuckets.from_lengths(token_set.lengths, config.data.pad_to)
         for indices in batches:
-            batch = collate(token_set, indices, buckets)
+            batch = collate(token_set, token_set.rows_of(indices), buckets)
             hidden = None
             if backend.split_model.frozen_blocks:
                 # Not written to, so that the system gives it no memory.
@@ -207,7 +207,8 @@ def _steps(config: Config, data: TokenizedDataset, planned: PlannedModel) -> Ite
                 hidden = np.zeros(shape, _hidden_dtype(backend))
             yield compute(params, BackendBatch(batch, hidden))
     if backend.split_model.frozen_blocks:
-        rows = 1 if on_cpu() else min(config.train.batch_size, config.train.rows_at_once or config.train.batch_size)
+        examples = 1 if on_cpu() else min(config.train.batch_size, config.train.rows_at_once or config.train.batch_size)
+        rows = examples * data.train.rows_per_example
         yield backend.frozen_memory(np.zeros((rows, int(data.train.lengths.max())), np.int32))
 
 
@@ -244,9 +245,8 @@ def _largest_batches(config: Config, order: BatchOrder, iters: int) -> list[np.n
 def _largest_evaluation(config: Config, token_set: TokenSet) -> list[np.ndarray]:
     if not len(token_set):
         return []
-    t, lengths = config.train, token_set.lengths
-    buckets = LengthBuckets.from_lengths(lengths, config.data.pad_to)
-    batches = join_batches(evaluation_batches(lengths, t.batch_size, t.eval_batches), lengths, buckets, t.eval_tokens)
+    lengths, buckets = token_set.example_lengths, LengthBuckets.from_lengths(token_set.lengths, config.data.pad_to)
+    batches = joined_evaluation_batches(token_set, config, buckets)
     largest = max(batches, key=lambda rows: len(rows) * int(lengths[rows].max()))
     return [largest] if largest is batches[-1] else [largest, batches[-1]]  # the last has the longest rows
 
@@ -270,10 +270,10 @@ def _hidden_bytes(config: Config, data: TokenizedDataset, backend: Backend) -> i
         return 0
     # Of each row that the run reads, in an evaluation or before it ends.
     rows_read = iterations(config, data) * t.grad_accumulation * t.batch_size
-    cached = hidden_state_bytes(backend, data.train) * min(1.0, rows_read / len(data.train))
+    cached = hidden_state_bytes(backend, data.train) * min(1.0, rows_read / data.train.example_count)
     if len(data.valid):
-        evaluated = sum(map(len, evaluation_batches(data.valid.lengths, t.batch_size, t.eval_batches)))
-        cached += hidden_state_bytes(backend, data.valid) * evaluated / len(data.valid)
+        evaluated = sum(map(len, evaluation_batches(data.valid.example_lengths, t.batch_size, t.eval_batches)))
+        cached += hidden_state_bytes(backend, data.valid) * evaluated / data.valid.example_count
     a_position = split_model.hidden_size * int(split_model.hidden_dtype.size)
-    a_batch = t.batch_size * int(data.train.lengths.max()) * a_position
+    a_batch = t.batch_size * data.train.rows_per_example * int(data.train.lengths.max()) * a_position
     return min(int(t.hidden_cache.memory_gb * 1e9), int(cached)) + (1 + t.prefetch) * t.grad_accumulation * a_batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,8 @@ def _cut_rows(token_set: TokenSet, length: int) -> TokenSet:
     positions = np.arange(len(token_set.tokens)) - np.repeat(token_set.offsets[:-1], token_set.lengths)
     inside = positions < length
     offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
-    return TokenSet(token_set.tokens[inside], token_set.supervised[inside], offsets, token_set.lines)
+    tokens, supervised = token_set.tokens[inside], token_set.supervised[inside]
+    return replace(token_set, tokens=tokens, supervised=supervised, offsets=offsets)
 
 
 def surely_fits(config: Config, data: TokenizedDataset, planned: PlannedModel, limit: int) -> bool:
@@ -168,7 +169,8 @@ def surely_fits(config: Config, data: TokenizedDataset, planned: PlannedModel, l
     widths = sum(sum(array.shape[-2:]) for array in a_block)
     scores = 16 * longest * max(1, largest.shape[-1] // 32) if on_cpu() else 0
     a_position = 8 * widths + scores
-    training, evaluation = t.batch_size * longest, max(t.batch_size * longest, t.eval_tokens)
+    training = t.batch_size * data.train.rows_per_example * longest
+    evaluation = max(training, t.eval_tokens)
     logits = 32 * max(largest.shape) * (evaluation if t.head == "all" else t.loss_chunk)
     bound = (
         PROCESS_BYTES

@@ -112,7 +112,7 @@ def require_same_inputs(spec: RunSpec, point: ResumePoint, loader: ComponentLoad
     """
     assert spec.source is not None
     base = loader.base(spec.config.model, spec.precision)
-    data = loader.data(spec.config.data, base, stops.check)
+    data = loader.data(spec.config, base, stops.check)
     saved = point.saved.identity.fingerprints
     current = {"model": base.fingerprint, "data_train": data.train.fingerprint, "data_valid": data.valid.fingerprint}
     if data.mixture or "data_mix" in saved:
@@ -248,10 +248,15 @@ def _previous_config(spec: RunSpec) -> Config:
 def _resolve_environment(
     previous: Mapping[str, Any], stored: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Replace each ${oc.env:…} in `previous` that this run's config has too by the value that it has now."""
+    """Replace each ${oc.env:…} in `previous` that this run's config has too by the value that it has now.
+
+    `values` may lack what is stored: a replay has no loggers.
+    """
     resolved: dict[str, Any] = {}
     for key, value in previous.items():
-        if isinstance(value, Mapping) and isinstance(stored.get(key), Mapping):
+        if key not in values:
+            resolved[key] = value
+        elif isinstance(value, Mapping) and isinstance(stored.get(key), Mapping):
             resolved[key] = _resolve_environment(value, stored[key], values[key])
         elif isinstance(value, str) and environment.has_reference(value) and stored.get(key) == value:
             resolved[key] = values[key]

@@ -83,7 +83,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         if warning := memory_warning(spec.config, components.data, loaded):
             display.line(warning, "yellow")
         if spec.config.train.epochs is not None:
-            display.line(epochs.describe(spec.config, len(components.data.train)))
+            display.line(epochs.describe(spec.config, components.data.train.example_count))
         if components.data.dated:
             template_date.record_date(spec)
         if shared is None:

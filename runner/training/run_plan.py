@@ -44,12 +44,12 @@ def load_planned_data(config: Config, planned: PlannedModel) -> tuple[TokenizedD
     Raises:
         RunnerError: the data or the tokenizer cannot be used.
     """
-    options = EncodeOptions.from_config(config.data)
+    options = EncodeOptions.from_config(config.data, config.method.name)
     folder = planned.adapted.base.folder
     if not planned.has_weights and folder and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
         assumption = f"the tokenizer is not here: every row is taken for {config.data.max_length} tokens"
         return _assumed_data(config, options), assumption
-    return load_data(config.data, load_tokenizer_only(config.model)), None
+    return load_data(config, load_tokenizer_only(config.model)), None
 
 
 def _assumed_data(config: Config, options: EncodeOptions) -> TokenizedDataset:
@@ -117,7 +117,7 @@ def _updates(config: Config, data: TokenizedDataset) -> dict[str, Any]:
         "tokens": round(tokens / updates),
         "an_epoch": math.ceil(updates),
         "of_the_run": iterations(config, data),
-        "rows_an_epoch": len(data.train),
+        "rows_an_epoch": data.train.example_count,
         "tokens_an_epoch": round(tokens),
         "longest_row": int(data.train.lengths.max()),
     }
@@ -125,7 +125,7 @@ def _updates(config: Config, data: TokenizedDataset) -> dict[str, Any]:
 
 def _tokens_an_epoch(data: TokenizedDataset) -> float:
     """Return the tokens that the model reads in an epoch: of each row, all but the last."""
-    counts = data.train.lengths - 1
+    counts = (data.train.lengths - 1).reshape(-1, data.train.rows_per_example).sum(axis=1)
     if data.mixture is None:
         return float(counts.sum())
     starts = np.cumsum([0, *data.mixture.sizes])
@@ -138,7 +138,8 @@ def _times(config: Config, data: TokenizedDataset, speed: Speed) -> dict[str, An
     iters, tokens = updates["of_the_run"], updates["tokens_an_epoch"]
     an_evaluation, evaluations = 0.0, 0
     if len(data.valid):
-        rows = np.concatenate(evaluation_batches(data.valid.lengths, t.batch_size, t.eval_batches))
+        examples = np.concatenate(evaluation_batches(data.valid.example_lengths, t.batch_size, t.eval_batches))
+        rows = data.valid.rows_of(examples)
         an_evaluation = float((data.valid.lengths[rows] - 1).sum()) * speed.evaluation
         evaluations = 1 + -(-iters // t.eval_every)
     epochs = iters / (batch_order(config, data).batches_per_epoch / t.grad_accumulation)

@@ -14,6 +14,31 @@ from runner.training.optimizer import Optimizer
 T = TypeVar("T")
 
 
+Measures = dict[str, tuple[float, int]]
+"""What a method measures beside its loss, such as rewards: name to the sum over examples, and their number."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one update computed."""
+
+    loss_sum: float
+    """The loss summed over the supervised tokens, or over the examples of a method that has any."""
+    supervised: int
+    tokens: int
+    """Tokens without padding."""
+    examples: int
+    """Examples that the loss is a mean over; 0 where it is one over tokens."""
+    measures: Measures
+    grad_norm: float
+    """Norm of the gradient of the mean loss, before clipping."""
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.loss_sum / (self.examples or self.supervised)
+
+
 @dataclass
 class ReportWindow:
     """Sums over the updates since the last report of the training loss."""
@@ -24,14 +49,30 @@ class ReportWindow:
     updates: int = 0
     grad_norm: float | None = None
     """Gradient norm of the last update, before clipping."""
+    examples: int = 0
+    measures: dict[str, Any] = field(default_factory=dict)
+    """As `Measures`, with lists for JSON."""
 
-    def add(self, loss_sum: float, supervised: int, tokens: int, grad_norm: float) -> None:
+    def add(self, result: UpdateResult) -> None:
         """Add one update."""
-        self.loss_sum += loss_sum
-        self.supervised += supervised
-        self.tokens += tokens
+        self.loss_sum += result.loss_sum
+        self.supervised += result.supervised
+        self.tokens += result.tokens
+        self.examples += result.examples
         self.updates += 1
-        self.grad_norm = grad_norm
+        self.grad_norm = result.grad_norm
+        for name, (total, count) in result.measures.items():
+            before = self.measures.get(name, [0.0, 0])
+            self.measures[name] = [before[0] + total, before[1] + count]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.loss_sum / (self.examples or self.supervised)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each measure."""
+        return {name: total / count for name, (total, count) in self.measures.items() if count}
 
 
 @dataclass
@@ -124,8 +165,21 @@ def _checked(instance: T) -> T:
     """Return `instance` if each field has its declared type; integers must be counts, from 0."""
     hints = typing.get_type_hints(type(instance))
     for name, hint in hints.items():
-        value, types = getattr(instance, name), typing.get_args(hint) or (hint,)
+        value = getattr(instance, name)
+        if name == "measures":
+            _check_measures(value)
+            continue
+        types = typing.get_args(hint) or (hint,)
         valid = type(value) in types or (type(value) is int and float in types)
         if not valid or (type(value) is int and not safe_json.is_count(value)):
             raise TypeError(f"{name} is invalid: must be {getattr(hint, '__name__', hint)}")
     return instance
+
+
+def _check_measures(measures: Any) -> None:
+    valid = isinstance(measures, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (int, float) and safe_json.is_count(pair[1])
+        for pair in measures.values()
+    )
+    if not valid:
+        raise TypeError("measures is invalid: must be names with a sum and a count")

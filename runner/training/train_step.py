@@ -11,29 +11,30 @@ from runner.backends.protocol import Backend, BackendBatch
 from runner.common.errors import NonFiniteUpdate
 from runner.models.dropout import dropout_key
 from runner.training import optimizer
+from runner.training.methods.method import Method
+from runner.training.methods.supervised import SupervisedMethod
 from runner.training.optimizer import FlatArrays
-from runner.training.train_state import TrainState
+from runner.training.train_state import TrainState, UpdateResult
 
 
 class TrainStep:
     """Makes optimizer updates; the result depends on the train state, the batches and the learning rate alone."""
 
-    def __init__(self, backend: Backend, *, grad_clip: float | None) -> None:
-        """`grad_clip`: largest norm of the mean gradient; None does not clip."""
+    def __init__(self, backend: Backend, *, grad_clip: float | None, method: Method | None = None) -> None:
+        """`grad_clip`: largest norm of the mean gradient; None does not clip. `method`: None fine-tunes supervised."""
         self._backend, self._grad_clip = backend, grad_clip
+        self._method = method or SupervisedMethod(backend)
 
-    def update(self, state: TrainState, batches: Sequence[BackendBatch], learning_rate: float) -> tuple[float, float]:
+    def update(self, state: TrainState, batches: Sequence[BackendBatch], learning_rate: float) -> UpdateResult:
         """Update the adapter and the optimizer of `state` on one update's micro-batches.
-
-        Returns:
-            The loss summed over all supervised tokens, and the norm of their mean gradient before clipping.
 
         Raises:
             NonFiniteUpdate: the loss or the gradient is not finite; `state` is unchanged.
         """
         update = state.progress.step + 1
+        weighed = self._method.weigh(state, batches)
         loss_sum, grad_sum = 0.0, FlatArrays()
-        for index, micro_batch in enumerate(batches):
+        for index, micro_batch in enumerate(weighed.batches):
             key = dropout_key(state.seed, update, index)
             loss, grads = self._backend.loss_and_grads(state.params, micro_batch, key)
             # Before anything is computed from them: together with their concatenation MLX evaluates the graph in an
@@ -43,8 +44,13 @@ class TrainStep:
             grad_sum = {name: grad_sum[name] + grad for name, grad in flat.items()} if grad_sum else flat
             mx.eval(grad_sum)
             loss_sum += float(loss)
-        supervised = sum(batch.supervised for batch in batches)
-        mean = {name: grad / supervised for name, grad in grad_sum.items()}
+        if not grad_sum:  # nothing to learn from: every answer has the same reward
+            grad_sum = {
+                name: mx.zeros_like(value) for name, value in state.optimizer.layout.flatten(state.params).items()
+            }
+        if weighed.loss is not None:
+            loss_sum = weighed.loss * weighed.examples
+        mean = {name: grad / weighed.divisor for name, grad in grad_sum.items()}
         mean, norm_array = optimizer.clip_grads(mean, self._grad_clip)
         norm = float(norm_array)
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
@@ -54,4 +60,11 @@ class TrainStep:
                 "the update was not applied."
             )
         state.params = state.optimizer.update(state.params, mean, learning_rate)
-        return loss_sum, norm
+        return UpdateResult(
+            loss_sum=loss_sum,
+            supervised=weighed.supervised,
+            tokens=weighed.tokens,
+            examples=weighed.examples,
+            measures=weighed.measures,
+            grad_norm=norm,
+        )

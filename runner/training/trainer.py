@@ -16,13 +16,14 @@ from runner.reports.progress import Display
 from runner.training import state_files
 from runner.training.components import Components
 from runner.training.dataloader import EvaluationLoader, PrefetchingLoader
-from runner.training.evaluate import EvaluationResult, evaluate
+from runner.training.evaluate import EvaluationResult
 from runner.training.memory import BufferCache, memory_usage
+from runner.training.methods.method import Method
 from runner.training.plan import TrainingPlan
 from runner.training.process_limit import ProcessLimit
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
-from runner.training.train_state import ReportWindow, TrainState
+from runner.training.train_state import ReportWindow, TrainState, UpdateResult
 from runner.training.train_step import TrainStep
 
 NOTICE_SECONDS = 3.0
@@ -42,6 +43,7 @@ class Trainer:
     order: BatchOrder
     batches: PrefetchingLoader
     valid_batches: EvaluationLoader
+    method: Method
     train_step: TrainStep
     writer: RunWriter
     stops: StopSignals
@@ -91,24 +93,21 @@ class Trainer:
         start = time.perf_counter()
         state, progress = self.state, self.state.progress
         batches, next_position = self.batches.load(state.position)
-        made = self.update_or_skip(batches)
+        result = self.update_or_skip(batches)
         state.position = next_position
         progress.step += 1
         self.process_limit.count_update()
         self.buffer_cache.empty_if_half_full()
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
-        if made is not None:
-            loss_sum, grad_norm = made
-            supervised = sum(batch.supervised for batch in batches)
-            tokens = sum(batch.real_tokens for batch in batches)
-            progress.tokens += tokens
-            progress.since_report.add(loss_sum, supervised, tokens, grad_norm)
-            self.train_tokens += tokens
-            self.display.step(progress.step, loss_sum / supervised, tokens, seconds)
+        if result is not None:
+            progress.tokens += result.tokens
+            progress.since_report.add(result)
+            self.train_tokens += result.tokens
+            self.display.step(progress.step, result.loss, result.tokens, seconds)
 
-    def update_or_skip(self, batches: Sequence[BackendBatch]) -> tuple[float, float] | None:
-        """Make the next update and return its loss and gradient norm; None where it was skipped, and not applied."""
+    def update_or_skip(self, batches: Sequence[BackendBatch]) -> UpdateResult | None:
+        """Make the next update and return what it computed; None where it was skipped, and not applied."""
         progress = self.state.progress
         try:
             made = self.train_step.update(self.state, batches, self.learning_rate(progress.step + 1))
@@ -127,10 +126,10 @@ class Trainer:
         return made
 
     def report(self) -> None:
-        """Log the training loss since the last report: the mean over supervised tokens."""
+        """Log the training loss since the last report: the mean over supervised tokens, or over examples."""
         progress, sums = self.state.progress, self.state.progress.since_report
         learning_rate = self.learning_rate(progress.step)
-        progress.train_loss = sums.loss_sum / sums.supervised
+        progress.train_loss = sums.loss
         self.log_loss(
             "train",
             progress.train_loss,
@@ -140,6 +139,7 @@ class Trainer:
             learning_rate=learning_rate,
             grad_norm=sums.grad_norm,
             **({} if self.skip_limit is None else {"skipped_updates": progress.skipped_updates}),
+            **sums.means(),
         )
         self.writer.update_status(state="running", step=progress.step, train_loss=progress.train_loss)
         self.display.train_loss(progress.step, progress.train_loss, learning_rate)
@@ -161,19 +161,27 @@ class Trainer:
             progress.pending_evaluation = progress.step > 0
             return False
         is_best = progress.add_validation(result.loss, self.plan.min_delta)
-        self.log_loss("valid", result.loss, supervised=result.supervised, tokens=result.tokens, seconds=result.seconds)
-        self.writer.log_row_losses(progress.step, "valid", self.valid_batches.fingerprint, result.rows)
+        self.log_loss(
+            "valid",
+            result.loss,
+            supervised=result.supervised,
+            tokens=result.tokens,
+            seconds=result.seconds,
+            **result.measures,
+        )
+        identity = self.method.identity(self.valid_batches.fingerprint)
+        self.writer.log_row_losses(progress.step, "valid", identity, result.rows)
         self.writer.update_status(state="running", step=progress.step, valid_loss=result.loss, best=progress.best)
-        self.display.valid_loss(progress.step, result.loss, is_best)
+        self.display.valid_loss(progress.step, result.loss, is_best, result.measures)
         return is_best
 
     def validation_result(self) -> EvaluationResult:
         """Compute the validation loss; before the first update, reuse what an earlier run on this base computed."""
-        step, components, baseline = self.state.progress.step, self.components, self.components.baseline
+        step, baseline = self.state.progress.step, self.components.baseline
         result = baseline.validation if step == 0 else None
         if result is None:
             batches = self.batches_with_progress(step)
-            result = evaluate(components.backend, self.state.params, batches, self.stops.check)
+            result = self.method.evaluate(self.state.params, "valid", batches, self.stops.check)
         if not math.isfinite(result.loss):
             raise Diverged(f"The validation loss at step {step} is not finite.")
         if step == 0 and baseline.validation is None:

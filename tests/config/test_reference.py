@@ -38,11 +38,11 @@ def test_a_choice_that_shows_its_settings_composes_to_the_defaults_of_the_schema
     assert compose(f"{group}={choice}")[group] == with_defaults(group, choice)
 
 
-def test_the_default_choice_of_every_group_and_every_optimizer_and_schedule_shows_its_settings():
+def test_the_default_choice_of_every_group_and_every_optimizer_schedule_and_method_shows_its_settings():
     defaults = yaml.safe_load((CONF_DIR / "config.yaml").read_text())["defaults"]
     chosen = {f"{group}/{choice}" for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
     shown = {name for name in chosen if name.split("/")[0] in schema.GROUPS and (CONF_DIR / f"{name}.yaml").is_file()}
-    shown |= {f"{group}/{choice}" for group in ("optimizer", "schedule") for choice in group_choices(group)}
+    shown |= {f"{group}/{choice}" for group in ("optimizer", "schedule", "method") for choice in group_choices(group)}
     assert shown == set(reference.GENERATED_CHOICES)
 
 

@@ -20,12 +20,12 @@ def test_the_default_of_every_setting_is_valid_by_its_metadata():
     assert set(schema.metadata()) == set(defaults)
 
 
-@pytest.mark.parametrize("group", ["optimizer", "schedule"])
+@pytest.mark.parametrize("group", ["optimizer", "schedule", "method"])
 def test_options_by_choice_name_choices_of_their_group(group):
     choices = schema.metadata()[f"{group}.name"].choices
     for name, metadata in schema.metadata().items():
         if metadata.defaults_by:
-            assert name.split(".")[0] in ("optimizer", "schedule")
+            assert name.split(".")[0] in ("optimizer", "schedule", "method")
             if name.startswith(group):
                 assert set(metadata.defaults_by) <= set(choices), name
     assert schema.choice_options("optimizer", "adamw")["weight_decay"] == 0.01

@@ -91,8 +91,8 @@ def tokenizer(make_tokenizer: Callable[..., TokenizerWrapper]) -> TokenizerWrapp
 
 @pytest.fixture
 def make_options() -> Callable[..., EncodeOptions]:
-    def make(**changes: Any) -> EncodeOptions:
-        return EncodeOptions.from_config(DataConfig(**changes))
+    def make(method: str = "sft", **changes: Any) -> EncodeOptions:
+        return EncodeOptions.from_config(DataConfig(**changes), method)
 
     return make
 

@@ -9,6 +9,7 @@ import pytest
 from runner.common.errors import DataError
 from runner.data.formats import FORMATS, choose_format, format_note, with_system_prompt
 from runner.data.jsonl import JsonlRow
+from runner.data.preferences import encode_answers
 from runner.data.row_errors import RowError
 from runner.data.text_encoder import TextEncoder
 
@@ -26,7 +27,7 @@ def encode(row, tokenizer, options, name=None):
     encoder = TextEncoder(tokenizer)
     row_format = FORMATS[name] if name else choose_format(JsonlRow(Path("a.jsonl"), 1, row), encoder, options)
     row_format.validate(row, options.keys)
-    return row_format.encode(row, encoder, options)
+    return encode_answers(row, row_format, encoder, options)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +137,12 @@ def test_a_row_that_fits_several_formats_is_refused_with_the_setting(tokenizer, 
 
 def test_fields_that_are_not_used_are_told(make_options):
     row = JsonlRow(Path("a.jsonl"), 1, {"messages": [], "prompt": "a", "chosen": 1, "rejected": 2})
-    assert format_note(row, "chat", make_options().keys) == "trains on 'messages'; 'prompt' beside it is not used"
+    assert format_note(row, "chat", make_options()) == "trains on 'messages'; 'prompt' beside it is not used"
     for name, fields in (("chat", {"messages": []}), ("completions", {"prompt": "a", "completion": "b"})):
         row_with_system = JsonlRow(Path("a.jsonl"), 1, {**fields, "system": "Be brief."})
-        assert "'system' is not used" in str(format_note(row_with_system, name, make_options().keys))
-    assert "'rejected' is not used" in str(format_note(row, "preference", make_options().keys))
+        assert "'system' is not used" in str(format_note(row_with_system, name, make_options()))
+    assert "'rejected' is not used" in str(format_note(row, "preference", make_options()))
+    assert format_note(row, "preference", make_options(method="dpo")) is None
 
 
 def test_a_system_prompt_is_added_where_a_row_has_none(tokenizer, make_options, make_tokenizer):

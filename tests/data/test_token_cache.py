@@ -152,7 +152,7 @@ def test_a_damaged_entry_is_reported_and_made_again(name, damage, load, entries,
 
 
 def read_manifest(entry):
-    return sealed_json.unseal((entry / MANIFEST).read_bytes(), max_values=1000)
+    return sealed_json.unseal((entry / MANIFEST).read_bytes(), max_values=2000)
 
 
 def _rows(entry):

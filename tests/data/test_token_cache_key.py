@@ -15,6 +15,7 @@ from runner.data import token_cache_key
 from runner.data.chat_template import TemplateOptions
 
 CHANGED_OPTIONS = {
+    "answers": "pairs",
     "format": "chat",
     "mask_prompt": False,
     "max_length": 61,

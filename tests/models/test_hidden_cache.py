@@ -448,7 +448,7 @@ def test_jobs_share_a_baseline_only_if_it_is_computed_in_the_same_way(tiny: Call
 
     loader = ComponentLoader()
     base = loader.base(tiny().model)
-    data = loader.data(tiny().data, base, lambda: None)
+    data = loader.data(tiny(), base, lambda: None)
 
     def baseline(**changes: object) -> object:
         settings = tiny(**changes)

@@ -48,6 +48,10 @@ class CpuBackend:
         total, by_token = self.engine.losses(_views(params), packed(batch))
         return RowLosses(total, batch.batch.sums_by_row(by_token))
 
+    def token_losses(self, params: Params, batch: BackendBatch, key: mx.array) -> np.ndarray:
+        """Return the loss of each supervised token; the engine has no dropout, so `key` is not used."""
+        return self.engine.losses(_views(params), packed(batch))[1]
+
     def loss_and_grads(
         self, params: Params, batch: BackendBatch, key: mx.array
     ) -> tuple[mx.array, dict[str, np.ndarray]]:

@@ -72,6 +72,15 @@ class MlxBackend:
         by_token = np.array(losses)[: batch.supervised]
         return RowLosses(float(total), batch.batch.sums_by_row(by_token))
 
+    def token_losses(self, params: Params, batch: BackendBatch, key: mx.array) -> np.ndarray:
+        """Return the loss of each supervised token, with dropout."""
+        self._set_training(True)
+        self._adapted.place(params)
+        self._adapted.dropout.set_key(key)
+        _, losses = self._loss(*self._arrays(batch))
+        self._adapted.dropout.set_key(None)
+        return np.array(losses)[: batch.supervised]
+
     def loss_and_grads(self, params: Params, batch: BackendBatch, key: mx.array) -> tuple[mx.array, Params]:
         """Return the summed loss and its gradients by `params`, not evaluated."""
         self._set_training(True)

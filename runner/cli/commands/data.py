@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
     from runner.data.tokenize import load_data
     from runner.models.tokenizer_only import load_tokenizer_only
 
-    data = load_data(config.data, load_tokenizer_only(config.model))
+    data = load_data(config, load_tokenizer_only(config.model))
     report = {"model": config.model.path, "data": config.data.path, **data_report(data, options.rows)}
     if config.data.mix is not None:
         report |= {"data": config.data.mix, "rows_an_epoch": list(data.mixture.counts) if data.mixture else None}

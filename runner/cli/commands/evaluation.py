@@ -12,8 +12,10 @@ from runner.cli.commands.load_adapter import LoadedAdapter
 from runner.config.schema import Config
 from runner.data.tokenize import load_data
 from runner.training.dataloader import evaluation_loader
-from runner.training.evaluate import evaluate
 from runner.training.generate import GenerationResult, answer_rows
+from runner.training.methods.build import build_method, has_reference
+from runner.training.methods.reference import BASE, params_fingerprint
+from runner.training.start_adapter import warm_started_params
 
 
 class SplitEvaluation:
@@ -26,7 +28,7 @@ class SplitEvaluation:
             DataError: the rows cannot be read.
         """
         self._loaded, self._config = loaded, config
-        data = load_data(config.data, loaded.base.lazy_tokenizer, (split,))
+        data = load_data(config, loaded.base.lazy_tokenizer, (split,))
         for note in data.notes:
             print_note(note)
         rows = getattr(data, split)
@@ -34,17 +36,33 @@ class SplitEvaluation:
         self._backend = select_backend(loaded.adapted, config, int(rows.lengths.max()) if len(rows) else None)
         caches = hidden_caches(self._backend, loaded.base, config, print_note)
         self._batches = evaluation_loader(rows, config, caches)
+        reference = loaded.fresh
+        if has_reference(config.method) and config.adapter:
+            print_note(f"the reference is adapter={config.adapter} as it is now")
+            reference = warm_started_params(config, loaded.fresh, loaded.adapted)
+        self._method = build_method(
+            config,
+            loaded.adapted,
+            self._backend,
+            data,
+            caches,
+            reference_fingerprint=params_fingerprint(reference) if config.adapter else BASE,
+            reference_params=lambda: reference,
+            check_stop=lambda: None,
+            log=print_note,
+        )
         self._questions = data.first_rows(split, metric_rows) if metric_rows else []
         self._split = split
 
     def measure(self) -> tuple[dict[str, Any], GenerationResult | None]:
         """Measure the adapter that is attached now; return the fields of the JSON document, and the scored answers."""
         assert self._loaded.adapted is not None
-        tested = evaluate(self._backend, self._loaded.adapted.params(), self._batches)
+        tested = self._method.evaluate(self._loaded.adapted.params(), self._split, self._batches, lambda: None)
+        perplexity = math.exp(min(tested.loss, 700))  # beyond it a float overflows
         fields: dict[str, Any] = {
             "rows": self._batches.row_count,
             "loss": tested.loss,
-            "perplexity": math.exp(min(tested.loss, 700)),  # beyond it a float overflows
+            **({"perplexity": perplexity} if self._config.method.name == "sft" else tested.measures),
             "supervised_tokens": tested.supervised,
             "tokens": tested.tokens,
             "seconds": round(tested.seconds, 3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -32,6 +32,8 @@ class LoadedAdapter:
     model: schema.ModelConfig
     """How the base model was loaded, nothing in it `auto`."""
     adapted: AdaptedModel | None = None
+    fresh: Params = field(default_factory=dict)
+    """The adapter as a new run with these settings begins, set when it is attached."""
 
     def attach(self) -> AdaptedModel:
         """Attach the adapter to the base model, in evaluation mode.
@@ -40,8 +42,9 @@ class LoadedAdapter:
             ModelError: the weights have other names or shapes than the settings and the base model require.
         """
         adapted = AdaptedModel(self.base, self.lora, self.seed)
+        self.fresh = adapted.params()
         try:
-            _compare_shapes(adapted.params(), self.weights)
+            _compare_shapes(self.fresh, self.weights)
         except ModelError:
             adapted.remove()
             raise

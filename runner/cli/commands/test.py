@@ -10,6 +10,7 @@ from runner.backends import blas
 from runner.cli.commands import adapter_source, arguments, stored_settings, test_rows
 from runner.common.errors import ConfigError
 from runner.config.schema import Config
+from runner.reports.progress import measures_text
 
 if TYPE_CHECKING:
     from runner.training.generate import GenerationResult
@@ -48,8 +49,9 @@ def run(argv: list[str]) -> int:
         answers = {} if scored is None else {"answers": [vars(answer) for answer in scored.answers]}
         arguments.print_json({**names, "data": config.data.path, "split": options.split, **fields, **answers})
         return 0
+    beside = f"perplexity {fields['perplexity']:.3f}" if "perplexity" in fields else measures_text(fields)
     print(
-        f"{options.split} loss {fields['loss']:.4f}, perplexity {fields['perplexity']:.3f}: {source.name}, "
+        f"{options.split} loss {fields['loss']:.4f}, {beside}: {source.name}, "
         f"{fields['supervised_tokens']:,} tokens of {fields['rows']:,} rows, {fields['seconds']:.1f} s"
     )
     if scored is not None:

@@ -197,11 +197,17 @@ def _loss(entry: _Entry) -> float:
     return float(entry.fields["loss"]) if entry.fields else math.inf
 
 
+_BESIDE_LOSS = ("perplexity", "reward_accuracy", "reward")
+"""Fields that are shown beside the loss."""
+
+
 def _print_table(entries: list[_Entry], marks: _Marks, what: str, varied: list[str]) -> None:
     defaults = serialize.default_settings()
     metric = next((entry.fields["metric"] for entry in entries if entry.fields and "metric" in entry.fields), None)
     columns = [Column(what, right=what == "job"), *[Column(settings_text.short_names(varied)[name]) for name in varied]]
-    columns += [Column(name, right=True) for name in ("step", "valid loss", f"{marks.split} loss", "perplexity")]
+    beside = [name for name in _BESIDE_LOSS if any(name in (entry.fields or {}) for entry in entries)]
+    columns += [Column(name, right=True) for name in ("step", "valid loss", f"{marks.split} loss")]
+    columns += [Column(name.replace("_", " "), right=True) for name in beside]
     columns += [Column(metric, right=True)] if metric else []
     columns.append(Column("", wrap=True))
     texts = {
@@ -213,7 +219,7 @@ def _print_table(entries: list[_Entry], marks: _Marks, what: str, varied: list[s
         fields = entry.fields or {}
         cells = [entry.label, *[texts[name][number] for name in varied]]
         cells += ["" if entry.step is None else str(entry.step), _decimal(entry.valid_loss, 4)]
-        cells += [_decimal(fields.get("loss"), 4), _decimal(fields.get("perplexity"), 3)]
+        cells += [_decimal(fields.get("loss"), 4), *(_decimal(fields.get(name), 3) for name in beside)]
         cells += ["" if "score" not in fields else f"{fields['score']:.1%}"] if metric else []
         cells.append(", ".join(_remarks(entry, marks, shows_result=what != "job")))
         rows.append(TableRow(cells, dict.fromkeys(range(len(cells)), "bold") if entry is marks.best else {}))

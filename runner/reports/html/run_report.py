@@ -149,14 +149,27 @@ def _problems(run: RunInfo) -> list[Part]:
 def _charts(page: RunPage) -> list[Part]:
     curves = RunCurves(page.run)
     train, valid = curves.of("train", "train"), curves.of("valid", "valid")
+    method = str(page.run.settings.get("method.name", "sft"))
     loss = sections.chart(
-        "Loss", [train, valid], y="mean loss of a token", marks=_marks(page, valid, train), lower_is_better=True
+        "Loss",
+        [train, valid],
+        y=f"mean loss of {'a token' if method == 'sft' else 'an example'}",
+        marks=_marks(page, valid, train),
+        lower_is_better=True,
     )
+    measures = [
+        sections.chart(
+            name.replace("_", " ").capitalize(),
+            [curves.of(split, split, name) for split in ("train", "valid")],
+            y=f"mean of {'the answers' if method == 'grpo' else 'the examples'}",
+        )
+        for name in schema.METHOD_MEASURES.get(method, ())
+    ]
     others = [
         sections.chart(title, [curves.of("train", title.lower(), field)], y=y) for field, title, y in _TRAIN_CHARTS
     ]
     memory = [curves.of("train", name, field) for field, name in _MEMORY]
-    return [loss, *others, sections.chart("Memory", memory, y="GB of arrays")]
+    return [loss, *measures, *others, sections.chart("Memory", memory, y="GB of arrays")]
 
 
 def _marks(page: RunPage, valid: Curve, train: Curve) -> list[Mark]:

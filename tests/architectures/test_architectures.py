@@ -99,7 +99,7 @@ def build_state(run: Run) -> TrainState:
 
 def update(run: Run, state: TrainState, count: int) -> list[float]:
     step, batch = TrainStep(run.backend, grad_clip=None), run.batch()
-    return [step.update(state, [batch], LEARNING_RATE)[0] / batch.supervised for _ in range(count)]
+    return [step.update(state, [batch], LEARNING_RATE).loss for _ in range(count)]
 
 
 def own_loss(model: nn.Module, rows: mx.array) -> float:

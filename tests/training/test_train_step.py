@@ -128,8 +128,8 @@ def test_accumulation_weights_micro_batches_by_their_tokens():
     whole, parts = train_state(adapted), train_state(adapted)
     expected = step.update(whole, [batch_of(rows, np.arange(4), 8)], 1e-3)
     result = step.update(parts, [batch_of(rows, np.array(i), 8) for i in ([0], [1, 2], [3])], 1e-3)
-    assert result[0] == pytest.approx(expected[0], rel=1e-5)
-    assert result[1] == pytest.approx(expected[1], rel=1e-4)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
     for name in whole.params:
         assert mx.allclose(whole.params[name], parts.params[name], atol=1e-5).item()
 
@@ -139,8 +139,8 @@ def test_clipping_limits_the_norm_and_the_norm_before_is_returned():
     rows = token_set([20, 20])
     batch = [batch_of(rows, np.arange(2), 16)]
     free, clipped = train_state(adapted), train_state(adapted)
-    norm = TrainStep(mlx(adapted), grad_clip=None).update(free, batch, 1e-3)[1]
-    same = TrainStep(mlx(adapted), grad_clip=norm / 10).update(clipped, batch, 1e-3)[1]
+    norm = TrainStep(mlx(adapted), grad_clip=None).update(free, batch, 1e-3).grad_norm
+    same = TrainStep(mlx(adapted), grad_clip=norm / 10).update(clipped, batch, 1e-3).grad_norm
     assert same == pytest.approx(norm, rel=1e-6)
     moments = [m.optimizer.state() for m in (free, clipped)]
     for name in moments[0]:

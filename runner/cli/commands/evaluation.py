@@ -36,7 +36,7 @@ class SplitEvaluation:
         self._backend = select_backend(loaded.adapted, config, int(rows.lengths.max()) if len(rows) else None)
         caches = hidden_caches(self._backend, loaded.base, config, print_note)
         self._batches = evaluation_loader(rows, config, caches)
-        reference = loaded.fresh
+        reference = loaded.adapted.without_effect(loaded.fresh)
         if has_reference(config.method) and config.adapter:
             print_note(f"the reference is adapter={config.adapter} as it is now")
             reference = warm_started_params(config, loaded.fresh, loaded.adapted)

@@ -89,6 +89,12 @@ def place(tmp_path_factory, make_cli):
     weights = gguf_families.weights_of(gguf_families.build_model(case.config))
     gguf_families.write_weights(case, weights).write(folder / "Mistral-7B-Instruct-v0.3.Q4_K_M.gguf")
     (folder / "questions.csv").write_text("question,answer\n" + "".join(f"{n}?,{n}\n" for n in range(30)))
+    for name, row in (
+        ("preferences", {"prompt": "twice: a", "chosen": "a a", "rejected": "b"}),
+        ("ratings", {"prompt": "twice: a", "completion": "a a", "label": True}),
+    ):
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text(8 * (json.dumps(row) + "\n"))
     (folder / "usb_disk").mkdir()
     cli("experiment=smoke", "train.iters=2", "checkpoint.backup=usb_disk", "hydra.run.dir=mirrored")
     next((folder / "usb_disk").iterdir()).rename(folder / "usb_disk/2026-11-24-10-00-00-0123abcd")
@@ -112,7 +118,7 @@ def cut_short(words: list[str]) -> list[str]:
     extra += [] if own & {"model", "model.path", "adapter"} else ["model=tiny"]
     extra += ["model=tiny"] if "adapter" in own else []
     extra += [] if own & {"data", "data.path", "data.mix"} else ["data=tiny"]
-    extra += ["data.metric=exact_match"] if "data.metric_rows" in own else []
+    extra += ["data.metric=exact_match"] if "data.metric_rows" in own or "method=grpo" in words else []
     extra += ["schedule.warmup=0"] if "experiment=first_run" in words else []  # its own is longer than two updates
     kept = {word.partition("=")[0] for word in extra} & own - {"train.iters"}
     return [word for word in extra if word.partition("=")[0] not in kept]

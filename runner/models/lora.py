@@ -136,13 +136,6 @@ class AdaptedModel:
         mx.eval(started)
         return started
 
-    def without_effect(self, params: Params) -> Params:
-        """Return the weights with which the model is its base; `params` are those before training."""
-        unchanged = dict(params)
-        for name, module in self._pissa_layers():
-            unchanged |= dict(zip((f"{name}.lora_a", f"{name}.lora_b"), module.exact_start, strict=True))
-        return unchanged
-
     def to_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return trained arrays as a checkpoint holds them: beside PiSSA's factors their start, as a LoRA of twice the
         rank."""

@@ -76,6 +76,11 @@ class AdaptedModel:
         return sum(array.nbytes for array in self._originals.values())
 
     @property
+    def start_bytes(self) -> int:
+        """Bytes of what checkpoints hold beside the trained arrays: the start of PiSSA."""
+        return sum(array.nbytes for _, module in self._pissa_layers() for array in module.exact_start)
+
+    @property
     def trains_head(self) -> bool:
         """Whether the head, or an embedding that may be the head as well, is trained."""
         return bool(self._head_paths())

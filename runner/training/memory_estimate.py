@@ -115,7 +115,8 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
     adapted, backend = planned.adapted, planned.backend
     params = adapted.params()
     adapter = sum(array.nbytes for array in params.values())
-    originals = adapted.original_bytes  # of modules that are trained whole: kept, to give the base back
+    # Of modules that are trained whole, to give the base back; and what PiSSA subtracts.
+    kept = adapted.original_bytes + adapted.start_bytes
     everything = sum(array.nbytes for _, array in tree_flatten(adapted.model.parameters()))
     moments = state_bytes(config.optimizer, params)
     # The sum of the gradients stays while the next micro-batch, or its next part, is computed.
@@ -132,7 +133,7 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
     buffer_cache = min(cache_limit, in_mlx + while_updating)
     training = hidden + buffer_cache + step.total + max(while_computing, while_updating - in_mlx)
     return MemoryEstimate(
-        weights=everything - adapter + originals,
+        weights=everything - adapter + kept,
         adapter_and_optimizer=max(while_computing, while_updating - in_mlx),
         activations=step.activations,
         logits=step.logits,

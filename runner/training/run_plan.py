@@ -88,7 +88,8 @@ def describe_run(
             "path": config.model.path,
             "parameters": parameters,
             "trained_parameters": trained,
-            "trained_blocks": planned.adapted.depth - planned.adapted.frozen_blocks,
+            "trained_blocks": len(planned.adapted.targets.blocks),
+            "trained_in": planned.adapted.targets.where,
             "blocks": len(planned.adapted.model.layers),
             "weights_are_here": planned.has_weights,
         },
@@ -158,8 +159,10 @@ def _times(config: Config, data: TokenizedDataset, speed: Speed) -> dict[str, An
 def _disk(config: Config, data: TokenizedDataset, planned: PlannedModel, assumed: str | None) -> dict[str, Any]:
     """Return what the run writes at most: the checkpoints that are retained, one being written, the result, a backup of
     each checkpoint worth it, and the caches of hidden states and tokens."""
-    params = planned.adapted.params()
+    adapted = planned.adapted
+    params = adapted.params()
     adapter = sum(array.nbytes for array in params.values())
+    adapter += adapted.start_bytes
     checkpoint = adapter + state_bytes(config.optimizer, params) + _STATE_BYTES
     c, iters = config.checkpoint, iterations(config, data)
     kept_by_step = iters // c.keep_every if c.keep_every else 0

@@ -72,8 +72,8 @@ def _lines(plan: dict[str, Any], config: Config, probe_wanted: bool) -> list[str
     model, memory = plan["model"], plan["memory"]
     lines = [
         f"model   {model['path']}: {model['parameters'] / 1e6:,.1f}M parameters, "
-        f"{model['trained_parameters'] / 1e6:,.2f}M trained in the last {model['trained_blocks']} of {model['blocks']} "
-        "blocks" + ("" if model["weights_are_here"] else "; its weights are not here, its config is"),
+        f"{model['trained_parameters'] / 1e6:,.2f}M trained in {model['trained_in']}"
+        + ("" if model["weights_are_here"] else "; its weights are not here, its config is"),
     ]
     if plan["assumed"]:
         lines.append(f"data    {plan['assumed']}")

@@ -28,8 +28,9 @@ def test_the_plan_has_memory_by_its_parts_updates_time_and_disk(inline, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_has_the_size_that_the_plan_says(inline, tmp_path):
-    arguments = ("model=tiny", "data=tiny", "train.iters=1", "lora.rank=64")
+@pytest.mark.parametrize("adapter", ["lora.rank=64", "lora.init=pissa", "lora.type=full"])
+def test_a_checkpoint_has_the_size_that_the_plan_says(inline, tmp_path, adapter):
+    arguments = ("model=tiny", "data=tiny", "train.iters=1", adapter)
     plan = json.loads(inline("plan", *arguments, "--no-probe", "--json"))
     inline(*arguments, "hydra.run.dir=run")
     size = sum(file.stat().st_size for file in (tmp_path / "run/checkpoints/step-0000001").iterdir())

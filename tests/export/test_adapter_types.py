@@ -41,3 +41,9 @@ def test_a_run_trains_and_every_format_carries_it_or_says_why_not(inline, name):
         proof = json.loads(out[out.index("{") :])["check"]
         assert proof["passes"] and proof["deviation"] < 1e-3 and proof["base_loss"] != proof["run_loss"]
     assert tested
+    if name == "dora":
+        assert "the mean of DoRA's updates" in inline("export", "run", "--to", "mlx", "--average", "last:2", expect=2)
+    if name == "full":
+        out = inline("export", "run", "--to", "mlx", "--average", "last:2", "--json", "--rows", "8")
+        average = json.loads(out[out.index("{") :])
+        assert average["check"]["passes"] and average["average"]["steps"] == [2, 4]

@@ -31,7 +31,9 @@ def test_jobs_of_a_sweep_give_the_base_back_as_it_was(tiny, train, tmp_path, ass
     assert_equal_runs(tmp_path / "full", again)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] if kind in ("pissa", "full") else []) for kind in KINDS]
+)
 def test_recomputed_activations_and_uncached_states_give_the_same_losses(tiny, train, tmp_path, kind):
     plain = losses(train(tiny(**SHORT, **KINDS[kind]), tmp_path / "plain"))
     assert plain[-1] < plain[0]

@@ -146,7 +146,9 @@ class PissaLinear(nn.Module):
     def set_start(self, a: mx.array, b: mx.array, dtype: mx.Dtype = mx.float32) -> None:
         """Set A0 (inputs, rank) and B0 (rank, outputs), float32; `dtype`: that of their products."""
         self._exact_start = a, b
-        self._start_a, self._start_b = a.astype(dtype), b.astype(dtype)
+        # Arrays of their own, computed now: a compiled step takes none that are also its arguments, or still lazy.
+        self._start_a, self._start_b = ((array * 1).astype(dtype) for array in (a, b))
+        mx.eval(a, b, self._start_a, self._start_b)
 
     @property
     def exact_start(self) -> tuple[mx.array, mx.array]:

@@ -1,4 +1,4 @@
-"""Gradients of a head that is trained, in chunks of logits, equal those of all logits at once."""
+"""The step of each kind of adapter: gradients of a head that is trained, in chunks of logits; compiled steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from runner.backends.protocol import BackendBatch
 from runner.backends.select import select_backend
 from runner.config.schema import LoraConfig, ModelConfig
 from runner.data.batch import Batch
+from runner.models.arrays import to_tensors
 from runner.models.load import load_base_model
 from runner.models.lora import AdaptedModel
 from runner.models.split_model import Parts, SplitModel
@@ -49,3 +50,15 @@ def test_chunks_give_the_gradients_of_all_logits_at_once(kind, tiny):
     settings.lora.dropout = 0.1
     if settings.lora.type != "full":
         assert not select_backend(adapted, settings).split_model.has_separate_head
+
+
+@pytest.mark.parametrize("lora", [*KINDS.values(), LoraConfig(rank=2, init="pissa"), LoraConfig(rank=2, type="dora")])
+def test_the_step_of_each_kind_of_adapter_can_be_compiled_as_it_starts(lora):
+    adapted = AdaptedModel(load_base_model(ModelConfig(path="builtin:tiny")), lora, seed=0)
+    params = adapted.start_pissa(adapted.params())
+    backend = MlxBackend(adapted, SplitModel(adapted.model, Parts(trunk="model")), chunk=4, compiled=True)
+    for _ in range(2):
+        grads = backend.loss_and_grads(params, batch(), mx.random.key(0))[1]  # traced, not evaluated
+    assert grads.keys() == params.keys()
+    restored = {name: mx.array(tensor.array()) for name, tensor in adapted.to_stored(to_tensors(params)).items()}
+    backend.loss_and_grads(adapted.from_stored(restored), batch(), mx.random.key(0))

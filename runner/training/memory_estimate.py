@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 from runner.backends.protocol import Backend, BackendBatch, StepMemory
 from runner.backends.select import unverified_backend
 from runner.common.memory import available_memory, resident_memory
-from runner.config.schema import Config
+from runner.config.schema import Config, MethodConfig
 from runner.data.batch import collate
 from runner.data.length_buckets import LengthBuckets
 from runner.data.order import BatchOrder, DataPosition, evaluation_batches
@@ -194,23 +194,37 @@ def _steps(config: Config, data: TokenizedDataset, planned: PlannedModel) -> Ite
     """Yield the memory of the largest batches."""
     backend, params = planned.backend, planned.adapted.params()
     order = batch_order(config, data)
+    samples = config.method.name == "grpo"
     for token_set, batches, compute in (
         (data.train, _largest_batches(config, order, iterations(config, data)), backend.update_memory),
-        (data.valid, _largest_evaluation(config, data.valid), backend.evaluation_memory),
+        (data.valid, [] if samples else _largest_evaluation(config, data.valid), backend.evaluation_memory),
     ):
-        buckets = LengthBuckets.from_lengths(token_set.lengths, config.data.pad_to)
         for indices in batches:
-            batch = collate(token_set, token_set.rows_of(indices), buckets)
+            rows, own = token_set.rows_of(indices), token_set
+            if samples:
+                own, rows = _sampled(token_set, rows, config.method)
+            batch = collate(own, rows, LengthBuckets.from_lengths(own.lengths, config.data.pad_to))
             hidden = None
-            if backend.split_model.frozen_blocks:
+            if backend.split_model.frozen_blocks and not samples:
                 # Not written to, so that the system gives it no memory.
                 shape = (*batch.inputs.shape, backend.split_model.hidden_size)
                 hidden = np.zeros(shape, _hidden_dtype(backend))
             yield compute(params, BackendBatch(batch, hidden))
-    if backend.split_model.frozen_blocks:
+    if backend.split_model.frozen_blocks and not samples:
         examples = 1 if on_cpu() else min(config.train.batch_size, config.train.rows_at_once or config.train.batch_size)
-        rows = examples * data.train.rows_per_example
-        yield backend.frozen_memory(np.zeros((rows, int(data.train.lengths.max())), np.int32))
+        count = examples * data.train.rows_per_example
+        yield backend.frozen_memory(np.zeros((count, int(data.train.lengths.max())), np.int32))
+
+
+def _sampled(prompts: TokenSet, rows: np.ndarray, method: MethodConfig) -> tuple[TokenSet, np.ndarray]:
+    """Return the longest answers that can be sampled to the prompts `rows`, and their indices."""
+    longest = int(method.max_new_tokens or 0)
+    starts = [int(prompts.row(int(row))[1].argmax()) for row in rows]
+    lengths = np.repeat([start + longest for start in starts], int(method.group_size or 1))
+    supervised = np.concatenate([np.arange(length) >= length - longest for length in lengths])
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    indices = np.arange(len(lengths), dtype=np.int64)
+    return TokenSet(np.zeros(int(lengths.sum()), np.int32), supervised, offsets, indices), indices
 
 
 def _largest_batches(config: Config, order: BatchOrder, iters: int) -> list[np.ndarray]:

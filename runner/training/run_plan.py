@@ -105,8 +105,15 @@ def describe_run(
         "updates": None if assumed else _updates(config, data),
         "assumed": assumed,
         "time": None if assumed or speed is None else _times(config, data, speed),
+        "time_excludes": _TIME_EXCLUDES.get(config.method.name),
         "disk": _disk(config, data, planned, assumed),
     }
+
+
+_TIME_EXCLUDES = {
+    **dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "kto"), "the pass that computes log-probabilities, about a third"),
+    "grpo": "the sampling of answers and their scores, often most of the time",
+}
 
 
 def _updates(config: Config, data: TokenizedDataset) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from runner.common.errors import ModelError
 from runner.config.schema import ModelConfig
 from runner.models.load import BaseModel, load_base_model
 from runner.training import decoding
+from runner.training.methods.grpo import KeyedSampler
 
 PROMPTS = [[1, *((7 * i + 3 * j * j + 11) % 300 + 3 for j in range(n)), 200] for i, n in enumerate((5, 9, 40, 21, 14))]
 """Longer and shorter than the windows of gpt_oss (16) and llama4 (32)."""
@@ -121,3 +122,22 @@ def test_tokens_that_a_model_rules_out_hide_no_difference() -> None:
     assert decoding._agree(one, one)
     assert not decoding._agree(one, other)
     assert not decoding._agree(one, mx.array([-2.0, -1.0]))
+
+
+def test_samples_depend_on_the_key_and_the_number_of_the_answer_alone(tmp_path: Path, cache: Path) -> None:
+    base = load(write_model(tmp_path / "model", "llama"))
+
+    def sample(update: int, in_batches: bool, prompts: list[list[int]], with_end: bool = False) -> list[list[int]]:
+        sampler = KeyedSampler(3, update, 1.0)
+        arguments = {"before_step": lambda: None, "log": lambda line: None, "with_end": with_end}
+        return decoding.decode(base, prompts, 8, in_batches=in_batches, sampler=sampler, **arguments)
+
+    first = sample(1, True, PROMPTS)
+    assert first == sample(1, True, PROMPTS) == sample(1, False, PROMPTS)
+    assert first != sample(2, True, PROMPTS)
+    assert first[:2] == sample(1, True, PROMPTS[:2])
+    same = sample(1, True, [PROMPTS[0]] * 5)
+    assert len({tuple(answer) for answer in same}) > 1  # answers to one prompt differ
+    ends = base.tokenizer.eos_token_ids
+    for answer, whole in zip(first, sample(1, True, PROMPTS, with_end=True), strict=True):
+        assert whole[: len(answer)] == answer and (len(answer) == 8 or whole[-1] in ends)

@@ -112,6 +112,7 @@ def _time_lines(plan: dict[str, Any], probe_wanted: bool) -> list[str]:
         f"  an epoch          {_duration(times['an_epoch'])}{first}",
         f"  an evaluation     {_duration(times['an_evaluation'])}",
         f"  {updates['of_the_run']:,} updates     {_duration(times['of_the_run'])} with evaluations",
+        *([f"  not included      {excluded}"] if (excluded := plan["time_excludes"]) else []),
     ]
 
 

@@ -17,9 +17,7 @@ STAMP = $(VENV)/.setup-$(EXTRAS)
 DEV_STAMP = $(VENV)/.setup-dev-$(EXTRAS)
 HARNESS_STAMP = $(VENV)/.setup-lm-eval
 REFERENCE_STAMP = $(REFERENCE_VENV)/.setup-stamp
-REFERENCE_PACKAGES = torch transformers gguf accelerate peft
-# Only its chat templates are read, so that it needs none of what it depends on.
-REFERENCE_FILES = trl
+REFERENCE_PACKAGES = torch transformers gguf accelerate peft trl
 # Workers run side by side: one BLAS thread each, unless the environment says otherwise.
 ONE_THREAD = OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1}
 PYTEST_WORDS = -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
@@ -121,7 +119,6 @@ $(REFERENCE_STAMP): constraints.txt
 	fi
 	@echo "setup: installing $(REFERENCE_PACKAGES) for comparison (large)"
 	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt $(REFERENCE_PACKAGES)
-	@"$(REFERENCE_VENV)/bin/python" $(PIP) --constraint constraints.txt --no-deps $(REFERENCE_FILES)
 	@touch "$(REFERENCE_STAMP)"
 
 faults: models compiled ## every fault of tests/faults/rows.py with full counts, one line a row (an hour)

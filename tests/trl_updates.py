@@ -53,7 +53,7 @@ TOLERANCE = 1e-4
 LEARNING_RATE = 1024.0
 """Of plain SGD, so large that its update is the gradient to all digits."""
 
-GROUPS = {"name": "grpo", "group_size": 4, "temperature": 1.0, "max_new_tokens": 16}
+GROUPS = {"name": "grpo", "group_size": 4, "max_new_tokens": 16}
 KTO = {"name": "kto", "beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}
 
 
@@ -101,7 +101,7 @@ RUNS = {
     "kto, bad answers alone": Run("labeled, bad", KTO),
     **_group_runs(),
 }
-OURS = [name for name in RUNS if "corrected KL" not in name]
+OURS = [name for name, run in RUNS.items() if run.trl.get("use_bias_correction_kl", True)]
 """What we compute."""
 
 Batches = dict[str, list[dict[str, Any]]]
@@ -206,17 +206,6 @@ def build_method(
     return PreferenceMethod(backend, config.method, {"train": rows}, log_probs, has_dropout=False), rows
 
 
-class Recorder:
-    """A method that keeps what it weighed."""
-
-    def __init__(self, method: Method) -> None:
-        self._method = method
-
-    def weigh(self, state: TrainState, batches: Sequence[BackendBatch]) -> Any:
-        self.found = self._method.weigh(state, batches)
-        return self.found
-
-
 def our_update(
     options: dict[str, Any], batch: list[dict[str, Any]], backend_name: str, micro_batches: int
 ) -> tuple[float, Gradients, dict[str, float]]:
@@ -233,24 +222,37 @@ def our_update(
     parts = [np.arange(len(batch))] if micro_batches == 1 else [np.arange(1), np.arange(1, len(batch))]
     before = adapted.params()
     state = TrainState(before, build_optimizer(config, before), seed=0)
-    recorder = Recorder(method)
-    step = TrainStep(backend, grad_clip=None, method=recorder)  # type: ignore[arg-type]
+    divergences: list[np.ndarray] = []
+    if config.method.name == "grpo":
+        token_weights = method._token_weights
+
+        def record_divergence(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+            weights, kl = token_weights(*arguments)
+            divergences.append(kl)
+            return weights, kl
+
+        method._token_weights = record_divergence
+    step = TrainStep(backend, grad_clip=None, method=method)
     result = step.update(state, [builder(part) for part in parts], LEARNING_RATE)
     grads = {
         name: (np.array(array, np.float64) - np.array(state.params[name], np.float64)) / LEARNING_RATE
         for name, array in before.items()
     }
     adapted.place(before)
-    loss = surrogate_loss(config.method, batch, recorder.found) if config.method.name == "grpo" else result.loss
+    loss = (
+        surrogate_loss(config.method, batch, np.concatenate(divergences))
+        if config.method.name == "grpo"
+        else result.loss
+    )
     return loss, grads, {name: total / count for name, (total, count) in result.measures.items() if count}
 
 
-def surrogate_loss(method: schema.MethodConfig, groups: list[dict[str, Any]], weighed: Any) -> float:
-    """The loss whose gradient the method has; it reports 1 minus the mean reward instead."""
+def surrogate_loss(method: schema.MethodConfig, groups: list[dict[str, Any]], divergences: np.ndarray) -> float:
+    """The loss whose gradient the method has; it reports 1 minus the mean reward. `divergences`: of each token."""
     advantages = grpo.group_advantages(np.array([g["rewards"] for g in groups]), scale=bool(method.scale_rewards))
     lengths = np.array([[len(answer) for answer in group["answers"]] for group in groups])
     factors = grpo.token_factors(lengths, str(method.loss_type), int(method.max_new_tokens or 0))
-    kl = weighed.measures["kl"][0] if method.beta else 0.0
+    kl = (divergences * np.repeat(factors.reshape(-1), lengths.reshape(-1))).sum()
     return float(-(advantages * factors * lengths).sum() + (method.beta or 0.0) * kl)
 
 

@@ -188,8 +188,6 @@ class MethodConfig:
     """Weight of the bad answers."""
     group_size: int | None = setting(None, at_least=2, at_most=1024, defaults_by={"grpo": 8}, added_later=True)
     """Answers sampled for each prompt, whose rewards are compared with one another."""
-    temperature: float | None = setting(None, above=0, defaults_by={"grpo": 1.0}, added_later=True)
-    """Temperature at which answers are sampled."""
     max_new_tokens: int | None = setting(None, at_least=1, defaults_by={"grpo": 96}, added_later=True)
     """Maximum length of a sampled answer, in tokens."""
     scale_rewards: bool | None = setting(None, defaults_by={"grpo": True}, added_later=True)

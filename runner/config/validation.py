@@ -291,6 +291,10 @@ def _method_problems(config: Config) -> list[str]:
         problems.append("method=grpo needs data.metric, which scores the sampled answers: exact_match or another.")
     if METHOD_ANSWERS.get(method.name, "chosen") != "chosen" and not config.data.mask_prompt:
         problems.append(f"method={method.name} compares answers only: data.mask_prompt=false is not possible.")
+    if method.name != "sft" and config.train.neftune_alpha is not None:
+        problems.append(
+            f"train.neftune_alpha is for method=sft: with method={method.name} noise would decide the loss."
+        )
     if method.name == "ipo" and method.beta == 0:
         problems.append("method.beta=0 is invalid with method=ipo: must be above 0.")
     return problems

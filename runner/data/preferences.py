@@ -126,8 +126,18 @@ def as_examples(answers: TokenSet, options: EncodeOptions) -> TokenSet:
     return with_mismatched_answers(answers, options.max_length) if options.answers == "labeled" else answers
 
 
+def _next_of_another_line(lines: np.ndarray, index: int) -> int:
+    """Return the first row after `index`, and after the last the first ones, that comes from another line; `index` if
+    there is none."""
+    other = (index + 1) % len(lines)
+    while other != index and lines[other] == lines[index]:  # the answers of a pair are neighbours
+        other = (other + 1) % len(lines)
+    return other
+
+
 def with_mismatched_answers(answers: TokenSet, max_length: int) -> TokenSet:
-    """Return each row followed by its prompt with the answer of the next row, that of the last with the first's.
+    """Return each row followed by its prompt with the answer of the next row of another line; the last is followed by
+    the first.
 
     KTO estimates the KL divergence on these (Ethayarajh et al., arXiv:2402.01306, section 4.1). They are cut at
     `max_length`.
@@ -135,7 +145,7 @@ def with_mismatched_answers(answers: TokenSet, max_length: int) -> TokenSet:
     tokens, masks = [], []
     for index in range(len(answers)):
         row, mask = answers.row(index)
-        other, other_mask = answers.row((index + 1) % len(answers))
+        other, other_mask = answers.row(_next_of_another_line(answers.lines, index))
         start, other_start = int(mask.argmax()), int(other_mask.argmax())
         mismatched = np.concatenate([row[:start], other[other_start:]])[:max_length]
         mismatched_mask = np.concatenate([mask[:start], other_mask[other_start:]])[:max_length]

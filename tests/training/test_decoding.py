@@ -128,7 +128,7 @@ def test_samples_depend_on_the_key_and_the_number_of_the_answer_alone(tmp_path: 
     base = load(write_model(tmp_path / "model", "llama"))
 
     def sample(update: int, in_batches: bool, prompts: list[list[int]], with_end: bool = False) -> list[list[int]]:
-        sampler = KeyedSampler(3, update, 1.0)
+        sampler = KeyedSampler(3, update)
         arguments = {"before_step": lambda: None, "log": lambda line: None, "with_end": with_end}
         return decoding.decode(base, prompts, 8, in_batches=in_batches, sampler=sampler, **arguments)
 

@@ -26,6 +26,8 @@ class Answers:
     """(n, 2) bool: whether it is a bad answer."""
 
 
+_LARGEST_MEAN = -1e-6
+"""Bound of the mean log-probability of an answer's tokens in odds ratios."""
 Losses = tuple[mx.array, dict[str, mx.array]]
 """The loss of each example, (n,), and what else is measured of each, (n,); NaN where it does not apply."""
 AnswerLoss = Callable[[mx.array, Answers, MethodConfig], Losses]
@@ -57,7 +59,8 @@ def orpo(log_probs: mx.array, answers: Answers, config: MethodConfig) -> Losses:
 
     The loss of the better answer, a mean over the tokens of all examples, and `beta` times that of the odds ratio.
     """
-    means = log_probs / answers.tokens
+    # Of an answer that is certain the odds are infinite: below this bound its gradient is zero.
+    means = mx.minimum(log_probs / answers.tokens, _LARGEST_MEAN)
     log_odds = means - mx.log(-mx.expm1(means))
     odds_ratio = -_log_sigmoid(log_odds[:, 0] - log_odds[:, 1])
     supervised = -log_probs[:, 0] * (len(log_probs) / answers.tokens[:, 0].sum())

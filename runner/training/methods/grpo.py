@@ -97,7 +97,7 @@ class GroupMethod:
                 state, batch, dropout_key(state.seed, update, index), advantages[own].reshape(-1)[rows]
             )
             factor = factors[own].reshape(-1)[rows]
-            divergence += float((kl * factor).sum())
+            divergence += float(kl.sum())
             found = batch.weighted(weights * factor)
             kept = found if self._config.lora.dropout else found.without_unweighted_rows()
             weighted += [kept] if kept is not None else []
@@ -108,7 +108,7 @@ class GroupMethod:
             "answer_tokens": (float(lengths.sum()), lengths.size),
         }
         if method.beta:
-            measures["kl"] = (divergence, 1)
+            measures["kl"] = (divergence, int(lengths.sum()))
         return WeighedUpdate(
             weighted,
             divisor=1.0,
@@ -160,12 +160,12 @@ class GroupMethod:
     def _sample(self, state: TrainState, prompts: list[_Prompt], update: int) -> list[list[list[int]]]:
         """Return the tokens of `group_size` answers to each prompt, with the one that ends an answer."""
         method, base = self._config.method, self._adapted.base
-        assert method.group_size is not None and method.temperature is not None and method.max_new_tokens is not None
+        assert method.group_size is not None and method.max_new_tokens is not None
         self._adapted.place(state.params)
         base.model.eval()
         if self._in_batches is None:
             self._in_batches = self._answers_in_batches(method.max_new_tokens)
-        sampler = KeyedSampler(state.seed, update, method.temperature)
+        sampler = KeyedSampler(state.seed, update)
         found = decode(
             base,
             [prompt.question.prompt_tokens for prompt in prompts for _ in range(method.group_size)],
@@ -207,27 +207,29 @@ class GroupMethod:
         losses = self._backend.token_losses(state.params, batch, key).astype(np.float64)
         reference = self._backend.token_losses(self._reference_params, batch, key).astype(np.float64)
         ratio = losses - reference  # log of the reference's probability over the model's
-        # Schulman's estimator exp(r) - r - 1, and its derivative by the model's log-probability.
-        return advantages - beta * (1 - np.exp(ratio)), np.exp(ratio) - ratio - 1
+        # Schulman's estimator exp(r) - r - 1. Its derivative by the model's log-probability, 1 - exp(r), is not that of
+        # the divergence, because the model samples the answers. Times the probability ratio, which is 1 but has a
+        # derivative, it is: -r (DeepSeek-V3.2, arXiv:2512.02556).
+        return advantages + beta * ratio, np.exp(ratio) - ratio - 1
 
 
 class KeyedSampler:
-    """Samples the tokens of answers with random numbers that depend on the seed, the update, the answer's number and
-    the position alone, so that a resumed run samples the same."""
+    """Samples the tokens of answers from the model's own probabilities (another temperature would be another policy
+    than the trained one), with random numbers that depend on the seed, the update, the answer's number and the
+    position alone, so that a resumed run samples the same."""
 
-    def __init__(self, seed: int, update: int, temperature: float) -> None:
-        self._stream, self._temperature = f"answers {seed} {update}", temperature
+    def __init__(self, seed: int, update: int) -> None:
+        self._stream = f"answers {seed} {update}"
 
     def __call__(self, number: int) -> Sampler:
         """Return the sampler of answer `number`: log-probabilities (1, vocabulary) to a token, (1,)."""
         digest = hashlib.blake2b(f"{self._stream} {number}".encode(), digest_size=8).digest()
         key = mx.random.key(int.from_bytes(digest, "big"))
-        temperature = self._temperature
 
         def sample(log_probs: mx.array) -> mx.array:
             nonlocal key
             key, own = mx.random.split(key)
-            return mx.random.categorical(log_probs * (1 / temperature), key=own)
+            return mx.random.categorical(log_probs, key=own)
 
         return sample
 

@@ -95,7 +95,7 @@ class PreferenceMethod:
         token_set = self._token_sets[split]
         tokens = np.add.reduceat(token_set.supervised, token_set.offsets[:-1], dtype=np.int64)[rows]
         loss = ANSWER_LOSSES[self._config.name]
-        # Sums over hundreds of tokens are compared: float64, which only the CPU computes.
+        # Sums over hundreds of tokens are subtracted from each other: in float64, which only the CPU computes.
         with mx.stream(mx.cpu):
             answers = Answers(
                 tokens=_pairs(tokens.astype(np.float64)),

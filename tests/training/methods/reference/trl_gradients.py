@@ -131,7 +131,7 @@ def grpo(folder: Path, case: Case, run: Case) -> Trainer:
         beta=method["beta"],
         loss_type=method["loss_type"],
         scale_rewards="group" if method["scale_rewards"] else "none",
-        temperature=method["temperature"],
+        temperature=1.0,
         max_completion_length=method["max_new_tokens"],
         num_generations=size,
         per_device_train_batch_size=len(groups) * size // run["micro_batches"],

@@ -23,7 +23,7 @@ import tiny_models
 from runner.backends.cpu.backend import CpuBackend
 from runner.backends.cpu.engine import Engine
 from runner.backends.mlx.backend import MlxBackend
-from runner.backends.protocol import Backend, BackendBatch
+from runner.backends.protocol import Backend
 from runner.config import schema, validation
 from runner.data.chat_template import TemplateOptions
 from runner.data.token_set import TokenSet

@@ -34,6 +34,8 @@ CHANGEABLE = (
     "train.batch_size",
     "train.eval_batches",
 )
+CHOOSABLE = ("data", "method")
+"""Groups of which another choice can be typed: method=sft measures a run of pairs on rows that have one answer."""
 _TEMPLATE_ARGS = "data.template_args."
 _OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 
@@ -61,11 +63,11 @@ def read_settings(run: Path, overrides: Sequence[str] = ()) -> StoredSettings:
     for override in overrides:
         match = _OVERRIDE.fullmatch(override)
         if match is None:
-            hint = did_you_mean(override, ["data", *CHANGEABLE])
+            hint = did_you_mean(override, [*CHOOSABLE, *CHANGEABLE])
             raise ConfigError(f"'{override}' is not a setting (key=value).{hint}")
         name, value = match["key"], match["value"]
-        if name == "data":
-            stored["data"] = _group_settings("data", value)
+        if name in CHOOSABLE:
+            stored[name] = _group_settings(name, value)
         elif name.startswith(_TEMPLATE_ARGS):
             former = typed.get("data.template_args", stored.get("data", {}).get("template_args") or {})
             typed["data.template_args"] = former | {
@@ -94,12 +96,14 @@ def _require_changeable(name: str, run: Path, override: str) -> None:
     if name in serialize.default_settings():
         raise ConfigError(
             f"{name} belongs to how the run was trained and cannot change here. These can: model.path and the other "
-            "settings of the base model, data.…, train.batch_size, train.eval_batches. "
+            "settings of the base model, data.…, method=NAME, train.batch_size, train.eval_batches. "
             f"For a new run with it: {repeat_command(run, shlex.quote(override))}"
         )
     if name in schema.GROUPS:
-        raise ConfigError(f"{name}= cannot be chosen here: only data=NAME can. For the model: model.path=…")
-    raise ConfigError(validation.unknown_setting(name, ["data", *CHANGEABLE]))
+        raise ConfigError(
+            f"{name}= cannot be chosen here: only data=NAME and method=NAME can. For the model: model.path=…"
+        )
+    raise ConfigError(validation.unknown_setting(name, [*CHOOSABLE, *CHANGEABLE]))
 
 
 def _group_settings(group: str, choice: str) -> dict[str, Any]:

@@ -130,9 +130,7 @@ def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdic
     rows, _ = next(iter(Counter(found.rows for found in values.values()).most_common(1)), ("", 0))
     for run in measured:
         if run.path in values and values[run.path].rows != rows:
-            left_out.append(
-                (run, "evaluated on other rows than the rest, with other tokens, or with the loss of another method")
-            )
+            left_out.append((run, "evaluated on other rows or tokens than the rest, or with another method's loss"))
             del values[run.path]
     place = {path: i for i, path in enumerate(names.by_path)}
     groups = [sorted(group, key=lambda run: place[run.path]) for group in groups]

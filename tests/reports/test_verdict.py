@@ -141,7 +141,7 @@ def test_runs_that_cannot_be_compared_are_named_with_the_reason(
         "not compared: running (still running)",
         "not compared: upgraded (no losses of the valid rows at step 10)",
         "not compared: large (evaluated on more than 200,000 rows, of which no losses are kept)",
-        "not compared: other (evaluated on other rows than the rest, with other tokens, or with the loss of another method)",
+        "not compared: other (evaluated on other rows or tokens than the rest, or with another method's loss)",
     ]
     none, names = judged(a, old)
     assert none.candidates == [] and none.cheapest is None
@@ -185,7 +185,7 @@ def test_scores_are_compared_answer_by_answer_and_higher_is_better(tmp_path: Pat
     ]
     assert verdict.candidates[2].value == 0.25 and verdict.candidates[2].difference == 0.5
     assert [(run.path.name, reason) for run, reason in verdict.left_out] == [
-        ("D", "evaluated on other rows than the rest, with other tokens, or with the loss of another method")
+        ("D", "evaluated on other rows or tokens than the rest, or with another method's loss")
     ]
 
 

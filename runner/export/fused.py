@@ -11,7 +11,7 @@ import mlx.nn as nn
 from runner.common.errors import ModelError
 from runner.common.text import first_line
 from runner.models import quantization
-from runner.models.load import BaseModel, remove_quantization
+from runner.models.load import DTYPES, BaseModel, remove_quantization
 from runner.models.lora import AdaptedModel
 
 
@@ -29,7 +29,7 @@ def fuse_adapter(adapted: AdaptedModel, *, dequantize: bool) -> BaseModel:
         adapted.base, model=model, config=copy.deepcopy(adapted.base.config), fingerprint="", content_hash="", notes=[]
     )
     if dequantize and quantization.is_quantized(model):
-        remove_quantization(base)
+        remove_quantization(base, DTYPES.get(base.precision.get("dtype", "native")))  # that of its activations
     adapted.round_whole_modules()
     for name in [name for name, layer in model.named_modules() if "lora_a" in layer]:
         try:

@@ -30,8 +30,8 @@ _WINDOW_IGNORED = ("mistral", "ministral3", "mixtral", "phi3", "phimoe", "starco
 """Model types with an attention window in every layer, which mlx-lm does not compute."""
 _WINDOW_OPTIONAL = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """Model types whose window is not computed by mlx-lm either, and not by transformers unless `use_sliding_window`."""
-# "native" has none: nothing is cast.
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+"""By the value of model.dtype; native has none: nothing is cast."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ def load_base_model(config: schema.ModelConfig) -> BaseModel:
 def conversion(config: schema.ModelConfig) -> tuple[bool, mx.Dtype | None]:
     """Return whether a quantized base is dequantized, and the dtype that weights are cast to; None: their own."""
     config = resolve_auto(config)
-    return config.dequantize == "always", _DTYPES.get(config.dtype)
+    return config.dequantize == "always", DTYPES.get(config.dtype)
 
 
 def convert_weights(base: BaseModel, config: schema.ModelConfig, *, evaluate: bool = True) -> None:

@@ -117,9 +117,7 @@ FIELDS |= {alias: FIELDS[name] for alias, name in _ALIASES.items()}
 
 
 def _setting_field(name: str) -> Field:
-    default = serialize.default_settings()[name]
-    # A run of before the setting has its default; one whose config cannot be read has nothing.
-    return Field(name, SETTING, lambda run: run.settings.get(name, default) if run.settings else None)
+    return Field(name, SETTING, lambda run: run.setting(name))
 
 
 def _open_setting_field(name: str) -> Field:

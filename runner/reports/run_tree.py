@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from runner.config import serialize
 from runner.reports import settings_text
 from runner.reports.run_table import Entry, ListedRow, runs_of
 from runner.runs.find import SweepInfo
@@ -104,14 +103,13 @@ def _missing(parent: Parent) -> RunInfo:
 
 def _changes(before: Sequence[RunInfo], after: Sequence[RunInfo]) -> list[str]:
     """Return what differs between a run and what came from it, as ``rank 8 -> 32``; of a sweep all values."""
-    defaults = serialize.default_settings()
     names = [n for n in settings_text.by_importance(differing_settings([*before, *after])) if n != "adapter"]
     labels = settings_text.short_names(names)
     texts = []
     for name in names:
         sides = []
         for runs in (before, after):
-            values = [run.settings.get(name, defaults.get(name)) for run in runs if run.settings]
+            values = [run.setting(name) for run in runs if run.settings]
             sides.append(",".join(dict.fromkeys(settings_text.texts_of(name, values))))
         if sides[0] != sides[1]:
             texts.append(f"{labels[name]} {sides[0]} -> {sides[1]}")

@@ -105,8 +105,7 @@ def pairs(groups: Sequence[Sequence[RunInfo]], names: Sequence[str]) -> list[str
     labels = short_names(names)
     texts_by_group: list[list[str]] = [[] for _ in groups]
     for name in names:
-        default = serialize.default_settings().get(name)
-        values = [[run.settings.get(name, default) for run in group if run.settings] for group in groups]
+        values = [[run.setting(name) for run in group if run.settings] for group in groups]
         texts = iter(texts_of(name, [value for group in values for value in group]))
         for group, pair_texts in zip(values, texts_by_group, strict=True):
             unique = list(dict.fromkeys(next(texts) for _ in group))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,18 @@ class RunInfo:
     """Its own labels."""
     sweep_labels: Labels = NO_LABELS
     """Those of the sweep that it is a job of."""
+
+    def setting(self, name: str) -> Any:
+        """Return the value of a setting, by its dotted name.
+
+        One that an older run did not store has the default that it has with the run's choice of its section, such as
+        its optimizer; of a run whose config cannot be read every setting is None.
+        """
+        if name in self.settings or not self.settings:
+            return self.settings.get(name)
+        choice, found = self.settings.get(f"{name.partition('.')[0]}.name"), schema.metadata().get(name)
+        own = found.defaults_by if found else {}
+        return own.get(str(choice), _defaults().get(name))
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -110,16 +122,20 @@ def differing_settings(runs: Sequence[RunInfo]) -> list[str]:
     Runs whose config cannot be read are left out; a setting that an older run did not store has its default. Values of
     objective.direction that mean the same do not differ: earlier versions stored minimize where null is stored now.
     """
-    readable = [run.settings for run in runs if run.settings]
-    defaults = serialize.default_settings()
+    readable = [run for run in runs if run.settings]
     names = []
-    for name in dict.fromkeys([*defaults, *(name for settings in readable for name in settings)]):
-        values: list[Any] = [settings.get(name, defaults.get(name)) for settings in readable]
+    for name in dict.fromkeys([*_defaults(), *(name for run in readable for name in run.settings)]):
+        values: list[Any] = [run.setting(name) for run in readable]
         if name == "objective.direction":
-            values = [higher_is_better(settings) for settings in readable]
+            values = [higher_is_better(run.settings) for run in readable]
         if name not in schema.provenance_settings() and any(value != values[0] for value in values[1:]):
             names.append(name)
     return names
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    return serialize.default_settings()
 
 
 def higher_is_better(settings: Mapping[str, Any]) -> bool:

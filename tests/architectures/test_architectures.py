@@ -203,7 +203,7 @@ def test_without_the_layers_that_the_refusal_names_it_trains() -> None:
         build_run("kimi_k3")
     keys = str(refusal.value).partition("lora.keys=[")[2].partition("]")[0].split(",")
     run = build_run("kimi_k3", keys)
-    assert set(keys) == set(run.adapted.keys)
+    assert set(keys) == set(run.adapted.targets.keys)
     assert update(run, build_state(run), 1)
 
 

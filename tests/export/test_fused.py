@@ -7,6 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx.utils import tree_flatten
+from tiny_models import write_model
 
 from runner.config.schema import LoraConfig, ModelConfig
 from runner.export.fused import fuse_adapter
@@ -40,3 +42,12 @@ def test_a_fused_model_computes_what_base_and_adapter_compute(
     assert error.max().item() < 1e-3 * learned if dequantize else error.mean().item() < learned / 4
     quantization = fused.config.get("quantization")
     assert quantization is None if dequantize else quantization["model.layers.0.self_attn.k_proj"]["bits"] == 8
+
+
+def test_weights_are_dequantized_in_the_dtype_that_the_run_multiplied_in(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", "llama", dtype=mx.bfloat16, mode="affine", bits=4, group_size=32)
+    kept = ModelConfig(path=str(folder), dtype="float32", dequantize="never")
+    fused = fuse_adapter(with_random_adapter(load_base_model(kept)), dequantize=True).model
+    expanded = with_random_adapter(load_base_model(ModelConfig(path=str(folder), dtype="float32", dequantize="always")))
+    assert {array.dtype for _, array in tree_flatten(fused.parameters())} == {mx.float32}
+    assert mx.abs(fused(IDS) - expanded.model(IDS)).max().item() < 1e-4

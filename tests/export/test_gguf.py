@@ -28,17 +28,17 @@ IDS = mx.array([[1, *range(60, 82), 2]])
 REFERENCE = Path(__file__).resolve().parents[1] / "models" / "reference"
 
 
-def model_of(name: str, folder: Path) -> BaseModel:
+def model_of(name: str, folder: Path, **settings: Any) -> BaseModel:
     case = CASES[name]
     weights = gguf_families.weights_of(gguf_families.build_model(case.config))
     file = gguf_families.write_weights(case, weights).write(folder / f"{name}-source.gguf")
-    return load_base_model(ModelConfig(path=str(file)))
+    return load_base_model(ModelConfig(path=str(file), **settings))
 
 
-def write(base: BaseModel, path: Path, type_name: str) -> BaseModel:
+def write(base: BaseModel, path: Path, type_name: str, **settings: Any) -> BaseModel:
     architecture, family = find_architecture(base)
     write_file(base, path, architecture, family, type_name, None)
-    return load_base_model(ModelConfig(path=str(path)))
+    return load_base_model(ModelConfig(path=str(path), **settings))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "gemma2-27b"])
@@ -57,8 +57,9 @@ def test_every_family_is_read_back_as_the_same_model(name: str, tmp_path: Path) 
     ("type_name", "stored", "tolerance"), [("f16", "F16", 2e-3), ("bf16", "BF16", 1e-2), ("q8_0", "Q8_0", 2e-2)]
 )
 def test_weights_are_rounded_to_the_chosen_type(type_name: str, stored: str, tolerance: float, tmp_path: Path) -> None:
-    base = model_of("qwen3", tmp_path)
-    written = write(base, tmp_path / "written.gguf", type_name)
+    expanded = {"dtype": "float32", "dequantize": "always"}  # what auto is on the CPU; a GPU keeps the file's types
+    base = model_of("qwen3", tmp_path, **expanded)
+    written = write(base, tmp_path / "written.gguf", type_name, **expanded)
     tensors = read_header(tmp_path / "written.gguf").tensors
     assert tensors["blk.1.ffn_down.weight"].type_name == stored
     assert tensors["blk.1.attn_norm.weight"].type_name == "F32"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from runner.common.errors import ConfigError
 from runner.config.labels import Labels
+from runner.reports import fields
 from runner.reports.fields import FIELDS, find_field
 from runner.reports.run_filter import looks_like_filter, parse_filter, parse_sort, tag_filters
 from runner.runs.inspect import RunInfo
@@ -21,6 +22,7 @@ def make(**fields):
         "lora.rank": 8,
         "model.path": "/models/Qwen3-0.6B",
         "train.epochs": None,
+        "optimizer.name": "lion",
         "vars": {"size": 3},
         "optimizer.betas": [0.9, 0.999],
     }
@@ -30,7 +32,14 @@ def make(**fields):
     )
 
 
-RUN = make(best_loss=0.4, updated=time.time() - 7200, size_bytes=2_000_000, labels=Labels("first try", ("sql", "old")))
+NOW = 1_800_000_000.0
+RUN = make(best_loss=0.4, updated=NOW - 7200, size_bytes=2_000_000, labels=Labels("first try", ("sql", "old")))
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The age of RUN does not depend on when the tests run."""
+    monkeypatch.setattr(fields, "time", SimpleNamespace(time=lambda: NOW))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +55,8 @@ RUN = make(best_loss=0.4, updated=time.time() - 7200, size_bytes=2_000_000, labe
         ("lora.rank>=8", True),
         ("rank=8.0", True),
         ("rank!=8", False),
-        ("optimizer.learning_rate=1e-4", True),  # the default of a setting that was not stored
+        ("optimizer.learning_rate=3e-5", True),  # the default, with its optimizer, of a setting that was not stored
+        ("schedule.warmup=0", True),  # the default of one that was not stored
         ("train.mask_prompt=true", None),
         ("mask_prompt=true", True),
         ("train.epochs=null", True),

@@ -15,7 +15,6 @@ from runner.cli.commands.adapter_source import AdapterSource
 from runner.cli.run_argument import resolve_name
 from runner.common.errors import EXIT_DAMAGED, EXIT_DONE, CheckpointError, ConfigError, RunnerError
 from runner.common.text import relative_path
-from runner.config import serialize
 from runner.reports import settings_text
 from runner.reports.checkpoint_list import list_checkpoints
 from runner.reports.screen import Screen
@@ -202,7 +201,6 @@ _BESIDE_LOSS = ("perplexity", "reward_accuracy", "reward")
 
 
 def _print_table(entries: list[_Entry], marks: _Marks, what: str, varied: list[str]) -> None:
-    defaults = serialize.default_settings()
     metric = next((entry.fields["metric"] for entry in entries if entry.fields and "metric" in entry.fields), None)
     columns = [Column(what, right=what == "job"), *[Column(settings_text.short_names(varied)[name]) for name in varied]]
     beside = [name for name in _BESIDE_LOSS if any(name in (entry.fields or {}) for entry in entries)]
@@ -210,10 +208,7 @@ def _print_table(entries: list[_Entry], marks: _Marks, what: str, varied: list[s
     columns += [Column(name.replace("_", " "), right=True) for name in beside]
     columns += [Column(metric, right=True)] if metric else []
     columns.append(Column("", wrap=True))
-    texts = {
-        name: settings_text.texts_of(name, [entry.run.settings.get(name, defaults.get(name)) for entry in entries])
-        for name in varied
-    }
+    texts = {name: settings_text.texts_of(name, [entry.run.setting(name) for entry in entries]) for name in varied}
     rows = []
     for number, entry in enumerate(entries):
         fields = entry.fields or {}

@@ -62,10 +62,14 @@ def test_prompts_of_one_token_do_not_hide_that_batches_are_wrong(tmp_path: Path,
     assert "batches of this model give other answers" in log[0]
 
 
-def test_batches_of_a_recurrent_model_would_be_wrong(tmp_path: Path) -> None:
+def test_batches_of_a_recurrent_model_would_be_wrong(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = load(write_model(tmp_path / "model", "mamba"))
-    together = decoding._decode_batches(base.model, PROMPTS, 8, [2], lambda: None)
-    assert together != decoding.decode(base, PROMPTS, 8, before_step=lambda: None, log=print)
+    alone, log = decode(base, print), []
+    monkeypatch.setattr(decoding, "why_not_in_batches", lambda *_: None)
+    assert decode(base, log.append) != alone
+    assert log == []  # they were generated in batches
 
 
 def test_the_test_of_batches_is_made_once_for_a_model(

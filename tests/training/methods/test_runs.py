@@ -107,10 +107,13 @@ def test_dpo_prefers_the_better_answers(config, train, tmp_path):
 
 
 def test_answers_with_higher_rewards_become_more_likely(config, train, tmp_path):
-    changes = {"train.iters": 25, "optimizer.learning_rate": 2e-2, "train.batch_size": 4, "method.group_size": 8}
-    run = train(config("grpo", **changes, **{"train.report_every": 5, "train.eval_every": 25}), tmp_path / "run")
+    # On the embedding, which is this model's head as well: what the blocks learn in so few updates hardly moves its
+    # probabilities, and by how much depends on the device's last digits.
+    changes = {"train.iters": 10, "optimizer.learning_rate": 2e-2, "train.batch_size": 4, "method.group_size": 8}
+    changes |= {"lora.keys": ["embed_tokens"], "train.report_every": 2, "train.eval_every": 10}
+    run = train(config("grpo", **changes), tmp_path / "run")
     rewards = [row["reward"] for row in train_rows(run)]
-    assert rewards[-1] > 2 * rewards[0], rewards
+    assert rewards[-1] > 0.9 and rewards[-1] > 2 * rewards[0], rewards
     assert [row["reward"] for row in train_rows(run, "valid")] == [0, 1]
     assert [row["loss"] for row in train_rows(run)] == pytest.approx([1 - reward for reward in rewards])
 

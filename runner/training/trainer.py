@@ -71,7 +71,11 @@ class Trainer:
         while stop is None:
             self.writer.record_finished_save()
             self.log_messages()
-            self.update()
+            if not self.update():
+                stop = self.stop_reason()
+                assert stop is not None
+                self.save_if_due(False, stop)
+                break
             step, is_best = self.state.progress.step, False
             if self.plan.is_report_due(step) and self.state.progress.since_report.updates:
                 self.report()
@@ -88,12 +92,20 @@ class Trainer:
         stop = self.plan.stop_reason(progress.step, progress.bad_evaluations, self.stops.signal)
         return StopReason.REPLACE if stop is None and self.process_limit.is_reached() else stop
 
-    def update(self) -> None:
-        """Make or skip one optimizer update, and add one that was made to the sums since the last report."""
+    def update(self) -> bool:
+        """Make or skip one optimizer update, and add one that was made to the sums since the last report.
+
+        Returns:
+            False where a stop signal abandoned it, which changes nothing: a method may take long before it computes
+            gradients.
+        """
         start = time.perf_counter()
         state, progress = self.state, self.state.progress
         batches, next_position = self.batches.load(state.position)
-        result = self.update_or_skip(batches)
+        try:
+            result = self.update_or_skip(batches)
+        except StopRequested:
+            return False
         state.position = next_position
         progress.step += 1
         self.process_limit.count_update()
@@ -105,6 +117,7 @@ class Trainer:
             progress.since_report.add(result)
             self.train_tokens += result.tokens
             self.display.step(progress.step, result.loss, result.tokens, seconds)
+        return True
 
     def update_or_skip(self, batches: Sequence[BackendBatch]) -> UpdateResult | None:
         """Make the next update and return what it computed; None where it was skipped, and not applied."""

@@ -59,12 +59,8 @@ class GroupMethod:
         """`reference` returns the adapter before training; called only with method.beta above 0."""
         assert config.data.metric is not None
         self._adapted, self._backend, self._config, self._data = adapted, backend, config, data
-        self._metric, self._reference, self._check_stop, self._log = (
-            METRICS[config.data.metric],
-            reference,
-            check_stop,
-            log,
-        )
+        self._metric, self._reference = METRICS[config.data.metric], reference
+        self._check_stop, self._log = check_stop, log
         self._encoder = TextEncoder(adapted.base.tokenizer, data.options.template)
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._in_batches: bool | None = None
@@ -73,34 +69,26 @@ class GroupMethod:
     def weigh(self, state: TrainState, batches: Sequence[BackendBatch]) -> WeighedUpdate:
         """Return sampled answers to the prompts of `batches`, their tokens weighted by the advantages."""
         method, update = self._config.method, state.progress.step + 1
-        assert method.group_size is not None
-        prompts = [[self._prompt("train", row) for row in batch.batch.rows] for batch in batches]
-        answers = self._sample(state, [prompt for part in prompts for prompt in part], update)
-        scores = np.array(
-            [
-                self._score(prompt, answer)
-                for prompt, group in zip((p for part in prompts for p in part), answers, strict=True)
-                for answer in group
-            ]
-        ).reshape(-1, method.group_size)
-        advantages = group_advantages(scores, scale=bool(method.scale_rewards))
+        prompts = [self._prompt("train", row) for batch in batches for row in batch.batch.rows]
+        answers = self._sample(state, prompts, update)
+        pairs = zip(prompts, answers, strict=True)
+        scores = np.array([[self._score(prompt, answer) for answer in group] for prompt, group in pairs])
         lengths = np.array([[len(answer) for answer in group] for group in answers])
+        advantages = group_advantages(scores, scale=bool(method.scale_rewards))
         factors = token_factors(lengths, str(method.loss_type), int(method.max_new_tokens or 0))
-        weighted, divergence, start = [], 0.0, 0
-        sampled = []
-        for index, part in enumerate(prompts):
-            own = slice(start, start + len(part))
-            batch = _batch_of_answers(part, answers[own])
-            sampled.append(batch)
-            rows = batch.batch.target_rows
-            weights, kl = self._token_weights(
-                state, batch, dropout_key(state.seed, update, index), advantages[own].reshape(-1)[rows]
-            )
-            factor = factors[own].reshape(-1)[rows]
+        sampled: list[BackendBatch] = []
+        weighted: list[BackendBatch] = []
+        divergence, start = 0.0, 0
+        for index, given in enumerate(batches):
+            own = slice(start, start + given.row_count)
+            batch = _batch_of_answers(prompts[own], answers[own])
+            rows, key = batch.batch.target_rows, dropout_key(state.seed, update, index)
+            weights, kl = self._token_weights(state, batch, key, advantages[own].reshape(-1)[rows])
             divergence += float(kl.sum())
-            found = batch.weighted(weights * factor)
+            found = batch.weighted(weights * factors[own].reshape(-1)[rows])
             kept = found if self._config.lora.dropout else found.without_unweighted_rows()
             weighted += [kept] if kept is not None else []
+            sampled.append(batch)
             start = own.stop
         measures = {
             "reward": (float(scores.sum()), scores.size),

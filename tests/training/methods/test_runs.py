@@ -97,6 +97,21 @@ def test_a_killed_run_of_pairs_ends_equal(make_cli, tmp_path, pairs):
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_signal_while_answers_are_sampled_abandons_the_update(make_cli, tmp_path, pairs):
+    cli = make_cli(tmp_path)
+    words = ["model=tiny", "data=folder", f"data.path={pairs}", "method=grpo", "data.metric=exact_match"]
+    words += ["train.iters=8", "train.eval_every=8", "train.report_every=1", "data.max_length=64"]
+    cli(*words, "hydra.run.dir=whole")
+    process = cli.start(*words, "hydra.run.dir=run")
+    os.kill(cli.wait_for(tmp_path / "run", 3, process), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["last_checkpoint"]) == ("stopped", status["step"]) and status["step"] < 8
+    cli("resume=run")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
 def test_dpo_prefers_the_better_answers(config, train, tmp_path):
     run = train(config("dpo", **{"train.iters": 20, "optimizer.learning_rate": 1e-3}), tmp_path / "run")
     first, *_, last = train_rows(run, "valid")

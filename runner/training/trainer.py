@@ -71,7 +71,9 @@ class Trainer:
         while stop is None:
             self.writer.record_finished_save()
             self.log_messages()
-            if not self.update():
+            try:
+                self.update()
+            except StopRequested:
                 stop = self.stop_reason()
                 assert stop is not None
                 self.save_if_due(False, stop)
@@ -92,20 +94,17 @@ class Trainer:
         stop = self.plan.stop_reason(progress.step, progress.bad_evaluations, self.stops.signal)
         return StopReason.REPLACE if stop is None and self.process_limit.is_reached() else stop
 
-    def update(self) -> bool:
+    def update(self) -> None:
         """Make or skip one optimizer update, and add one that was made to the sums since the last report.
 
-        Returns:
-            False where a stop signal abandoned it, which changes nothing: a method may take long before it computes
-            gradients.
+        Raises:
+            StopRequested: a stop signal abandoned it, which changes nothing; a method may take long before it computes
+                gradients.
         """
         start = time.perf_counter()
         state, progress = self.state, self.state.progress
         batches, next_position = self.batches.load(state.position)
-        try:
-            result = self.update_or_skip(batches)
-        except StopRequested:
-            return False
+        result = self.update_or_skip(batches)
         state.position = next_position
         progress.step += 1
         self.process_limit.count_update()
@@ -117,7 +116,6 @@ class Trainer:
             progress.since_report.add(result)
             self.train_tokens += result.tokens
             self.display.step(progress.step, result.loss, result.tokens, seconds)
-        return True
 
     def update_or_skip(self, batches: Sequence[BackendBatch]) -> UpdateResult | None:
         """Make the next update and return what it computed; None where it was skipped, and not applied."""

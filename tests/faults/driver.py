@@ -19,7 +19,7 @@ POINTS = {
     "evaluation": ("runner.backends.mlx.backend", "MlxBackend.row_losses"),
     "save": ("runner.training.state_files", "checkpoint_files"),
     "save decision": ("runner.checkpoints.save_policy", "SavePolicy.due"),
-    "answers": ("runner.training.answers", "generate"),
+    "answers": ("runner.training.answers", "answer_rows"),
 }
 """Module and function of each point; "evaluation" is one batch of one."""
 

@@ -254,7 +254,13 @@ def test_a_sweep_in_an_experiment_file_runs_without_the_multirun_flag(inline):
 
 def test_group_choices_and_globs_are_swept(inline):
     inline(
-        "-m", "model=tiny", "data=tiny", "train.iters=1", "schedule=glob(c*)", "optimizer=sgd,adam", "hydra.sweep.dir=s"
+        "-m",
+        "model=tiny",
+        "data=tiny",
+        "train.iters=1",
+        "schedule=glob(c*,exclude=*restarts)",
+        "optimizer=sgd,adam",
+        "hydra.sweep.dir=s",
     )
     rows = inline.results(inline.folder / "s")
     assert {(r["schedule"], r["optimizer"]) for r in rows.values()} == {

@@ -115,7 +115,9 @@ def test_old_entries_are_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(result_cache, "_MAX_RESULTS", 10)
     for number in range(11):
         entry = baseline.load_baseline({"number": number})
-        entry.validation = EvaluationResult(1.0, 2, 3, 4.0, EvaluatedRows(np.array([0.5, 1.5]), np.array([1, 1])))
+        entry.validation = EvaluationResult(
+            1.0, 2, 3, 4.0, EvaluatedRows(np.arange(2), np.array([0.5, 1.5]), np.array([1, 1]))
+        )
         entry.store()
     assert len(list((cache / "baselines").iterdir())) == 10
     last = baseline.load_baseline({"number": 10}).validation
@@ -128,9 +130,9 @@ def test_the_losses_of_many_rows_are_found_again(cache: Path, monkeypatch: pytes
     random = np.random.default_rng(0)
     monkeypatch.setattr(baseline, "MAX_ROWS", 10_000)
     for count in (10_000, 10_001):
-        rows = EvaluatedRows(
-            np.exp(random.normal(0, 20, count)), random.integers(10**8, 10**9, count)
-        )  # of many characters each
+        # Of many characters each.
+        losses, tokens = np.exp(random.normal(0, 20, count)), random.integers(10**8, 10**9, count)
+        rows = EvaluatedRows(np.arange(count), losses, tokens)
         entry = baseline.load_baseline({"rows": count})
         entry.validation = EvaluationResult(1.5, 2, 3, 4.0, rows)
         entry.store()

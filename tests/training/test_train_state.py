@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.training.train_state import Progress, ReportWindow
+from runner.training.train_state import Progress, ReportWindow, UpdateResult
 
 LOSSES = st.lists(st.floats(0, 10, allow_nan=False), min_size=1, max_size=20)
 
@@ -54,9 +54,11 @@ def test_the_current_validation_loss_is_that_of_this_step_only() -> None:
 
 def test_stored_progress_is_read_back_exactly() -> None:
     progress, _ = evaluated([9.0, math.pi, 3.0])
-    progress.since_report.add(1 / 3, 7, 9, 0.1)
+    result = UpdateResult(1 / 3, supervised=7, tokens=9, examples=2, measures={"reward": (0.5, 2)}, grad_norm=0.1)
+    progress.since_report.add(result)
     assert Progress.from_dict(json.loads(json.dumps(progress.to_dict()))) == progress
-    assert progress.since_report == ReportWindow(1 / 3, 7, 9, 1, 0.1)
+    assert progress.since_report == ReportWindow(1 / 3, 7, 9, 1, 0.1, 2, {"reward": [0.5, 2]})
+    assert progress.since_report.loss == 1 / 6 and progress.since_report.means() == {"reward": 0.25}
     assert "window" in progress.to_dict() and "since_report" not in progress.to_dict()  # as earlier versions store it
 
 

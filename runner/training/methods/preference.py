@@ -50,7 +50,8 @@ class PreferenceMethod:
             losses = self._backend.token_losses(state.params, batch, key)
             log_probs.append(-batch.batch.sums_by_row(losses))
         rows = np.concatenate([batch.batch.rows for batch in batches])
-        losses, measures, derivatives = self._losses("train", rows, np.concatenate(log_probs))
+        tokens = np.concatenate([batch.batch.supervised_by_row for batch in batches])
+        losses, measures, derivatives = self._losses("train", rows, tokens, np.concatenate(log_probs))
         weighted, start = [], 0
         for batch in batches:
             stop = start + batch.row_count
@@ -75,7 +76,7 @@ class PreferenceMethod:
         """Return the mean loss over the examples of `batches`, and what is measured beside it."""
         start = time.perf_counter()
         found = evaluate(self._backend, params, batches, before_batch)
-        losses, measures, _ = self._losses(split, found.rows.indices, -found.rows.losses)
+        losses, measures, _ = self._losses(split, found.rows.indices, found.rows.tokens, -found.rows.losses)
         return EvaluationResult(
             loss=float(losses.mean()) if len(losses) else 0.0,
             supervised=found.supervised,
@@ -89,18 +90,18 @@ class PreferenceMethod:
         """Return the fingerprint of evaluated rows: their losses are those of this method."""
         return hashlib.sha256(f"{self._config.name} {fingerprint}".encode()).hexdigest()
 
-    def _losses(self, split: str, rows: np.ndarray, log_probs: np.ndarray) -> tuple[np.ndarray, Measures, np.ndarray]:
+    def _losses(
+        self, split: str, rows: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray
+    ) -> tuple[np.ndarray, Measures, np.ndarray]:
         """Return the loss of each example, what is measured, and the derivative of the mean loss by each row's
-        log-probability, (rows,); examples are pairs of neighbouring `rows`."""
-        token_set = self._token_sets[split]
-        tokens = np.add.reduceat(token_set.supervised, token_set.offsets[:-1], dtype=np.int64)[rows]
+        log-probability, (rows,); examples are pairs of neighbouring `rows`, with so many supervised `tokens`."""
         loss = ANSWER_LOSSES[self._config.name]
         # Sums over hundreds of tokens are subtracted from each other: in float64, which only the CPU computes.
         with mx.stream(mx.cpu):
             answers = Answers(
                 tokens=_pairs(tokens.astype(np.float64)),
                 reference=_pairs(self._references(split)[rows] if self._references else np.zeros(len(rows))),
-                unwanted=mx.array(token_set.unwanted[rows].reshape(-1, 2)),
+                unwanted=mx.array(self._token_sets[split].unwanted[rows].reshape(-1, 2)),
             )
 
             def mean_loss(values: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:

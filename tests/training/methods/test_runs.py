@@ -101,6 +101,7 @@ def test_a_signal_while_answers_are_sampled_abandons_the_update(make_cli, tmp_pa
     cli = make_cli(tmp_path)
     words = ["model=tiny", "data=folder", f"data.path={pairs}", "method=grpo", "data.metric=exact_match"]
     words += ["train.iters=8", "train.eval_every=8", "train.report_every=1", "data.max_length=64"]
+    words += ["method.group_size=4", "method.max_new_tokens=24"]
     cli(*words, "hydra.run.dir=whole")
     process = cli.start(*words, "hydra.run.dir=run")
     os.kill(cli.wait_for(tmp_path / "run", 3, process), signal.SIGTERM)

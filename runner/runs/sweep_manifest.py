@@ -7,6 +7,7 @@ Lines, one JSON object each. The first of every record says how many lines it ha
     {"job": 1, "id": …, "folder": …, "overrides": […], "choices": {…}, "like": 0, "changes": {"lora.rank": 8}}
     {"set": {"checkpoint.keep_last": 1}}    settings that apply to all jobs above
     {"set": {"checkpoint.keep_last": 5}, "job": 1}    settings that were changed for this job alone
+    {"stop_at": {"0": 50, "1": null}}    how far jobs train for now, in updates; null to their end
 
 A job of schema 1, of an earlier version, has overrides alone; a second line of its number adds its config.
 """
@@ -74,6 +75,8 @@ class SweepJob:
     that jobs which are derived from it do not inherit them."""
     labels: Labels = NO_LABELS
     """What its run is called from the start, beside the labels of the sweep."""
+    stop_at: int | None = None
+    """The update after which the job stops for now, as a search decides it; None trains to the end."""
 
     @property
     def id(self) -> str:
@@ -131,6 +134,7 @@ class SweepManifest:
         jobs: Iterable[SweepJob] = (),
         changes: Mapping[str, Any] | None = None,
         own_changes: Mapping[int, Mapping[str, Any]] | None = None,
+        stops: Mapping[int, int | None] | None = None,
     ) -> None:
         """Append what changed, and return once it is on the disk.
 
@@ -140,6 +144,7 @@ class SweepManifest:
             jobs: new jobs, numbered from the end, and jobs of an earlier version whose config is known now.
             changes: settings, by dotted name, that apply to all jobs recorded so far; written before `jobs`.
             own_changes: job number to settings that apply to this job alone.
+            stops: job number to the update after which it stops for now, None for its end; written last.
         """
         lines: list[dict[str, Any]] = [{"set": dict(changes)}] if changes else []
         arguments = self.arguments if arguments is None else list(arguments)
@@ -149,6 +154,8 @@ class SweepManifest:
             configs[job.number : job.number + 1] = [job.config]
             lines.append(_job_line(job, configs))
         lines += [{"set": dict(own), "job": number} for number, own in (own_changes or {}).items()]
+        if stops:
+            lines.append({"stop_at": {str(number): step for number, step in stops.items()}})
         if not lines and (arguments, launcher) == (self.arguments, self.launcher):
             return
         head = {"schema": SCHEMA, "lines": len(lines) + 1, "arguments": arguments, "launcher": launcher}
@@ -255,6 +262,13 @@ def _apply(manifest: SweepManifest, line: dict[str, Any]) -> None:
         texts = _texts(line["words" if line["schema"] == 1 else "arguments"])
         manifest.arguments = retired.upgrade_overrides(texts)
         manifest.launcher = _launcher(line.get("launcher", {}))
+    elif "stop_at" in line:
+        for text, step in _settings(line["stop_at"]).items():
+            if not text.isdecimal() or int(text) >= len(manifest.jobs):
+                raise ValueError(f"job {shorten(text)} is not recorded")
+            if step is not None and (not is_count(step) or step < 1):
+                raise ValueError("a step to stop at has to be 1 or more")
+            manifest.jobs[int(text)] = replace(manifest.jobs[int(text)], stop_at=step)
     elif "set" in line:
         changes = _settings(line["set"])
         if "job" in line:

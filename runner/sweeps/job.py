@@ -71,7 +71,7 @@ def train_job(
     A folder with a config.yaml resumes from its newest checkpoint, with its stored config and what was changed since,
     for all jobs or for this one. Any other is claimed, and gets the files of `record`, Hydra's record of a start: path
     to text. It may hold the names that Hydra has `written` there already. `changes` are settings for this start, by
-    dotted name.
+    dotted name. The job trains to the step that its record names, or to its end.
 
     Raises:
         RunnerError: the job failed or diverged; its status says why.
@@ -90,7 +90,8 @@ def train_job(
         stored = serialize.change_dict(job.config, job.own_changes)
     composed = composed_from(serialize.change_dict(stored, changes or {}))
     composed.model.trust_remote_code = invocation.settings.get(guard.TRUST) == "true"
-    config = resolve_to_start(composed, invocation.stop_at, needs_adapter=source is None)
+    stop_at = min((step for step in (job.stop_at, invocation.stop_at) if step is not None), default=None)
+    config = resolve_to_start(composed, stop_at, needs_adapter=source is None)
     directory = RunDirectory(folder, config.checkpoint.dir)
     if source is None:
         directory.claim({*filter(None, written), *(name.partition("/")[0] for name in record or {})})
@@ -105,7 +106,7 @@ def train_job(
         directory,
         source,
         new_run_id(),
-        stop_at=invocation.stop_at,
+        stop_at=stop_at,
         label=label,
         labels=job.labels,
         supervise=invocation.supervise,

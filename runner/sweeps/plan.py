@@ -73,7 +73,10 @@ def unchangeable_jobs(manifest: SweepManifest) -> list[SweepJob]:
 
 
 def _is_done(directory: RunDirectory, job: SweepJob) -> bool:
-    state = directory.read_status()["state"]
+    status = directory.read_status()
+    state = status["state"]
+    if state == "stopped" and job.stop_at is not None and (status.get("step") or 0) >= job.stop_at:
+        return not _is_changed(directory, job)  # it waits for the search to continue it
     if state != "finished":
         return bool(state == _DIVERGED)
     return not _is_changed(directory, job) or _is_cleaned(directory)

@@ -1,0 +1,168 @@
+"""The record of a search, search.jsonl beside the manifest of its sweep: what was suggested, measured and decided.
+
+Append-only, one JSON object a line, in the order in which things happened. A search is a function of this file: one
+that was killed makes the same decisions again, and the results that are recorded here are not measured again.
+
+    {"schema": 1, "sampler": "tpe", "pruner": "halving", "rungs": [25, 75, 200], "metrics": ["valid_loss"], …}
+    {"trial": 0, "job": 0, "params": {"optimizer.learning_rate": 0.0003, "lora.rank": 8}}
+    {"result": 0, "step": 25, "values": [0.53], "state": "paused"}
+    {"stopped": 0, "step": 25, "place": 4, "of": 9, "value": 0.53}
+    {"continued": [2, 3], "from": 25, "to": 75, "of": 9}
+    {"replicate": 3, "job": 12, "seed": 1}
+    {"planned": {"trials": 17}, "reason": "budget of 8 h at 1.2 s an update"}
+    {"spent": 3600.0}
+
+`trial` counts from 0; `job` is the number of its job in sweep.jsonl: two trials of equal settings share one. `result`,
+`stopped`, `continued` and `replicate` name a trial by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.common.errors import ConfigError
+from runner.runs.rows import RowFile, scan_rows
+
+NAME = "search.jsonl"
+SCHEMA = 1
+PAUSED, FINISHED, DIVERGED, FAILED = "paused", "finished", "diverged", "failed"
+"""States of a result: the trial waits at a rung, trained to its end, diverged, or could not be measured."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial was measured to have at a rung or at its end."""
+
+    step: int
+    values: tuple[float, ...]
+    """One for each metric of the search, in its order; none where the trial diverged or failed."""
+    state: str
+    """PAUSED, FINISHED, DIVERGED or FAILED."""
+
+
+@dataclass
+class TrialRecord:
+    """One trial of a search."""
+
+    number: int
+    job: int
+    """Number of its job in the manifest of the sweep."""
+    params: dict[str, Any]
+    """Searched setting to the suggested value."""
+    results: list[Result] = field(default_factory=list)
+    """In the order of their steps."""
+    stopped: dict[str, Any] | None = None
+    """Where and why it was not continued: `step`, `place` among the `of` trials of that rung, `value`; or `reason`."""
+    replicates: dict[int, int] = field(default_factory=dict)
+    """Seed to the number of the job that trains the same settings with it."""
+
+
+@dataclass
+class SearchRecord:
+    """The content of search.jsonl."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The first line: sampler, pruner, eta, rungs (steps), metrics, maximize, judged_by, space, seed, seeds, …"""
+    trials: list[TrialRecord] = field(default_factory=list)
+    continued: list[dict[str, Any]] = field(default_factory=list)
+    """Decisions of rungs, in order: the trials `continued`, `from` a step `to` another, `of` so many."""
+    planned: list[dict[str, Any]] = field(default_factory=list)
+    """How many trials were planned, in order, with the reason; resumes and budgets change it."""
+    spent_seconds: float = 0.0
+    """Time that the search has taken, all its processes together."""
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """All lines, as written."""
+    size: int = 0
+    """Bytes of complete lines."""
+
+    @property
+    def rungs(self) -> list[int]:
+        """Steps at which trials are judged, ascending; the last is their end."""
+        return list(self.settings.get("rungs", []))
+
+    @property
+    def metrics(self) -> list[str]:
+        """What is searched for: one metric, or several."""
+        return list(self.settings.get("metrics", []))
+
+
+def read_search(folder: Path) -> SearchRecord | None:
+    """Read the record of the search in the directory of a sweep; None where the sweep is no search.
+
+    An incomplete last line does not count.
+
+    Raises:
+        ConfigError: the file is damaged or of a version that is not supported.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    record = SearchRecord()
+    with suppress(OSError):
+        for line in scan_rows(path):
+            if line.torn:
+                break
+            try:
+                if line.row is None:
+                    raise ValueError("it is no JSON object")
+                _apply(record, line.row)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                raise ConfigError(f"{path}, line {line.number} cannot be understood.") from None
+    record.size = _complete_bytes(path)
+    return record
+
+
+class SearchRecordWriter:
+    """Appends lines to search.jsonl, each on the disk before `append` returns."""
+
+    def __init__(self, folder: Path, record: SearchRecord) -> None:
+        self._file = RowFile(folder / NAME, record.size)
+        self._record = record
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Append `line` and apply it to the record."""
+        self._file.append(line)
+        self._file.sync()
+        self._record.size = self._file.offset
+        _apply(self._record, dict(line))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _complete_bytes(path: Path) -> int:
+    data = path.read_bytes()
+    return data.rfind(b"\n") + 1
+
+
+def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
+    """Add one line to `record`; raises ValueError, KeyError, TypeError or IndexError where it is invalid."""
+    if "schema" in line:
+        if line["schema"] != SCHEMA:
+            raise ValueError("another schema")
+        record.settings = line
+    elif "trial" in line:
+        if line["trial"] != len(record.trials):
+            raise ValueError("a trial is out of order")
+        record.trials.append(TrialRecord(int(line["trial"]), int(line["job"]), dict(line["params"])))
+    elif "result" in line:
+        result = Result(int(line["step"]), tuple(float(value) for value in line["values"]), str(line["state"]))
+        record.trials[line["result"]].results.append(result)
+    elif "stopped" in line:
+        record.trials[line["stopped"]].stopped = line
+    elif "continued" in line:
+        for number in line["continued"]:
+            record.trials[number].stopped = None
+        record.continued.append(line)
+    elif "replicate" in line:
+        record.trials[line["replicate"]].replicates[int(line["seed"])] = int(line["job"])
+    elif "planned" in line:
+        record.planned.append(line)
+    elif "spent" in line:
+        record.spent_seconds = float(line["spent"])
+    record.lines.append(line)

@@ -4,15 +4,19 @@ Append-only, one JSON object a line, in the order in which things happened. A se
 that was killed makes the same decisions again, and the results that are recorded here are not measured again.
 
     {"schema": 1, "sampler": "tpe", "pruner": "halving", "rungs": [25, 75, 200], "metrics": ["valid_loss"], …}
+    {"wave": 0, "asked": 2}
     {"trial": 0, "job": 0, "params": {"optimizer.learning_rate": 0.0003, "lora.rank": 8}}
     {"result": 0, "step": 25, "values": [0.53], "state": "paused"}
+    {"wave": 5, "asked": 0, "continued": [{"trials": [2, 3], "from": 25, "to": 75, "of": 9}]}
     {"stopped": 0, "step": 25, "place": 4, "of": 9, "value": 0.53}
-    {"continued": [2, 3], "from": 25, "to": 75, "of": 9}
+    {"wave": 9, "asked": 0, "replicates": [{"trial": 3, "seed": 1}]}
     {"replicate": 3, "job": 12, "seed": 1}
-    {"planned": {"trials": 17}, "reason": "budget of 8 h at 1.2 s an update"}
-    {"spent": 3600.0}
+    {"planned": {"trials": 17}, "wave": 1, "reason": "a budget of 8h holds 17 at 1.2 s an update"}
+    {"extended": {"trials": 60, "budget": "16h"}, "wave": 10}
+    {"spent": 3600.0, "training": 3400.0, "updates": 2833}
 
-`trial` counts from 0; `job` is the number of its job in sweep.jsonl: two trials of equal settings share one. `result`,
+A wave is what is decided at once and launched together: how many trials the sampler is asked for, which trials continue
+from a step to another, and which are trained with another seed. `trial` counts from 0; `job` is the number of its job in sweep.jsonl: two trials of equal settings share one. `result`,
 `stopped`, `continued` and `replicate` name a trial by its number.
 """
 
@@ -42,6 +46,10 @@ class Result:
     """One for each metric of the search, in its order; none where the trial diverged or failed."""
     state: str
     """PAUSED, FINISHED, DIVERGED or FAILED."""
+    judged: float | None = None
+    """What compares it with other trials at a rung, where that is not its one value: the validation loss."""
+    reason: str = ""
+    """Why it failed or diverged."""
 
 
 @dataclass
@@ -49,8 +57,8 @@ class TrialRecord:
     """One trial of a search."""
 
     number: int
-    job: int
-    """Number of its job in the manifest of the sweep."""
+    job: int | None
+    """Number of its job in the manifest of the sweep; None where no run can have these settings."""
     params: dict[str, Any]
     """Searched setting to the suggested value."""
     results: list[Result] = field(default_factory=list)
@@ -68,12 +76,18 @@ class SearchRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     """The first line: sampler, pruner, eta, rungs (steps), metrics, maximize, judged_by, space, seed, seeds, …"""
     trials: list[TrialRecord] = field(default_factory=list)
-    continued: list[dict[str, Any]] = field(default_factory=list)
-    """Decisions of rungs, in order: the trials `continued`, `from` a step `to` another, `of` so many."""
+    waves: list[dict[str, Any]] = field(default_factory=list)
+    """What was decided, in order: `asked`, `continued` and `replicates` of each."""
+    extensions: list[dict[str, Any]] = field(default_factory=list)
+    """Options that a resume changed, each with the `wave` from which they apply."""
     planned: list[dict[str, Any]] = field(default_factory=list)
     """How many trials were planned, in order, with the reason; resumes and budgets change it."""
     spent_seconds: float = 0.0
     """Time that the search has taken, all its processes together."""
+    training_seconds: float = 0.0
+    """The part of it in which jobs were launched."""
+    updates: int = 0
+    """Updates that were made in that part."""
     lines: list[dict[str, Any]] = field(default_factory=list)
     """All lines, as written."""
     size: int = 0
@@ -88,6 +102,11 @@ class SearchRecord:
     def metrics(self) -> list[str]:
         """What is searched for: one metric, or several."""
         return list(self.settings.get("metrics", []))
+
+    @property
+    def continued(self) -> list[dict[str, Any]]:
+        """The decisions of rungs, in order: the `trials` that continued `from` a step `to` another, `of` so many."""
+        return [decision for wave in self.waves for decision in wave.get("continued", [])]
 
 
 def read_search(folder: Path) -> SearchRecord | None:
@@ -149,20 +168,34 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
     elif "trial" in line:
         if line["trial"] != len(record.trials):
             raise ValueError("a trial is out of order")
-        record.trials.append(TrialRecord(int(line["trial"]), int(line["job"]), dict(line["params"])))
+        job = None if line["job"] is None else int(line["job"])
+        record.trials.append(TrialRecord(int(line["trial"]), job, dict(line["params"])))
     elif "result" in line:
-        result = Result(int(line["step"]), tuple(float(value) for value in line["values"]), str(line["state"]))
+        values, judged = tuple(float(value) for value in line["values"]), line.get("judged")
+        result = Result(
+            int(line["step"]),
+            values,
+            str(line["state"]),
+            None if judged is None else float(judged),
+            str(line.get("reason", "")),
+        )
         record.trials[line["result"]].results.append(result)
     elif "stopped" in line:
         record.trials[line["stopped"]].stopped = line
-    elif "continued" in line:
-        for number in line["continued"]:
-            record.trials[number].stopped = None
-        record.continued.append(line)
+    elif "wave" in line and "asked" in line:
+        if line["wave"] != len(record.waves):
+            raise ValueError("a wave is out of order")
+        for decision in line.get("continued", []):
+            for number in decision["trials"]:
+                record.trials[number].stopped = None
+        record.waves.append(line)
+    elif "extended" in line:
+        record.extensions.append(line)
     elif "replicate" in line:
         record.trials[line["replicate"]].replicates[int(line["seed"])] = int(line["job"])
     elif "planned" in line:
         record.planned.append(line)
     elif "spent" in line:
-        record.spent_seconds = float(line["spent"])
+        record.spent_seconds, record.training_seconds = float(line["spent"]), float(line["training"])
+        record.updates = int(line["updates"])
     record.lines.append(line)

@@ -16,8 +16,8 @@ that was killed makes the same decisions again, and the results that are recorde
     {"spent": 3600.0, "training": 3400.0, "updates": 2833}
 
 A wave is what is decided at once and launched together: how many trials the sampler is asked for, which trials continue
-from a step to another, and which are trained with another seed. `trial` counts from 0; `job` is the number of its job in
-sweep.jsonl: two trials of equal settings share one. `result`, `stopped` and `replicate` name a trial by its number.
+from a step to another, and which are trained with another seed. `trial` counts from 0; `job` is the number of its job
+in sweep.jsonl: two trials of equal settings share one. `result`, `stopped` and `replicate` name a trial by its number.
 """
 
 from __future__ import annotations

@@ -124,6 +124,8 @@ def _build(cls: type, data: Any, where: str, prefix: str) -> Any:
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, str) and environment.has_reference(value):
         return value  # a reference to the environment, whose value Hydra checks
+    if hint is Any:
+        return value  # a choice or a list of choices, which validation checks
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)

@@ -63,6 +63,8 @@ class Setting:
     """Metadata of a setting. Bounds hold for each item of a list; null passes where the type allows it."""
 
     choices: tuple[str | int, ...] = ()
+    several: bool = False
+    """Whether a list of choices is valid beside a single one."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -90,7 +92,8 @@ class Setting:
     def requirement(self) -> str:
         """Return what a value must be, as the end of a sentence that begins "must be"; empty without bounds."""
         if self.choices:
-            return f"one of {', '.join(map(str, self.choices))}"
+            several = ", or a list of them" if self.several else ""
+            return f"one of {', '.join(map(str, self.choices))}{several}"
         upper = f"below {self.below:,}" if self.below is not None else ""
         if self.at_least is not None:
             upper = upper or (f"{self.at_most:,}" if self.at_most is not None else "")
@@ -105,6 +108,8 @@ class Setting:
 
     def accepts(self, value: Any) -> bool:
         """Return whether `value`, of the setting's type and not null, is one of the choices and within the bounds."""
+        if self.several and isinstance(value, list):
+            return bool(value) and all(item in self.choices for item in value)
         if self.choices:
             return value in self.choices
         if self.length is not None:

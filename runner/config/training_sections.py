@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from runner.common.layout import CHECKPOINTS
 from runner.config.setting import MISSING, OnResume, PathKind, section, setting
@@ -25,8 +26,10 @@ METHOD_MEASURES = {
     "grpo": ("reward", "reward_std", "answer_tokens", "kl"),
 }
 """What the rows of metrics.jsonl have beside the loss, by method."""
-HIGHER_IS_BETTER = ("score",)
-"""Values of objective.metric of which a higher one is better, unless objective.direction says otherwise."""
+OBJECTIVE_METRICS = ("valid_loss", "test_loss", "score", "reward_accuracy", "tokens_per_second", "peak_memory_gb")
+"""The values of objective.metric."""
+HIGHER_IS_BETTER = ("score", "reward_accuracy", "tokens_per_second")
+"""Those of which a higher one is better, unless objective.direction says otherwise."""
 ENDLESS_SCHEDULES = ("constant", "step", "inverse_sqrt")
 """Schedules whose learning rates do not depend on the update at which the run ends."""
 DEFAULT_LORA_SCALE = 20.0
@@ -316,8 +319,11 @@ class CheckpointConfig:
 class ObjectiveConfig:
     """The value by which the jobs of a sweep are compared."""
 
-    metric: str = setting("valid_loss", choices=("valid_loss", "test_loss", "score"), on_resume=FREE)
+    metric: Any = setting("valid_loss", choices=OBJECTIVE_METRICS, several=True, on_resume=FREE)
     """valid_loss means the lowest validation loss of the run; test_loss needs train.test=true; score needs
-    data.metric_rows."""
-    direction: str | None = setting(None, choices=("minimize", "maximize"), on_resume=FREE)
-    """Whether a lower or a higher value is better; null means what the metric says: higher for score."""
+    data.metric_rows; reward_accuracy, that of the evaluation with the lowest loss, needs a method of pairs;
+    tokens_per_second is all tokens trained on by the time in updates; peak_memory_gb the highest of the run.
+    With several, as [valid_loss,tokens_per_second], the jobs of the Pareto front come first, ranked by the first."""
+    direction: Any = setting(None, choices=("minimize", "maximize"), several=True, on_resume=FREE)
+    """Whether a lower or a higher value is better, of several metrics a list; null means what the metric says: higher
+    for score, reward_accuracy and tokens_per_second."""

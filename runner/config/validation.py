@@ -15,6 +15,7 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import shorten
 from runner.config import labels, schema, serialize
 from runner.config.foreign_names import explain_foreign
+from runner.config.objectives import objective_problems
 from runner.config.schema import (
     DEFAULT_LORA_SCALE,
     METHOD_ANSWERS,
@@ -83,6 +84,7 @@ def validate(config: Config) -> None:
         problems += _unused_options(name, section)
     problems += _method_problems(config)
     problems += _evaluation_problems(config)
+    problems += objective_problems(config)
     problems += _template_problems(config.data)
     problems += _mix_problems(config.data)
     problems += labels.problems(config.name, config.tags, config.note)
@@ -304,10 +306,6 @@ def _evaluation_problems(config: Config) -> list[str]:
     problems = []
     if config.data.metric_rows and config.data.metric is None:
         problems.append("data.metric_rows is set, but data.metric is null: choose data.metric=exact_match or another.")
-    if config.objective.metric == "test_loss" and not config.train.test:
-        problems.append("objective.metric=test_loss needs train.test=true.")
-    if config.objective.metric == "score" and not config.data.metric_rows:
-        problems.append("objective.metric=score needs data.metric_rows.")
     return problems
 
 

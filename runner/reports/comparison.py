@@ -17,7 +17,8 @@ from runner.reports.settings_columns import with_settings
 from runner.reports.tables import Column, TableRow
 from runner.reports.verdict import Names, Verdict, judge, verdict_fields
 from runner.reports.verdict_table import duration, print_verdict
-from runner.runs.inspect import RunInfo, differing_settings, objective_value
+from runner.runs.inspect import RunInfo, differing_settings
+from runner.runs.metric_values import metric_value, peak_memory_gb, tokens_per_second
 from runner.runs.objective import VALID_LOSS, Objective
 from runner.runs.timeline import Timeline
 
@@ -83,17 +84,16 @@ def results_of(run: RunInfo) -> Results:
     """Return what the run reached and took."""
     timeline, losses = Timeline.of(run.rows), run.losses("valid")
     last = timeline.tokens[-1][1] if len(timeline.tokens) > 1 else None
-    trained, seconds = timeline.tokens_reported, timeline.seconds[-1][1]
-    memory = [gb for row in run.rows if (gb := finite_number(row.get("peak_memory_gb"))) is not None]
+    seconds = timeline.seconds[-1][1]
     return Results(
         last_loss=losses[-1][1] if losses else None,
-        test_loss=objective_value(run.rows, None, "test_loss"),
-        score=objective_value(run.rows, None, "score"),
+        test_loss=metric_value(run.rows, None, "test_loss"),
+        score=metric_value(run.rows, None, "score"),
         tokens=None if last is None else int(last),
-        tokens_per_second=trained / seconds if seconds > 0 else None,
+        tokens_per_second=tokens_per_second(run.rows),
         seconds_in_updates=seconds if seconds > 0 else None,
         seconds=finite_number(run.status.get("seconds")),
-        peak_memory_gb=max(memory, default=None),
+        peak_memory_gb=peak_memory_gb(run.rows),
     )
 
 

@@ -12,9 +12,11 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.common.safe_json import finite_number
 from runner.common.text import format_bytes, shorten
 from runner.config import serialize
+from runner.config.schema import HIGHER_IS_BETTER, OBJECTIVE_METRICS
 from runner.reports import settings_text
 from runner.reports.cells import format_age
-from runner.runs.inspect import RunInfo, objective_value
+from runner.runs.inspect import RunInfo
+from runner.runs.objective import Objective
 
 NUMBER, TEXT, WORDS, DURATION, SIZE, SETTING = "number", "text", "words", "duration", "size", "setting"
 
@@ -46,7 +48,15 @@ class Field:
         return settings_text.value_text(value)
 
 
-_DECIMALS = {"valid_loss": 4, "train_loss": 4, "test_loss": 4, "score": 4, "peak_memory_gb": 2}
+_DECIMALS = {
+    "valid_loss": 4,
+    "train_loss": 4,
+    "test_loss": 4,
+    "score": 4,
+    "reward_accuracy": 4,
+    "tokens_per_second": 1,
+    "peak_memory_gb": 2,
+}
 """Digits that are shown of a metric."""
 
 
@@ -88,17 +98,11 @@ def last_number(run: RunInfo, split: str | None, name: str) -> float | None:
 
 
 def _fields() -> Iterable[Field]:
-    yield Field("valid_loss", NUMBER, lambda run: run.best_loss, higher_is_better=False)
+    yield from map(_objective_field, OBJECTIVE_METRICS)
     yield Field("train_loss", NUMBER, lambda run: last_number(run, "train", "loss"), higher_is_better=False)
-    yield Field("test_loss", NUMBER, lambda run: objective_value(run.rows, None, "test_loss"), higher_is_better=False)
-    yield Field("score", NUMBER, lambda run: objective_value(run.rows, None, "score"), higher_is_better=True)
     yield Field("step", NUMBER, lambda run: run.step)
     yield Field("iters", NUMBER, lambda run: run.iters)
     yield Field("tokens", NUMBER, lambda run: last_number(run, "train", "tokens"))
-    speed = Field("tokens_per_second", NUMBER, lambda run: last_number(run, "train", "tokens_per_second"), True)
-    yield speed
-    memory = Field("peak_memory_gb", NUMBER, lambda run: last_number(run, None, "peak_memory_gb"), False)
-    yield memory
     yield Field("seconds", NUMBER, lambda run: finite_number(run.status.get("seconds")), higher_is_better=False)
     yield Field("age", DURATION, lambda run: time.time() - run.updated)
     yield Field("size", SIZE, lambda run: run.size_bytes)
@@ -108,6 +112,10 @@ def _fields() -> Iterable[Field]:
     yield Field("tag", WORDS, lambda run: run.tags)
     yield Field("note", TEXT, lambda run: run.labels.note)
     yield Field("path", TEXT, lambda run: str(run.path))
+
+
+def _objective_field(metric: str) -> Field:
+    return Field(metric, NUMBER, Objective(metric).value_so_far, metric in HIGHER_IS_BETTER)
 
 
 _ALIASES = {"best": "valid_loss", "tags": "tag"}

@@ -18,7 +18,7 @@ from runner.reports import significance
 from runner.reports.seed_groups import seed_groups
 from runner.runs.inspect import RunInfo, count_or_none
 from runner.runs.objective import VALID_LOSS, Objective
-from runner.runs.row_values import NoRowValues, RowValues, row_values
+from runner.runs.row_values import ROW_METRICS, NoRowValues, RowValues, row_values
 from runner.runs.timeline import Timeline
 
 _EQUAL_TIMES = 1.1
@@ -114,7 +114,14 @@ class Verdict:
 
 
 def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdict:
-    """Compare the runs that have a value of the objective; what cannot be compared is left out with the reason."""
+    """Compare the runs that have a value of the objective; what cannot be compared is left out with the reason.
+
+    Of several metrics, the first counts that is a mean over rows.
+    """
+    metrics = [single for single in objective.each if single.metric in ROW_METRICS]
+    if not metrics:
+        return Verdict(objective.metric, problem="it is no mean over rows, whose resampling would say what is noise")
+    objective = metrics[0]
     measured = [run for run in objective.rank(runs) if objective.value(run) is not None]
     groups = [group.runs for group in seed_groups(measured, objective)] or [[run] for run in measured]
     values: dict[Path, RowValues] = {}

@@ -19,6 +19,7 @@ from runner.common.layout import BEST_METRIC
 from runner.common.safe_json import finite_number
 from runner.config import retired, schema, serialize
 from runner.config.labels import NO_LABELS, Labels
+from runner.config.objectives import directions_of, metrics_of
 from runner.runs.directory import RunDirectory
 from runner.runs.earlier_window import WINDOW, recorded_window
 from runner.runs.labels import labels_of_sweep_above, read_labels
@@ -54,6 +55,8 @@ class RunInfo:
     """Its own labels."""
     sweep_labels: Labels = NO_LABELS
     """Those of the sweep that it is a job of."""
+    rung: int | None = None
+    """Of a job of a search that has not trained to its end: the last rung that it reached, in updates, 0 for none."""
 
     def setting(self, name: str) -> Any:
         """Return the value of a setting, by its dotted name.
@@ -127,7 +130,7 @@ def differing_settings(runs: Sequence[RunInfo]) -> list[str]:
     for name in dict.fromkeys([*_defaults(), *(name for run in readable for name in run.settings)]):
         values: list[Any] = [run.setting(name) for run in readable]
         if name == "objective.direction":
-            values = [higher_is_better(run.settings) for run in readable]
+            values = [_directions(run.settings) for run in readable]
         if name not in schema.provenance_settings() and any(value != values[0] for value in values[1:]):
             names.append(name)
     return names
@@ -138,23 +141,10 @@ def _defaults() -> Mapping[str, Any]:
     return serialize.default_settings()
 
 
-def higher_is_better(settings: Mapping[str, Any]) -> bool:
-    """Return whether a higher value of the objective in the settings (by dotted name) is better."""
-    direction = settings.get("objective.direction")
-    if direction is None:
-        return settings.get("objective.metric") in schema.HIGHER_IS_BETTER
-    return bool(direction == "maximize")
-
-
-def objective_value(rows: Sequence[Mapping[str, Any]], best_loss: float | None, metric: str) -> float | None:
-    """Return the value that ranks the jobs of a sweep: the best validation loss, or the last test loss or score."""
-    if metric == "valid_loss":
-        return best_loss
-    if metric == "test_loss":
-        values = [finite_number(row.get("loss")) for row in rows if row.get("split") == "test"]
-    else:
-        values = [finite_number(row.get("score")) for row in rows if row.get("step")]
-    return next((value for value in reversed(values) if value is not None), None)
+def _directions(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Return for each metric of the objective in the settings whether a higher value is better."""
+    metric = settings.get("objective.metric")
+    return dict(zip(metrics_of(metric), directions_of(metric, settings.get("objective.direction")), strict=True))
 
 
 def folder_size(path: Path) -> int:

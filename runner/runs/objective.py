@@ -1,37 +1,70 @@
-"""The objective of a sweep: the metric that ranks its jobs, and whether a higher value of it is better."""
+"""The objective of a sweep: the metrics that rank its jobs, and whether a higher value of each is better."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.runs.inspect import RunInfo, higher_is_better, objective_value
+from runner.config.objectives import directions_of, metrics_of
+from runner.runs.inspect import RunInfo
+from runner.runs.metric_values import VALID_LOSS, metric_value
 
-VALID_LOSS = "valid_loss"
+__all__ = ["VALID_LOSS", "Objective", "objective_of"]
 Value = Callable[[RunInfo], float | None]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What ranks the jobs of a sweep, everywhere the same."""
+    """What ranks the jobs of a sweep, everywhere the same.
+
+    Jobs of a search that trained to their end come first, then those that reached its last rung, and so on; those that
+    failed come last. Of several metrics, the jobs of the Pareto front come first; then the first metric decides.
+    """
 
     metric: str = VALID_LOSS
+    """The first metric, or the only one."""
     maximize: bool = False
-    """Whether a higher value is better."""
+    """Whether a higher value of it is better."""
+    others: tuple[Objective, ...] = ()
+    """The objectives of further metrics, each with one metric."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Objective:
         """Return the objective in the settings (by dotted name) of a run."""
         metric = settings.get("objective.metric")
-        return cls(metric, higher_is_better(settings)) if isinstance(metric, str) else cls()
+        directions = directions_of(metric, settings.get("objective.direction"))
+        first, *others = map(cls, metrics_of(metric), directions)
+        return cls(first.metric, first.maximize, tuple(others))
+
+    @property
+    def each(self) -> tuple[Objective, ...]:
+        """The objective of each metric by itself, the first one first."""
+        return (Objective(self.metric, self.maximize), *self.others)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics, the first one first."""
+        return tuple(single.metric for single in self.each)
+
+    @property
+    def text(self) -> str:
+        """The metrics as they are typed: `score`, or `[valid_loss,peak_memory_gb]`."""
+        return f"[{','.join(self.metrics)}]" if self.others else self.metric
 
     def value(self, run: RunInfo) -> float | None:
-        """Return the value of a run: its best validation loss, or its last test loss or score; None if it diverged."""
-        if run.state == "diverged":
-            return None
+        """Return the value that a run has of the (first) metric; None if it diverged or has none."""
+        return None if run.state == "diverged" else self.value_so_far(run)
+
+    def value_so_far(self, run: RunInfo) -> float | None:
+        """Return the value that a run has of the (first) metric, also of one that diverged."""
         rows = [] if self.metric == VALID_LOSS else run.rows  # read from the disk only where they are needed
-        return objective_value(rows, run.best_loss, self.metric)
+        return metric_value(rows, run.best_loss, self.metric)
+
+    def values(self, run: RunInfo) -> tuple[float | None, ...]:
+        """Return the value that a run has of each metric, the first one first."""
+        return tuple(single.value(run) for single in self.each)
 
     def rank(self, runs: Iterable[RunInfo], value: Value | None = None) -> list[RunInfo]:
         """Return the runs, the best first and those without a value last; equal ones keep their order.
@@ -40,8 +73,9 @@ class Objective:
             value: returns the metric of a run, where it is none that `value` of the objective knows.
         """
         values = [(run, (value or self.value)(run)) for run in runs]
-        measured = [pair for pair in values if pair[1] is not None]
-        measured.sort(key=lambda pair: (-1.0 if self.maximize else 1.0) * (pair[1] or 0.0))
+        measured = [(run, found) for run, found in values if found is not None]
+        front = {id(run) for run in self.front(run for run, _ in measured)} if self.others else set()
+        measured.sort(key=lambda pair: (_behind(pair[0]), id(pair[0]) not in front, self._cost(pair[1])))
         return [run for run, _ in measured] + [run for run, found in values if found is None]
 
     def best(self, runs: Iterable[RunInfo], value: Value | None = None) -> RunInfo | None:
@@ -49,7 +83,34 @@ class Objective:
         first = next(iter(self.rank(runs, value)), None)
         return first if first is not None and (value or self.value)(first) is not None else None
 
+    def front(self, runs: Iterable[RunInfo]) -> list[RunInfo]:
+        """Return the Pareto front: the runs that no other surpasses in one metric without falling behind in another.
+
+        Only runs that trained as far as any, and that have a value of each metric, are compared. They are in the order
+        of the first metric.
+        """
+        measured = [(run, values) for run in runs if None not in (values := self.values(run))]
+        least = min((_behind(run) for run, _ in measured), default=None)
+        costs = [
+            (tuple(single._cost(value or 0.0) for single, value in zip(self.each, values, strict=True)), run)
+            for run, values in measured
+            if _behind(run) == least
+        ]
+        front: list[tuple[tuple[float, ...], RunInfo]] = []
+        for cost, run in sorted(costs, key=lambda pair: pair[0]):  # what comes later surpasses none before it
+            if not any(other != cost and all(map(float.__le__, other, cost)) for other, _ in front):
+                front.append((cost, run))
+        return [run for _, run in front]
+
+    def _cost(self, value: float) -> float:
+        return -float(value) if self.maximize else float(value)
+
 
 def objective_of(runs: Sequence[RunInfo]) -> Objective:
     """Return the objective that the jobs of a sweep have stored: that of the first which stored one."""
     return next((Objective.of(run.settings) for run in runs if "objective.metric" in run.settings), Objective())
+
+
+def _behind(run: RunInfo) -> tuple[bool, float]:
+    """Return how far a run is from having trained to its end: a job of a search that failed, and by rungs reached."""
+    return run.rung is not None and run.state == "failed", -(math.inf if run.rung is None else run.rung)

@@ -15,6 +15,9 @@ from runner.runs.inspect import RunInfo
 from runner.runs.row_losses import MAX_ROWS, has_too_many_rows, read_row_losses
 from runner.runs.rows import read_rows
 
+ROW_METRICS = ("valid_loss", "test_loss", "score")
+"""The metrics that are means over rows whose values a run keeps."""
+
 
 @dataclass(frozen=True)
 class RowValues:
@@ -36,6 +39,8 @@ class NoRowValues(Exception):
 
 def row_values(run: RunInfo, metric: str) -> RowValues:
     """Return the values of the run's best evaluation (valid_loss), or of its result (test_loss, score).
+
+    `metric` is one of `ROW_METRICS`.
 
     Raises:
         NoRowValues: why there are none.

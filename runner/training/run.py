@@ -12,10 +12,11 @@ from runner.common.clock import utc_now
 from runner.common.commands import repeat_command, resume_command
 from runner.common.device_errors import find_device_error
 from runner.common.errors import EXIT_REPLACE, Diverged, OutOfMemory, RunnerError, StorageError
+from runner.config.objectives import metrics_of
 from runner.models.device import on_cpu
 from runner.reports.html.write import write_report_or_say_why
 from runner.reports.progress import Display
-from runner.runs.inspect import objective_value
+from runner.runs.metric_values import metric_value
 from runner.runs.rows import read_rows
 from runner.runs.run_spec import RunSpec
 from runner.training import epochs, template_date
@@ -123,7 +124,8 @@ def _print_finished(spec: RunSpec, stops: StopSignals) -> None:
 
 
 def _objective(spec: RunSpec, best_loss: float | None) -> float | None:
-    return objective_value(read_rows(spec.directory.metrics), best_loss, spec.config.objective.metric)
+    metric, *_ = metrics_of(spec.config.objective.metric)
+    return metric_value(read_rows(spec.directory.metrics), best_loss, metric)
 
 
 def _write_report(spec: RunSpec) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from runner.common.errors import ConfigError
-from runner.config import schema
+from runner.config import schema, serialize
 from runner.config.groups import CONF_DIR, group_choices
 
 
@@ -34,6 +34,14 @@ def test_every_yaml_composes_and_passes_the_checks(group, choice):
     text = file.read_text()
     assert re.match(r"(# @package _global_\n)?# python -m runner ", text), f"{file} lacks its command on top"
     assert f"{group}={choice}" in text.splitlines()[1 if text.startswith("# @package") else 0]
+
+
+def test_an_objective_is_one_metric_or_a_list_of_them():
+    assert compose("objective.metric=tokens_per_second").objective.metric == "tokens_per_second"
+    config = compose("objective.metric=[valid_loss,peak_memory_gb]", "objective.direction=[minimize,maximize]")
+    assert config.objective.metric == ["valid_loss", "peak_memory_gb"]
+    assert config.objective.direction == ["minimize", "maximize"]
+    assert serialize.from_dict(serialize.to_dict(config), "config.yaml") == config
 
 
 def test_config_dir_adds_groups_and_experiments(cli):

@@ -48,6 +48,12 @@ def test_options_by_choice_name_choices_of_their_group(group):
         (Setting(at_least=1, minus_one_is_all=True), [-1, 1], [0, -2], "-1 (all), or 1 or more"),
         (Setting(at_least=0, below=1, length=2), [[0.9, 0.99]], [[0.9], [0.9, 1.0]], "2 numbers from 0 to below 1"),
         (Setting(choices=("a", "b")), ["a"], ["c"], "one of a, b"),
+        (
+            Setting(choices=("a", "b"), several=True),
+            ["a", ["b"], ["a", "b"]],
+            ["c", [], ["a", "c"], [["a"]], {"a": 1}],
+            "one of a, b, or a list of them",
+        ),
         (Setting(), [None, 3, "x", {}], [], ""),
     ],
 )
@@ -97,6 +103,26 @@ def test_bounds_and_choices_of_the_metadata(metadata, valid, invalid, requiremen
 def test_a_value_that_cannot_be_is_refused_by_name(tiny, name, value):
     with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
         tiny(**{name: value, "schedule.name": "constant"} | ({"train.iters": 1000} if name != "train.iters" else {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "loss"}, "objective.metric=loss is invalid: must be one of valid_loss, "),
+        ({"metric": ["valid_loss", "valid_loss"]}, "names a metric twice"),
+        ({"metric": ["valid_loss", "test_loss"]}, "objective.metric=test_loss needs train.test=true"),
+        ({"metric": "score"}, "objective.metric=score needs data.metric_rows"),
+        ({"metric": "reward_accuracy"}, "not measured by method=sft: dpo, ipo, orpo, simpo do"),
+        ({"metric": ["valid_loss", "peak_memory_gb"], "direction": "minimize"}, "one direction for each metric of "),
+        ({"direction": ["minimize", "minimize"]}, "one direction for each metric of "),
+        ({"direction": "up"}, "objective.direction=up is invalid: must be one of minimize, maximize"),
+    ],
+)
+def test_an_objective_names_metrics_that_are_measured_with_a_direction_each(tiny, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(**{f"objective.{name}": value for name, value in changes.items()})
+    valid = {"objective.metric": ["valid_loss", "tokens_per_second"], "objective.direction": ["minimize", "maximize"]}
+    assert tiny(**valid).objective.metric == valid["objective.metric"]
 
 
 def test_all_problems_are_told_at_once(tiny):

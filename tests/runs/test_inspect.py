@@ -260,7 +260,7 @@ def _info(settings: dict[str, Any]) -> RunInfo:
 
 
 def test_the_objective_is_the_best_validation_loss_the_last_test_loss_or_the_last_score():
-    from runner.runs.inspect import objective_value
+    from runner.runs.metric_values import metric_value
 
     rows = [
         {"step": 0, "split": "test", "metric": "m", "score": 0.1},
@@ -268,5 +268,5 @@ def test_the_objective_is_the_best_validation_loss_the_last_test_loss_or_the_las
         {"step": 9, "split": "test", "loss": 2.0},
         {"step": 9, "split": "test", "metric": "m", "score": 0.7},
     ]
-    assert [objective_value(rows, 2.5, m) for m in ("valid_loss", "test_loss", "score")] == [2.5, 2.0, 0.7]
-    assert objective_value(rows[:2], None, "score") is None
+    assert [metric_value(rows, 2.5, m) for m in ("valid_loss", "test_loss", "score")] == [2.5, 2.0, 0.7]
+    assert metric_value(rows[:2], None, "score") is None

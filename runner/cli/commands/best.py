@@ -40,7 +40,8 @@ def run(argv: list[str]) -> int:
     best, value = _find_best(selection, objective, metric)
     path = _best_checkpoint(best) if options.checkpoint else best.path
     if options.json:
-        print(json_document({"path": path, "run": best.path, "metric": metric.name, "value": value}))
+        others = {single.metric: single.value(best) for single in objective.others}
+        print(json_document({"path": path, "run": best.path, "metric": metric.name, "value": value, "others": others}))
     else:
         print(single_line(relative_path(path)))
     return 0
@@ -70,7 +71,7 @@ def _common_objective(runs: Sequence[RunInfo]) -> Objective:
     """
     objectives = list(dict.fromkeys(Objective.of(run.settings) for run in runs))
     if len(objectives) > 1:
-        names = ", ".join(sorted({objective.metric for objective in objectives}))
+        names = ", ".join(sorted({objective.text for objective in objectives}))
         raise ConfigError(f"The runs have different objectives ({names}): choose one with --by METRIC, or filter.")
     return objectives[0] if objectives else Objective()
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     from runner.sweeps.job import JobTask
+    from runner.sweeps.launchers.executor import JobExecutor
 
 
 class GridSweeper(Sweeper):
@@ -31,7 +32,7 @@ class GridSweeper(Sweeper):
 
         self._context, self._config = hydra_context, config
         self._invocation = task_function.invocation
-        self._launcher = Plugins.instance().instantiate_launcher(
+        self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -42,7 +43,7 @@ class GridSweeper(Sweeper):
         return run_sweep(
             arguments,
             params=self._params,
-            launcher=self._launcher,
+            launcher=self.launcher,
             context=self._context,
             composed=self._config,
             invocation=self._invocation,
@@ -50,41 +51,60 @@ class GridSweeper(Sweeper):
 
 
 class _Launcher(Launcher):
+    """A launcher of ours. A sweeper may call `launch` many times: what is loaded stays until `close`, which the end of
+    the sweep calls for the `launcher` of a sweeper."""
+
+    def __init__(self, fail_fast: bool = False) -> None:
+        self._fail_fast = fail_fast
+        self._executor: JobExecutor | None = None
+
     def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
         """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
         from runner.common.errors import ConfigError
 
         self.context, self.config = hydra_context, config
         self.invocation = task_function.invocation
-        if type(fail_fast := config.hydra.launcher.fail_fast) is not bool:
-            raise ConfigError(f"hydra.launcher.fail_fast={fail_fast} is invalid: must be true or false.")
+        if type(self._fail_fast) is not bool:
+            raise ConfigError(f"hydra.launcher.fail_fast={self._fail_fast} is invalid: must be true or false.")
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs."""
+        return self._open().launch(job_overrides)
+
+    def at_once(self) -> int:
+        """Return how many jobs it runs at once."""
+        return self._open().at_once()
+
+    def close(self) -> None:
+        """Free what it keeps from one launch to the next."""
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+
+    def _open(self) -> JobExecutor:
+        if self._executor is None:
+            self._executor = self._make_executor()
+        return self._executor
+
+    def _make_executor(self) -> JobExecutor:
+        raise NotImplementedError
 
 
 class SerialLauncher(_Launcher):
     """Runs jobs one after the other in this process; they share the base model and the data."""
 
-    def __init__(self, fail_fast: bool = False) -> None:
-        self._fail_fast = fail_fast
+    def _make_executor(self) -> JobExecutor:
+        from runner.sweeps.launchers.serial import SerialExecutor
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs."""
-        from runner.sweeps.launchers.serial import launch
-
-        return launch(
-            job_overrides,
-            fail_fast=self._fail_fast,
-            context=self.context,
-            composed=self.config,
-            invocation=self.invocation,
-        )
+        return SerialExecutor(self.context, self.config, self.invocation, self._fail_fast)
 
 
 class ProcessLauncher(_Launcher):
     """Runs jobs in worker processes, several at once."""
 
     def __init__(self, jobs: int | None = None, fail_fast: bool = False) -> None:
+        super().__init__(fail_fast)
         self._jobs = jobs
-        self._fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
         """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
@@ -94,18 +114,10 @@ class ProcessLauncher(_Launcher):
         if self._jobs is not None and (type(self._jobs) is not int or self._jobs < 1):
             raise ConfigError(f"hydra.launcher.jobs={self._jobs} is invalid: must be 1 or more, or null.")
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs."""
-        from runner.sweeps.launchers.process import launch
+    def _make_executor(self) -> JobExecutor:
+        from runner.sweeps.launchers.process import ProcessExecutor
 
-        return launch(
-            job_overrides,
-            at_once=self._jobs,
-            fail_fast=self._fail_fast,
-            context=self.context,
-            composed=self.config,
-            invocation=self.invocation,
-        )
+        return ProcessExecutor(self.context, self.config, self.invocation, self._fail_fast, limit=self._jobs)
 
 
 _MODULE = "hydra_plugins.mlx_runner.plugins"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from runner.app import guard
@@ -98,11 +99,19 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
         try:
             sweeper.sweep(arguments=_task_overrides(composed))
         finally:
+            _close_launcher(sweeper)
             if composed.hydra.sweeper._target_ != GRID_SWEEPER and _has_jobs(folder):
                 results = report(sweep_manifest.read_manifest(folder), {})
         if results is not None:
             refuse_failed(results)
         context.callbacks.on_multirun_end(config=composed, config_name=session.config_name)
+
+
+def _close_launcher(sweeper: Sweeper) -> None:
+    """Close the launcher of a sweeper, if it is one of ours: those of other packages have no end of their own."""
+    close = getattr(getattr(sweeper, "launcher", None), "close", None)
+    if callable(close):
+        close()
 
 
 def _refuse_unsupervised(invocation: Invocation, composed: DictConfig) -> None:

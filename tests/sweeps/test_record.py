@@ -15,9 +15,11 @@ import system
 import yaml
 
 from runner.common.errors import ConfigError
+from runner.config.invocation import Invocation
 from runner.data.source import find_dataset
 from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import read_manifest
+from runner.sweeps.launchers.request import job_request
 
 SMALL = ("model=tiny", "data=tiny", "train.iters=6", "train.eval_every=3", "checkpoint.every=2", "train.report_every=1")
 RARE = ("train.eval_every=200", "checkpoint.every=100", "train.report_every=20")
@@ -140,11 +142,16 @@ def test_a_worker_that_is_stopping_on_a_signal_saves_though_its_parent_ends(inli
     worker = inline.start(words=("-m", "runner.sweeps.launchers.worker"), **pipes)
     assert worker.stdin is not None and worker.stdout is not None
     sweep = inline.folder / "s"
-    for request in (
-        {"sweep": str(sweep), "stop_at": None, "settings": {}, "supervise": None},
-        {"job": 0, "label": "", "log": str(inline.folder / "log"), "record": {}, "changes": {}},
-    ):
-        print(json.dumps(request), file=worker.stdin, flush=True)
+    request = job_request(
+        read_manifest(sweep).jobs[0],
+        sweep / "0",
+        label="",
+        log=inline.folder / "log",
+        invocation=Invocation(),
+        record={},
+        changes={},
+    )
+    print(json.dumps(request), file=worker.stdin, flush=True)
     status = sweep / "0/status.json"
     deadline = time.monotonic() + 60
     while json.loads(status.read_text())["step"] < 10:

@@ -1,8 +1,7 @@
-"""A worker process of hydra/launcher=process: it imports MLX once and trains one job after the other.
+"""A worker process of a launcher: it imports MLX once and trains one job after the other.
 
-Requests come as JSON lines on standard input: first {"sweep": …, "stop_at": …, "settings": …, "supervise": …}, then for
-each job {"job": N, "label": …, "log": PATH, "record": …, "changes": …}. The reply to each is a line on standard output:
-{"job": N, "code": exit code}, with its "value" (the objective) or its "error".
+Requests come as JSON lines on standard input, see `runner.sweeps.launchers.request`. The reply to each is a line on
+standard output: {"job": N, "code": exit code}, with its "value" (the objective) or its "error".
 Where standard input ends, its parent has ended: the job in progress saves and stops.
 """
 
@@ -14,14 +13,14 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from runner.common.errors import EXIT_DONE, RunnerError
-from runner.config.invocation import Invocation, Supervision
 from runner.runs.restarts import ends_process
-from runner.runs.sweep_manifest import SweepJob, read_manifest
+from runner.sweeps.launchers.request import requested_invocation, requested_job
 from runner.training.signals import request_stop
 
 if TYPE_CHECKING:
@@ -36,10 +35,6 @@ def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
-    start = json.loads(requests.readline())
-    supervise = None if start["supervise"] is None else Supervision(**start["supervise"])
-    invocation = Invocation(stop_at=start["stop_at"], settings=start["settings"], supervise=supervise)
-    sweep = Path(start["sweep"])
     from runner.backends import blas
 
     blas.load_blas()  # before MLX is imported
@@ -47,14 +42,12 @@ def main() -> None:
 
     pending: queue.Queue[dict[str, Any] | None] = queue.Queue()
     threading.Thread(target=_read, args=(requests, pending), daemon=True).start()
-    manifest = read_manifest(sweep)
     with closing(ComponentLoader()) as loader:
         while (request := pending.get()) is not None:
-            job = manifest.jobs[request["job"]]
             _redirect_output(Path(request["log"]))
-            reply = _train(job, sweep / job.folder, request, invocation, loader)
+            reply = _train(request, loader)
             pending.task_done()
-            print(json.dumps({"job": job.number, **reply}), file=replies, flush=True)
+            print(json.dumps({"job": request["job"]["number"], **reply}), file=replies, flush=True)
             if ends_process(reply["code"]):
                 break
 
@@ -67,18 +60,16 @@ def _read(requests: IO[str], pending: queue.Queue[dict[str, Any] | None]) -> Non
     pending.put(None)
 
 
-def _train(
-    job: SweepJob, folder: Path, request: dict[str, Any], invocation: Invocation, loader: ComponentLoader
-) -> dict[str, Any]:
+def _train(request: Mapping[str, Any], loader: ComponentLoader) -> dict[str, Any]:
     """Train the job of a request and return the reply: its exit code, why it failed, and its objective."""
     from runner.sweeps.job import train_job
 
     try:
         value = train_job(
-            job,
-            folder,
+            requested_job(request),
+            Path(request["folder"]),
             label=request["label"],
-            invocation=invocation,
+            invocation=requested_invocation(request),
             loader=loader,
             record=request["record"],
             changes=request["changes"],

@@ -41,7 +41,7 @@ from runner.training.process_limit import ProcessLimit
 from runner.training.resume import ResumePoint, numeric_differences
 from runner.training.run_writer import RunWriter
 from runner.training.signals import StopSignals
-from runner.training.start_adapter import warm_started_params
+from runner.training.start_adapter import settings_that_differ, warm_started_params
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 from runner.training.trainer import Trainer
@@ -150,6 +150,8 @@ def build_trainer(
     elif config.adapter:
         state.params = warm_started_params(config, state.params, components.adapted)
         display.line(f"warm start from {config.adapter}")
+        if differing := settings_that_differ(config.adapter, spec.stored):
+            display.line(f"the adapter was trained with {differing}")
     else:
         state.params = components.adapted.start_pissa(state.params)
     components, method = _method(config, point, components, params, state.params, stops, display)

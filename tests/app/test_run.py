@@ -100,6 +100,7 @@ def test_a_resume_keeps_the_stored_config(cli):
 def test_a_run_with_a_checkpoint_resumes_without_the_adapter_that_it_started_from(cli):
     cli("experiment=smoke", "train.iters=1", "hydra.run.dir=first")
     cli("experiment=smoke", "adapter=first/adapters", "train.iters=4", "train.stop_at=2", "hydra.run.dir=run")
+    assert "was trained with" not in (cli.folder / "run/run.log").read_text()
     shutil.rmtree(cli.folder / "first")
     cli("resume=run")
     stored = yaml.safe_load((cli.folder / "run/config.yaml").read_text())

@@ -333,6 +333,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tiny
     assert_equal_runs(whole, run)
 
 
+def test_a_warm_start_names_what_its_adapter_was_trained_with_otherwise(tiny, train, tmp_path):
+    first = train(tiny(**{"train.iters": 1}), tmp_path / "first")
+    other = {"train.iters": 1, "data.chat_template": False, "lora.scale": 10.0}
+    run = train(tiny(adapter=str(first / "checkpoints/step-0000001"), **other), tmp_path / "run")
+    line = "the adapter was trained with lora.scale=20 (here 10), data.chat_template=true (here false)\n"
+    assert line in (run / "run.log").read_text()
+
+
 def test_a_run_killed_before_its_first_checkpoint_repeats_its_warm_start(tiny, train, tmp_path, assert_equal_runs):
     adapter = str(train(tiny(**{"train.iters": 2}), tmp_path / "first") / "adapters")
     whole = train(tiny(adapter=adapter), tmp_path / "whole")

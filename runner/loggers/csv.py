@@ -1,4 +1,4 @@
-"""metrics.csv in the run directory: one line a row, with the columns of `COLUMNS`."""
+"""metrics.csv in the run directory: one line a row, with the columns of `COLUMNS` and those that the settings add."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CsvLogger:
     def open(self, run: LoggedRun) -> None:
         """Replace the file by the header and the rows of `run`, and open it for appending."""
         self._path = run.path / self._name
-        self._columns = (*COLUMNS, *METHOD_MEASURES.get(run.settings().get("method.name", ""), ()))
+        self._columns = _columns(run)
         rows = [dict(zip(self._columns, self._columns, strict=True)), *(row.metrics for row in run.rows)]
         write_atomically(self._path, self._format(rows), durable=False)
         self._file = open_text(self._path)
@@ -70,3 +70,15 @@ class CsvLogger:
         text = io.StringIO()
         csv.writer(text).writerows([row.get(column, "") for column in self._columns] for row in rows)
         return text.getvalue()
+
+
+def _columns(run: LoggedRun) -> tuple[str, ...]:
+    """Return the columns of `run`: of the settings at present, and of the rows that earlier ones left."""
+    settings = run.settings()
+    wanted = {
+        "score": settings.get("data.metric_rows", 0) != 0,
+        "skipped_updates": settings.get("train.on_nonfinite") == "skip",
+    }
+    present = {name for row in run.rows for name in row.metrics}
+    measures = METHOD_MEASURES.get(settings.get("method.name", ""), ())
+    return (*COLUMNS, *measures, *(name for name, is_wanted in wanted.items() if is_wanted or name in present))

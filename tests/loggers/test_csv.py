@@ -55,6 +55,20 @@ def test_the_file_is_made_anew_from_the_rows_that_stay(tmp_path: Path) -> None:
     assert lines == [",".join(COLUMNS), "2,train,1.5,,,,,,", "3,valid,,,,,,,"]
 
 
+def test_scores_and_skipped_updates_have_columns_where_there_are_any(cli, tmp_path: Path) -> None:
+    settings = ("data.metric=exact_match", "data.metric_rows=1", "data.max_new_tokens=2", "train.on_nonfinite=skip")
+    cli(*RUN, *settings, "train.iters=2", "hydra.run.dir=run")
+    with (cli.folder / "run/metrics.csv").open(newline="") as lines:
+        written = list(csv.DictReader(lines))
+    assert [row["score"] for row in written if row["split"] == "test"].count("0.0") >= 2
+    assert [row["skipped_updates"] for row in written if row["split"] == "train"] == ["0"]
+
+    logger = CsvLogger("metrics.csv")
+    logger.open(run_in(tmp_path, {"step": 2, "split": "test", "score": 0.5}))
+    logger.close("finished")
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [f"{','.join(COLUMNS)},score", "2,test,,,,,,,,0.5"]
+
+
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = CsvLogger("metrics.csv")
     logger.open(run_in(tmp_path, {"step": 2}))

@@ -134,10 +134,14 @@ def _open_setting_field(name: str) -> Field:
 
 @cache
 def _short_names() -> dict[str, str]:
-    """Return the settings by their last parts, where these are unique and name nothing else."""
+    """Return the settings by their last parts, where these are unique and name nothing else.
+
+    The choice of a group is named as on the command line: `optimizer` is `optimizer.name`.
+    """
     names = list(serialize.default_settings())
     last_parts = [name.rpartition(".")[2] for name in names]
-    return {
+    groups = {name.removesuffix(".name"): name for name in names if name.endswith(".name")}
+    return groups | {
         last: name
         for name, last in zip(names, last_parts, strict=True)
         if last_parts.count(last) == 1 and last not in FIELDS

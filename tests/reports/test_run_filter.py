@@ -55,6 +55,8 @@ def clock(monkeypatch):
         ("lora.rank>=8", True),
         ("rank=8.0", True),
         ("rank!=8", False),
+        ("optimizer=lion", True),  # as on the command line
+        ("method=dpo,sft", True),
         ("optimizer.learning_rate=3e-5", True),  # the default, with its optimizer, of a setting that was not stored
         ("schedule.warmup=0", True),  # the default of one that was not stored
         ("train.mask_prompt=true", None),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.checkpoints.retention import best_checkpoint
+from runner.cli.commands import arguments
 from runner.cli.commands.selection import Selection, SelectionParser, select
 from runner.common.errors import ConfigError, did_you_mean
 from runner.common.text import relative_path, single_line
@@ -38,6 +39,10 @@ def run(argv: list[str]) -> int:
     objective = _objective_by(options.by, selection.runs) if options.by else _common_objective(selection.runs)
     metric = FIELDS[objective.metric]
     best, value = _find_best(selection, objective, metric)
+    if len(methods := _methods_of(selection.runs, metric)) > 1:
+        arguments.print_note(
+            f"The {metric.name} of {' and '.join(methods)} are on different scales: --by score, or method={methods[0]}."
+        )
     path = _best_checkpoint(best) if options.checkpoint else best.path
     if options.json:
         others = {single.metric: single.value(best) for single in objective.others}
@@ -61,6 +66,13 @@ def _find_best(selection: Selection, objective: Objective, metric: Field) -> tup
         which = "that passes the filters " if selection.filters else ""
         raise ConfigError(f"{root}: no run {which}has a {metric.name}. What there is: python -m runner ls {root}")
     return best, found
+
+
+def _methods_of(runs: Sequence[RunInfo], metric: Field) -> list[str]:
+    """Return the training methods of the runs that have `metric`, if it is a loss: each method has a loss of its own."""
+    if not metric.name.endswith("_loss"):
+        return []
+    return sorted({str(run.setting("method.name")) for run in runs if metric.value(run) is not None})
 
 
 def _common_objective(runs: Sequence[RunInfo]) -> Objective:

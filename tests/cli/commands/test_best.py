@@ -17,10 +17,11 @@ def outputs(tmp_path, monkeypatch):
     """Runs as their directories describe them: no adapter, only what a listing reads."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name, loss, rank=8, state="finished", rows=(), objective=None, tags=()):
+    def make(name, loss, rank=8, state="finished", rows=(), objective=None, tags=(), method="sft"):
         path = tmp_path / "outputs" / name
         (path / "checkpoints").mkdir(parents=True)
         config = {"lora": {"rank": rank}, "train": {"iters": 9}, "objective": {"metric": objective or "valid_loss"}}
+        config["method"] = {"name": method}
         (path / "config.yaml").write_text(yaml.safe_dump(config))
         status = {"state": state, "step": 9, "run_id": name, "best": {"valid_loss": loss, "step": 3}}
         (path / "status.json").write_text(json.dumps(status))
@@ -32,6 +33,8 @@ def outputs(tmp_path, monkeypatch):
     make("d/c", 0.1, state="diverged")
     make("s/0", 0.4, objective="score", rows=[{"step": 9, "split": "test", "score": 0.1}])
     make("s/1", 0.9, objective="score", rows=[{"step": 9, "split": "test", "score": 0.7}], tags=["x"])
+    make("m/sft", 0.5)
+    make("m/dpo", 0.7, method="dpo")
     (tmp_path / "outputs/s/multirun.yaml").write_text("{}\n")
     return tmp_path / "outputs"
 
@@ -51,6 +54,15 @@ def test_only_the_path_is_printed(outputs, capsys):
     assert printed(capsys, "--by", "score", "outputs") == "outputs/s/1\n"
     document = json.loads(printed(capsys, "outputs/d", "--json"))
     assert document["value"] == 0.3 and Path(document["path"]).name == "b"
+
+
+def test_losses_of_different_methods_are_noted(outputs, capsys):
+    assert best.run(["outputs/m"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "outputs/m/sft\n"
+    assert err == "The valid_loss of dpo and sft are on different scales: --by score, or method=dpo.\n"
+    assert best.run(["outputs/m", "method=dpo"]) == 0
+    assert capsys.readouterr() == ("outputs/m/dpo\n", "")
 
 
 @pytest.mark.parametrize(
@@ -81,4 +93,4 @@ def test_ls_lists_of_a_sweep_the_jobs_that_pass(outputs, capsys):
     titles, _, job = capsys.readouterr().out.splitlines()
     assert "score" in titles.split() and "0.7000" in job and "#x" in job
     assert ls.run(["valid_loss>100"]) == 0
-    assert capsys.readouterr().out == "None of the 4 runs and sweeps below outputs passes the filters.\n"
+    assert capsys.readouterr().out == "None of the 6 runs and sweeps below outputs passes the filters.\n"

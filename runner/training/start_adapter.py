@@ -58,4 +58,5 @@ def settings_that_differ(adapter: str, stored: Mapping[str, Any]) -> str:
         return ""
     run, present = read_run(source), flatten_stored(stored)
     differing = [name for name in _MEANING if run.settings and run.setting(name) != present.get(name)]
-    return ", ".join(f"{name}={value_text(run.setting(name))} (here {value_text(present.get(name))})" for name in differing)
+    texts = {name: (value_text(run.setting(name)), value_text(present.get(name))) for name in differing}
+    return ", ".join(f"{name}={former} (here {here})" for name, (former, here) in texts.items())

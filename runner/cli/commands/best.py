@@ -69,7 +69,7 @@ def _find_best(selection: Selection, objective: Objective, metric: Field) -> tup
 
 
 def _methods_of(runs: Sequence[RunInfo], metric: Field) -> list[str]:
-    """Return the training methods of the runs that have `metric`, if it is a loss: each method has a loss of its own."""
+    """Return the training methods of the runs that have `metric`, if it is a loss: each method has its own."""
     if not metric.name.endswith("_loss"):
         return []
     return sorted({str(run.setting("method.name")) for run in runs if metric.value(run) is not None})

@@ -50,6 +50,26 @@ class GridSweeper(Sweeper):
         )
 
 
+class SearchSweeper(GridSweeper):
+    """Searches the swept values: trials are suggested, compared at rungs, and the best continue."""
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the search of the overrides `arguments`."""
+        from runner.sweeps.search.start import run_search
+
+        return run_search(
+            arguments,
+            options=self._options,
+            launcher=self._launcher,
+            context=self._context,
+            composed=self._config,
+            invocation=self._invocation,
+        )
+
+
 class _Launcher(Launcher):
     """A launcher of ours. A sweeper may call `launch` many times: what is loaded stays until `close`, which the end of
     the sweep calls for the `launcher` of a sweeper."""
@@ -122,6 +142,21 @@ class ProcessLauncher(_Launcher):
 
 _MODULE = "hydra_plugins.mlx_runner.plugins"
 _GRID = {"_target_": f"{_MODULE}.GridSweeper", "params": {}}
+# The options are those of runner.sweeps.search.settings.SearchSettings, which a test compares.
+_SEARCH = {
+    "_target_": f"{_MODULE}.SearchSweeper",
+    "sampler": "tpe",
+    "trials": None,
+    "pruner": "halving",
+    "eta": 3,
+    "min_iters": None,
+    "budget": None,
+    "seeds": 1,
+    "finalists": 3,
+    "seed": 0,
+    "warm_from": None,
+    "params": {},
+}
 _SERIAL = {"_target_": f"{_MODULE}.SerialLauncher", "fail_fast": False}
 _store = ConfigStore.instance()
 for _group, _name, _node in (
@@ -129,6 +164,7 @@ for _group, _name, _node in (
     # conf/config.yaml would win over the one in a recipe.
     ("hydra/sweeper", "basic", _GRID),
     ("hydra/sweeper", "grid", _GRID),
+    ("hydra/sweeper", "search", _SEARCH),
     ("hydra/launcher", "basic", _SERIAL),
     ("hydra/launcher", "serial", _SERIAL),
     # jobs: how many at once; null means as many as fit memory and cores, and one on a GPU.

@@ -32,6 +32,8 @@ from runner.common.errors import ConfigError
 from runner.runs.rows import RowFile, scan_rows
 
 NAME = "search.jsonl"
+JOURNAL = "optuna-journal.log"
+"""The study beside it, written for optuna-dashboard."""
 SCHEMA = 1
 PAUSED, FINISHED, DIVERGED, FAILED = "paused", "finished", "diverged", "failed"
 """States of a result: the trial waits at a rung, trained to its end, diverged, or could not be measured."""

@@ -38,7 +38,7 @@ class JobPlanner:
         self._sweep_config = sweep_config
         self._stop_at = stop_at
         self._folder_template = OmegaConf.to_container(sweep_config.hydra.sweep, resolve=False)["subdir"]  # type: ignore
-        self._configs = {config_key(job.config) for job in manifest.jobs if job.config is not None}
+        self._configs = {config_key(job.config): job for job in manifest.jobs if job.config is not None}
         self._folders = {job.folder for job in manifest.jobs}
         self._existing_inputs: set[str] = set()
         self._unusable_names: list[str] = []
@@ -64,8 +64,8 @@ class JobPlanner:
         planned = []
         for overrides in overrides_of_jobs:
             composed = self._composer.compose(overrides)
-            if (job := self._plan(overrides, composed, changes or {}, again=again)) is not None:
-                planned.append(job)
+            job, is_new = self._plan(overrides, composed, changes or {}, again=again)
+            planned += [job] if is_new else []
         self._print_unusable_names()
         return planned
 
@@ -80,17 +80,41 @@ class JobPlanner:
         """
         planned = []
         for job, kept, typed in jobs:
-            assert job.config is not None
-            stored = serialize.change_dict(job.config, job.references)
-            config = self._composer.change(stored, job.overrides, typed)
-            choices = dict(job.choices)
-            choices.update(
-                {self._composer.parse(o).key_or_group: o.partition("=")[2] for o in typed if self._is_group(o)}
-            )
-            if (new := self._plan([*kept, *typed], ComposedJob(config, choices, {}), {})) is not None:
-                planned.append(new)
+            found, is_new = self.find_or_plan(job, kept, typed)
+            planned += [found] if is_new else []
         self._print_unusable_names()
         return planned
+
+    def find_or_plan(self, job: SweepJob, kept: Sequence[str], typed: Sequence[str]) -> tuple[SweepJob, bool]:
+        """Return the job that takes the config of a job, with the overrides `typed` on top, and whether it is new.
+
+        Args:
+            job: a recorded job, or a draft.
+            kept: those of its overrides that the new one has, too.
+            typed: the overrides on top.
+
+        Raises:
+            ConfigError: no run can have this config; names the overrides.
+        """
+        assert job.config is not None
+        stored = serialize.change_dict(job.config, job.references)
+        config = self._composer.change(stored, job.overrides, typed)
+        choices = dict(job.choices)
+        choices.update({self._composer.parse(o).key_or_group: o.partition("=")[2] for o in typed if self._is_group(o)})
+        return self._plan([*kept, *typed], ComposedJob(config, choices, {}), {})
+
+    def draft(self, overrides: Sequence[str]) -> SweepJob:
+        """Return a job with these overrides that is not planned: others derive from it.
+
+        Raises:
+            ConfigError: no run can have this config; names the overrides.
+        """
+        composed = self._composer.compose(overrides)
+        config = self._resolve(overrides, composed, self._count, str(self._count))
+        labels, references = Labels.take(config), _references(composed.config)
+        return SweepJob(
+            self._count, str(self._count), _recorded(overrides), config, composed.choices, references, labels=labels
+        )
 
     def changed_config(self, job: SweepJob, typed: Sequence[str]) -> dict[str, Any]:
         """Return the config of a recorded job with overrides on top, as it is stored."""
@@ -111,21 +135,22 @@ class JobPlanner:
 
     def _plan(
         self, overrides: Sequence[str], composed: ComposedJob, changes: Mapping[str, Any], *, again: bool = False
-    ) -> SweepJob | None:
+    ) -> tuple[SweepJob, bool]:
+        """Return the job with this config, and whether it is new; `again`: it is new also where another has it."""
         number = self._count
         folder, unusable = self._folder(overrides, composed, number)
         config = serialize.change_dict(self._resolve(overrides, composed, number, folder), changes)
         labels = Labels.take(config)
         if (key := config_key(config)) in self._configs and not again:
-            return None
-        self._configs.add(key)
+            return self._configs[key], False
         self._folders.add(folder)
         if unusable is not None:
             self._unusable_names.append(f"job {number}: '{shorten(unusable)}', {unusable_reason(unusable)}")
         self._count += 1
-        recorded = tuple(o for o in overrides if not o.lstrip("+").startswith(("stored=", "hydra.", "hydra/")))
         references = _references(composed.config)
-        return SweepJob(number, folder, recorded, config, composed.choices, references, labels=labels)
+        job = SweepJob(number, folder, _recorded(overrides), config, composed.choices, references, labels=labels)
+        self._configs.setdefault(key, job)
+        return job, True
 
     def _resolve(
         self, overrides: Sequence[str], composed: ComposedJob, number: int, folder: str, *, needs_adapter: bool = True
@@ -191,6 +216,11 @@ class JobPlanner:
         return with_hydra_node(
             composed.config, self._sweep_config, number=number, overrides=overrides, choices=composed.choices
         )
+
+
+def _recorded(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return those of a job's overrides that the manifest records."""
+    return tuple(o for o in overrides if not o.lstrip("+").startswith(("stored=", "hydra.", "hydra/")))
 
 
 def _references(composed: DictConfig) -> dict[str, Any]:

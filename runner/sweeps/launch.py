@@ -20,14 +20,15 @@ from runner.common.errors import ConfigError
 from runner.config import validation
 from runner.config.invocation import Invocation
 from runner.config.quoting import quote_text, unquote
-from runner.runs import sweep_manifest
+from runner.runs import search_record, sweep_manifest
 from runner.runs.directory import RunDirectory, unexpected_names
+from runner.runs.search_record import JOURNAL, SearchRecord
 from runner.runs.sweep_manifest import SweepManifest
 from runner.sweeps import grid
 from runner.sweeps.job import JobTask
-from runner.sweeps.sweep import GRID_SWEEPER, PROCESS_LAUNCHER, refuse_failed, report
+from runner.sweeps.sweep import OWN_SWEEPERS, PROCESS_LAUNCHER, refuse_failed, report
 
-_LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME, layout.LABELS}
+_LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME, layout.LABELS, search_record.NAME, JOURNAL}
 """What a start leaves that ended before it recorded a job."""
 
 
@@ -50,6 +51,9 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     guard.check_sweep_manifest(manifest, invocation.settings)
     typed_hydra = [argument for argument in invocation.overrides if _is_hydra(argument)]
     recorded = [argument for argument in manifest.arguments if _is_hydra(argument) and not _is_sweeper(argument)]
+    search = search_record.read_search(folder)
+    if search is not None:
+        recorded += _search_arguments(search)
     if "hydra/launcher" in invocation.hydra_settings:
         recorded = [argument for argument in recorded if not _is_launcher(argument)]
     else:
@@ -100,7 +104,7 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
             sweeper.sweep(arguments=_task_overrides(composed))
         finally:
             _close_launcher(sweeper)
-            if composed.hydra.sweeper._target_ != GRID_SWEEPER and _has_jobs(folder):
+            if composed.hydra.sweeper._target_ not in OWN_SWEEPERS and _has_jobs(folder):
                 results = report(sweep_manifest.read_manifest(folder), {})
         if results is not None:
             refuse_failed(results)
@@ -194,6 +198,16 @@ def _launcher_arguments(manifest: SweepManifest, recorded: set[str]) -> list[str
     if manifest.launcher.get("jobs") is not None and "hydra.launcher.jobs" not in recorded:
         arguments.append(f"hydra.launcher.jobs={manifest.launcher['jobs']}")
     return arguments
+
+
+def _search_arguments(search: SearchRecord) -> list[str]:
+    """Return the arguments that choose the recorded search and its options, which a recipe may have chosen."""
+    options = dict(search.settings["options"])
+    for line in search.extensions:
+        options.update(line["extended"])
+    values = {name: value if value is None else quote_text(str(value)) for name, value in options.items()}
+    chosen = [f"hydra.sweeper.{name}={'null' if value is None else value}" for name, value in values.items()]
+    return ["hydra/sweeper=search", *chosen]
 
 
 def _is_hydra(argument: str) -> bool:

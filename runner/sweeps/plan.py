@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +42,14 @@ class PlannedJob:
         ]
 
 
-def remaining_jobs(manifest: SweepManifest) -> list[PlannedJob]:
-    """Return all jobs that are not done, in the order of their numbers.
+def remaining_jobs(manifest: SweepManifest, numbers: Iterable[int] | None = None) -> list[PlannedJob]:
+    """Return the jobs that are not done, of all or of those with these numbers, in the order of their numbers.
 
     A finished job is run again where settings were changed since, as `resume=` does with a single run; not for another
     location of its data or model, which it does not need any more.
     """
     remaining = []
-    for job in manifest.jobs:
+    for job in manifest.jobs if numbers is None else [manifest.jobs[number] for number in sorted(numbers)]:
         folder = manifest.folder / job.folder
         begun = has_begun(folder)
         if not begun or not _is_done(RunDirectory(folder), job):

@@ -32,9 +32,9 @@ from runner.sweeps.labels import relabel, share_labels, take_labels
 from runner.sweeps.params import expand
 from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs, unchangeable_jobs
 
-GRID_SWEEPER = "hydra_plugins.mlx_runner.plugins.GridSweeper"
+OWN_SWEEPERS = tuple(f"hydra_plugins.mlx_runner.plugins.{name}" for name in ("GridSweeper", "SearchSweeper"))
+"""The sweepers that call `run_sweep` and `run_search`, which report their jobs themselves."""
 PROCESS_LAUNCHER = "hydra_plugins.mlx_runner.plugins.ProcessLauncher"
-"""The sweeper that calls `run_sweep`."""
 
 
 class SweepFailed(RunnerError):

@@ -1,0 +1,81 @@
+"""The jobs of a search: planned from suggested values, recorded in the manifest of the sweep, and launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hydra.plugins.launcher import Launcher
+
+from runner.app.hydra_internals import job_error
+from runner.common.errors import StorageError
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
+from runner.sweeps.job_planner import JobPlanner
+from runner.sweeps.plan import remaining_jobs
+from runner.sweeps.search.space import Space, Value
+
+
+class TrialJobs:
+    """Plans the jobs of trials, and trains them as far as the search decides."""
+
+    def __init__(
+        self,
+        manifest: SweepManifest,
+        planner: JobPlanner,
+        space: Space,
+        launcher: Launcher,
+        output_subdir: str | None,
+        template: SweepJob,
+    ) -> None:
+        """Keep what jobs are planned from: those of the trials are the `template` with other values."""
+        self._manifest, self._planner, self._space = manifest, planner, space
+        self._launcher, self._output_subdir, self._template = launcher, output_subdir, template
+        self._planned: list[SweepJob] = []
+
+    def folder(self, number: int) -> Path:
+        """Return the directory of a job."""
+        return self._manifest.folder / self._manifest.jobs[number].folder
+
+    def find_or_plan(self, params: Mapping[str, Value]) -> SweepJob:
+        """Return the job with these values: the one that has them already, or a new one, which is not recorded yet.
+
+        Raises:
+            ConfigError: no run can have them.
+        """
+        return self._add(*self._planner.find_or_plan(self._template, self._space.fixed, self._space.overrides(params)))
+
+    def find_or_plan_seed(self, number: int, seed: int) -> SweepJob:
+        """Return the job that trains what a recorded job does, with another seed."""
+        job = self._manifest.jobs[number]
+        return self._add(*self._planner.find_or_plan(job, job.overrides, [f"seed={seed}"]))
+
+    def record(self, stops: Mapping[int, int | None]) -> None:
+        """Record the jobs that were planned, and how far jobs train now: number to step, None to the end."""
+        new = self._planned
+        changed = {
+            number: step
+            for number, step in stops.items()
+            if number >= len(self._manifest.jobs) or self._manifest.jobs[number].stop_at != step
+        }
+        self._manifest.record(jobs=new, stops=changed)
+        self._planned.clear()
+
+    def launch(self, numbers: Sequence[int]) -> None:
+        """Train these jobs as far as is recorded; those that are there already are left alone.
+
+        Raises:
+            StorageError: nothing can be written any more, so that no other job could run.
+            SystemExit: a signal stopped the jobs.
+        """
+        left = remaining_jobs(self._manifest, numbers)
+        if not left:
+            return
+        overrides = [job.launch_overrides(self._manifest.folder, self._output_subdir) for job in left]
+        for done in self._launcher.launch(overrides, initial_job_idx=0):
+            if isinstance(error := job_error(done), StorageError):
+                raise error
+
+    def _add(self, job: SweepJob, is_new: bool) -> SweepJob:
+        if is_new:
+            self._planned.append(job)
+        return job

@@ -1,0 +1,280 @@
+"""A search from its first suggestion to its end: decide, launch, measure, tell the sampler, and decide again.
+
+Everything that is decided and measured is recorded before the next decision. A search that is resumed goes through what
+is recorded, without launching it again, and continues where the record ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from runner.common.errors import ConfigError, RunnerError
+from runner.common.text import single_line
+from runner.runs.objective import Objective
+from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result, SearchRecord, SearchRecordWriter
+from runner.sweeps.search.decide import Clock, Continuation, SearchState, Targets, Trial, Wave, next_wave, plan_trials
+from runner.sweeps.search.jobs import TrialJobs
+from runner.sweeps.search.outcome import Outcome, read_outcome
+from runner.sweeps.search.study import Study
+
+_MAX_STARTS = 3
+"""How often a job is started whose process ends without a reason of its own."""
+_MAX_FAILURES = 3
+"""Trials in a row that fail, after which the search ends: the next ones would fail as well."""
+
+
+class SearchFailed(RunnerError):
+    """Raised where trial after trial fails."""
+
+
+class Search:
+    """The trials of one search."""
+
+    def __init__(
+        self,
+        state: SearchState,
+        targets: Targets,
+        *,
+        study: Study,
+        jobs: TrialJobs,
+        objective: Objective,
+        record: SearchRecord,
+        writer: SearchRecordWriter,
+    ) -> None:
+        """Start with an empty `state`: `run` fills it from the record."""
+        self._state, self._targets = state, targets
+        self._study, self._jobs, self._objective = study, jobs, objective
+        self._record, self._writer = record, writer
+        self._recorded_waves = len(record.waves)
+        self._wave = 0
+        self._failures = 0
+        """Trials in a row that failed."""
+        self._spent_before, self._started = record.spent_seconds, time.monotonic()
+
+    def run(self) -> None:
+        """Train trials until the search is complete, or its budget is used.
+
+        Raises:
+            SearchFailed: trial after trial fails.
+            ConfigError: the record does not fit what the sampler suggests, or the budget does not hold one trial.
+            SystemExit: a signal stopped it; it can be resumed.
+        """
+        for recorded in list(self._record.waves):
+            self._carry_out(_recorded_wave(recorded))
+        self._state.planned = self._planned_trials()
+        while (wave := self._next_wave()) is not None:
+            self._writer.append(_wave_line(self._wave, wave))
+            for decision in wave.continued:
+                print(_continued_text(decision), flush=True)
+            self._carry_out(wave)
+        self._stop_paused()
+
+    def _next_wave(self) -> Wave | None:
+        state, clock = self._state, self._clock()
+        plans = state.pruner == "halving" and clock.seconds_left is not None and state.trials
+        if plans and state.planned is None and clock.seconds_per_update is not None:
+            state.planned = plan_trials(state, self._targets, clock)
+            if state.planned < self._targets.trials:
+                reason = f"the budget holds {state.planned} trials at {clock.seconds_per_update:.3g} s an update"
+                print(reason, flush=True)
+                planned = {"trials": state.planned}
+                self._writer.append({"planned": planned, "wave": self._wave, "reason": reason})
+        return next_wave(state, self._targets, clock)
+
+    def _planned_trials(self) -> int | None:
+        """Return how many trials were planned for the present options, where that is recorded."""
+        since = self._record.extensions[-1]["wave"] if self._record.extensions else 0
+        planned = [line["planned"]["trials"] for line in self._record.planned if line["wave"] >= since]
+        return planned[-1] if planned else None
+
+    def _clock(self) -> Clock:
+        record, budget = self._record, self._targets.budget_seconds
+        spent = self._spent_before + time.monotonic() - self._started
+        per_update = record.training_seconds * self._state.at_once / record.updates if record.updates else None
+        return Clock(None if budget is None else budget - spent, per_update)
+
+    def _carry_out(self, wave: Wave) -> None:
+        """Launch what was decided, record the results and tell them to the sampler."""
+        self._wave += 1
+        trials = self._suggest(wave.asked)
+        for decision in wave.continued:
+            for number in decision.trials:
+                self._state.trials[number].target = decision.end
+                trials.append(self._state.trials[number])
+        stops = {trial.job: trial.target for trial in trials if trial.job is not None}
+        seeds = [self._add_replicate(number, seed) for number, seed in wave.replicates]
+        is_end = {job: None if step >= self._state.end else step for job, step in stops.items()}
+        self._jobs.record({**is_end, **dict.fromkeys(seeds)})
+        if seeds:
+            self._launch({job: self._state.end for job in seeds})
+        if trials:
+            self._measure(trials)
+
+    def _suggest(self, count: int) -> list[Trial]:
+        """Ask the sampler for trials, and return those that are new."""
+        new = []
+        for _ in range(count):
+            if self._study.exhausted:
+                self._state.exhausted = True
+                break
+            number = len(self._state.trials)
+            params = self._study.ask(at_once=count)
+            recorded = self._record.trials[number] if number < len(self._record.trials) else None
+            if recorded is not None and recorded.params != params:
+                raise ConfigError(
+                    f"trial {number} was recorded with {recorded.params}, and now {params} is suggested: another "
+                    "version of Optuna, or an edited record. With the version that began the search "
+                    f"({self._record.settings.get('optuna')}) it continues; a new one begins with its results by "
+                    "hydra.sweeper.warm_from=SWEEP."
+                )
+            trial, reason = Trial(number, None, params, target=self._state.first_rung), ""
+            try:
+                trial.job = self._jobs.find_or_plan(params).number
+            except ConfigError as error:
+                reason = single_line(str(error))
+            same = (other.number for other in self._state.counted if other.job == trial.job is not None)
+            trial.repeats = next(same, None)
+            self._state.trials.append(trial)
+            if recorded is None:
+                self._writer.append({"trial": number, "job": trial.job, "params": params})
+            self._study.describe(number, {"job": trial.job})
+            if trial.job is None:
+                self._add_result(trial, Result(0, (), FAILED, reason=reason))
+            elif trial.repeats is not None:
+                self._study.fail(number)  # its twin is what the sampler learns from
+            else:
+                new.append(trial)
+        return new
+
+    def _add_replicate(self, number: int, seed: int) -> int:
+        trial = self._state.trials[number]
+        assert trial.job is not None
+        job = self._jobs.find_or_plan_seed(trial.job, seed).number
+        trial.replicates[seed] = job
+        if seed not in self._record.trials[number].replicates:
+            self._writer.append({"replicate": number, "job": job, "seed": seed})
+        return job
+
+    def _measure(self, trials: list[Trial]) -> None:
+        """Train the trials to their targets, and record and tell what they have there; recorded results are told."""
+        new = [trial for trial in trials if self._recorded_result(trial) is None]
+        targets = {trial.job: trial.target for trial in new if trial.job is not None}
+        outcomes = self._launch(targets)
+        results = {trial.number: outcomes[trial.job].result for trial in new if trial.job is not None}
+        if results and all(result.state == FAILED for result in results.values()):
+            self._failures += len(results)
+            if self._failures >= _MAX_FAILURES and self._wave > self._recorded_waves:
+                reason = list(results.values())[-1].reason
+                raise SearchFailed(
+                    f"{self._failures} trials in a row failed, the last one: {reason}\n"
+                    "The search ends here, since the next ones would fail as well. resume=SWEEP tries the last ones "
+                    "again."
+                )
+        elif results:
+            self._failures = 0
+        for trial in trials:
+            recorded = self._recorded_result(trial)
+            self._add_result(trial, recorded or results[trial.number])
+
+    def _recorded_result(self, trial: Trial) -> Result | None:
+        if trial.number >= len(self._record.trials):
+            return None
+        recorded = self._record.trials[trial.number].results
+        return recorded[len(trial.results)] if len(recorded) > len(trial.results) else None
+
+    def _launch(self, targets: Mapping[int, int]) -> dict[int, Outcome]:
+        """Train jobs to these steps and return what they have there, by number of the job."""
+        left, outcomes, start = dict(targets), {}, time.monotonic()
+        for attempt in range(1, _MAX_STARTS + 1):
+            if not left:
+                break
+            self._jobs.launch(list(left))
+            for job, step in left.items():
+                is_last = step >= self._state.end
+                outcomes[job] = read_outcome(self._jobs.folder(job), step, self._objective, is_last=is_last)
+            left = {job: step for job, step in left.items() if outcomes[job].interrupted and attempt < _MAX_STARTS}
+        if targets:
+            self._note_time(time.monotonic() - start, {job: outcomes[job].result.step for job in targets})
+        return outcomes
+
+    def _note_time(self, seconds: float, reached: Mapping[int, int]) -> None:
+        """Record the time that was spent, and the updates that were made in it."""
+        before = {t.job: t.results[-1].step for t in self._state.trials if t.results and t.job is not None}
+        updates = sum(max(0, step - before.get(job, 0)) for job, step in reached.items())
+        record = self._record
+        spent = self._spent_before + time.monotonic() - self._started
+        training = record.training_seconds + seconds
+        line = {"spent": round(spent, 3), "training": round(training, 3), "updates": record.updates + updates}
+        self._writer.append(line)
+
+    def _add_result(self, trial: Trial, result: Result) -> None:
+        """Add the next result of a trial, record it unless it is recorded, and tell the sampler."""
+        if self._recorded_result(trial) is None:
+            self._writer.append(_result_line(trial.number, result))
+        trial.results.append(result)
+        if result.state == PAUSED:
+            lower_is_better = -result.values[0] if self._state.maximize else result.values[0]
+            self._study.report(trial.number, result.step, lower_is_better)
+        elif result.state == FINISHED:
+            self._study.finish(trial.number, result.values)
+        elif result.state == DIVERGED:
+            self._study.diverge(trial.number, result.step)
+        else:
+            self._study.fail(trial.number)
+
+    def _stop_paused(self) -> None:
+        """Record of each trial that waits why it is not continued."""
+        for trial in self._state.counted:
+            if not trial.is_paused:
+                continue
+            step = trial.results[-1].step
+            values = self._state.at_rung(step)
+            ranked = sorted(values, key=lambda number: (values[number], number))
+            place, value = ranked.index(trial.number) + 1, values[trial.number]
+            line = {"stopped": trial.number, "step": step, "place": place, "of": len(ranked), "value": value}
+            self._study.stop(trial.number)
+            if self._record.trials[trial.number].stopped != line:
+                self._writer.append(line)
+
+
+def _wave_line(number: int, wave: Wave) -> dict[str, object]:
+    line: dict[str, object] = {"wave": number, "asked": wave.asked}
+    if wave.continued:
+        line["continued"] = [decision.to_dict() for decision in wave.continued]
+    if wave.replicates:
+        line["replicates"] = [{"trial": trial, "seed": seed} for trial, seed in wave.replicates]
+    return line
+
+
+def _recorded_wave(line: Mapping[str, object]) -> Wave:
+    recorded = replace(Wave(), asked=int(str(line["asked"])))
+    continued, replicates = line.get("continued", []), line.get("replicates", [])
+    assert isinstance(continued, list) and isinstance(replicates, list)
+    return replace(
+        recorded,
+        continued=tuple(
+            Continuation(tuple(d["trials"]), d["from"], d["to"], d["of"], d.get("cut"), d.get("reason", ""))
+            for d in continued
+        ),
+        replicates=tuple((pair["trial"], pair["seed"]) for pair in replicates),
+    )
+
+
+def _result_line(number: int, result: Result) -> dict[str, object]:
+    line: dict[str, object] = {"result": number, "step": result.step, "values": result.values, "state": result.state}
+    if result.judged is not None and result.values != (result.judged,):
+        line["judged"] = result.judged
+    return line | ({"reason": result.reason} if result.reason else {})
+
+
+def _continued_text(decision: Continuation) -> str:
+    numbers = ", ".join(map(str, decision.trials))
+    noun = "trial" if len(decision.trials) == 1 else "trials"
+    if decision.cut is None:
+        return f"rung {decision.start}  {noun} {numbers} to {decision.end}: {decision.reason}"
+    text = (
+        f"rung {decision.start}  {len(decision.trials)} of {decision.of} continue to {decision.end}: {noun} {numbers}"
+    )
+    return f"{text}, valid loss up to {decision.cut:.4f}" + (f"; {decision.reason}" if decision.reason else "")

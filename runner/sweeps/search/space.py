@@ -1,0 +1,229 @@
+"""The space that a search draws from: Hydra's sweep overrides as dimensions, and a suggested value as an override."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+
+from runner.common.errors import ConfigError
+from runner.config import serialize
+from runner.sweeps import grid
+
+Value = bool | int | float | str | None
+"""A suggested value; a dict, a list or a quoted text is the text of the override."""
+_DIGITS = 4
+"""Significant digits of a value that is drawn from an interval."""
+_INT = re.compile(r"[-+]?\d{1,18}")
+_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A dimension of listed values, without an order."""
+
+    values: tuple[Value, ...]
+    texts: tuple[str, ...]
+    """Each value in Hydra's grammar."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A dimension of numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float
+    is_int: bool
+    log: bool
+    """Whether values are drawn evenly by their logarithm."""
+    step: float | None = None
+    """Distance of the values, which begin at `low`; None for any number."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search varies, and what all its trials share."""
+
+    dimensions: Mapping[str, Choices | Interval]
+    """By the key of the override."""
+    fixed: tuple[str, ...]
+    """Overrides that all trials have."""
+    texts: Mapping[str, str]
+    """Key to the override's value as typed."""
+
+    @property
+    def size(self) -> float:
+        """How many combinations there are; infinite where a dimension is continuous."""
+        return math.prod(_size(dimension) for dimension in self.dimensions.values())
+
+    def combinations(self) -> list[dict[str, Value]]:
+        """Return all combinations, the first dimension varying slowest.
+
+        Raises:
+            ConfigError: a dimension is continuous, or there are too many.
+        """
+        if self.size > grid.MAX_JOBS:
+            endless = [key for key, dimension in self.dimensions.items() if math.isinf(_size(dimension))]
+            if endless:
+                raise ConfigError(
+                    f"hydra.sweeper.sampler=grid tries every value, and {endless[0]}={self.texts[endless[0]]} has no "
+                    "end of them: list values, use range(), or take another sampler."
+                )
+            raise ConfigError(f"A grid of more than {grid.MAX_JOBS:,} trials is refused: try fewer values at once.")
+        values = [_values(dimension) for dimension in self.dimensions.values()]
+        return [dict(zip(self.dimensions, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+    def extremes(self) -> list[dict[str, Value]]:
+        """Return parameters that together hold every choice and both ends of every interval, one dimension changed at a
+        time."""
+        ends = {key: _ends(dimension) for key, dimension in self.dimensions.items()}
+        first = {key: values[0] for key, values in ends.items()}
+        return [first, *({**first, key: value} for key, values in ends.items() for value in values[1:])]
+
+    def overrides(self, params: Mapping[str, Value]) -> list[str]:
+        """Return the parameters as overrides."""
+        return [f"{key}={_text(self.dimensions[key], value)}" for key, value in params.items()]
+
+    def contains(self, params: Mapping[str, Value]) -> bool:
+        """Return whether the parameters are a point of the space."""
+        return params.keys() == self.dimensions.keys() and all(
+            _contains(self.dimensions[key], value) for key, value in params.items()
+        )
+
+
+def make_space(overrides: Sequence[Override]) -> Space:
+    """Return the space of a search's overrides; of two of one key the last counts.
+
+    Raises:
+        ConfigError: nothing is varied, or an override has no values.
+    """
+    dimensions: dict[str, Choices | Interval] = {}
+    fixed: dict[tuple[str, bool], str] = {}
+    texts: dict[str, str] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            text = f"{key}={override.get_value_element_as_str()}"
+            dimensions.pop(key, None)
+            fixed.pop(grid.override_identity(text), None)
+            fixed[grid.override_identity(text)] = text
+            continue
+        for identity in [found for found in fixed if found[0] == grid.override_key(key)]:
+            del fixed[identity]
+        dimensions[key] = _dimension(override)
+        texts[key] = (override.input_line or "").partition("=")[2]
+    if not dimensions:
+        raise ConfigError(
+            "A search needs a setting to vary: lora.rank=4,8,16 or "
+            "'optimizer.learning_rate=tag(log,interval(1e-5,1e-2))'."
+        )
+    if "experiment" in dimensions:
+        raise ConfigError(
+            "experiment= cannot be searched over, since a recipe may set anything: vary the settings themselves, or "
+            "run a grid."
+        )
+    return Space(dimensions, tuple(fixed.values()), {key: texts[key] for key in dimensions})
+
+
+def _dimension(override: Override) -> Choices | Interval:
+    swept, line = override.value(), override.input_line
+    if isinstance(swept, IntervalSweep):
+        return _interval(override, swept, line or "")
+    if isinstance(swept, RangeSweep) and not override.is_add() and _is_numeric(override):
+        start, stop, step = swept.start, swept.stop, swept.step
+        assert start is not None and stop is not None
+        count = math.ceil((stop - start) / step - 1e-9) if step else 0
+        if 0 < count <= grid.MAX_JOBS and step > 0:
+            is_int = all(isinstance(number, int) for number in (start, stop, step))
+            return Interval(start, start + (count - 1) * step, is_int, log=False, step=step)
+    texts = list(dict.fromkeys(override.sweep_string_iterator()))
+    if not texts:
+        raise ConfigError(f"{line} matches nothing.")
+    values = [_parse(text) for text in texts]
+    if len(set(map(repr, values))) < len(texts):
+        values = list(texts)
+    return Choices(tuple(values), tuple(texts))
+
+
+def _interval(override: Override, swept: IntervalSweep, line: str) -> Interval:
+    low, high, tags = swept.start, swept.end, set(swept.tags or ())
+    if unknown := tags - {"log"}:
+        raise ConfigError(f"{line}: a search knows the tag log, not {', '.join(sorted(unknown))}.")
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+        raise ConfigError(f"{line}: an interval goes from a lower to a higher number.")
+    if "log" in tags and low <= 0:
+        raise ConfigError(f"{line}: with tag(log) an interval begins above 0.")
+    is_int = isinstance(low, int) and isinstance(high, int)
+    default = serialize.default_settings().get(override.key_or_group)
+    if isinstance(default, int) and not isinstance(default, bool) and low == int(low) and high == int(high):
+        is_int = True  # Hydra makes floats of interval(4,64), also for a setting that is a whole number
+    if is_int:
+        return Interval(int(low), int(high), True, "log" in tags, None if "log" in tags else 1)
+    return Interval(float(low), float(high), False, "log" in tags)
+
+
+def _is_numeric(override: Override) -> bool:
+    default = serialize.default_settings().get(override.key_or_group)
+    return isinstance(default, int | float) and not isinstance(default, bool)
+
+
+def _parse(text: str) -> Value:
+    """Return a plain number, truth value or null of Hydra's grammar; any other text as it is."""
+    if _INT.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return {"true": True, "false": False, "null": None}.get(text.lower(), text)
+
+
+def _text(dimension: Choices | Interval, value: Value) -> str:
+    if isinstance(dimension, Choices):
+        return dimension.texts[_index(dimension.values, value)]
+    assert isinstance(value, int | float)
+    return str(value)
+
+
+def round_value(dimension: Choices | Interval, value: Value) -> Value:
+    """Return a suggested value with the digits that a person would type, within the dimension."""
+    if isinstance(dimension, Choices) or dimension.is_int or not isinstance(value, float):
+        return value
+    rounded = float(f"{value:.{_DIGITS}g}")
+    return rounded if dimension.low <= rounded <= dimension.high else value
+
+
+def _index(values: Iterable[Value], value: Value) -> int:
+    return [repr(known) for known in values].index(repr(value))
+
+
+def _size(dimension: Choices | Interval) -> float:
+    if isinstance(dimension, Choices):
+        return len(dimension.values)
+    if dimension.is_int:
+        return (dimension.high - dimension.low) // (dimension.step or 1) + 1
+    return math.inf if dimension.step is None else round((dimension.high - dimension.low) / dimension.step) + 1
+
+
+def _values(dimension: Choices | Interval) -> list[Value]:
+    if isinstance(dimension, Choices):
+        return list(dimension.values)
+    step = dimension.step or 1
+    make: Callable[[float], Value] = int if dimension.is_int else float
+    return [round_value(dimension, make(dimension.low + i * step)) for i in range(int(_size(dimension)))]
+
+
+def _ends(dimension: Choices | Interval) -> list[Value]:
+    if isinstance(dimension, Choices):
+        return list(dimension.values)
+    return [int(dimension.low), int(dimension.high)] if dimension.is_int else [dimension.low, dimension.high]
+
+
+def _contains(dimension: Choices | Interval, value: Value) -> bool:
+    if isinstance(dimension, Choices):
+        return repr(value) in map(repr, dimension.values)
+    if isinstance(value, bool) or not isinstance(value, int | float) or (dimension.is_int and int(value) != value):
+        return False
+    return dimension.low <= value <= dimension.high

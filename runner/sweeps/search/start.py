@@ -1,0 +1,313 @@
+"""Starting and resuming a search: its options, its space, its first job, and what a resume may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from runner.common.clock import utc_now
+from runner.common.errors import ConfigError
+from runner.common.text import relative_path
+from runner.config import serialize
+from runner.config.invocation import Invocation
+from runner.config.labels import NO_LABELS
+from runner.runs import search_record, sweep_manifest
+from runner.runs.inspect import RunInfo, read_run
+from runner.runs.labels import write_labels
+from runner.runs.objective import VALID_LOSS, Objective
+from runner.runs.search_record import SearchRecord, SearchRecordWriter
+from runner.runs.sweep_manifest import SweepJob, SweepManifest
+from runner.sweeps import grid
+from runner.sweeps.extension import extend
+from runner.sweeps.job_composer import JobComposer
+from runner.sweeps.job_planner import JobPlanner
+from runner.sweeps.labels import relabel, take_labels
+from runner.sweeps.params import param_overrides
+from runner.sweeps.search.decide import SearchState, Targets
+from runner.sweeps.search.jobs import TrialJobs
+from runner.sweeps.search.rungs import plan_rungs
+from runner.sweeps.search.search import Search
+from runner.sweeps.search.settings import DEFAULT_TRIALS, MAY_GROW, SearchSettings, make_settings
+from runner.sweeps.search.space import Space, Value, make_space
+from runner.sweeps.search.study import Study
+from runner.sweeps.sweep import launcher_record, refuse_failed, report
+
+_LENGTH = ("iters", "epochs", "eval_every")
+"""Settings of train that have to be equal in all trials."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a search runs with, new or resumed."""
+
+    settings: SearchSettings
+    space: Space
+    template: SweepJob
+    """A job with values of the space, from which those of the trials derive."""
+    rungs: list[int]
+    objective: Objective
+    sampler: str
+    """That of the settings, or grid where there are enough trials for all combinations."""
+    grid_trials: int | None
+    """The trials that the search began with: a grid with fewer than its combinations has a random order."""
+
+    @property
+    def trials(self) -> int:
+        """How many trials there are, at most."""
+        default = self.space.size if self.settings.sampler == "grid" else DEFAULT_TRIALS
+        return int(min(self.space.size, self.settings.trials or default))
+
+
+def run_search(
+    arguments: Sequence[str],
+    *,
+    options: Mapping[str, Any],
+    launcher: Launcher,
+    context: HydraContext,
+    composed: DictConfig,
+    invocation: Invocation,
+) -> None:
+    """Run the search of `arguments` (task overrides) in hydra.sweep.dir, whose lock is held, or continue it.
+
+    Args:
+        arguments: overrides of a new search; a resumed one has them in its record.
+        options: hydra.sweeper.* without _target_.
+        launcher: runs the jobs.
+        context: of Hydra.
+        composed: the composed config of the sweep, with Hydra's node.
+        invocation: the command line.
+
+    Raises:
+        ConfigError: what is asked for cannot be searched; nothing has started or been recorded then.
+        SweepFailed: at the end, if a trial failed or diverged.
+    """
+    if invocation.stop_at is not None:
+        raise ConfigError("train.stop_at= stops every job there, and in a search the rungs decide: leave it out.")
+    folder = Path(composed.hydra.sweep.dir)
+    settings = make_settings({name: value for name, value in options.items() if name != "params"})
+    manifest = sweep_manifest.read_manifest(folder)
+    composer = JobComposer(context.config_loader, composed)
+    planner = JobPlanner(composer, manifest, composed, None)
+    record = SearchRecord()
+    if manifest.jobs:
+        record = search_record.read_search(folder) or record
+        plan = _recorded_plan(manifest, record, settings, composer)
+        _change_jobs(manifest, composer, planner, composed, invocation)
+    else:
+        (folder / search_record.NAME).unlink(missing_ok=True)  # left by a start that recorded no job
+        texts = [*param_overrides(dict(options.get("params") or {}), composer), *arguments]
+        plan = _new_plan(texts, settings, composer, planner)
+    study = _study(folder, plan)
+    if not manifest.jobs:
+        if plan.template.labels != NO_LABELS:
+            write_labels(folder, plan.template.labels)
+        OmegaConf.save(composed, folder / "multirun.yaml")  # as Hydra's own sweeper does
+        manifest.record(arguments=grid.stored_arguments(invocation), launcher=launcher_record(composed))
+    with closing(SearchRecordWriter(folder, record)) as writer:
+        if not record.settings:
+            writer.append(_head(plan))
+        for earlier in record.settings["earlier"]:
+            study.add_earlier(earlier["params"], earlier["values"])
+        _record_extension(record, writer, settings)
+        print(_plan_text(folder, plan, len(record.settings["earlier"])), flush=True)
+        search = Search(
+            _state(plan, launcher),
+            _targets(plan),
+            study=study,
+            jobs=TrialJobs(manifest, planner, plan.space, launcher, composed.hydra.output_subdir, plan.template),
+            objective=plan.objective,
+            record=record,
+            writer=writer,
+        )
+        results = None
+        try:
+            search.run()
+        finally:
+            if manifest.jobs:
+                results = report(manifest, {})
+    if results is not None:
+        refuse_failed(results)
+
+
+def _new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobComposer, planner: JobPlanner) -> _Plan:
+    """Return the plan of a new search, after every value of its space was composed and validated."""
+    space = make_space([composer.parse(text) for text in texts])
+    extremes = [space.overrides(params) for params in space.extremes()]
+    template = planner.draft([*space.fixed, *extremes[0]])
+    configs = [template.config or {}, *(planner.changed_config(template, typed) for typed in extremes[1:])]
+    if "seed" in space.dimensions and settings.seeds > 1:
+        raise ConfigError("hydra.sweeper.seeds trains the finalists with other seeds: leave seed= out of the search.")
+    lengths = {tuple(config["train"][name] for name in _LENGTH) for config in configs}
+    iters, epochs, eval_every = next(iter(lengths))
+    if epochs is not None:
+        raise ConfigError("A search needs the length of its trials in updates: type train.iters=, not train.epochs=.")
+    if len(lengths) > 1:
+        raise ConfigError("The trials of a search have one length: do not vary train.iters, epochs or eval_every.")
+    objective = Objective.of(serialize.flatten_stored(template.config or {}))
+    if len(objective.each) > 1 and settings.pruner != "none":
+        raise ConfigError(
+            f"hydra.sweeper.pruner={settings.pruner} compares trials by their validation loss, which says nothing of "
+            f"{', '.join(objective.metrics)} together: type hydra.sweeper.pruner=none."
+        )
+    rungs = [iters]
+    if settings.pruner != "none":
+        trials = int(min(settings.trials or DEFAULT_TRIALS, space.size))
+        rungs = plan_rungs(iters, eval_every, eta=settings.eta, min_iters=settings.min_iters, trials=trials)
+    sampler = "grid" if space.size <= (settings.trials or DEFAULT_TRIALS) else settings.sampler
+    return _Plan(settings, space, template, rungs, objective, sampler, settings.trials)
+
+
+def _recorded_plan(
+    manifest: SweepManifest, record: SearchRecord, settings: SearchSettings, composer: JobComposer
+) -> _Plan:
+    """Return the plan of a search that is resumed, with the options that were typed now."""
+    recorded = record.settings
+    for name in [field.name for field in dataclasses.fields(SearchSettings) if field.name not in MAY_GROW]:
+        if getattr(settings, name) != recorded["options"].get(name):
+            raise ConfigError(
+                f"hydra.sweeper.{name} is {recorded['options'].get(name)} in this search and stays so: a resume may "
+                f"change {', '.join(MAY_GROW)}. A new search can begin with its results: "
+                f"hydra.sweeper.warm_from={relative_path(manifest.folder)}"
+            )
+    space = make_space([composer.parse(text) for text in (*recorded["fixed"], *recorded["space"])])
+    objective = Objective.of(serialize.flatten_stored(manifest.jobs[0].config or {}))
+    sampler, grid_trials = recorded["sampler"], recorded["options"]["trials"]
+    return _Plan(settings, space, manifest.jobs[0], record.rungs, objective, sampler, grid_trials)
+
+
+def _change_jobs(
+    manifest: SweepManifest, composer: JobComposer, planner: JobPlanner, composed: DictConfig, invocation: Invocation
+) -> None:
+    """Record the settings that were typed for a resume, which apply to all jobs.
+
+    Raises:
+        ConfigError: one of them would change what the trials compute.
+    """
+    labels, typed = take_labels([composer.parse(text) for text in invocation.sweep_overrides])
+    added = extend(manifest, typed, composer, planner)
+    if added.jobs or any(override.is_sweep_override() for override in typed):
+        names = ", ".join(override.key_or_group for override in typed)
+        raise ConfigError(
+            f"{names}: the space of a search is fixed, since its suggestions depend on it. A new search can begin with "
+            f"its results: hydra.sweeper.warm_from={relative_path(manifest.folder)}"
+        )
+    relabel(manifest.folder, labels)  # nothing refuses the resume after this
+    manifest.record(
+        arguments=grid.merge_arguments(manifest.arguments, grid.stored_arguments(invocation)),
+        launcher=launcher_record(composed),
+        changes=added.changes,
+    )
+    for name, value in added.changes.items():
+        print(f"changed for all jobs: {name}={value}")
+
+
+def _study(folder: Path, plan: _Plan) -> Study:
+    settings = replace(plan.settings, sampler=plan.sampler, trials=plan.grid_trials)
+    return Study(folder, settings, plan.space, [single.maximize for single in plan.objective.each])
+
+
+def _state(plan: _Plan, launcher: Launcher) -> SearchState:
+    at_once = getattr(launcher, "at_once", 1)
+    return SearchState(
+        pruner=plan.settings.pruner,
+        eta=plan.settings.eta,
+        rungs=plan.rungs,
+        maximize=plan.objective.maximize,
+        learns=plan.sampler in ("tpe", "cmaes"),
+        at_once=at_once if isinstance(at_once, int) else 1,
+        seed=int((plan.template.config or {})["seed"]),
+    )
+
+
+def _targets(plan: _Plan) -> Targets:
+    settings = plan.settings
+    return Targets(plan.trials, settings.budget_seconds, settings.seeds, settings.finalists)
+
+
+def _head(plan: _Plan) -> dict[str, Any]:
+    """Return the first line of the record."""
+    objective, settings = plan.objective, plan.settings
+    return {
+        "schema": search_record.SCHEMA,
+        "time": utc_now(),
+        "optuna": importlib.metadata.version("optuna"),
+        "sampler": plan.sampler,
+        "pruner": settings.pruner,
+        "eta": settings.eta,
+        "rungs": plan.rungs,
+        "metrics": list(objective.metrics),
+        "maximize": [single.maximize for single in objective.each],
+        "judged_by": VALID_LOSS,
+        "seed": settings.seed,
+        "seeds": settings.seeds,
+        "trials": plan.trials,
+        "budget_seconds": settings.budget_seconds,
+        "options": dataclasses.asdict(settings),
+        "space": [f"{key}={text}" for key, text in plan.space.texts.items()],
+        "fixed": [text for text in plan.space.fixed if not text.startswith(("stored=", "hydra"))],
+        "earlier": _earlier_results(plan) if settings.warm_from else [],
+    }
+
+
+def _earlier_results(plan: _Plan) -> list[dict[str, Any]]:
+    """Return what the finished jobs of the sweep `warm_from` say about points of the space.
+
+    Raises:
+        ConfigError: there is no such sweep, or none of its jobs is a point of the space.
+    """
+    folder = Path(str(plan.settings.warm_from)).expanduser()
+    manifest = sweep_manifest.read_manifest(folder)
+    if not manifest.jobs:
+        raise ConfigError(f"hydra.sweeper.warm_from={folder}: there is no sweep.")
+    results = []
+    for job in manifest.jobs:
+        run = read_run(folder / job.folder, NO_LABELS)
+        params = {key: _value_of(job, run, key) for key in plan.space.dimensions}
+        values = plan.objective.values(run)
+        if run.state == "finished" and plan.space.contains(params) and None not in values:
+            results.append({"params": params, "values": list(values)})
+    if not results:
+        raise ConfigError(
+            f"hydra.sweeper.warm_from={relative_path(folder)}: none of its finished jobs is a point of this space."
+        )
+    return results
+
+
+def _value_of(job: SweepJob, run: RunInfo, key: str) -> Value:
+    """Return what a job has for a dimension: the choice of a group, or a setting."""
+    value: Value = job.choices[key] if key in job.choices else run.setting(key)
+    return value
+
+
+def _record_extension(record: SearchRecord, writer: SearchRecordWriter, settings: SearchSettings) -> None:
+    """Record the options that were typed for this resume, and apply from here on."""
+    present = dict(record.settings["options"])
+    for line in record.extensions:
+        present.update(line["extended"])
+    changed = {name: value for name in MAY_GROW if (value := getattr(settings, name)) != present[name]}
+    if changed:
+        writer.append({"extended": changed, "wave": len(record.waves)})
+
+
+def _plan_text(folder: Path, plan: _Plan, earlier: int) -> str:
+    """Return what is searched: ``search  outputs/sweeps/x: 30 trials by tpe over 2 settings, rungs 25, 75, 200``."""
+    settings, names = plan.settings, ", ".join(plan.space.dimensions)
+    parts = [f"{plan.trials} trials by {plan.sampler} over {names}"]
+    if settings.pruner != "none":
+        parts.append(f"rungs {', '.join(map(str, plan.rungs))}, of which the best 1/{settings.eta} continue")
+    if settings.budget is not None:
+        parts.append(f"a budget of {settings.budget}")
+    if settings.seeds > 1:
+        parts.append(f"{settings.seeds} seeds for {settings.finalists} finalists")
+    if earlier:
+        parts.append(f"{earlier} results of {settings.warm_from}")
+    return f"search {relative_path(folder)}: {'; '.join(parts)}"

@@ -15,6 +15,7 @@ from runner.config import serialize
 from runner.config.schema import HIGHER_IS_BETTER, OBJECTIVE_METRICS
 from runner.reports import settings_text
 from runner.reports.cells import format_age
+from runner.reports.metric_columns import DECIMALS, metric_text
 from runner.runs.inspect import RunInfo
 from runner.runs.objective import Objective
 
@@ -43,21 +44,9 @@ class Field:
             return format_bytes(value)
         if self.kind == WORDS:
             return " ".join(value)
-        if self.name in _DECIMALS:
-            return format(value, f".{_DECIMALS[self.name]}f")
+        if self.name in DECIMALS:
+            return metric_text(self.name, value)
         return settings_text.value_text(value)
-
-
-_DECIMALS = {
-    "valid_loss": 4,
-    "train_loss": 4,
-    "test_loss": 4,
-    "score": 4,
-    "reward_accuracy": 4,
-    "tokens_per_second": 1,
-    "peak_memory_gb": 2,
-}
-"""Digits that are shown of a metric."""
 
 
 def find_field(name: str, runs: Sequence[RunInfo] = (), where: str = "") -> Field:

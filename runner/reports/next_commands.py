@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from runner.runs.sweep_manifest import NAME as SWEEP_MANIFEST
 
 if TYPE_CHECKING:
     from runner.reports.checkpoint_list import CheckpointInfo  # which imports NumPy
+    from runner.reports.search_summary import SearchSummary
 
 _MOST_RUNS = 5
 """Unfinished runs of a sweep without a manifest that are listed one by one."""
@@ -67,8 +69,13 @@ def for_run(run: RunInfo, checkpoints: Sequence[CheckpointInfo], *, has_result: 
     return commands
 
 
-def for_sweep(sweep: SweepInfo) -> list[Command]:
-    """Return the commands that finish a sweep, show its best run and vary it."""
+def for_sweep(sweep: SweepInfo, search: SearchSummary | None = None) -> list[Command]:
+    """Return the commands that finish a sweep, show its best run and vary it.
+
+    `search` is what it did where it is a search.
+    """
+    if search is not None:
+        return _for_search(sweep.path, search, sweep.best)
     commands = []
     unfinished = [run for run in sweep.runs if run.state in _UNFINISHED and run.settings]
     if (unfinished or sweep.waiting) and (sweep.path / SWEEP_MANIFEST).is_file():
@@ -77,11 +84,58 @@ def for_sweep(sweep: SweepInfo) -> list[Command]:
         commands += [_resume(run.path, f"resume job {run.path.name}") for run in unfinished[:_MOST_RUNS]]
     best = sweep.best
     if best is not None and best.settings:
-        commands.append(Command("show the best", f"{PROGRAM} show {shell_path(best.path)}"))
-        commands.append(Command("vary the best", repeat_command(best.path, "seed=1")))
+        commands += [_show(best), Command("vary the best", repeat_command(best.path, "seed=1"))]
         if (best.path / "adapters").is_dir():
             commands.append(_warm_start(best))
     return commands
+
+
+def after_search(folder: Path, search: SearchSummary, best: RunInfo | None) -> list[Command]:
+    """Return the commands printed where a search ends: finish it, or show its best run and search on."""
+    if not search.is_complete:
+        return [_resume(folder, "finish")]
+    shown = [] if best is None else [_show(best), *_train_longer(best)]
+    return [*shown, *_search_on(folder, search)]
+
+
+def _for_search(folder: Path, search: SearchSummary, best: RunInfo | None) -> list[Command]:
+    commands = [] if search.is_complete else [_resume(folder, "finish the search")]
+    if best is not None and best.settings:
+        commands.append(_show(best))
+        if best.state == "finished":
+            commands += _train_longer(best)
+            commands.append(Command("train the best on more data", repeat_command(best.path, "data.path=…")))
+        if (best.path / "adapters").is_dir():
+            commands.append(_warm_start(best))
+    return commands + (_search_on(folder, search) if search.is_complete else [])
+
+
+def _search_on(folder: Path, search: SearchSummary) -> list[Command]:
+    """Return the commands that give a complete search more trials, more time, or more seeds."""
+    options, resume = search.options, _resume(folder).line
+    more = f"{resume} hydra.sweeper.trials={2 * len(search.trials)}"
+    if budget := _doubled(options.get("budget")):
+        more += f" hydra.sweeper.budget={budget}"
+    commands = [Command("search on", more)]
+    if options.get("seeds") in (None, 1):
+        commands.append(Command("compare finalists over seeds", f"{resume} hydra.sweeper.seeds=3"))
+    return commands
+
+
+def _train_longer(best: RunInfo) -> list[Command]:
+    if not best.iters:
+        return []
+    return [Command("train the best longer", repeat_command(best.path, f"train.iters={2 * best.iters}"))]
+
+
+def _doubled(budget: object) -> str:
+    """Return twice a duration, in its unit: `8h` as `16h`; empty where it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]+)", str(budget), re.IGNORECASE)
+    return f"{2 * float(match[1]):g}{match[2]}" if match else ""
+
+
+def _show(run: RunInfo) -> Command:
+    return Command("show the best", f"{PROGRAM} show {shell_path(run.path)}")
 
 
 def after_sweep(folder: Path, *, finished: bool, varied: Sequence[str]) -> list[Command]:

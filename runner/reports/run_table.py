@@ -21,6 +21,7 @@ from runner.reports.cells import (
     sweep_style,
 )
 from runner.reports.fields import Field
+from runner.reports.metric_columns import metric_text
 from runner.reports.screen import Screen
 from runner.reports.tables import Column, TableRow, display_width, table_width
 from runner.runs.find import SweepInfo
@@ -164,7 +165,7 @@ def _sweep_row(sweep: SweepInfo, total: int | None, fields: Sequence[Field], now
     best = "-"
     if (run := sweep.best) is not None:
         metric = "" if sweep.objective.metric == VALID_LOSS else f"{sweep.objective.metric} "
-        best = f"{metric}{sweep.objective.value(run):.4f} in {run.path.name}"
+        best = f"{metric}{metric_text(sweep.objective.metric, sweep.objective.value(run) or 0.0)} in {run.path.name}"
     count = sum(sweep.states.values())
     state = format_states(sweep) if has_one_state else f"{count} jobs"
     if total is not None:

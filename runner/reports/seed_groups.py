@@ -49,6 +49,8 @@ def seed_groups(
 ) -> list[SeedGroup]:
     """Return the runs grouped by everything but the seed, the best mean first; none where no seed differs.
 
+    Jobs of a search that were not trained to their end are in none.
+
     `varied` are the settings to show of each run, by its path; by default all that differ.
     """
     names = differing_settings(runs)
@@ -57,7 +59,7 @@ def seed_groups(
     names = settings_text.by_importance([name for name in names if name != _SEED])
     groups: dict[str, list[RunInfo]] = {}
     for run in runs:
-        if run.settings:
+        if run.settings and run.rung is None:
             groups.setdefault(repr([run.settings.get(name) for name in names]), []).append(run)
     if all(len(group) == 1 for group in groups.values()):
         return []

@@ -9,9 +9,12 @@ from typing import Any
 from runner.common.text import relative_path
 from runner.reports import cells, settings_text
 from runner.reports.curves import Series
+from runner.reports.metric_columns import front_note, objective_columns
 from runner.reports.next_commands import command_fields, for_sweep
 from runner.reports.run_page import print_commands, print_plot
 from runner.reports.screen import Screen
+from runner.reports.search_summary import SearchSummary, search_fields, summarize_sweep
+from runner.reports.search_table import endings, print_search
 from runner.reports.seed_groups import print_seed_groups, seed_groups
 from runner.reports.settings_columns import with_settings
 from runner.reports.tables import Column, TableRow
@@ -31,10 +34,16 @@ MOST_CANDIDATES = 12
 def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
     """Return the page as data for a JSON document."""
     names, names_of = settings_text.by_importance(differing_settings(sweep.runs)), Names.of_jobs(sweep.runs)
+    search, search_problem = summarize_sweep(sweep)
+    front = {id(run) for run in sweep.objective.front(sweep.runs)}
     return {
         "kind": "sweep",
         **cells.sweep_fields(sweep),
-        "objective": {"metric": sweep.objective.metric, "maximize": sweep.objective.maximize},
+        "objective": {
+            "metric": sweep.objective.metric,
+            "maximize": sweep.objective.maximize,
+            "others": [{"metric": other.metric, "maximize": other.maximize} for other in sweep.objective.others],
+        },
         "differing": names,
         "runs": [
             {
@@ -42,12 +51,17 @@ def sweep_page_fields(sweep: SweepInfo) -> dict[str, Any]:
                 **cells.run_fields(run),
                 "settings": {name: run.settings[name] for name in names if name in run.settings},
                 "objective": sweep.objective.value(run),
+                "others": {other.metric: other.value(run) for other in sweep.objective.others},
+                "on_pareto_front": id(run) in front if sweep.objective.others else None,
+                "rung": run.rung,
                 "valid": run.losses("valid"),
             }
             for run in sweep.objective.rank(sweep.runs)
         ],
+        "search": None if search is None else search_fields(search),
+        "search_problem": search_problem,
         "verdict": verdict_fields(judge(sweep.runs, sweep.objective, names_of), names_of),
-        "commands": command_fields(for_sweep(sweep)),
+        "commands": command_fields(for_sweep(sweep, search)),
     }
 
 
@@ -56,16 +70,19 @@ def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
     runs = sweep.objective.rank(sweep.runs)
     screen.line((relative_path(sweep.path), "bold"))
     age = f"  (last update {cells.format_age(time.time() - sweep.updated)} ago)" if sweep.runs else ""
+    search, search_problem = summarize_sweep(sweep)
     screen.line("sweep: ", (cells.format_states(sweep), cells.sweep_style(sweep)), (age, "dim"))
     for line in cells.label_lines(sweep.labels, sweep.labels.tags):
         screen.line(line)
-    if sweep.problem:
-        screen.line(f"damaged  {sweep.problem}")
+    for problem in filter(None, (sweep.problem, search_problem)):
+        screen.line(f"damaged  {problem}")
+    if search is not None:
+        print_search(search, screen)
     plotted = [run for run in runs if run.losses("valid")][: len(_MARKS)]
     marks = {run.path.name: mark for run, mark in zip(plotted, _MARKS, strict=False)}
     if runs:
         screen.heading("jobs, best first")
-        _print_jobs(runs, sweep.objective, marks, screen)
+        _print_jobs(runs, sweep, search, marks, screen)
         if groups := seed_groups(runs, sweep.objective):
             print_seed_groups(groups, sweep.objective.metric, screen)
         print_sweep_verdict(runs, sweep.objective, screen)
@@ -73,7 +90,7 @@ def print_sweep_page(sweep: SweepInfo, screen: Screen) -> None:
         screen.heading("valid loss")
         series = [Series(run.path.name, run.losses("valid"), mark=marks[run.path.name]) for run in plotted]
         print_plot(series, screen, _PLOT_HEIGHT, y_label="loss of job")
-    print_commands(for_sweep(sweep), screen)
+    print_commands(for_sweep(sweep, search), screen)
 
 
 def print_sweep_verdict(runs: Sequence[RunInfo], objective: Objective, screen: Screen) -> None:
@@ -83,7 +100,9 @@ def print_sweep_verdict(runs: Sequence[RunInfo], objective: Objective, screen: S
         print_verdict(judge(runs, objective, names), names, screen, MOST_CANDIDATES)
 
 
-def _print_jobs(runs: Sequence[RunInfo], objective: Objective, marks: Mapping[str, str], screen: Screen) -> None:
+def _print_jobs(
+    runs: Sequence[RunInfo], sweep: SweepInfo, search: SearchSummary | None, marks: Mapping[str, str], screen: Screen
+) -> None:
     """Print a line for each job, with a column for each setting that differs, or one for all where these do not fit."""
     names = settings_text.by_importance(differing_settings(runs))
     columns = [
@@ -94,12 +113,17 @@ def _print_jobs(runs: Sequence[RunInfo], objective: Objective, marks: Mapping[st
         Column("valid_loss", right=True),
     ]
     rows = [_row(run, marks) for run in runs]
-    if objective.metric != VALID_LOSS:
-        columns.append(Column(objective.metric, right=True))
-        for row, run in zip(rows, runs, strict=True):
-            value = objective.value(run)
-            row.cells.append("-" if value is None else f"{value:.4f}")
-    screen.table(with_settings(columns, rows, runs, names, screen.width), rows)
+    further, cells_of = objective_columns(sweep.objective, runs, without=VALID_LOSS, missing="-")
+    if search is not None:
+        numbers = sweep.manifest.numbers if sweep.manifest else {}
+        further.append(Column("in the search"))
+        for row, text in zip(cells_of, endings(search, [numbers.get(run.path.name) for run in runs]), strict=True):
+            row.append(text)
+    for printed, texts in zip(rows, cells_of, strict=True):
+        printed.cells += texts
+    screen.table(with_settings([*columns, *further], rows, runs, names, screen.width), rows)
+    if note := front_note(sweep.objective):
+        screen.line((note, "dim"))
 
 
 def _row(run: RunInfo, marks: Mapping[str, str]) -> TableRow:

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,17 @@ from runner.common.text import shell_path
 from runner.reports import settings_text, svg
 from runner.reports.cells import STATE_STYLES, run_notes
 from runner.reports.job_settings import varied_settings
-from runner.reports.next_commands import after_sweep, command_lines
+from runner.reports.metric_columns import front_note, objective_columns
+from runner.reports.next_commands import Command, after_search, after_sweep, command_lines
 from runner.reports.screen import Screen
+from runner.reports.search_summary import SearchSummary, read_summary
+from runner.reports.search_table import endings, print_search
 from runner.reports.seed_groups import print_seed_groups, seed_groups
 from runner.reports.sweep_page import print_sweep_verdict
 from runner.reports.tables import Column, TableRow
 from runner.runs.inspect import RunInfo, read_run
 from runner.runs.objective import Objective, objective_of
+from runner.runs.search_record import read_rungs
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 
 _FILES = ("results.csv", "curves.svg", REPORT)
@@ -30,6 +33,8 @@ _MAX_TABLE_ROWS = 40
 _MAX_CURVES = 16
 _MAX_CURVE_NAME = 60
 CSV_COLUMNS = ("job", "state", "objective", "valid_loss", "best_step", "step", "iters", "seconds", "reason", "folder")
+SEARCH_COLUMNS = ("trial", "trial_state", "trial_reason")
+"""Of a search, after those and the further metrics of the objective."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class SweepResults:
     folder: Path
     objective: Objective
     jobs: list[JobResult]
+    search: SearchSummary | None = None
+    """What the search did; None where the sweep is none."""
+    search_problem: str | None = None
+    """Why that cannot be read."""
 
     @property
     def varied_names(self) -> list[str]:
@@ -72,8 +81,8 @@ def read_sweep_results(
         known: runs that were read already, by path.
     """
     jobs, known = manifest.jobs, known or {}
-    paths = {job.number: manifest.folder / job.folder for job in jobs}
-    runs = {number: known.get(path) or _read_job(path) for number, path in paths.items()}
+    paths, rungs = {job.number: manifest.folder / job.folder for job in jobs}, read_rungs(manifest.folder)
+    runs = {number: known.get(path) or _read_job(path, rungs) for number, path in paths.items()}
     for number, error in errors.items():
         run = runs[number]
         if run.state not in ("failed", "diverged"):
@@ -86,7 +95,8 @@ def read_sweep_results(
         for job, run in zip(jobs, runs.values(), strict=True)
     }
     ranked = [results[run.path] for run in objective.rank(runs.values())]
-    return SweepResults(manifest.folder, objective, ranked)
+    search, problem = read_summary(manifest.folder, runs)
+    return SweepResults(manifest.folder, objective, ranked, search, problem)
 
 
 def write_sweep_results(results: SweepResults) -> None:
@@ -96,15 +106,22 @@ def write_sweep_results(results: SweepResults) -> None:
 
 
 def results_csv(results: SweepResults) -> str:
-    """Return the results as CSV: `CSV_COLUMNS`, then the settings that differ between jobs."""
-    names = results.varied_names
+    """Return the results as CSV: `CSV_COLUMNS`, further metrics, `SEARCH_COLUMNS`, and the settings that differ."""
+    names, others, search = results.varied_names, results.objective.others, results.search
+    front = {id(run) for run in results.objective.front(result.run for result in results.jobs)} if others else set()
+    ended = search.by_job if search is not None else {}
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow([*CSV_COLUMNS, *names])
+    further = [*[other.metric for other in others], *(["pareto_front"] if others else [])]
+    writer.writerow([*CSV_COLUMNS, *further, *(SEARCH_COLUMNS if search is not None else ()), *names])
     for result in results.jobs:
         run = result.run
         cells: list[Any] = [result.job.number, run.state, result.objective, run.best_loss, run.best_step, run.step]
         cells += [run.iters, run.status.get("seconds"), run.reason, result.job.folder]
+        cells += [other.value(run) for other in others] + ([int(id(run) in front)] if others else [])
+        if search is not None:
+            trial = ended.get(result.job.number)
+            cells += [None, None, None] if trial is None else [trial.number, trial.state, trial.text]
         writer.writerow(["" if c is None else c for c in cells] + [_text(result.varied[name]) for name in names])
     return out.getvalue()
 
@@ -122,12 +139,17 @@ def results_svg(results: SweepResults) -> str:
 def print_sweep_results(results: SweepResults, screen: Screen) -> None:
     """Print the table, the paths and the command to type next."""
     names = results.varied_names
-    columns = [Column("job", right=True), *[Column(name) for name in names], Column("state")]
-    columns += [Column(results.objective.metric, right=True), Column("at step", right=True)]
+    if results.search is not None:
+        print_search(results.search, screen)
+    elif results.search_problem:
+        screen.line(f"damaged  {results.search_problem}")
     screen.line("")
     texts = [settings_text.texts_of(name, [result.varied[name] for result in results.jobs]) for name in names]
-    rows = zip(results.jobs, zip(*texts, strict=True) if texts else repeat(()), strict=False)
-    screen.table(columns, [_table_row(result, list(values)) for result, values in islice(rows, _MAX_TABLE_ROWS)])
+    values = list(zip(*texts, strict=True)) if texts else [()] * len(results.jobs)
+    columns, rows = _table(results, [Column(name) for name in names], values)
+    screen.table(columns, rows[:_MAX_TABLE_ROWS])
+    if note := front_note(results.objective):
+        screen.line((note, "dim"))
     if len(results.jobs) > _MAX_TABLE_ROWS:
         screen.line(f"… and {len(results.jobs) - _MAX_TABLE_ROWS} more in results.csv")
     varied = {result.run.path: result.varied for result in results.jobs}
@@ -138,22 +160,44 @@ def print_sweep_results(results: SweepResults, screen: Screen) -> None:
     screen.line(f"sweep       {shell_path(results.folder)}")
     paths = [shell_path(path) for name in _FILES if (path := results.folder / name).is_file()]
     screen.line(f"results     {', '.join(paths)}")
-    finished = all(result.run.state in ("finished", "diverged") for result in results.jobs)
-    for line in command_lines(after_sweep(results.folder, finished=finished, varied=names)):
+    for line in command_lines(_next_commands(results)):
         screen.line(line)
 
 
-def _table_row(result: JobResult, values: Sequence[str]) -> TableRow:
-    run = result.run
-    cells = [str(result.job.number), *values, run.state]
-    cells.append("" if result.objective is None else f"{result.objective:.4f}")
-    cells.append("" if run.best_step is None else str(run.best_step))
-    return TableRow(cells, {len(values) + 1: STATE_STYLES.get(run.state, "")}, run_notes(run))
+def _next_commands(results: SweepResults) -> list[Command]:
+    if results.search is not None:
+        best = results.objective.best(result.run for result in results.jobs)
+        return after_search(results.folder, results.search, best)
+    finished = all(result.run.state in ("finished", "diverged") for result in results.jobs)
+    return after_sweep(results.folder, finished=finished, varied=results.varied_names)
+
+
+def _table(
+    results: SweepResults, names: Sequence[Column], values: Sequence[Sequence[str]]
+) -> tuple[list[Column], list[TableRow]]:
+    """Return the table of jobs with the columns `names` of their settings, whose texts are `values`."""
+    runs = [result.run for result in results.jobs]
+    metrics, metric_cells = objective_columns(results.objective, runs)
+    columns = [Column("job", right=True), *names, Column("state"), *metrics, Column("at step", right=True)]
+    rows = []
+    for result, texts, measured in zip(results.jobs, values, metric_cells, strict=True):
+        run = result.run
+        cells = [str(result.job.number), *texts, run.state, *measured]
+        cells.append("" if run.best_step is None else str(run.best_step))
+        rows.append(TableRow(cells, {len(names) + 1: STATE_STYLES.get(run.state, "")}, run_notes(run)))
+    if results.search is not None:
+        columns.append(Column("in the search"))
+        ended = endings(results.search, [result.job.number for result in results.jobs])
+        for row, text in zip(rows, ended, strict=True):
+            row.cells.append(text)
+    return columns, rows
 
 
 def _text(value: Any) -> str:
     return "" if value is None else settings_text.value_text(value)
 
 
-def _read_job(folder: Path) -> RunInfo:
-    return read_run(folder) if (folder / "config.yaml").exists() else RunInfo(path=folder, state="not started")
+def _read_job(folder: Path, rungs: Sequence[int]) -> RunInfo:
+    if (folder / "config.yaml").exists():
+        return read_run(folder, rungs=rungs)
+    return RunInfo(path=folder, state="not started")

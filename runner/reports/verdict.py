@@ -123,12 +123,16 @@ def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdic
         return Verdict(objective.metric, problem="it is no mean over rows, whose resampling would say what is noise")
     objective = metrics[0]
     measured = [run for run in objective.rank(runs) if objective.value(run) is not None]
+    candidates = {id(run) for run in objective.candidates(measured)}
     groups = [group.runs for group in seed_groups(measured, objective)] or [[run] for run in measured]
     values: dict[Path, RowValues] = {}
     left_out: list[tuple[RunInfo, str]] = []
     for run in measured:
         if run.state == "running":  # its result would count as worse, or as the spread of a seed
             left_out.append((run, "still running"))
+            continue
+        if id(run) not in candidates:
+            left_out.append((run, "failed" if run.state == "failed" else "not trained to its end by the search"))
             continue
         try:
             values[run.path] = row_values(run, objective.metric)
@@ -153,7 +157,11 @@ def _compare(
 ) -> Verdict:
     metric = objective.metric
     if len(groups) < 2:
-        return Verdict(metric, left_out=left_out, problem="there are no two to compare on the same rows")
+        searched = any(run.rung is not None for run, _ in left_out)
+        problem = "there are no two to compare on the same rows"
+        if searched:
+            problem = "the search trained fewer than two settings to their end"
+        return Verdict(metric, left_out=left_out, problem=problem)
     weights = values[groups[0][0].path].weights
     if len(weights) < significance.MIN_ROWS:
         few = f"{count(len(weights), 'row')} say too little, {significance.MIN_ROWS} are needed"

@@ -12,6 +12,7 @@ from runner.reports.verdict import Candidate, Names, Verdict
 from runner.runs.inspect import RunInfo, differing_settings
 
 _MOST_REASONS = 5
+_MOST_NAMES = 12
 
 
 def print_verdict(verdict: Verdict, names: Names, screen: Screen, most: int | None = None) -> None:
@@ -69,8 +70,14 @@ def left_out_lines(verdict: Verdict, names: Names) -> list[str]:
     reasons: dict[str, list[RunInfo]] = {}
     for run, reason in verdict.left_out:
         reasons.setdefault(reason, []).append(run)
-    lines = [f"not compared: {names.phrase(runs)} ({reason})" for reason, runs in reasons.items()]
+    lines = [f"not compared: {_phrase(runs, names)} ({reason})" for reason, runs in reasons.items()]
     return lines[:_MOST_REASONS]
+
+
+def _phrase(runs: Sequence[RunInfo], names: Names) -> str:
+    if len(runs) <= _MOST_NAMES:
+        return names.phrase(runs)
+    return f"{names.phrase(runs[:_MOST_NAMES])} and {count(len(runs) - _MOST_NAMES, 'other')}"
 
 
 def _print_candidates(verdict: Verdict, names: Names, screen: Screen, most: int | None) -> None:

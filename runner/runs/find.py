@@ -17,6 +17,7 @@ from runner.runs import sweep_manifest
 from runner.runs.inspect import RunInfo, modified_time, read_run
 from runner.runs.labels import read_labels
 from runner.runs.objective import Objective, objective_of
+from runner.runs.search_record import read_rungs
 from runner.runs.sweep_manifest import SweepManifest
 
 _SWEEP_FILES = ("multirun.yaml", sweep_manifest.NAME)
@@ -151,9 +152,11 @@ def read_sweep(path: Path) -> SweepInfo:
         jobs = [job.folder for job in manifest.jobs]
     except (RunnerError, OSError) as error:
         problem = str(error)
-    labels = read_labels(path)
+    labels, rungs = read_labels(path), read_rungs(path)
     present = [name for name in jobs if name in folders]
-    runs = [read_run(path / name, labels) for name in [*present, *(name for name in names if name not in present)]]
+    runs = [
+        read_run(path / name, labels, rungs) for name in [*present, *(name for name in names if name not in present)]
+    ]
     waiting = len(jobs) - len(present)
     return SweepInfo(path=path, runs=runs, waiting=waiting, problem=problem, manifest=manifest, labels=labels)
 

@@ -24,6 +24,7 @@ from runner.runs.directory import RunDirectory
 from runner.runs.earlier_window import WINDOW, recorded_window
 from runner.runs.labels import labels_of_sweep_above, read_labels
 from runner.runs.rows import count_or_none, read_rows
+from runner.runs.search_record import read_rungs
 
 
 @dataclass(kw_only=True)
@@ -86,11 +87,12 @@ class RunInfo:
         return [(step, loss) for step, loss in losses if loss is not None]
 
 
-def read_run(path: Path, sweep_labels: Labels | None = None) -> RunInfo:
+def read_run(path: Path, sweep_labels: Labels | None = None, rungs: Sequence[int] | None = None) -> RunInfo:
     """Read the run in `path`.
 
     Args:
         sweep_labels: those of the sweep that it is a job of, where the caller has read them.
+        rungs: those of the search that it is a job of, empty for none, where the caller has read them.
     """
     settings, config_problem = _read_settings(path)
     status, status_problem = _read_status(path)
@@ -116,6 +118,9 @@ def read_run(path: Path, sweep_labels: Labels | None = None) -> RunInfo:
         run.step = max(row["step"] for row in run.rows)
         if measured := run.losses("valid"):
             run.best_step, run.best_loss = min(measured, key=lambda point: (point[1], point[0]))
+    rungs = read_rungs(path.parent) if rungs is None else rungs
+    if rungs and run.state != "finished":
+        run.rung = max((rung for rung in rungs if rung <= (run.step or 0)), default=0)
     return run
 
 

@@ -73,28 +73,41 @@ class Objective:
             value: returns the metric of a run, where it is none that `value` of the objective knows.
         """
         values = [(run, (value or self.value)(run)) for run in runs]
-        measured = [(run, found) for run, found in values if found is not None]
-        front = {id(run) for run in self.front(run for run, _ in measured)} if self.others else set()
-        measured.sort(key=lambda pair: (_behind(pair[0]), id(pair[0]) not in front, self._cost(pair[1])))
-        return [run for run, _ in measured] + [run for run, found in values if found is None]
+        front = {id(run) for run in self.front(run for run, _ in values)} if self.others else set()
+
+        def place(pair: tuple[RunInfo, float | None]) -> tuple[bool, bool, float, bool, float]:
+            run, found = pair
+            if run.rung is not None and run.state != "diverged":  # at a rung, the validation loss compares
+                found = run.best_loss
+            cost = 0.0 if found is None else found if run.rung is not None else self._cost(found)
+            return found is None, *_behind(run), id(run) not in front, cost
+
+        return [run for run, _ in sorted(values, key=place)]
 
     def best(self, runs: Iterable[RunInfo], value: Value | None = None) -> RunInfo | None:
         """Return the best run; None where no run has a value, which is as for `rank`."""
         first = next(iter(self.rank(runs, value)), None)
         return first if first is not None and (value or self.value)(first) is not None else None
 
+    def candidates(self, runs: Iterable[RunInfo]) -> list[RunInfo]:
+        """Return the runs that can be the best: those with a value that trained as far as any, in their order.
+
+        In a search these are the jobs that trained to their end; until there is one, those at its last rung so far.
+        """
+        measured = [run for run in runs if self.value(run) is not None]
+        furthest = min(map(_behind, measured), default=None)
+        return [run for run in measured if _behind(run) == furthest]
+
     def front(self, runs: Iterable[RunInfo]) -> list[RunInfo]:
         """Return the Pareto front: the runs that no other surpasses in one metric without falling behind in another.
 
-        Only runs that trained as far as any, and that have a value of each metric, are compared. They are in the order
-        of the first metric.
+        Only `candidates` that have a value of each metric are compared. They are in the order of the first metric.
         """
-        measured = [(run, values) for run in runs if None not in (values := self.values(run))]
-        least = min((_behind(run) for run, _ in measured), default=None)
+        measured = [(run, self.values(run)) for run in self.candidates(runs)]
         costs = [
             (tuple(single._cost(value or 0.0) for single, value in zip(self.each, values, strict=True)), run)
             for run, values in measured
-            if _behind(run) == least
+            if None not in values
         ]
         front: list[tuple[tuple[float, ...], RunInfo]] = []
         for cost, run in sorted(costs, key=lambda pair: pair[0]):  # what comes later surpasses none before it

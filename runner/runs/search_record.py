@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.common.safe_json import is_count
 from runner.runs.rows import RowFile, scan_rows
 
 NAME = "search.jsonl"
@@ -135,6 +136,19 @@ def read_search(folder: Path) -> SearchRecord | None:
                 raise ConfigError(f"{path}, line {line.number} cannot be understood.") from None
     record.size = _complete_bytes(path)
     return record
+
+
+def read_rungs(folder: Path) -> list[int]:
+    """Return the rungs of the search in the directory of a sweep, from the first line of its record alone.
+
+    There are none where the sweep is no search, or its record is damaged.
+    """
+    with suppress(OSError):
+        line = next(scan_rows(folder / NAME), None)
+        rungs = line.row.get("rungs") if line is not None and line.row is not None else None
+        if isinstance(rungs, list) and all(map(is_count, rungs)):
+            return rungs
+    return []
 
 
 class SearchRecordWriter:

@@ -78,7 +78,7 @@ class Chart {
 
   legend() {
     const { curves, ranked, marks } = this.chart;
-    if (ranked) return curves.length > 1 ? rankLegend() : null;
+    if (ranked) return curves.length > 1 ? rankLegend(marks.some((mark) => mark.kind === "stop") ? stopSample() : null) : null;
     if (curves.length < 2 && !marks.length) return null;
     const buttons = curves.length < 2 ? [] : curves.map((curve, i) => el("button", {
       type: "button", class: "small key", "aria-pressed": String(!this.hidden.has(curve.name)), "data-key": `${this.id}-key-${i}`,
@@ -142,7 +142,7 @@ class Chart {
         points: { show: curve.y.length <= (many ? 1 : 30), size: 5, stroke: () => this.colour(i), fill: () => style("--surface") },
       }))],
       hooks: {
-        draw: [(plot) => this.drawMarks(plot)],
+        draw: [(plot) => this.drawRungs(plot), (plot) => this.drawMarks(plot)],
         setCursor: [(plot) => this.onCursor(plot)],
       },
     };
@@ -167,6 +167,25 @@ class Chart {
     this.setReadout(null);
   }
 
+  /** Lines at the rungs of a search, where the axis is that of steps. */
+  drawRungs(plot) {
+    const { ctx: context, bbox } = plot;
+    if (this.axis !== "step") return;
+    context.save();
+    context.strokeStyle = style("--muted");
+    context.lineWidth = devicePixelRatio;
+    context.setLineDash([3 * devicePixelRatio, 3 * devicePixelRatio]);
+    for (const rung of this.chart.rungs) {
+      const x = plot.valToPos(rung, "x", true);
+      if (!(x >= bbox.left && x <= bbox.left + bbox.width)) continue;
+      context.beginPath();
+      context.moveTo(x, bbox.top);
+      context.lineTo(x, bbox.top + bbox.height);
+      context.stroke();
+    }
+    context.restore();
+  }
+
   drawMarks(plot) {
     const context = plot.ctx;
     const ratio = devicePixelRatio;
@@ -175,8 +194,18 @@ class Chart {
       const x = plot.valToPos(mark.x[this.axis] ?? NaN, "x", true);
       const y = plot.valToPos(mark.y, "y", true);
       if (!(x >= plot.bbox.left - 1 && x <= plot.bbox.left + plot.bbox.width + 1) || Number.isNaN(y)) continue;
-      const size = (mark.strong ? 7 : 5) * ratio;
+      const size = (mark.kind === "stop" ? 3.5 : mark.strong ? 7 : 5) * ratio;
       context.beginPath();
+      if (mark.kind === "stop") {
+        context.moveTo(x - size, y - size);
+        context.lineTo(x + size, y + size);
+        context.moveTo(x + size, y - size);
+        context.lineTo(x - size, y + size);
+        context.strokeStyle = style("--text");
+        context.lineWidth = 1.5 * ratio;
+        context.stroke();
+        continue;
+      }
       context.moveTo(x, y - size);
       context.lineTo(x + size, y);
       context.lineTo(x, y + size);
@@ -265,7 +294,7 @@ class Chart {
       const value = data[i + 1][nearestIndex(data[i + 1], index)];
       return `${curves.length > 1 ? `${curve.name}${ranked ? ":" : ""} ` : ""}${formatNumber(value)}`;
     });
-    const here = marks.filter((mark) => mark.x[this.axis] === x).map((mark) => mark.text);
+    const here = marks.filter((mark) => mark.kind !== "stop" && mark.x[this.axis] === x).map((mark) => mark.text);
     this.readout.textContent = [`${this.axis} ${formatNumber(x)}`, ...values, ...here].join(" · ");
   }
 
@@ -359,8 +388,14 @@ function lineSample(i) {
     svg("line", { x1: 1, y1: 5, x2: 25, y2: 5, "stroke-dasharray": DASHES[i % DASHES.length].join(" ") || null }));
 }
 
-function rankLegend() {
+function rankLegend(more = null) {
   return el("div", { class: "legend ranks" }, el("span", {}, "best"),
     el("span", { class: "ramp", "aria-hidden": "true" }, [0, 1, 2, 3, 4].map((i) => el("span", { class: `rank-${i}` }))),
-    el("span", {}, "worst"));
+    el("span", {}, "worst"), more);
+}
+
+function stopSample() {
+  return el("span", { class: "key" },
+    svg("svg", { width: 10, height: 10, viewBox: "0 0 10 10", class: "stop", "aria-hidden": "true" }, svg("path", { d: "M1 1 L9 9 M9 1 L1 9" })),
+    "stopped at a rung");
 }

@@ -52,6 +52,8 @@ class Mark:
     y: float
     strong: bool = False
     """Whether it is drawn larger than the others, as the best of them."""
+    kind: str = "checkpoint"
+    """checkpoint, or stop: where a search stopped a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ def chart(
     marks: Sequence[Mark] = (),
     lower_is_better: bool | None = None,
     ranked: bool = False,
+    rungs: Sequence[int] = (),
 ) -> Part:
     """Return one chart for `charts`; long curves are thinned out, and the chart says so.
 
@@ -103,6 +106,7 @@ def chart(
         lower_is_better: which end of a curve its summary names; None for neither. Where it is one, the axis can be
             made logarithmic, and is at first where the values span a large factor.
         ranked: whether curves are coloured by `Curve.rank`, and named where they are pointed at, not in a legend.
+        rungs: steps at which a search compared trials, drawn as lines.
     """
     drawn = [curve for curve in curves if any(value is not None for value in curve.y)]
     limit = points_of_a_curve(len(drawn))
@@ -126,7 +130,10 @@ def chart(
         "lowerIsBetter": lower_is_better,
         "ranked": ranked,
         "curves": fields,
-        "marks": [{"text": m.text, "x": dict(m.x), "y": rounded(m.y), "strong": m.strong} for m in marks],
+        "marks": [
+            {"text": m.text, "x": dict(m.x), "y": rounded(m.y), "strong": m.strong, "kind": m.kind} for m in marks
+        ],
+        "rungs": list(rungs),
         "thinned": [shown, total] if shown < total else None,
     }
 

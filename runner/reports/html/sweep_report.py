@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,22 @@ from runner.reports import cells, settings_text
 from runner.reports.cells import parent_lines
 from runner.reports.html import sections
 from runner.reports.html.curves_of_runs import RunCurves
+from runner.reports.html.importance_part import importance_part
 from runner.reports.html.page import Page
 from runner.reports.html.run_report import LOSS_DIGITS, label_fields, next_steps, path_title, time_text
+from runner.reports.html.search_part import (
+    rungs_part,
+    search_facts,
+    search_importance,
+    search_settings_part,
+    stop_marks,
+    trial_cell,
+)
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.verdict_part import verdict_part
-from runner.reports.importance import CLEAR_P, MIN_SPARE, Importance, ImportanceResult, measure_importance
+from runner.reports.metric_columns import DECIMALS, FRONT_MARK, front_note, metric_text
 from runner.reports.next_commands import command_fields, for_sweep
+from runner.reports.search_summary import SearchSummary, read_summary
 from runner.reports.seed_groups import seed_groups
 from runner.reports.sweep_results import read_sweep_results
 from runner.reports.verdict import Names, judge
@@ -33,7 +43,7 @@ _MAX_REASON_LINES = 12
 _MAX_AXES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     """One job on the page."""
 
@@ -45,6 +55,8 @@ class _Job:
     """Its values of the settings that tell the jobs apart."""
     rank: float | None
     """From 0, the best, to 1, the worst; None without a value."""
+    number: int | None
+    """Its number in the manifest of the sweep."""
 
     @property
     def id(self) -> str:
@@ -56,30 +68,34 @@ def sweep_report(sweep: SweepInfo, errors: Mapping[int, str] | None = None) -> P
     runs, settings = _runs_and_settings(sweep, errors or {})
     objective = sweep.objective
     ranked = objective.rank(runs)
-    jobs = _jobs(ranked, objective, settings)
+    numbers = sweep.manifest.numbers if sweep.manifest else {}
+    search, search_problem = read_summary(sweep.path, {numbers[r.path.name]: r for r in runs if r.path.name in numbers})
+    jobs = _jobs(ranked, objective, settings, numbers)
     names = list(dict.fromkeys(name for job in jobs for name in job.settings))
     started = f" · started {time_text(min(times))}" if (times := _started(runs)) else ""
     states = f"{count(len(jobs), 'job')}: {_states(runs)}{started}"
+    problems = [problem for problem in (sweep.problem, search_problem) if problem]
     labels = label_fields(sweep.labels, sweep.labels.tags, path_title(sweep.path))
     return Page(
         kind="sweep",
         title=labels["title"],
         tags=labels["tags"],
         folder=sweep.path,
-        state=_state(runs),
+        state=_state(runs, search),
         lines=[*labels["lines"], states, *parent_lines(parents(sweep)).splitlines()],
         hosts=[run.status.get("host") for run in runs],
         parts=[
-            sections.facts(_facts(jobs, names, objective)),
-            *([sections.text("Damaged files", [sweep.problem], tone="bad")] if sweep.problem else []),
-            sections.charts("Curves", _charts(jobs, names), id="charts"),
-            _table(jobs, names, objective),
+            sections.facts([*_facts(jobs, names, objective), *(search_facts(search) if search else [])]),
+            *([sections.text("Damaged files", problems, tone="bad")] if problems else []),
+            sections.charts("Curves", _charts(jobs, names, search), id="charts"),
+            *(rungs_part(search) if search else []),
+            _table(jobs, names, objective, search),
             *_seeds(runs, objective, settings),
             *_verdict(ranked, objective),
-            *_parallel(jobs, names, objective),
-            *_importance(jobs, objective),
+            *(search_settings_part(search, _lines_of(jobs)) if search else _parallel(jobs, names, objective)),
+            *(search_importance(search) if search else _importance(jobs, objective)),
             *_failed(jobs),
-            *next_steps(command_fields(for_sweep(sweep))),
+            *next_steps(command_fields(for_sweep(sweep, search))),
         ],
     )  # fmt: skip
 
@@ -96,11 +112,23 @@ def _runs_and_settings(
     return sweep.runs, {run.path: {name: run.settings.get(name) for name in names} for run in sweep.runs}
 
 
-def _jobs(ranked: Sequence[RunInfo], objective: Objective, settings: Mapping[Path, Mapping[str, Any]]) -> list[_Job]:
+def _jobs(
+    ranked: Sequence[RunInfo],
+    objective: Objective,
+    settings: Mapping[Path, Mapping[str, Any]],
+    numbers: Mapping[str, int],
+) -> list[_Job]:
     values = [objective.value(run) for run in ranked]
     last = max(1, sum(value is not None for value in values) - 1)
     return [
-        _Job(run.path.name, run, value, settings[run.path], None if value is None else place / last)
+        _Job(
+            name=run.path.name,
+            run=run,
+            value=value,
+            settings=settings[run.path],
+            rank=None if value is None else min(1.0, place / last),
+            number=numbers.get(run.path.name),
+        )
         for place, (run, value) in enumerate(zip(ranked, values, strict=True))
     ]
 
@@ -109,8 +137,10 @@ def _started(runs: Sequence[RunInfo]) -> list[str]:
     return [started for run in runs if isinstance(started := run.status.get("started"), str)]
 
 
-def _state(runs: Sequence[RunInfo]) -> str:
+def _state(runs: Sequence[RunInfo], search: SearchSummary | None) -> str:
     """Return the state of a sweep: finished where nothing is left for a resume, which leaves diverged jobs alone."""
+    if search is not None and search.is_complete and all(run.state != "running" for run in runs):
+        return "finished"
     states = {run.state for run in runs}
     order = ("running", "interrupted", "stopped", "not started", "unknown", "failed")
     found = next((state for state in order if state in states), "finished")
@@ -126,7 +156,11 @@ def _facts(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> 
     items = []
     if jobs and jobs[0].value is not None:
         best = jobs[0]
-        items.append((f"best {_metric(objective)}", f"{best.value:.4f}", f"job {best.name}"))
+        text = metric_text(objective.metric, best.value or 0.0)
+        items.append((f"best {_metric(objective)}", text, f"job {best.name}"))
+        for other in objective.others:
+            value = other.value(best.run)
+            items.append((f"its {_metric(other)}", "" if value is None else metric_text(other.metric, value), ""))
         items.append(("with", _label(best, names), ""))
     seconds = [value for job in jobs if (value := finite_number(job.run.status.get("seconds"))) is not None]
     items.append(("time of all jobs", format_duration(sum(seconds)) if seconds else "", ""))
@@ -143,7 +177,7 @@ def _label(job: _Job, names: Sequence[str]) -> str:
     return " ".join(texts)
 
 
-def _charts(jobs: Sequence[_Job], names: Sequence[str]) -> list[Part]:
+def _charts(jobs: Sequence[_Job], names: Sequence[str], search: SearchSummary | None) -> list[Part]:
     curves = [RunCurves(job.run, len(jobs)) for job in jobs]
     labels = [f"job {job.name}: {_label(job, names)}" for job in jobs]
     drawn = []
@@ -152,32 +186,61 @@ def _charts(jobs: Sequence[_Job], names: Sequence[str]) -> list[Part]:
             of_job.of(split, label, id=job.id, rank=job.rank)
             for of_job, label, job in zip(curves, labels, jobs, strict=True)
         ]
-        drawn.append(sections.chart(title, of_jobs, y="mean loss of a token", ranked=True, lower_is_better=True))
+        marks, rungs = [], []
+        if search is not None and split == "valid":
+            marks = stop_marks(search, {job.number: job.run for job in jobs if job.number is not None})
+            rungs = search.record.rungs[:-1]
+        y = "mean loss of a token"
+        chart = sections.chart(title, of_jobs, y=y, marks=marks, rungs=rungs, ranked=True, lower_is_better=True)
+        drawn.append(chart)
     return drawn
 
 
-def _table(jobs: Sequence[_Job], names: Sequence[str], objective: Objective) -> Part:
-    columns = [Column(title="job", number=True), Column(title=_metric(objective), number=True, digits=LOSS_DIGITS)]
+def _table(jobs: Sequence[_Job], names: Sequence[str], objective: Objective, search: SearchSummary | None) -> Part:
+    columns = [Column(title="job", number=True), *map(_metric_column, objective.each)]
+    columns += [Column(title="front", help=front_note(objective))] if objective.others else []
+    front = {id(run) for run in objective.front(job.run for job in jobs)} if objective.others else set()
     columns += setting_columns(names)
-    has_other = objective.metric != VALID_LOSS
+    has_other = VALID_LOSS not in objective.metrics
     columns += [Column(title="valid loss", number=True, digits=LOSS_DIGITS)] if has_other else []
     columns += [Column(title="best at step", number=True), Column(title="state")]
     columns += [Column(title="steps", number=True), Column(title="time", number=True)]
+    columns += [Column(title="in the search")] if search else []
     texts = {name: settings_text.texts_of(name, [job.settings.get(name) for job in jobs]) for name in names}
     rows = []
     for i, job in enumerate(jobs):
         run = job.run
         row: list[sections.Cell] = [sections.link(job.name, report_path(run.path, job.name), _number(job.name))]
-        row.append(job.value)
+        row += [single.value(run) for single in objective.each]
+        row += [FRONT_MARK if id(run) in front else None] if objective.others else []
         row += [setting_cell(texts[name][i], job.settings.get(name)) for name in names]
         row += [run.best_loss] if has_other else []
         steps = None if run.step is None else sections.shown(cells.format_progress(run), run.step)
         row += [run.best_step, sections.state(run.state), steps]
         seconds = finite_number(run.status.get("seconds"))
         row.append(None if seconds is None else sections.shown(format_duration(seconds), seconds))
+        row += [trial_cell(search, job.number)] if search else []
         rows.append(Row(cells=row, id=job.id, notes=[note for note in cells.run_notes(run) if "restarts" in note]))
     note = "Point at a row or a curve to highlight the job; click, or press Enter, to keep it highlighted."
-    return sections.table("Jobs", columns, rows, id="jobs", note=note, sorted_by=(1, objective.maximize))
+    if objective.others:
+        note = f"{front_note(objective)}. {note}"
+    by_value = None if search or objective.others else (1, objective.maximize)  # else in the order of their rank
+    return sections.table("Jobs", columns, rows, id="jobs", note=note, sorted_by=by_value)
+
+
+def _metric_column(objective: Objective) -> Column:
+    return Column(title=_metric(objective), number=True, digits=DECIMALS.get(objective.metric, LOSS_DIGITS))
+
+
+def _lines_of(jobs: Sequence[_Job]) -> Callable[[int | None], dict[str, Any]]:
+    """Return what gives the line of a job, by its number, its id, name and colour."""
+    known = {job.number: job for job in jobs}
+
+    def line(number: int | None) -> dict[str, Any]:
+        job = known[number]
+        return {"id": job.id, "name": f"job {job.name}", "rank": job.rank}
+
+    return line
 
 
 def report_path(run: Path, relative: str) -> str | None:
@@ -253,48 +316,15 @@ def _axis_value(value: Any) -> Any:
 
 def _importance(jobs: Sequence[_Job], objective: Objective) -> list[Part]:
     measured = [job for job in jobs if job.value is not None]
-    result = measure_importance([job.settings for job in measured], [job.value or 0.0 for job in measured])
-    if result is None:
-        return []
-    items = [
-        {
-            "name": " and ".join(setting.names),
-            "share": setting.share,
-            "low": setting.interval[0] if setting.interval else None,
-            "high": setting.interval[1] if setting.interval else None,
-            "text": _importance_text(setting, result),
-        }
-        for setting in result.settings
-    ]
-    rest = max(0.0, 1.0 - sum(setting.share for setting in result.settings))
-    items.append({"name": "the rest", "share": rest, "low": None, "high": None,
-                  "text": "noise, and what settings do only together"})  # fmt: skip
-    return [sections.bars("What the settings explain", items, note=_importance_note(result, len(jobs), objective))]
-
-
-def _importance_text(setting: Importance, result: ImportanceResult) -> str:
-    if setting.p is None:
-        too_few = result.spare < MIN_SPARE
-        return "too few jobs to tell it from chance" if too_few else "varies together with others: not to be told apart"
-    together = "; they vary together" if len(setting.names) > 1 else ""
-    if setting.p < CLEAR_P:
-        return f"clear (p = {max(setting.p, 0.001):.3f}){together}"
-    return f"could be chance (p = {setting.p:.2f}){together}"
-
-
-def _importance_note(result: ImportanceResult, jobs: int, objective: Objective) -> str:
-    metric = f"the logarithm of {_metric(objective)}" if result.log else _metric(objective)
-    parts = [f"Share of the variance of {metric} over {result.jobs} jobs that each setting explains by itself."]
-    if result.spare < MIN_SPARE:
-        parts.append(
-            f"There are only {result.spare} jobs more than effects: at least {MIN_SPARE} are needed to say how sure "
-            "the shares are. More values, or more seeds, help."
-        )
-    else:
-        parts.append("The bar's line is the 95 % interval of a bootstrap, p that of a permutation test.")
-    if left_out := jobs - result.jobs:
-        parts.append(f"{count(left_out, 'job')} without a result {'is' if left_out == 1 else 'are'} left out.")
-    return " ".join(parts)
+    left_out = len(jobs) - len(measured)
+    remark = f"{count(left_out, 'job')} without a result {'is' if left_out == 1 else 'are'} left out."
+    return importance_part(
+        [job.settings for job in measured],
+        [job.value or 0.0 for job in measured],
+        metric=_metric(objective),
+        among=f"{len(measured)} jobs",
+        remark=remark if left_out else "",
+    )
 
 
 def _failed(jobs: Sequence[_Job]) -> list[Part]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import run_folders
+from searched_sweeps import write_search
 
 from runner.reports.html import serve
 from runner.reports.html.serve import LivePage, ReportServer
@@ -115,6 +116,23 @@ def test_a_row_highlights_its_curve_and_a_curve_its_row(open_report: Open, sweep
     assert highlighted(page) == [near]  # a click keeps it
     page.locator("path.target").first.dispatch_event("mouseenter")
     assert len(highlighted(page)) in (1, 2)
+
+
+def test_a_search_shows_its_rungs_and_where_trials_were_stopped(open_report: Open, tmp_path: Path) -> None:
+    searched = write_search(tmp_path / "s")
+    page = open_report(searched.folder)
+    assert page.locator("h1").inner_text() == "s\n✓\nfinished"
+    rungs = page.locator("section.table:has(#rungs-title) tbody tr")
+    assert rungs.evaluate_all("rows => rows.map((row) => row.cells[0].textContent)") == ["10", "30", "90 (end)"]
+    assert page.get_by_text("stopped at a rung").count() == 1
+    (searched.folder / "search.jsonl").rename(tmp_path / "search.jsonl")
+    without = inked(open_report(searched.folder), "canvas")
+    assert inked(page, "canvas") > without + 200  # lines of rungs, and crosses
+    heading = page.get_by_role("button", name="in the search")
+    assert column(page, 0)[:3] == ["1", "4", "6"]
+    heading.press("Enter")
+    assert column(page, 0) == [str(number) for number in range(9)]
+    assert "trial 6: stopped at 10: place 3 of 7, valid loss 1.2000; those up to 1.1000 continued" in page.content()
 
 
 def test_rows_are_reached_and_kept_highlighted_by_keys(open_report: Open, sweep: Path) -> None:

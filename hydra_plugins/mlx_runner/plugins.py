@@ -128,16 +128,44 @@ class ProcessLauncher(_Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
         """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
-        from runner.common.errors import ConfigError
+        from runner.sweeps.launchers.options import require_valid
 
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
-        if self._jobs is not None and (type(self._jobs) is not int or self._jobs < 1):
-            raise ConfigError(f"hydra.launcher.jobs={self._jobs} is invalid: must be 1 or more, or null.")
+        require_valid({"jobs": self._jobs}, count={"jobs"})
 
     def _make_executor(self) -> JobExecutor:
         from runner.sweeps.launchers.process import ProcessExecutor
 
         return ProcessExecutor(self.context, self.config, self.invocation, self._fail_fast, limit=self._jobs)
+
+
+class RayLauncher(_Launcher):
+    """Runs jobs on the nodes of a Ray cluster."""
+
+    def __init__(
+        self,
+        address: str | None = None,
+        jobs: int | None = None,
+        cpus: float = 1,
+        gpus: float = 0,
+        fail_fast: bool = False,
+    ) -> None:
+        super().__init__(fail_fast)
+        self._options: dict[str, Any] = {"address": address, "jobs": jobs, "cpus": cpus, "gpus": gpus}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
+        """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
+        from runner.sweeps.launchers.options import require_package, require_valid
+
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        require_valid(self._options, text={"address"}, count={"jobs"}, amount={"cpus", "gpus"})
+        require_package("ray", "hydra/launcher=ray")
+
+    def _make_executor(self) -> JobExecutor:
+        from runner.sweeps.launchers.ray_executor import RayExecutor, RayOptions
+
+        options = RayOptions(**self._options)
+        return RayExecutor(self.context, self.config, self.invocation, self._fail_fast, options)
 
 
 _MODULE = "hydra_plugins.mlx_runner.plugins"
@@ -169,5 +197,19 @@ for _group, _name, _node in (
     ("hydra/launcher", "serial", _SERIAL),
     # jobs: how many at once; null means as many as fit memory and cores, and one on a GPU.
     ("hydra/launcher", "process", {"_target_": f"{_MODULE}.ProcessLauncher", "jobs": None, "fail_fast": False}),
+    # address: null joins a cluster that runs on this machine, or starts one here. jobs: how many at once on each node.
+    # cpus, gpus: what each job asks of its node, as Ray counts them.
+    (
+        "hydra/launcher",
+        "ray",
+        {
+            "_target_": f"{_MODULE}.RayLauncher",
+            "address": None,
+            "jobs": None,
+            "cpus": 1,
+            "gpus": 0,
+            "fail_fast": False,
+        },
+    ),
 ):
     _store.store(group=_group, name=_name, node=_node, provider="mlx_runner")

@@ -34,6 +34,10 @@ MAX_DEATHS = 3
 CHECKPOINTING = "train.grad_checkpoint"
 """The setting that saves memory and leaves the result equal."""
 _MEMORY, _GPU, _REPLACED = "out of memory", "GPU error", "process replaced"
+NODE_LOST = "node lost"
+"""The cause where a run's machine left the cluster."""
+PREEMPTED = "preempted"
+"""The cause where a cluster took a run's machine away, and the run saved first."""
 _CAUSES = {EXIT_MEMORY: _MEMORY, EXIT_GPU: _GPU, EXIT_REPLACE: _REPLACED}
 _CRASHES = (
     signal.SIGABRT,
@@ -92,7 +96,7 @@ class Deaths:
     def may_be_memory(self) -> bool:
         """Whether memory ended the process, or may have: the system kills a process that uses too much, and a failed
         allocation of MLX is a crash on some devices, so that a second death at the same place counts too."""
-        return self.cause == _MEMORY or self.in_a_row >= MAX_DEATHS - 1
+        return self.cause == _MEMORY or (self.in_a_row >= MAX_DEATHS - 1 and self.cause not in (NODE_LOST, PREEMPTED))
 
     def text(self, step: int) -> str:
         """Return what ended the process after `step`, and from where the run is started again."""
@@ -129,8 +133,14 @@ class RestartPolicy:
             self.changes[CHECKPOINTING] = False
             return f"{CHECKPOINTING}=true is not possible with this model: starting again without it"
         cause = find_death(exit_code)
-        if cause is None:
-            return None
+        return None if cause is None else self.next_start_after(cause, run)
+
+    def next_start_after(self, cause: str, run: Path | None) -> str:
+        """Record that `cause` ended the process in the directory `run`, and return a line about the next start.
+
+        Raises:
+            GaveUp: the process died too often without a new checkpoint.
+        """
         directory = stored_run(run)
         self._deaths = deaths = self._deaths.add(cause, newest_checkpoint(directory) if directory else None)
         if directory is None:

@@ -10,7 +10,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequested(Exception):
@@ -29,7 +29,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Python sets handlers on the main thread only; in a launcher's worker thread signals are not recorded.
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in STOP_SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import system
 from hydra.core.plugins import Plugins
 
 from runner.runs.sweep_manifest import read_manifest
@@ -63,6 +64,20 @@ def test_rounds_continue_jobs_in_the_same_worker_processes(inline, in_rounds, as
     check_rounds(in_rounds, at_once=2)
     workers = {status["pid"] for round_ in in_rounds for status in round_["states"]}
     assert len(workers) == 2
+    check_jobs(inline, assert_equal_runs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(system.SIMULATED, reason="Ray's own processes run outside the simulation")
+def test_rounds_continue_jobs_in_the_same_worker_of_a_ray_cluster(inline, in_rounds, assert_equal_runs, monkeypatch):
+    pytest.importorskip("ray")
+    from ray._private import ray_constants
+
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # on loopback
+    arguments = ("hydra/launcher=ray", "hydra.launcher.address=local", "hydra.launcher.jobs=1")
+    inline("-m", *SMALL, "lora.rank=2,4", *arguments, "hydra.sweep.dir=s")
+    check_rounds(in_rounds, at_once=1)
+    assert len({status["pid"] for round_ in in_rounds for status in round_["states"]}) == 1
     check_jobs(inline, assert_equal_runs)
 
 

@@ -44,6 +44,10 @@ class TrackedJobs:
         """Return the directory of a job's run."""
         return RunDirectory(self._sweep / self.jobs[i].job.folder)
 
+    def log(self, i: int) -> Path:
+        """Return the file that the output of a job is appended to."""
+        return self._sweep / "logs" / f"{self.jobs[i].job.folder}.log"
+
     def start(self, i: int) -> dict[str, Any]:
         """Record that the job starts, or starts again, and return the request for a worker."""
         planned, result = self.jobs[i], self.returns[i]
@@ -57,21 +61,26 @@ class TrackedJobs:
             planned.job,
             self._sweep / planned.job.folder,
             label=planned.label,
-            log=self._sweep / "logs" / f"{planned.job.folder}.log",
+            log=self.log(i),
             invocation=self._invocation,
             record={} if planned.resumes else record_files(result.cfg),
             changes=self._policies[i].changes if i in self._policies else {},
         )
 
-    def next_start(self, i: int, code: int) -> str | None:
+    def next_start(self, i: int, end: int | str) -> str | None:
         """Return a line about the job if its process died and it is to be started again.
+
+        Args:
+            end: the exit code of its process, or what took the process away.
 
         Returns:
             None where it ended for another reason, or died too often: its status says why then.
         """
-        job = self.jobs[i].job
+        job, policy = self.jobs[i].job, self._policies.setdefault(i, RestartPolicy())
+        run = self._sweep / job.folder
         with suppress(GaveUp):
-            if line := self._policies.setdefault(i, RestartPolicy()).next_start(code, self._sweep / job.folder):
+            line = policy.next_start_after(end, run) if isinstance(end, str) else policy.next_start(end, run)
+            if line:
                 return f"job {job.number:<3} {line}"
         return None
 

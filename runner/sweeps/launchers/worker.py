@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -21,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from runner.common.errors import EXIT_DONE, RunnerError
 from runner.runs.restarts import ends_process
 from runner.sweeps.launchers.request import requested_invocation, requested_job
-from runner.training.signals import request_stop
+from runner.training.signals import STOP_SIGNALS, request_stop
 
 if TYPE_CHECKING:
     from runner.training.component_loader import ComponentLoader
@@ -35,6 +36,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
+    _receive_signals()
     from runner.backends import blas
 
     blas.load_blas()  # before MLX is imported
@@ -86,6 +88,14 @@ def _train(request: Mapping[str, Any], loader: ComponentLoader) -> dict[str, Any
         sys.stdout.flush()
         sys.stderr.flush()
     return {"code": EXIT_DONE, "value": value}
+
+
+def _receive_signals() -> None:
+    """Receive the signals that stop a run, which a parent on a cluster may block, and ignore those by which a cluster
+    announces a stop to all processes of a job: the parent asks for it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _redirect_output(log: Path) -> None:

@@ -1,0 +1,47 @@
+"""Checks of a launcher's options, before the sweep is recorded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from runner.common.errors import ConfigError
+
+
+def require_valid(
+    options: Mapping[str, Any],
+    *,
+    text: Collection[str] = (),
+    count: Collection[str] = (),
+    amount: Collection[str] = (),
+    texts: Collection[str] = (),
+) -> None:
+    """Raise ConfigError for an option of a launcher that is invalid.
+
+    Args:
+        options: name below hydra.launcher to value.
+        text: names of those that are a text, or null.
+        count: names of those that are a whole number of 1 or more, or null.
+        amount: names of those that are a number of 0 or more, or null.
+        texts: names of those that are a list of texts.
+    """
+    for name, value in options.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in text and not (value is None or (isinstance(value, str) and value)):
+            problem = "must be a text, or null"
+        elif name in count and value is not None and (type(value) is not int or value < 1):
+            problem = "must be 1 or more, or null"
+        elif name in amount and value is not None and not (number and value >= 0):
+            problem = "must be 0 or more, or null"
+        elif name in texts and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            problem = "must be a list of texts"
+        else:
+            continue
+        raise ConfigError(f"hydra.launcher.{name}={value} is invalid: {problem}.")
+
+
+def require_package(name: str, launcher: str, extra: str | None = None) -> None:
+    """Raise ConfigError where the package of a launcher is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"{launcher} needs the package {name}: pip install 'mlx-runner[{extra or name}]'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class SearchSummary:
         """What compares trials at a rung."""
         return str(self.record.settings.get("judged_by", "valid_loss"))
 
-    @property
+    @cached_property
     def by_job(self) -> dict[int, Trial]:
         """The first trial of each job, by its number."""
         return {trial.job: trial for trial in reversed(self.trials) if trial.job is not None}
@@ -103,8 +104,9 @@ class SearchSummary:
             found |= line["extended"] if isinstance(line["extended"], dict) else {}
         return found
 
+    @cached_property
     def replicates(self) -> dict[int, tuple[Trial, int]]:
-        """Return the jobs that train a trial with another seed: number to the trial and the seed."""
+        """The jobs that train a trial with another seed: number to the trial and the seed."""
         return {
             job: (trial, seed)
             for trial, recorded in zip(self.trials, self.record.trials, strict=True)

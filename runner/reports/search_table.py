@@ -33,7 +33,7 @@ def print_search(summary: SearchSummary, screen: Screen) -> None:
 
 def endings(summary: SearchSummary, jobs: Sequence[int | None]) -> list[str]:
     """Return for each of the jobs, by number, how its trial ended, or which trial it trains with another seed."""
-    trials, replicates = summary.by_job, summary.replicates()
+    trials, replicates = summary.by_job, summary.replicates
     texts = []
     for job in jobs:
         trial = None if job is None else trials.get(job)

@@ -120,6 +120,37 @@ def experiments(shifts: Sequence[float], seeds: int, rows: int) -> Iterator[tupl
         yield data, weights
 
 
+@pytest.mark.parametrize(("seeds", "spread"), [((12, 8), 0.03), ((20, 20), 0.05), ((12, 8), 0.0)])
+def test_rows_and_seeds_together_have_the_spread_of_resampling_both(seeds: tuple[int, int], spread: float) -> None:
+    """The pigeonhole bootstrap (Owen, 2007) resamples seeds as well as rows, which many seeds allow."""
+    random, rows, draws = np.random.default_rng(11), 300, 2000
+    weights = random.integers(3, 30, rows).astype(float)
+    difficulty = random.gamma(2, 0.5, rows)
+    data = []
+    for count in seeds:
+        effect = random.gamma(1, 0.15, rows) - 0.15
+        noise = random.normal(0, 0.1, (count, rows)) + random.normal(0, spread, (count, 1))
+        data.append((difficulty + effect + noise) * weights)
+    means = np.zeros((draws, 2))
+    for draw in range(draws):
+        drawn = random.integers(0, rows, rows)
+        for i, values in enumerate(data):
+            some = values[random.integers(0, len(values), len(values))][:, drawn]
+            means[draw, i] = some.sum(axis=1).mean() / weights[drawn].sum()
+    gaps = means[:, 1] - means[:, 0]
+    expected = np.quantile(np.abs(gaps - gaps.mean()), 0.95)
+    assert max(map(width, differences(data, weights))) == pytest.approx(expected, rel=0.13)
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+def test_candidates_with_other_numbers_of_seeds_keep_the_error_rate() -> None:
+    """As after a search, whose finalists have several seeds and the others one."""
+    found = 0
+    for data, weights in itertools.islice(experiments([0.0] * 4, 3, 60), 200):
+        found += any(one.is_worse for one in differences([data[0], data[1], data[2][:1], data[3][:1]], weights))
+    assert found / 200 <= 0.1
+
+
 def simulate(count: int, candidates: int, seeds: int, rows: int, shift: float = 0.0) -> float:
     """Return how often something is found to be worse, where the last candidate is worse by `shift`."""
     shifts = [0.0] * (candidates - 1) + [shift]

@@ -13,7 +13,7 @@ from runner.reports.html import sections
 from runner.reports.html.page import Page
 from runner.reports.html.run_report import LOSS_DIGITS
 from runner.reports.html.sections import Column, Curve, Part, Row
-from runner.reports.html.sweep_report import setting_cell, setting_columns
+from runner.reports.html.sweep_jobs import setting_cell, setting_columns
 from runner.reports.html.verdict_part import row_id, verdict_part
 from runner.runs.inspect import RunInfo
 from runner.runs.timeline import Timeline

@@ -15,7 +15,7 @@ from runner.reports.html.curves_of_runs import RunCurves
 from runner.reports.html.page import Page
 from runner.reports.html.run_report import LOSS_DIGITS, time_text
 from runner.reports.html.sections import Column, Part, Row
-from runner.reports.html.sweep_report import report_path
+from runner.reports.html.sweep_jobs import report_path
 from runner.reports.run_table import runs_of
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo, differing_settings

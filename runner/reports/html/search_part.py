@@ -50,7 +50,7 @@ def trial_cell(search: SearchSummary, job: int | None) -> sections.Cell:
     trial = None if job is None else search.by_job.get(job)
     if trial is not None:
         return sections.shown(f"trial {trial.number}: {trial.text}", trial.number)
-    replicate = None if job is None else search.replicates().get(job)
+    replicate = None if job is None else search.replicates.get(job)
     if replicate is None:
         return None
     of, seed = replicate

@@ -16,6 +16,8 @@ from runner.common.storage_errors import storage_errors
 from runner.common.text import shell_path
 
 _MAX_LINE_BYTES = 10_000_000
+_MAX_BYTES_AT_ONCE = 50_000_000
+"""Larger files are parsed line by line, for which less memory is needed."""
 
 
 class RowFile:
@@ -95,17 +97,39 @@ def read_rows(path: Path, size: int | None = None) -> list[dict[str, Any]]:
     Args:
         size: bytes of the file that are read; None reads all of it.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with suppress(OSError):
-        for line in scan_rows(path, size):
-            if line.row is not None and safe_json.is_count(line.row.get("step")):
-                rows.append(line.row)
+        found = _parse_at_once(path, size)
+        if found is None:
+            found = [line.row for line in scan_rows(path, size) if line.row is not None]
+        rows = [row for row in found if safe_json.is_count(row.get("step"))]
     return rows
 
 
 def count_or_none(value: Any) -> int | None:
     """Return `value` where it is a whole number from 0 of a sensible size, else None."""
     return value if safe_json.is_count(value) else None
+
+
+def _parse_at_once(path: Path, size: int | None) -> list[dict[str, Any]] | None:
+    """Return the rows of an undamaged file, several times as fast as line by line; None where it may be damaged.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        if os.fstat(file.fileno()).st_size > _MAX_BYTES_AT_ONCE:
+            return None
+        data = file.read(-1 if size is None else size)
+    lines = data.split(b"\n")
+    if lines.pop() and size is not None:  # a line that begins before `size` counts; without its end none does
+        return None
+    try:
+        rows = json.loads(b"[" + b",\n".join(lines) + b"]")
+    except (ValueError, RecursionError):
+        return None
+    is_whole = len(rows) == len(lines) and all(isinstance(row, dict) for row in rows)
+    return rows if is_whole and max(map(len, lines), default=0) < _MAX_LINE_BYTES else None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -6,6 +6,8 @@ import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runner.common.errors import StorageError
 from runner.runs.rows import RowFile, read_rows, scan_rows
@@ -73,3 +75,30 @@ def test_a_file_that_is_missing_or_a_fifo_has_no_rows(tmp_path):
         assert read_rows(tmp_path / name) == []
         with pytest.raises(OSError):
             list(scan_rows(tmp_path / name))
+
+
+LINES = (
+    b'{"step": 1, "loss": NaN}',
+    b'{"step": 2, "text": "\\u00e9\\n"}',
+    b'{"step": 3, "a": [1, {"b": 2}]}',
+    b'{"step": 4},{"step": 5}',
+    b'{"step": 6, "a": [{}',
+    b'{"step": 7, "text": "x',
+    b'y"}',
+    b'"step"',
+    b"null",
+    b"",
+    b" \r",
+    b"\xef\xbb\xbf{}",
+    b"\xff",
+    b"[" * 2000,
+)
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=6), st.sampled_from([b"", b'{"step": 8', b'{"step": 9}']), st.data())
+def test_rows_read_at_once_are_those_read_line_by_line(tmp_path_factory, lines, end, data):
+    path = tmp_path_factory.mktemp("rows") / "m.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in lines) + end)
+    size = data.draw(st.none() | st.integers(0, path.stat().st_size + 1))
+    by_line = [line.row for line in scan_rows(path, size) if line.row is not None and "step" in line.row]
+    assert repr(read_rows(path, size)) == repr(by_line)

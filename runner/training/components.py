@@ -13,7 +13,7 @@ from runner.backends.select import select_backend
 from runner.common.errors import ConfigError, ModelError
 from runner.common.text import count
 from runner.config import resume_policy, serialize
-from runner.config.schema import Config
+from runner.config.schema import METHOD_ANSWERS, Config
 from runner.data.tokenize import TokenizedDataset
 from runner.models.device import on_cpu
 from runner.models.hidden_cache import HiddenStateCaches
@@ -158,8 +158,10 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
         ]
         for note in counts.template_notes(split):
             display.line(f"data   {note}", "yellow")
+        is_pairs = METHOD_ANSWERS[config.method.name] == "pairs"
+        size = f"{count(getattr(data, split).example_count, 'pair')} of answers" if is_pairs else count(counts.rows, "row")
         display.line(
-            f"data   {split}: {count(counts.rows, 'row')}, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
+            f"data   {split}: {size}, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
             f"longest {counts.longest}" + (f"; {', '.join(exceptions)}" if exceptions else "")
         )
     if not len(data.valid):

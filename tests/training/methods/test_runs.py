@@ -120,6 +120,7 @@ def test_dpo_prefers_the_better_answers(config, train, tmp_path):
     assert last["loss"] < 0.5 and last["reward_accuracy"] == 1 and last["reward_margin"] > 0.5
     [losses, *_] = [json.loads(line) for line in (run / "row_losses.jsonl").read_text().splitlines()]
     assert len(losses["losses"]) == 4 and losses["tokens"] == [1] * 4
+    assert "data   valid: 4 pairs of answers, " in (run / "run.log").read_text()
 
 
 def test_answers_with_higher_rewards_become_more_likely(config, train, tmp_path):

@@ -76,7 +76,8 @@ def create_atomically(target: Path, *, is_folder: bool) -> Iterator[Path]:
     """Yield the path of a file or folder to write; when the block ends, sync it to the disk and rename it to `target`.
 
     A file is written in a new folder beside `target`, under its own name; a folder exists already. The block may read
-    back what it wrote. If it raises, nothing is left and `target` is not created.
+    back what it wrote. If it raises, nothing is left and `target` is not created. What killed processes left of earlier
+    attempts at `target` is removed.
 
     Raises:
         ConfigError: `target` exists by then; nothing is replaced.
@@ -85,6 +86,7 @@ def create_atomically(target: Path, *, is_folder: bool) -> Iterator[Path]:
     filesystem, draft = FileSystem(), _draft_path(target)
     with storage_errors(target, "created"):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale_drafts(target, filesystem)
     written = draft if is_folder else draft / target.name
     with ExitStack() as stack:
         stack.enter_context(errors_named(draft, target))
@@ -102,6 +104,14 @@ def create_atomically(target: Path, *, is_folder: bool) -> Iterator[Path]:
             with suppress(StorageError):
                 if filesystem.lstat(draft):
                     filesystem.remove_tree(draft)
+
+
+def _remove_stale_drafts(target: Path, filesystem: FileSystem) -> None:
+    for entry in list(os.scandir(target.parent)):
+        is_own = is_draft_folder(entry.name) and entry.name.rsplit(".", 2)[0] == f".{target.name}"
+        if is_own and entry.is_dir(follow_symlinks=False) and is_stale(Path(entry.path)):
+            with suppress(StorageError):
+                filesystem.remove_tree(Path(entry.path))
 
 
 @contextmanager

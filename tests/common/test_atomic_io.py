@@ -124,6 +124,17 @@ def test_a_draft_is_stale_once_nothing_writes_it(folder: Path) -> None:
         assert is_stale(left)
 
 
+def test_another_attempt_removes_what_a_killed_one_left(folder: Path) -> None:
+    names = [".export.01234567.tmp", ".export.89abcdef.tmp", ".export.f16.01234567.tmp", ".other.01234567.tmp"]
+    for name in names:
+        (folder / name).mkdir()
+        os.utime(folder / name, (1, 1))
+    (folder / names[1]).touch()  # new: another process may be writing it
+    with create_atomically(folder / "export", is_folder=True):
+        assert not (folder / names[0]).exists()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names[1:], "export"])
+
+
 def test_a_replaced_folder_is_the_old_or_the_new_one_after_a_kill_at_any_call(tmp_path: Path, tape, killed) -> None:
     old, new = {"a": b"old", "b": b"old"}, {"a": b"new"}
     for at in range(100):

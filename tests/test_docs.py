@@ -111,14 +111,17 @@ def place(tmp_path_factory, make_cli):
 def cut_short(words: list[str]) -> list[str]:
     """The words behind a command that keep it short."""
     own = {word.partition("=")[0] for word in words}
-    if own & {"resume", "--cfg", "--help", "-sc"} or "repeat" in own or not any("=" in w or w == "-m" for w in words):
-        return ["train.iters=2"] if "repeat" in own else []
+    metric = ["data.metric=exact_match"] if "data.metric_rows" in own or "method=grpo" in words else []
+    if "repeat" in own:
+        return ["train.iters=2", *metric]
+    if own & {"resume", "--cfg", "--help", "-sc"} or not any("=" in w or w == "-m" for w in words):
+        return []
     extra = [] if "train.epochs" in own else ["train.iters=2"]
     extra += ["lora.num_layers=4"]
     extra += [] if own & {"model", "model.path", "adapter"} else ["model=tiny"]
     extra += ["model=tiny"] if "adapter" in own else []
     extra += [] if own & {"data", "data.path", "data.mix"} else ["data=tiny"]
-    extra += ["data.metric=exact_match"] if "data.metric_rows" in own or "method=grpo" in words else []
+    extra += metric
     extra += ["schedule.warmup=0"] if "experiment=first_run" in words else []  # its own is longer than two updates
     kept = {word.partition("=")[0] for word in extra} & own - {"train.iters"}
     return [word for word in extra if word.partition("=")[0] not in kept]

@@ -158,10 +158,11 @@ def _describe(config: Config, data: TokenizedDataset, adapted: AdaptedModel, dis
         ]
         for note in counts.template_notes(split):
             display.line(f"data   {note}", "yellow")
-        is_pairs = METHOD_ANSWERS[config.method.name] == "pairs"
-        size = f"{count(getattr(data, split).example_count, 'pair')} of answers" if is_pairs else count(counts.rows, "row")
+        examples = count(counts.rows, "row")
+        if METHOD_ANSWERS[config.method.name] == "pairs":
+            examples = f"{count(getattr(data, split).example_count, 'pair')} of answers"
         display.line(
-            f"data   {split}: {size}, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
+            f"data   {split}: {examples}, {counts.tokens:,} tokens, {counts.supervised:,} supervised, "
             f"longest {counts.longest}" + (f"; {', '.join(exceptions)}" if exceptions else "")
         )
     if not len(data.valid):

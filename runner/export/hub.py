@@ -11,7 +11,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from runner.export.model_card import CardFacts, base_id, base_licence, write_car
 from runner.export.model_folder import FusedTarget, MlxTarget
 from runner.export.target import Target
 from runner.export.trained_adapter import TrainedAdapter
+from runner.runs.rows import count_or_none
 
 _LOCAL_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 """Keys that transformers fills with the folder that a model was loaded from."""
@@ -34,7 +35,7 @@ _LARGEST_TEXT = 1 << 28
 
 
 class HubTarget(Target):
-    """`--to hub`; `path` is the name that the folder will have."""
+    """`--to hub`; `path` is the name that the folder will have, and `status` the content of the run's status.json."""
 
     def __init__(
         self,
@@ -45,9 +46,11 @@ class HubTarget(Target):
         base: str | None,
         licence: str | None,
         step: int | None,
+        status: Mapping[str, Any] | None = None,
     ) -> None:
         self._target = MlxTarget() if adapter_only else FusedTarget(path, dequantize=dequantize)
         self._adapter_only, self._typed_base, self._typed_licence, self._step = adapter_only, base, licence, step
+        self._status = status or {}
         self._facts: CardFacts | None = None
         self._split: str | None = None
         self.limit = self._target.limit
@@ -66,7 +69,8 @@ class HubTarget(Target):
         if licence is None:
             trained.log("the base model's licence is not known here: --license ID, or write it into README.md")
         model_type = str(base.config.get("model_type"))
-        self._facts = CardFacts(name, licence, model_type, self._step, self._adapter_only, None, None)
+        rows, tokens = (count_or_none(self._status.get(name)) for name in ("train_rows", "train_tokens"))
+        self._facts = CardFacts(name, licence, model_type, self._step, self._adapter_only, None, None, rows, tokens)
         if self._adapter_only:
             adapter_config = json.loads(trained.files[ADAPTER_CONFIG]) | {"model": name}
             trained.files = {

@@ -37,6 +37,9 @@ class CardFacts:
     check: FidelityCheck | None
     split: str | None
     """The split whose rows were compared."""
+    train_rows: int | None = None
+    """Size of the training set; None where the run did not record it."""
+    train_tokens: int | None = None
 
 
 def base_id(config: Config, typed: str | None) -> str | None:
@@ -80,7 +83,8 @@ def write_card(config: Config, facts: CardFacts) -> str:
         "## Use",
         _usage(config, facts),
         "## Data",
-        f"Trained on {_data_text(config)}. The loss covers {'answers' if config.data.mask_prompt else 'whole rows'}.",
+        f"Trained on {_data_text(config)}{_size_text(facts)}. "
+        f"The loss covers {'answers' if config.data.mask_prompt else 'whole rows'}.",
         "## Results",
         _results(config, facts),
         "## Settings",
@@ -121,6 +125,13 @@ def _data_text(config: Config) -> str:
     if HUB_ID.fullmatch(path) and not Path(path).exists():
         return f"the data set `{path}`"
     return "a data set of its author's own"
+
+
+def _size_text(facts: CardFacts) -> str:
+    if facts.train_rows is None:
+        return ""
+    tokens = "" if facts.train_tokens is None else f", {count(facts.train_tokens, 'token')}"
+    return f": {count(facts.train_rows, 'training row')}{tokens}"
 
 
 def _usage(config: Config, facts: CardFacts) -> str:

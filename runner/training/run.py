@@ -80,6 +80,8 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
                 display.set_iters(spec.config.train.iters)
             components = load_components(spec, loader, display, stops)
         stack.callback(components.adapted.remove)
+        trained_on = components.data.stats["train"]
+        writer.update_status(train_rows=trained_on.rows, train_tokens=trained_on.tokens)
         loaded = PlannedModel(components.adapted, components.backend)
         if warning := memory_warning(spec.config, components.data, loaded):
             display.line(warning, "yellow")

@@ -216,7 +216,13 @@ def test_a_folder_for_the_hub_has_a_valid_card_and_nothing_of_this_machine(
     card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.base_model, card.data.library_name) == ("mit", "someone/base", "mlx")
     assert card.data.to_dict()["base_model_relation"] == "finetune"
-    for expected in ("mlx_lm.generate --model", "| lora.num_layers | `-1` |", "on 10 valid rows", "these files"):
+    for expected in (
+        "mlx_lm.generate --model",
+        "| lora.num_layers | `-1` |",
+        "on 10 valid rows",
+        "these files",
+        "50 training rows",
+    ):
         assert expected in card.text
     texts = [path.read_text() for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
     assert len(texts) >= 4 and not any(str(run.parent) in text for text in texts)
@@ -289,7 +295,8 @@ def test_a_card_says_on_how_many_rows_it_trained_and_was_measured() -> None:
     config.train.batch_size, config.train.grad_accumulation = 4, 2
     losses = LossesByRow(np.ones(3), np.ones(3, np.int64))
     measured = FidelityCheck(losses, Measured(losses), Measured(losses, 0.5, 8), 1.0)
-    card = write_card(config, CardFacts("someone/base", None, "llama", 1200, False, measured, "valid"))
+    card = write_card(config, CardFacts("someone/base", None, "llama", 1200, False, measured, "valid", 1500, 90_000))
+    assert "Trained on the data set `someone/rows`: 1,500 training rows, 90,000 tokens. The loss" in card
     assert "(1,200 updates of 8 rows)" in card and "loss on 3 valid rows" in card
     assert "exact_match on 8 test rows: 50.0%" in card
 

@@ -14,6 +14,7 @@ from runner.common.errors import ConfigError, DataError, ModelError
 from runner.common.layout import EXPORT_PREFIX
 from runner.common.text import relative_path
 from runner.export.support import refusal
+from runner.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from runner.export.export import FidelityReference
@@ -222,4 +223,5 @@ def _target(options: Namespace, trained: TrainedAdapter, source: AdapterSource, 
         base=options.base_model,
         licence=options.license,
         step=None if options.average else source.step,
+        status=RunDirectory(source.run).read_status(),
     )

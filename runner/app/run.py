@@ -51,8 +51,10 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
     def run_in_job(job_config: DictConfig) -> float | None:
         from runner.backends import blas
 
-        blas.load_blas()  # before MLX is imported
+        launch = invocation.launch
+        blas.load_blas(launch.local if launch else 1)  # before MLX is imported
         from runner.training.run import train_run
+        from runner.training.world import join
 
         resolved = resolve_config(job_config)
         resolved.experiment = resolved.experiment or HydraConfig.get().runtime.choices.get("experiment")
@@ -70,7 +72,7 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
             on_accepted=partial(_record_changes, directory.path, stored, labels, invocation) if in_place else None,
             supervise=invocation.supervise,
         )
-        return train_run(spec)
+        return train_run(spec, world=join(launch))
 
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
         context.callbacks.on_run_start(config=composed, config_name=session.config_name)

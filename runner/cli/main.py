@@ -15,10 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runner.cli.commands import COMMANDS, run_command
-from runner.common.errors import EXIT_DONE, RunnerError
+from runner.common.errors import EXIT_DONE, ConfigError, RunnerError
 from runner.common.text import shorten
 from runner.config.groups import config_dirs
 
+_NO_SWEEP = (
+    "Several ranks train one run: leave out -m. Start each run of a sweep with mlx.launch, or sweep on one process."
+)
 _EXIT_SIGINT, _EXIT_SIGPIPE = 130, 141
 
 
@@ -71,17 +74,28 @@ def _dispatch(arguments: list[str], report_run: Callable[[Path], None] | None) -
 def _start(arguments: list[str], report_run: Callable[[Path], None] | None) -> int:
     """Start or resume the run or the sweep that `arguments` describe, or print what --cfg and the like ask for."""
     from runner.cli.overrides import parse_arguments
+    from runner.distributed.launch import find_launch
     from runner.runs.sweep_manifest import has_sweep_manifest
 
     invocation = parse_arguments(arguments)  # before Hydra is imported, so that a typo is answered at once
     resumes_sweep = invocation.resume is not None and has_sweep_manifest(invocation.resume)
     # The launcher of a sweep supervises its jobs.
     is_alone = not (resumes_sweep or invocation.multirun or invocation.prints_only)
+    invocation.launch = None if invocation.prints_only else find_launch()
+    if invocation.launch is not None and not is_alone:
+        raise ConfigError(_NO_SWEEP)
     if invocation.supervise and is_alone and report_run is None:
         from runner.cli.supervise import supervise_run
 
         return supervise_run(arguments, invocation)
     invocation.report_run = report_run
+    if invocation.launch is not None and invocation.launch.rank > 0:
+        from runner.backends import blas
+
+        blas.load_blas(invocation.launch.local)  # before MLX is imported
+        from runner.training.follow import follow
+
+        return follow(invocation.launch, report_run)
     from runner.app import compose, run
     from runner.sweeps import launch
 
@@ -92,6 +106,8 @@ def _start(arguments: list[str], report_run: Callable[[Path], None] | None) -> i
             session.print_requested()
             return EXIT_DONE
         composed = session.compose()
+        if invocation.launch is not None and compose.is_multirun(composed):
+            raise ConfigError(_NO_SWEEP)
         start = launch.start_sweep if compose.is_multirun(composed) else run.start_run
         start(invocation, session, composed)
     return EXIT_DONE

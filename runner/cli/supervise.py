@@ -3,6 +3,9 @@
 The child is `runner.cli.supervised`. It shares the terminal, so that all looks as without a supervisor. A pair of
 sockets joins the two: the child tells the directory of its run, and the supervisor passes on requests to stop. Where
 the supervisor itself is killed, the sockets tell the child, which saves and stops.
+
+A run on several ranks has a supervisor for each: where one rank dies, all children end, and each supervisor starts its
+own again, which join anew and continue from rank 0's last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from types import FrameType
 
 from runner.config import labels
 from runner.config.invocation import Invocation
-from runner.runs.restarts import RestartPolicy, stored_run
+from runner.runs.restarts import FollowerPolicy, RestartPolicy, stored_run
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FOR_EACH_START = ("supervise", "train.stop_at", "model.trust_remote_code")
@@ -42,7 +45,8 @@ class _Supervisor:
         self._arguments = self._typed
         self._run: Path | None = None
         """Directory of the run, once the child has claimed or locked it."""
-        self._policy = RestartPolicy()
+        self._follows = invocation.launch is not None and invocation.launch.rank > 0
+        self._policy = FollowerPolicy() if self._follows else RestartPolicy()
         self._stop: signal.Signals | None = None
         self._channel: socket.socket | None = None
 
@@ -57,6 +61,9 @@ class _Supervisor:
                 line = self._policy.next_start(code, self._run)
                 if line is None:
                     return code if code >= 0 else 128 - code
+                if self._follows:
+                    self._run = None  # until it has joined again
+                    continue
                 with suppress(OSError):  # a closed terminal
                     print(f"runner: {line}", file=sys.stderr, flush=True)
                 self._arguments = self._next_arguments()

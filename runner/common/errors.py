@@ -21,6 +21,7 @@ EXIT_DAMAGED = 5
 EXIT_MEMORY = 6
 EXIT_GPU = 7
 EXIT_GAVE_UP = 8
+EXIT_RANK_LOST = 9
 EXIT_STORAGE = 74
 EXIT_REPLACE = 75
 """A supervised process has saved and is to be replaced by a new one; its supervisor alone sees it."""
@@ -91,6 +92,17 @@ class GaveUp(RunnerError):
     """Raised when the process of a supervised run died too often without a new checkpoint."""
 
     exit_code = EXIT_GAVE_UP
+
+
+class RankLost(RunnerError):
+    """Raised when another rank of the run died, hangs, is cut off or failed; what was saved before is intact."""
+
+    exit_code = EXIT_RANK_LOST
+
+    def __init__(self, message: str, exit_code: int = EXIT_RANK_LOST) -> None:
+        """`exit_code`: that of the other rank, where it failed for a reason that it could tell."""
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class StorageError(RunnerError):

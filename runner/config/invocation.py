@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runner.distributed.launch import Launch
+
 INVOCATION_ARGUMENTS = {"resume": "DIR", "repeat": "DIR", "train.stop_at": "N", "supervise": "true"}
 """Arguments that are typed like settings but stored in no config, with a placeholder for their values."""
 
@@ -46,6 +48,8 @@ class Invocation:
     instead of true, also replace the process after that many updates (default: 10,000 on a GPU)."""
     report_run: Callable[[Path], None] | None = None
     """Tells the supervising process the directory of the run; None where there is none."""
+    launch: Launch | None = None
+    """Where this process is one of several ranks of a run: which one."""
     sweep: Path | None = None
     """Directory of the sweep to finish, where `resume` named a sweep."""
     sweep_overrides: list[str] = field(default_factory=list)

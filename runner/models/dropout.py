@@ -1,4 +1,5 @@
-"""Dropout whose masks are a pure function of (seed, update, micro-batch, layer)."""
+"""Dropout whose masks are a pure function of (seed, update, micro-batch, layer), and of the rank where there are
+several."""
 
 from __future__ import annotations
 
@@ -8,15 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-def dropout_seed(seed: int, update: int, micro_batch: int) -> int:
-    """Return 64 bits that depend on the run's seed, the update and the micro-batch alone."""
-    text = f"dropout {seed} {update} {micro_batch}".encode()
+def dropout_seed(seed: int, update: int, micro_batch: int, rank: int = 0) -> int:
+    """Return 64 bits that depend on the run's seed, the update, the micro-batch and the rank alone."""
+    text = (f"dropout {seed} {update} {micro_batch}" + (f" {rank}" if rank else "")).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def dropout_key(seed: int, update: int, micro_batch: int) -> mx.array:
+def dropout_key(seed: int, update: int, micro_batch: int, rank: int = 0) -> mx.array:
     """Return the MLX random key of a micro-batch's dropout masks: (2,) uint32, high and low word."""
-    return mx.random.key(dropout_seed(seed, update, micro_batch))
+    return mx.random.key(dropout_seed(seed, update, micro_batch, rank))
 
 
 class DropoutKeys:

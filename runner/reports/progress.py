@@ -130,6 +130,40 @@ class Display:
         return f"{self._rate.tokens_per_second:.0f} tok/s  {remaining} left  {self._memory()}"
 
 
+class SilentDisplay(Display):
+    """Shows and logs nothing: the display of a rank that is not the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def line(self, text: str, style: str = "") -> None:
+        """Discard the line."""
+
+    def set_iters(self, iters: int) -> None:
+        """Do nothing."""
+
+    def begin(self, step: int, stop_at: int | None = None) -> None:
+        """Show nothing."""
+
+    def step(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+        """Show nothing."""
+
+    def train_loss(self, step: int, loss: float, learning_rate: float) -> None:
+        """Log nothing."""
+
+    def valid_loss(self, step: int, loss: float, best: bool, measures: Mapping[str, float] | None = None) -> None:
+        """Log nothing."""
+
+    def busy(self, activity: str) -> None:
+        """Show nothing."""
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+
 class _Rate:
     """Tokens per second and seconds per update, averaged over about the last 30 updates."""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from runner.common.atomic_io import open_text
@@ -18,6 +19,7 @@ from runner.common.errors import (
     EXIT_CONFIG,
     EXIT_GPU,
     EXIT_MEMORY,
+    EXIT_RANK_LOST,
     EXIT_REPLACE,
     ConfigError,
     GaveUp,
@@ -38,7 +40,7 @@ NODE_LOST = "node lost"
 """The cause where a run's machine left the cluster."""
 PREEMPTED = "preempted"
 """The cause where a cluster took a run's machine away, and the run saved first."""
-_CAUSES = {EXIT_MEMORY: _MEMORY, EXIT_GPU: _GPU, EXIT_REPLACE: _REPLACED}
+_CAUSES = {EXIT_MEMORY: _MEMORY, EXIT_GPU: _GPU, EXIT_RANK_LOST: "another rank lost", EXIT_REPLACE: _REPLACED}
 _CRASHES = (
     signal.SIGABRT,
     signal.SIGBUS,
@@ -106,6 +108,30 @@ class Deaths:
         if self.cause == _REPLACED:
             return f"{_REPLACED} by a new one at step {step}"
         return f"{self.cause} after step {step}: starting again {begin}"
+
+
+class FollowerPolicy:
+    """Decides the same for a rank that is not the first: rank 0's supervisor records and counts the deaths of the run,
+    so this one starts again until rank 0 is not to be found any more."""
+
+    changes: Mapping[str, bool] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self._deaths = 0
+
+    def next_start(self, exit_code: int, run: Path | None) -> str | None:
+        """Return a line where the rank is started again; `run` is None where it had not joined rank 0.
+
+        Raises:
+            GaveUp: rank 0 was not to be found three times in a row.
+        """
+        cause = find_death(exit_code)
+        if cause is None:
+            return None
+        self._deaths = self._deaths + 1 if run is None else 0
+        if self._deaths >= MAX_DEATHS:
+            raise GaveUp(f"{cause}: this rank could not join the run {MAX_DEATHS} times in a row.")
+        return f"{cause}: this rank is started again"
 
 
 class RestartPolicy:

@@ -22,7 +22,7 @@ def record_answers_before_training(trainer: Trainer, config: Config) -> None:
 
     A stop signal abandons them: the run stops before its first update, and its resume generates them.
     """
-    if not config.data.metric_rows or trainer.state.progress.step > 0 or trainer.stops.signal is not None:
+    if not config.data.metric_rows or trainer.state.progress.step > 0 or trainer.stops.requested is not None:
         return
     baseline = trainer.components.baseline
     with suppress(StopRequested):

@@ -32,24 +32,25 @@ class Baseline:
     def store(self) -> None:
         """Write the validation result to the cache."""
         if self.validation is not None and self.cached_validation is not None:
-            self.cached_validation.store(_to_values(self.validation))
+            self.cached_validation.store(validation_values(self.validation))
 
 
 def load_baseline(key: Mapping[str, Any]) -> Baseline:
     """Return the baseline cached under `key`, which has to contain everything that the loss depends on."""
     cached = CachedResult.of("baselines", key)
-    return Baseline(_validation_result(cached.load(numbers=2 * MAX_ROWS) or {}), cached_validation=cached)
+    return Baseline(validation_result(cached.load(numbers=2 * MAX_ROWS) or {}), cached_validation=cached)
 
 
-def _to_values(result: EvaluationResult) -> dict[str, Any]:
+def validation_values(result: EvaluationResult) -> dict[str, Any]:
+    """Return a validation result as JSON holds it."""
     kept = len(result.rows.losses) if len(result.rows.losses) <= MAX_ROWS else 0  # more are not recorded either
     rows = {"losses": rounded_losses(result.rows.losses[:kept]), "tokens": result.rows.tokens[:kept].tolist()}
     fields = ("loss", "supervised", "tokens", "seconds", "measures")
     return {**{name: getattr(result, name) for name in fields}, "rows": rows}
 
 
-def _validation_result(values: Mapping[str, Any]) -> EvaluationResult | None:
-    """Return the result that `_to_values` gave, or None; an earlier version stored no rows."""
+def validation_result(values: Mapping[str, Any]) -> EvaluationResult | None:
+    """Return the result that `validation_values` was given, or None; an earlier version stored no rows."""
     try:
         result = EvaluationResult(
             loss=float(values["loss"]),

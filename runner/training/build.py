@@ -40,11 +40,13 @@ from runner.training.plan import TrainingPlan
 from runner.training.process_limit import ProcessLimit
 from runner.training.resume import ResumePoint, numeric_differences
 from runner.training.run_writer import RunWriter
+from runner.training.shared_start import compare_inputs, share_baseline, share_state
 from runner.training.signals import StopSignals
 from runner.training.start_adapter import settings_that_differ, warm_started_params
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 from runner.training.trainer import Trainer
+from runner.training.world import ALONE, World
 
 
 def build_retention(spec: RunSpec, point: ResumePoint | None = None) -> RunRetention:
@@ -135,17 +137,25 @@ def build_trainer(
     stops: StopSignals,
     display: Display,
     buffer_cache: BufferCache,
+    world: World = ALONE,
 ) -> Trainer:
-    """Build the trainer in its initial state, or restore it from the checkpoint of `point`.
+    """Build the trainer in its initial state, or restore it from the checkpoint of `point`; other ranks than the first
+    take the state of that.
 
     Raises:
         CheckpointError: the checkpoint does not fit this run.
         ModelError: the weights of a warm start do not fit.
+        ConfigError: a rank has loaded another model or other data.
     """
     config, data = spec.config, components.data
     params = components.adapted.params()
     state = TrainState(params, optimizer.build_optimizer(config, params), config.seed)
-    if point is not None:
+    for line in compare_inputs(world, components):
+        display.line(line, "yellow")
+    share_baseline(world, components)
+    if not world.is_first:
+        pass  # its state is sent below
+    elif point is not None:
         _restore(state, point, components, display)
     elif config.adapter:
         state.params = warm_started_params(config, state.params, components.adapted)
@@ -154,11 +164,12 @@ def build_trainer(
             display.line(f"the adapter was trained with {differing}")
     else:
         state.params = components.adapted.start_pissa(state.params)
-    components, method = _method(config, point, components, params, state.params, stops, display)
+    window = window_of_run(config, point.saved.window if point else None, components.backend)
+    window = share_state(world, state, window, components)
+    components, method = _method(config, point, components, params, state.params, stops, display, world)
     if point is None and spec.source is not None:
         display.line("no checkpoint yet: training starts from the beginning")
     train = config.train
-    window = window_of_run(config, point.saved.window if point else None, components.backend)
     order = BatchOrder(data.train.example_lengths, train.batch_size, config.seed, window, data.mixture)
     if point is not None and state.position.batch >= order.batches_per_epoch:
         raise CheckpointError(
@@ -173,16 +184,17 @@ def build_trainer(
         components=components,
         state=state,
         order=order,
-        batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch, train.rows_at_once),
-        valid_batches=evaluation_loader(data.valid, config, components.caches),
+        batches=PrefetchingLoader(builder, order, train.grad_accumulation, train.prefetch, train.rows_at_once, world),
+        valid_batches=evaluation_loader(data.valid, config, components.caches, world),
         method=method,
-        train_step=TrainStep(components.backend, grad_clip=train.grad_clip, method=method),
+        train_step=TrainStep(components.backend, grad_clip=train.grad_clip, method=method, world=world),
         writer=writer,
         stops=stops,
         display=display,
-        process_limit=ProcessLimit(spec.supervise),
+        process_limit=ProcessLimit(spec.supervise, watches_memory=world.size == 1),
         skip_limit=train.nonfinite_limit if train.on_nonfinite == "skip" else None,
         buffer_cache=buffer_cache,
+        world=world,
     )
 
 
@@ -194,6 +206,7 @@ def _method(
     started: Params,
     stops: StopSignals,
     display: Display,
+    world: World,
 ) -> tuple[Components, Method]:
     """Return the method, and the components with an identity that names its reference.
 
@@ -202,6 +215,8 @@ def _method(
     fingerprint = BASE
     if has_reference(config.method) and config.adapter:
         fingerprint = point.saved.identity.fingerprints["reference"] if point else params_fingerprint(started)
+        if world.size > 1:
+            fingerprint = world.broadcast(fingerprint.encode()).decode()
         named = {**components.identity.fingerprints, "reference": fingerprint}
         components = replace(components, identity=replace(components.identity, fingerprints=named))
 
@@ -226,6 +241,7 @@ def _method(
         reference_params=reference_params,
         check_stop=stops.check,
         log=display.line,
+        world=world,
     )
     return components, method
 

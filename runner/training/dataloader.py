@@ -19,6 +19,7 @@ from runner.data.length_buckets import LengthBuckets
 from runner.data.order import BatchOrder, DataPosition, evaluation_batches
 from runner.data.token_set import TokenSet
 from runner.models.hidden_cache import HiddenStateCaches, HiddenStates
+from runner.training.world import ALONE, World
 
 
 @dataclass(slots=True)
@@ -68,19 +69,20 @@ class BatchBuilder:
 
 
 class EvaluationLoader:
-    """The batches of an evaluation, the same in each pass, built one at a time."""
+    """The batches of an evaluation, the same in each pass, built one at a time; with several ranks this one's share."""
 
-    def __init__(self, builder: BatchBuilder, batches: Sequence[np.ndarray]) -> None:
-        """`batches`: the indices of the examples of each."""
+    def __init__(self, builder: BatchBuilder, batches: Sequence[np.ndarray], world: World = ALONE) -> None:
+        """`batches`: the indices of the examples of each, for all ranks."""
         self._builder, self._batches = builder, batches
+        self._own = batches[world.share()]
 
     def __iter__(self) -> Iterator[BackendBatch]:
-        return (self._builder(indices) for indices in self._batches)
+        return (self._builder(indices) for indices in self._own)
 
     @property
     def row_count(self) -> int:
         """Number of examples in a pass: rows of the data."""
-        return sum(map(len, self._batches))
+        return sum(map(len, self._own))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -91,7 +93,8 @@ class EvaluationLoader:
 
 
 class PrefetchingLoader:
-    """The micro-batches of the updates in their order; a thread prepares those of the next update."""
+    """The micro-batches of the updates in their order, with several ranks this one's share of them; a thread prepares
+    those of the next update."""
 
     def __init__(
         self,
@@ -100,11 +103,12 @@ class PrefetchingLoader:
         accumulation: int,
         prefetch: bool = True,
         rows_at_once: int | None = None,
+        world: World = ALONE,
     ) -> None:
         """`accumulation`: micro-batches an update; `rows_at_once`: as in `split_rows`. Without `prefetch` they are
         prepared when they are asked for."""
         self._builder, self._order, self._accumulation = builder, order, accumulation
-        self._rows_at_once = rows_at_once
+        self._rows_at_once, self._world = rows_at_once, world
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
         self._next: tuple[DataPosition, Future[tuple[list[_PreparedBatch], DataPosition]]] | None = None
 
@@ -127,8 +131,20 @@ class PrefetchingLoader:
 
     def _prepare(self, position: DataPosition) -> tuple[list[_PreparedBatch], DataPosition]:
         batches, after = self._order.next_batches(position, self._accumulation)
-        parts = [part for rows in batches for part in split_rows(rows, self._rows_at_once)]
+        shares = shares_of_update(batches, self._world)
+        parts = [part for rows in shares for part in split_rows(rows, self._rows_at_once)]
         return [self._builder.prepare(part) for part in parts], after
+
+
+def shares_of_update(batches: Sequence[np.ndarray], world: World) -> list[np.ndarray]:
+    """Return a rank's examples of each micro-batch of an update, without empty ones.
+
+    The examples of the whole update are dealt in turn, so that each rank has as many as the others, or one less, also
+    where there are fewer in a micro-batch than ranks; neighbours, of similar lengths, go to different ranks.
+    """
+    starts = np.cumsum([0, *map(len, batches)])
+    shares = [rows[world.share(int(start))] for rows, start in zip(batches, starts[:-1], strict=True)]
+    return [rows for rows in shares if len(rows)]
 
 
 def split_rows(rows: np.ndarray, at_once: int | None) -> list[np.ndarray]:
@@ -143,10 +159,12 @@ def batch_builder(token_set: TokenSet, config: Config, caches: HiddenStateCaches
     )
 
 
-def evaluation_loader(token_set: TokenSet, config: Config, caches: HiddenStateCaches | None) -> EvaluationLoader:
+def evaluation_loader(
+    token_set: TokenSet, config: Config, caches: HiddenStateCaches | None, world: World = ALONE
+) -> EvaluationLoader:
     """Return the batches of an evaluation: rows chosen in batches of training's size, computed in larger ones."""
     builder = batch_builder(token_set, config, caches)
-    return EvaluationLoader(builder, joined_evaluation_batches(token_set, config, builder.buckets))
+    return EvaluationLoader(builder, joined_evaluation_batches(token_set, config, builder.buckets), world)
 
 
 def joined_evaluation_batches(token_set: TokenSet, config: Config, buckets: LengthBuckets) -> list[np.ndarray]:

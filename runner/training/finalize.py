@@ -11,10 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from runner.checkpoints.mirror import BackupMirror
+from runner.checkpoints.safetensors_file import pieces
 from runner.checkpoints.save_policy import StopReason
 from runner.common.clock import utc_now
 from runner.common.commands import resume_command
 from runner.config import serialize
+from runner.models.arrays import parse_arrays, to_tensors
 from runner.models.lora import Params
 from runner.reports import next_commands, run_summary
 from runner.reports.progress import measures_text
@@ -23,6 +25,7 @@ from runner.runs.run_spec import RunSpec
 from runner.training import state_files
 from runner.training.answers import compare_answers, record_answers_after_training
 from runner.training.dataloader import evaluation_loader
+from runner.training.evaluate import EvaluationResult
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
 
@@ -38,6 +41,8 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
     A stop signal abandons the final evaluation: the run counts as stopped, and its resume evaluates the result.
     """
     writer = trainer.writer
+    if not stop.is_completion:
+        trainer.stops.stop_sharing()
     result_step = writer.retention.result_step(spec.config.checkpoint.result)
     if result_step is not None:
         writer.write_result(result_step)
@@ -45,6 +50,7 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
     if stop.is_completion:
         with suppress(StopRequested):
             lines = _evaluate_result(trainer, spec, result_step)
+    trainer.stops.stop_sharing()
     if trainer.stops.signal is not None:
         stop = StopReason(trainer.stops.signal.name)
     _write_final_status(trainer, stop, result_step)
@@ -57,6 +63,15 @@ def finalize(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
     for line in lines:
         trainer.display.line(line)
     _print_summary(trainer, spec, stop, result_step)
+
+
+def finalize_share(trainer: Trainer, spec: RunSpec, stop: StopReason) -> None:
+    """Take part in what the ranks do together at the end: the evaluation of a complete run's result."""
+    if not stop.is_completion or not spec.config.train.test:
+        return
+    received = parse_arrays(trainer.world.broadcast(None), source="the result of rank 0")
+    with suppress(StopRequested):
+        _test_split(trainer, spec, trainer.components.adapted.from_stored(received))
 
 
 def finish_backup(
@@ -90,6 +105,9 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
     if result_step is not None and (config.train.test or config.data.metric_rows):
         stored = state_files.read_params(trainer.writer.store.load_step(result_step))
         params = trainer.components.adapted.from_stored(stored)
+    if config.train.test and trainer.world.size > 1:
+        tensors = trainer.components.adapted.to_stored(to_tensors(params))
+        trainer.world.broadcast(b"".join(pieces(tensors)))
     lines = _evaluate_test_split(trainer, spec, params, result_step) if config.train.test else []
     if config.data.metric_rows and config.data.metric:
         record_answers_after_training(trainer, params, config)
@@ -98,9 +116,7 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
 
 
 def _evaluate_test_split(trainer: Trainer, spec: RunSpec, params: Params, result_step: int | None) -> list[str]:
-    components = trainer.components
-    batches = evaluation_loader(components.data.test, spec.config, components.caches)
-    result = trainer.method.evaluate(params, "test", batches, trainer.stops.check)
+    result, fingerprint = _test_split(trainer, spec, params)
     perplexity = math.exp(min(result.loss, 700)) if spec.config.method.name == "sft" else None
     trainer.writer.log_metrics(
         step=trainer.state.progress.step,
@@ -109,10 +125,17 @@ def _evaluate_test_split(trainer: Trainer, spec: RunSpec, params: Params, result
         **({"perplexity": perplexity} if perplexity is not None else result.measures),
         of_step=result_step,
     )
-    identity = trainer.method.identity(batches.fingerprint)
+    identity = trainer.method.identity(fingerprint)
     trainer.writer.log_row_losses(trainer.state.progress.step, "test", identity, result.rows)
     beside = f"perplexity {perplexity:.3f}" if perplexity is not None else measures_text(result.measures)
     return [f"test loss {result.loss:.4f}, {beside}"]
+
+
+def _test_split(trainer: Trainer, spec: RunSpec, params: Params) -> tuple[EvaluationResult, str]:
+    """Evaluate `params` on the test split, on all ranks together; return the result and the fingerprint of its rows."""
+    components = trainer.components
+    batches = evaluation_loader(components.data.test, spec.config, components.caches, trainer.world)
+    return trainer.method.evaluate(params, "test", batches, trainer.stops.check), batches.fingerprint
 
 
 def _write_final_status(trainer: Trainer, stop: StopReason, result_step: int | None) -> None:

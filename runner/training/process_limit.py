@@ -25,13 +25,14 @@ _MIN_GROWTH = 1e9
 class ProcessLimit:
     """Counts the updates of this process and watches its memory."""
 
-    def __init__(self, supervise: Supervision | None) -> None:
-        """`supervise`: None where no supervisor would start a new process, so that the limit is never reached."""
+    def __init__(self, supervise: Supervision | None, *, watches_memory: bool = True) -> None:
+        """`supervise`: None where no supervisor would start a new process, so that the limit is never reached.
+        `watches_memory`: not where other ranks would have to know, whose memory is their own."""
         on_gpu = supervise is not None and not on_cpu()
         self._updates = supervise.replace_every if supervise else None
         if self._updates is None and on_gpu:
             self._updates = UPDATES
-        self._watches_memory = on_gpu
+        self._watches_memory = on_gpu and watches_memory
         self._made = 0
         self._settled_bytes = 0
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 
 from runner.backends import blas
 from runner.checkpoints.save_policy import StopReason
 from runner.common.atomic_io import open_text
 from runner.common.clock import utc_now
-from runner.common.commands import repeat_command, resume_command
-from runner.common.device_errors import find_device_error
-from runner.common.errors import EXIT_REPLACE, Diverged, OutOfMemory, RunnerError, StorageError
+from runner.common.commands import repeat_command
+from runner.common.errors import EXIT_REPLACE, Diverged, RunnerError, StorageError
 from runner.config.objectives import metrics_of
 from runner.models.device import on_cpu
 from runner.reports.html.write import write_report_or_say_why
@@ -24,20 +24,23 @@ from runner.training.answers import record_answers_before_training
 from runner.training.build import build_backup, build_retention, build_trainer, open_writer
 from runner.training.component_loader import ComponentLoader
 from runner.training.components import free_frozen_weights, load_components
+from runner.training.device_failures import device_errors_explained
 from runner.training.finalize import finalize, finish_backup
 from runner.training.memory import memory_limits, memory_usage
 from runner.training.memory_estimate import PlannedModel
 from runner.training.memory_fit import memory_warning
 from runner.training.resume import find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
+from runner.training.shared_start import send_spec, with_own_share
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
+from runner.training.world import ALONE, World
 
 
-def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | None:
+def train_run(spec: RunSpec, shared: ComponentLoader | None = None, world: World = ALONE) -> float | None:
     """Train the run that `spec` describes, in its directory, and return its objective if it has one.
 
-    Jobs of a sweep in one process pass the loader that they share.
+    Jobs of a sweep in one process pass the loader that they share. This is rank 0 of `world`; for others see `follow`.
 
     Raises:
         RunnerError: with the documented exit code; status.json has the reason.
@@ -45,16 +48,18 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
             its number of updates.
     """
     with ExitStack() as stack:
-        stack.enter_context(_device_errors_explained(spec))
+        stack.enter_context(device_errors_explained(spec))
         spec.directory.lock()
         stack.callback(spec.directory.unlock)
         stops = stack.enter_context(StopSignals())
+        stack.enter_context(world.connected(stops))
         spec, point = find_resume_point(spec)
         spec = template_date.fill_date(spec)
         if point is not None and is_already_finished(spec, point):
             _accept(spec)
             _print_finished(spec, stops)
             return _objective(spec, point.saved.progress.best_loss)
+        send_spec(world, spec)
         loader = shared or stack.enter_context(closing(ComponentLoader()))
         if point is not None:
             with _exit_on_stop(stops):
@@ -64,7 +69,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         stack.callback(_write_report, spec)  # last of all: it shows what the others wrote
         writer = stack.enter_context(closing(open_writer(spec, point)))
         stack.enter_context(_failure_recorded(spec, writer))
-        stack.enter_context(_device_errors_explained(spec))  # before they are recorded
+        stack.enter_context(device_errors_explained(spec))  # before they are recorded
         buffer_cache = stack.enter_context(memory_limits(spec.config.train.cache_limit_gb))
         display = stack.enter_context(_open_display(spec))
         if not on_cpu() and buffer_cache.limit is not None:
@@ -83,7 +88,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
         trained_on = components.data.stats["train"]
         writer.update_status(train_rows=trained_on.rows, train_tokens=trained_on.tokens)
         loaded = PlannedModel(components.adapted, components.backend)
-        if warning := memory_warning(spec.config, components.data, loaded):
+        if warning := memory_warning(with_own_share(spec, world).config, components.data, loaded):
             display.line(warning, "yellow")
         if spec.config.train.epochs is not None:
             display.line(epochs.describe(spec.config, components.data.train.example_count))
@@ -91,7 +96,13 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None) -> float | N
             template_date.record_date(spec)
         if shared is None:
             free_frozen_weights(spec.config, components, display)
-        trainer = build_trainer(spec, point, components, writer, stops, display, buffer_cache)
+        if world.size > 1:
+            display.line(
+                f"ranks  {world.size}, each with its share of every batch of {spec.config.train.batch_size} rows"
+            )
+        world.on_abort(partial(_record_abort, spec, writer))
+        with _exit_on_stop(stops, writer):
+            trainer = build_trainer(spec, point, components, writer, stops, display, buffer_cache, world)
         _train_and_finalize(trainer, spec)
         if stops.signal is not None:
             raise SystemExit(128 + stops.signal)
@@ -157,27 +168,17 @@ def _exit_on_stop(stops: StopSignals, writer: RunWriter | None = None) -> Iterat
     try:
         yield
     except StopRequested:
-        assert stops.signal is not None
+        assert stops.requested is not None
         if writer is not None:
-            writer.update_status(state="stopped", reason=stops.signal.name, ended=utc_now())
-        raise SystemExit(128 + stops.signal) from None
+            writer.update_status(state="stopped", reason=stops.requested.name, ended=utc_now())
+        raise SystemExit(128 + stops.requested) from None
 
 
-@contextmanager
-def _device_errors_explained(spec: RunSpec) -> Iterator[None]:
-    """Raise an error of the memory or the GPU as OutOfMemory or GpuError, with the command to type next."""
-    try:
-        yield
-    except Exception as error:
-        failure = find_device_error(error)
-        if failure is None:
-            raise
-        saves_memory = isinstance(failure, OutOfMemory) and not spec.config.train.grad_checkpoint
-        command = resume_command(spec.directory.path) + " train.grad_checkpoint=true" * saves_memory
-        raise type(failure)(
-            f"{failure}\nNothing that was saved is lost. To continue"
-            f"{' with less memory, more slowly, to the same result' if saves_memory else ''}: {command}"
-        ) from error
+def _record_abort(spec: RunSpec, writer: RunWriter, error: BaseException) -> None:
+    """Record why this process ends although its training thread waits inside of MLX."""
+    with suppress(StorageError, OSError), open_text(spec.directory.log) as log:
+        log.write(f"{utc_now()} {error}\n")
+    writer.update_status(state="failed", reason=str(error), ended=utc_now())
 
 
 @contextmanager

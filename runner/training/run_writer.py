@@ -216,3 +216,29 @@ class RunWriter:
         for file in self._row_files()[1:]:
             if file.offset == 0:
                 file.path.unlink(missing_ok=True)
+
+
+class DiscardingWriter(RunWriter):
+    """Writes nothing: the writer of a rank that is not the first."""
+
+    def __init__(self, retention: RunRetention) -> None:
+        self.retention, self.backup = retention, None
+
+    def log_metrics(self, **fields: Any) -> None:
+        """Discard the row."""
+
+    def log_row_losses(self, step: int, split: str, fingerprint: str, rows: EvaluatedRows) -> None:
+        """Discard the losses."""
+
+    def new_messages(self) -> list[str]:
+        """Return nothing."""
+        return []
+
+    def update_status(self, **fields: Any) -> None:
+        """Write no status."""
+
+    def record_finished_save(self) -> None:
+        """Record nothing: nothing is saved here."""
+
+    def finish_save(self) -> None:
+        """Wait for nothing."""

@@ -1,6 +1,7 @@
 """Stop signals: the first SIGTERM, SIGINT or SIGHUP asks the run to stop, a second one ends the process at once.
 
-Ending at once is safe because checkpoints are committed atomically.
+Ending at once is safe because checkpoints are committed atomically. A run on several ranks stops where all of them know
+of the signal: until then it is requested, and work on it may be abandoned.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -22,7 +24,10 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        """The stop signal by which the run ends, the same on all ranks at the same point of their work."""
+        self.requested: signal.Signals | None = None
         """The first stop signal received, or SIGTERM where `request_stop` asked for a stop."""
+        self._tell: Callable[[signal.Signals], None] | None = None
         self._received = False
         self._previous: dict[signal.Signals, object] = {}
 
@@ -41,12 +46,32 @@ class StopSignals:
 
     def request(self, number: signal.Signals) -> None:
         """Ask for a stop as the first signal does; unlike a signal it never counts as the second one."""
-        if self.signal is None:
-            self.signal = number
+        if self.requested is None:
+            self.requested = number
+            if self._tell is not None:
+                self._tell(number)
+            else:
+                self.signal = number
+
+    def share(self, tell: Callable[[signal.Signals], None]) -> None:
+        """From now on `tell` other ranks of a request, which counts once all `agree`."""
+        self._tell = tell
+        if self.requested is not None:
+            tell(self.requested)
+
+    def agree(self, number: signal.Signals) -> None:
+        """Take a signal that some rank received as that of all: they know of it at the same point of their work."""
+        self.requested = self.requested or number
+        self.signal = self.signal or number
+
+    def stop_sharing(self) -> None:
+        """After the last point at which ranks agree: a request counts at once, as in a process alone."""
+        self._tell = None
+        self.signal = self.signal or self.requested
 
     def check(self) -> None:
         """Raise StopRequested if a stop signal was received."""
-        if self.signal is not None:
+        if self.requested is not None:
             raise StopRequested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

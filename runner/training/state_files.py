@@ -129,17 +129,25 @@ def read_state(loaded: LoadedCheckpoint) -> SavedState:
     Raises:
         CheckpointError: names the file and the reason.
     """
-    path = str(loaded.checkpoint.path)
+    return decode_state(loaded.files, str(loaded.checkpoint.path), loaded.checkpoint.step)
+
+
+def decode_state(files: Mapping[str, bytes], path: str, step: int | None = None) -> SavedState:
+    """Return the state that `checkpoint_files` encoded, of update `step` where one is given; `path` is named in errors.
+
+    Raises:
+        CheckpointError: names the file and the reason.
+    """
     try:
-        params = read_params(loaded)
-        optimizer = parse_arrays(loaded.files[OPTIMIZER], source=f"{path}/{OPTIMIZER}")
-        data = safe_json.parse(loaded.files[STATE], max_values=_MAX_VALUES)
+        params = parse_arrays(files[ADAPTERS], source=f"{path}/{ADAPTERS}")
+        optimizer = parse_arrays(files[OPTIMIZER], source=f"{path}/{OPTIMIZER}")
+        data = safe_json.parse(files[STATE], max_values=_MAX_VALUES)
         if data["schema"] != SCHEMA:
             raise CheckpointError(f"{path}/{STATE} has schema {quoted(data['schema'])}; this version reads {SCHEMA}.")
         progress = Progress.from_dict(data["progress"])
         position = DataPosition(_count(data["position"], "epoch"), _count(data["position"], "batch"))
-        if progress.step != loaded.checkpoint.step:
-            raise CheckpointError(f"{path}/{STATE} is not of step {loaded.checkpoint.step}.")
+        if step is not None and progress.step != step:
+            raise CheckpointError(f"{path}/{STATE} is not of step {step}.")
         return SavedState(
             params=params,
             optimizer=optimizer,

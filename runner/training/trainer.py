@@ -25,6 +25,7 @@ from runner.training.run_writer import RunWriter
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.train_state import ReportWindow, TrainState, UpdateResult
 from runner.training.train_step import TrainStep
+from runner.training.world import World
 
 NOTICE_SECONDS = 3.0
 """How long the evaluation before training may take without a line that says so."""
@@ -52,6 +53,7 @@ class Trainer:
     skip_limit: int | None = None
     """How many updates in a row may be skipped because their loss or gradient is not finite; None skips none."""
     buffer_cache: BufferCache
+    world: World
     saved_at: float = field(default_factory=time.monotonic)
     """When it last saved, or else started, by `time.monotonic`."""
     train_seconds: float = 0.0
@@ -65,7 +67,9 @@ class Trainer:
         Raises:
             Diverged: a loss or a gradient is not finite, and its update cannot be skipped.
             StorageError: a save failed; earlier checkpoints are intact.
+            RankLost: another rank is gone; earlier checkpoints are intact.
         """
+        self.world.gather()  # from here on ranks agree on stop signals
         self.evaluate_pending()
         stop = self.stop_reason()
         while stop is None:
@@ -233,7 +237,7 @@ class Trainer:
             best=is_best and self.writer.retention.policy.keep_best > 0,
             stop=stop,
         )
-        if not save_reasons:
+        if not save_reasons or not self.world.is_first:
             return
         files = state_files.checkpoint_files(
             self.state,

@@ -15,6 +15,7 @@ from runner.training.methods.method import Method
 from runner.training.methods.preference import PreferenceMethod
 from runner.training.methods.reference import Reference
 from runner.training.methods.supervised import SupervisedMethod
+from runner.training.world import ALONE, World
 
 
 def build_method(
@@ -28,13 +29,14 @@ def build_method(
     reference_params: Callable[[], Params],
     check_stop: Callable[[], None],
     log: Callable[[str], None],
+    world: World = ALONE,
 ) -> Method:
     """Build the method of `config`; `reference_params` returns the adapter before training, of that fingerprint."""
     method = config.method
     if METHOD_ANSWERS[method.name] == "chosen":
         if method.name == "sft":
-            return SupervisedMethod(backend)
-        return GroupMethod(adapted, backend, config, data, reference_params, check_stop, log)
+            return SupervisedMethod(backend, world)
+        return GroupMethod(adapted, backend, config, data, reference_params, check_stop, log, world)
     token_sets = {"train": data.train, "valid": data.valid, "test": data.test}
     reference = Reference(
         backend=backend,
@@ -46,6 +48,7 @@ def build_method(
         token_sets=token_sets,
         check_stop=check_stop,
         log=log,
+        world=world,
     )
     return PreferenceMethod(
         backend,
@@ -53,6 +56,7 @@ def build_method(
         token_sets,
         reference.log_probs if has_reference(method) else None,
         has_dropout=config.lora.dropout > 0,
+        world=world,
     )
 
 

@@ -30,7 +30,9 @@ from runner.training.decoding import Sampler, decode, why_not_in_batches
 from runner.training.evaluate import EvaluatedRows, EvaluationResult
 from runner.training.generate import Question, generate, split_row
 from runner.training.methods.method import WeighedUpdate
+from runner.training.signals import StopRequested
 from runner.training.train_state import TrainState
+from runner.training.world import ALONE, World
 
 _STD_FLOOR = 1e-4
 """Added to the standard deviation of a group's rewards, as in TRL."""
@@ -55,34 +57,49 @@ class GroupMethod:
         reference: Callable[[], Params],
         check_stop: Callable[[], None],
         log: Callable[[str], None],
+        world: World = ALONE,
     ) -> None:
         """`reference` returns the adapter before training; called only with method.beta above 0."""
         assert config.data.metric is not None
         self._adapted, self._backend, self._config, self._data = adapted, backend, config, data
         self._metric, self._reference = METRICS[config.data.metric], reference
-        self._check_stop, self._log = check_stop, log
+        self._check_stop, self._log, self._world = check_stop, log, world
         self._encoder = TextEncoder(adapted.base.tokenizer, data.options.template)
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._in_batches: bool | None = None
         self._reference_params: Params | None = None
 
     def weigh(self, state: TrainState, batches: Sequence[BackendBatch]) -> WeighedUpdate:
-        """Return sampled answers to the prompts of `batches`, their tokens weighted by the advantages."""
-        method, update = self._config.method, state.progress.step + 1
+        """Return sampled answers to the prompts of `batches`, their tokens weighted by the advantages.
+
+        Raises:
+            StopRequested: a stop signal arrived, here or on another rank.
+        """
+        method, update, size = self._config.method, state.progress.step + 1, int(self._config.method.group_size or 0)
         prompts = [self._prompt("train", row) for batch in batches for row in batch.batch.rows]
-        answers = self._sample(state, prompts, update)
-        pairs = zip(prompts, answers, strict=True)
-        scores = np.array([[self._score(prompt, answer) for answer in group] for prompt, group in pairs])
-        lengths = np.array([[len(answer) for answer in group] for group in answers])
+        answers, abandoned = [], False
+        try:
+            answers = self._sample(state, prompts, update)
+        except StopRequested:
+            abandoned = True
+        scores = np.array(
+            [self._score(prompt, answer) for prompt, group in zip(prompts, answers, strict=False) for answer in group]
+        )
+        lengths = np.array([len(answer) for group in answers for answer in group], np.int64)
+        by_rank = self._world.gather_arrays(scores, lengths, abandoned=abandoned)
+        # Of the answers of all ranks, (prompts, answers); those of this one begin at `start`.
+        scores, lengths = (np.concatenate(arrays).reshape(-1, size) for arrays in by_rank)
+        start = sum(map(len, by_rank[0][: self._world.rank])) // size
         advantages = group_advantages(scores, scale=bool(method.scale_rewards))
         factors = token_factors(lengths, str(method.loss_type), int(method.max_new_tokens or 0))
         sampled: list[BackendBatch] = []
         weighted: list[BackendBatch] = []
-        divergence, start = 0.0, 0
+        divergence, first = 0.0, start
         for index, given in enumerate(batches):
             own = slice(start, start + given.row_count)
-            batch = _batch_of_answers(prompts[own], answers[own])
-            rows, key = batch.batch.target_rows, dropout_key(state.seed, update, index)
+            local = slice(own.start - first, own.stop - first)
+            batch = _batch_of_answers(prompts[local], answers[local])
+            rows, key = batch.batch.target_rows, dropout_key(state.seed, update, index, self._world.rank)
             weights, kl = self._token_weights(state, batch, key, advantages[own].reshape(-1)[rows])
             divergence += float(kl.sum())
             found = batch.weighted(weights * factors[own].reshape(-1)[rows])
@@ -96,11 +113,11 @@ class GroupMethod:
             "answer_tokens": (float(lengths.sum()), lengths.size),
         }
         if method.beta:
-            measures["kl"] = (divergence, int(lengths.sum()))
+            divergences = np.concatenate(self._world.gather_arrays(np.array([divergence]))[0])
+            measures["kl"] = (float(divergences.sum()), int(lengths.sum()))
         return WeighedUpdate(
             weighted,
-            divisor=1.0,
-            supervised=int(lengths.sum()),
+            supervised=int(lengths[first:start].sum()),
             tokens=sum(batch.real_tokens for batch in sampled),
             loss=1.0 - float(scores.mean()),
             examples=scores.size,
@@ -110,29 +127,44 @@ class GroupMethod:
     def evaluate(
         self, params: Params, split: str, batches: Iterable[BackendBatch], before_batch: Callable[[], None]
     ) -> EvaluationResult:
-        """Return 1 minus the mean reward of the most likely answers."""
+        """Return 1 minus the mean reward of the most likely answers.
+
+        Raises:
+            StopRequested: `before_batch` raised it, here or on another rank.
+        """
         start = time.perf_counter()
         indices = np.sort(np.concatenate([np.zeros(0, np.int64), *(batch.batch.rows for batch in batches)]))
         prompts = [self._prompt(split, int(row)) for row in indices]
         self._adapted.place(params)
-        found = generate(
-            self._adapted.base,
-            [prompt.row for prompt in prompts],
-            self._data.options,
-            self._metric,
-            max_tokens=int(self._config.method.max_new_tokens or 0),
-            before_step=before_batch,
-            log=self._log,
-            cache_probe=self._config.train.cache_probes,
+        scores, tokens, abandoned = [], 0, False
+        try:
+            if prompts:
+                found = generate(
+                    self._adapted.base,
+                    [prompt.row for prompt in prompts],
+                    self._data.options,
+                    self._metric,
+                    max_tokens=int(self._config.method.max_new_tokens or 0),
+                    before_step=before_batch,
+                    log=self._log,
+                    cache_probe=self._config.train.cache_probes,
+                )
+                scores, tokens = [answer.score for answer in found.answers], found.tokens
+        except StopRequested:
+            abandoned = True
+        by_rank = self._world.gather_arrays(
+            indices, np.array(scores, np.float64), np.array([tokens]), abandoned=abandoned
         )
-        losses = np.array([1.0 - answer.score for answer in found.answers])
+        indices, all_scores, all_tokens = map(np.concatenate, by_rank)
+        order = np.argsort(indices, kind="stable")
+        losses = 1.0 - all_scores[order]
         return EvaluationResult(
             loss=float(losses.mean()) if len(losses) else 0.0,
-            supervised=found.tokens,
-            tokens=found.tokens,
+            supervised=int(all_tokens.sum()),
+            tokens=int(all_tokens.sum()),
             seconds=time.perf_counter() - start,
-            rows=EvaluatedRows(indices, losses, np.ones(len(losses), np.int64)),
-            measures={"reward": found.score},
+            rows=EvaluatedRows(indices[order], losses, np.ones(len(losses), np.int64)),
+            measures={"reward": sum(all_scores[order].tolist()) / max(1, len(losses))},
         )
 
     def identity(self, fingerprint: str) -> str:
@@ -147,13 +179,22 @@ class GroupMethod:
 
     def _sample(self, state: TrainState, prompts: list[_Prompt], update: int) -> list[list[list[int]]]:
         """Return the tokens of `group_size` answers to each prompt, with the one that ends an answer."""
-        method, base = self._config.method, self._adapted.base
+        method, base, world = self._config.method, self._adapted.base, self._world
         assert method.group_size is not None and method.max_new_tokens is not None
+        if not prompts:
+            return []
+        size = method.group_size
         self._adapted.place(state.params)
         base.model.eval()
         if self._in_batches is None:
             self._in_batches = self._answers_in_batches(method.max_new_tokens)
-        sampler = KeyedSampler(state.seed, update)
+        keyed = KeyedSampler(state.seed, update)
+
+        def sampler(number: int) -> Sampler:
+            """Return the sampler of an answer by its number here: prompts of an update are dealt to the ranks."""
+            prompt, answer = divmod(number, size)
+            return keyed((world.rank + prompt * world.size) * size + answer)
+
         found = decode(
             base,
             [prompt.question.prompt_tokens for prompt in prompts for _ in range(method.group_size)],
@@ -164,7 +205,6 @@ class GroupMethod:
             sampler=sampler,
             with_end=True,
         )
-        size = method.group_size
         return [found[start : start + size] for start in range(0, len(found), size)]
 
     def _answers_in_batches(self, max_tokens: int) -> bool:

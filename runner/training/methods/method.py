@@ -21,17 +21,16 @@ from runner.training.train_state import Measures, TrainState
 
 @dataclass(frozen=True)
 class WeighedUpdate:
-    """The micro-batches of an update, their tokens weighted so that the sum of their losses, divided by `divisor`, has
-    the gradient of the method's loss."""
+    """The micro-batches of this rank's share of an update, their tokens weighted so that the sum of their losses over
+    all ranks has the gradient of the method's loss; where `loss` is None, divided by the supervised tokens."""
 
     batches: Sequence[BackendBatch]
-    divisor: float
     supervised: int
-    """Supervised tokens of the update."""
+    """Supervised tokens of the share."""
     tokens: int
     """Its tokens, without padding."""
     loss: float | None = None
-    """The method's loss, the mean over examples; None where it is the weighted sum divided by `divisor`."""
+    """The method's loss, the mean over the examples of all ranks; None where it is the mean over supervised tokens."""
     examples: int = 0
     """Examples of the mean; 0 where it is over tokens."""
     measures: Measures = field(default_factory=dict)

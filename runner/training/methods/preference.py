@@ -19,6 +19,7 @@ from runner.training.evaluate import EvaluatedRows, EvaluationResult, evaluate
 from runner.training.methods.answer_losses import ANSWER_LOSSES, Answers
 from runner.training.methods.method import WeighedUpdate
 from runner.training.train_state import Measures, TrainState
+from runner.training.world import ALONE, World
 
 
 class PreferenceMethod:
@@ -35,24 +36,29 @@ class PreferenceMethod:
         references: Callable[[str], np.ndarray] | None,
         *,
         has_dropout: bool,
+        world: World = ALONE,
     ) -> None:
         """`token_sets` by split; `references` returns the reference's log-probability of each row of a split, None
         where it is taken for zero."""
         self._backend, self._config, self._token_sets = backend, config, token_sets
-        self._references, self._has_dropout = references, has_dropout
+        self._references, self._has_dropout, self._world = references, has_dropout, world
 
     def weigh(self, state: TrainState, batches: Sequence[BackendBatch]) -> WeighedUpdate:
-        """Return the batches with each answer's tokens weighted by the derivative of the mean loss."""
+        """Return the batches with each answer's tokens weighted by the derivative of the mean loss, to which the
+        examples of all ranks contribute."""
         update = state.progress.step + 1
         log_probs = []
         for index, batch in enumerate(batches):
-            key = dropout_key(state.seed, update, index)
+            key = dropout_key(state.seed, update, index, self._world.rank)
             losses = self._backend.token_losses(state.params, batch, key)
             log_probs.append(-batch.batch.sums_by_row(losses))
-        rows = np.concatenate([batch.batch.rows for batch in batches])
-        tokens = np.concatenate([batch.batch.supervised_by_row for batch in batches])
-        losses, measures, derivatives = self._losses("train", rows, tokens, np.concatenate(log_probs))
-        weighted, start = [], 0
+        by_rank = self._world.gather_arrays(
+            np.concatenate([np.zeros(0, np.int64), *(batch.batch.rows for batch in batches)]),
+            np.concatenate([np.zeros(0, np.int64), *(batch.batch.supervised_by_row for batch in batches)]),
+            np.concatenate([np.zeros(0), *log_probs]),
+        )
+        losses, measures, derivatives = self._losses("train", *map(np.concatenate, by_rank))
+        weighted, start = [], sum(map(len, by_rank[0][: self._world.rank]))
         for batch in batches:
             stop = start + batch.row_count
             # The loss of a token is its negative log-probability.
@@ -62,7 +68,6 @@ class PreferenceMethod:
             start = stop
         return WeighedUpdate(
             weighted,
-            divisor=1.0,
             supervised=sum(batch.supervised for batch in batches),
             tokens=sum(batch.real_tokens for batch in batches),
             loss=float(losses.mean()),
@@ -75,7 +80,7 @@ class PreferenceMethod:
     ) -> EvaluationResult:
         """Return the mean loss over the examples of `batches`, and what is measured beside it."""
         start = time.perf_counter()
-        found = evaluate(self._backend, params, batches, before_batch)
+        found = evaluate(self._backend, params, batches, before_batch, self._world)
         losses, measures, _ = self._losses(split, found.rows.indices, found.rows.tokens, -found.rows.losses)
         return EvaluationResult(
             loss=float(losses.mean()) if len(losses) else 0.0,

@@ -25,6 +25,7 @@ from runner.models.hidden_cache import HiddenStateCaches, numeric_platform
 from runner.models.lora import Params
 from runner.training.dataloader import EvaluationLoader, batch_builder, join_batches
 from runner.training.evaluate import evaluate
+from runner.training.world import ALONE, World
 
 BASE = "base"
 """Fingerprint of a reference that is the base model."""
@@ -47,6 +48,7 @@ class Reference:
     token_sets: Mapping[str, TokenSet]
     check_stop: Callable[[], None]
     log: Callable[[str], None]
+    world: World = ALONE
     _found: dict[str, np.ndarray] = field(default_factory=dict)
 
     def log_probs(self, split: str) -> np.ndarray:
@@ -60,9 +62,11 @@ class Reference:
             token_set = self.token_sets[split]
             cached = CachedResult.of("references", self._key(token_set))
             values = _stored((cached.load(numbers=len(token_set)) or {}).get("log_probs"), len(token_set))
+            values = self._of_first_rank(values, len(token_set))
             if values is None:
                 values = self._compute(split, token_set)
-                cached.store({"log_probs": values.tolist()})
+                if self.world.is_first:
+                    cached.store({"log_probs": values.tolist()})
             self._found[split] = values
         return self._found[split]
 
@@ -71,8 +75,16 @@ class Reference:
         builder = batch_builder(token_set.grouped(1), self.config, self.caches)
         batches = evaluation_batches(token_set.lengths, _BATCH_ROWS)
         joined = join_batches(batches, token_set.lengths, builder.buckets, _BATCH_POSITIONS)
-        found = evaluate(self.backend, self.params(), EvaluationLoader(builder, joined), self.check_stop)
+        loader = EvaluationLoader(builder, joined, self.world)
+        found = evaluate(self.backend, self.params(), loader, self.check_stop, self.world)
         return -found.rows.losses
+
+    def _of_first_rank(self, values: np.ndarray | None, rows: int) -> np.ndarray | None:
+        """Return what rank 0 has found in its cache: where that is nothing, all ranks compute together."""
+        if self.world.size == 1:
+            return values
+        content = self.world.broadcast(b"" if values is None else values.tobytes())
+        return np.frombuffer(content, np.float64) if len(content) == 8 * rows else None
 
     def _key(self, token_set: TokenSet) -> dict[str, Any]:
         return {

@@ -1,0 +1,105 @@
+"""How this process was started as one of several ranks of a run: by `mlx.launch`, by mpirun, or by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.common.errors import ConfigError
+
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+)
+"""Variables of a rank, of the number of ranks, and of those on this machine."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place among the ranks of one run."""
+
+    backend: str
+    """Of `mx.distributed`: ring, jaccl, nccl or mpi."""
+    rank: int
+    size: int
+    """Number of ranks, at least 2."""
+    address: tuple[str, int] | None
+    """Host and port at which rank 0 waits for the others; None with MPI, where they are told it."""
+    local: int = 1
+    """Ranks on this machine, which share its cores."""
+
+
+def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """Return how this process was launched; None where it is alone.
+
+    The variables are those that `mlx.launch` sets; for the ring backend a person can set MLX_RANK and MLX_HOSTFILE too.
+
+    Raises:
+        ConfigError: the variables contradict each other, or the hostfile cannot be read.
+    """
+    launch = _of_mlx_launch(environment) or _of_mpi(environment)
+    if launch is None or launch.size == 1:
+        return None
+    if not 0 <= launch.rank < launch.size:
+        raise ConfigError(f"This is rank {launch.rank} of {launch.size}: ranks count from 0.")
+    return launch
+
+
+def _of_mlx_launch(environment: Mapping[str, str]) -> Launch | None:
+    if "MLX_RANK" not in environment:
+        return None
+    rank = _number(environment, "MLX_RANK")
+    if "MLX_JACCL_COORDINATOR" in environment and "MLX_IBV_DEVICES" in environment:
+        devices = _read(environment, "MLX_IBV_DEVICES")
+        return Launch("jaccl", rank, len(devices), _address(environment["MLX_JACCL_COORDINATOR"]))
+    if "NCCL_HOST_IP" in environment and "MLX_WORLD_SIZE" in environment:
+        address = environment["NCCL_HOST_IP"], _number(environment, "NCCL_PORT")
+        return Launch("nccl", rank, _number(environment, "MLX_WORLD_SIZE"), address)
+    if "MLX_HOSTFILE" in environment:
+        hosts = _read(environment, "MLX_HOSTFILE")
+        if not hosts:
+            return None  # mlx.launch -n 1
+        addresses = [_address(host[0] if isinstance(host, list) and host else host) for host in hosts]
+        own = addresses[rank][0] if 0 <= rank < len(addresses) else ""
+        local = sum(address[0] == own for address in addresses)
+        return Launch("ring", rank, len(hosts), addresses[0], local)
+    return None
+
+
+def _of_mpi(environment: Mapping[str, str]) -> Launch | None:
+    for rank, size, local in _MPI:
+        if rank in environment and size in environment:
+            own = _number(environment, local) if local in environment else 1
+            return Launch("mpi", _number(environment, rank), _number(environment, size), None, own)
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name}={environment.get(name, '')} is invalid: must be a whole number.") from None
+
+
+def _address(text: Any) -> tuple[str, int]:
+    host, _, port = str(text).rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"{text!r} is no address of a rank: must be HOST:PORT.")
+    return host, int(port)
+
+
+def _read(environment: Mapping[str, str], name: str) -> list[Any]:
+    """Return the list that the JSON file named by a variable holds; an empty one where the file is empty."""
+    path = Path(environment[name])
+    try:
+        text = path.read_text().strip()
+        found = json.loads(text) if text else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}={path} cannot be read: {error}") from None
+    if not isinstance(found, list):
+        raise ConfigError(f"{name}={path} is invalid: must be a list with an entry for each rank.")
+    return found

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 READ_WHILE_IMPORTING = re.compile(
-    r"(PYTHON(?!DONTWRITE)|LD_|OPENBLAS_|OMP_|MKL_|BLIS_|MLX_|HF_|HUGGINGFACE_|TRANSFORMERS_|TOKENIZERS_|HYDRA_|XDG_)"
+    r"(PYTHON(?!DONTWRITE)|LD_|OPENBLAS_|OMP_|MKL_|BLIS_|MLX_(?!RANK$|HOSTFILE$)|HF_|HUGGINGFACE_"
+    r"|TRANSFORMERS_|TOKENIZERS_|HYDRA_|XDG_)"
     r"|(HOME|PATH|TMPDIR|RUNNER_BLAS)$"
 )
 """Variables that packages, the interpreter or the dynamic linker read before a command runs."""

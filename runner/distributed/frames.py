@@ -48,7 +48,8 @@ class FrameSocket:
     def __init__(self, connection: socket.socket, patience: float) -> None:
         """`patience`: seconds without a byte after which the other side counts as gone."""
         connection.settimeout(min(1.0, patience))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(OSError):  # the other side may be gone already
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection, self._patience = connection, patience
         self.heard = time.monotonic()
         """When the last bytes came."""

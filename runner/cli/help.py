@@ -46,7 +46,7 @@ More:
 
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 3 directory in use,
 4 loss not finite, 5 checkpoint damaged, 6 out of memory, 7 GPU error, 8 supervise=true gave
-up, 74 storage error, 130/143/129 stopped by Ctrl-C, SIGTERM or hang-up and resumable.
+up, 9 another rank lost, 74 storage error, 130/143/129 stopped by Ctrl-C, SIGTERM or hang-up and resumable.
 """
 
 

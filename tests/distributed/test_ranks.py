@@ -138,7 +138,6 @@ def test_mlx_launch_with_supervision_continues_after_a_kill(alone, make_cli, tmp
     cli, whole = alone
     ports = free_ports(1)[0]
     words = [*WORDS, f"hydra.run.dir={tmp_path / 'run'}", "supervise=true"]
-    command = ["-m", "mlx._distributed_utils.launch"]
     launcher = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
     command = [sys.executable, "-c", launcher, "-n", "2", "--backend", "ring", "--starting-port", str(ports), "--"]
     process = subprocess.Popen(

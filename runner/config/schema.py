@@ -130,6 +130,20 @@ def section_metadata() -> Mapping[str, Setting]:
     return types.MappingProxyType({name: found for name, found, nested in walk() if nested is not None})
 
 
+@cache
+def numeric_settings() -> frozenset[str]:
+    """Return the settings whose values are numbers, or null."""
+
+    def names(config_class: type, prefix: str) -> Iterator[str]:
+        for name, hint in typing.get_type_hints(config_class).items():
+            if dataclasses.is_dataclass(hint):
+                yield from names(typing.cast(type, hint), f"{prefix}{name}.")
+            elif {hint, *typing.get_args(hint)} & {int, float}:
+                yield f"{prefix}{name}"
+
+    return frozenset(names(Config, ""))
+
+
 def path_settings() -> dict[str, PathKind]:
     """Return the settings that are paths outside the run directory, with their kind."""
     kinds = {name: found.path for name, found in metadata().items()}

@@ -16,6 +16,7 @@ from runner.common.errors import ConfigError, did_you_mean
 from runner.common.layout import STATES
 from runner.common.text import shorten
 from runner.common.units import BYTES, SECONDS, parse_quantity
+from runner.config import schema
 from runner.reports import settings_text
 from runner.reports.fields import DURATION, FIELDS, NUMBER, SIZE, TEXT, WORDS, Field, find_field
 from runner.runs.inspect import RunInfo
@@ -102,7 +103,8 @@ def parse_filter(text: str, runs: Sequence[RunInfo] = ()) -> Filter:
         raise ConfigError(f"'{shorten(text)}' has no value behind {match['operator']}.")
     if symbol in _ORDER and field.kind in (TEXT, WORDS):
         raise ConfigError(f"'{shorten(text)}': {field.name} is a text: compare it with =, !=, ~ (contains) or !~.")
-    needs_number = symbol in _ORDER or (field.kind in (NUMBER, DURATION, SIZE) and symbol in ("=", "!="))
+    is_number = field.kind in (NUMBER, DURATION, SIZE) or field.name in schema.numeric_settings()
+    needs_number = symbol in _ORDER or (is_number and symbol in ("=", "!="))
     parsed = Filter(field, symbol, value)
     values = [found for found in parsed.values if found != value or len(parsed.values) == 1]
     if needs_number and not all(_is_null(found) or _number(field.kind, found) is not None for found in values):

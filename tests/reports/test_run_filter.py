@@ -106,6 +106,8 @@ def test_a_filter_accepts_or_not(text, accepted):
         ("state=finshed", "Did you mean 'finished'"),
         ("state<finished", "state is a text: compare it with ="),
         ("valid_loss<low", "valid_loss is compared with a number"),
+        ("lora.rank=8,x", "lora.rank is compared with a number"),
+        ("warmup!=x", "schedule.warmup is compared with a number"),
         ("age<3y", "such as 2h or 30d"),
         ("size>big", "such as 500MB"),
         ("valid_loss<", "has no value"),

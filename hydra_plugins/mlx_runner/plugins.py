@@ -6,6 +6,7 @@ The classes only delegate, so that Hydra, which imports this module at every sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -15,9 +16,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from runner.config.search_settings import SearchSettings
+
 if TYPE_CHECKING:
     from runner.sweeps.job import JobTask
     from runner.sweeps.launchers.executor import JobExecutor
+    from runner.sweeps.plan import PlannedJob
 
 
 class GridSweeper(Sweeper):
@@ -63,7 +67,7 @@ class SearchSweeper(GridSweeper):
         return run_search(
             arguments,
             options=self._options,
-            launcher=self._launcher,
+            launcher=self.launcher,
             context=self._context,
             composed=self._config,
             invocation=self._invocation,
@@ -90,6 +94,10 @@ class _Launcher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
         return self._open().launch(job_overrides)
+
+    def run_jobs(self, jobs: Sequence[PlannedJob]) -> Sequence[JobReturn]:
+        """Run recorded jobs of the sweep: what `launch` does, without looking them up."""
+        return self._open().run(jobs)
 
     def at_once(self) -> int:
         """Return how many jobs it runs at once."""
@@ -170,21 +178,7 @@ class RayLauncher(_Launcher):
 
 _MODULE = "hydra_plugins.mlx_runner.plugins"
 _GRID = {"_target_": f"{_MODULE}.GridSweeper", "params": {}}
-# The options are those of runner.sweeps.search.settings.SearchSettings, which a test compares.
-_SEARCH = {
-    "_target_": f"{_MODULE}.SearchSweeper",
-    "sampler": "tpe",
-    "trials": None,
-    "pruner": "halving",
-    "eta": 3,
-    "min_iters": None,
-    "budget": None,
-    "seeds": 1,
-    "finalists": 3,
-    "seed": 0,
-    "warm_from": None,
-    "params": {},
-}
+_SEARCH = {"_target_": f"{_MODULE}.SearchSweeper", **asdict(SearchSettings()), "params": {}}
 _SERIAL = {"_target_": f"{_MODULE}.SerialLauncher", "fail_fast": False}
 _store = ConfigStore.instance()
 for _group, _name, _node in (

@@ -6,6 +6,7 @@ first line of a run. Such settings are accepted when typed on the command line a
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -20,10 +21,14 @@ from runner.common.errors import ConfigError
 from runner.common.text import shorten
 from runner.config import environment
 from runner.config.groups import CONF_DIR
+from runner.config.search_settings import SearchSettings
 from runner.runs.sweep_manifest import SweepManifest
 
 TRUST = "model.trust_remote_code"
-_SETTABLE_OF_PLUGINS = {"launcher": ("jobs", "n_jobs", "fail_fast"), "sweeper": ("params",)}
+_SETTABLE_OF_PLUGINS = {
+    "launcher": ("jobs", "n_jobs", "fail_fast"),
+    "sweeper": ("params", *(field.name for field in dataclasses.fields(SearchSettings))),
+}
 """Settings of Hydra's launcher and sweeper that a file may set."""
 _MAX_REFERENCES = 20
 """References (${…}) in a config. Each can multiply the text before it, so that a few dozen fill any memory."""

@@ -13,7 +13,7 @@ that was killed makes the same decisions again, and the results that are recorde
     {"replicate": 3, "job": 12, "seed": 1}
     {"planned": {"trials": 17}, "wave": 1, "reason": "a budget of 8h holds 17 at 1.2 s an update"}
     {"extended": {"trials": 60, "budget": "16h"}, "wave": 10}
-    {"spent": 3600.0, "training": 3400.0, "updates": 2833}
+    {"spent": 3600.0, "jobs": 3100.0, "updates": 2833, "beside": 210.0, "starts": 42}
 
 A wave is what is decided at once and launched together: how many trials the sampler is asked for, which trials continue
 from a step to another, and which are trained with another seed. `trial` counts from 0; `job` is the number of its job
@@ -50,7 +50,8 @@ class Result:
     state: str
     """PAUSED, FINISHED, DIVERGED or FAILED."""
     judged: float | None = None
-    """What compares it with other trials at a rung, where that is not its one value: the validation loss."""
+    """What compares it with other trials at a rung: the validation loss at its step, which is its first value unless
+    the line has another."""
     reason: str = ""
     """Why it failed or diverged."""
 
@@ -87,10 +88,14 @@ class SearchRecord:
     """How many trials were planned, in order, with the reason; resumes and budgets change it."""
     spent_seconds: float = 0.0
     """Time that the search has taken, all its processes together."""
-    training_seconds: float = 0.0
-    """The part of it in which jobs were launched."""
+    job_seconds: float = 0.0
+    """Time of the jobs, those side by side added up."""
     updates: int = 0
-    """Updates that were made in that part."""
+    """Updates that they made in it."""
+    beside_seconds: float = 0.0
+    """Time that jobs took beside that, as to be started, without what a process loads at its first launch."""
+    starts: int = 0
+    """Starts of jobs in which that time was spent."""
     lines: list[dict[str, Any]] = field(default_factory=list)
     """All lines, as written."""
     size: int = 0
@@ -187,7 +192,8 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
         job = None if line["job"] is None else int(line["job"])
         record.trials.append(TrialRecord(int(line["trial"]), job, dict(line["params"])))
     elif "result" in line:
-        values, judged = tuple(float(value) for value in line["values"]), line.get("judged")
+        values = tuple(float(value) for value in line["values"])
+        judged = line.get("judged", values[0] if values else None)
         result = Result(
             int(line["step"]),
             values,
@@ -212,6 +218,7 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
     elif "planned" in line:
         record.planned.append(line)
     elif "spent" in line:
-        record.spent_seconds, record.training_seconds = float(line["spent"]), float(line["training"])
-        record.updates = int(line["updates"])
+        record.spent_seconds, record.job_seconds = float(line["spent"]), float(line["jobs"])
+        record.updates, record.beside_seconds = int(line["updates"]), float(line["beside"])
+        record.starts = int(line["starts"])
     record.lines.append(line)

@@ -205,8 +205,8 @@ def _search_arguments(search: SearchRecord) -> list[str]:
     options = dict(search.settings["options"])
     for line in search.extensions:
         options.update(line["extended"])
-    values = {name: value if value is None else quote_text(str(value)) for name, value in options.items()}
-    chosen = [f"hydra.sweeper.{name}={'null' if value is None else value}" for name, value in values.items()]
+    texts = {name: quote_text(value) if isinstance(value, str) else value for name, value in options.items()}
+    chosen = [f"hydra.sweeper.{name}={'null' if text is None else text}" for name, text in texts.items()]
     return ["hydra/sweeper=search", *chosen]
 
 

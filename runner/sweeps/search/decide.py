@@ -7,10 +7,12 @@ decides as one that was not interrupted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.common.text import format_duration
 from runner.runs.search_record import FINISHED, PAUSED, Result
 from runner.sweeps.search import rungs as rung_rules
 from runner.sweeps.search.space import Value
@@ -106,19 +108,29 @@ class Targets:
 
 @dataclass(frozen=True)
 class Clock:
-    """The time that is left, and what an update takes."""
+    """The time that is left, and how long jobs take."""
 
-    seconds_left: float | None
+    seconds_left: float | None = None
     """None without a budget."""
-    seconds_per_update: float | None
-    """Of one job, others beside it included; None before anything was measured."""
+    per_update: float | None = None
+    """Seconds of an update with the evaluations between updates; None before anything was measured."""
+    per_start: float = 0.0
+    """Seconds that a job takes beside its updates each time it is started."""
 
-    @property
-    def updates_left(self) -> float:
-        """Updates, one after the other, for which there is time."""
-        if self.seconds_left is None or self.seconds_per_update is None:
+    def seconds(self, updates: int) -> float:
+        """Return how long a job takes for so many updates, others beside it included."""
+        return self.per_start + updates * (self.per_update or 0.0)
+
+    def rounds(self, updates: int, reserve: int = 0) -> float:
+        """Return how many times, one after the other, jobs of so many updates fit.
+
+        Args:
+            reserve: updates of a job for which there has to be time afterwards.
+        """
+        if self.seconds_left is None or self.per_update is None:
             return math.inf
-        return self.seconds_left / self.seconds_per_update
+        left = self.seconds_left - (self.seconds(reserve) if reserve else 0.0)
+        return max(0.0, left // self.seconds(updates))
 
 
 @dataclass
@@ -139,7 +151,7 @@ class SearchState:
     """That of the trials' config."""
     trials: list[Trial] = field(default_factory=list)
     planned: int | None = None
-    """How many trials the budget holds, where that was worked out."""
+    """How many trials the budget holds; None without a budget."""
     exhausted: bool = False
     """Whether the sampler has no further combination."""
 
@@ -183,22 +195,27 @@ def next_wave(state: SearchState, targets: Targets, clock: Clock) -> Wave | None
     return decide(state, targets, clock) or _finish(state, targets, clock)
 
 
-def plan_trials(state: SearchState, targets: Targets, clock: Clock) -> int:
-    """Return how many trials of successive halving fit the budget, with those that there are.
+def affordable_trials(state: SearchState, targets: Targets, clock: Clock) -> int:
+    """Return how many trials in all successive halving can have within the budget.
 
     Raises:
         ConfigError: not even one.
     """
-    made = rung_rules.halving_updates(len(state.counted), state.rungs[:1], state.eta, state.at_once)
-    count = rung_rules.affordable_trials(
-        clock.updates_left + made, state.rungs, state.eta, at_once=state.at_once, most=targets.trials
-    )
-    if not count:
-        assert clock.seconds_per_update is not None
+    if clock.seconds_left is None or clock.per_update is None:
+        return targets.trials
+    made = math.ceil(len(state.counted) / state.at_once) * clock.seconds(state.rungs[0])
+
+    def fits(trials: int) -> bool:
+        whole = rung_rules.halving_seconds(trials, state.rungs, state.eta, at_once=state.at_once, seconds=clock.seconds)
+        assert clock.seconds_left is not None
+        return whole - made <= clock.seconds_left
+
+    count = next((trials for trials in range(targets.trials, 0, -1) if fits(trials)), 0)
+    if not count and not any(trial.is_finished for trial in state.trials):
         raise ConfigError(
-            f"The budget does not hold one trial of {state.end} updates: an update takes "
-            f"{clock.seconds_per_update:.2g} s, so that {math.ceil(state.end * clock.seconds_per_update / 60)} minutes "
-            "are the least. Nothing is lost: resume=SWEEP hydra.sweeper.budget=… continues with more."
+            f"The budget does not hold one trial of {state.end} updates: the one that was begun would need "
+            f"{format_duration(clock.seconds(_reserve(state)))} more. Nothing is lost: resume=SWEEP with a larger "
+            "hydra.sweeper.budget continues."
         )
     return count
 
@@ -222,36 +239,37 @@ def _reserve(state: SearchState) -> int:
 def _train_all(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     asked = _asks(state, targets.trials)
     if clock.seconds_left is not None:  # a few at a time, and measured before more is begun
-        asked = min(asked, state.at_once) if clock.updates_left >= state.end or not state.trials else 0
+        asked = min(asked, state.at_once) if clock.rounds(state.end) >= 1 else 0
     return Wave(asked) if asked else None
 
 
 def _halve(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     asked = _asks(state, targets.trials if state.planned is None else state.planned)
-    if asked and clock.seconds_left is not None and not state.trials:
-        asked = min(asked, state.at_once)  # measured before more is planned
     if asked:
-        return Wave(asked)
+        return Wave(asked if clock.seconds_left is None else min(asked, state.at_once))
     for step, following in zip(state.rungs[:-1], state.rungs[1:], strict=True):
         values = state.at_rung(step)
         ranked = rung_rules.rank(values, maximize=False)
         chosen = rung_rules.survivors(ranked, state.eta)
         waiting = [number for number in chosen if _waits(state.trials[number], step)]
-        fitting = waiting[: _fitting(state, clock, following - step)]
+        fitting = waiting[: _fitting(state, clock, following - step, waiting)]
         if fitting:
             reason = "" if len(fitting) == len(waiting) else "the budget holds no more"
-            return Wave(
-                continued=(Continuation(tuple(fitting), step, following, len(ranked), values[fitting[-1]], reason),)
-            )
+            cut = values[fitting[-1]]
+            return Wave(continued=(Continuation(tuple(fitting), step, following, len(ranked), cut, reason),))
     return None
 
 
-def _fitting(state: SearchState, clock: Clock, updates: int) -> int:
-    """Return how many jobs of so many updates fit beside what the best trial needs to its end."""
-    if math.isinf(clock.updates_left):
-        return len(state.trials)
-    rounds = (clock.updates_left - (_reserve(state) - updates)) // updates
-    return max(0, int(rounds)) * state.at_once
+def _fitting(state: SearchState, clock: Clock, updates: int, continued: Sequence[int] = ()) -> int:
+    """Return how many jobs of so many updates fit beside what the best trial needs to its end.
+
+    Args:
+        continued: the trials that would make them; none of them where they are new.
+    """
+    best = state.best_first()
+    brings_best = bool(best) and best[0].number in continued
+    rounds = clock.rounds(updates, max(0, _reserve(state) - updates * brings_best))
+    return len(state.trials) + state.at_once if math.isinf(rounds) else int(rounds) * state.at_once
 
 
 def _promote(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
@@ -264,7 +282,7 @@ def _promote(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
         ranked = rung_rules.rank(values, maximize=False)
         for number in ranked[: len(ranked) // state.eta]:
             free = state.at_once - len(sent)
-            if free and _waits(state.trials[number], step) and _fitting(state, clock, following - step):
+            if free and _waits(state.trials[number], step) and _fitting(state, clock, following - step, [number]):
                 continued.append(Continuation((number,), step, following, len(ranked), values[number]))
                 sent.add(number)
     asked = min(_asks(state, targets.trials), state.at_once - len(sent))
@@ -280,24 +298,20 @@ def _waits(trial: Trial, step: int) -> bool:
 def _finish(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     """Train the best trials to their end, then the finalists with other seeds."""
     ranked = state.best_first()
-    if not ranked:
-        return None
     count = targets.finalists if targets.seeds > 1 else 1
     for trial in ranked[:count]:
         assert trial.result is not None
-        if trial.is_paused and (trial is ranked[0] or _fitting(state, clock, state.end - trial.result.step)):
-            step = trial.result.step
+        step = trial.result.step
+        if trial.is_paused and (trial is ranked[0] or _fitting(state, clock, state.end - step)):
             reason = "the best is trained to its end" if count == 1 else "a finalist"
-            return Wave(
-                continued=(Continuation((trial.number,), step, state.end, len(state.at_rung(step)), None, reason),)
-            )
+            of = len(state.at_rung(step))
+            return Wave(continued=(Continuation((trial.number,), step, state.end, of, None, reason),))
     missing = [
         (trial.number, state.seed + i)
         for i in range(1, targets.seeds)
         for trial in ranked[:count]
         if trial.is_finished and state.seed + i not in trial.replicates
     ]
-    fitting = (
-        missing if math.isinf(clock.updates_left) else missing[: int(clock.updates_left // state.end) * state.at_once]
-    )
+    rounds = clock.rounds(state.end)
+    fitting = missing if math.isinf(rounds) else missing[: int(rounds) * state.at_once]
     return Wave(replicates=tuple(fitting)) if fitting else None

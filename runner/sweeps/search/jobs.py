@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.plugins.launcher import Launcher
 
 from runner.app.hydra_internals import job_error
 from runner.common.errors import StorageError
+from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 from runner.sweeps.job_planner import JobPlanner
 from runner.sweeps.plan import remaining_jobs
@@ -60,6 +62,12 @@ class TrialJobs:
         self._manifest.record(jobs=new, stops=changed)
         self._planned.clear()
 
+    def apply_changes(self) -> None:
+        """Start the jobs that have ended or wait once more, so that they have the settings that were changed since."""
+        states = ("finished", "stopped")
+        folders = {job.number: self._manifest.folder / job.folder for job in self._manifest.jobs}
+        self.launch([n for n, folder in folders.items() if RunDirectory(folder).read_status()["state"] in states])
+
     def launch(self, numbers: Sequence[int]) -> None:
         """Train these jobs as far as is recorded; those that are there already are left alone.
 
@@ -70,8 +78,15 @@ class TrialJobs:
         left = remaining_jobs(self._manifest, numbers)
         if not left:
             return
-        overrides = [job.launch_overrides(self._manifest.folder, self._output_subdir) for job in left]
-        for done in self._launcher.launch(overrides, initial_job_idx=0):
+        run_jobs = getattr(self._launcher, "run_jobs", None)
+        if callable(run_jobs):
+            shared = {*self._space.fixed}
+            left = [replace(one, label=" ".join(o for o in one.job.overrides if o not in shared)) for one in left]
+            returns = run_jobs(left)
+        else:  # a launcher of another package
+            overrides = [job.launch_overrides(self._manifest.folder, self._output_subdir) for job in left]
+            returns = self._launcher.launch(overrides, initial_job_idx=0)
+        for done in returns:
             if isinstance(error := job_error(done), StorageError):
                 raise error
 

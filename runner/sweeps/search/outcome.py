@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from runner.common.safe_json import finite_number
 from runner.config.labels import NO_LABELS
+from runner.runs.directory import RunDirectory
 from runner.runs.inspect import read_run
 from runner.runs.objective import Objective
+from runner.runs.rows import count_or_none
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result
 
 
@@ -51,3 +55,20 @@ def read_outcome(folder: Path, step: int, objective: Objective, *, is_last: bool
 
 def _failed(step: int, reason: str, *, interrupted: bool = False) -> Outcome:
     return Outcome(Result(step, (), FAILED, reason=reason), interrupted)
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    updates: int
+    seconds: float
+    """Wall time of the run over all its resumes."""
+
+    def __sub__(self, before: Progress) -> Progress:
+        return Progress(max(0, self.updates - before.updates), max(0.0, self.seconds - before.seconds))
+
+
+def read_progress(folder: Path) -> Progress:
+    """Return how far the run in `folder` is; nowhere where none has begun."""
+    status = RunDirectory(folder).read_status()
+    return Progress(count_or_none(status.get("step")) or 0, finite_number(status.get("seconds")) or 0.0)

@@ -7,7 +7,7 @@ Successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identificat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from runner.common.errors import ConfigError
 
@@ -22,7 +22,7 @@ def plan_rungs(iters: int, eval_every: int, *, eta: int, min_iters: int | None, 
     Raises:
         ConfigError: there is no step to compare trials at before their end.
     """
-    halvings = 0
+    halvings = min(1, trials - 1)
     while eta ** (halvings + 1) <= trials:
         halvings += 1
     least = max(min_iters or 1, 1)
@@ -53,16 +53,16 @@ def survivors(ranked: Sequence[int], eta: int) -> list[int]:
     return list(ranked[: max(1, len(ranked) // eta)]) if ranked else []
 
 
-def halving_updates(trials: int, rungs: Sequence[int], eta: int, at_once: int) -> int:
-    """Return the updates that follow one another where halving runs so many trials, `at_once` of them side by side."""
-    total, before, count = 0, 0, trials
+def halving_seconds(
+    trials: int, rungs: Sequence[int], eta: int, *, at_once: int, seconds: Callable[[int], float]
+) -> float:
+    """Return how long halving takes with so many trials, `at_once` of them side by side.
+
+    Args:
+        seconds: how long a job takes for a number of updates.
+    """
+    total, before, count = 0.0, 0, trials
     for step in rungs:
-        total += math.ceil(count / at_once) * (step - before)
+        total += math.ceil(count / at_once) * seconds(step - before)
         before, count = step, max(1, count // eta)
     return total
-
-
-def affordable_trials(updates: float, rungs: Sequence[int], eta: int, *, at_once: int, most: int) -> int:
-    """Return with how many trials, up to `most`, halving needs at most `updates` updates one after the other; 0 where
-    not even with one."""
-    return next((n for n in range(most, 0, -1) if halving_updates(n, rungs, eta, at_once) <= updates), 0)

@@ -14,9 +14,18 @@ from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import single_line
 from runner.runs.objective import Objective
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result, SearchRecord, SearchRecordWriter
-from runner.sweeps.search.decide import Clock, Continuation, SearchState, Targets, Trial, Wave, next_wave, plan_trials
+from runner.sweeps.search.decide import (
+    Clock,
+    Continuation,
+    SearchState,
+    Targets,
+    Trial,
+    Wave,
+    affordable_trials,
+    next_wave,
+)
 from runner.sweeps.search.jobs import TrialJobs
-from runner.sweeps.search.outcome import Outcome, read_outcome
+from runner.sweeps.search.outcome import Outcome, Progress, read_outcome, read_progress
 from runner.sweeps.search.study import Study
 
 _MAX_STARTS = 3
@@ -49,6 +58,10 @@ class Search:
         self._record, self._writer = record, writer
         self._recorded_waves = len(record.waves)
         self._wave = 0
+        self._is_planned = False
+        """Whether how many trials the budget holds is recorded."""
+        self._has_launched = False
+        """Whether this process has launched jobs: the first launch loads what the others share."""
         self._failures = 0
         """Trials in a row that failed."""
         self._spent_before, self._started = record.spent_seconds, time.monotonic()
@@ -64,6 +77,7 @@ class Search:
         for recorded in list(self._record.waves):
             self._carry_out(_recorded_wave(recorded))
         self._state.planned = self._planned_trials()
+        self._is_planned = self._state.planned is not None
         while (wave := self._next_wave()) is not None:
             self._writer.append(_wave_line(self._wave, wave))
             for decision in wave.continued:
@@ -72,28 +86,39 @@ class Search:
         self._stop_paused()
 
     def _next_wave(self) -> Wave | None:
-        state, clock = self._state, self._clock()
-        plans = state.pruner == "halving" and clock.seconds_left is not None and state.trials
-        if plans and state.planned is None and clock.seconds_per_update is not None:
-            state.planned = plan_trials(state, self._targets, clock)
-            if state.planned < self._targets.trials:
-                reason = f"the budget holds {state.planned} trials at {clock.seconds_per_update:.3g} s an update"
+        """Decide what to launch next; where the budget holds fewer trials than are wanted, record how many it holds."""
+        state, targets, clock = self._state, self._targets, self._clock()
+        if state.pruner == "halving" and clock.seconds_left is not None and not self._is_planned:
+            count = len(state.counted)
+            state.planned = affordable_trials(state, targets, clock) if count else None
+            if state.planned is not None and count >= state.planned < targets.trials:
+                self._is_planned = True
+                reason = f"the budget holds {count} trials at {clock.per_update or 0.0:.3g} s an update"
                 print(reason, flush=True)
-                planned = {"trials": state.planned}
-                self._writer.append({"planned": planned, "wave": self._wave, "reason": reason})
-        return next_wave(state, self._targets, clock)
+                self._writer.append({"planned": {"trials": count}, "wave": self._wave, "reason": reason})
+        return next_wave(state, targets, clock)
 
     def _planned_trials(self) -> int | None:
         """Return how many trials were planned for the present options, where that is recorded."""
-        since = self._record.extensions[-1]["wave"] if self._record.extensions else 0
-        planned = [line["planned"]["trials"] for line in self._record.planned if line["wave"] >= since]
-        return planned[-1] if planned else None
+        planned = None
+        for line in self._record.lines:
+            if "extended" in line:
+                planned = None
+            elif "planned" in line:
+                planned = int(line["planned"]["trials"])
+        return planned
 
     def _clock(self) -> Clock:
+        """Return the time that is left, and how long jobs take as measured so far."""
         record, budget = self._record, self._targets.budget_seconds
-        spent = self._spent_before + time.monotonic() - self._started
-        per_update = record.training_seconds * self._state.at_once / record.updates if record.updates else None
-        return Clock(None if budget is None else budget - spent, per_update)
+        left = None if budget is None else budget - self._spent()
+        if not record.updates:
+            return Clock(left)
+        per_start = record.beside_seconds / record.starts if record.starts else 0.0
+        return Clock(left, record.job_seconds / record.updates, per_start)
+
+    def _spent(self) -> float:
+        return self._spent_before + time.monotonic() - self._started
 
     def _carry_out(self, wave: Wave) -> None:
         """Launch what was decided, record the results and tell them to the sampler."""
@@ -187,6 +212,7 @@ class Search:
     def _launch(self, targets: Mapping[int, int]) -> dict[int, Outcome]:
         """Train jobs to these steps and return what they have there, by number of the job."""
         left, outcomes, start = dict(targets), {}, time.monotonic()
+        before = {job: read_progress(self._jobs.folder(job)) for job in targets}
         for attempt in range(1, _MAX_STARTS + 1):
             if not left:
                 break
@@ -196,18 +222,25 @@ class Search:
                 outcomes[job] = read_outcome(self._jobs.folder(job), step, self._objective, is_last=is_last)
             left = {job: step for job, step in left.items() if outcomes[job].interrupted and attempt < _MAX_STARTS}
         if targets:
-            self._note_time(time.monotonic() - start, {job: outcomes[job].result.step for job in targets})
+            after = {job: read_progress(self._jobs.folder(job)) for job in targets}
+            self._note_time(time.monotonic() - start, [after[job] - before[job] for job in targets])
         return outcomes
 
-    def _note_time(self, seconds: float, reached: Mapping[int, int]) -> None:
-        """Record the time that was spent, and the updates that were made in it."""
-        before = {t.job: t.results[-1].step for t in self._state.trials if t.results and t.job is not None}
-        updates = sum(max(0, step - before.get(job, 0)) for job, step in reached.items())
-        record = self._record
-        spent = self._spent_before + time.monotonic() - self._started
-        training = record.training_seconds + seconds
-        line = {"spent": round(spent, 3), "training": round(training, 3), "updates": record.updates + updates}
-        self._writer.append(line)
+    def _note_time(self, seconds: float, jobs: list[Progress]) -> None:
+        """Record the time that was spent, and what it was spent on; `seconds`: that of the launch."""
+        record, in_jobs = self._record, sum(job.seconds for job in jobs)
+        is_first, self._has_launched = not self._has_launched, True
+        side_by_side = min(len(jobs), self._state.at_once)
+        beside = 0.0 if is_first else max(0.0, seconds * side_by_side - in_jobs)
+        self._writer.append(
+            {
+                "spent": round(self._spent(), 3),
+                "jobs": round(record.job_seconds + in_jobs, 3),
+                "updates": record.updates + sum(job.updates for job in jobs),
+                "beside": round(record.beside_seconds + beside, 3),
+                "starts": record.starts + (0 if is_first else len(jobs)),
+            }
+        )
 
     def _add_result(self, trial: Trial, result: Result) -> None:
         """Add the next result of a trial, record it unless it is recorded, and tell the sampler."""
@@ -264,7 +297,7 @@ def _recorded_wave(line: Mapping[str, object]) -> Wave:
 
 def _result_line(number: int, result: Result) -> dict[str, object]:
     line: dict[str, object] = {"result": number, "step": result.step, "values": result.values, "state": result.state}
-    if result.judged is not None and result.values != (result.judged,):
+    if result.judged is not None and result.values[0] != result.judged:
         line["judged"] = result.judged
     return line | ({"reason": result.reason} if result.reason else {})
 

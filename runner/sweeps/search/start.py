@@ -20,6 +20,7 @@ from runner.common.text import relative_path
 from runner.config import serialize
 from runner.config.invocation import Invocation
 from runner.config.labels import NO_LABELS
+from runner.config.search_settings import DEFAULT_TRIALS, MAY_GROW, SearchSettings, make_settings
 from runner.runs import search_record, sweep_manifest
 from runner.runs.inspect import RunInfo, read_run
 from runner.runs.labels import write_labels
@@ -36,7 +37,6 @@ from runner.sweeps.search.decide import SearchState, Targets
 from runner.sweeps.search.jobs import TrialJobs
 from runner.sweeps.search.rungs import plan_rungs
 from runner.sweeps.search.search import Search
-from runner.sweeps.search.settings import DEFAULT_TRIALS, MAY_GROW, SearchSettings, make_settings
 from runner.sweeps.search.space import Space, Value, make_space
 from runner.sweeps.search.study import Study
 from runner.sweeps.sweep import launcher_record, refuse_failed, report
@@ -97,11 +97,11 @@ def run_search(
     manifest = sweep_manifest.read_manifest(folder)
     composer = JobComposer(context.config_loader, composed)
     planner = JobPlanner(composer, manifest, composed, None)
-    record = SearchRecord()
+    record, changes = SearchRecord(), dict[str, Any]()
     if manifest.jobs:
         record = search_record.read_search(folder) or record
         plan = _recorded_plan(manifest, record, settings, composer)
-        _change_jobs(manifest, composer, planner, composed, invocation)
+        changes = _change_jobs(manifest, composer, planner, composed, invocation)
     else:
         (folder / search_record.NAME).unlink(missing_ok=True)  # left by a start that recorded no job
         texts = [*param_overrides(dict(options.get("params") or {}), composer), *arguments]
@@ -119,17 +119,20 @@ def run_search(
             study.add_earlier(earlier["params"], earlier["values"])
         _record_extension(record, writer, settings)
         print(_plan_text(folder, plan, len(record.settings["earlier"])), flush=True)
+        jobs = TrialJobs(manifest, planner, plan.space, launcher, composed.hydra.output_subdir, plan.template)
         search = Search(
             _state(plan, launcher),
             _targets(plan),
             study=study,
-            jobs=TrialJobs(manifest, planner, plan.space, launcher, composed.hydra.output_subdir, plan.template),
+            jobs=jobs,
             objective=plan.objective,
             record=record,
             writer=writer,
         )
         results = None
         try:
+            if changes:
+                jobs.apply_changes()
             search.run()
         finally:
             if manifest.jobs:
@@ -186,8 +189,8 @@ def _recorded_plan(
 
 def _change_jobs(
     manifest: SweepManifest, composer: JobComposer, planner: JobPlanner, composed: DictConfig, invocation: Invocation
-) -> None:
-    """Record the settings that were typed for a resume, which apply to all jobs.
+) -> dict[str, Any]:
+    """Record the settings that were typed for a resume, which apply to all jobs, and return them.
 
     Raises:
         ConfigError: one of them would change what the trials compute.
@@ -208,6 +211,7 @@ def _change_jobs(
     )
     for name, value in added.changes.items():
         print(f"changed for all jobs: {name}={value}")
+    return added.changes
 
 
 def _study(folder: Path, plan: _Plan) -> Study:
@@ -216,14 +220,14 @@ def _study(folder: Path, plan: _Plan) -> Study:
 
 
 def _state(plan: _Plan, launcher: Launcher) -> SearchState:
-    at_once = getattr(launcher, "at_once", 1)
+    at_once = getattr(launcher, "at_once", None)
     return SearchState(
         pruner=plan.settings.pruner,
         eta=plan.settings.eta,
         rungs=plan.rungs,
         maximize=plan.objective.maximize,
         learns=plan.sampler in ("tpe", "cmaes"),
-        at_once=at_once if isinstance(at_once, int) else 1,
+        at_once=at_once() if callable(at_once) else 1,
         seed=int((plan.template.config or {})["seed"]),
     )
 

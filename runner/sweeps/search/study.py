@@ -23,8 +23,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from runner.common.errors import ConfigError
+from runner.config.search_settings import SearchSettings
 from runner.runs.search_record import JOURNAL
-from runner.sweeps.search.settings import SearchSettings
 from runner.sweeps.search.space import Choices, Interval, Space, Value, round_value
 
 _STUDY = "search"
@@ -67,9 +67,9 @@ class Study:
         if self._grid is not None:
             params = self._grid[number]
             self._study.enqueue_trial(params)
-        self._study.sampler = self._sampler(number, at_once)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.sampler = self._sampler(number, at_once)
             trial = self._study.ask(self._distributions)
         self._trials.append(trial)
         return {key: round_value(self._space.dimensions[key], trial.params[key]) for key in self._space.dimensions}
@@ -121,9 +121,7 @@ class Study:
         seed = int.from_bytes(hashlib.blake2b(f"{self._settings.seed}/{number}".encode(), digest_size=4).digest())
         match self._settings.sampler:
             case "tpe":
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    return TPESampler(seed=seed, constant_liar=at_once > 1)
+                return TPESampler(seed=seed, constant_liar=at_once > 1)
             case "cmaes":
                 return CmaEsSampler(seed=seed, warn_independent_sampling=False)
             case "qmc":

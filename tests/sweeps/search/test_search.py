@@ -1,0 +1,283 @@
+"""Searches as a user runs them, on the tiny model: exact, resumed, extended, with every sampler and launcher."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from runner.runs.search_record import read_search
+from runner.runs.sweep_manifest import read_manifest
+
+SMALL = ("model=tiny", "data=tiny", "train.iters=9", "train.eval_every=1", "checkpoint.every=50", "lora.dropout=0.1")
+SPACE = ("optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "lora.rank=interval(2,8)")
+SEARCH = ("-m", "hydra/sweeper=search", "hydra.sweeper.trials=9", *SMALL, *SPACE)
+TIMES = ("spent", "time")
+
+
+def record(sweep: Path) -> list[dict[str, Any]]:
+    """The lines of search.jsonl without those that hold times."""
+    lines = [json.loads(line) for line in (sweep / "search.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines if "spent" not in line]
+
+
+def jobs(sweep: Path) -> list[tuple[str, tuple[str, ...], int | None]]:
+    return [(job.id, job.overrides, job.stop_at) for job in read_manifest(sweep).jobs]
+
+
+def states(sweep: Path) -> list[str]:
+    return [json.loads((sweep / str(n) / "status.json").read_text())["state"] for n in range(len(jobs(sweep)))]
+
+
+@pytest.fixture(scope="module")
+def _searched(make_cli, tmp_path_factory) -> Path:
+    program = make_cli(tmp_path_factory.mktemp("search"), in_process=True)
+    program(*SEARCH, "hydra.sweep.dir=s")
+    return program.folder / "s"
+
+
+@pytest.fixture
+def sweep(inline, _searched) -> Path:
+    """A search of nine trials that has ended, in the folder s."""
+    shutil.copytree(_searched, inline.folder / "s")
+    return inline.folder / "s"
+
+
+def test_a_survivor_equals_the_run_that_never_stopped(inline, sweep, assert_equal_runs):
+    found = read_search(sweep)
+    assert found is not None and found.rungs == [1, 3, 9] and len(found.trials) == 9
+    assert sorted(len(trial.results) for trial in found.trials) == [1] * 6 + [2, 2, 3]
+    winner = next(trial for trial in found.trials if len(trial.results) == 3)
+    params = [f"{name}={value}" for name, value in winner.params.items()]
+    inline(*SMALL, *params, "hydra.run.dir=alone")
+    # The run alone keeps the checkpoint of the end; that of the search kept those of its rungs, too.
+    assert_equal_runs(inline.folder / "alone", sweep / str(winner.job))
+    ends = {trial.number: trial.stopped for trial in found.trials if trial is not winner}
+    assert all(end is not None and end["of"] == (9 if end["step"] == 1 else 3) for end in ends.values())
+
+
+def test_a_finished_search_has_nothing_left_and_more_trials_extend_it(inline, sweep):
+    before = record(sweep)
+    files = {path: path.stat().st_mtime_ns for path in sweep.rglob("adapters.safetensors")}
+    inline("resume=s")
+    assert record(sweep) == before
+    assert files == {path: path.stat().st_mtime_ns for path in sweep.rglob("adapters.safetensors")}
+    inline("resume=s", "hydra.sweeper.trials=12", "hydra.sweeper.seeds=2", "hydra.sweeper.finalists=2")
+    after = record(sweep)
+    assert after[: len(before)] == before
+    assert after[len(before)] == {"extended": {"trials": 12, "seeds": 2, "finalists": 2}, "wave": 11}
+    found = read_search(sweep)
+    assert found is not None and len(found.trials) == 12
+    finished = [trial for trial in found.trials if trial.results[-1].state == "finished"]
+    assert len(finished) >= 2 and sum(len(trial.replicates) for trial in finished) == 2
+    for trial in finished:
+        for seed, job in trial.replicates.items():
+            config = read_manifest(sweep).jobs[job].config
+            assert config is not None and config["seed"] == seed == 1
+
+
+def kill_at_random(cli, sweep: str, kills: int, *arguments: str) -> int:
+    """Start the search and resume it until it ends, killed at random moments; return how often it was killed."""
+    generator, killed = random.Random(0), 0
+    process = cli.start(*arguments, f"hydra.sweep.dir={sweep}")
+    while killed < kills:
+        time.sleep(generator.uniform(0.1, 1.4))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+        if process.returncode == 0:
+            break
+        resumes = (cli.folder / sweep / "sweep.jsonl").exists() and read_manifest(cli.folder / sweep).jobs
+        process = cli.start(*([f"resume={sweep}"] if resumes else [*arguments, f"hydra.sweep.dir={sweep}"]))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    cli(f"resume={sweep}")
+    return killed
+
+
+@pytest.mark.parametrize(
+    "kills, options",
+    [
+        (4, ()),
+        pytest.param(20, ("hydra.sweeper.seeds=2",), marks=pytest.mark.long),
+        pytest.param(8, ("hydra.sweeper.pruner=asha",), marks=pytest.mark.long),
+        pytest.param(8, ("hydra.sweeper.sampler=cmaes",), marks=pytest.mark.long),
+        pytest.param(8, ("hydra.sweeper.sampler=qmc", "hydra/launcher=process"), marks=pytest.mark.long),
+    ],
+)
+def test_a_search_killed_at_random_equals_one_that_was_not(cli, inline, assert_equal_runs, kills, options):
+    arguments = (*SEARCH, *options)
+    cli(*arguments, "hydra.sweep.dir=whole")
+    killed = kill_at_random(cli, "killed", kills, *arguments)
+    assert killed >= min(kills, 3)
+    whole, again = cli.folder / "whole", cli.folder / "killed"
+    assert record(whole) == record(again)
+    assert jobs(whole) == jobs(again) and states(whole) == states(again)
+    for number in range(len(jobs(whole))):
+        assert_equal_runs(whole / str(number), again / str(number))
+    verdicts = [inline("show", name).partition("verdict")[2].partition("\nsweep")[0] for name in ("whole", "killed")]
+    verdicts = [re.sub(r"\d+\.\d+s|whole|killed| {2,}", "", text) for text in verdicts]
+    assert verdicts[0] == verdicts[1] and "best: " in verdicts[0]
+
+
+@pytest.mark.parametrize("sampler", ["random", "qmc", "cmaes"])
+def test_every_sampler_suggests_within_the_space_the_same_by_its_seed(inline, sampler):
+    options = (f"hydra.sweeper.sampler={sampler}", "hydra.sweeper.trials=3", "hydra.sweeper.eta=2", "train.iters=2")
+    params = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        inline(*SEARCH, *options, f"hydra.sweeper.seed={seed}", f"hydra.sweep.dir={name}")
+        found = read_search(inline.folder / name)
+        assert found is not None
+        params.append([trial.params for trial in found.trials])
+    assert params[0] == params[1] != params[2]
+    assert all(1e-4 <= p["optimizer.learning_rate"] <= 1e-1 and 2 <= p["lora.rank"] <= 8 for p in params[0])
+    assert len({str(p) for p in params[0]}) == 3
+
+
+def test_where_the_trials_are_enough_for_all_combinations_each_is_tried_once(inline):
+    inline(*SEARCH, "optimizer.learning_rate=1e-3,1e-2", "lora.rank=2,4", "train.iters=3", "hydra.sweep.dir=s")
+    found = read_search(inline.folder / "s")
+    assert found is not None and found.settings["sampler"] == "grid"
+    assert [tuple(trial.params.values()) for trial in found.trials] == [(1e-3, 2), (1e-3, 4), (1e-2, 2), (1e-2, 4)]
+
+
+def test_groups_and_lists_are_searched_as_well(inline):
+    inline(
+        *SEARCH[:-2],
+        "optimizer=adamw,sgd",
+        "lora.keys=choice([self_attn.q_proj],[self_attn.q_proj,self_attn.v_proj])",
+        "train.iters=3",
+        "hydra.sweep.dir=s",
+    )
+    configs = [job.config or {} for job in read_manifest(inline.folder / "s").jobs]
+    assert {config["optimizer"]["name"] for config in configs} == {"adamw", "sgd"}
+    assert {len(config["lora"]["keys"]) for config in configs} == {1, 2}
+    # The options of the chosen group alone, whatever the others have.
+    assert {(config["optimizer"]["name"], config["optimizer"].get("momentum")) for config in configs} == {
+        ("adamw", None),
+        ("sgd", 0.0),
+    }
+
+
+def test_several_metrics_are_told_together(inline):
+    inline(
+        *SEARCH,
+        "objective.metric=[valid_loss,tokens_per_second]",
+        "hydra.sweeper.pruner=none",
+        "hydra.sweeper.trials=3",
+        "train.iters=2",
+        "hydra.sweep.dir=s",
+    )
+    found = read_search(inline.folder / "s")
+    assert found is not None and found.settings["maximize"] == [False, True]
+    assert all(len(trial.results[-1].values) == 2 for trial in found.trials)
+
+
+def test_a_trial_that_diverges_is_worse_than_any_other_and_the_search_goes_on(inline):
+    out = inline(
+        *SEARCH, "optimizer=sgd", "optimizer.learning_rate=1e-2,1e30", "lora.rank=2,4", "hydra.sweep.dir=s", expect=1
+    )
+    found = read_search(inline.folder / "s")
+    assert found is not None
+    ended = {trial.results[-1].state for trial in found.trials if trial.params["optimizer.learning_rate"] == 1e30}
+    assert ended == {"diverged"}
+    assert any(trial.results[-1].state == "finished" for trial in found.trials)
+    assert "2 of 4 jobs failed or diverged" in out
+    study = optuna.load_study(study_name="search", storage=_journal(inline.folder / "s"))
+    assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "PRUNED", "PRUNED", "PRUNED"]
+    assert all(trial.value is None or trial.value < 10 for trial in study.trials)
+
+
+def test_where_trial_after_trial_fails_the_search_ends_and_tries_the_last_ones_again(inline):
+    data = inline.folder / "data"
+    shutil.copytree(Path(__file__).parents[3] / "runner/data/sets/tiny", data)
+    (data / "train.jsonl").write_text("no row\n")
+    arguments = (*SEARCH, f"data.path={data}")
+    out = inline(*arguments, "hydra.sweep.dir=s", expect=1)
+    assert "3 trials in a row failed" in out and len(jobs(inline.folder / "s")) == 3
+    shutil.copy(Path(__file__).parents[3] / "runner/data/sets/tiny/train.jsonl", data)
+    inline("resume=s", expect=1)  # the first two failed before it was known that all do
+    found = read_search(inline.folder / "s")
+    assert found is not None
+    assert [trial.results[-1].state for trial in found.trials[:3]].count("failed") == 2
+    assert any(trial.results[-1].state == "finished" for trial in found.trials)
+
+
+def test_a_used_budget_starts_nothing_and_more_of_it_continues(inline, sweep):
+    out = inline("resume=s", "hydra.sweeper.trials=11", "hydra.sweeper.budget=0.1s")
+    assert "the budget holds 9 trials" in out
+    found = read_search(sweep)
+    assert found is not None and len(found.trials) == 9 and found.planned[0]["planned"] == {"trials": 9}
+    inline("resume=s", "hydra.sweeper.budget=10h")
+    extended = read_search(sweep)
+    assert extended is not None and len(extended.trials) == 11
+
+
+def test_a_search_begins_with_the_results_of_an_earlier_sweep(inline):
+    inline("-m", *SMALL, "train.iters=2", "optimizer.learning_rate=1e-3,1e-2", "lora.rank=2,4", "hydra.sweep.dir=grid")
+    arguments = (
+        *SEARCH,
+        "hydra.sweeper.warm_from=grid",
+        "hydra.sweeper.trials=2",
+        "train.iters=3",
+        "hydra.sweep.dir=s",
+    )
+    out = inline(*arguments)
+    assert "4 results of grid" in out
+    found = read_search(inline.folder / "s")
+    assert found is not None and len(found.settings["earlier"]) == 4
+    study = optuna.load_study(study_name="search", storage=_journal(inline.folder / "s"))
+    assert len(study.trials) == 6
+    shutil.rmtree(inline.folder / "grid")
+    inline("resume=s")  # needs them no more
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (("hydra.sweeper.sampler=tpee",), "Did you mean 'tpe'"),
+        (("hydra.sweeper.trials=0",), "must be a whole number, 1 or more"),
+        (("hydra.sweeper.budget=soon",), "must be a duration"),
+        (("lora.rank=2,0",), "lora.rank=0 is invalid"),
+        (("train.iters=3,9",), "have one length"),
+        (("train.eval_every=9",), "compares trials where they evaluate"),
+        (("train.stop_at=3",), "the rungs decide"),
+        (("objective.metric=[valid_loss,tokens_per_second]",), "pruner=none"),
+        (("hydra.sweeper.warm_from=nowhere",), "there is no sweep"),
+        (("hydra.sweeper.sampler=grid",), "has no end"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_and_leaves_no_folder(inline, options, reason):
+    assert reason in inline(*SEARCH, *options, "hydra.sweep.dir=s", expect=2)
+    assert not (inline.folder / "s").exists()
+
+
+def test_a_resume_changes_free_settings_and_refuses_what_the_suggestions_depend_on(inline, sweep):
+    assert "the space of a search is fixed" in inline("resume=s", "lora.rank=16", expect=2)
+    assert "hydra.sweeper.eta is 3 in this search" in inline("resume=s", "hydra.sweeper.eta=2", expect=2)
+    out = inline("resume=s", "checkpoint.keep_last=1")
+    assert "changed for all jobs: checkpoint.keep_last=1" in out
+    assert {len(list(run.glob("checkpoints/step-*"))) for run in sweep.glob("[0-9]")} == {1}
+
+
+@pytest.mark.parametrize("launcher", ["process", pytest.param("joblib", marks=pytest.mark.long)])
+def test_a_search_runs_under_other_launchers(cli, assert_equal_runs, launcher):
+    fixed = ("hydra.sweeper.sampler=random", "hydra.sweep.dir")  # which does not depend on how many jobs run at once
+    cli(*SEARCH, fixed[0], f"{fixed[1]}=serial")
+    cli(*SEARCH, fixed[0], f"hydra/launcher={launcher}", f"{fixed[1]}=other")
+    assert states(cli.folder / "serial") == states(cli.folder / "other")
+    for number in range(9):
+        assert_equal_runs(cli.folder / f"serial/{number}", cli.folder / f"other/{number}")
+
+
+def _journal(sweep: Path) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(sweep / "optuna-journal.log")))

@@ -112,7 +112,7 @@ def write_search(
             append({"result": 7, "step": 7, "values": [], "state": "diverged", "reason": "the loss is not finite"})
             searched.train(8, {5: 1.0}, "failed", reason="OutOfMemory: 3 GB")
             append({"result": 8, "step": 5, "values": [], "state": "failed", "reason": "OutOfMemory: 3 GB"})
-        append({"spent": 130.0, "training": 120.0, "updates": 100})
+        append({"spent": 130.0, "jobs": 120.0, "updates": 100, "beside": 5.0, "starts": 9})
         if finished:
             _finish(searched, seeds)
     return searched
@@ -141,7 +141,7 @@ def _finish(searched: Searched, seeds: Sequence[int]) -> None:
         if number not in (1, 4):
             append({"stopped": number, "step": 10, "place": place, "of": 7, "value": values[number]})
     append({"stopped": 4, "step": 30, "place": 2, "of": 2, "value": 0.95})
-    append({"spent": 400.0, "training": 380.0, "updates": 300})
+    append({"spent": 400.0, "jobs": 380.0, "updates": 300, "beside": 9.0, "starts": 13})
 
 
 def record_lines(folder: Path) -> list[dict[str, Any]]:

@@ -192,7 +192,7 @@ def header_lines(summary: SearchSummary) -> list[tuple[str, str]]:
             lines.append(("extended", f"to {texts} before wave {line.get('wave')}"))
     lines += [("to the end", text) for text in _beyond_their_place(record)]
     if record.updates:
-        spent, training = format_duration(record.spent_seconds), format_duration(record.training_seconds)
+        spent, training = format_duration(record.spent_seconds), format_duration(record.job_seconds)
         lines.append(("time", f"{spent}, of it {training} in jobs: {record.updates:,} updates"))
     return lines
 
@@ -225,7 +225,7 @@ def search_fields(summary: SearchSummary) -> dict[str, Any]:
         ],
         "planned": [{"trials": line["planned"], "reason": line.get("reason")} for line in record.planned],
         "spent_seconds": record.spent_seconds,
-        "training_seconds": record.training_seconds,
+        "job_seconds": record.job_seconds,
         "updates": record.updates,
     }
 

@@ -230,7 +230,8 @@ def test_importance_is_measured_where_all_trials_are_comparable(folder: Path) ->
         '{"schema": 1, "rungs": [10], "space": 3, "options": [], "judged_by": 4}\n',
         '{"schema": 1, "rungs": [10]}\n{"trial": 0, "job": 0, "params": {}}\n{"stopped": 0, "place": 1}\n',
         '{"schema": 1, "rungs": [10]}\n{"wave": 0, "asked": 1, "continued": [{"trials": []}]}\n',
-        '{"schema": 1, "rungs": [10]}\n{"planned": 4}\n{"extended": 5}\n{"spent": 1, "jobs": 2, "updates": 3, "beside": 1, "starts": 1}\n',
+        '{"schema": 1, "rungs": [10]}\n{"planned": 4}\n{"extended": 5}\n'
+        '{"spent": 1, "jobs": 2, "updates": 3, "beside": 1, "starts": 1}\n',
         '{"schema": 9}\n',
     ],
 )

@@ -1,4 +1,4 @@
-"""hydra/sweeper=grid (the default), hydra/launcher=serial (the default) and hydra/launcher=process.
+"""hydra/sweeper=grid (the default), hydra/launcher=serial (the default), process, ray and submitit.
 
 The classes only delegate, so that Hydra, which imports this module at every start, imports nothing heavy with it.
 """
@@ -176,34 +176,76 @@ class RayLauncher(_Launcher):
         return RayExecutor(self.context, self.config, self.invocation, self._fail_fast, options)
 
 
+class SubmititLauncher(_Launcher):
+    """Runs each job as a job of SLURM."""
+
+    def __init__(self, fail_fast: bool = False, **options: Any) -> None:
+        super().__init__(fail_fast)
+        self._options = options
+
+    def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
+        """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
+        from runner.sweeps.launchers.options import require_cluster, require_package, require_valid
+
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self._options["setup"] = list(self._options.get("setup") or [])
+        require_valid(
+            self._options,
+            text={"folder"},
+            names={"partition", "account"},
+            count={"jobs", "timeout_min", "signal_delay_s", "cpus", "gpus"},
+            amount={"mem_gb"},
+            texts={"setup"},
+        )
+        require_cluster(self._options.get("cluster"))
+        require_package("submitit", "hydra/launcher=submitit", extra="slurm")
+
+    def _make_executor(self) -> JobExecutor:
+        from runner.sweeps.launchers.submitit_executor import SubmititExecutor, SubmititOptions
+
+        options = SubmititOptions(**self._options)
+        return SubmititExecutor(self.context, self.config, self.invocation, self._fail_fast, options)
+
+
 _MODULE = "hydra_plugins.mlx_runner.plugins"
 _GRID = {"_target_": f"{_MODULE}.GridSweeper", "params": {}}
 _SEARCH = {"_target_": f"{_MODULE}.SearchSweeper", **asdict(SearchSettings()), "params": {}}
 _SERIAL = {"_target_": f"{_MODULE}.SerialLauncher", "fail_fast": False}
+# jobs: how many at once; null means as many as fit memory and cores, and one on a GPU.
+_PROCESS = {"_target_": f"{_MODULE}.ProcessLauncher", "jobs": None, "fail_fast": False}
+_RAY = {
+    "_target_": f"{_MODULE}.RayLauncher",
+    "address": None,  # null joins a cluster that runs on this machine, or starts one here
+    "jobs": None,  # at once on each node; null as with process
+    "cpus": 1,  # that each job asks of its node, as Ray counts them
+    "gpus": 0,
+    "fail_fast": False,
+}
+_SUBMITIT = {
+    "_target_": f"{_MODULE}.SubmititLauncher",
+    "cluster": "slurm",  # or local, for tests on one machine; null finds out
+    "folder": None,  # of submitit's files; null means logs/submitit in that of the sweep
+    "jobs": 16,  # at once
+    "timeout_min": 240,  # of each job; one that needs longer continues in another
+    "signal_delay_s": 120,  # seconds before that, for the save
+    "cpus": 4,  # of each job
+    "gpus": None,
+    "mem_gb": None,
+    "partition": None,
+    "account": None,
+    "setup": [],  # lines of shell before each job, such as module load
+    "fail_fast": False,
+}
 _store = ConfigStore.instance()
 for _group, _name, _node in (
     # Hydra's default choices are called basic. Ours take the name: an override in the defaults list of
     # conf/config.yaml would win over the one in a recipe.
     ("hydra/sweeper", "basic", _GRID),
     ("hydra/sweeper", "grid", _GRID),
-    ("hydra/sweeper", "search", _SEARCH),
     ("hydra/launcher", "basic", _SERIAL),
     ("hydra/launcher", "serial", _SERIAL),
-    # jobs: how many at once; null means as many as fit memory and cores, and one on a GPU.
-    ("hydra/launcher", "process", {"_target_": f"{_MODULE}.ProcessLauncher", "jobs": None, "fail_fast": False}),
-    # address: null joins a cluster that runs on this machine, or starts one here. jobs: how many at once on each node.
-    # cpus, gpus: what each job asks of its node, as Ray counts them.
-    (
-        "hydra/launcher",
-        "ray",
-        {
-            "_target_": f"{_MODULE}.RayLauncher",
-            "address": None,
-            "jobs": None,
-            "cpus": 1,
-            "gpus": 0,
-            "fail_fast": False,
-        },
-    ),
+    ("hydra/launcher", "process", _PROCESS),
+    ("hydra/launcher", "ray", _RAY),
+    ("hydra/launcher", "submitit", _SUBMITIT),
 ):
     _store.store(group=_group, name=_name, node=_node, provider="mlx_runner")

@@ -25,8 +25,12 @@ from runner.config.search_settings import SearchSettings
 from runner.runs.sweep_manifest import SweepManifest
 
 TRUST = "model.trust_remote_code"
+_SETTABLE_OF_LAUNCHERS = (
+    *("jobs", "n_jobs", "fail_fast", "cpus", "gpus", "mem_gb"),
+    *("cluster", "partition", "account", "timeout_min", "signal_delay_s"),
+)
 _SETTABLE_OF_PLUGINS = {
-    "launcher": ("jobs", "n_jobs", "fail_fast"),
+    "launcher": _SETTABLE_OF_LAUNCHERS,
     "sweeper": ("params", *(field.name for field in dataclasses.fields(SearchSettings))),
 }
 """Settings of Hydra's launcher and sweeper that a file may set."""

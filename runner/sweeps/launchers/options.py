@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from runner.common.errors import ConfigError
+
+_CLUSTERS = ("slurm", "local", "debug")
+_NAME = re.compile(r"[\w.,:@+-]{1,200}")
 
 
 def require_valid(
@@ -16,6 +21,7 @@ def require_valid(
     count: Collection[str] = (),
     amount: Collection[str] = (),
     texts: Collection[str] = (),
+    names: Collection[str] = (),
 ) -> None:
     """Raise ConfigError for an option of a launcher that is invalid.
 
@@ -25,11 +31,14 @@ def require_valid(
         count: names of those that are a whole number of 1 or more, or null.
         amount: names of those that are a number of 0 or more, or null.
         texts: names of those that are a list of texts.
+        names: names of those that are a plain name, which a shell script may hold, or null.
     """
     for name, value in options.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in text and not (value is None or (isinstance(value, str) and value)):
             problem = "must be a text, or null"
+        elif name in names and not (value is None or (isinstance(value, str) and _NAME.fullmatch(value))):
+            problem = "must be a plain name, or null"
         elif name in count and value is not None and (type(value) is not int or value < 1):
             problem = "must be 1 or more, or null"
         elif name in amount and value is not None and not (number and value >= 0):
@@ -39,6 +48,17 @@ def require_valid(
         else:
             continue
         raise ConfigError(f"hydra.launcher.{name}={value} is invalid: {problem}.")
+
+
+def require_cluster(name: str | None) -> None:
+    """Raise ConfigError for a cluster that submitit does not know, or whose commands this machine does not have."""
+    if name not in (None, *_CLUSTERS):
+        raise ConfigError(f"hydra.launcher.cluster={name} is invalid: must be one of {', '.join(_CLUSTERS)}, or null.")
+    if name == "slurm" and shutil.which("srun") is None:
+        raise ConfigError(
+            "hydra/launcher=submitit submits to SLURM, whose commands are not on this machine (srun is not found). To "
+            "try it here: hydra.launcher.cluster=local"
+        )
 
 
 def require_package(name: str, launcher: str, extra: str | None = None) -> None:

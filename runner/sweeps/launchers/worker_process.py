@@ -65,11 +65,15 @@ class WorkerProcess:
             self._process.send_signal(number)
             self._stop_requested = True
 
-    def close(self) -> int:
-        """Close its pipes, wait for its end and return its exit code."""
+    def end_requests(self) -> None:
+        """Let it know that no request will follow: a job in progress saves and stops."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
+
+    def close(self) -> int:
+        """Close its pipes, wait for its end and return its exit code; a job in progress saves and stops."""
+        self.end_requests()
         code = self._process.wait()
         self.replies.close()
         return code

@@ -1,0 +1,97 @@
+"""hydra/launcher=submitit with submitit's local executor: real processes, and the signals of a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickletools
+import signal
+from pathlib import Path
+
+import pytest
+import system
+
+pytest.importorskip("submitit")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(system.SIMULATED, reason="submitit's own processes run outside the simulation"),
+]
+
+SMALL = ("experiment=smoke", "train.iters=90", "train.eval_every=30", "checkpoint.every=30", "lora.dropout=0.1")
+LOCAL = ("hydra/launcher=submitit", "hydra.launcher.cluster=local", "hydra.launcher.cpus=1", "hydra.sweep.dir=s")
+
+
+def task_of(run: Path) -> int:
+    """The pid of submitit's process for a run, which is the parent of the one that trains."""
+    return system.parents()[json.loads((run / "status.json").read_text())["pid"]]
+
+
+def check_jobs(inline, assert_equal_runs, *ranks: int) -> None:
+    for number, rank in enumerate(ranks):
+        inline(*SMALL, f"lora.rank={rank}", f"hydra.run.dir=alone{rank}")
+        assert_equal_runs(inline.folder / f"s/{number}", inline.folder / f"alone{rank}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_a_preempted_job_saves_and_is_put_into_the_queue_again_and_continues(cli, inline, assert_equal_runs, number):
+    process = cli.start("-m", *SMALL, "lora.rank=2", *LOCAL)
+    cli.wait_for(cli.folder / "s/0", 20, process)
+    os.kill(task_of(cli.folder / "s/0"), number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert ("preempted after step" in out) == (number == signal.SIGTERM)  # else submitit puts it back itself
+    assert (cli.folder / "s/0/run.log").read_text().count("resumed from") == 1
+    check_jobs(inline, assert_equal_runs, 2)
+    for path in (cli.folder / "s/logs/submitit").glob("*_submitted.pkl"):
+        texts = {arg for _, arg, _ in pickletools.genops(path.read_bytes()) if isinstance(arg, str)}
+        assert str(cli.folder / "s/logs/requests/0.json") in texts and path.stat().st_size < 1000
+
+
+@pytest.mark.long
+def test_a_sweep_whose_process_was_killed_waits_for_the_jobs_that_go_on_without_it(cli, inline, assert_equal_runs):
+    process = cli.start("-m", *SMALL, "lora.rank=2,4", *LOCAL, "hydra.launcher.jobs=1")
+    cli.wait_for(cli.folder / "s/0", 20, process)
+    process.kill()
+    process.communicate()
+    pid = json.loads((cli.folder / "s/0/status.json").read_text())["pid"]
+    out = cli("resume=s")
+    assert "2 jobs" in out and not system.is_running(pid)
+    assert "resumed" not in (cli.folder / "s/0/run.log").read_text()  # it went on to its end
+    check_jobs(inline, assert_equal_runs, 2, 4)
+
+
+@pytest.mark.long
+def test_ctrl_c_saves_the_jobs_and_a_resume_finishes_them(cli, inline, assert_equal_runs):
+    process = cli.start("-m", *SMALL, "lora.rank=2,4", *LOCAL, "hydra.launcher.jobs=2")
+    for job in ("0", "1"):
+        cli.wait_for(cli.folder / "s" / job, 20, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    assert {row["state"] for row in cli.results(cli.folder / "s").values()} == {"stopped"}
+    assert "2 to resume" in cli("resume=s")
+    check_jobs(inline, assert_equal_runs, 2, 4)
+
+
+@pytest.mark.long
+def test_a_job_that_fails_by_its_own_error_is_not_started_again(cli):
+    overrides = ("lora.keys=[self_attn.q_proj],[nonsense]", "train.iters=10", "train.eval_every=5")
+    out = cli("-m", *SMALL, *overrides, *LOCAL, expect=1)
+    rows = cli.results(cli.folder / "s")
+    assert [rows[n]["state"] for n in (0, 1)] == ["finished", "failed"] and "nonsense" in rows[1]["reason"], out
+    assert len([*(cli.folder / "s/logs/submitit").glob("*_submitted.pkl")]) == 2
+
+
+def test_options_that_submitit_cannot_take_are_refused_before_the_sweep_begins(inline):
+    for option, problem in (
+        ("cpus=0", "must be 1 or more"),
+        ("mem_gb=much", "must be 0 or more"),
+        ("setup=[1]", "must be a list of texts"),
+        ("partition=1", "must be a plain name"),
+        ("partition='a b'", "must be a plain name"),
+        ("cluster=none", "must be one of slurm, local, debug"),
+        ("cluster=slurm", "srun is not found"),
+    ):
+        out = inline("-m", *SMALL, "lora.rank=2,4", *LOCAL, f"hydra.launcher.{option}", expect=2)
+        assert problem in out
+    assert not (inline.folder / "s").exists()

@@ -242,6 +242,7 @@ for _group, _name, _node in (
     # conf/config.yaml would win over the one in a recipe.
     ("hydra/sweeper", "basic", _GRID),
     ("hydra/sweeper", "grid", _GRID),
+    ("hydra/sweeper", "search", _SEARCH),
     ("hydra/launcher", "basic", _SERIAL),
     ("hydra/launcher", "serial", _SERIAL),
     ("hydra/launcher", "process", _PROCESS),

@@ -25,7 +25,7 @@ GENERATOR = "runner report"
 """By which a page is known as one, among its first lines."""
 _ASSETS = Path(__file__).parent.parent / "assets"
 _STYLES = ("uPlot.min.css", "page.css")
-_LIBRARY, _LIBRARY_LICENCE = "uPlot.iife.min.js", "uPlot.LICENSE.txt"
+_LOCALE, _LIBRARY, _LIBRARY_LICENCE = "locale.js", "uPlot.iife.min.js", "uPlot.LICENSE.txt"
 _SCRIPTS = ("elements.js", "highlight.js", "chart.js", "table.js", "parallel.js", "parts.js", "main.js")
 """In the order in which they need each other; together they are one script."""
 
@@ -121,7 +121,7 @@ def document(data: str, *, title: str, made: str, live: bool) -> str:
 def _assets() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the style sheets and the scripts of every page."""
     scripts = "\n".join(_read(name) for name in _SCRIPTS)
-    library = f"/*\n{_read(_LIBRARY_LICENCE)}*/\n{_read(_LIBRARY)}"
+    library = f"{_read(_LOCALE)}/*\n{_read(_LIBRARY_LICENCE)}*/\n{_read(_LIBRARY)}"
     return tuple(_read(name) for name in _STYLES), (library, f'"use strict";\n(() => {{\n{scripts}\n}})();\n')
 
 

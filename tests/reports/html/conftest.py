@@ -35,7 +35,7 @@ def open_url(browser: Any) -> Iterator[Callable[..., Any]]:
     contexts = []
 
     def do(url: str, width: int = 1280, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, locale="en-US")
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(30_000)

@@ -207,7 +207,7 @@ def test_hostile_texts_are_shown_and_never_run(open_report: Open, tmp_path: Path
 def test_code_that_was_smuggled_into_the_markup_is_refused(browser: Any, tmp_path: Path) -> None:
     from runner.reports.html.write import write_report
 
-    page = browser.new_page(locale="en-US")
+    page = browser.new_page()
     errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text))
     file = write_report(run_folders.make_run(tmp_path / "run"))

@@ -179,7 +179,7 @@ def _compare(
                 groups[i],
                 [values[run.path].step for run in groups[i]],
                 [_evaluations(run, metric) for run in groups[i]],
-                float(sign * arrays[i].sum() / len(groups[i]) / weights.sum()),
+                0.0 + float(sign * arrays[i].sum() / len(groups[i]) / weights.sum()),  # a score of 0 is not -0.0
                 found.value,
                 found.low,
                 found.high,

@@ -189,6 +189,13 @@ def test_scores_are_compared_answer_by_answer_and_higher_is_better(tmp_path: Pat
     ]
 
 
+def test_a_score_of_zero_is_shown_as_zero(tmp_path: Path) -> None:
+    for name in ("A", "B"):
+        write_run(tmp_path / name, {10: row_losses(1)}, scores=[0.0] * 8, lora__rank=ord(name))
+    verdict, names = judged(tmp_path / "A", tmp_path / "B", objective=Objective("score", maximize=True))
+    assert "best: 0.0000" in text(verdict, names)
+
+
 def test_the_page_of_a_sweep_has_the_verdict_in_text_and_json(tmp_path: Path) -> None:
     for number, (rank, seed) in enumerate((rank, seed) for rank in (4, 8) for seed in (0, 1)):
         losses = {0: row_losses(2), 10: row_losses(1.0 + rank / 20, seed=number)}

@@ -27,8 +27,8 @@ class RunCurves:
     def of(
         self, split: str, name: str, field: str = "loss", *, id: str | None = None, rank: float | None = None
     ) -> Curve:
-        """Return the curve of a field of the rows of a split."""
-        rows = [row for row in self._run.rows if row.get("split") == split]
+        """Return the curve of a field of the rows of a split: of those that have it, as that of a score has no loss."""
+        rows = [row for row in self._run.rows if row.get("split") == split and field in row]
         values = [finite_number(row.get(field)) for row in rows]
         keep = thinned(values, self._limit)
         axes = self._axes([rows[i] for i in keep])

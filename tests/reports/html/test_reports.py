@@ -71,6 +71,14 @@ def test_a_run(tmp_path: Path) -> None:
     assert "python -m runner repeat=outputs/run lora.rank=32" in commands
 
 
+def test_the_score_of_validation_rows_leaves_no_gap_in_the_curve_of_their_loss(tmp_path: Path) -> None:
+    run = run_folders.make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 40, "split": "valid", "metric": "exact_match", "score": 0.5}) + "\n")
+    valid = part(data_of(run), "Training")["charts"][0]["curves"][1]
+    assert valid["x"]["step"] == list(range(0, 41, 5)) and None not in valid["y"]
+
+
 def test_a_real_run_has_its_checkpoints_its_environment_and_a_page_at_its_end(
     tiny: Any, train: Any, tmp_path: Path
 ) -> None:

@@ -41,6 +41,12 @@ ELSEWHERE = (
     f"python -m runner serve {RUN}",
     f"python -m runner test {RUN} --tasks arc_easy,hellaswag --limit 100 --base",
     f"python -m runner test {RUN} --tasks capitals.yaml --base",
+    # They need a cluster: tests/sweeps/test_ray.py, test_submitit.py.
+    "python -m runner -m hydra/launcher=ray hydra.launcher.address=192.168.1.10:6379 lora.rank=4,8,16 "
+    "optimizer.learning_rate=1e-4,3e-4",
+    f"python -m runner resume={SWEEP} hydra.launcher.address=192.168.1.10:6379",
+    "python -m runner -m hydra/launcher=submitit hydra.launcher.partition=gpu hydra.launcher.gpus=1 lora.rank=4,8,16 "
+    "seed=0,1,2",
 )
 """Run by CI itself, or below as a test of its own."""
 

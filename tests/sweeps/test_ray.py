@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import system
+
+from runner.runs.directory import RunDirectory
+from runner.runs.restarts import read_restarts
+from runner.runs.search_record import read_search
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -108,7 +113,6 @@ def test_trials_of_a_node_that_is_killed_continue_on_another_from_their_checkpoi
     cli.wait_for(cli.folder / "s/1", 40 if shared else 10, process)
     kill_node_of(cli.folder / "s/1", cluster)
     out, _ = process.communicate(timeout=120)
-    print(out)
     assert process.returncode == 0, out
     assert "node lost after step" in out and "starting again from step" in out
     assert ("is not shared" in out) == (not shared)
@@ -117,3 +121,64 @@ def test_trials_of_a_node_that_is_killed_continue_on_another_from_their_checkpoi
     for number, rank in enumerate((2, 4, 6)):
         inline(*SMALL, f"lora.rank={rank}", f"hydra.run.dir=alone{rank}")
         assert_equal_runs(cli.folder / f"s/{number}", cli.folder / f"alone{rank}")
+
+
+def test_ctrl_c_saves_all_jobs_and_so_does_the_death_of_the_sweep_and_a_resume_finishes_them(
+    cli, inline, start_cluster, assert_equal_runs
+):
+    cluster = start_cluster(2)
+    address = f"hydra.launcher.address={cluster.address}"
+    overrides = ("-m", *SMALL, "lora.rank=2,4,6", "hydra/launcher=ray", "hydra.sweep.dir=s")
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = cli.start(*overrides, address, fork=False, env=LOOPBACK)
+        for job in ("0", "1"):
+            cli.wait_for(cli.folder / "s" / job, 20 if number == signal.SIGINT else 60, process)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        if number == signal.SIGINT:
+            assert process.returncode == 130, out
+            assert [row["state"] for row in cli.results(cli.folder / "s").values()] == [
+                "stopped",
+                "stopped",
+                "not started",
+            ]
+        overrides = ("resume=s",)
+    out = cli("resume=s", address, env=LOOPBACK)
+    assert "1 to start, 2 to resume" in out
+    for number, rank in enumerate((2, 4, 6)):
+        inline(*SMALL, f"lora.rank={rank}", f"hydra.run.dir=alone{rank}")
+        assert_equal_runs(cli.folder / f"s/{number}", cli.folder / f"alone{rank}")
+
+
+def test_a_search_goes_on_when_a_node_is_killed_and_a_job_that_fails_by_itself_is_not_started_again(
+    cli, inline, start_cluster, assert_equal_runs
+):
+    cluster = start_cluster(2)
+    overrides = ("hydra/sweeper=search", "hydra.sweeper.pruner=asha", "hydra.sweeper.trials=5", *SMALL)
+    keys = "lora.keys=choice([self_attn.q_proj],[nonsense])"
+    space = ("optimizer.learning_rate=tag(log,interval(1e-4,1e-2))", keys, "train.eval_every=10")
+    arguments = ("hydra/launcher=ray", f"hydra.launcher.address={cluster.address}", "hydra.sweep.dir=s")
+    process = cli.start("-m", *overrides, *space, *arguments, fork=False, env=LOOPBACK)
+    while not (running := [run for run in (cli.folder / "s").glob("[0-9]*") if is_training(run)]):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    kill_node_of(running[0], cluster)
+    out, _ = process.communicate(timeout=240)
+    print(out)
+    found = read_search(cli.folder / "s")
+    assert found is not None and len(found.trials) == 5
+    by_job = {trial.job: trial for trial in found.trials}
+    finished = [job for job, trial in by_job.items() if trial.results[-1].state == "finished"]
+    failed = [job for job, trial in by_job.items() if trial.results[-1].state == "failed"]
+    assert finished and failed and process.returncode == 1, out
+    restarts = {job: len(read_restarts(RunDirectory(cli.folder / f"s/{job}").read_status())) for job in by_job}
+    assert sum(restarts.values()) == 1 and not any(restarts[job] for job in failed)
+    params = [f"{name}={value}" for name, value in by_job[finished[0]].params.items()]
+    params = [param.replace("'", "") for param in params]
+    inline(*SMALL, "train.eval_every=10", *params, "hydra.run.dir=alone")
+    assert_equal_runs(cli.folder / f"s/{finished[0]}", cli.folder / "alone")
+
+
+def is_training(run: Path) -> bool:
+    status = RunDirectory(run).read_status()
+    return status["state"] == "running" and status["step"] > 2

@@ -138,12 +138,13 @@ def summarize(record: SearchRecord, runs: Mapping[int, RunInfo]) -> SearchSummar
     counted = [trial for trial in record.trials if trial.job is None or first[trial.job] == trial.number]
     rungs = [_rung(record, counted, i) for i in range(len(record.rungs))]
     cuts = {rung.step: rung.cut for rung in rungs}
+    places = {rung.step: _places(counted, rung.step) for rung in rungs if not rung.is_end}
     trials = []
     for trial in record.trials:
         run = None if trial.job is None else runs.get(trial.job)
         twin = trial.number if trial.job is None else first[trial.job]
         repeats = twin if twin != trial.number else None
-        state, step, text, short = _ending(trial, repeats, run, cuts, judged, record.rungs)
+        state, step, text, short = _ending(trial, repeats, run, cuts, places, judged, record.rungs)
         trials.append(Trial(trial.number, trial.job, trial.params, state, step, text, short))
     return SearchSummary(record, rungs, trials)
 
@@ -257,6 +258,7 @@ def _ending(
     repeats: int | None,
     run: RunInfo | None,
     cuts: Mapping[int, float | None],
+    places: Mapping[int, Sequence[tuple[float, int]]],
     judged: str,
     rungs: list[int],
 ) -> tuple[str, int, str, str]:
@@ -273,22 +275,30 @@ def _ending(
         return _FINISHED, step, f"trained to its end at step {step}{early}", f"to its end at {step}{early}"
     if result.state in (DIVERGED, FAILED):
         reason = shorten(result.reason, 200) if result.reason else ""
-        return result.state, step, f"{result.state} at step {step}" + (f": {reason}" if reason else ""), ""
-    stopped = trial.stopped
-    if stopped is None:
-        return _WAITING, step, f"waits at step {step}, where nothing is decided yet", f"waits at {step}"
-    return _STOPPED, step, *_why_stopped(stopped, step, cuts.get(step), judged)
-
-
-def _why_stopped(stopped: Mapping[str, Any], step: int, cut: float | None, judged: str) -> tuple[str, str]:
-    if "place" not in stopped:
+        short = f"{result.state} at {step}"
+        return result.state, step, f"{result.state} at step {step}" + (f": {reason}" if reason else ""), short
+    stopped, cut = trial.stopped, cuts.get(step)
+    if stopped is not None and "place" not in stopped:
         reason = shorten(stopped.get("reason", "no reason was recorded"), 200)
-        return f"stopped at {step}: {reason}", f"stopped at {step}"
-    value = float(stopped["value"])
-    place = f"place {stopped['place']} of {stopped['of']}"
+        return _STOPPED, step, f"stopped at {step}: {reason}", f"stopped at {step}"
+    if stopped is not None:
+        value, place, of = float(stopped["value"]), stopped["place"], stopped["of"]
+    else:
+        ranked = places.get(step, ())
+        value = next((value for value, number in ranked if number == trial.number), _judged(result) or 0.0)
+        place, of = 1 + sum(pair < (value, trial.number) for pair in ranked), len(ranked)
+    if stopped is None and cut is None:
+        return _WAITING, step, f"waits at step {step}, where nothing is decided yet", f"waits at {step}"
+    state, verb = (_WAITING, "waits") if stopped is None else (_STOPPED, "stopped")
     limit = "none continued" if cut is None else f"those up to {cut:.4f} continued"
-    short = f"{place} at {step}" + ("" if cut is None else f", cut {cut:.4f}")
-    return f"stopped at {step}: {place}, {judged} {value:.4f}; {limit}", short
+    short = f"place {place} of {of} at {step}" + ("" if cut is None else f", cut {cut:.4f}")
+    return state, step, f"{verb} at {step}: place {place} of {of}, {judged} {value:.4f}; {limit}", short
+
+
+def _places(trials: Sequence[TrialRecord], step: int) -> list[tuple[float, int]]:
+    """Return the values at a rung with the numbers of their trials, the best first."""
+    values = [(judged_at(trial, step), trial.number) for trial in trials]
+    return sorted((value, number) for value, number in values if value is not None)
 
 
 def _beyond_their_place(record: SearchRecord) -> Iterator[str]:

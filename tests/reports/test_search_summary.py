@@ -143,6 +143,19 @@ def test_a_search_that_was_killed_waits_to_be_resumed(tmp_path: Path) -> None:
     assert [c.runs[0].path.name for c in verdict.candidates] == ["4", "1", "6", "2", "0", "3", "5"]  # all at one rung
 
 
+def test_a_trial_that_waits_while_others_of_its_rung_continue_has_its_place(folder: Path) -> None:
+    stopped = {trial.number: trial for trial in summary_of(folder).trials}
+
+    def change(lines: list[dict]) -> None:
+        lines[:] = [line for line in lines if "stopped" not in line]
+
+    edit(folder, change)
+    summary = summary_of(folder)
+    for number in (0, 2, 3, 4, 5, 6):  # what is recorded at the end of a search is what its rungs say before
+        assert summary.trials[number].text == stopped[number].text.replace("stopped", "waits")
+        assert summary.trials[number].state == "waiting" and summary.trials[number].short == stopped[number].short
+
+
 def test_a_trial_that_is_being_continued_is_not_the_rung_that_it_left(tmp_path: Path) -> None:
     searched = write_search(tmp_path / "s", finished=False)
     searched.train(4, {5: 1.3, 10: 1.05, 20: 1.0}, "running")  # by a process that was killed

@@ -50,7 +50,7 @@ function tableRow(part, row, number) {
 }
 
 function cellClass(column) {
-  return [column.number && "number", column.code && "code"].filter(Boolean).join(" ") || null;
+  return [column.number && "number", column.code && "code", column.wide && "wide"].filter(Boolean).join(" ") || null;
 }
 
 function cellContent(cell, column) {

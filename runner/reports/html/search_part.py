@@ -10,7 +10,7 @@ from runner.reports import settings_text
 from runner.reports.html import sections
 from runner.reports.html.importance_part import importance_part
 from runner.reports.html.sections import Column, Mark, Part, Row
-from runner.reports.search_summary import Rung, SearchSummary, header_lines, tried_text
+from runner.reports.search_summary import Rung, SearchSummary, header_lines, judged_at, tried_text
 from runner.runs.inspect import RunInfo
 from runner.runs.timeline import Timeline
 
@@ -45,16 +45,21 @@ def rungs_part(search: SearchSummary) -> list[Part]:
     ]
 
 
-def trial_cell(search: SearchSummary, job: int | None) -> sections.Cell:
-    """Return how the trial of a job ended and why; of a job with another seed, which trial it repeats."""
-    trial = None if job is None else search.by_job.get(job)
-    if trial is not None:
-        return sections.shown(f"trial {trial.number}: {trial.text}", trial.number)
-    replicate = None if job is None else search.replicates.get(job)
-    if replicate is None:
-        return None
-    of, seed = replicate
-    return sections.shown(f"trial {of.number} with seed {seed}", of.number)
+def trials_part(search: SearchSummary, link_of: Callable[[int | None], sections.Cell]) -> list[Part]:
+    """Return the table of all trials, folded away: what each had at each rung, how it ended and why.
+
+    `link_of` returns the cell of a job by its number.
+    """
+    judged = search.judged_by.replace("_", " ")
+    columns = [Column(title="trial", number=True), Column(title="job", number=True)]
+    columns += [Column(title=f"at {rung.step:,}", number=True, digits=_DIGITS, help=judged) for rung in search.rungs]
+    columns.append(Column(title="how it ended", wide=True))
+    rows = []
+    for trial, recorded in zip(search.trials, search.record.trials, strict=True):
+        values = [judged_at(recorded, rung.step) for rung in search.rungs]
+        rows.append(Row(cells=[trial.number, link_of(trial.job), *values, trial.text]))
+    note = f"The {judged} at each rung, by which trials are compared there."
+    return [sections.table("Trials of the search", columns, rows, id="trials", note=note, closed=True)]
 
 
 def stop_marks(search: SearchSummary, runs: Mapping[int, RunInfo]) -> list[Mark]:

@@ -67,6 +67,8 @@ class Column:
     digits: int | None = None
     """Digits behind the point of its numbers; None for as many as each needs."""
     help: str = ""
+    wide: bool = False
+    """Whether it holds sentences, which need some width."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from runner.common.text import format_duration
 from runner.reports import cells, settings_text
 from runner.reports.html import sections
 from runner.reports.html.run_report import LOSS_DIGITS
-from runner.reports.html.search_part import trial_cell
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.metric_columns import DECIMALS, FRONT_MARK, front_note
 from runner.reports.search_summary import SearchSummary
+from runner.reports.search_table import endings
 from runner.runs.inspect import RunInfo
 from runner.runs.objective import VALID_LOSS, Objective
 
@@ -104,11 +104,12 @@ def jobs_table(
         *([Column(title="in the search")] if search else []),
     ]
     texts = {name: settings_text.texts_of(name, [job.settings.get(name) for job in jobs]) for name in names}
+    ended = endings(search, [job.number for job in jobs]) if search else []
     rows = []
     for i, job in enumerate(jobs):
         run, seconds = job.run, finite_number(job.run.status.get("seconds"))
         row: list[sections.Cell] = [
-            sections.link(job.name, report_path(run.path, job.name), _number(job.name)),
+            _link(job),
             *objective.values(run),
             *([FRONT_MARK if id(run) in front else None] if objective.others else []),
             *(setting_cell(texts[name][i], job.settings.get(name)) for name in names),
@@ -117,7 +118,7 @@ def jobs_table(
             sections.state(run.state),
             None if run.step is None else sections.shown(cells.format_progress(run), run.step),
             None if seconds is None else sections.shown(format_duration(seconds), seconds),
-            *([trial_cell(search, job.number)] if search else []),
+            *([ended[i]] if search else []),
         ]
         rows.append(Row(cells=row, id=job.id, notes=[note for note in cells.run_notes(run) if "restarts" in note]))
     note = "Point at a row or a curve to highlight the job; click, or press Enter, to keep it highlighted."
@@ -129,6 +130,21 @@ def jobs_table(
 
 def _metric_column(objective: Objective) -> Column:
     return Column(title=metric_name(objective), number=True, digits=DECIMALS.get(objective.metric, LOSS_DIGITS))
+
+
+def link_to_job(jobs: Sequence[PageJob]) -> Callable[[int | None], sections.Cell]:
+    """Return what gives the cell that names a job and leads to its page, by its number."""
+    known = {job.number: job for job in jobs if job.number is not None}
+
+    def cell(number: int | None) -> sections.Cell:
+        job = None if number is None else known.get(number)
+        return None if job is None else _link(job)
+
+    return cell
+
+
+def _link(job: PageJob) -> sections.Cell:
+    return sections.link(job.name, report_path(job.run.path, job.name), _number(job.name))
 
 
 def lines_of(jobs: Sequence[PageJob]) -> Callable[[int | None], dict[str, Any]]:
@@ -172,7 +188,7 @@ def unfinished_part(jobs: Sequence[PageJob]) -> list[Part]:
     for job in sorted(failed, key=lambda job: (len(job.name), job.name)):
         lines = (job.run.reason or job.run.problem or "no reason was recorded").split("\n")
         reason = "\n".join(lines[:_MAX_REASON_LINES])
-        link = sections.link(job.name, report_path(job.run.path, job.name), _number(job.name))
+        link = _link(job)
         rows.append(Row(cells=[link, sections.state(job.run.state), job.run.step, reason], id=job.id))
     columns = [Column(title="job", number=True), Column(title="state"), Column(title="step", number=True)]
     columns.append(Column(title="reason", code=True))

@@ -22,6 +22,7 @@ from runner.reports.html.search_part import (
     search_importance,
     search_settings_part,
     stop_marks,
+    trials_part,
 )
 from runner.reports.html.sections import Column, Part, Row
 from runner.reports.html.sweep_jobs import (
@@ -29,6 +30,7 @@ from runner.reports.html.sweep_jobs import (
     job_label,
     jobs_table,
     lines_of,
+    link_to_job,
     metric_name,
     page_jobs,
     setting_cell,
@@ -77,6 +79,7 @@ def sweep_report(sweep: SweepInfo, errors: Mapping[int, str] | None = None) -> P
             sections.charts("Curves", _charts(jobs, names, search), id="charts"),
             *(rungs_part(search) if search else []),
             jobs_table(jobs, names, objective, search),
+            *(trials_part(search, link_to_job(jobs)) if search else []),
             *_seeds(runs, objective, settings),
             *_verdict(ranked, objective),
             *(search_settings_part(search, lines_of(jobs)) if search else _parallel(jobs, names, objective)),

@@ -128,11 +128,15 @@ def test_a_search_shows_its_rungs_and_where_trials_were_stopped(open_report: Ope
     (searched.folder / "search.jsonl").rename(tmp_path / "search.jsonl")
     without = inked(open_report(searched.folder), "canvas")
     assert inked(page, "canvas") > without + 200  # lines of rungs, and crosses
-    heading = page.get_by_role("button", name="in the search")
     assert column(page, 0)[:3] == ["1", "4", "6"]
-    heading.press("Enter")
-    assert column(page, 0) == [str(number) for number in range(9)]
-    assert "trial 6: stopped at 10: place 3 of 7, valid loss 1.2000; those up to 1.1000 continued" in page.content()
+    page.get_by_role("button", name="in the search").press("Enter")
+    assert column(page, 0)[:2] == ["7", "8"] and column(page, 0)[-1] == "1"  # "diverged", "failed", "to its end"
+    page.get_by_text("9 entries").click()
+    reason = "stopped at 10: place 3 of 7, valid loss 1.2000; those up to 1.1000 continued"
+    assert page.get_by_text(reason).is_visible()
+    page.locator("section.table:has(#trials-title)").get_by_role("button", name="at 30").press("Enter")
+    rows = page.locator("section.table:has(#trials-title) tbody tr")
+    assert rows.evaluate_all("rows => rows.map((row) => row.cells[0].textContent)")[:2] == ["1", "4"]
 
 
 def test_rows_are_reached_and_kept_highlighted_by_keys(open_report: Open, sweep: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -228,18 +227,3 @@ class Channel:
                     print(f"runner: {end}", file=sys.stderr, flush=True)
             os._exit(end.exit_code)
         os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)
-
-
-def connect(address: tuple[str, int], until: float) -> socket.socket:
-    """Connect to rank 0, which may start later than this process.
-
-    Raises:
-        OSError: it is not there at `until`, by `time.monotonic`.
-    """
-    while True:
-        try:
-            return socket.create_connection(address, timeout=max(0.1, min(5.0, until - time.monotonic())))
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)

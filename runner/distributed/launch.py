@@ -11,11 +11,8 @@ from typing import Any
 
 from runner.common.errors import ConfigError
 
-_MPI = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
-)
-"""Variables of a rank, of the number of ranks, and of those on this machine."""
+_MPI = "OMPI_COMM_WORLD_"
+"""Variables of Open MPI begin with it: MLX supports no other MPI."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,10 @@ def _of_mlx_launch(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _of_mpi(environment: Mapping[str, str]) -> Launch | None:
-    for rank, size, local in _MPI:
-        if rank in environment and size in environment:
-            own = _number(environment, local) if local in environment else 1
-            return Launch("mpi", _number(environment, rank), _number(environment, size), None, own)
-    return None
+    if f"{_MPI}RANK" not in environment or f"{_MPI}SIZE" not in environment:
+        return None
+    local = _number(environment, f"{_MPI}LOCAL_SIZE") if f"{_MPI}LOCAL_SIZE" in environment else 1
+    return Launch("mpi", _number(environment, f"{_MPI}RANK"), _number(environment, f"{_MPI}SIZE"), None, local)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -67,7 +67,7 @@ def build_backup(spec: RunSpec, retention: RunRetention) -> BackupMirror | None:
     return BackupMirror(Path(root).expanduser(), spec.directory, retention.store, retention.mirrored_steps)
 
 
-def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
+def open_writer(spec: RunSpec, point: ResumePoint | None, ranks: int = 1) -> RunWriter:
     """Write config.yaml and status.json, and open the other files, cut to their length at the checkpoint."""
     directory, retention = spec.directory, build_retention(spec, point)
     writer = RunWriter(
@@ -85,19 +85,20 @@ def open_writer(spec: RunSpec, point: ResumePoint | None) -> RunWriter:
         _copy_rows(source.metrics, directory.metrics, written.metrics_offset)
         _copy_rows(source.samples, directory.samples, written.samples_offset)
         _copy_rows(source.row_losses, directory.row_losses, written.row_losses_offset, optional=True)
-    writer.update_status(**_first_status(spec, point), last_checkpoint=retention.source_step)
+    writer.update_status(**_first_status(spec, point, ranks), last_checkpoint=retention.source_step)
     writer.open(logged_run(spec), point.saved.written if point else None)
     if writer.backup:
         writer.backup.wake()  # catches up, and reports at once if it cannot
     return writer
 
 
-def _first_status(spec: RunSpec, point: ResumePoint | None) -> dict[str, Any]:
+def _first_status(spec: RunSpec, point: ResumePoint | None, ranks: int) -> dict[str, Any]:
     """Return the status of a run that begins or resumes; it keeps when the run started, resumed and died before."""
     previous, source = spec.directory.read_status(), spec.source
     return {
         "run_id": spec.run_id,
         "state": "running",
+        "ranks": ranks if ranks > 1 else None,
         "step": point.saved.progress.step if point else 0,
         "iters": spec.config.train.iters,
         "started": previous.get("started", utc_now()),

@@ -18,7 +18,7 @@ from runner.training.device_failures import device_errors_explained
 from runner.training.finalize import finalize_share
 from runner.training.memory import memory_limits
 from runner.training.run_writer import DiscardingWriter
-from runner.training.shared_start import receive_spec
+from runner.training.shared_start import receive_spec, refuse_too_large
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.world import Ranks, join
 
@@ -62,6 +62,7 @@ def _train_share(spec: RunSpec, world: Ranks, stops: StopSignals) -> None:
         display = stack.enter_context(SilentDisplay())
         buffer_cache = stack.enter_context(memory_limits(spec.config.train.cache_limit_gb))
         loader = stack.enter_context(closing(ComponentLoader()))
+        refuse_too_large(world, spec.config)
         spec = epochs.fill_iters(spec, loader, stops.check)
         components = load_components(spec, loader, display, stops)
         stack.callback(components.adapted.remove)

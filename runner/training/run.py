@@ -31,7 +31,7 @@ from runner.training.memory_estimate import PlannedModel
 from runner.training.memory_fit import memory_warning
 from runner.training.resume import find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
-from runner.training.shared_start import send_spec, with_own_share
+from runner.training.shared_start import refuse_too_large, send_spec, with_own_share
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.trainer import Trainer
 from runner.training.world import ALONE, World
@@ -60,6 +60,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None, world: World
             _print_finished(spec, stops)
             return _objective(spec, point.saved.progress.best_loss)
         send_spec(world, spec)
+        refuse_too_large(world, spec.config)
         loader = shared or stack.enter_context(closing(ComponentLoader()))
         if point is not None:
             with _exit_on_stop(stops):
@@ -67,7 +68,7 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None, world: World
                 spec = epochs.fill_iters(spec, loader, stops.check, point.saved.progress.step)
         _accept(spec)
         stack.callback(_write_report, spec)  # last of all: it shows what the others wrote
-        writer = stack.enter_context(closing(open_writer(spec, point)))
+        writer = stack.enter_context(closing(open_writer(spec, point, world.size)))
         stack.enter_context(_failure_recorded(spec, writer))
         stack.enter_context(device_errors_explained(spec))  # before they are recorded
         buffer_cache = stack.enter_context(memory_limits(spec.config.train.cache_limit_gb))

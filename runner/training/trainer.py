@@ -22,6 +22,7 @@ from runner.training.methods.method import Method
 from runner.training.plan import TrainingPlan
 from runner.training.process_limit import ProcessLimit
 from runner.training.run_writer import RunWriter
+from runner.training.shared_start import keep_equal
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.train_state import ReportWindow, TrainState, UpdateResult
 from runner.training.train_step import TrainStep
@@ -54,6 +55,8 @@ class Trainer:
     """How many updates in a row may be skipped because their loss or gradient is not finite; None skips none."""
     buffer_cache: BufferCache
     world: World
+    was_unequal: bool = False
+    """Whether ranks have come apart."""
     saved_at: float = field(default_factory=time.monotonic)
     """When it last saved, or else started, by `time.monotonic`."""
     train_seconds: float = 0.0
@@ -142,6 +145,7 @@ class Trainer:
 
     def report(self) -> None:
         """Log the training loss since the last report: the mean over supervised tokens, or over examples."""
+        self.keep_ranks_equal()
         progress, sums = self.state.progress, self.state.progress.since_report
         learning_rate = self.learning_rate(progress.step)
         progress.train_loss = sums.loss
@@ -160,6 +164,14 @@ class Trainer:
         self.display.train_loss(progress.step, progress.train_loss, learning_rate)
         progress.since_report = ReportWindow()
         self.train_seconds, self.train_tokens = 0.0, 0
+
+    def keep_ranks_equal(self) -> None:
+        """Give ranks whose weights differ from rank 0's in the last digits that one's state; log it once."""
+        different = keep_equal(self.world, self.state, self.order.window_batches, self.components)
+        if different and not self.was_unequal:
+            self.was_unequal = True
+            ranks = ", ".join(map(str, different))
+            self.display.line(f"ranks  the weights of rank {ranks} differed from rank 0's, which are used", "yellow")
 
     def evaluate(self) -> bool:
         """Evaluate at the current step and log the result; return whether the loss is the best so far.

@@ -5,9 +5,11 @@ A process alone is a world of one, whose operations return what they are given: 
 
 from __future__ import annotations
 
+import faulthandler
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,7 +18,7 @@ import numpy as np
 from runner.common.errors import RankLost, RunnerError
 from runner.distributed.channel import Channel
 from runner.distributed.frames import pack, unpack
-from runner.distributed.join import open_channel
+from runner.distributed.join import listen, open_channel, own_addresses
 from runner.distributed.launch import Launch
 from runner.training.signals import StopRequested, StopSignals
 
@@ -28,6 +30,9 @@ _LIMB = 1 << 12
 """Counts are sent as numbers below this, whose float32 sum over any number of ranks is exact."""
 _LIMBS = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MAX_ADDRESSES = 8
+_INIT_SECONDS = 60.0
+"""How long MLX may take to connect ranks that are all there."""
 _NOTICE_SECONDS = 3.0
 """How long it may take to find out which rank is gone after MLX has reported that one is."""
 
@@ -107,7 +112,8 @@ class Ranks(World):
 
     def __init__(self, launch: Launch, channel: Channel, group: mx.distributed.Group) -> None:
         self.rank, self.size, self.backend = launch.rank, launch.size, launch.backend
-        self.channel, self._group = channel, group
+        self.channel = channel
+        self._group: mx.distributed.Group | None = group
         self._stops = StopSignals()
 
     def sum_update(self, sums: UpdateSums) -> UpdateSums:
@@ -161,6 +167,8 @@ class Ranks(World):
             code = error.exit_code if isinstance(error, RunnerError) else 1
             self.channel.end(code, str(error) or type(error).__name__)
             raise
+        finally:
+            self._group = None  # MPI is to be finalized before the process ends
         if self.is_first:
             self.channel.end(0)
 
@@ -193,7 +201,8 @@ def join(launch: Launch | None) -> World:
         raise RunnerError(f"This MLX has no {launch.backend} backend of mx.distributed: choose another --backend.")
     channel = open_channel(launch.rank, launch.size, launch.address) if launch.address else None
     try:
-        group = mx.distributed.init(strict=True, backend=launch.backend)
+        with _ended_after(_INIT_SECONDS):
+            group = mx.distributed.init(strict=True, backend=launch.backend)
     except RuntimeError as error:
         if channel is not None:
             channel.wait_for_loss(_NOTICE_SECONDS)
@@ -201,9 +210,35 @@ def join(launch: Launch | None) -> World:
     return Ranks(launch, channel or _channel_by(group, launch), group)
 
 
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """End this process if the block takes longer: `mx.distributed.init` waits without end for a rank that died just
+    now, and holds Python's lock meanwhile, so that no thread of Python could."""
+    try:
+        stream = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
+    except (OSError, ValueError):
+        stream = 2
+    faulthandler.dump_traceback_later(seconds, exit=True, file=stream)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def _channel_by(group: mx.distributed.Group, launch: Launch) -> Channel:
     """Open the channel at an address that rank 0 chooses and tells the others through `group`."""
-    raise NotImplementedError
+    import mlx.core as mx
+
+    with listen(("", 0)) if launch.rank == 0 else nullcontext() as listener:
+        told = np.zeros(1 + 4 * _MAX_ADDRESSES, np.int32)
+        if listener is not None:
+            own = own_addresses()[-_MAX_ADDRESSES:]
+            told[0] = listener.getsockname()[1]
+            told[1 : 1 + 4 * len(own)] = [int(part) for address in own for part in address.split(".")]
+        port, *parts = np.array(mx.distributed.all_sum(mx.array(told), group=group, stream=mx.cpu)).tolist()
+        found = [".".join(map(str, parts[i : i + 4])) for i in range(0, len(parts), 4)]
+        addresses = [(address, port) for address in found if address != "0.0.0.0"]
+        return open_channel(launch.rank, launch.size, *addresses, listener=listener)
 
 
 def _limbs(count: int) -> list[int]:

@@ -35,10 +35,14 @@ class RankProcesses:
         """Send a rank a signal."""
         self.processes[rank].send_signal(number)
 
-    def wait(self, seconds: float = 300) -> list[str]:
+    def wait(self, seconds: float = 120) -> list[str]:
         """Wait for the end of all, and return what each printed."""
         until = time.monotonic() + seconds
-        return [process.communicate(timeout=max(0.1, until - time.monotonic()))[0] for process in self.processes]
+        try:
+            return [process.communicate(timeout=max(0.1, until - time.monotonic()))[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()  # none is left behind by a test that failed
 
     @property
     def codes(self) -> list[int | None]:
@@ -48,15 +52,17 @@ class RankProcesses:
 
 @pytest.fixture(scope="session")
 def start_ranks() -> Callable[..., RankProcesses]:
-    """`start_ranks(cli, 2, "model=tiny", …)`: start the program on so many ranks, as mlx.launch does."""
+    """`start_ranks(cli, 2, "model=tiny", …)`: start the program on so many ranks, as mlx.launch does; `words` are the
+    program of each rank."""
 
-    def start(cli: Any, count: int, *words: str, **options: Any) -> RankProcesses:
+    def start(cli: Any, count: int, *arguments: str, words: Sequence[tuple[str, str]] = ()) -> RankProcesses:
         hostfile = cli.folder / f"hosts-{time.monotonic_ns()}.json"
         hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
         processes = []
         for rank in range(count):
             environment = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} if count > 1 else {}
-            processes.append(cli.start(*words, env=environment, **options))
+            program = {"words": words[rank]} if words else {}
+            processes.append(cli.start(*arguments, env=environment, **program))
         return RankProcesses(cli, processes)
 
     return start

@@ -46,6 +46,16 @@ def worlds():
         world.channel.close()
 
 
+def connect(port: int) -> socket.socket:
+    until = time.monotonic() + 5
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        except ConnectionRefusedError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
 def on_all(worlds, function):
     """Return what `function` of each world returns or raises."""
 
@@ -136,10 +146,10 @@ def test_strangers_and_damaged_messages_do_not_disturb_ranks_that_join():
             struct.pack("!4sBQ", b"RNR1", Kind.HELLO, 20) + b'{"rank": [], "a": 1}',
         )
         for content in hostile:
-            connection = channels.connect(("127.0.0.1", port), time.monotonic() + 5)
+            connection = connect(port)
             connection.sendall(content)
             connection.close()
-        wrong = FrameSocket(channels.connect(("127.0.0.1", port), time.monotonic() + 5), 5)
+        wrong = FrameSocket(connect(port), 5)
         wrong.send(Kind.HELLO, to_json({"rank": 1, "size": 2, "version": "0.0"}))
         kind, content = wrong.receive()
         assert kind is Kind.END and "version 0.0" in json.loads(content)["reason"]
@@ -160,6 +170,18 @@ def test_the_port_is_free_for_mlx_once_all_have_joined(worlds):
     [first, _] = worlds(2)
     with joining.listen(first.channel.peers[0].socket._connection.getsockname()):
         pass
+
+
+def test_rank_0_is_found_at_the_first_address_that_answers():
+    with joining.listen(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        unused = free_ports(1)[0]
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(open_channel, 0, 2, ("", port), listener=listener)
+            second = pool.submit(open_channel, 1, 2, ("127.0.0.1", unused), ("127.0.0.1", port))
+            for channel in (first.result(10), second.result(10)):
+                channel.close()
+    assert joining.own_addresses()[-1] == "127.0.0.1"
 
 
 def test_an_address_of_another_machine_is_refused():

@@ -34,7 +34,7 @@ def test_a_process_alone_is_none(tmp_path):
     assert find_launch({}) is None
     assert find_launch({"MLX_RANK": "0", "MLX_HOSTFILE": file(tmp_path, "\n")}) is None  # mlx.launch -n 1
     assert find_launch({"MLX_RANK": "0", "MLX_HOSTFILE": file(tmp_path, [["127.0.0.1:1"]])}) is None
-    assert find_launch({"PMI_RANK": "0", "PMI_SIZE": "1"}) is None  # srun of one task
+    assert find_launch({"PMI_RANK": "0", "PMI_SIZE": "2"}) is None  # srun of two tasks that are no ranks
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,50 @@ def test_mlx_launch_with_supervision_continues_after_a_kill(alone, make_cli, tmp
     assert_one_curve(whole, tmp_path / "run")
 
 
+DRIFT = """
+import sys
+from runner.backends import blas
+blas.load_blas()
+import mlx.core as mx
+from runner.cli.main import main
+from runner.training import trainer
+
+update = trainer.Trainer.update
+
+def drifting(self):
+    update(self)
+    if self.state.progress.step in (12, 27):
+        self.state.params = {name: array * mx.array(1 + 1e-6) for name, array in self.state.params.items()}
+
+trainer.Trainer.update = drifting
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_ranks_that_round_differently_are_made_equal_again(alone, start_ranks):
+    cli, whole = alone
+    ranks = start_ranks(cli, 2, *WORDS, "hydra.run.dir=drift", words=[("-m", "runner"), ("-c", DRIFT)])
+    outputs = ranks.wait()
+    assert ranks.codes == [0, 0], outputs
+    assert outputs[0].count("the weights of rank 1 differed from rank 0's, which are used") == 1
+    assert_one_curve(whole, cli.folder / "drift")
+
+
+def test_a_model_that_does_not_fit_a_machine_is_refused_before_it_is_loaded(make_cli, tmp_path, start_ranks):
+    """Each rank holds all of a model: 3 TB of weights, of which only the config is there."""
+    layer = {"hidden_size": 32768, "intermediate_size": 131072, "num_attention_heads": 128, "num_key_value_heads": 128}
+    config = {"model_type": "llama", **layer, "num_hidden_layers": 40, "vocab_size": 320, "rms_norm_eps": 1e-5}
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge" / "config.json").write_text(json.dumps(config))
+    cli = make_cli(tmp_path)
+    ranks = start_ranks(cli, 2, f"model.path={tmp_path / 'huge'}", "data=tiny", "hydra.run.dir=run")
+    outputs = ranks.wait(60)
+    assert ranks.codes == [2, 2], outputs
+    assert "Every rank holds the whole model" in outputs[0] and "rank 0 (" in outputs[0] and not outputs[1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_several_ranks_cannot_do_is_refused(make_cli, tmp_path, run_ranks, start_ranks):
     cli = make_cli(tmp_path)
     ranks = start_ranks(cli, 2, "-m", "model=tiny", "data=tiny", "lora.rank=2,4")

@@ -54,14 +54,15 @@ def resolve_to_start(composed: DictConfig, stop_at: int | None, *, needs_adapter
 def config_to_store(composed: DictConfig, config: Config) -> dict[str, Any]:
     """Return what config.yaml holds: the resolved `config`, but references to the environment as written."""
     stored = serialize.to_dict(config)
-    environment.keep_references(stored, _resolve_but_environment(composed))
+    written = OmegaConf.to_container(composed, resolve=False)
+    if "${" in str(written):
+        environment.keep_references(stored, _resolve_but_environment(written))
     return stored
 
 
-def _resolve_but_environment(composed: DictConfig) -> Any:
-    """Return the `composed` config, resolved but for texts with a reference to the environment, which stay as written.
+def _resolve_but_environment(written: Any) -> Any:
+    """Return a config as `written`, resolved but for texts with a reference to the environment, which stay so.
 
     So `data.path=${model.path}` becomes `${oc.env:DIR}` where `model.path=${oc.env:DIR}`.
     """
-    written = OmegaConf.to_container(composed, resolve=False)
     return OmegaConf.to_container(OmegaConf.create(environment.escape_references(written)), resolve=True)

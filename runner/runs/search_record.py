@@ -157,7 +157,7 @@ def read_rungs(folder: Path) -> list[int]:
 
 
 class SearchRecordWriter:
-    """Appends lines to search.jsonl, each on the disk before `append` returns."""
+    """Appends lines to search.jsonl."""
 
     def __init__(self, folder: Path, record: SearchRecord) -> None:
         self._file = RowFile(folder / NAME, record.size)
@@ -166,13 +166,19 @@ class SearchRecordWriter:
     def append(self, line: Mapping[str, Any]) -> None:
         """Append `line` and apply it to the record."""
         self._file.append(line)
-        self._file.sync()
         self._record.size = self._file.offset
         _apply(self._record, dict(line))
 
+    def sync(self) -> None:
+        """Return once all lines are on the disk."""
+        self._file.sync()
+
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, once all lines are on the disk."""
+        try:
+            self._file.sync()
+        finally:
+            self._file.close()
 
 
 def _complete_bytes(path: Path) -> int:

@@ -149,7 +149,7 @@ class SweepManifest:
         lines: list[dict[str, Any]] = [{"set": dict(changes)}] if changes else []
         arguments = self.arguments if arguments is None else list(arguments)
         launcher = self.launcher if launcher is None else dict(launcher)
-        configs = [job.with_changes(changes or {}).config for job in self.jobs]
+        configs = [(job.with_changes(changes) if changes else job).config for job in self.jobs]
         for job in jobs:
             configs[job.number : job.number + 1] = [job.config]
             lines.append(_job_line(job, configs))

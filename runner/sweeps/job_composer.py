@@ -37,6 +37,8 @@ class JobComposer:
         self._parser = OverridesParser.create(config_loader=loader)
         self._parsed: dict[str, Override] = {}
         self._templates: dict[tuple[str, ...], ComposedJob] = {}
+        self._checked: tuple[str, DictConfig] | None = None
+        """The last settings that were changed, as text, and their config."""
 
     def compose(self, overrides: Sequence[str]) -> ComposedJob:
         """Return the config of the job with these overrides.
@@ -71,7 +73,10 @@ class JobComposer:
         settings = copy.deepcopy(dict(stored))
         remove_alternatives(settings, {self.parse(override).key_or_group for override in typed})
         if not groups:
-            merged = checked_by_schema(settings)
+            key = str(settings)
+            if self._checked is None or self._checked[0] != key:
+                self._checked = (key, checked_by_schema(settings))
+            merged = copy.deepcopy(self._checked[1])
             self._set_values(merged, typed)
             return merged
         replaced = {self.parse(override).key_or_group for override in groups}

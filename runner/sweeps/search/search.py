@@ -131,6 +131,7 @@ class Search:
         stops = {trial.job: trial.target for trial in trials if trial.job is not None}
         seeds = [self._add_replicate(number, seed) for number, seed in wave.replicates]
         is_end = {job: None if step >= self._state.end else step for job, step in stops.items()}
+        self._writer.sync()  # what the jobs are for is there before the jobs are
         self._jobs.record({**is_end, **dict.fromkeys(seeds)})
         if seeds:
             self._launch({job: self._state.end for job in seeds})
@@ -202,6 +203,7 @@ class Search:
         for trial in trials:
             recorded = self._recorded_result(trial)
             self._add_result(trial, recorded or results[trial.number])
+        self._writer.sync()
 
     def _recorded_result(self, trial: Trial) -> Result | None:
         if trial.number >= len(self._record.trials):

@@ -28,7 +28,8 @@ from runner.sweeps import grid
 from runner.sweeps.job import JobTask
 from runner.sweeps.sweep import OWN_SWEEPERS, PROCESS_LAUNCHER, refuse_failed, report
 
-_LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME, layout.LABELS, search_record.NAME, JOURNAL}
+_LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME, layout.LABELS}
+_LEFT_BY_A_START |= {search_record.NAME, JOURNAL, f"{JOURNAL}.lock"}
 """What a start leaves that ended before it recorded a job."""
 
 

@@ -133,7 +133,8 @@ def results_svg(results: SweepResults) -> str:
         settings = " ".join(f"{name.split('.')[-1]}={_text(value)}" for name, value in result.varied.items())
         curves.append((f"{result.job.number}: {settings}"[:_MAX_CURVE_NAME], result.run.losses("valid")))
     suffix = f", the best {_MAX_CURVES}" if len(results.jobs) > _MAX_CURVES else ""
-    return svg.plot(f"{results.folder.name}: validation loss{suffix}", curves)
+    rungs = results.search.record.rungs[:-1] if results.search is not None else []
+    return svg.plot(f"{results.folder.name}: validation loss{suffix}", curves, rungs)
 
 
 def print_sweep_results(results: SweepResults, screen: Screen) -> None:

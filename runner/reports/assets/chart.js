@@ -2,6 +2,7 @@
 
 const NEAR = 40; // pixels within which a curve counts as pointed at
 const DASHES = [[], [6, 3], [2, 3], [9, 3, 2, 3], [12, 4], [4, 4]];
+const WHOLE = [1, 2, 5].flatMap((n) => [...Array(12).keys()].map((power) => n * 10 ** power)).sort((a, b) => a - b);
 const SYNC = uPlot.sync("page");
 
 function chartsPart(part) {
@@ -133,7 +134,7 @@ class Chart {
         dataIdx: (plot, series, index) => nearestIndex(plot.data[series], index),
       },
       axes: [
-        axis({ size: 34, values: (plot, ticks) => ticks.map(shortNumber) }),
+        axis({ size: 34, incrs: this.axis === "step" ? WHOLE : undefined, values: (plot, ticks) => ticks.map(shortNumber) }),
         axis({ size: axisSize, values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : shortNumber(tick))) }),
       ],
       series: [{}, ...curves.map((curve, i) => ({
@@ -194,7 +195,7 @@ class Chart {
       const x = plot.valToPos(mark.x[this.axis] ?? NaN, "x", true);
       const y = plot.valToPos(mark.y, "y", true);
       if (!(x >= plot.bbox.left - 1 && x <= plot.bbox.left + plot.bbox.width + 1) || Number.isNaN(y)) continue;
-      const size = (mark.kind === "stop" ? 3.5 : mark.strong ? 7 : 5) * ratio;
+      const size = (mark.kind === "stop" ? (this.chart.marks.length > 60 ? 2 : 3.5) : mark.strong ? 7 : 5) * ratio;
       context.beginPath();
       if (mark.kind === "stop") {
         context.moveTo(x - size, y - size);

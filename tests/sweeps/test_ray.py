@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,8 +16,11 @@ from runner.runs.directory import RunDirectory
 from runner.runs.restarts import read_restarts
 from runner.runs.search_record import read_search
 
-pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("experiment=smoke", "train.iters=150", "train.eval_every=50", "checkpoint.every=10", "lora.dropout=0.1")

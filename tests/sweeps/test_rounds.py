@@ -22,18 +22,22 @@ def in_rounds(monkeypatch):
     Plugins.instance()  # imports the module anew where it looks for plugins
     from hydra_plugins.mlx_runner import plugins
 
-    launch, seen = plugins._Launcher.launch, []
+    return launch_in_rounds(monkeypatch, plugins._Launcher)
 
-    def launch_in_rounds(self, job_overrides, initial_job_idx):
+
+def launch_in_rounds(monkeypatch, launcher_class):
+    launch, seen = launcher_class.launch, []
+
+    def launch_rounds(self, job_overrides, initial_job_idx):
         sweep = Path(self.config.hydra.sweep.dir)
         for stops in ROUNDS:
             read_manifest(sweep).record(stops=stops)
             launch(self, [job_overrides[job] for job in sorted(stops)], initial_job_idx)
             states = [json.loads((sweep / f"{job}/status.json").read_text()) for job in (0, 1)]
-            seen.append({"at_once": self.at_once(), "states": states})
+            seen.append({"at_once": self.at_once() if hasattr(self, "at_once") else None, "states": states})
         return []
 
-    monkeypatch.setattr(plugins._Launcher, "launch", launch_in_rounds)
+    monkeypatch.setattr(launcher_class, "launch", launch_rounds)
     return seen
 
 
@@ -78,6 +82,18 @@ def test_rounds_continue_jobs_in_the_same_worker_of_a_ray_cluster(inline, in_rou
     inline("-m", *SMALL, "lora.rank=2,4", *arguments, "hydra.sweep.dir=s")
     check_rounds(in_rounds, at_once=1)
     assert len({status["pid"] for round_ in in_rounds for status in round_["states"]}) == 1
+    check_jobs(inline, assert_equal_runs)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_rounds_work_with_the_launcher_of_another_package(inline, monkeypatch, assert_equal_runs):
+    Plugins.instance()
+    joblib = pytest.importorskip("hydra_plugins.hydra_joblib_launcher.joblib_launcher")
+    rounds = launch_in_rounds(monkeypatch, joblib.JoblibLauncher)
+    arguments = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s")
+    inline("-m", *SMALL, "lora.rank=2,4", *arguments)
+    check_rounds(rounds, at_once=None)
     check_jobs(inline, assert_equal_runs)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickletools
 import signal
+import time
 from pathlib import Path
 
+import fake_slurm
 import pytest
 import system
 
-pytest.importorskip("submitit")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed"),
     pytest.mark.skipif(system.SIMULATED, reason="submitit's own processes run outside the simulation"),
 ]
 
@@ -95,3 +98,55 @@ def test_options_that_submitit_cannot_take_are_refused_before_the_sweep_begins(i
         out = inline("-m", *SMALL, "lora.rank=2,4", *LOCAL, f"hydra.launcher.{option}", expect=2)
         assert problem in out
     assert not (inline.folder / "s").exists()
+
+
+SLURM = ("hydra/launcher=submitit", "hydra.launcher.cpus=1", "hydra.launcher.partition=gpu", "hydra.sweep.dir=s")
+
+
+@pytest.mark.long
+def test_on_slurm_a_killed_sweep_finds_its_jobs_and_preempted_ones_and_those_of_failed_nodes_continue(
+    cli, inline, assert_equal_runs, tmp_path
+):
+    slurm = tmp_path / "slurm"
+    cli.environment |= fake_slurm.install(slurm)
+    long = ("train.iters=240", "train.eval_every=60")
+    process = cli.start("-m", *SMALL, *long, "lora.rank=2,4,6", *SLURM, fork=False)
+    for job in ("2", "0", "1"):
+        cli.wait_for(cli.folder / "s" / job, 35, process)
+    process.kill()
+    process.communicate()
+    assert "--partition=gpu" in (slurm / "100.sh").read_text()
+    os.kill(task_of(cli.folder / "s/1"), signal.SIGUSR2)  # preempted: it saves, and goes back into the queue
+    fake_slurm.fail_node(slurm, "100_2")
+    process = cli.start("resume=s", fork=False)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    for job in (0, 1):
+        assert f"job {job}   was submitted as 100_{job} and has not ended: waiting" in out
+    logs = [(cli.folder / f"s/{job}/run.log").read_text().count("resumed from") for job in (0, 1, 2)]
+    assert logs == [0, 1, 1]
+    for number, rank in enumerate((2, 4, 6)):
+        inline(*SMALL, *long, f"lora.rank={rank}", f"hydra.run.dir=alone{rank}")
+        assert_equal_runs(inline.folder / f"s/{number}", inline.folder / f"alone{rank}")
+
+
+@pytest.mark.long
+def test_on_slurm_a_failed_node_is_noticed_and_ctrl_c_cancels_jobs_which_save(cli, inline, assert_equal_runs, tmp_path):
+    slurm = tmp_path / "slurm"
+    cli.environment |= fake_slurm.install(slurm)
+    process = cli.start("-m", *SMALL, "lora.rank=2,4", *SLURM, fork=False)
+    cli.wait_for(cli.folder / "s/1", 40, process)
+    fake_slurm.fail_node(slurm, "100_1")
+    while "restarts" not in (cli.folder / "s/1/status.json").read_text():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    before = json.loads((cli.folder / "s/1/status.json").read_text())["restarts"][0]
+    assert before["cause"] == "node lost" and before["checkpoint"] == 30
+    cli.wait_for(cli.folder / "s/1", 50, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert "job 1   node lost after step" in out
+    assert cli.results(cli.folder / "s")[1]["state"] == "stopped"
+    cli("resume=s")
+    check_jobs(inline, assert_equal_runs, 2, 4)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from runner.sweeps.launchers.ray_node import NodeFacts, NodeWorker, node_facts, 
 _CONCURRENT_CALLS = 4
 """Of a worker: a job, its stop, its snapshot, its end."""
 _PROBE_SECONDS = 120
+_MAX_LOST = 5
+"""Workers of a node that are replaced in one sweep."""
 
 
 @dataclass
@@ -62,8 +65,14 @@ class Cluster:
         self._sweep = self._identity = ""
         self._models: list[str] = []
         self.places: list[Place] = []
+        self._seen: set[str] = set()
+        """Nodes that were asked what they are."""
         self._facts: dict[str, NodeFacts] = {}
-        """Of the nodes that were looked at."""
+        """Of the nodes that train."""
+        self._workers: dict[str, int] = {}
+        """How many each of them has."""
+        self._lost: Counter[str] = Counter()
+        """Workers that ended, by node."""
         self._probes: dict[Any, str] = {}
 
     def capacity(self, fitting: int) -> int:
@@ -75,34 +84,51 @@ class Cluster:
         """Start workers for the jobs of a sweep, which use `models`; return lines about the nodes.
 
         Raises:
-            RunnerError: as `update`.
+            ConfigError: a node has other versions of what the jobs compute with, or another sweep at the same path.
         """
         identity = sweep_identity(sweep)
         assert identity is not None, "jobs are recorded before they are launched"
         self._sweep, self._identity, self._models = str(sweep), identity, sorted(models)
-        lines = self.update(wait=True)
-        if not self.places:
-            lines.append(
-                f"no node has room for a job now (hydra.launcher.cpus={self._cpus}, gpus={self._gpus}): waiting"
-            )
+        self._look_at_new(self._alive())
+        return list(self._take_up_known(self._alive(), timeout=_PROBE_SECONDS))
+
+    def update(self) -> list[str]:
+        """Take up nodes that have joined, and return a line about each; one that cannot train the jobs is left out."""
+        nodes = self._alive()
+        self._look_at_new(nodes)
+        for node_id, facts in self._facts.items():
+            missing = self._workers[node_id] - sum(place.node == node_id for place in self.places)
+            if node_id in nodes and missing > 0 and self._lost[node_id] < _MAX_LOST:
+                self._add_places(nodes[node_id], facts, missing)
+        lines: list[str] = []
+        try:
+            lines.extend(self._take_up_known(nodes, timeout=0))
+        except ConfigError as error:
+            lines.append(f"left out: {error}")
         return lines
 
-    def update(self, wait: bool = False) -> list[str]:
-        """Take up nodes that have joined, drop those that have left, and return a line about each that joined.
+    def remove(self, place: Place) -> None:
+        """Give up a place whose worker is gone; a worker of a node that is still there is replaced."""
+        self.places.remove(place)
+        self._lost[place.node] += 1
 
-        Args:
-            wait: whether to wait until each node is known.
+    def _alive(self) -> dict[str, dict[str, Any]]:
+        return {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
 
-        Raises:
-            RunnerError: a node has other versions of what the jobs compute with, or another sweep at the same path.
-        """
-        nodes = {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
-        for node_id, node in nodes.items():
-            if node_id not in self._facts and node_id not in self._probes.values() and self._room(node):
+    def _look_at_new(self, nodes: Mapping[str, dict[str, Any]]) -> None:
+        """Ask the nodes that are not known what they are."""
+        for node_id in nodes.keys() - self._seen:
+            if self._room(nodes[node_id]):
+                self._seen.add(node_id)
                 probe = self.ray.remote(node_facts).options(num_cpus=0, scheduling_strategy=self._on(node_id))
                 self._probes[probe.remote(self._sweep, self._identity, self._models)] = node_id
-        lines = []
-        timeout = _PROBE_SECONDS if wait else 0
+
+    def _take_up_known(self, nodes: Mapping[str, dict[str, Any]], timeout: float) -> Iterator[str]:
+        """Start workers on the nodes that have answered, and yield a line about each.
+
+        Raises:
+            ConfigError: a node cannot train the jobs.
+        """
         asked = [*self._probes]
         ready = self.ray.wait(asked, num_returns=len(asked), timeout=timeout)[0] if asked else []
         for reference in ready:
@@ -110,18 +136,12 @@ class Cluster:
             try:
                 facts = self.ray.get(reference)
             except self.ray.exceptions.RayTaskError as error:
-                raise ConfigError(f"a node of the cluster cannot train: {error.cause}") from None
+                raise ConfigError(f"a node of the cluster cannot train the jobs: {error.cause}") from None
             except self.ray.exceptions.RayError:
-                continue  # it has left again
+                self._seen.discard(node_id)  # if it was only cut off, it is looked at again
+                continue
             if node_id in nodes:
-                lines.append(self._take_up(nodes[node_id], facts))
-        return lines
-
-    def remove(self, place: Place) -> None:
-        """Give up a place whose worker is gone."""
-        self.places.remove(place)
-        if not any(other.node == place.node for other in self.places):
-            self._facts.pop(place.node, None)  # a node that was only cut off is looked at again
+                yield self._take_up(nodes[node_id], facts)
 
     def close(self) -> None:
         """End the workers and leave the cluster; one that was started here ends."""
@@ -138,21 +158,23 @@ class Cluster:
         if different := [name for name, number in own.items() if facts.versions.get(name) != number]:
             texts = [f"{name} {facts.versions.get(name)}, here {own[name]}" for name in different]
             raise ConfigError(f"{facts.host} cannot continue what this machine computes: it has {'; '.join(texts)}.")
-        self._facts[node_id] = facts
-        room = self._room(node)
-        workers = min(room, self._per_node or facts.fitting)
-        cores = max(1, int(node["Resources"].get("CPU", 1)))
+        workers = min(self._room(node), self._per_node or facts.fitting)
+        self._facts[node_id], self._workers[node_id] = facts, workers
+        self._add_places(node, facts, workers)
+        folder = "" if facts.shares_folder else "; the folder of the sweep is not shared: its jobs are copied"
+        return f"node {facts.host}: {count(workers, 'job')} at once{folder}"
+
+    def _add_places(self, node: dict[str, Any], facts: NodeFacts, number: int) -> None:
+        node_id, cores = node["NodeID"], max(1, int(node["Resources"].get("CPU", 1)))
         actor = self.ray.remote(NodeWorker).options(
             num_cpus=self._cpus,
             num_gpus=self._gpus,
             max_concurrency=_CONCURRENT_CALLS,
             scheduling_strategy=self._on(node_id),
         )
-        for _ in range(workers):
-            worker = actor.remote(self._sweep, self._identity, cores, workers, self._environment)
+        for _ in range(number):
+            worker = actor.remote(self._sweep, self._identity, cores, self._workers[node_id], self._environment)
             self.places.append(Place(node_id, facts.host, facts.shares_folder, worker, worker.ping.remote()))
-        folder = "" if facts.shares_folder else "; the folder of the sweep is not shared: its jobs are copied"
-        return f"node {facts.host}: {count(workers, 'job')} at once{folder}"
 
     def _room(self, node: dict[str, Any]) -> int:
         """Return how many jobs have room on a node by what each asks for."""

@@ -42,7 +42,7 @@ class RayLaunch:
         self._not_before: dict[int, float] = {}
         self._in_use_since: dict[int, float] = {}
         self._next_look = self._next_snapshot = 0.0
-        self._stopping = False
+        self._stopping = self._told = False
 
     def run(self, stops: StopSignals) -> None:
         """Run all jobs.
@@ -78,6 +78,9 @@ class RayLaunch:
             self._next_look = time.monotonic() + _NODES_EVERY
             for line in self._cluster.update():
                 self._lines.print(line)
+            if self._waiting and not self._cluster.places and not self._told:
+                self._told = True
+                self._lines.print("no node of the cluster has room for a job now: waiting for one (ray status)")
 
     def _start_jobs(self) -> None:
         """Give jobs that may start to free places."""

@@ -19,6 +19,9 @@ from runner.models.load import BaseModel, load_base_model
 from runner.models.precision import resolve_auto
 from runner.training.baseline import Baseline, load_baseline
 
+_MEASURES = 2
+"""Version of what methods measure beside their loss: a stored baseline of another one is not used."""
+
 
 class ComponentLoader:
     """Loads the base model and the data of runs, and returns the last ones again to a run that has the same.
@@ -100,7 +103,7 @@ class ComponentLoader:
             "rows": data.valid.fingerprint,
             "batches": (t.batch_size, t.eval_batches, t.eval_tokens, d.pad_to),
             "environment": {**numeric_environment, **numeric_platform()},
-            **({"method": asdict(config.method)} if config.method.name != "sft" else {}),
+            **({"method": asdict(config.method), "measures": _MEASURES} if config.method.name != "sft" else {}),
         }
         template = EncodeOptions.from_config(d).template
         generation_key = (

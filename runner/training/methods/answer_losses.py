@@ -90,13 +90,17 @@ WITH_REFERENCE = ("dpo", "ipo", "kto")
 """Those that compare with the model as it was before training."""
 
 
+_TIE = 1e-5
+"""Margins below it are those of rounding: before the first update the model is its own reference."""
+
+
 def _pair_measures(rewards: mx.array) -> dict[str, mx.array]:
     margin = rewards[:, 0] - rewards[:, 1]
     return {
         "reward_chosen": rewards[:, 0],
         "reward_rejected": rewards[:, 1],
         "reward_margin": margin,
-        "reward_accuracy": (margin > 0).astype(margin.dtype),
+        "reward_accuracy": mx.where(mx.abs(margin) < _TIE, 0.5, margin > 0).astype(margin.dtype),
     }
 
 

@@ -117,6 +117,7 @@ def test_dpo_prefers_the_better_answers(config, train, tmp_path):
     run = train(config("dpo", **{"train.iters": 20, "optimizer.learning_rate": 1e-3}), tmp_path / "run")
     first, *_, last = train_rows(run, "valid")
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)  # log 2: the model is its own reference
+    assert first["reward_accuracy"] == 0.5  # all rewards are equal
     assert last["loss"] < 0.5 and last["reward_accuracy"] == 1 and last["reward_margin"] > 0.5
     [losses, *_] = [json.loads(line) for line in (run / "row_losses.jsonl").read_text().splitlines()]
     assert len(losses["losses"]) == 4 and losses["tokens"] == [1] * 4

@@ -87,7 +87,7 @@ def test_rewards_say_which_answer_is_preferred():
     ratios = 0.1 * (LOG_PROBS - REFERENCE)
     assert measures["reward_margin"] == pytest.approx(ratios[:, 0] - ratios[:, 1])
     assert measures["reward_accuracy"].tolist() == [0, 1, 1]
-    _, measures = compute("dpo", REFERENCE + [[0, 2e-5], [2e-5, 0], [0, 0]])  # nothing but rounding
+    _, measures = compute("dpo", REFERENCE + np.array([[0, 2e-5], [2e-5, 0], [0, 0]]))  # nothing but rounding
     assert measures["reward_accuracy"].tolist() == [0.5, 0.5, 0.5]
     _, measures = compute("kto", LOG_PROBS)
     assert np.isnan(measures["reward_chosen"]).tolist() == UNWANTED[:, 0].tolist()

@@ -88,6 +88,28 @@ def test_a_finished_search_has_nothing_left_and_more_trials_extend_it(inline, sw
             assert config is not None and config["seed"] == seed == 1
 
 
+def test_the_report_of_a_search_says_what_its_record_has(inline, sweep):
+    found = read_search(sweep)
+    assert found is not None
+    winner = next(trial for trial in found.trials if len(trial.results) == 3)
+    shown = json.loads(inline("show", "s", "--json"))
+    assert shown["runs"][0]["run"] == str(winner.job) and inline("best", "s") == f"s/{winner.job}\n"
+    assert [rung["reached"] for rung in shown["search"]["rungs"]] == [9, 3, 1] and shown["search"]["complete"]
+    assert [rung["continued"] for rung in shown["search"]["rungs"]] == [3, 1, 0]
+    ranked = [run["rung"] for run in shown["runs"]]
+    assert ranked == [None, 3, 3, *[1] * 6]  # trained to its end first, then by the rung that was reached
+    for trial, recorded in zip(shown["search"]["trials"], found.trials, strict=True):
+        if recorded is not winner:
+            stop = recorded.stopped
+            assert stop is not None
+            expected = (
+                f"stopped at {stop['step']}: place {stop['place']} of {stop['of']}, valid loss {stop['value']:.4f}; "
+            )
+            assert trial["reason"].startswith(expected)
+    (more,) = [command["words"] for command in shown["commands"] if command["what"] == "search on"]
+    assert more == "python -m runner resume=s hydra.sweeper.trials=18"
+
+
 def kill_at_random(cli, sweep: str, kills: int, *arguments: str) -> int:
     """Start the search and resume it until it ends, killed at random moments; return how often it was killed."""
     generator, killed = random.Random(0), 0
@@ -172,7 +194,7 @@ def test_groups_and_lists_are_searched_as_well(inline):
     }
 
 
-def test_several_metrics_are_told_together(inline):
+def test_several_metrics_are_told_together_and_their_front_comes_first(inline):
     inline(
         *SEARCH,
         "objective.metric=[valid_loss,tokens_per_second]",
@@ -184,6 +206,13 @@ def test_several_metrics_are_told_together(inline):
     found = read_search(inline.folder / "s")
     assert found is not None and found.settings["maximize"] == [False, True]
     assert all(len(trial.results[-1].values) == 2 for trial in found.trials)
+    runs = json.loads(inline("show", "s", "--json"))["runs"]
+    points = [(run["objective"], -run["others"]["tokens_per_second"]) for run in runs]
+    for run, point in zip(runs, points, strict=True):
+        surpassed = any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+        assert run["on_pareto_front"] is not surpassed
+    front = [run["on_pareto_front"] for run in runs]
+    assert front == sorted(front, reverse=True) and runs[0]["objective"] == min(point[0] for point in points)
 
 
 def test_a_trial_that_diverges_is_worse_than_any_other_and_the_search_goes_on(inline):

@@ -138,7 +138,7 @@ QUICK_ROWS = ("a", "b", "d", "f")
 def command(row: Row, work: Work, *, model: str, data: str, seed: int, folder: Path) -> list[str]:
     """Return the command of `row`; its output, and a config file of stock mlx-lm, go to `folder`."""
     if row.side == OURS:
-        return [sys.executable, "-m", "runner", *_overrides(row, work, model, data, seed, folder)]
+        return [sys.executable, "-m", "runner", *overrides(row, work, model, data, seed, folder)]
     written = folder / "config.yaml"
     written.write_text(json.dumps(stock_config(work, model, data, seed, folder), indent=2))  # JSON is YAML
     stock = [str(Path(__file__).parent / "stock.py"), *row.flags, "--"] if row.flags else ["-m", "mlx_lm"]
@@ -169,7 +169,7 @@ def stock_config(work: Work, model: str, data: str, seed: int, folder: Path) -> 
     }
 
 
-def _overrides(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> list[str]:
+def overrides(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> list[str]:
     settings = {
         "optimizer": "adam",
         "data": "folder",

@@ -18,7 +18,7 @@ def folders() -> dict[str, str]:
     from runner.backends import blas
 
     blas.load_blas()
-    from runner.common.atomic_io import create_folder_atomically
+    from runner.common.atomic_io import create_atomically
     from runner.config import schema
     from runner.export.mlx import write_model_folder
     from runner.models import fetch
@@ -34,7 +34,7 @@ def folders() -> dict[str, str]:
     for name, chosen in settings.items():
         folder = cache() / "models" / f"smollm2_135m-{name}-{version}"
         if not folder.is_dir():
-            with create_folder_atomically(folder) as new_folder:
+            with create_atomically(folder, is_folder=True) as new_folder:
                 write_model_folder(load_base_model(chosen), new_folder)
         found[name] = str(folder)
     return found

@@ -16,6 +16,7 @@ depend on it. results.json and the logs go to FOLDER; parts that it has already 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -140,7 +141,7 @@ def _table(results: dict[str, Any]) -> str:
         seconds[part] = count * sum(found) / len(found)
         measured = f"{len(found)} of 16 measured" if count > 1 else f"{len(found)} seeds"
         lines.append(f"{part:<7} {seconds[part]:8.0f} s  ({measured})")
-    for part, following in zip(PARTS[:-1], PARTS[1:], strict=True):
+    for part, following in itertools.pairwise(PARTS):
         if part in seconds and following in seconds:
             lines.append(f"{part} / {following}: {seconds[part] / seconds[following]:.2f}")
     if "stock" in seconds and "search" in seconds:

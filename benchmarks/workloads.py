@@ -144,7 +144,7 @@ def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
     from mlx_lm.utils import load_tokenizer
 
     from benchmarks.models import cache
-    from runner.common.atomic_io import create_folder_atomically
+    from runner.common.atomic_io import create_atomically
     from runner.data.text_encoder import TextEncoder
 
     version = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode() + model.encode()).hexdigest()[:12]
@@ -152,7 +152,7 @@ def make(model: str, name: str, train: int, valid: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(Path(model))
     if not folder.is_dir():
         rows = _short(train, valid) if name == "short" else _mixed(train, valid, TextEncoder(tokenizer))
-        with create_folder_atomically(folder) as new_folder:
+        with create_atomically(folder, is_folder=True) as new_folder:
             for split in SPLITS:
                 text = "".join(json.dumps(row) + "\n" for row in rows[split])
                 (new_folder / f"{split}.jsonl").write_text(text, encoding="utf-8")

@@ -21,6 +21,7 @@ from runner.config import resume_policy, schema
 from runner.config.groups import CONF_DIR, group_choices
 from runner.config.invocation import INVOCATION_ARGUMENTS, Invocation
 from runner.config.quoting import yaml_value
+from runner.config.search_settings import SearchSettings
 from runner.config.setting import Setting, metadata_of
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "config.md"
@@ -64,6 +65,14 @@ Typed like settings, but not stored in `config.yaml`, so that no later resume or
 
 | argument | meaning |
 |---|---|"""
+
+_SEARCH = """
+## Options of a search
+
+Typed with `hydra/sweeper=search` ([search.md](search.md)); the search keeps them.
+
+| option | default | meaning |
+|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,9 @@ def reference_page() -> str:
         _INVOCATION,
         *(f"| `{name}={value}` | {docs[name.rpartition('.')[2]]} |" for name, value in INVOCATION_ARGUMENTS.items()),
     ]
+    options, values = field_docstrings(SearchSettings), dataclasses.asdict(SearchSettings())
+    lines.append(_SEARCH)
+    lines += [f"| `hydra.sweeper.{name}` | `{yaml_value(values[name])}` | {doc} |" for name, doc in options.items()]
     lines.append("\n## Settings by section")
     sections: dict[str, list[tuple[str, DocumentedField]]] = {}
     for name, found in documented_settings():

@@ -118,13 +118,14 @@ def _loss_and_grads_by_side(adapted: Any, rows: Any, chosen: Sequence[int]) -> d
 
     from runner.backends.cpu.backend import CpuBackend
     from runner.backends.mlx.backend import MlxBackend
+    from runner.backends.protocol import Backend
     from runner.backends.select import select_backend
     from runner.config.schema import Config
     from runner.training.dataloader import BatchBuilder
 
     model, config = adapted.model, Config()
     backend = select_backend(adapted, config)
-    backends = {"mlx": MlxBackend(adapted, backend.split_model, chunk=config.train.loss_chunk)}
+    backends: dict[str, Backend] = {"mlx": MlxBackend(adapted, backend.split_model, chunk=config.train.loss_chunk)}
     if isinstance(backend, CpuBackend):
         backends["engine"] = backend
     params = {
@@ -218,6 +219,7 @@ def adapters(model: str, data: str, folders: Sequence[str]) -> dict[str, Any]:
     before = evaluate(backend, params, batches).loss
     for folder in folders:
         own = mx.load(str(Path(folder) / "adapters.safetensors"))
+        assert isinstance(own, dict)
         if {name: a.shape for name, a in own.items()} != {name: a.shape for name, a in params.items()}:
             raise SystemExit(f"{folder}: its adapter has other arrays than the one that both sides train")
         losses.append(evaluate(backend, own, batches).loss)

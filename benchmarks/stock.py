@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def main(arguments: list[str]) -> None:
@@ -44,7 +45,7 @@ def repair_loss() -> None:
     from mlx_lm import lora
     from mlx_lm.tuner.trainer import default_loss
 
-    def exact_loss(model, batch, spans):
+    def exact_loss(model: Any, batch: Any, spans: Any) -> Any:
         return default_loss(model, batch, spans - mx.array([0, 1]))
 
     lora.train = partial(lora.train, loss=exact_loss)

@@ -108,7 +108,8 @@ def _short(train: int, valid: int) -> dict[str, list[dict[str, str]]]:
     files = find_split_files(find_dataset("builtin:text_to_sql"))
     made = {}
     for split, count in zip(SPLITS, (train, valid), strict=True):
-        rows = [json.loads(line) for line in files[split].read_text(encoding="utf-8").splitlines()]
+        lines = [line for file in files[split] for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in lines]
         if count > len(rows):
             raise SystemExit(f"short: {count} {split} rows wanted, {len(rows)} there")
         picked = [rows[i * len(rows) // count] for i in range(count)]

@@ -221,7 +221,7 @@ _RAY = {
     "gpus": 0,
     "fail_fast": False,
 }
-_SUBMITIT = {
+_SUBMITIT: dict[str, Any] = {
     "_target_": f"{_MODULE}.SubmititLauncher",
     "cluster": "slurm",  # or local, for tests on one machine; null finds out
     "folder": None,  # of submitit's files; null means logs/submitit in that of the sweep

@@ -113,12 +113,15 @@ def _for_search(folder: Path, search: SearchSummary, best: RunInfo | None) -> li
 def _search_on(folder: Path, search: SearchSummary) -> list[Command]:
     """Return the commands that give a complete search more trials, more time, or more seeds."""
     options, resume = search.options, _resume(folder).line
-    more = f"{resume} hydra.sweeper.trials={2 * len(search.trials)}"
-    if budget := _doubled(options.get("budget")):
-        more += f" hydra.sweeper.budget={budget}"
-    commands = [Command("search on", more)]
+    budget = _doubled(options.get("budget"))
+    time = f" hydra.sweeper.budget={budget}" if budget else ""
+    wanted, made = options.get("trials"), len(search.trials)
+    more = f" hydra.sweeper.trials={2 * made}"
+    if budget and isinstance(wanted, int) and wanted > made:  # time was what it lacked
+        more = ""
+    commands = [Command("search on", f"{resume}{more}{time}")]
     if options.get("seeds") in (None, 1):
-        commands.append(Command("compare finalists over seeds", f"{resume} hydra.sweeper.seeds=3"))
+        commands.append(Command("compare finalists over seeds", f"{resume} hydra.sweeper.seeds=3{time}"))
     return commands
 
 

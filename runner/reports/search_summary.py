@@ -13,6 +13,7 @@ from runner.common.safe_json import is_count
 from runner.common.text import count, format_duration, shorten
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
+from runner.runs.metric_values import VALID_LOSS
 from runner.runs.search_record import (
     DIVERGED,
     FAILED,
@@ -41,7 +42,7 @@ class Rung:
     cut: float | None
     """The highest value of those that continued for their place; None where there are none."""
     best: float | None
-    """The lowest value."""
+    """The lowest value; at the end the lowest validation loss of the whole trial where that is the objective."""
     lost: int
     """Trials that diverged or failed after the rung before, and by this one."""
     is_end: bool
@@ -72,12 +73,14 @@ class SearchSummary:
     record: SearchRecord
     rungs: list[Rung] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    seeds_missing: bool = False
+    """Whether a trial is still to be trained with another seed."""
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left for a resume: every trial ended, or was stopped for good."""
         ended = (_FINISHED, _STOPPED, DIVERGED, FAILED, _REPEATS)
-        return bool(self.trials) and all(trial.state in ended for trial in self.trials)
+        return bool(self.trials) and not self.seeds_missing and all(trial.state in ended for trial in self.trials)
 
     @property
     def judged_by(self) -> str:
@@ -146,7 +149,9 @@ def summarize(record: SearchRecord, runs: Mapping[int, RunInfo]) -> SearchSummar
         repeats = twin if twin != trial.number else None
         state, step, text, short = _ending(trial, repeats, run, cuts, places, judged, record.rungs)
         trials.append(Trial(trial.number, trial.job, trial.params, state, step, text, short))
-    return SearchSummary(record, rungs, trials)
+    jobs = [job for trial in record.trials for job in trial.replicates.values()]
+    missing = any(job not in runs or runs[job].state not in (_FINISHED, DIVERGED, FAILED) for job in jobs)
+    return SearchSummary(record, rungs, trials, missing)
 
 
 def read_summary(folder: Path, runs: Mapping[int, RunInfo]) -> tuple[SearchSummary | None, str | None]:
@@ -236,6 +241,9 @@ def _rung(record: SearchRecord, trials: Sequence[TrialRecord], place: int) -> Ru
     step, before = record.rungs[place], record.rungs[place - 1] if place else -1
     values = {trial.number: judged_at(trial, step) for trial in trials}
     known = [value for value in values.values() if value is not None]
+    is_end = place == len(record.rungs) - 1
+    lowest = [t.results[-1].values[0] for t in trials if t.results and t.results[-1].state == FINISHED]
+    best = min(lowest if is_end and record.metrics[:1] == [VALID_LOSS] else known, default=None)
     decisions = [decision for decision in record.continued if decision["from"] == step]
     chosen = {number for decision in decisions for number in decision["trials"]}
     by_place = {number for decision in decisions if "cut" in decision for number in decision["trials"]}
@@ -247,9 +255,9 @@ def _rung(record: SearchRecord, trials: Sequence[TrialRecord], place: int) -> Ru
         reached=len(known),
         continued=len(chosen),
         cut=max(cuts, default=None),
-        best=min(known, default=None),
+        best=best,
         lost=lost,
-        is_end=place == len(record.rungs) - 1,
+        is_end=is_end,
     )
 
 

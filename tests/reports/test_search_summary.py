@@ -84,6 +84,13 @@ def test_each_rung_says_how_many_reached_it_and_up_to_where_they_continued(folde
     assert (second.step, second.reached, second.continued, second.cut, second.lost) == (30, 2, 1, 0.90, 0)
     assert (end.step, end.reached, end.continued, end.cut, end.best, end.is_end) == (90, 1, 0, None, 0.80, True)
 
+    def change(lines: list[dict]) -> None:
+        (line,) = [line for line in lines if line.get("result") == 1 and line["step"] == 90]
+        line["judged"] = 0.85  # the lowest validation loss was before the end
+
+    edit(folder, change)
+    assert summary_of(folder).rungs[-1].best == 0.80
+
 
 def test_the_best_is_the_same_everywhere_and_never_a_trial_that_was_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -198,6 +205,7 @@ def test_the_best_that_is_trained_to_its_end_says_why(folder: Path) -> None:
     assert summary.trials[4].text == "stopped at 30: place 2 of 2, valid loss 0.9500; none continued"
     assert summary.trials[5].text == "stopped at 10: the budget holds no more"
     assert summary.options["budget"] == "16h"
+    assert for_sweep(read_sweep(folder), summary)[-2].line.endswith("/s hydra.sweeper.budget=32h")  # time was short
 
 
 def test_other_seeds_of_the_best_are_its_replicates(tmp_path: Path) -> None:
@@ -208,6 +216,12 @@ def test_other_seeds_of_the_best_are_its_replicates(tmp_path: Path) -> None:
     assert out.getvalue().count(" of 1 ") == 0  # trials that were stopped are no row of the table over seeds
     assert "none: the search trained fewer than two settings to their end" in out.getvalue()
     assert search_fields(summary_of(folder))["trials"][1]["seeds"] == {1: 9, 2: 10}
+    assert summary_of(folder).is_complete
+    status = json.loads((folder / "10/status.json").read_text())
+    (folder / "10/status.json").write_text(json.dumps(status | {"state": "stopped", "step": 30}))
+    assert not summary_of(folder).is_complete
+    shutil.rmtree(folder / "10")
+    assert not summary_of(folder).is_complete
 
 
 def test_several_metrics_mark_the_front_in_every_table(tmp_path: Path) -> None:

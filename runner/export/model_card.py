@@ -11,7 +11,7 @@ from typing import Any
 from runner.common.safe_yaml import parse
 from runner.common.text import count, single_line
 from runner.config import schema, serialize, validation
-from runner.config.schema import Config
+from runner.config.schema import METHOD_ANSWERS, Config
 from runner.data.source import HUB_ID
 from runner.export.commands import generate_command
 from runner.export.fidelity import FidelityCheck
@@ -22,6 +22,15 @@ PROGRAM = "mlx-runner"
 _HIDDEN = ("experiment", "adapter", "data.mix", "model.path", "data.path", "loggers")
 """Settings that hold paths or names of the machine, or that the card states in words."""
 _LARGEST_README = 1 << 20
+_METHODS = {
+    "dpo": "DPO (direct preference optimization)",
+    "ipo": "IPO (identity preference optimization)",
+    "orpo": "ORPO (odds ratio preference optimization)",
+    "simpo": "SimPO (simple preference optimization)",
+    "kto": "KTO (Kahneman-Tversky optimization)",
+    "grpo": "GRPO (group relative policy optimization)",
+}
+"""The methods by name, but for supervised fine-tuning, which goes without saying."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,10 @@ def write_card(config: Config, facts: CardFacts) -> str:
     name = (facts.base_id or f"a {facts.model_type} model").rpartition("/")[2]
     kind = "The adapter alone, without the base model" if facts.adapter_only else "The adapter is merged into the model"
     method = {"lora": "with LoRA", "dora": "with DoRA", "full": "in its own weights"}[config.lora.type]
+    method += f" by {_METHODS[config.method.name]}" if config.method.name in _METHODS else ""
     about = f"{facts.base_id or name}, fine-tuned {method} on {_data_text(config)}"
-    update = count(config.train.batch_size * config.train.grad_accumulation, "row")
+    example = {"pairs": "pair"}.get(METHOD_ANSWERS[config.method.name], "row")
+    update = count(config.train.batch_size * config.train.grad_accumulation, example)
     about += f" ({count(facts.step, 'update')} of {update}). {kind}." if facts.step else f". {kind}."
     parts = [
         _front_matter(config, facts),
@@ -83,8 +94,7 @@ def write_card(config: Config, facts: CardFacts) -> str:
         "## Use",
         _usage(config, facts),
         "## Data",
-        f"Trained on {_data_text(config)}{_size_text(facts)}. "
-        f"The loss covers {'answers' if config.data.mask_prompt else 'whole rows'}.",
+        f"Trained on {_data_text(config)}{_size_text(facts)}. {_learned_text(config)}",
         "## Results",
         _results(config, facts),
         "## Settings",
@@ -106,7 +116,8 @@ def _front_matter(config: Config, facts: CardFacts) -> str:
         values["base_model_relation"] = "adapter" if facts.adapter_only else "finetune"
     if HUB_ID.fullmatch(config.data.path) and not Path(config.data.path).exists():
         values["datasets"] = [config.data.path]
-    values["tags"] = ["mlx", *([] if config.lora.type == "full" else [config.lora.type]), "text-generation"]
+    values["tags"] = ["mlx", *([] if config.lora.type == "full" else [config.lora.type])]
+    values["tags"] += [*([config.method.name] if config.method.name in _METHODS else []), "text-generation"]
     lines = ["---"]
     for key, value in values.items():
         if isinstance(value, list):
@@ -132,6 +143,19 @@ def _size_text(facts: CardFacts) -> str:
         return ""
     tokens = "" if facts.train_tokens is None else f", {count(facts.train_tokens, 'token')}"
     return f": {count(facts.train_rows, 'training row')}{tokens}"
+
+
+def _learned_text(config: Config) -> str:
+    """Say what of the data was learned from, and what training started from."""
+    if config.method.name == "grpo":
+        text = f"The model's own answers were scored by {config.data.metric}."
+    else:
+        text = {
+            "pairs": "Each row is a pair of a better and a worse answer.",
+            "labeled": "Each row is an answer that is good or bad.",
+            "chosen": f"The loss covers {'answers' if config.data.mask_prompt else 'whole rows'}.",
+        }[METHOD_ANSWERS[config.method.name]]
+    return text + (" Training started from an adapter that had been trained before." if config.adapter else "")
 
 
 def _usage(config: Config, facts: CardFacts) -> str:

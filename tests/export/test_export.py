@@ -301,6 +301,25 @@ def test_a_card_says_on_how_many_rows_it_trained_and_was_measured() -> None:
     assert "exact_match on 8 test rows: 50.0%" in card
 
 
+@pytest.mark.parametrize(
+    ("method", "about", "data"),
+    [
+        ("sft", "with LoRA on the data set `someone/rows` (9 updates of 4 rows)", "The loss covers answers."),
+        ("dpo", "by DPO (direct preference optimization) on", "(9 updates of 4 pairs)"),
+        ("kto", "by KTO (Kahneman-Tversky optimization) on", "Each row is an answer that is good or bad."),
+        ("grpo", "by GRPO (group relative policy optimization) on", "were scored by exact_match. Training started"),
+    ],
+)
+def test_a_card_says_how_the_model_was_trained(method: str, about: str, data: str) -> None:
+    config = Config()
+    config.model.path, config.data.path, config.data.metric = "someone/base", "someone/rows", "exact_match"
+    config.method.name, config.train.batch_size = method, 4
+    config.adapter = "adapters" if method == "grpo" else None
+    card = write_card(config, CardFacts("someone/base", None, "llama", 9, False, None, None))
+    assert about in card and data in card
+    assert (f'- "{method}"\n' in card) == (method != "sft")
+
+
 def test_the_command_of_a_card_bears_an_apostrophe() -> None:
     config = Config()
     config.model.path, config.data.path, config.data.template_args = "someone/base", "someone/rows", {"who": "Ann's"}

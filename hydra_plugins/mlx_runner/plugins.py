@@ -163,11 +163,12 @@ class RayLauncher(_Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: JobTask, config: DictConfig) -> None:
         """Keep what Hydra passes to its plugins, and refuse an invalid option before the sweep is recorded."""
-        from runner.sweeps.launchers.options import require_package, require_valid
+        from runner.sweeps.launchers.options import require_package, require_reachable, require_valid
 
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         require_valid(self._options, text={"address"}, count={"jobs"}, amount={"cpus", "gpus"})
         require_package("ray", "hydra/launcher=ray")
+        require_reachable(self._options["address"])
 
     def _make_executor(self) -> JobExecutor:
         from runner.sweeps.launchers.ray_executor import RayExecutor, RayOptions

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
+import socket
 import threading
 import time
 
@@ -36,6 +38,23 @@ def test_a_node_with_other_versions_is_refused():
     cluster = Cluster.__new__(Cluster)
     with pytest.raises(ConfigError, match=r"other cannot continue what this machine computes: it has mlx 0\.1, here"):
         cluster._take_up({"NodeID": "1"}, NodeFacts("other", versions, True, 1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_options_of_the_launcher_are_refused_before_the_sweep_begins(inline):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for option, problem in (
+        ("cpus=-1", "must be 0 or more"),
+        ("jobs=0", "must be 1 or more"),
+        ("address=nowhere", "must be host:port"),
+        (f"address='127.0.0.1:{port}'", "no cluster answers there"),
+    ):
+        arguments = ("hydra/launcher=ray", f"hydra.launcher.{option}", "hydra.sweep.dir=s")
+        out = inline("-m", *SMALL, "lora.rank=2,4", *arguments, expect=2)
+        assert problem in out
+    assert not (inline.folder / "s").exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ import fake_slurm
 import pytest
 import system
 
+from runner.runs.search_record import read_search
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed"),
@@ -98,6 +100,25 @@ def test_options_that_submitit_cannot_take_are_refused_before_the_sweep_begins(i
         out = inline("-m", *SMALL, "lora.rank=2,4", *LOCAL, f"hydra.launcher.{option}", expect=2)
         assert problem in out
     assert not (inline.folder / "s").exists()
+
+
+@pytest.mark.long
+def test_a_search_submits_its_rounds_and_its_survivor_equals_the_run_that_never_stopped(cli, inline, assert_equal_runs):
+    search = ("hydra/sweeper=search", "hydra.sweeper.pruner=asha", "hydra.sweeper.trials=4", "hydra.launcher.jobs=2")
+    rate = "optimizer.learning_rate=tag(log,interval(1e-4,1e-2))"
+    process = cli.start("-m", *search, *SMALL, rate, *LOCAL)
+    cli.wait_for(cli.folder / "s/1", 20, process)
+    process.kill()
+    process.communicate()
+    out = cli("resume=s")
+    found = read_search(cli.folder / "s")
+    assert found is not None and len(found.trials) == 4, out
+    ends = [trial for trial in found.trials if trial.results[-1].state == "finished"]
+    assert ends and len(ends) < 4
+    for trial in ends:
+        value = trial.params["optimizer.learning_rate"]
+        inline(*SMALL, f"optimizer.learning_rate={value}", f"hydra.run.dir=alone{trial.number}")
+        assert_equal_runs(cli.folder / f"s/{trial.job}", cli.folder / f"alone{trial.number}")
 
 
 SLURM = ("hydra/launcher=submitit", "hydra.launcher.cpus=1", "hydra.launcher.partition=gpu", "hydra.sweep.dir=s")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import socket
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from runner.common.errors import ConfigError
 
 _CLUSTERS = ("slurm", "local", "debug")
+_ADDRESS = re.compile(r"([\w.-]{1,253}|\[[0-9a-fA-F:]+\]):(\d{1,5})")
+_ANSWER_SECONDS = 5.0
 _NAME = re.compile(r"[\w.,:@+-]{1,200}")
 
 
@@ -48,6 +51,23 @@ def require_valid(
         else:
             continue
         raise ConfigError(f"hydra.launcher.{name}={value} is invalid: {problem}.")
+
+
+def require_reachable(address: str | None) -> None:
+    """Raise ConfigError for the address of a Ray cluster at which nothing answers; Ray itself would try for long."""
+    if address in (None, "auto", "local"):
+        return
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise ConfigError(
+            f"hydra.launcher.address={address} is invalid: must be host:port, such as 192.168.1.10:6379, auto or local."
+        )
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"hydra.launcher.address={address}: no cluster answers there ({error}). On that machine: ray status"
+        ) from None
 
 
 def require_cluster(name: str | None) -> None:

@@ -45,6 +45,7 @@ class ProcessExecutor(JobExecutor):
         """`limit`: how many jobs run at once; None: as many as fit into memory and cores, and one on a GPU."""
         super().__init__(context, composed, invocation, fail_fast)
         self._limit = limit
+        self._settled = False
         self._threads: int | None = None
         """BLAS threads of each worker; None where a GPU computes."""
         self._workers: dict[int, WorkerProcess] = {}
@@ -115,7 +116,8 @@ class ProcessExecutor(JobExecutor):
         """Print how the jobs are run, and settle the share of a worker in the cores at the first launch."""
         logs = self.sweep / "logs"
         logs.mkdir(exist_ok=True)
-        if not self._workers:
+        if not self._settled:
+            self._settled = True
             at_once = min(self.at_once(), max(len(jobs), len(read_manifest(self.sweep).jobs)))
             self._threads = None if is_gpu_build() else thread_count(at_once, usable_cores())
             threads = f", {self._threads} BLAS threads each" if self._threads else ""

@@ -11,6 +11,14 @@ def utc_now() -> str:
     return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def parse_utc(text: object) -> float | None:
+    """Return the seconds since 1970 of a text of `utc_now`; None where it is none."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return None
+
+
 def today() -> date:
     """Return the day, in local time."""
     return datetime.fromtimestamp(time.time()).date()

@@ -4,7 +4,7 @@ Append-only, one JSON object a line, in the order in which things happened. A se
 that was killed makes the same decisions again, and the results that are recorded here are not measured again.
 
     {"schema": 1, "sampler": "tpe", "pruner": "halving", "rungs": [25, 75, 200], "metrics": ["valid_loss"], …}
-    {"wave": 0, "asked": 2}
+    {"wave": 0, "asked": 2, "time": …}
     {"trial": 0, "job": 0, "params": {"optimizer.learning_rate": 0.0003, "lora.rank": 8}}
     {"result": 0, "step": 25, "values": [0.53], "state": "paused"}
     {"wave": 5, "asked": 0, "continued": [{"trials": [2, 3], "from": 25, "to": 75, "of": 9}]}

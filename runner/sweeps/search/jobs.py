@@ -11,6 +11,7 @@ from hydra.plugins.launcher import Launcher
 from runner.app.hydra_internals import job_error
 from runner.common.errors import StorageError
 from runner.runs.directory import RunDirectory
+from runner.runs.inspect import modified_time
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 from runner.sweeps.job_planner import JobPlanner
 from runner.sweeps.plan import remaining_jobs
@@ -68,8 +69,13 @@ class TrialJobs:
         folders = {job.number: self._manifest.folder / job.folder for job in self._manifest.jobs}
         self.launch([n for n, folder in folders.items() if RunDirectory(folder).read_status()["state"] in states])
 
-    def launch(self, numbers: Sequence[int]) -> None:
-        """Train these jobs as far as is recorded; those that are there already are left alone.
+    def last_written(self) -> float:
+        """Return when a job last wrote its metrics, in seconds since 1970; 0 where none has."""
+        folders = [self._manifest.folder / job.folder for job in self._manifest.jobs]
+        return max((modified_time(RunDirectory(folder).metrics) for folder in folders), default=0.0)
+
+    def launch(self, numbers: Sequence[int]) -> bool:
+        """Train these jobs as far as is recorded, and return whether one was started.
 
         Raises:
             StorageError: nothing can be written any more, so that no other job could run.
@@ -77,7 +83,7 @@ class TrialJobs:
         """
         left = remaining_jobs(self._manifest, numbers)
         if not left:
-            return
+            return False
         run_jobs = getattr(self._launcher, "run_jobs", None)
         if callable(run_jobs):
             shared = {*self._space.fixed}
@@ -89,6 +95,7 @@ class TrialJobs:
         for done in returns:
             if isinstance(error := job_error(done), StorageError):
                 raise error
+        return True
 
     def _add(self, job: SweepJob, is_new: bool) -> SweepJob:
         if is_new:

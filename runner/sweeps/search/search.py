@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from typing import Any
 
+from runner.common.clock import parse_utc
 from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import single_line
 from runner.runs.objective import Objective
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result, SearchRecord, SearchRecordWriter
 from runner.sweeps.search.decide import (
     Clock,
-    Continuation,
     SearchState,
     Targets,
     Trial,
@@ -25,6 +25,7 @@ from runner.sweeps.search.decide import (
     next_wave,
 )
 from runner.sweeps.search.jobs import TrialJobs
+from runner.sweeps.search.lines import continued_text, read_wave, result_line, wave_line
 from runner.sweeps.search.outcome import Outcome, Progress, read_outcome, read_progress
 from runner.sweeps.search.study import Study
 
@@ -74,14 +75,17 @@ class Search:
             ConfigError: the record does not fit what the sampler suggests, or the budget does not hold one trial.
             SystemExit: a signal stopped it; it can be resumed.
         """
+        if lost := self._seconds_before_kill():
+            self._spent_before += lost
+            self._add_time()
         for recorded in list(self._record.waves):
-            self._carry_out(_recorded_wave(recorded))
+            self._carry_out(read_wave(recorded))
         self._state.planned = self._planned_trials()
         self._is_planned = self._state.planned is not None
         while (wave := self._next_wave()) is not None:
-            self._writer.append(_wave_line(self._wave, wave))
+            self._writer.append(wave_line(self._wave, wave))
             for decision in wave.continued:
-                print(_continued_text(decision), flush=True)
+                print(continued_text(decision), flush=True)
             self._carry_out(wave)
         self._stop_paused()
 
@@ -117,6 +121,14 @@ class Search:
         per_start = record.beside_seconds / record.starts if record.starts else 0.0
         return Clock(left, record.job_seconds / record.updates, per_start)
 
+    def _seconds_before_kill(self) -> float:
+        """Return how long the last wave was in progress where the process was killed in it, by what its jobs wrote."""
+        record = self._record
+        if not record.waves or any("spent" in line for line in _lines_since_last_wave(record)):
+            return 0.0
+        begun = parse_utc(record.waves[-1].get("time"))
+        return max(0.0, self._jobs.last_written() - begun) if begun is not None else 0.0
+
     def _spent(self) -> float:
         return self._spent_before + time.monotonic() - self._started
 
@@ -128,15 +140,19 @@ class Search:
             for number in decision.trials:
                 self._state.trials[number].target = decision.end
                 trials.append(self._state.trials[number])
-        stops = {trial.job: trial.target for trial in trials if trial.job is not None}
+        waiting = [trial for trial in trials if self._recorded_result(trial) is None]
+        stops = {trial.job: self._stop_at(trial.target) for trial in waiting if trial.job is not None}
         seeds = [self._add_replicate(number, seed) for number, seed in wave.replicates]
-        is_end = {job: None if step >= self._state.end else step for job, step in stops.items()}
         self._writer.sync()  # what the jobs are for is there before the jobs are
-        self._jobs.record({**is_end, **dict.fromkeys(seeds)})
+        self._jobs.record({**stops, **dict.fromkeys(seeds)})
         if seeds:
-            self._launch({job: self._state.end for job in seeds})
+            self._launch(dict.fromkeys(seeds, self._state.end))
         if trials:
             self._measure(trials)
+
+    def _stop_at(self, target: int) -> int | None:
+        """Return where the job of a trial stops that is sent to `target`; None for its end."""
+        return target if target < self._state.end else None
 
     def _suggest(self, count: int) -> list[Trial]:
         """Ask the sampler for trials, and return those that are new."""
@@ -213,41 +229,45 @@ class Search:
 
     def _launch(self, targets: Mapping[int, int]) -> dict[int, Outcome]:
         """Train jobs to these steps and return what they have there, by number of the job."""
-        left, outcomes, start = dict(targets), {}, time.monotonic()
+        left, outcomes, start, launched = dict(targets), {}, time.monotonic(), False
         before = {job: read_progress(self._jobs.folder(job)) for job in targets}
         for attempt in range(1, _MAX_STARTS + 1):
             if not left:
                 break
-            self._jobs.launch(list(left))
+            launched |= self._jobs.launch(list(left))
             for job, step in left.items():
                 is_last = step >= self._state.end
                 outcomes[job] = read_outcome(self._jobs.folder(job), step, self._objective, is_last=is_last)
             left = {job: step for job, step in left.items() if outcomes[job].interrupted and attempt < _MAX_STARTS}
-        if targets:
+        if launched:
             after = {job: read_progress(self._jobs.folder(job)) for job in targets}
             self._note_time(time.monotonic() - start, [after[job] - before[job] for job in targets])
         return outcomes
 
     def _note_time(self, seconds: float, jobs: list[Progress]) -> None:
         """Record the time that was spent, and what it was spent on; `seconds`: that of the launch."""
-        record, in_jobs = self._record, sum(job.seconds for job in jobs)
+        in_jobs = sum(job.seconds for job in jobs)
         is_first, self._has_launched = not self._has_launched, True
-        side_by_side = min(len(jobs), self._state.at_once)
-        beside = 0.0 if is_first else max(0.0, seconds * side_by_side - in_jobs)
+        beside = max(0.0, seconds * min(len(jobs), self._state.at_once) - in_jobs)
+        updates = sum(job.updates for job in jobs)
+        self._add_time(in_jobs, updates, *((0.0, 0) if is_first else (beside, len(jobs))))
+
+    def _add_time(self, jobs: float = 0.0, updates: int = 0, beside: float = 0.0, starts: int = 0) -> None:
+        record = self._record
         self._writer.append(
             {
                 "spent": round(self._spent(), 3),
-                "jobs": round(record.job_seconds + in_jobs, 3),
-                "updates": record.updates + sum(job.updates for job in jobs),
+                "jobs": round(record.job_seconds + jobs, 3),
+                "updates": record.updates + updates,
                 "beside": round(record.beside_seconds + beside, 3),
-                "starts": record.starts + (0 if is_first else len(jobs)),
+                "starts": record.starts + starts,
             }
         )
 
     def _add_result(self, trial: Trial, result: Result) -> None:
         """Add the next result of a trial, record it unless it is recorded, and tell the sampler."""
         if self._recorded_result(trial) is None:
-            self._writer.append(_result_line(trial.number, result))
+            self._writer.append(result_line(trial.number, result))
         trial.results.append(result)
         if result.state == PAUSED:
             lower_is_better = -result.values[0] if self._state.maximize else result.values[0]
@@ -274,42 +294,6 @@ class Search:
                 self._writer.append(line)
 
 
-def _wave_line(number: int, wave: Wave) -> dict[str, object]:
-    line: dict[str, object] = {"wave": number, "asked": wave.asked}
-    if wave.continued:
-        line["continued"] = [decision.to_dict() for decision in wave.continued]
-    if wave.replicates:
-        line["replicates"] = [{"trial": trial, "seed": seed} for trial, seed in wave.replicates]
-    return line
-
-
-def _recorded_wave(line: Mapping[str, object]) -> Wave:
-    recorded = replace(Wave(), asked=int(str(line["asked"])))
-    continued, replicates = line.get("continued", []), line.get("replicates", [])
-    assert isinstance(continued, list) and isinstance(replicates, list)
-    return replace(
-        recorded,
-        continued=tuple(
-            Continuation(tuple(d["trials"]), d["from"], d["to"], d["of"], d.get("cut"), d.get("reason", ""))
-            for d in continued
-        ),
-        replicates=tuple((pair["trial"], pair["seed"]) for pair in replicates),
-    )
-
-
-def _result_line(number: int, result: Result) -> dict[str, object]:
-    line: dict[str, object] = {"result": number, "step": result.step, "values": result.values, "state": result.state}
-    if result.judged is not None and result.values[0] != result.judged:
-        line["judged"] = result.judged
-    return line | ({"reason": result.reason} if result.reason else {})
-
-
-def _continued_text(decision: Continuation) -> str:
-    numbers = ", ".join(map(str, decision.trials))
-    noun = "trial" if len(decision.trials) == 1 else "trials"
-    if decision.cut is None:
-        return f"rung {decision.start}  {noun} {numbers} to {decision.end}: {decision.reason}"
-    text = (
-        f"rung {decision.start}  {len(decision.trials)} of {decision.of} continue to {decision.end}: {noun} {numbers}"
-    )
-    return f"{text}, valid loss up to {decision.cut:.4f}" + (f"; {decision.reason}" if decision.reason else "")
+def _lines_since_last_wave(record: SearchRecord) -> list[dict[str, Any]]:
+    last = max(i for i, line in enumerate(record.lines) if "wave" in line and "asked" in line)
+    return record.lines[last:]

@@ -245,6 +245,16 @@ def test_where_trial_after_trial_fails_the_search_ends_and_tries_the_last_ones_a
     assert any(trial.results[-1].state == "finished" for trial in found.trials)
 
 
+def test_the_time_of_a_wave_that_was_killed_counts(inline, sweep):
+    lines = (sweep / "search.jsonl").read_text().splitlines()
+    last = max(i for i, line in enumerate(lines) if '"wave"' in line)
+    wave = {**json.loads(lines[last]), "time": "2020-01-01T00:00:00Z"}
+    (sweep / "search.jsonl").write_text("\n".join([*lines[:last], json.dumps(wave)]) + "\n")
+    inline("resume=s")
+    spent = [json.loads(line)["spent"] for line in (sweep / "search.jsonl").read_text().splitlines() if "spent" in line]
+    assert spent == sorted(spent) and spent[-1] - spent[-2] > 24 * 3600 * 365
+
+
 def test_a_used_budget_starts_nothing_and_more_of_it_continues(inline, sweep):
     out = inline("resume=s", "hydra.sweeper.trials=11", "hydra.sweeper.budget=0.1s")
     assert "the budget holds 9 trials" in out

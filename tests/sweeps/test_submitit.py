@@ -39,7 +39,8 @@ def check_jobs(inline, assert_equal_runs, *ranks: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_preempted_job_saves_and_is_put_into_the_queue_again_and_continues(cli, inline, assert_equal_runs, number):
-    process = cli.start("-m", *SMALL, "lora.rank=2", *LOCAL)
+    secret = "+hydra.job.env_set.TOKEN=${oc.env:MY_TOKEN}"
+    process = cli.start("-m", *SMALL, "lora.rank=2", secret, *LOCAL, env={"MY_TOKEN": "hunter2"})
     cli.wait_for(cli.folder / "s/0", 20, process)
     os.kill(task_of(cli.folder / "s/0"), number)
     out, _ = process.communicate(timeout=120)
@@ -47,6 +48,7 @@ def test_a_preempted_job_saves_and_is_put_into_the_queue_again_and_continues(cli
     assert ("preempted after step" in out) == (number == signal.SIGTERM)  # else submitit puts it back itself
     assert (cli.folder / "s/0/run.log").read_text().count("resumed from") == 1
     check_jobs(inline, assert_equal_runs, 2)
+    assert not [path for path in (cli.folder / "s").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     for path in (cli.folder / "s/logs/submitit").glob("*_submitted.pkl"):
         texts = {arg for _, arg, _ in pickletools.genops(path.read_bytes()) if isinstance(arg, str)}
         assert str(cli.folder / "s/logs/requests/0.json") in texts and path.stat().st_size < 1000

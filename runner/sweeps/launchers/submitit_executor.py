@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, env_override
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from runner.common.atomic_io import write_atomically
 from runner.common.errors import EXIT_FAILED, EXIT_IN_USE, ConfigError
+from runner.common.text import count
 from runner.config.invocation import Invocation
 from runner.runs.restarts import NODE_LOST, PREEMPTED
 from runner.sweeps.launchers.executor import JobExecutor
@@ -73,7 +74,7 @@ class SubmititExecutor(JobExecutor):
 
     def at_once(self) -> int:
         """Return how many jobs the cluster is asked to run at once."""
-        return self._options.jobs
+        return 1 if self._options.cluster == "debug" else self._options.jobs
 
     def run(self, jobs: Sequence[PlannedJob]) -> list[JobReturn]:
         """Submit the jobs and wait for all.
@@ -86,7 +87,8 @@ class SubmititExecutor(JobExecutor):
         (self.sweep / "logs").mkdir(exist_ok=True)
         folder = Path(self._options.folder) if self._options.folder else self.sweep / "logs" / "submitit"
         executor = make_executor(self._options, folder.absolute())
-        print(f"{executor.cluster}: {self.at_once()} jobs at once; output in {self.sweep / 'logs'}", flush=True)
+        jobs_at_once = count(self.at_once(), "job")
+        print(f"{executor.cluster}: {jobs_at_once} at once; output in {self.sweep / 'logs'}", flush=True)
         with StopSignals() as stops, progress_lines() as lines:
             _SubmititLaunch(self, executor, tracked, lines).run(stops)
         return tracked.returns
@@ -99,7 +101,8 @@ class _SubmititLaunch:
         self._executor, self._tracked, self._lines = executor, tracked, lines
         self._fail_fast, self._at_once = launcher.fail_fast, launcher.at_once()
         self._cpus = launcher._options.cpus
-        self._environment = dict(launcher.composed.hydra.job.env_set)
+        self._environment = {name: str(value) for name, value in launcher.composed.hydra.job.env_set.items()}
+        """Of the jobs, which inherit it: it may hold what no file should."""
         self._submissions = Submissions(launcher.sweep)
         self._waiting = [*range(len(tracked.jobs))]
         self._submitted: dict[int, Any] = {}
@@ -141,7 +144,7 @@ class _SubmititLaunch:
             return
         calls = [SubmittedJob(str(self._write_request(i))) for i in free]
         try:
-            with self._executor.batch():
+            with env_override(self._environment), self._executor.batch():
                 jobs = [self._executor.submit(call) for call in calls]
         except Exception as error:  # sbatch may refuse whatever it likes
             raise ConfigError(f"the jobs cannot be submitted: {type(error).__name__}: {error}") from None
@@ -152,7 +155,7 @@ class _SubmititLaunch:
 
     def _write_request(self, i: int) -> Path:
         """Write what the job is asked to do, and return the path."""
-        request = {**self._tracked.start(i), "cpus": self._cpus, "environment": self._environment}
+        request = {**self._tracked.start(i), "cpus": self._cpus}
         path = self._submissions.request_file(self._tracked.jobs[i].job.folder)
         write_atomically(path, json.dumps(request, indent=1) + "\n")
         return path

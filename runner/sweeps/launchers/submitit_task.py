@@ -36,7 +36,7 @@ class SubmittedJob:
         """Train the job, and return its exit code with its value or its error."""
         request = json.loads(Path(self.request).read_text(encoding="utf-8"))
         threads = {} if is_gpu_build() else {"OPENBLAS_NUM_THREADS": str(thread_count(1, request["cpus"]))}
-        self._worker = worker = WorkerProcess({**threads, **request["environment"]})
+        self._worker = worker = WorkerProcess(threads)
         before = signal.signal(signal.SIGTERM, self._stop)  # submitit's own handler lets it pass
         try:
             worker.send(request)

@@ -186,3 +186,21 @@ def test_a_search_goes_on_when_a_node_is_killed_and_a_job_that_fails_by_itself_i
 def is_training(run: Path) -> bool:
     status = RunDirectory(run).read_status()
     return status["state"] == "running" and status["step"] > 2
+
+
+def test_paused_trials_come_back_from_nodes_without_the_shared_folder_and_continue_there(
+    cli, inline, start_cluster, assert_equal_runs, tmp_path
+):
+    cluster = start_cluster(1, shared=False)
+    search = ("hydra/sweeper=search", "hydra.sweeper.trials=3", "hydra.sweeper.min_iters=50", "lora.rank=2,4,6")
+    arguments = ("hydra/launcher=ray", f"hydra.launcher.address={cluster.address}", "hydra.sweep.dir=s")
+    out = cli("-m", *search, *SMALL, *arguments, env=LOOPBACK)
+    assert "is not shared" in out
+    found = read_search(cli.folder / "s")
+    assert found is not None
+    (survivor,) = [trial for trial in found.trials if trial.results[-1].state == "finished"]
+    assert [result.step for result in survivor.results] == [50, 150]
+    inline(*SMALL, f"lora.rank={survivor.params['lora.rank']}", "hydra.run.dir=alone")
+    assert_equal_runs(cli.folder / f"s/{survivor.job}", cli.folder / "alone")
+    assert (cli.folder / f"s/logs/{survivor.job}.log").read_text().count("stopped") == 1
+    assert not [*(tmp_path / "node cache/sweeps").glob("*/*")]

@@ -123,7 +123,8 @@ class Ranks(World):
         numbers = [sums.loss, *_limbs(sums.supervised), *_limbs(sums.tokens), *self._flags()]
         vectors = [array.reshape(-1).astype(mx.float32) for array in sums.arrays.values()]
         buffer = mx.concatenate([*vectors, mx.array(numbers, mx.float32)])
-        self.channel.check()
+        mx.eval(buffer)
+        self.meet()
         try:
             added = mx.distributed.all_sum(buffer, group=self._group)
             mx.eval(added)
@@ -137,6 +138,10 @@ class Ranks(World):
         loss, *rest = np.array(added[start:]).tolist()
         self._agree(rest[2 * _LIMBS :])
         return UpdateSums(arrays, loss, _count(rest[:_LIMBS]), _count(rest[_LIMBS : 2 * _LIMBS]))
+
+    def meet(self) -> None:
+        """Wait for all ranks, asleep: MLX's ring would spin on two cores, those that a slower rank may need."""
+        self.channel.gather(b"")
 
     def gather(self, content: bytes = b"", *, abandoned: bool = False) -> list[bytes]:
         """Exchange `content` on the channel, with the stop signals."""

@@ -182,8 +182,8 @@ def _train_measured(result: Path, words: list[str], spin: bool) -> None:
 
         return call
 
-    TrainStep.update = measured_update  # type: ignore[method-assign]
-    Ranks.meet = measured_meet  # type: ignore[method-assign]
+    TrainStep.update = measured_update  # type: ignore[assignment]
+    Ranks.meet = measured_meet  # type: ignore[assignment]
     for kind in (World, Ranks):
         kind.sum_update = measured(kind.sum_update)  # type: ignore[method-assign]
     code = run_program(words)

@@ -52,9 +52,9 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
         from runner.backends import blas
 
         launch = invocation.launch
-        blas.load_blas(launch.local if launch else 1)  # before MLX is imported
+        blas.load_blas(launch.local if launch else invocation.ranks or 1)  # before MLX is imported
+        from runner.training.local_ranks import joined_world
         from runner.training.run import train_run
-        from runner.training.world import join
 
         resolved = resolve_config(job_config)
         resolved.experiment = resolved.experiment or HydraConfig.get().runtime.choices.get("experiment")
@@ -72,7 +72,8 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
             on_accepted=partial(_record_changes, directory.path, stored, labels, invocation) if in_place else None,
             supervise=invocation.supervise,
         )
-        return train_run(spec, world=join(launch))
+        with joined_world(invocation) as world:
+            return train_run(spec, world=world)
 
     with _removed_unless_begun(directory, composed.hydra.output_subdir):
         context.callbacks.on_run_start(config=composed, config_name=session.config_name)

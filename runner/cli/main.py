@@ -20,7 +20,7 @@ from runner.common.text import shorten
 from runner.config.groups import config_dirs
 
 _NO_SWEEP = (
-    "Several ranks train one run: leave out -m. Start each run of a sweep with mlx.launch, or sweep on one process."
+    "Several ranks train one run: leave out -m. In a sweep each job starts its own: -m ranks=2 hydra/launcher=process."
 )
 _EXIT_SIGINT, _EXIT_SIGPIPE = 130, 141
 

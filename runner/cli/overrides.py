@@ -145,6 +145,10 @@ def _set_on_invocation(invocation: Invocation, key: str, value: str) -> None:
         if not is_count:
             raise ConfigError(f"train.stop_at={value} is invalid: must be a whole number, 1 or more.")
         invocation.stop_at = int(value)
+    elif key == "ranks":
+        if not is_count:
+            raise ConfigError(f"ranks={value} is invalid: must be a whole number, 1 or more.")
+        invocation.ranks = int(value)
     elif key == "supervise":
         if not is_count and value not in ("true", "false"):
             raise ConfigError(f"supervise={value} is invalid: must be true, false, or a number of updates, 1 or more.")

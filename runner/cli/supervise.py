@@ -26,7 +26,7 @@ from runner.config.invocation import Invocation
 from runner.runs.restarts import FollowerPolicy, RestartPolicy, stored_run
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_FOR_EACH_START = ("supervise", "train.stop_at", "model.trust_remote_code")
+_FOR_EACH_START = ("supervise", "ranks", "train.stop_at", "model.trust_remote_code")
 """What a resume needs to be told again; settings of Hydra too. All else is in the run's config.yaml."""
 
 

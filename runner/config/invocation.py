@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner.distributed.launch import Launch
 
-INVOCATION_ARGUMENTS = {"resume": "DIR", "repeat": "DIR", "train.stop_at": "N", "supervise": "true"}
+INVOCATION_ARGUMENTS = {"resume": "DIR", "repeat": "DIR", "train.stop_at": "N", "supervise": "true", "ranks": "N"}
 """Arguments that are typed like settings but stored in no config, with a placeholder for their values."""
 
 
@@ -24,9 +24,9 @@ class Supervision:
 class Invocation:
     """One command line: the arguments for Hydra, and what belongs to this invocation alone.
 
-    `resume`, `repeat`, `stop_at` and `supervise` are typed like settings (`resume=DIR`, `repeat=DIR`,
-    `train.stop_at=200`, `supervise=true`) but are no part of the config: a run's config.yaml does not hold them, so
-    that no later resume or repeat inherits them.
+    `resume`, `repeat`, `stop_at`, `supervise` and `ranks` are typed like settings (`resume=DIR`, `repeat=DIR`,
+    `train.stop_at=200`, `supervise=true`, `ranks=2`) but are no part of the config: a run's config.yaml does not hold
+    them, so that no later resume or repeat inherits them.
     """
 
     flags: list[str] = field(default_factory=list)
@@ -46,6 +46,8 @@ class Invocation:
     supervise: Supervision | None = None
     """Start a run again from its last checkpoint where its process is killed or its GPU or memory fails; with a number
     instead of true, also replace the process after that many updates (default: 10,000 on a GPU)."""
+    ranks: int | None = None
+    """Train each run on this number of processes of this machine, which share every batch (see docs/distributed.md)."""
     report_run: Callable[[Path], None] | None = None
     """Tells the supervising process the directory of the run; None where there is none."""
     launch: Launch | None = None

@@ -80,6 +80,7 @@ def train_job(
     from runner.backends import blas
 
     blas.load_blas()  # before MLX is imported
+    from runner.training.local_ranks import joined_world
     from runner.training.run import train_run
 
     source = ResumeSource(run=folder) if has_begun(folder) else None
@@ -111,7 +112,8 @@ def train_job(
         labels=job.labels,
         supervise=invocation.supervise,
     )
-    return train_run(spec, loader)
+    with joined_world(invocation) as world:
+        return train_run(spec, loader, world)
 
 
 def composed_from(stored: dict[str, Any]) -> DictConfig:

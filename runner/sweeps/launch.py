@@ -26,7 +26,7 @@ from runner.runs.search_record import JOURNAL, SearchRecord
 from runner.runs.sweep_manifest import SweepManifest
 from runner.sweeps import grid
 from runner.sweeps.job import JobTask
-from runner.sweeps.sweep import OWN_SWEEPERS, PROCESS_LAUNCHER, refuse_failed, report
+from runner.sweeps.sweep import OWN_PROCESS_LAUNCHERS, OWN_SWEEPERS, PROCESS_LAUNCHER, refuse_failed, report
 
 _LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME, layout.LABELS}
 _LEFT_BY_A_START |= {search_record.NAME, JOURNAL, f"{JOURNAL}.lock"}
@@ -83,6 +83,7 @@ def start_sweep(invocation: Invocation, session: HydraSession, composed: DictCon
         SystemExit: a signal stopped it; it can be resumed.
     """
     _refuse_unsupervised(invocation, composed)
+    _refuse_ranks(invocation, composed)
     if invocation.resume is not None:
         raise ConfigError("resume=RUN continues one run: leave out -m. To vary a run: repeat=RUN with -m.")
     validation.refuse_secrets(OmegaConf.to_container(composed, resolve=False))
@@ -129,6 +130,15 @@ def _refuse_unsupervised(invocation: Invocation, composed: DictConfig) -> None:
         raise ConfigError(
             "supervise=true in a sweep needs a process for each job: type hydra/launcher=process too "
             "(with hydra.launcher.jobs=1 one job at a time)."
+        )
+
+
+def _refuse_ranks(invocation: Invocation, composed: DictConfig) -> None:
+    """Refuse ranks= where jobs share a process, which MLX connects with others only once."""
+    if (invocation.ranks or 1) > 1 and composed.hydra.launcher._target_ not in OWN_PROCESS_LAUNCHERS:
+        raise ConfigError(
+            f"ranks={invocation.ranks} in a sweep needs a process for each job: type hydra/launcher=process too "
+            "(with hydra.launcher.jobs=1 one job at a time), or ray or submitit."
         )
 
 

@@ -35,6 +35,11 @@ from runner.sweeps.plan import PlannedJob, has_begun, remaining_jobs, unchangeab
 OWN_SWEEPERS = tuple(f"hydra_plugins.mlx_runner.plugins.{name}" for name in ("GridSweeper", "SearchSweeper"))
 """The sweepers that call `run_sweep` and `run_search`, which report their jobs themselves."""
 PROCESS_LAUNCHER = "hydra_plugins.mlx_runner.plugins.ProcessLauncher"
+OWN_PROCESS_LAUNCHERS = (
+    PROCESS_LAUNCHER,
+    *(f"hydra_plugins.mlx_runner.plugins.{name}" for name in ("RayLauncher", "SubmititLauncher")),
+)
+"""The launchers whose jobs can have a process of their own."""
 
 
 class SweepFailed(RunnerError):

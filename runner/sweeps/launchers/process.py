@@ -51,8 +51,10 @@ class ProcessExecutor(JobExecutor):
         self._workers: dict[int, WorkerProcess] = {}
         """By the descriptor of their replies."""
         self._selector = selectors.DefaultSelector()
-        self._one_job_each = invocation.supervise is not None and is_gpu_build()
-        """Whether each job has a new worker: the limits of `training.process_limit` are those of a process."""
+        supervised_on_gpu = invocation.supervise is not None and is_gpu_build()
+        self._one_job_each = supervised_on_gpu or invocation.ranks is not None
+        """Whether each job has a new worker: the limits of `training.process_limit` are those of a process, and MLX
+        connects a process with other ranks only once."""
 
     def at_once(self) -> int:
         """Return how many jobs run at once: those that were asked for, or as many as fit."""
@@ -119,7 +121,9 @@ class ProcessExecutor(JobExecutor):
         if not self._settled:
             self._settled = True
             at_once = min(self.at_once(), max(len(jobs), len(read_manifest(self.sweep).jobs)))
-            self._threads = None if is_gpu_build() else thread_count(at_once, usable_cores())
+            self._threads = (
+                None if is_gpu_build() else thread_count(at_once * (self.invocation.ranks or 1), usable_cores())
+            )
             threads = f", {self._threads} BLAS threads each" if self._threads else ""
             print(f"processes: {at_once} at once{threads}; output in {logs}", flush=True)
 

@@ -160,7 +160,7 @@ class NodeWorker:
         except (OSError, ValueError):  # closed meanwhile
             reply = {}
         code: int | None = reply.get("code")
-        if code is None or ends_process(code):
+        if code is None or ends_process(code) or request.get("ranks"):  # MLX connects a process with others once
             with self._lock:
                 ended, self._worker = worker.close(), None
             code = ended if code is None else code

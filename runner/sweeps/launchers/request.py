@@ -41,6 +41,7 @@ def job_request(
         "changes": dict(changes),
         "stop_at": invocation.stop_at,
         "settings": trust,
+        "ranks": invocation.ranks,
         "supervise": invocation.supervise and asdict(invocation.supervise),
     }
 
@@ -54,4 +55,5 @@ def requested_job(request: Mapping[str, Any]) -> SweepJob:
 def requested_invocation(request: Mapping[str, Any]) -> Invocation:
     """Return what a request has of the command line."""
     supervise = None if request["supervise"] is None else Supervision(**request["supervise"])
-    return Invocation(stop_at=request["stop_at"], settings=request["settings"], supervise=supervise)
+    settings, ranks = request["settings"], request.get("ranks")  # an earlier version's has none
+    return Invocation(stop_at=request["stop_at"], settings=settings, supervise=supervise, ranks=ranks)

@@ -35,7 +35,8 @@ class SubmittedJob:
     def __call__(self) -> dict[str, Any]:
         """Train the job, and return its exit code with its value or its error."""
         request = json.loads(Path(self.request).read_text(encoding="utf-8"))
-        threads = {} if is_gpu_build() else {"OPENBLAS_NUM_THREADS": str(thread_count(1, request["cpus"]))}
+        blas_threads = thread_count(request.get("ranks") or 1, request["cpus"])
+        threads = {} if is_gpu_build() else {"OPENBLAS_NUM_THREADS": str(blas_threads)}
         self._worker = worker = WorkerProcess(threads)
         before = signal.signal(signal.SIGTERM, self._stop)  # submitit's own handler lets it pass
         try:

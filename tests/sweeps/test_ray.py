@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("experiment=smoke", "train.iters=150", "train.eval_every=50", "checkpoint.every=10", "lora.dropout=0.1")
 STORE_BYTES = 80_000_000
 FAST_DETECTION = {"period_ms": "300", "timeout_ms": "300", "initial_delay_ms": "300", "failure_threshold": "3"}
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Keeps a cluster on 127.0.0.1, on Linux too."""
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+"""Keeps a cluster on 127.0.0.1, on Linux too, and Ray from writing a token into the home directory."""
 NOT_SHARED = '''
 import importlib.util, sys
 

@@ -78,6 +78,7 @@ def test_rounds_continue_jobs_in_the_same_worker_of_a_ray_cluster(inline, in_rou
     from ray._private import ray_constants
 
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # on loopback
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
     arguments = ("hydra/launcher=ray", "hydra.launcher.address=local", "hydra.launcher.jobs=1")
     inline("-m", *SMALL, "lora.rank=2,4", *arguments, "hydra.sweep.dir=s")
     check_rounds(in_rounds, at_once=1)

@@ -205,7 +205,10 @@ def _connect(address: str | None) -> Any:
             ray.init(address="local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         wanted = "" if address is None else f"hydra.launcher.address={address}: "
-        raise ConfigError(f"{wanted}no Ray cluster can be used ({error}). Is it running? ray status") from None
+        raise ConfigError(
+            f"{wanted}no Ray cluster can be used ({error}). Is it running? ray status. If it asks for a token: "
+            "RAY_AUTH_MODE=token here, too."
+        ) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)  # Ray sets its own, which would end this process without a report

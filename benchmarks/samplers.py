@@ -1,9 +1,9 @@
 """Suggestions by TPE against random ones at an equal budget: python -m benchmarks.samplers [--seeds 0,1,2,3,4]
 
-Searches of SmolLM2-135M on the default data over learning rate, rank and scale, each with the same number of trials, which
-are all trained to their end (no rungs, so that the samplers alone differ). Printed are, for every seed, the validation
-loss of the best trial of each, and how it fell with the number of trials. The losses do not depend on the load of the
-machine. results.json and the logs go to FOLDER; searches that it has already are not run again.
+Searches of SmolLM2-135M on the default data over learning rate, rank and scale, each with the same number of trials,
+which are all trained to their end (no rungs, so that the samplers alone differ). Printed are, for every seed, the
+validation loss of the best trial of each, and how it fell with the number of trials. The losses do not depend on the
+load of the machine. results.json and the logs go to FOLDER; searches that it has already are not run again.
 """
 
 from __future__ import annotations

@@ -190,6 +190,9 @@ def header_lines(summary: SearchSummary) -> list[tuple[str, str]]:
     options = [f"{name}={settings[name]}" for name in _OPTIONS if settings.get(name) is not None]
     lines = [("options", " ".join([*options, f"judged by {summary.judged_by}"]))]
     lines += [("space", text) for text in summary.space]
+    earlier = settings.get("earlier")
+    if isinstance(earlier, list) and earlier:
+        lines.append(("began with", f"{count(len(earlier), 'result')} of an earlier sweep (warm_from)"))
     lines += [("plan", shorten(line.get("reason", ""), 200)) for line in record.planned]
     for line in record.extensions:
         changed = line["extended"]

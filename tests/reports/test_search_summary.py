@@ -195,11 +195,13 @@ def test_the_best_that_is_trained_to_its_end_says_why(folder: Path) -> None:
         del wave["continued"][0]["cut"]
         wave["continued"][0]["reason"] = "the best is trained to its end"
         lines.append({"stopped": 5, "step": 10, "reason": "the budget holds no more"})
+        lines[0]["earlier"] = [{"params": {}, "values": [1.0]}] * 2
         lines.append({"extended": {"trials": 60, "budget": "16h"}, "wave": 3})
 
     edit(folder, change)
     summary = summary_of(folder)
     assert ("to the end", "trial 1 from 30: the best is trained to its end") in header_lines(summary)
+    assert ("began with", "2 results of an earlier sweep (warm_from)") in header_lines(summary)
     assert ("extended", "to trials=60 budget=16h before wave 3") in header_lines(summary)
     assert summary.rungs[1].continued == 1 and summary.rungs[1].cut is None
     assert summary.trials[4].text == "stopped at 30: place 2 of 2, valid loss 0.9500; none continued"

@@ -40,13 +40,15 @@ class Chart {
       "aria-label": this.description(), onkeydown: (event) => this.onKey(event),
       onblur: () => this.setReadout(null), onmouseleave: () => this.leave(), onclick: () => this.pin(),
     });
+    this.cutNote = chart.top === null ? null : el("p", { class: "note" },
+      `${chart.above === 1 ? "1 curve goes" : `${chart.above} curves go`} above ${formatNumber(chart.top)}, where the chart ends; the log scale shows all.`);
     const thinned = chart.thinned
       ? el("p", { class: "note" }, `${chart.thinned[0].toLocaleString("en")} of ${chart.thinned[1].toLocaleString("en")} ` +
           "points are drawn: the lowest and the highest of each group.")
       : null;
     this.element = el("figure", { class: isWide ? "chart wide" : "chart" },
       el("div", { class: "head" }, el("figcaption", {}, chart.title, el("span", { class: "unit" }, chart.y)), this.logButton()),
-      this.legend(), this.box, this.readout, thinned);
+      this.legend(), this.box, this.readout, this.cutNote, thinned);
     this.setReadout(null);
     page.onDraw(() => this.draw());
     if (chart.ranked) highlight.onChange(() => this.showHighlight());
@@ -125,7 +127,7 @@ class Chart {
     });
     return {
       width: Math.max(200, this.box.clientWidth), height: this.isWide ? 300 : 190,
-      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: this.log ? paddedLog : padded } },
+      scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: this.log ? paddedLog : (plot, low, high) => padded(plot, low, Math.min(high, this.chart.top ?? high)) } },
       legend: { show: false },
       padding: [10, 14, 0, 0],
       cursor: {
@@ -151,6 +153,7 @@ class Chart {
 
   draw() {
     if (!this.box.isConnected) return;
+    if (this.cutNote) this.cutNote.hidden = this.log;
     this.plot?.destroy();
     this.plot = new uPlot(this.options(), this.data(), this.box);
     SYNC.sub(this.plot);

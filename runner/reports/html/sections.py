@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
@@ -25,6 +26,8 @@ CHART_POINTS = 1000
 _ALL_POINTS = 8_000
 """Points of all curves of a chart."""
 _MIN_POINTS = 40
+_CUT_FACTOR = 2.0
+"""Values above the median of the curves' first values times this are cut off on a linear axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +128,13 @@ def chart(
                 "y": [rounded(curve.y[i]) for i in keep],
             }
         )
+    top, above = _cut(drawn) if ranked and lower_is_better else (None, 0)
     return {
         "title": title,
         "y": y,
-        "log": lower_is_better is not None and _spans_large_factor(drawn),
+        "log": lower_is_better is not None and _spans_large_factor(drawn, top),
+        "top": rounded(top),
+        "above": above,
         "lowerIsBetter": lower_is_better,
         "ranked": ranked,
         "curves": fields,
@@ -140,8 +146,20 @@ def chart(
     }
 
 
-def _spans_large_factor(curves: Sequence[Curve]) -> bool:
-    values = [value for curve in curves for value in curve.y if value is not None]
+def _cut(curves: Sequence[Curve]) -> tuple[float | None, int]:
+    """Return the highest value that a linear axis shows, and how many curves go above it; None where none does.
+
+    A few runs that blow up would leave the others a line at the bottom.
+    """
+    values = [[value for value in curve.y if value is not None] for curve in curves]
+    limit = _CUT_FACTOR * median([of_curve[0] for of_curve in values]) if values else 0.0
+    below = [value for of_curve in values for value in of_curve if value <= limit]
+    above = sum(max(of_curve) > limit for of_curve in values)
+    return (max(below), above) if above and below and limit > 0 else (None, 0)
+
+
+def _spans_large_factor(curves: Sequence[Curve], top: float | None) -> bool:
+    values = [v for curve in curves for v in curve.y if v is not None and (top is None or v <= top)]
     return bool(values) and min(values) > 0 and max(values) >= LOG_SCALE_FACTOR * min(values)
 
 

@@ -139,6 +139,16 @@ def test_a_search_shows_its_rungs_and_where_trials_were_stopped(open_report: Ope
     assert rows.evaluate_all("rows => rows.map((row) => row.cells[0].textContent)")[:2] == ["1", "4"]
 
 
+def test_a_curve_that_blows_up_is_cut_off_and_the_log_scale_shows_it(open_report: Open, tmp_path: Path) -> None:
+    searched = write_search(tmp_path / "s")
+    searched.train(0, {5: 90.0, 10: 80.0}, "stopped")
+    page = open_report(searched.folder)
+    note = page.get_by_text("1 curve goes above 2, where the chart ends").first
+    assert note.is_visible()
+    page.get_by_role("button", name="log scale").first.click()
+    assert not note.is_visible()
+
+
 def test_rows_are_reached_and_kept_highlighted_by_keys(open_report: Open, sweep: Path) -> None:
     page = open_report(sweep)
     rows = page.locator(JOBS)

@@ -279,7 +279,8 @@ def _ending(
     result = trial.results[-1] if trial.results else None
     if result is None or (result.state == PAUSED and run is not None and (run.step or 0) > result.step):
         state, step = ("not started", 0) if run is None else (run.state, run.step or 0)
-        return (_WAITING if state == _STOPPED else state), step, f"{state} at step {step}", ""
+        is_unrecorded = state in (_STOPPED, _FINISHED, DIVERGED, FAILED)  # a resume goes on from there
+        return (_WAITING if is_unrecorded else state), step, f"{state} at step {step}", ""
     step = result.step
     if result.state == FINISHED:
         early = " by early stopping" if rungs and step < rungs[-1] else ""

@@ -171,6 +171,18 @@ def test_a_trial_that_is_being_continued_is_not_the_rung_that_it_left(tmp_path: 
     assert read_run(searched.folder / "4").rung == 10 and not summary_of(searched.folder).is_complete
 
 
+@pytest.mark.parametrize("state", ["failed", "diverged", "finished", "stopped"])
+def test_a_trial_without_a_recorded_result_is_left_for_a_resume(folder: Path, state: str) -> None:
+    def change(lines: list[dict]) -> None:
+        lines[:] = [line for line in lines if line.get("result") != 8]
+
+    edit(folder, change)
+    status = json.loads((folder / "8/status.json").read_text())
+    (folder / "8/status.json").write_text(json.dumps(status | {"state": state}))
+    trial = summary_of(folder).trials[8]
+    assert (trial.state, trial.text) == ("waiting", f"{state} at step 5") and not summary_of(folder).is_complete
+
+
 def test_trials_of_equal_settings_count_once_and_early_stopping_is_an_end(folder: Path) -> None:
     def change(lines: list[dict]) -> None:
         lines.append({"trial": 9, "job": 4, "params": {"lora.rank": 8, "optimizer.learning_rate": 0.0005}})

@@ -12,6 +12,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.common.text import count
+from runner.sweeps.launchers.options import require_reachable
 from runner.sweeps.launchers.ray_node import NodeFacts, NodeWorker, node_facts, package_versions, sweep_identity
 
 _CONCURRENT_CALLS = 4
@@ -196,13 +197,7 @@ def _connect(address: str | None) -> Any:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     options = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
     try:
-        try:
-            ray.init(address=address, **options)
-        except ConnectionError:
-            if address is not None or os.environ.get("RAY_ADDRESS"):
-                raise
-            print("the last Ray cluster of this machine does not answer: starting one for this sweep", flush=True)
-            ray.init(address="local", **options)
+        ray.init(address=address or _address_here(), **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         wanted = "" if address is None else f"hydra.launcher.address={address}: "
         raise ConfigError(
@@ -213,3 +208,24 @@ def _connect(address: str | None) -> Any:
         for number, handler in handlers.items():
             signal.signal(number, handler)  # Ray sets its own, which would end this process without a report
     return ray
+
+
+def _address_here() -> str | None:
+    """Return None, with which Ray finds the cluster that was last started on this machine, or `local` where that does
+    not answer: Ray itself would try for minutes to reach one that a crash has ended.
+
+    Raises:
+        ConfigError: nothing answers at $RAY_ADDRESS.
+    """
+    from ray._private.services import find_bootstrap_address
+
+    address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
+    if not address:
+        return "local"
+    try:
+        require_reachable(address)
+    except ConfigError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        return "local"
+    return None

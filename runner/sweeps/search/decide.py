@@ -299,13 +299,20 @@ def _finish(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     """Train the best trials to their end, then the finalists with other seeds."""
     ranked = state.best_first()
     count = targets.finalists if targets.seeds > 1 else 1
-    for trial in ranked[:count]:
+    reason = "the best is trained to its end" if count == 1 else "a finalist"
+    paused: dict[int, list[int]] = {}
+    for place, trial in enumerate(ranked[:count]):
         assert trial.result is not None
         step = trial.result.step
-        if trial.is_paused and (trial is ranked[0] or _fitting(state, clock, state.end - step)):
-            reason = "the best is trained to its end" if count == 1 else "a finalist"
-            of = len(state.at_rung(step))
-            return Wave(continued=(Continuation((trial.number,), step, state.end, of, None, reason),))
+        if trial.is_paused and (place == 0 or _fitting(state, clock, state.end - step) > place):
+            paused.setdefault(step, []).append(trial.number)
+    if paused:
+        return Wave(
+            continued=tuple(
+                Continuation(tuple(numbers), step, state.end, len(state.at_rung(step)), None, reason)
+                for step, numbers in paused.items()
+            )
+        )
     missing = [
         (trial.number, state.seed + i)
         for i in range(1, targets.seeds)

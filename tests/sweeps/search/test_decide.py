@@ -155,6 +155,7 @@ def test_finalists_are_trained_to_their_end_and_with_every_seed():
     simulation.run()
     best = simulation.state.best_first()[:2]
     assert len(finished(simulation)) == 2
+    assert [len(wave.replicates) for wave in simulation.waves[-2:]] == [0, 4]  # the second finalist, then the seeds
     assert [sorted(trial.replicates) for trial in best] == [[1, 2], [1, 2]]
     assert len(simulation.waves[-1].replicates) == 4
 

@@ -58,7 +58,7 @@ def plot(title: str, series: Sequence[Curve], rungs: Sequence[int] = ()) -> str:
     for rung in (rung for rung in rungs if x_min <= rung <= x_max):
         x, _ = pixel(rung, ys[0])
         line = f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{bottom}" stroke="#555" stroke-dasharray="3 3"/>'
-        out.append(f'{line}<text x="{x:.1f}" y="{_TOP - 4}" text-anchor="middle" fill="#555">rung {rung}</text>')
+        out.append(f'{line}<text x="{x + 4:.1f}" y="{_TOP + 10}" fill="#555">rung {rung}</text>')
     for i, (name, points) in enumerate(drawn):
         colour, dash = _COLOURS[i % len(_COLOURS)], ' stroke-dasharray="5 3"' if i >= len(_COLOURS) else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (pixel(*point) for point in points))

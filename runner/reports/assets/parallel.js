@@ -1,6 +1,6 @@
 // Parallel coordinates: an axis for each setting and the result, a line for each job.
 
-const AXIS = { top: 34, bottom: 22, height: 260, left: 56, right: 78, gap: 118 };
+const AXIS = { top: 34, bottom: 22, height: 260, left: 72, right: 78, gap: 118 };
 const MOST_TICKS = 8;
 
 function parallelPart(part) {

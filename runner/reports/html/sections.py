@@ -71,7 +71,7 @@ class Column:
     """Digits behind the point of its numbers; None for as many as each needs."""
     help: str = ""
     wide: bool = False
-    """Whether it holds sentences, which need some width."""
+    """Whether it holds phrases, which need some width."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def jobs_table(
         Column(title="state"),
         Column(title="steps", number=True),
         Column(title="time", number=True),
-        *([Column(title="in the search")] if search else []),
+        *([Column(title="in the search", wide=True)] if search else []),
     ]
     texts = {name: settings_text.texts_of(name, [job.settings.get(name) for job in jobs]) for name in names}
     ended = endings(search, [job.number for job in jobs]) if search else []

@@ -94,7 +94,7 @@ def write_card(config: Config, facts: CardFacts) -> str:
         "## Use",
         _usage(config, facts),
         "## Data",
-        f"Trained on {_data_text(config)}{_size_text(facts)}. {_learned_text(config)}",
+        f"Trained on {_data_text(config)}{_size_text(config, facts)}. {_learned_text(config)}",
         "## Results",
         _results(config, facts),
         "## Settings",
@@ -138,11 +138,13 @@ def _data_text(config: Config) -> str:
     return "a data set of its author's own"
 
 
-def _size_text(facts: CardFacts) -> str:
+def _size_text(config: Config, facts: CardFacts) -> str:
     if facts.train_rows is None:
         return ""
+    are_pairs = METHOD_ANSWERS[config.method.name] == "pairs"  # whose answers are counted
+    size = count(facts.train_rows // 2, "training pair") if are_pairs else count(facts.train_rows, "training row")
     tokens = "" if facts.train_tokens is None else f", {count(facts.train_tokens, 'token')}"
-    return f": {count(facts.train_rows, 'training row')}{tokens}"
+    return f": {size}{tokens}"
 
 
 def _learned_text(config: Config) -> str:
@@ -151,7 +153,7 @@ def _learned_text(config: Config) -> str:
         text = f"The model's own answers were scored by {config.data.metric}."
     else:
         text = {
-            "pairs": "Each row is a pair of a better and a worse answer.",
+            "pairs": "Each pair is a better and a worse answer.",
             "labeled": "Each row is an answer that is good or bad.",
             "chosen": f"The loss covers {'answers' if config.data.mask_prompt else 'whole rows'}.",
         }[METHOD_ANSWERS[config.method.name]]

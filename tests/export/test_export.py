@@ -315,7 +315,8 @@ def test_a_card_says_how_the_model_was_trained(method: str, about: str, data: st
     config.model.path, config.data.path, config.data.metric = "someone/base", "someone/rows", "exact_match"
     config.method.name, config.train.batch_size = method, 4
     config.adapter = "adapters" if method == "grpo" else None
-    card = write_card(config, CardFacts("someone/base", None, "llama", 9, False, None, None))
+    card = write_card(config, CardFacts("someone/base", None, "llama", 9, False, None, None, 12, 340))
+    assert (": 6 training pairs, 340 tokens. Each pair is" in card) == (method == "dpo")
     assert about in card and data in card
     assert (f'- "{method}"\n' in card) == (method != "sft")
 

@@ -109,7 +109,6 @@ def results_csv(results: SweepResults) -> str:
     """Return the results as CSV: `CSV_COLUMNS`, further metrics, `SEARCH_COLUMNS`, and the settings that differ."""
     names, others, search = results.varied_names, results.objective.others, results.search
     front = {id(run) for run in results.objective.front(result.run for result in results.jobs)} if others else set()
-    ended = search.by_job if search is not None else {}
     out = io.StringIO()
     writer = csv.writer(out)
     further = [*[other.metric for other in others], *(["pareto_front"] if others else [])]
@@ -120,10 +119,19 @@ def results_csv(results: SweepResults) -> str:
         cells += [run.iters, run.status.get("seconds"), run.reason, result.job.folder]
         cells += [other.value(run) for other in others] + ([int(id(run) in front)] if others else [])
         if search is not None:
-            trial = ended.get(result.job.number)
-            cells += [None, None, None] if trial is None else [trial.number, trial.state, trial.text]
+            cells += _trial_cells(search, result)
         writer.writerow(["" if c is None else c for c in cells] + [_text(result.varied[name]) for name in names])
     return out.getvalue()
+
+
+def _trial_cells(search: SearchSummary, result: JobResult) -> list[Any]:
+    """Return what a job's row has in `SEARCH_COLUMNS`; one with another seed is of the trial that it repeats."""
+    number = result.job.number
+    if (trial := search.by_job.get(number)) is not None:
+        return [trial.number, trial.state, trial.text]
+    if (replicate := search.replicates.get(number)) is not None:
+        return [replicate[0].number, result.run.state, f"with seed {replicate[1]}"]
+    return [None, None, None]
 
 
 def results_svg(results: SweepResults) -> str:

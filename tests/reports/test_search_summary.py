@@ -230,6 +230,11 @@ def test_other_seeds_of_the_best_are_its_replicates(tmp_path: Path) -> None:
     assert out.getvalue().count(" of 1 ") == 0  # trials that were stopped are no row of the table over seeds
     assert "none: the search trained fewer than two settings to their end" in out.getvalue()
     assert search_fields(summary_of(folder))["trials"][1]["seeds"] == {1: 9, 2: 10}
+    rows = list(csv.DictReader(io.StringIO(results_csv(results_of(folder)[0]))))
+    assert [(row["job"], row["trial"], row["trial_reason"]) for row in rows[1:3]] == [
+        ("9", "1", "with seed 1"),
+        ("10", "1", "with seed 2"),
+    ]
     assert summary_of(folder).is_complete
     status = json.loads((folder / "10/status.json").read_text())
     (folder / "10/status.json").write_text(json.dumps(status | {"state": "stopped", "step": 30}))

@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from runner.common.errors import ModelError
 from runner.config import schema
 from runner.models.adapter_layers import DoraEmbedding, DoraLinear, PissaLinear
 from runner.models.layer_keys import LayerNames, Selection, choose, matching_rank
+from runner.models.mlx_lm_tuner import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)

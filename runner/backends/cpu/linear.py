@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.tuner.lora import LoRALinear
 
 from runner.backends.cpu.gemm import gemm
 from runner.backends.cpu.workspace import Workspace
+from runner.models.mlx_lm_tuner import LoRALinear
 
 Grads = dict[str, np.ndarray]
 """Gradients by parameter name."""

@@ -1,6 +1,7 @@
 """mlx-lm's adapter layers, imported without the logging libraries that its trainer imports with them where it can.
 
-Weights & Biases alone takes a second, and makes folders for temporary files that a killed run leaves behind.
+Weights & Biases makes folders for temporary files when it is imported, which a killed run leaves behind, and reads its
+environment variables.
 """
 
 from __future__ import annotations

@@ -126,9 +126,9 @@ def stored_settings(invocation: Invocation, source: ResumeSource | None) -> dict
         assert invocation.repeat is not None
         source = ResumeSource(run_or_best_job(invocation.repeat))
     settings = serialize.to_dict(serialize.from_dict(source.config, str(source.run / "config.yaml")))
-    # A branch drops the adapter that its source started from, since its checkpoint holds the weights. A run that
-    # resumes in place keeps it: without a checkpoint it starts from that adapter again.
-    in_branch = ["adapter"] if source.branch else []
+    # A branch drops the adapter that its source started from, since its checkpoint holds the weights, but for methods
+    # whose reference it is. A run that resumes in place keeps it: without a checkpoint it starts from it again.
+    in_branch = ["adapter"] if source.branch and settings["method"]["name"] == "sft" else []
     dropped = schema.provenance_settings() if invocation.repeat else in_branch
     for name in (*invocation.group_choices, *dropped):
         settings.pop(name, None)

@@ -214,6 +214,11 @@ def _method(
     `fresh`: the adapter without a warm start. `started`: the one that a new run starts from.
     """
     fingerprint = BASE
+    if point and "reference" in point.saved.identity.fingerprints and not config.adapter:
+        raise CheckpointError(
+            f"{point.checkpoint.path} was trained with an adapter as the reference of method={config.method.name}: "
+            "name the one that the run began with, adapter=FOLDER."
+        )
     if has_reference(config.method) and config.adapter:
         fingerprint = point.saved.identity.fingerprints["reference"] if point else params_fingerprint(started)
         if world.size > 1:

@@ -98,3 +98,6 @@ def test_a_resume_in_place_keeps_the_warm_start_and_a_branch_starts_from_its_che
     in_place, branch = ResumeSource(tmp_path), ResumeSource(tmp_path, tmp_path / "checkpoints/step-0000004")
     assert stored_settings(Invocation(resume=tmp_path), in_place)["adapter"] == "${oc.env:FIRST}/adapters"
     assert "adapter" not in stored_settings(Invocation(resume=branch.checkpoint), branch)
+    (tmp_path / "config.yaml").write_text("{adapter: first/adapters, method: {name: dpo, beta: 0.1}}\n")
+    branch = ResumeSource(tmp_path, branch.checkpoint)
+    assert stored_settings(Invocation(resume=branch.checkpoint), branch)["adapter"] == "first/adapters"  # the reference

@@ -163,6 +163,26 @@ def test_the_reference_of_a_warm_start_is_the_adapter_that_it_starts_from(config
     adapter.write_bytes(kept)
     train(settings, run, resume=run)
     assert_equal_runs(whole, run)
+    with pytest.raises(
+        CheckpointError, match="was trained with an adapter as the reference of method=dpo: name the one"
+    ):
+        train(config("dpo"), tmp_path / "branch", resume=whole / "checkpoints/step-0000003")
+
+
+def test_a_branch_has_the_reference_of_its_run(make_cli, tmp_path, pairs):
+    cli = make_cli(tmp_path)
+    words = [
+        "model=tiny",
+        "data=folder",
+        f"data.path={pairs}",
+        "data.max_length=64",
+        "checkpoint.every=2",
+        "lora.rank=4",
+    ]
+    cli(*words, "method=sft", "train.iters=2", "optimizer.learning_rate=1e-3", "hydra.run.dir=start")
+    cli(*words, "method=dpo", "adapter=start/adapters", "train.iters=4", "train.report_every=1", "hydra.run.dir=run")
+    cli("resume=run/checkpoints/step-0000002", "hydra.run.dir=branch")
+    assert_equal_runs(tmp_path / "run", tmp_path / "branch")
 
 
 def test_what_a_method_cannot_use_is_refused(config, tiny, train, tmp_path):

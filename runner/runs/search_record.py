@@ -22,6 +22,7 @@ in sweep.jsonl: two trials of equal settings share one. `result`, `stopped` and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -199,6 +200,8 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
         record.trials.append(TrialRecord(int(line["trial"]), job, dict(line["params"])))
     elif "result" in line:
         values = tuple(float(value) for value in line["values"])
+        if not all(map(math.isfinite, values)) or (line["state"] in (PAUSED, FINISHED)) != bool(values):
+            raise ValueError("a result has other values than its state")
         judged = line.get("judged", values[0] if values else None)
         result = Result(
             int(line["step"]),

@@ -90,7 +90,8 @@ class JobPlanner:
 
         Args:
             job: a recorded job, or a draft.
-            kept: those of its overrides that the new one has, too.
+            kept: those of its overrides that the new one is recorded with; its config has all of them, but that a
+                group which is typed replaces its section, with the overrides of `job` below it on top.
             typed: the overrides on top.
 
         Raises:
@@ -102,6 +103,18 @@ class JobPlanner:
         choices = dict(job.choices)
         choices.update({self._composer.parse(o).key_or_group: o.partition("=")[2] for o in typed if self._is_group(o)})
         return self._plan([*kept, *typed], ComposedJob(config, choices, {}), {})
+
+    def find_or_compose(self, overrides: Sequence[str], changes: Mapping[str, Any]) -> tuple[SweepJob, bool]:
+        """Return the job that is composed with these overrides, and whether it is new.
+
+        Args:
+            overrides: all of its overrides.
+            changes: settings that were changed for all jobs of the sweep since it started.
+
+        Raises:
+            ConfigError: no run can have this config; names the overrides.
+        """
+        return self._plan(overrides, self._composer.compose(overrides), changes)
 
     def draft(self, overrides: Sequence[str]) -> SweepJob:
         """Return a job with these overrides that is not planned: others derive from it.

@@ -63,6 +63,8 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     repeat = [Path(unquote(a.partition("=")[2])) for a in manifest.arguments if a.startswith("repeat=")]
     # Jobs of an earlier version that have not begun are composed from the repeated run.
     needs_repeated = any(job.config is None for job in manifest.jobs)
+    # So are the trials of a search that chooses from groups.
+    needs_repeated |= search is not None and search.settings.get("groups") is True
     return replace(
         invocation,
         flags=grid.merge_arguments(["-m", *flags], [flag for flag in invocation.flags if flag != "--multirun"]),
@@ -213,7 +215,8 @@ def _launcher_arguments(manifest: SweepManifest, recorded: set[str]) -> list[str
 
 def _search_arguments(search: SearchRecord) -> list[str]:
     """Return the arguments that choose the recorded search and its options, which a recipe may have chosen."""
-    options = dict(search.settings["options"])
+    recorded = search.settings.get("options")
+    options = dict(recorded) if isinstance(recorded, dict) else {}  # a damaged record is refused by the search itself
     for line in search.extensions:
         options.update(line["extended"])
     texts = {name: quote_text(value) if isinstance(value, str) else value for name, value in options.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.common.text import format_duration
-from runner.runs.search_record import FINISHED, PAUSED, Result
+from runner.runs.search_record import DIVERGED, FINISHED, PAUSED, Result
 from runner.sweeps.search import rungs as rung_rules
 from runner.sweeps.search.space import Value
 
@@ -54,11 +54,14 @@ class Trial:
         return self.result is not None and self.result.state == PAUSED
 
     def judged_at(self, step: int) -> float | None:
-        """Return what compares it with others at a rung: None where it has not reached it, diverged or failed there.
+        """Return what compares it with others at a rung: None where it has not reached it, or failed on the way.
 
-        One that ended before the rung, as by early stopping, has what it had at its end.
+        One that ended before the rung, as by early stopping, has what it had at its end; one that diverged on the way
+        to it is worse than any other.
         """
         for result in self.results:
+            if result.state == DIVERGED and self.target == step:
+                return math.inf
             if result.step == step or (result.state == FINISHED and result.step <= step):
                 return result.judged
         return None

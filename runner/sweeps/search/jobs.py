@@ -45,7 +45,15 @@ class TrialJobs:
         Raises:
             ConfigError: no run can have them.
         """
-        return self._add(*self._planner.find_or_plan(self._template, self._space.fixed, self._space.overrides(params)))
+        typed = self._space.overrides(params)
+        if self._space.has_groups:  # whose files other overrides go on top of
+            changes = self._manifest.jobs[0].changes if self._manifest.jobs else {}
+            return self._add(*self._planner.find_or_compose([*self._space.fixed, *typed], changes))
+        return self._add(*self._planner.find_or_plan(self._template, self._space.fixed, typed))
+
+    def has(self, number: int) -> bool:
+        """Return whether a job of this number is recorded."""
+        return number < len(self._manifest.jobs)
 
     def find_or_plan_seed(self, number: int, seed: int) -> SweepJob:
         """Return the job that trains what a recorded job does, with another seed."""

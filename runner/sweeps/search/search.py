@@ -98,6 +98,8 @@ class Search:
             if state.planned is not None and count >= state.planned < targets.trials:
                 self._is_planned = True
                 reason = f"the budget holds {count} trials at {clock.per_update or 0.0:.3g} s an update"
+                if clock.seconds_left <= 0:
+                    reason = f"the budget is used, after {count} trials"
                 print(reason, flush=True)
                 self._writer.append({"planned": {"trials": count}, "wave": self._wave, "reason": reason})
         return next_wave(state, targets, clock)
@@ -172,10 +174,14 @@ class Search:
                     "hydra.sweeper.warm_from=SWEEP."
                 )
             trial, reason = Trial(number, None, params, target=self._state.first_rung), ""
-            try:
-                trial.job = self._jobs.find_or_plan(params).number
-            except ConfigError as error:
-                reason = single_line(str(error))
+            if recorded is not None and recorded.job is not None and self._jobs.has(recorded.job):
+                trial.job = recorded.job  # whatever its config would be composed to today
+            else:
+                try:
+                    trial.job = self._jobs.find_or_plan(params).number
+                except ConfigError as error:
+                    reason = single_line(str(error))
+                    print(f"trial {number} cannot run: {reason}", flush=True)
             same = (other.number for other in self._state.counted if other.job == trial.job is not None)
             trial.repeats = next(same, None)
             self._state.trials.append(trial)

@@ -54,6 +54,8 @@ class Space:
     """Overrides that all trials have."""
     texts: Mapping[str, str]
     """Key to the override's value as typed."""
+    has_groups: bool = False
+    """Whether a dimension chooses from a group of configs."""
 
     @property
     def size(self) -> float:
@@ -95,8 +97,12 @@ class Space:
         )
 
 
-def make_space(overrides: Sequence[Override]) -> Space:
+def make_space(overrides: Sequence[Override], is_group: Callable[[Override], bool] = lambda _: False) -> Space:
     """Return the space of a search's overrides; of two of one key the last counts.
+
+    Args:
+        overrides: of the whole search.
+        is_group: returns whether an override chooses from a group of configs.
 
     Raises:
         ConfigError: nothing is varied, or an override has no values.
@@ -104,6 +110,7 @@ def make_space(overrides: Sequence[Override]) -> Space:
     dimensions: dict[str, Choices | Interval] = {}
     fixed: dict[tuple[str, bool], str] = {}
     texts: dict[str, str] = {}
+    groups: set[str] = set()
     for override in overrides:
         key = override.get_key_element()
         if not override.is_sweep_override():
@@ -115,6 +122,8 @@ def make_space(overrides: Sequence[Override]) -> Space:
         for identity in [found for found in fixed if found[0] == grid.override_key(key)]:
             del fixed[identity]
         dimensions[key] = _dimension(override)
+        if is_group(override):
+            groups.add(key)
         texts[key] = (override.input_line or "").partition("=")[2]
     if not dimensions:
         raise ConfigError(
@@ -126,7 +135,8 @@ def make_space(overrides: Sequence[Override]) -> Space:
             "experiment= cannot be searched over, since a recipe may set anything: vary the settings themselves, or "
             "run a grid."
         )
-    return Space(dimensions, tuple(fixed.values()), {key: texts[key] for key in dimensions})
+    has_groups = not groups.isdisjoint(dimensions)
+    return Space(dimensions, tuple(fixed.values()), {key: texts[key] for key in dimensions}, has_groups)
 
 
 def _dimension(override: Override) -> Choices | Interval:

@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
+from runner.common.safe_json import is_count
 from runner.common.text import relative_path
-from runner.config import serialize
+from runner.config import schema, serialize
 from runner.config.invocation import Invocation
 from runner.config.labels import NO_LABELS
-from runner.config.search_settings import DEFAULT_TRIALS, MAY_GROW, SearchSettings, make_settings
+from runner.config.search_settings import DEFAULT_TRIALS, MAY_GROW, SAMPLERS, SearchSettings, make_settings
 from runner.runs import search_record, sweep_manifest
 from runner.runs.inspect import RunInfo, read_run
 from runner.runs.labels import write_labels
@@ -39,8 +40,10 @@ from runner.sweeps.search.rungs import plan_rungs
 from runner.sweeps.search.search import Search
 from runner.sweeps.search.space import Space, Value, make_space
 from runner.sweeps.search.study import Study
-from runner.sweeps.sweep import launcher_record, refuse_failed, report
+from runner.sweeps.sweep import SweepFailed, launcher_record, report
 
+_DECISIVE = ("train.iters", "train.epochs", "train.eval_", "train.early_stopping", "objective.", "data.", "model.")
+"""Settings that are free on resume of a run, but would make the trials of a search incomparable."""
 _LENGTH = ("iters", "epochs", "eval_every")
 """Settings of train that have to be equal in all trials."""
 
@@ -100,8 +103,10 @@ def run_search(
     record, changes = SearchRecord(), dict[str, Any]()
     if manifest.jobs:
         record = search_record.read_search(folder) or record
-        plan = _recorded_plan(manifest, record, settings, composer)
+        _require_head(record, folder)
         changes = _change_jobs(manifest, composer, planner, composed, invocation)
+        stored = [text for text in arguments if text.startswith("stored=")]  # of a repeated run
+        plan = _recorded_plan(manifest, record, settings, composer, stored)
     else:
         (folder / search_record.NAME).unlink(missing_ok=True)  # left by a start that recorded no job
         texts = [*param_overrides(dict(options.get("params") or {}), composer), *arguments]
@@ -137,18 +142,25 @@ def run_search(
         finally:
             if manifest.jobs:
                 results = report(manifest, {})
-    if results is not None:
-        refuse_failed(results)
+    if results is not None and results.failed:
+        raise SweepFailed(
+            f"{results.failed} of {len(results.jobs)} jobs failed or diverged; the table and results.csv say why. The "
+            "search counts them as such and does not try them again."
+        )
 
 
 def _new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobComposer, planner: JobPlanner) -> _Plan:
     """Return the plan of a new search, after every value of its space was composed and validated."""
-    space = make_space([composer.parse(text) for text in texts])
+    space = make_space([composer.parse(text) for text in texts], composer.is_group)
     extremes = [space.overrides(params) for params in space.extremes()]
     template = planner.draft([*space.fixed, *extremes[0]])
-    configs = [template.config or {}, *(planner.changed_config(template, typed) for typed in extremes[1:])]
-    if "seed" in space.dimensions and settings.seeds > 1:
-        raise ConfigError("hydra.sweeper.seeds trains the finalists with other seeds: leave seed= out of the search.")
+    configs = [template.config or {}]
+    for typed in extremes[1:]:
+        whole = [*space.fixed, *typed]
+        configs.append(
+            planner.draft(whole).config or {} if space.has_groups else planner.changed_config(template, typed)
+        )
+    _require_seeds(space, settings, template)
     lengths = {tuple(config["train"][name] for name in _LENGTH) for config in configs}
     iters, epochs, eval_every = next(iter(lengths))
     if epochs is not None:
@@ -169,8 +181,53 @@ def _new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobCompo
     return _Plan(settings, space, template, rungs, objective, sampler, settings.trials)
 
 
+def _require_seeds(space: Space, settings: SearchSettings, template: SweepJob) -> None:
+    """Refuse other seeds for the finalists where the seed is searched, or has no successors."""
+    if settings.seeds == 1:
+        return
+    if "seed" in space.dimensions:
+        raise ConfigError("hydra.sweeper.seeds trains the finalists with other seeds: leave seed= out of the search.")
+    seed = (template.config or {})["seed"]
+    most = schema.metadata()["seed"].at_most
+    if most is not None and seed + settings.seeds - 1 > most:
+        raise ConfigError(f"seed={seed} leaves no room for hydra.sweeper.seeds={settings.seeds}: take a smaller one.")
+
+
+def _require_head(record: SearchRecord, folder: Path) -> None:
+    """Refuse a record whose first line is lost or damaged."""
+    head = record.settings
+    texts = [*_list(head, "space"), *_list(head, "fixed")]
+    fits = (
+        head.get("sampler") in SAMPLERS
+        and isinstance(head.get("options"), dict)
+        and {field.name for field in dataclasses.fields(SearchSettings)} <= head["options"].keys()
+        and bool(_list(head, "space"))
+        and all(isinstance(text, str) for text in texts)
+        and bool(record.rungs)
+        and all(is_count(step) and step > 0 for step in record.rungs)
+        and bool(record.metrics)
+        and all(metric in schema.OBJECTIVE_METRICS for metric in record.metrics)
+        and [type(value) for value in _list(head, "maximize")] == [bool] * len(record.metrics)
+        and isinstance(head.get("earlier"), list)
+    )
+    if not fits:
+        raise ConfigError(
+            f"{folder / search_record.NAME}: its first line, which says what is searched, is missing or damaged. The "
+            "jobs are whole: each can be resumed by itself."
+        )
+
+
+def _list(head: Mapping[str, Any], name: str) -> list[Any]:
+    found = head.get(name)
+    return found if isinstance(found, list) else []
+
+
 def _recorded_plan(
-    manifest: SweepManifest, record: SearchRecord, settings: SearchSettings, composer: JobComposer
+    manifest: SweepManifest,
+    record: SearchRecord,
+    settings: SearchSettings,
+    composer: JobComposer,
+    stored: Sequence[str],
 ) -> _Plan:
     """Return the plan of a search that is resumed, with the options that were typed now."""
     recorded = record.settings
@@ -181,8 +238,16 @@ def _recorded_plan(
                 f"change {', '.join(MAY_GROW)}. A new search can begin with its results: "
                 f"hydra.sweeper.warm_from={relative_path(manifest.folder)}"
             )
-    space = make_space([composer.parse(text) for text in (*recorded["fixed"], *recorded["space"])])
-    objective = Objective.of(serialize.flatten_stored(manifest.jobs[0].config or {}))
+    if settings.trials is not None and settings.trials < len(record.trials):
+        raise ConfigError(
+            f"hydra.sweeper.trials={settings.trials}: this search has {len(record.trials)} trials already; a resume "
+            "may raise their number."
+        )
+    texts = [composer.parse(text) for text in (*stored, *recorded["fixed"], *recorded["space"])]
+    space = make_space(texts, composer.is_group)
+    _require_seeds(space, settings, manifest.jobs[0])
+    singles = [Objective(name, higher) for name, higher in zip(record.metrics, recorded["maximize"], strict=True)]
+    objective = replace(singles[0], others=tuple(singles[1:]))
     sampler, grid_trials = recorded["sampler"], recorded["options"]["trials"]
     return _Plan(settings, space, manifest.jobs[0], record.rungs, objective, sampler, grid_trials)
 
@@ -197,6 +262,12 @@ def _change_jobs(
     """
     labels, typed = take_labels([composer.parse(text) for text in invocation.sweep_overrides])
     added = extend(manifest, typed, composer, planner)
+    decisive = [name for name in added.changes if name.startswith(_DECISIVE)]
+    if decisive:
+        raise ConfigError(
+            f"{decisive[0]}: the trials of a search have to stay comparable, so a resume does not change it. A new "
+            f"search can begin with its results: hydra.sweeper.warm_from={relative_path(manifest.folder)}"
+        )
     if added.jobs or any(override.is_sweep_override() for override in typed):
         names = ", ".join(override.key_or_group for override in typed)
         raise ConfigError(
@@ -256,6 +327,7 @@ def _head(plan: _Plan) -> dict[str, Any]:
         "trials": plan.trials,
         "budget_seconds": settings.budget_seconds,
         "options": dataclasses.asdict(settings),
+        "groups": plan.space.has_groups,
         "space": [f"{key}={text}" for key, text in plan.space.texts.items()],
         "fixed": [text for text in plan.space.fixed if not text.startswith(("stored=", "hydra"))],
         "earlier": _earlier_results(plan) if settings.warm_from else [],

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from runner.common.errors import ConfigError
-from runner.runs.search_record import FAILED, FINISHED, PAUSED, Result
+from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result
 from runner.sweeps.search.decide import Clock, SearchState, Targets, Trial, affordable_trials, next_wave
 
 RUNGS = [20, 60, 180]
@@ -26,6 +26,7 @@ class Simulation:
         self.seconds = 0.0
         self.waves = []
         self.failing: set[int] = set()
+        self.diverging: set[int] = set()
 
     def clock(self) -> Clock:
         left = None if self.targets.budget_seconds is None else self.targets.budget_seconds - self.seconds
@@ -55,8 +56,8 @@ class Simulation:
                 state = FINISHED if trial.target == RUNGS[-1] else PAUSED
                 value = loss(number, trial.target)
                 result = Result(trial.target, (value,), state, value)
-                if number in self.failing:
-                    result = Result(before, (), FAILED)
+                if number in self.failing | self.diverging:
+                    result = Result(before, (), FAILED if number in self.failing else DIVERGED)
                 trial.results.append(result)
                 done.append((number, trial.target))
             for number, seed in wave.replicates:
@@ -116,6 +117,13 @@ def test_a_failed_trial_does_not_count_at_its_rung_and_is_not_continued():
     done = simulation.run()
     assert {number for number, step in done if step > 20} & {0, 8} == set()
     assert len([number for number, step in done if step == 60]) == 2  # a third of seven
+
+
+def test_a_diverged_trial_counts_at_its_rung_and_is_not_continued():
+    simulation = Simulation()
+    simulation.diverging = {1, 2, 3, 4, 5, 6}
+    done = simulation.run()
+    assert {number for number, step in done if step > 20} == {0, 7, 8}  # a third of nine
 
 
 def test_where_every_trial_fails_the_search_ends():

@@ -195,6 +195,32 @@ def test_groups_and_lists_are_searched_as_well(inline):
     }
 
 
+def test_a_searched_group_has_what_a_recipe_and_the_command_line_set_on_top_as_in_a_grid(inline):
+    recipe = inline.folder / "mine/experiment"
+    recipe.mkdir(parents=True)
+    (recipe / "own.yaml").write_text("# @package _global_\noptimizer: {learning_rate: 0.007, weight_decay: 0.1}\n")
+    size = inline.folder / "mine/size"
+    size.mkdir()
+    for name, rank in (("small", 2), ("large", 4)):
+        (size / f"{name}.yaml").write_text(f"# @package _global_\nlora: {{rank: {rank}, alpha: {2 * rank}}}\n")
+    words = (
+        "--config-dir",
+        "mine",
+        *SMALL,
+        "experiment=own",
+        "optimizer=adamw,lion",
+        "size=small,large",
+        "lora.alpha=9",
+    )
+    short = ("train.iters=1", "hydra.sweeper.pruner=none")
+    inline("-m", *words, "train.iters=1", "hydra.sweep.dir=grid")
+    inline("-m", *words, "hydra/sweeper=search", *short, "hydra.sweep.dir=s")
+    inline("resume=s")
+    configs = [[job.config for job in read_manifest(inline.folder / name).jobs] for name in ("grid", "s")]
+    assert configs[0] == configs[1]
+    assert {config["optimizer"]["learning_rate"] for config in configs[1] if config} == {0.007}
+
+
 def test_several_metrics_are_told_together_and_their_front_comes_first(inline):
     inline(
         *SEARCH,
@@ -258,7 +284,7 @@ def test_the_time_of_a_wave_that_was_killed_counts(inline, sweep):
 
 def test_a_used_budget_starts_nothing_and_more_of_it_continues(inline, sweep):
     out = inline("resume=s", "hydra.sweeper.trials=11", "hydra.sweeper.budget=0.1s")
-    assert "the budget holds 9 trials" in out
+    assert "the budget is used, after 9 trials" in out
     found = read_search(sweep)
     assert found is not None and len(found.trials) == 9 and found.planned[0]["planned"] == {"trials": 9}
     inline("resume=s", "hydra.sweeper.budget=10h")
@@ -308,10 +334,27 @@ def test_what_cannot_be_searched_is_refused_and_leaves_no_folder(inline, options
 def test_a_resume_changes_free_settings_and_refuses_what_the_suggestions_depend_on(inline, sweep):
     assert "the space of a search is fixed" in inline("resume=s", "lora.rank=16", expect=2)
     assert "hydra.sweeper.eta is 3 in this search" in inline("resume=s", "hydra.sweeper.eta=2", expect=2)
-    out = inline("resume=s", "checkpoint.keep_last=1")
+    for change in ("train.iters=18", "train.eval_every=3", "objective.metric=tokens_per_second", "data.path=other"):
+        inline("resume=s", change, expect=2)
+    assert "may raise their number" in inline("resume=s", "hydra.sweeper.trials=3", expect=2)
+    out = inline("resume=s", "checkpoint.keep_last=1", "hydra.sweeper.trials=10")
     assert "changed for all jobs: checkpoint.keep_last=1" in out
     stored = [(run / "config.yaml").read_text() for run in sweep.glob("[0-9]")]
-    assert len(stored) == 9 and all("keep_last: 1\n" in text for text in stored)
+    assert len(stored) == 10 and all("keep_last: 1\n" in text for text in stored)
+    inline("resume=s")
+    assert len(jobs(sweep)) == 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rungs": []}, {"options": None}, {"space": [3]}, {"sampler": "\x1b[31m"}, {"maximize": ["no"]}, None],
+)
+def test_a_damaged_record_is_refused_in_one_sentence(inline, sweep, change):
+    head, *lines = (sweep / "search.jsonl").read_text().splitlines()
+    first = [] if change is None else [json.dumps(json.loads(head) | change)]
+    (sweep / "search.jsonl").write_text("\n".join([*first, *lines]) + "\n")
+    out = inline("resume=s", expect=2)
+    assert "first line, which says what is searched, is missing or damaged" in out and "\x1b" not in out
 
 
 @pytest.mark.parametrize("launcher", ["process", pytest.param("joblib", marks=pytest.mark.long)])

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, report_run: Callable[[Path], None] |
         return _report(error, error)
     except KeyboardInterrupt:
         if not _is_command(arguments):
-            print("runner: stopped before anything was saved", file=sys.stderr)
+            print("runner: stopped", file=sys.stderr)
         return _EXIT_SIGINT
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))

@@ -142,19 +142,15 @@ class Search:
             for number in decision.trials:
                 self._state.trials[number].target = decision.end
                 trials.append(self._state.trials[number])
-        waiting = [trial for trial in trials if self._recorded_result(trial) is None]
-        stops = {trial.job: self._stop_at(trial.target) for trial in waiting if trial.job is not None}
+        targets = {t.job: t.target for t in trials if t.job is not None and self._recorded_result(t) is None}
         seeds = [self._add_replicate(number, seed) for number, seed in wave.replicates]
         self._writer.sync()  # what the jobs are for is there before the jobs are
-        self._jobs.record({**stops, **dict.fromkeys(seeds)})
+        ends = {job: step if step < self._state.end else None for job, step in targets.items()}
+        self._jobs.record({**ends, **dict.fromkeys(seeds)})
         if seeds:
             self._launch(dict.fromkeys(seeds, self._state.end))
         if trials:
-            self._measure(trials)
-
-    def _stop_at(self, target: int) -> int | None:
-        """Return where the job of a trial stops that is sent to `target`; None for its end."""
-        return target if target < self._state.end else None
+            self._measure(trials, targets)
 
     def _suggest(self, count: int) -> list[Trial]:
         """Ask the sampler for trials, and return those that are new."""
@@ -173,8 +169,8 @@ class Search:
                     f"({self._record.settings.get('optuna')}) it continues; a new one begins with its results by "
                     "hydra.sweeper.warm_from=SWEEP."
                 )
-            trial, reason = Trial(number, None, params, target=self._state.first_rung), ""
-            if recorded is not None and recorded.job is not None and self._jobs.has(recorded.job):
+            trial, reason = Trial(number, None, params, target=self._state.first_rung), "no run can have its settings"
+            if recorded is not None and (recorded.job is None or self._jobs.has(recorded.job)):
                 trial.job = recorded.job  # whatever its config would be composed to today
             else:
                 try:
@@ -205,12 +201,10 @@ class Search:
             self._writer.append({"replicate": number, "job": job, "seed": seed})
         return job
 
-    def _measure(self, trials: list[Trial]) -> None:
-        """Train the trials to their targets, and record and tell what they have there; recorded results are told."""
-        new = [trial for trial in trials if self._recorded_result(trial) is None]
-        targets = {trial.job: trial.target for trial in new if trial.job is not None}
+    def _measure(self, trials: list[Trial], targets: Mapping[int, int]) -> None:
+        """Train jobs to their targets, and record and tell what the trials have there; recorded results are told."""
         outcomes = self._launch(targets)
-        results = {trial.number: outcomes[trial.job].result for trial in new if trial.job is not None}
+        results = {trial.number: outcomes[trial.job].result for trial in trials if trial.job in outcomes}
         if results and all(result.state == FAILED for result in results.values()):
             self._failures += len(results)
             if self._failures >= _MAX_FAILURES and self._wave > self._recorded_waves:

@@ -92,12 +92,11 @@ class _Measure:
         texts = sides.overrides(_OURS, self._work, self._model, self._data, seed, folder)
         varied = ("lora.rank=", "optimizer.learning_rate=", "hydra.run.dir=", "train.eval_every=", "checkpoint.every=")
         fixed = [text for text in texts if not text.startswith(varied)]
-        every = self._work.iters // ETA**2 if part == "search" else self._work.iters
         command = [
             *(sys.executable, "-m", "runner", "-m", *fixed, f"hydra.sweep.dir={folder / 'sweep'}"),
             f"lora.rank={','.join(map(str, RANKS))}",
             f"optimizer.learning_rate={','.join(f'{rate:g}' for rate in RATES)}",
-            *(f"train.eval_every={every}", f"checkpoint.every={self._work.iters}"),
+            *(f"train.eval_every={self._work.iters}", f"checkpoint.every={self._work.iters}"),
         ]
         if part == "search":
             command += ["hydra/sweeper=search", f"hydra.sweeper.eta={ETA}", "hydra.sweeper.trials=16"]

@@ -112,8 +112,8 @@ class Setting:
             return bool(value) and all(item in self.choices for item in value)
         if self.choices:
             return value in self.choices
-        if self.length is not None:
-            return len(value) == self.length and all(self._within_bounds(item) for item in value)
+        if isinstance(value, list):
+            return self.length in (None, len(value)) and all(self._within_bounds(item) for item in value)
         return (self.minus_one_is_all and value == -1) or self._within_bounds(value)
 
     def _within_bounds(self, value: Any) -> bool:

@@ -262,6 +262,8 @@ class TrainConfig:
     """Updates between reports of the training loss."""
     eval_every: int = setting(200, at_least=1, on_resume=FREE)
     """Updates between evaluations, in addition to one before the first update and one at the end."""
+    eval_at: list[int] = setting([], at_least=1, on_resume=FREE)
+    """Steps after which the run evaluates, too; a search has its rungs here."""
     eval_batches: int = setting(-1, at_least=1, minus_one_is_all=True, on_resume=FREE)
     """Number of batches, of train.batch_size rows each, that an evaluation covers."""
     eval_tokens: int = setting(2048, at_least=1, on_resume=FREE)

@@ -269,6 +269,7 @@ def _plan(spec: RunSpec, *, has_validation: bool) -> TrainingPlan:
         iters=train.iters,
         report_every=train.report_every,
         eval_every=train.eval_every,
+        eval_at=frozenset(train.eval_at),
         evaluates=has_validation,
         stop_at=spec.stop_at,
         patience=train.early_stopping.patience,

@@ -6,6 +6,13 @@ import signal
 from dataclasses import dataclass
 
 from runner.checkpoints.save_policy import StopReason
+from runner.config.schema import TrainConfig
+
+
+def evaluation_count(train: TrainConfig, iters: int) -> int:
+    """Return how many evaluations a run of `iters` updates has, without that before the first update."""
+    further = {step for step in train.eval_at if step < iters and step % train.eval_every}
+    return -(-iters // train.eval_every) + len(further)
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,8 @@ class TrainingPlan:
     iters: int
     report_every: int
     eval_every: int
+    eval_at: frozenset[int]
+    """Steps after which the run evaluates, too."""
     evaluates: bool
     """Whether there is a validation set."""
     stop_at: int | None = None
@@ -28,8 +37,8 @@ class TrainingPlan:
         return step % self.report_every == 0 or step == self.iters
 
     def is_evaluation_due(self, step: int) -> bool:
-        """Return whether the run evaluates after `step`: every `eval_every` updates and at the end."""
-        return self.evaluates and (step % self.eval_every == 0 or step == self.iters)
+        """Return whether the run evaluates after `step`: every `eval_every` updates, at `eval_at` and at the end."""
+        return self.evaluates and (step % self.eval_every == 0 or step in self.eval_at or step == self.iters)
 
     def stop_reason(self, step: int, bad_evaluations: int, received: signal.Signals | None = None) -> StopReason | None:
         """Return why the run ends after `step`, or None if it continues; a signal takes precedence."""

@@ -28,6 +28,7 @@ from runner.training.memory_estimate import (
     needed,
 )
 from runner.training.optimizer import state_bytes
+from runner.training.plan import evaluation_count
 from runner.training.time_probe import Speed
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "*.tiktoken")
@@ -149,7 +150,7 @@ def _times(config: Config, data: TokenizedDataset, speed: Speed) -> dict[str, An
         examples = np.concatenate(evaluation_batches(data.valid.example_lengths, t.batch_size, t.eval_batches))
         rows = data.valid.rows_of(examples)
         an_evaluation = float((data.valid.lengths[rows] - 1).sum()) * speed.evaluation
-        evaluations = 1 + -(-iters // t.eval_every)
+        evaluations = 1 + evaluation_count(t, iters)
     epochs = iters / (batch_order(config, data).batches_per_epoch / t.grad_accumulation)
     training = epochs * tokens * speed.update + min(1.0, epochs) * tokens * speed.frozen
     return {
@@ -173,7 +174,8 @@ def _disk(config: Config, data: TokenizedDataset, planned: PlannedModel, assumed
     checkpoint = adapter + state_bytes(config.optimizer, params) + _STATE_BYTES
     c, iters = config.checkpoint, iterations(config, data)
     kept_by_step = iters // c.keep_every if c.keep_every else 0
-    saves = 1 + (iters // c.every if c.every else 0) + (-(-iters // config.train.eval_every) if len(data.valid) else 0)
+    evaluations = evaluation_count(config.train, iters) if len(data.valid) else 0
+    saves = 1 + (iters // c.every if c.every else 0) + evaluations
     retained = min(saves, c.keep_last + c.keep_best + kept_by_step + 1)
     hidden = 0
     if not assumed:

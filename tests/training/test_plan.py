@@ -9,17 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.checkpoints.save_policy import StopReason, is_end
-from runner.training.plan import TrainingPlan
+from runner.config.schema import TrainConfig
+from runner.training.plan import TrainingPlan, evaluation_count
 
-PLAN = TrainingPlan(iters=100, report_every=10, eval_every=20, evaluates=True)
+PLAN = TrainingPlan(iters=100, report_every=10, eval_every=20, eval_at=frozenset(), evaluates=True)
 
 
-@given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50))
-def test_the_last_step_is_always_reported_and_evaluated(iters: int, report_every: int, eval_every: int) -> None:
-    plan = TrainingPlan(iters, report_every, eval_every, evaluates=True)
+@given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50), st.lists(st.integers(1, 300), max_size=4))
+def test_the_last_step_is_always_reported_and_evaluated(
+    iters: int, report_every: int, eval_every: int, eval_at: list[int]
+) -> None:
+    plan = TrainingPlan(iters, report_every, eval_every, frozenset(eval_at), evaluates=True)
     assert plan.is_report_due(iters) and plan.is_evaluation_due(iters)
     evaluated = [step for step in range(1, iters + 1) if plan.is_evaluation_due(step)]
-    assert evaluated == sorted({*range(eval_every, iters + 1, eval_every), iters})
+    further = {step for step in eval_at if step <= iters}
+    assert evaluated == sorted({*range(eval_every, iters + 1, eval_every), *further, iters})
+    assert len(evaluated) == evaluation_count(TrainConfig(eval_every=eval_every, eval_at=eval_at), iters)
     without_data = dataclasses.replace(plan, evaluates=False)
     assert not any(without_data.is_evaluation_due(step) for step in range(1, iters + 1))
 

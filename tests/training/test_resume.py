@@ -129,7 +129,8 @@ def test_the_throughput_after_a_resume_counts_the_tokens_of_this_process(tiny, t
 
 
 def test_evaluating_more_often_changes_only_the_rows(tiny, train, tmp_path, rows):
-    few = train(tiny(**{"train.eval_every": 12, "lora.dropout": 0.1}), tmp_path / "few")
+    few = train(tiny(**{"train.eval_every": 12, "train.eval_at": [5, 99], "lora.dropout": 0.1}), tmp_path / "few")
+    assert [r["step"] for r in rows(few) if r["split"] == "valid"] == [0, 5, 12]
     many = train(tiny(**{"train.eval_every": 1, "lora.dropout": 0.1}), tmp_path / "many")
     assert (few / "checkpoints/step-0000012/adapters.safetensors").read_bytes() == (
         many / "checkpoints/step-0000012/adapters.safetensors"

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from runner.common.errors import ConfigError
 
 
-def plan_rungs(iters: int, eval_every: int, *, eta: int, min_iters: int | None, trials: int) -> list[int]:
+def plan_rungs(iters: int, *, eta: int, min_iters: int | None, trials: int) -> list[int]:
     """Return the steps at which trials are compared, ascending; the last is `iters`.
 
-    Each is a step after which a run evaluates anyway, so that a trial that pauses there equals one that does not. They
-    are `iters`, `iters` / eta, `iters` / eta², … rounded up to a multiple of `eval_every`, down to `min_iters` or as
-    many as bring `trials` down to one.
+    They are `iters`, `iters` / eta, `iters` / eta², … rounded up, down to `min_iters`, which is one of them, or as many
+    as bring `trials` down to one.
 
     Raises:
         ConfigError: there is no step to compare trials at before their end.
@@ -25,20 +24,16 @@ def plan_rungs(iters: int, eval_every: int, *, eta: int, min_iters: int | None, 
     halvings = min(1, trials - 1)
     while eta ** (halvings + 1) <= trials:
         halvings += 1
-    least = max(min_iters or 1, 1)
-    steps = {iters}
-    for power in range(1, (halvings if min_iters is None else 64) + 1):
-        if iters / eta**power < least:
-            break
-        steps.add(math.ceil(iters / eta**power / eval_every) * eval_every)
-    if min_iters is not None:
-        steps.add(math.ceil(min_iters / eval_every) * eval_every)
+    if min_iters is None:
+        steps = {math.ceil(iters / eta**power) for power in range(halvings + 1)}
+    else:
+        steps = {iters, min_iters, *(s for power in range(64) if (s := math.ceil(iters / eta**power)) >= min_iters)}
     rungs = sorted(step for step in steps if step <= iters)
     if len(rungs) == 1 and trials > 1:
+        cause = f"train.iters={iters}" if min_iters is None else f"hydra.sweeper.min_iters={min_iters}"
         raise ConfigError(
-            f"A pruner compares trials where they evaluate, and with train.eval_every={eval_every} of {iters} updates "
-            f"there is no such step before their end: type train.eval_every={max(1, iters // eta**2)}, or "
-            "hydra.sweeper.pruner=none."
+            f"A pruner compares trials before their end, and {cause} leaves no step for it: train longer"
+            f"{'' if min_iters is None else ', take a lower min_iters'}, or type hydra.sweeper.pruner=none."
         )
     return rungs
 

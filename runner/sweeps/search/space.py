@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
@@ -61,6 +61,11 @@ class Space:
     def size(self) -> float:
         """How many combinations there are; infinite where a dimension is continuous."""
         return math.prod(_size(dimension) for dimension in self.dimensions.values())
+
+    def with_fixed(self, override: str) -> Space:
+        """Return the space with another override that all trials have, in place of one of the same key."""
+        kept = [text for text in self.fixed if grid.override_identity(text) != grid.override_identity(override)]
+        return replace(self, fixed=(*kept, override))
 
     def combinations(self) -> list[dict[str, Value]]:
         """Return all combinations, the first dimension varying slowest.

@@ -44,7 +44,7 @@ from runner.sweeps.sweep import SweepFailed, launcher_record, report
 
 _DECISIVE = ("train.iters", "train.epochs", "train.eval_", "train.early_stopping", "objective.", "data.", "model.")
 """Settings that are free on resume of a run, but would make the trials of a search incomparable."""
-_LENGTH = ("iters", "epochs", "eval_every")
+_LENGTH = ("iters", "epochs", "eval_every", "eval_at")
 """Settings of train that have to be equal in all trials."""
 
 
@@ -161,22 +161,24 @@ def _new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobCompo
             planner.draft(whole).config or {} if space.has_groups else planner.changed_config(template, typed)
         )
     _require_seeds(space, settings, template)
-    lengths = {tuple(config["train"][name] for name in _LENGTH) for config in configs}
-    iters, epochs, eval_every = next(iter(lengths))
-    if epochs is not None:
+    lengths = {tuple(str(config["train"][name]) for name in _LENGTH) for config in configs}
+    train = configs[0]["train"]
+    if train["epochs"] is not None:
         raise ConfigError("A search needs the length of its trials in updates: type train.iters=, not train.epochs=.")
     if len(lengths) > 1:
-        raise ConfigError("The trials of a search have one length: do not vary train.iters, epochs or eval_every.")
+        raise ConfigError(f"The trials of a search have one length: do not vary train.{', '.join(_LENGTH)}.")
     objective = Objective.of(serialize.flatten_stored(template.config or {}))
     if len(objective.each) > 1 and settings.pruner != "none":
         raise ConfigError(
             f"hydra.sweeper.pruner={settings.pruner} compares trials by their validation loss, which says nothing of "
             f"{', '.join(objective.metrics)} together: type hydra.sweeper.pruner=none."
         )
-    rungs = [iters]
+    rungs = [train["iters"]]
     if settings.pruner != "none":
         trials = int(min(settings.trials or DEFAULT_TRIALS, space.size))
-        rungs = plan_rungs(iters, eval_every, eta=settings.eta, min_iters=settings.min_iters, trials=trials)
+        rungs = plan_rungs(train["iters"], eta=settings.eta, min_iters=settings.min_iters, trials=trials)
+        space = space.with_fixed(f"train.eval_at=[{','.join(map(str, sorted({*rungs, *train['eval_at']})))}]")
+        template = planner.draft([*space.fixed, *extremes[0]])
     sampler = "grid" if space.size <= (settings.trials or DEFAULT_TRIALS) else settings.sampler
     return _Plan(settings, space, template, rungs, objective, sampler, settings.trials)
 

@@ -9,26 +9,27 @@ from runner.sweeps.search import rungs
 
 
 @pytest.mark.parametrize(
-    "iters, eval_every, eta, min_iters, trials, expected",
+    "iters, eta, min_iters, trials, expected",
     [
-        (180, 10, 3, None, 9, [20, 60, 180]),
-        (180, 10, 3, None, 30, [10, 20, 60, 180]),
-        (200, 25, 4, None, 16, [25, 50, 200]),
-        (200, 50, 4, None, 16, [50, 200]),  # 12.5 and 50 both fall on the first evaluation
-        (180, 10, 3, 60, 30, [60, 180]),
-        (180, 10, 3, 15, 30, [20, 60, 180]),
-        (1000, 1, 2, None, 3, [500, 1000]),
-        (180, 10, 3, None, 2, [60, 180]),
-        (180, 10, 3, None, 1, [180]),
+        (180, 3, None, 9, [20, 60, 180]),
+        (180, 3, None, 30, [7, 20, 60, 180]),
+        (200, 4, None, 16, [13, 50, 200]),
+        (2, 4, None, 16, [1, 2]),  # half an update and an eighth both fall on the first
+        (180, 3, 60, 30, [60, 180]),
+        (180, 3, 15, 30, [15, 20, 60, 180]),
+        (1000, 2, None, 3, [500, 1000]),
+        (180, 3, None, 2, [60, 180]),
+        (180, 3, None, 1, [180]),
     ],
 )
-def test_rungs_are_evaluations_a_factor_apart(iters, eval_every, eta, min_iters, trials, expected):
-    assert rungs.plan_rungs(iters, eval_every, eta=eta, min_iters=min_iters, trials=trials) == expected
+def test_rungs_are_a_factor_apart(iters, eta, min_iters, trials, expected):
+    assert rungs.plan_rungs(iters, eta=eta, min_iters=min_iters, trials=trials) == expected
 
 
-def test_without_an_evaluation_before_the_end_there_is_nothing_to_compare():
-    with pytest.raises(ConfigError, match=r"train\.eval_every=22, or hydra\.sweeper\.pruner=none"):
-        rungs.plan_rungs(200, 200, eta=3, min_iters=None, trials=9)
+@pytest.mark.parametrize("iters, min_iters, cause", [(1, None, "train.iters=1"), (9, 9, "hydra.sweeper.min_iters=9")])
+def test_without_a_step_before_the_end_there_is_nothing_to_compare(iters, min_iters, cause):
+    with pytest.raises(ConfigError, match=f"{cause} leaves no step"):
+        rungs.plan_rungs(iters, eta=3, min_iters=min_iters, trials=9)
 
 
 def test_the_best_part_continues_and_at_least_one():

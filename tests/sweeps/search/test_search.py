@@ -21,7 +21,7 @@ import pytest
 from runner.runs.search_record import read_search
 from runner.runs.sweep_manifest import read_manifest
 
-SMALL = ("model=tiny", "data=tiny", "train.iters=9", "train.eval_every=1", "checkpoint.every=50", "lora.dropout=0.1")
+SMALL = ("model=tiny", "data=tiny", "train.iters=9", "train.eval_every=5", "checkpoint.every=50", "lora.dropout=0.1")
 SPACE = ("optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "lora.rank=interval(2,8)")
 SEARCH = ("-m", "hydra/sweeper=search", "hydra.sweeper.trials=9", *SMALL, *SPACE)
 TIMES = ("spent", "time")
@@ -61,7 +61,7 @@ def test_a_survivor_equals_the_run_that_never_stopped(inline, sweep, assert_equa
     assert sorted(len(trial.results) for trial in found.trials) == [1] * 6 + [2, 2, 3]
     winner = next(trial for trial in found.trials if len(trial.results) == 3)
     params = [f"{name}={value}" for name, value in winner.params.items()]
-    inline(*SMALL, *params, "hydra.run.dir=alone")
+    inline(*SMALL, *params, "train.eval_at=[1,3,9]", "hydra.run.dir=alone")
     # The run alone keeps the checkpoint of the end; that of the search kept those of its rungs, too.
     assert_equal_runs(inline.folder / "alone", sweep / str(winner.job))
     ends = {trial.number: trial.stopped for trial in found.trials if trial is not winner}
@@ -319,7 +319,8 @@ def test_a_search_begins_with_the_results_of_an_earlier_sweep(inline):
         (("hydra.sweeper.budget=soon",), "must be a duration"),
         (("lora.rank=2,0",), "lora.rank=0 is invalid"),
         (("train.iters=3,9",), "have one length"),
-        (("train.eval_every=9",), "compares trials where they evaluate"),
+        (("train.iters=1",), "train.iters=1 leaves no step"),
+        (("train.eval_at=[3],[4]",), "have one length"),
         (("train.stop_at=3",), "the rungs decide"),
         (("objective.metric=[valid_loss,tokens_per_second]",), "pruner=none"),
         (("hydra.sweeper.warm_from=nowhere",), "there is no sweep"),
@@ -334,7 +335,13 @@ def test_what_cannot_be_searched_is_refused_and_leaves_no_folder(inline, options
 def test_a_resume_changes_free_settings_and_refuses_what_the_suggestions_depend_on(inline, sweep):
     assert "the space of a search is fixed" in inline("resume=s", "lora.rank=16", expect=2)
     assert "hydra.sweeper.eta is 3 in this search" in inline("resume=s", "hydra.sweeper.eta=2", expect=2)
-    for change in ("train.iters=18", "train.eval_every=3", "objective.metric=tokens_per_second", "data.path=other"):
+    for change in (
+        "train.iters=18",
+        "train.eval_every=3",
+        "train.eval_at=[2]",
+        "objective.metric=tokens_per_second",
+        "data.path=other",
+    ):
         inline("resume=s", change, expect=2)
     assert "may raise their number" in inline("resume=s", "hydra.sweeper.trials=3", expect=2)
     out = inline("resume=s", "checkpoint.keep_last=1", "hydra.sweeper.trials=10")

@@ -15,7 +15,7 @@ from runner.common.errors import ConfigError
 from runner.common.text import format_duration
 from runner.runs.search_record import DIVERGED, FINISHED, PAUSED, Result
 from runner.sweeps.search import rungs as rung_rules
-from runner.sweeps.search.space import Value
+from runner.sweeps.search.dimensions import Value
 
 _MAX_REPEATS = 20
 """Suggestions in a row that were tried before, after which no more are asked for."""

@@ -15,7 +15,8 @@ from runner.runs.inspect import modified_time
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 from runner.sweeps.job_planner import JobPlanner
 from runner.sweeps.plan import remaining_jobs
-from runner.sweeps.search.space import Space, Value
+from runner.sweeps.search.dimensions import Value
+from runner.sweeps.search.space import Space
 
 
 class TrialJobs:

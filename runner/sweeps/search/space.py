@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -13,35 +13,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from runner.common.errors import ConfigError
 from runner.config import serialize
 from runner.sweeps import grid
+from runner.sweeps.search.dimensions import Choices, Interval, Value
 
-Value = bool | int | float | str | None
-"""A suggested value; a dict, a list or a quoted text is the text of the override."""
-_DIGITS = 4
-"""Significant digits of a value that is drawn from an interval."""
 _INT = re.compile(r"[-+]?\d{1,18}")
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)(e[-+]?\d+)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A dimension of listed values, without an order."""
-
-    values: tuple[Value, ...]
-    texts: tuple[str, ...]
-    """Each value in Hydra's grammar."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A dimension of numbers from `low` to `high`, both included."""
-
-    low: float
-    high: float
-    is_int: bool
-    log: bool
-    """Whether values are drawn evenly by their logarithm."""
-    step: float | None = None
-    """Distance of the values, which begin at `low`; None for any number."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +35,7 @@ class Space:
     @property
     def size(self) -> float:
         """How many combinations there are; infinite where a dimension is continuous."""
-        return math.prod(_size(dimension) for dimension in self.dimensions.values())
+        return math.prod(dimension.size for dimension in self.dimensions.values())
 
     def with_fixed(self, override: str) -> Space:
         """Return the space with another override that all trials have, in place of one of the same key."""
@@ -74,31 +49,31 @@ class Space:
             ConfigError: a dimension is continuous, or there are too many.
         """
         if self.size > grid.MAX_JOBS:
-            endless = [key for key, dimension in self.dimensions.items() if math.isinf(_size(dimension))]
+            endless = [key for key, dimension in self.dimensions.items() if math.isinf(dimension.size)]
             if endless:
                 raise ConfigError(
                     f"hydra.sweeper.sampler=grid tries every value, and {endless[0]}={self.texts[endless[0]]} has no "
                     "end of them: list values, use range(), or take another sampler."
                 )
             raise ConfigError(f"A grid of more than {grid.MAX_JOBS:,} trials is refused: try fewer values at once.")
-        values = [_values(dimension) for dimension in self.dimensions.values()]
+        values = [dimension.values() for dimension in self.dimensions.values()]
         return [dict(zip(self.dimensions, chosen, strict=True)) for chosen in itertools.product(*values)]
 
     def extremes(self) -> list[dict[str, Value]]:
         """Return parameters that together hold every choice and both ends of every interval, one dimension changed at a
         time."""
-        ends = {key: _ends(dimension) for key, dimension in self.dimensions.items()}
+        ends = {key: dimension.ends() for key, dimension in self.dimensions.items()}
         first = {key: values[0] for key, values in ends.items()}
         return [first, *({**first, key: value} for key, values in ends.items() for value in values[1:])]
 
     def overrides(self, params: Mapping[str, Value]) -> list[str]:
         """Return the parameters as overrides."""
-        return [f"{key}={_text(self.dimensions[key], value)}" for key, value in params.items()]
+        return [f"{key}={self.dimensions[key].text(value)}" for key, value in params.items()]
 
     def contains(self, params: Mapping[str, Value]) -> bool:
         """Return whether the parameters are a point of the space."""
         return params.keys() == self.dimensions.keys() and all(
-            _contains(self.dimensions[key], value) for key, value in params.items()
+            self.dimensions[key].contains(value) for key, value in params.items()
         )
 
 
@@ -193,52 +168,3 @@ def _parse(text: str) -> Value:
     if _FLOAT.fullmatch(text):
         return float(text)
     return {"true": True, "false": False, "null": None}.get(text.lower(), text)
-
-
-def _text(dimension: Choices | Interval, value: Value) -> str:
-    if isinstance(dimension, Choices):
-        return dimension.texts[_index(dimension.values, value)]
-    assert isinstance(value, int | float)
-    return str(value)
-
-
-def round_value(dimension: Choices | Interval, value: Value) -> Value:
-    """Return a suggested value with the digits that a person would type, within the dimension."""
-    if isinstance(dimension, Choices) or dimension.is_int or not isinstance(value, float):
-        return value
-    rounded = float(f"{value:.{_DIGITS}g}")
-    return rounded if dimension.low <= rounded <= dimension.high else value
-
-
-def _index(values: Iterable[Value], value: Value) -> int:
-    return [repr(known) for known in values].index(repr(value))
-
-
-def _size(dimension: Choices | Interval) -> float:
-    if isinstance(dimension, Choices):
-        return len(dimension.values)
-    if dimension.is_int:
-        return (dimension.high - dimension.low) // (dimension.step or 1) + 1
-    return math.inf if dimension.step is None else round((dimension.high - dimension.low) / dimension.step) + 1
-
-
-def _values(dimension: Choices | Interval) -> list[Value]:
-    if isinstance(dimension, Choices):
-        return list(dimension.values)
-    step = dimension.step or 1
-    make: Callable[[float], Value] = int if dimension.is_int else float
-    return [round_value(dimension, make(dimension.low + i * step)) for i in range(int(_size(dimension)))]
-
-
-def _ends(dimension: Choices | Interval) -> list[Value]:
-    if isinstance(dimension, Choices):
-        return list(dimension.values)
-    return [int(dimension.low), int(dimension.high)] if dimension.is_int else [dimension.low, dimension.high]
-
-
-def _contains(dimension: Choices | Interval, value: Value) -> bool:
-    if isinstance(dimension, Choices):
-        return repr(value) in map(repr, dimension.values)
-    if isinstance(value, bool) or not isinstance(value, int | float) or (dimension.is_int and int(value) != value):
-        return False
-    return dimension.low <= value <= dimension.high

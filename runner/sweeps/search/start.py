@@ -17,13 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from runner.common.clock import utc_now
 from runner.common.errors import ConfigError
 from runner.common.safe_json import is_count
-from runner.common.text import relative_path
+from runner.common.text import count, relative_path
 from runner.config import schema, serialize
 from runner.config.invocation import Invocation
 from runner.config.labels import NO_LABELS
 from runner.config.search_settings import DEFAULT_TRIALS, MAY_GROW, SAMPLERS, SearchSettings, make_settings
 from runner.runs import search_record, sweep_manifest
-from runner.runs.inspect import RunInfo, read_run
 from runner.runs.labels import write_labels
 from runner.runs.objective import VALID_LOSS, Objective
 from runner.runs.search_record import SearchRecord, SearchRecordWriter
@@ -35,10 +34,11 @@ from runner.sweeps.job_planner import JobPlanner
 from runner.sweeps.labels import relabel, take_labels
 from runner.sweeps.params import param_overrides
 from runner.sweeps.search.decide import SearchState, Targets
+from runner.sweeps.search.earlier import EarlierResult, find_earlier
 from runner.sweeps.search.jobs import TrialJobs
 from runner.sweeps.search.rungs import plan_rungs
 from runner.sweeps.search.search import Search
-from runner.sweeps.search.space import Space, Value, make_space
+from runner.sweeps.search.space import Space, make_space
 from runner.sweeps.search.study import Study
 from runner.sweeps.sweep import SweepFailed, launcher_record, report
 
@@ -62,6 +62,8 @@ class _Plan:
     """That of the settings, or grid where there are enough trials for all combinations."""
     grid_trials: int | None
     """The trials that the search began with: a grid with fewer than its combinations has a random order."""
+    earlier: list[EarlierResult]
+    """Results of an earlier sweep that the sampler knows from the start."""
 
     @property
     def trials(self) -> int:
@@ -112,6 +114,8 @@ def run_search(
         texts = [*param_overrides(dict(options.get("params") or {}), composer), *arguments]
         plan = _new_plan(texts, settings, composer, planner)
     study = _study(folder, plan)
+    for result in plan.earlier:
+        study.add_earlier(result)
     if not manifest.jobs:
         if plan.template.labels != NO_LABELS:
             write_labels(folder, plan.template.labels)
@@ -120,10 +124,8 @@ def run_search(
     with closing(SearchRecordWriter(folder, record)) as writer:
         if not record.settings:
             writer.append(_head(plan))
-        for earlier in record.settings["earlier"]:
-            study.add_earlier(earlier["params"], earlier["values"])
         _record_extension(record, writer, settings)
-        print(_plan_text(folder, plan, len(record.settings["earlier"])), flush=True)
+        print(_plan_text(folder, plan), flush=True)
         jobs = TrialJobs(manifest, planner, plan.space, launcher, composed.hydra.output_subdir, plan.template)
         search = Search(
             _state(plan, launcher),
@@ -154,12 +156,14 @@ def _new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobCompo
     space = make_space([composer.parse(text) for text in texts], composer.is_group)
     extremes = [space.overrides(params) for params in space.extremes()]
     template = planner.draft([*space.fixed, *extremes[0]])
-    configs = [template.config or {}]
-    for typed in extremes[1:]:
-        whole = [*space.fixed, *typed]
-        configs.append(
-            planner.draft(whole).config or {} if space.has_groups else planner.changed_config(template, typed)
-        )
+    with_references = replace(template, config=serialize.change_dict(template.config or {}, template.references))
+
+    def config_of(typed: Sequence[str]) -> Mapping[str, Any]:
+        if space.has_groups:
+            return planner.draft([*space.fixed, *typed]).config or {}
+        return planner.changed_config(with_references, typed)
+
+    configs = [template.config or {}, *map(config_of, extremes[1:])]
     _require_seeds(space, settings, template)
     lengths = {tuple(str(config["train"][name]) for name in _LENGTH) for config in configs}
     train = configs[0]["train"]
@@ -180,7 +184,14 @@ def _new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobCompo
         space = space.with_fixed(f"train.eval_at=[{','.join(map(str, sorted({*rungs, *train['eval_at']})))}]")
         template = planner.draft([*space.fixed, *extremes[0]])
     sampler = "grid" if space.size <= (settings.trials or DEFAULT_TRIALS) else settings.sampler
-    return _Plan(settings, space, template, rungs, objective, sampler, settings.trials)
+    earlier = []
+    if settings.warm_from is not None:
+        found = find_earlier(
+            Path(settings.warm_from), space, lambda params: config_of(space.overrides(params)), objective, rungs[-1]
+        )
+        print("\n".join(found.lines()))
+        earlier = found.results
+    return _Plan(settings, space, template, rungs, objective, sampler, settings.trials, earlier)
 
 
 def _require_seeds(space: Space, settings: SearchSettings, template: SweepJob) -> None:
@@ -213,10 +224,14 @@ def _require_head(record: SearchRecord, folder: Path) -> None:
         and isinstance(head.get("earlier"), list)
     )
     if not fits:
-        raise ConfigError(
-            f"{folder / search_record.NAME}: its first line, which says what is searched, is missing or damaged. The "
-            "jobs are whole: each can be resumed by itself."
-        )
+        raise _damaged_head(folder)
+
+
+def _damaged_head(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder / search_record.NAME}: its first line, which says what is searched, is missing or damaged. The "
+        "jobs are whole: each can be resumed by itself."
+    )
 
 
 def _list(head: Mapping[str, Any], name: str) -> list[Any]:
@@ -251,7 +266,14 @@ def _recorded_plan(
     singles = [Objective(name, higher) for name, higher in zip(record.metrics, recorded["maximize"], strict=True)]
     objective = replace(singles[0], others=tuple(singles[1:]))
     sampler, grid_trials = recorded["sampler"], recorded["options"]["trials"]
-    return _Plan(settings, space, manifest.jobs[0], record.rungs, objective, sampler, grid_trials)
+    try:
+        earlier = [EarlierResult.of(line) for line in recorded["earlier"]]
+        fits = all(space.contains(result.params) for result in earlier)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise _damaged_head(manifest.folder)
+    return _Plan(settings, space, manifest.jobs[0], record.rungs, objective, sampler, grid_trials, earlier)
 
 
 def _change_jobs(
@@ -332,38 +354,8 @@ def _head(plan: _Plan) -> dict[str, Any]:
         "groups": plan.space.has_groups,
         "space": [f"{key}={text}" for key, text in plan.space.texts.items()],
         "fixed": [text for text in plan.space.fixed if not text.startswith(("stored=", "hydra"))],
-        "earlier": _earlier_results(plan) if settings.warm_from else [],
+        "earlier": [result.to_dict() for result in plan.earlier],
     }
-
-
-def _earlier_results(plan: _Plan) -> list[dict[str, Any]]:
-    """Return what the finished jobs of the sweep `warm_from` say about points of the space.
-
-    Raises:
-        ConfigError: there is no such sweep, or none of its jobs is a point of the space.
-    """
-    folder = Path(str(plan.settings.warm_from)).expanduser()
-    manifest = sweep_manifest.read_manifest(folder)
-    if not manifest.jobs:
-        raise ConfigError(f"hydra.sweeper.warm_from={folder}: there is no sweep.")
-    results = []
-    for job in manifest.jobs:
-        run = read_run(folder / job.folder, NO_LABELS)
-        params = {key: _value_of(job, run, key) for key in plan.space.dimensions}
-        values = plan.objective.values(run)
-        if run.state == "finished" and plan.space.contains(params) and None not in values:
-            results.append({"params": params, "values": list(values)})
-    if not results:
-        raise ConfigError(
-            f"hydra.sweeper.warm_from={relative_path(folder)}: none of its finished jobs is a point of this space."
-        )
-    return results
-
-
-def _value_of(job: SweepJob, run: RunInfo, key: str) -> Value:
-    """Return what a job has for a dimension: the choice of a group, or a setting."""
-    value: Value = job.choices[key] if key in job.choices else run.setting(key)
-    return value
 
 
 def _record_extension(record: SearchRecord, writer: SearchRecordWriter, settings: SearchSettings) -> None:
@@ -376,16 +368,16 @@ def _record_extension(record: SearchRecord, writer: SearchRecordWriter, settings
         writer.append({"extended": changed, "wave": len(record.waves)})
 
 
-def _plan_text(folder: Path, plan: _Plan, earlier: int) -> str:
+def _plan_text(folder: Path, plan: _Plan) -> str:
     """Return what is searched: ``search  outputs/sweeps/x: 30 trials by tpe over 2 settings, rungs 25, 75, 200``."""
     settings, names = plan.settings, ", ".join(plan.space.dimensions)
-    parts = [f"{plan.trials} trials by {plan.sampler} over {names}"]
+    parts = [f"{count(plan.trials, 'trial')} by {plan.sampler} over {names}"]
     if settings.pruner != "none":
         parts.append(f"rungs {', '.join(map(str, plan.rungs))}, of which the best 1/{settings.eta} continue")
     if settings.budget is not None:
         parts.append(f"a budget of {settings.budget}")
     if settings.seeds > 1:
         parts.append(f"{settings.seeds} seeds for {settings.finalists} finalists")
-    if earlier:
-        parts.append(f"{earlier} results of {settings.warm_from}")
+    if plan.earlier:
+        parts.append(f"{count(len(plan.earlier), 'result')} of {settings.warm_from}")
     return f"search {relative_path(folder)}: {'; '.join(parts)}"

@@ -20,12 +20,15 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from runner.common.errors import ConfigError
 from runner.config.search_settings import SearchSettings
-from runner.runs.search_record import JOURNAL
-from runner.sweeps.search.space import Choices, Interval, Space, Value, round_value
+from runner.runs.search_record import FINISHED, JOURNAL
+from runner.sweeps.search.dimensions import Choices, Interval, Value
+from runner.sweeps.search.earlier import EarlierResult
+from runner.sweeps.search.space import Space
 
 _STUDY = "search"
 
@@ -72,7 +75,7 @@ class Study:
             self._study.sampler = self._sampler(number, at_once)
             trial = self._study.ask(self._distributions)
         self._trials.append(trial)
-        return {key: round_value(self._space.dimensions[key], trial.params[key]) for key in self._space.dimensions}
+        return {key: self._space.dimensions[key].rounded(trial.params[key]) for key in self._space.dimensions}
 
     @property
     def exhausted(self) -> bool:
@@ -108,13 +111,20 @@ class Study:
         """Record that a paused trial is not continued."""
         self._study.tell(self._trials[number], state=TrialState.PRUNED)
 
-    def add_earlier(self, params: Mapping[str, Value], values: Sequence[float]) -> None:
-        """Add the result of an earlier sweep."""
-        trial = create_trial(
-            params={key: params[key] for key in self._distributions},
-            distributions=self._distributions,
-            values=list(values),
-        )
+    def add_earlier(self, result: EarlierResult) -> None:
+        """Add the result of an earlier sweep; raises ValueError where it is no point of the space."""
+        params = {key: result.params[key] for key in self._distributions}
+        if result.state == FINISHED:
+            trial = create_trial(params=params, distributions=self._distributions, values=list(result.values))
+        else:
+            loss = result.values[0] if result.values else float("nan")
+            is_better_higher = self._study.directions[0] == StudyDirection.MAXIMIZE
+            trial = create_trial(
+                params=params,
+                distributions=self._distributions,
+                state=TrialState.PRUNED,
+                intermediate_values={result.step: -loss if is_better_higher else loss},
+            )
         self._study.add_trial(trial)
 
     def _sampler(self, number: int, at_once: int) -> BaseSampler:
@@ -170,7 +180,7 @@ def _require_sampler(settings: SearchSettings, space: Space, metric_count: int) 
 
 def _distribution(dimension: Choices | Interval) -> BaseDistribution:
     if isinstance(dimension, Choices):
-        return CategoricalDistribution(dimension.values)
+        return CategoricalDistribution(dimension.choices)
     if dimension.is_int:
         step = 1 if dimension.log else int(dimension.step or 1)
         return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log, step=step)

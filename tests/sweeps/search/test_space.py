@@ -8,7 +8,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runner.common.errors import ConfigError
-from runner.sweeps.search.space import Choices, Interval, make_space, round_value
+from runner.sweeps.search.dimensions import Choices, Interval
+from runner.sweeps.search.space import make_space
 
 PARSER = OverridesParser.create()
 
@@ -62,9 +63,9 @@ def test_a_suggested_value_is_an_override_in_hydras_grammar():
 
 def test_a_drawn_number_has_four_digits_and_stays_within_its_interval():
     wide, narrow = Interval(1e-5, 1e-2, False, True), Interval(0.123456, 0.123457, False, False)
-    assert round_value(wide, 0.00031415926) == 0.0003142
-    assert round_value(narrow, 0.1234561) == 0.1234561
-    assert round_value(Interval(1, 9, True, False, 1), 7) == 7
+    assert wide.rounded(0.00031415926) == 0.0003142
+    assert narrow.rounded(0.1234561) == 0.1234561
+    assert Interval(1, 9, True, False, 1).rounded(7) == 7
 
 
 def test_combinations_of_a_grid():

@@ -124,7 +124,7 @@ class JobPlanner:
         """
         composed = self._composer.compose(overrides)
         config = self._resolve(overrides, composed, self._count, str(self._count))
-        labels, references = Labels.take(config), _references(composed.config)
+        labels, references = Labels.take(config), references_of(composed.config)
         return SweepJob(
             self._count, str(self._count), _recorded(overrides), config, composed.choices, references, labels=labels
         )
@@ -160,7 +160,7 @@ class JobPlanner:
         if unusable is not None:
             self._unusable_names.append(f"job {number}: '{shorten(unusable)}', {unusable_reason(unusable)}")
         self._count += 1
-        references = _references(composed.config)
+        references = references_of(composed.config)
         job = SweepJob(number, folder, _recorded(overrides), config, composed.choices, references, labels=labels)
         self._configs.setdefault(key, job)
         return job, True
@@ -236,7 +236,7 @@ def _recorded(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(o for o in overrides if not o.lstrip("+").startswith(("stored=", "hydra.", "hydra/")))
 
 
-def _references(composed: DictConfig) -> dict[str, Any]:
+def references_of(composed: DictConfig) -> dict[str, Any]:
     """Return the settings of a composed config that refer to others, as written; those to the environment are stored so
     in the config itself."""
     written = OmegaConf.to_container(composed, resolve=False)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
@@ -77,12 +78,17 @@ class Space:
         )
 
 
-def make_space(overrides: Sequence[Override], is_group: Callable[[Override], bool] = lambda _: False) -> Space:
+def make_space(
+    overrides: Sequence[Override],
+    is_group: Callable[[Override], bool] = lambda _: False,
+    references: Callable[[], Mapping[str, Any]] = dict,
+) -> Space:
     """Return the space of a search's overrides; of two of one key the last counts.
 
     Args:
         overrides: of the whole search.
         is_group: returns whether an override chooses from a group of configs.
+        references: returns the settings that refer to others, as written: they say what a variable is used for.
 
     Raises:
         ConfigError: nothing is varied, or an override has no values.
@@ -101,7 +107,7 @@ def make_space(overrides: Sequence[Override], is_group: Callable[[Override], boo
             continue
         for identity in [found for found in fixed if found[0] == grid.override_key(key)]:
             del fixed[identity]
-        dimensions[key] = _dimension(override)
+        dimensions[key] = _dimension(override, references)
         if is_group(override):
             groups.add(key)
         texts[key] = (override.input_line or "").partition("=")[2]
@@ -119,11 +125,11 @@ def make_space(overrides: Sequence[Override], is_group: Callable[[Override], boo
     return Space(dimensions, tuple(fixed.values()), {key: texts[key] for key in dimensions}, has_groups)
 
 
-def _dimension(override: Override) -> Choices | Interval:
+def _dimension(override: Override, references: Callable[[], Mapping[str, Any]]) -> Choices | Interval:
     swept, line = override.value(), override.input_line
     if isinstance(swept, IntervalSweep):
-        return _interval(override, swept, line or "")
-    if isinstance(swept, RangeSweep) and not override.is_add() and _is_numeric(override):
+        return _interval(swept, line or "", _default(override, references))
+    if isinstance(swept, RangeSweep) and _is_numeric(_default(override, references)):
         start, stop, step = swept.start, swept.stop, swept.step
         assert start is not None and stop is not None
         count = math.ceil((stop - start) / step - 1e-9) if step else 0
@@ -139,7 +145,20 @@ def _dimension(override: Override) -> Choices | Interval:
     return Choices(tuple(values), tuple(texts))
 
 
-def _interval(override: Override, swept: IntervalSweep, line: str) -> Interval:
+def _default(override: Override, references: Callable[[], Mapping[str, Any]]) -> Any:
+    """Return the default of the setting that an override gives a value: of a variable, the first that refers to it."""
+    name, defaults = override.key_or_group, serialize.default_settings()
+    if name in defaults:
+        return defaults[name]
+    users = (user for user, text in references().items() if text == f"${{{name}}}")
+    return next((defaults[user] for user in users if user in defaults), None)
+
+
+def _is_numeric(default: Any) -> bool:
+    return isinstance(default, int | float) and not isinstance(default, bool)
+
+
+def _interval(swept: IntervalSweep, line: str, default: Any) -> Interval:
     low, high, tags = swept.start, swept.end, set(swept.tags or ())
     if unknown := tags - {"log"}:
         raise ConfigError(f"{line}: a search knows the tag log, not {', '.join(sorted(unknown))}.")
@@ -148,17 +167,11 @@ def _interval(override: Override, swept: IntervalSweep, line: str) -> Interval:
     if "log" in tags and low <= 0:
         raise ConfigError(f"{line}: with tag(log) an interval begins above 0.")
     is_int = isinstance(low, int) and isinstance(high, int)
-    default = serialize.default_settings().get(override.key_or_group)
-    if isinstance(default, int) and not isinstance(default, bool) and low == int(low) and high == int(high):
+    if _is_numeric(default) and isinstance(default, int) and low == int(low) and high == int(high):
         is_int = True  # Hydra makes floats of interval(4,64), also for a setting that is a whole number
     if is_int:
         return Interval(int(low), int(high), True, "log" in tags, None if "log" in tags else 1)
     return Interval(float(low), float(high), False, "log" in tags)
-
-
-def _is_numeric(override: Override) -> bool:
-    default = serialize.default_settings().get(override.key_or_group)
-    return isinstance(default, int | float) and not isinstance(default, bool)
 
 
 def _parse(text: str) -> Value:

@@ -282,6 +282,14 @@ def test_the_time_of_a_wave_that_was_killed_counts(inline, sweep):
     assert spent == sorted(spent) and spent[-1] - spent[-2] > 24 * 3600 * 365
 
 
+def test_trials_that_are_added_to_a_single_one_are_compared_at_a_rung(inline):
+    inline(*SEARCH, "hydra.sweeper.trials=1", "train.iters=3", "hydra.sweep.dir=s")
+    inline("resume=s", "hydra.sweeper.trials=3")
+    found = read_search(inline.folder / "s")
+    assert found is not None and found.rungs == [1, 3]
+    assert [trial.results[0].step for trial in found.trials] == [1, 1, 1]
+
+
 def test_a_used_budget_starts_nothing_and_more_of_it_continues(inline, sweep):
     out = inline("resume=s", "hydra.sweeper.trials=11", "hydra.sweeper.budget=0.1s")
     assert "the budget is used, after 9 trials" in out
@@ -309,6 +317,52 @@ def test_a_search_begins_with_the_results_of_an_earlier_sweep(inline):
     assert len(study.trials) == 6
     shutil.rmtree(inline.folder / "grid")
     inline("resume=s")  # needs them no more
+
+
+EARLIER = ("model=tiny", "data=tiny", "train.iters=1", "train.eval_every=1")
+BEGIN = ("-m", "hydra/sweeper=search", "hydra.sweeper.trials=2", "hydra.sweeper.pruner=none", *EARLIER)
+
+
+@pytest.mark.parametrize(
+    "typed, searched, used",
+    [
+        (("size=small,large",), ("size=small,large",), 2),
+        pytest.param(("size=small,large",), ("lora.rank=2,4,8",), 2, marks=pytest.mark.long),
+        pytest.param(("lora.dropout=0,0.1",), ("lora.dropout=0.0,0.1",), 2, marks=pytest.mark.long),
+        pytest.param(("+vars.r=2,4", "lora.rank=${vars.r}"), ("lora.rank=range(2,9)",), 2, marks=pytest.mark.long),
+        (("lora.rank=2,4,5",), ("+vars.q=interval(2,4)", "lora.rank=${vars.q}"), 2),
+        (("lora={rank: 2, alpha: 8},{rank: 4, alpha: 8}",), ("lora={alpha: 8, rank: 2},{rank: 4, alpha: 8.0}",), 2),
+        pytest.param(
+            ("data.system_prompt='be brief',null",), ('data.system_prompt="be brief",null',), 2, marks=pytest.mark.long
+        ),
+        pytest.param(("lora.rank=3,4,6",), ("lora.rank=range(2,9,2)",), 2, marks=pytest.mark.long),
+    ],
+    ids=["group", "group by value", "0 as 0.0", "variable", "by variable", "dicts", "quotes", "range"],
+)
+def test_earlier_jobs_are_recognized_by_what_they_compute(inline, typed, searched, used):
+    size = inline.folder / "mine/size"
+    size.mkdir(parents=True)
+    for name, rank in (("small", 2), ("large", 4)):
+        (size / f"{name}.yaml").write_text(f"# @package _global_\nlora: {{rank: {rank}, alpha: 8}}\n")
+    inline("-m", "--config-dir", "mine", *EARLIER, *typed, "hydra.sweep.dir=grid")
+    words = ("--config-dir", "mine", *BEGIN, *searched, "hydra.sweeper.warm_from=grid", "hydra.sweep.dir=s")
+    out = inline(*words)
+    assert f"warm start: {used} results: {used} finished" in out
+    inline("resume=s")
+
+
+def test_earlier_jobs_that_were_stopped_or_diverged_are_used_and_those_of_other_data_are_not(inline, sweep):
+    words = (*BEGIN, *SPACE, "lora.dropout=0.1", "hydra.sweeper.warm_from=s")
+    status = json.loads((sweep / "0/status.json").read_text())
+    (sweep / "0/status.json").write_text(json.dumps(status | {"state": "diverged"}))
+    out = inline(*words, "hydra.sweep.dir=again")
+    assert "warm start: 9 results: 1 finished, 7 stopped before their end, 1 diverged" in out
+    assert "they differ from this search in train.iters" in out
+    trials = optuna.load_study(study_name="search", storage=_journal(inline.folder / "again")).trials[:9]
+    assert sorted(trial.state.name for trial in trials) == ["COMPLETE", *["PRUNED"] * 8]
+    out = inline(*words, "data.mask_prompt=false", "hydra.sweep.dir=other", expect=2)
+    assert "none of its jobs can be used: 9 jobs with another data.mask_prompt (True, here False)" in out
+    assert not (inline.folder / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.cores import usable_cores
+from runner.common.free_ports import free_ports
 
 WORDS = ("model=smollm2_135m", "data=text_to_sql", "train.batch_size=8", "lora.rank=8", "train.eval_every=1000000")
 WARM = 3
@@ -110,7 +110,7 @@ def _measure_one(ranks: int, updates: int, words: Sequence[str], spin: bool) -> 
     """Train on so many ranks, and return the means over their updates: seconds by part, bytes, tokens per second."""
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder, "hosts.json")
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(ranks)]))
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
         processes = []
         for rank in range(ranks):
             command = [sys.executable, "-m", "benchmarks.distributed", "--one", f"{folder}/{rank}.json", *words]
@@ -208,16 +208,6 @@ def _print_calculation() -> None:
                 for ranks in (2, 4, 8)
             ]
             print(f"{link.name:<30}" + "".join(f"{cell:>22}" for cell in cells))
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 if __name__ == "__main__":

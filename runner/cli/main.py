@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runner.cli.commands import COMMANDS, run_command
-from runner.common.errors import EXIT_DONE, ConfigError, RunnerError
+from runner.common.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, RunnerError
 from runner.common.text import shorten
 from runner.config.groups import config_dirs
 
 _NO_SWEEP = (
     "Several ranks train one run: leave out -m. In a sweep each job starts its own: -m ranks=2 hydra/launcher=process."
 )
-_EXIT_SIGINT, _EXIT_SIGPIPE = 130, 141
+_EXIT_SIGPIPE = 141
 
 
 def main(argv: Sequence[str] | None = None, report_run: Callable[[Path], None] | None = None) -> int:
@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None, report_run: Callable[[Path], None] |
     try:
         return _dispatch(arguments, report_run)
     except RunnerError as error:
-        return _report(error, error)
+        return report_error(error, error)
     except KeyboardInterrupt:
         if not _is_command(arguments):
             print("runner: stopped", file=sys.stderr)
-        return _EXIT_SIGINT
+        return EXIT_INTERRUPTED
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
     except BrokenPipeError:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, report_run: Callable[[Path], None] |
     except Exception as error:
         from runner.app.errors import translate_error
 
-        return _report(translate_error(error, [Path(folder) for folder in config_dirs(arguments)]), error)
+        return report_error(translate_error(error, [Path(folder) for folder in config_dirs(arguments)]), error)
 
 
 def _is_command(arguments: list[str]) -> bool:
@@ -113,7 +113,7 @@ def _start(arguments: list[str], report_run: Callable[[Path], None] | None) -> i
     return EXIT_DONE
 
 
-def _report(error: RunnerError, cause: BaseException) -> int:
+def report_error(error: RunnerError, cause: BaseException) -> int:
     """Print `error` to standard error, with the traceback of `cause` if it is asked for; return the exit code."""
     if os.environ.get("RUNNER_TRACEBACK") == "1":
         traceback.print_exception(cause)

@@ -23,6 +23,8 @@ EXIT_GPU = 7
 EXIT_GAVE_UP = 8
 EXIT_RANK_LOST = 9
 EXIT_STORAGE = 74
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT."""
 EXIT_REPLACE = 75
 """A supervised process has saved and is to be replaced by a new one; its supervisor alone sees it."""
 
@@ -109,6 +111,15 @@ class StorageError(RunnerError):
     """Raised when the disk is full, read-only or failing; what was saved before is intact."""
 
     exit_code = EXIT_STORAGE
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a process that `error` ends."""
+    if isinstance(error, RunnerError):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_FAILED
+    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:

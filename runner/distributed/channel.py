@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from runner.common.errors import RankLost
 from runner.common.text import shorten
 from runner.distributed.frames import Broken, FrameSocket, Kind, from_json, pack, to_json, unpack
+from runner.distributed.identity import RankIdentity
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 6.0
@@ -33,9 +34,7 @@ _TICK = 0.2
 class Peer:
     """Another rank that this one is connected to: all others for rank 0, rank 0 for the others."""
 
-    rank: int
-    host: str
-    pid: int
+    identity: RankIdentity
     socket: FrameSocket
     inbox: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
     sending: threading.Lock = field(default_factory=threading.Lock)
@@ -46,9 +45,14 @@ class Peer:
     """Whether it was told of this rank's stop signal."""
 
     @property
+    def rank(self) -> int:
+        """Its number."""
+        return self.identity.rank
+
+    @property
     def name(self) -> str:
         """What messages call it."""
-        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+        return self.identity.name
 
 
 class Channel:

@@ -50,13 +50,13 @@ class FrameSocket:
         connection.settimeout(min(1.0, patience))
         with suppress(OSError):  # the other side may be gone already
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection, self._patience = connection, patience
+        self._connection, self.patience = connection, patience
         self.heard = time.monotonic()
         """When the last bytes came."""
 
-    def with_patience(self, patience: float) -> FrameSocket:
-        """Return the same socket with another patience."""
-        return FrameSocket(self._connection, patience)
+    def fileno(self) -> int:
+        """Return the descriptor, for `select`."""
+        return self._connection.fileno()
 
     def send(self, kind: Kind, content: bytes = b"") -> None:
         """Send a frame. Raises Broken where the other side does not take it."""
@@ -64,6 +64,11 @@ class FrameSocket:
         self._send(view)
         for start in range(_PIECE, len(content), _PIECE):
             self._send(memoryview(content)[start : start + _PIECE])
+
+    def try_to_send(self, kind: Kind, content: bytes = b"") -> None:
+        """Send a frame, unless the other side does not take it."""
+        with suppress(Broken):
+            self.send(kind, content)
 
     def receive(self) -> tuple[Kind, bytes]:
         """Wait for the next frame and return it. Raises Broken where none comes any more."""
@@ -87,8 +92,8 @@ class FrameSocket:
             try:
                 sent = self._connection.send(view)
             except TimeoutError:
-                if time.monotonic() - since > self._patience:
-                    raise Broken(f"it did not answer for {self._patience:.0f} seconds") from None
+                if time.monotonic() - since > self.patience:
+                    raise Broken(f"it did not answer for {self.patience:.0f} seconds") from None
                 continue
             except OSError as error:
                 raise Broken(_text(error)) from None
@@ -100,8 +105,8 @@ class FrameSocket:
             try:
                 piece = self._connection.recv(min(_PIECE, size - len(data)))
             except TimeoutError:
-                if time.monotonic() - self.heard > self._patience:
-                    raise Broken(f"it did not answer for {self._patience:.0f} seconds") from None
+                if time.monotonic() - self.heard > self.patience:
+                    raise Broken(f"it did not answer for {self.patience:.0f} seconds") from None
                 continue
             except OSError as error:
                 raise Broken(_text(error)) from None

@@ -6,26 +6,24 @@ first, at the address where MLX's own backend will wait afterwards, which needs 
 
 from __future__ import annotations
 
-import os
-import platform
+import errno
 import socket
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from itertools import cycle
 
-from runner import __version__
 from runner.common.errors import RankLost
+from runner.common.text import shorten
 from runner.distributed.channel import SILENCE_SECONDS, Channel, Peer
 from runner.distributed.frames import Broken, FrameSocket, Kind, from_json, to_json
+from runner.distributed.identity import RankIdentity
+from runner.distributed.reception import Reception
 
 Address = tuple[str, int]
 """An IPv4 address or a host's name, and a port."""
 JOIN_SECONDS = 60.0
 """How long ranks wait for each other at the start; the slowest imports for some seconds."""
-_NOTICE_SECONDS = 10.0
-"""How long that may take without a line that says so."""
 
 
 def open_channel(
@@ -34,8 +32,13 @@ def open_channel(
     *addresses: Address,
     seconds: float = JOIN_SECONDS,
     listener: socket.socket | None = None,
+    problem: str | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Channel:
     """Connect this rank with the others, which have to start within `seconds`.
+
+    A rank that is gone after it has come ends all at once. One that has not come may be slow to start: it has all of
+    that time, unless `check` knows better.
 
     Args:
         rank: this rank.
@@ -43,22 +46,24 @@ def open_channel(
         addresses: where rank 0 waits, as others may reach it; of the first of them where it has no `listener`.
         seconds: how long to wait.
         listener: of rank 0, where it waits already.
+        problem: why this rank cannot take part, which ends all.
+        check: called while this rank waits; raises what makes that pointless.
 
     Raises:
-        RankLost: a rank did not come, or is of another version.
+        RankLost: a rank did not come, is gone, or cannot take part.
+        SystemExit: rank 0 has ended, with its exit code, and says why.
     """
     until = time.monotonic() + seconds
-    try:
-        if rank > 0:
-            return Channel(rank, [_join(rank, size, addresses, until)])
-        with closing(listener or listen(addresses[0])) as waiting:
-            peers = _accept_all(size, waiting, _text(addresses[0]), until)
-        # Only now, when nobody waits at the address any more: MLX of a rank that is quick would be answered here.
-        for peer in peers:
-            peer.socket.send(Kind.START, to_json(_self(0, size)))
-        return Channel(rank, peers)
-    except Broken as error:
-        raise RankLost(f"rank {rank} could not join the run at {_text(addresses[0])}: {error}.") from None
+    own = RankIdentity.own(rank, size, problem)
+    if rank > 0:
+        return Channel(rank, [_join(own, addresses, until, check)])
+    if problem is not None:
+        raise RankLost(f"rank 0: {problem}")
+    with closing(listener or listen(addresses[0])) as waiting:
+        peers = Reception(own, waiting, _text(addresses[0]), check).receive_all(until)
+    for peer in peers:  # only now, when nobody waits at the address: MLX of a rank that is quick would be answered here
+        peer.socket.try_to_send(Kind.START)
+    return Channel(rank, peers)
 
 
 def own_addresses() -> list[str]:
@@ -74,73 +79,50 @@ def own_addresses() -> list[str]:
 
 
 def listen(address: Address) -> socket.socket:
-    """Return a socket that waits at `address`; another one may do so once it is closed, at once.
+    """Return a socket that waits at `address`, where nobody else does; once it is closed, another one may at once.
 
     Raises:
         RankLost: the address is not of this machine, or its port is taken.
     """
+    try:
+        return _listener(address)
+    except OSError as error:
+        raise RankLost(f"rank 0: {_why_not(address, error)}") from None
+
+
+def port_problem(addresses: Sequence[Address]) -> str | None:
+    """Return why MLX could not wait for a neighbour at each of a rank's own `addresses`; None where it can."""
+    for address in addresses:
+        try:
+            _listener(address).close()
+        except OSError as error:
+            return _why_not(address, error)
+    return None
+
+
+def _listener(address: Address) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        for option in ("SO_REUSEADDR", "SO_REUSEPORT"):
-            listener.setsockopt(socket.SOL_SOCKET, getattr(socket, option), 1)
+        # Not SO_REUSEPORT, with which two runs would wait at one port and share those that come. MLX sets both.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise RankLost(
-            f"rank 0 cannot wait for the others at {_text(address)}: {error.strerror}. Its address in the hostfile has "
-            "to be one of this machine, with free ports (mlx.launch --starting-port)."
-        ) from None
+        raise
     return listener
 
 
-def _accept_all(size: int, listener: socket.socket, address: str, until: float) -> list[Peer]:
-    peers: dict[int, Peer] = {}
-    notice_at = time.monotonic() + _NOTICE_SECONDS
-    while len(peers) < size - 1:
-        now = time.monotonic()
-        listener.settimeout(max(0.01, min(until, notice_at) - now))
-        missing = [str(rank) for rank in range(1, size) if rank not in peers]
-        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(missing)}"
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            if now >= until:
-                raise RankLost(f"{ranks} of {size} did not come to {address} in time.") from None
-            if now >= notice_at:
-                print(f"runner: waiting for {ranks} at {address}", file=sys.stderr, flush=True)
-                notice_at = float("inf")
-            continue
-        with suppress(Broken):  # a stranger, or a rank that has ended already
-            peer = _greet(connection, size)
-            peers[peer.rank] = peer
-    return list(peers.values())
+def _why_not(address: Address, error: OSError) -> str:
+    taken = error.errno == errno.EADDRINUSE
+    advice = "take other ports: mlx.launch --starting-port" if taken else "its address has to be one of its machine"
+    return f"it cannot wait at {_text(address)}: {(error.strerror or str(error)).lower()}; {advice}."
 
 
-def _greet(connection: socket.socket, size: int) -> Peer:
-    """Return the rank that has connected. Raises Broken where it is none of this run."""
-    frames = FrameSocket(connection, SILENCE_SECONDS)
-    try:
-        kind, content = frames.receive()
-        if kind is not Kind.HELLO:
-            raise Broken("it did not say who it is")
-        said = from_json(content)
-        problem = None
-        if said.get("version") != __version__:
-            problem = f"it has version {said.get('version')} of runner, rank 0 has {__version__}"
-        elif said.get("size") != size or said.get("rank") not in range(1, size):
-            problem = f"it is rank {said.get('rank')} of {said.get('size')}, and there are {size}"
-        if problem:
-            frames.send(Kind.END, to_json({"code": 1, "reason": problem}))
-            raise Broken(problem)
-        return Peer(int(said["rank"]), str(said.get("host"))[:200], int(said.get("pid", 0)), frames)
-    except (TypeError, ValueError) as error:
-        raise Broken(str(error)) from None
-
-
-def _join(rank: int, size: int, addresses: Sequence[Address], until: float) -> Peer:
+def _join(own: RankIdentity, addresses: Sequence[Address], until: float, check: Callable[[], None]) -> Peer:
     """Return rank 0, once it has said that all ranks are there."""
     for address in cycle(addresses):
+        check()
         try:
             connection = socket.create_connection(address, timeout=max(0.1, min(5.0, until - time.monotonic())))
         except OSError as error:
@@ -148,26 +130,53 @@ def _join(rank: int, size: int, addresses: Sequence[Address], until: float) -> P
             if time.monotonic() < until:
                 time.sleep(0.1)
                 continue
-            raise RankLost(f"rank 0 is not at {_text(address)} for rank {rank}: {reason}.") from None
-        frames = FrameSocket(connection, max(SILENCE_SECONDS, until - time.monotonic()))
+            raise RankLost(f"rank 0 is not at {_text(address)} for rank {own.rank}: {reason}.") from None
+        frames = FrameSocket(connection, SILENCE_SECONDS)
         try:
-            frames.send(Kind.HELLO, to_json(_self(rank, size)))
-            kind, content = frames.receive()
-        except Broken:  # of an earlier start that is just ending
-            frames.close()
+            frames.send(Kind.HELLO, to_json(own.as_json()))
+            return Peer(_wait_for_start(frames, check), frames)
+        except Broken as error:  # of an earlier start that is just ending, or another program
             if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-            continue
-        said = from_json(content)
-        if kind is not Kind.START:
-            raise Broken(str(said.get("reason"))[:500])
-        return Peer(0, str(said.get("host"))[:200], int(said.get("pid", 0)), frames.with_patience(SILENCE_SECONDS))
+                raise RankLost(f"rank {own.rank} could not join the run at {_text(address)}: {error}.") from None
+        except BaseException:
+            frames.close()
+            raise
+        frames.close()
+        time.sleep(0.1)
     raise AssertionError("the addresses are tried again and again")
 
 
-def _self(rank: int, size: int) -> dict[str, object]:
-    return {"rank": rank, "size": size, "host": platform.node(), "pid": os.getpid(), "version": __version__}
+def _wait_for_start(frames: FrameSocket, check: Callable[[], None]) -> RankIdentity:
+    """Answer the heartbeats of rank 0 until it says that all ranks are there; return who it is.
+
+    Raises:
+        Broken: it was not rank 0.
+        RankLost: it was, and is gone, or refuses this rank.
+        SystemExit: it has ended, with its exit code.
+    """
+    first: RankIdentity | None = None
+    while True:
+        try:
+            kind, content = frames.receive()
+            if kind is Kind.BEAT:
+                first = RankIdentity.of(from_json(content))
+                frames.send(Kind.BEAT)
+            elif kind is Kind.START and first is not None:
+                return first
+            elif kind is Kind.END:
+                told = from_json(content)
+                code = told.get("code")
+                code = code if isinstance(code, int) and 0 < code < 256 else 1
+                if first is not None:
+                    raise SystemExit(code)
+                raise RankLost(shorten(told.get("reason"), 1000), code)
+            else:
+                raise Broken("it is no rank 0")
+        except Broken as error:
+            if first is None:
+                raise
+            raise RankLost(f"{first.name} is lost before the run began: {error}.") from None
+        check()
 
 
 def _text(address: Address) -> str:

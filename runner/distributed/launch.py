@@ -28,6 +28,8 @@ class Launch:
     """Host and port at which rank 0 waits for the others; None with MPI, where they are told it."""
     local: int = 1
     """Ranks on this machine, which share its cores."""
+    own_addresses: tuple[tuple[str, int], ...] = ()
+    """Where MLX will wait for a neighbour of this rank, with the ring."""
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
@@ -60,10 +62,12 @@ def _of_mlx_launch(environment: Mapping[str, str]) -> Launch | None:
         hosts = _read(environment, "MLX_HOSTFILE")
         if not hosts:
             return None  # mlx.launch -n 1
-        addresses = [_address(host[0] if isinstance(host, list) and host else host) for host in hosts]
-        own = addresses[rank][0] if 0 <= rank < len(addresses) else ""
-        local = sum(address[0] == own for address in addresses)
-        return Launch("ring", rank, len(hosts), addresses[0], local)
+        by_rank = [[_address(text) for text in (host if isinstance(host, list) else [host])] for host in hosts]
+        if not all(by_rank):
+            raise ConfigError("MLX_HOSTFILE names no address of some rank.")
+        own = by_rank[rank] if 0 <= rank < len(by_rank) else [("", 0)]
+        local = sum(addresses[0][0] == own[0][0] for addresses in by_rank)
+        return Launch("ring", rank, len(hosts), by_rank[0][0], local, tuple(own))
     return None
 
 

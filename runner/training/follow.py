@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from runner.common.errors import RankLost
+from runner.common.errors import RankLost, exit_code_of
+from runner.distributed.join import JOIN_SECONDS
 from runner.distributed.launch import Launch
 from runner.reports.progress import SilentDisplay
 from runner.runs.run_spec import RunSpec
@@ -23,16 +24,24 @@ from runner.training.signals import StopRequested, StopSignals
 from runner.training.world import Ranks, join
 
 
-def follow(launch: Launch, report_run: Callable[[Path], None] | None = None) -> int:
+def follow(
+    launch: Launch,
+    report_run: Callable[[Path], None] | None = None,
+    *,
+    seconds: float = JOIN_SECONDS,
+    check: Callable[[], None] = lambda: None,
+) -> int:
     """Train as the rank that `launch` describes until rank 0 ends, and return its exit code.
 
     Args:
         report_run: given where this process is supervised: tells that it has joined a run, and rank 0's directory.
+        seconds: how long to wait for the others.
+        check: called while it waits for them; raises what makes that pointless.
 
     Raises:
         RankLost: rank 0 is gone, and nobody else can say so. Other failures are told to rank 0, which prints them.
     """
-    world = join(launch)
+    world = join(launch, seconds, check)
     assert isinstance(world, Ranks)
     stops = StopSignals()
     try:
@@ -53,7 +62,7 @@ def follow(launch: Launch, report_run: Callable[[Path], None] | None = None) -> 
             raise
         return error.exit_code
     except Exception as error:
-        return getattr(error, "exit_code", 1)
+        return exit_code_of(error)
 
 
 def _train_share(spec: RunSpec, world: Ranks, stops: StopSignals) -> None:

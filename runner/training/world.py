@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from runner.common.errors import RankLost, RunnerError
+from runner.common.errors import EXIT_RANK_LOST, RankLost, exit_code_of
 from runner.distributed.channel import Channel
 from runner.distributed.frames import pack, unpack
-from runner.distributed.join import listen, open_channel, own_addresses
+from runner.distributed.join import JOIN_SECONDS, listen, open_channel, own_addresses, port_problem
 from runner.distributed.launch import Launch
 from runner.training.signals import StopRequested, StopSignals
 
@@ -165,12 +165,9 @@ class Ranks(World):
         self.channel.on_stop = stops.request
         try:
             yield
-        except SystemExit as exit_:
-            self.channel.end(exit_.code if isinstance(exit_.code, int) else 1)
-            raise
         except BaseException as error:
-            code = error.exit_code if isinstance(error, RunnerError) else 1
-            self.channel.end(code, str(error) or type(error).__name__)
+            is_exit = isinstance(error, SystemExit)
+            self.channel.end(exit_code_of(error), None if is_exit else str(error) or type(error).__name__)
             raise
         finally:
             self._group = None  # MPI is to be finalized before the process ends
@@ -192,26 +189,39 @@ ALONE = World()
 """The world of a process that was not launched as one of several ranks."""
 
 
-def join(launch: Launch | None) -> World:
+def join(launch: Launch | None, seconds: float = JOIN_SECONDS, check: Callable[[], None] = lambda: None) -> World:
     """Return the world of this process, once all ranks are connected. MLX is imported here.
 
+    Args:
+        launch: None where it is alone.
+        seconds: how long to wait for the others.
+        check: called while it waits; raises what makes that pointless.
+
     Raises:
-        RankLost: a rank did not come.
+        RankLost: a rank did not come, is gone, or cannot take part.
+        SystemExit: rank 0 has ended, with its exit code, and says why.
     """
     if launch is None:
         return ALONE
     import mlx.core as mx
 
+    problem = port_problem(launch.own_addresses)
     if not mx.distributed.is_available(launch.backend):
-        raise RunnerError(f"This MLX has no {launch.backend} backend of mx.distributed: choose another --backend.")
-    channel = open_channel(launch.rank, launch.size, launch.address) if launch.address else None
+        problem = f"its MLX has no {launch.backend} backend of mx.distributed: choose another --backend."
+    if launch.address is None and problem:
+        raise RankLost(f"rank {launch.rank}: {problem}")
+    channel = None
+    if launch.address is not None:
+        channel = open_channel(launch.rank, launch.size, launch.address, seconds=seconds, problem=problem, check=check)
     try:
         with _ended_after(_INIT_SECONDS):
             group = mx.distributed.init(strict=True, backend=launch.backend)
     except RuntimeError as error:
+        reason = f"rank {launch.rank} could not connect to its neighbours: {error}"
         if channel is not None:
             channel.wait_for_loss(_NOTICE_SECONDS)
-        raise RankLost(f"rank {launch.rank} could not connect to its neighbours: {error}") from None
+            channel.end(EXIT_RANK_LOST, reason)
+        raise RankLost(reason) from None
     return Ranks(launch, channel or _channel_by(group, launch), group)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import struct
@@ -13,12 +14,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from distributed.conftest import free_ports
 
-from runner.common.errors import ConfigError, RankLost
+from runner.common.errors import EXIT_CONFIG, EXIT_RANK_LOST, ConfigError, RankLost
+from runner.common.free_ports import free_ports
 from runner.distributed import channel as channels
 from runner.distributed import join as joining
+from runner.distributed import reception as receiving
 from runner.distributed.frames import Broken, FrameSocket, Kind, pack, to_json, unpack
+from runner.distributed.identity import RankIdentity
 from runner.distributed.join import open_channel
 from runner.distributed.launch import Launch
 from runner.training.shared_start import compare_inputs
@@ -126,7 +129,8 @@ def test_rank_0_ends_all_with_its_exit_code(worlds):
 
 
 def test_silence_is_noticed(worlds, monkeypatch):
-    monkeypatch.setattr(joining, "SILENCE_SECONDS", 1.5)
+    for module in (receiving, joining):
+        monkeypatch.setattr(module, "SILENCE_SECONDS", 1.5)
     found = worlds(2)
     monkeypatch.setattr(channels.Channel, "_send", lambda *_, **__: True)  # from now on nobody sends anything
     for error in on_all(found, lambda world: world.channel.wait_for_loss(10)):
@@ -149,10 +153,6 @@ def test_strangers_and_damaged_messages_do_not_disturb_ranks_that_join():
             connection = connect(port)
             connection.sendall(content)
             connection.close()
-        wrong = FrameSocket(connect(port), 5)
-        wrong.send(Kind.HELLO, to_json({"rank": 1, "size": 2, "version": "0.0"}))
-        kind, content = wrong.receive()
-        assert kind is Kind.END and "version 0.0" in json.loads(content)["reason"]
         second = pool.submit(open_channel, 1, 2, ("127.0.0.1", port))
         for channel in (first.result(10), second.result(10)):
             channel.close()
@@ -164,6 +164,121 @@ def test_a_rank_that_does_not_come_is_named():
         open_channel(0, 3, ("127.0.0.1", port), seconds=0.3)
     with pytest.raises(RankLost, match=r"rank 0 is not at 127.0.0.1"):
         open_channel(1, 3, ("127.0.0.1", port), seconds=0.3)
+
+
+def arrive(port: int, **changes: object) -> FrameSocket:
+    """Connect with rank 0 of 3 as rank 1, and wait until it has answered where that one is welcome."""
+    frames = FrameSocket(connect(port), 5)
+    frames.send(Kind.HELLO, to_json({**RankIdentity.own(1, 3).as_json(), **changes}))
+    if not changes:
+        assert frames.receive()[0] is Kind.BEAT
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "code"),
+    [
+        ({"version": "0.0"}, "it has version 0.0 of runner", EXIT_CONFIG),
+        ({"code": 1}, "its source files of runner .* differ from rank 0's", EXIT_CONFIG),
+        ({"size": 2}, "it was started as rank 1 of 2, and the run has 3 ranks", EXIT_CONFIG),
+        ({"problem": "it cannot wait at 10.0.0.1:1: in use."}, "it cannot wait at 10.0.0.1:1", EXIT_RANK_LOST),
+    ],
+)
+def test_a_rank_that_cannot_take_part_ends_all_and_each_says_why(changes, reason, code):
+    port = free_ports(1)[0]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(open_channel, 0, 3, ("127.0.0.1", port))
+        other = pool.submit(open_channel, 2, 3, ("127.0.0.1", port))
+        time.sleep(0.3)
+        kind, content = arrive(port, **changes).receive()
+        told = json.loads(content)
+        assert kind is Kind.END and re.search(reason, told["reason"]) and told["code"] == code
+        with pytest.raises(RankLost, match=rf"rank 1 \(.*{reason}") as raised:
+            first.result(5)
+        assert raised.value.exit_code == code
+        with pytest.raises(SystemExit) as ended:  # rank 0 says it
+            other.result(5)
+        assert ended.value.code == code
+
+
+def test_a_rank_that_is_gone_before_all_have_come_is_named_at_once():
+    port = free_ports(1)[0]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(open_channel, 0, 3, ("127.0.0.1", port))
+        lost = arrive(port)
+        lost.close()
+        with pytest.raises(RankLost, match=r"rank 1 \(.*is lost before the run began: its process ended"):
+            first.result(5)
+
+
+def test_ranks_that_wait_notice_that_another_one_is_silent(monkeypatch):
+    for module in (receiving, joining):
+        monkeypatch.setattr(module, "SILENCE_SECONDS", 1.5)
+    port = free_ports(1)[0]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(open_channel, 0, 3, ("127.0.0.1", port))
+        silent = arrive(port)
+        with pytest.raises(RankLost, match=r"rank 1 \(.*is lost before the run began: it did not answer"):
+            first.result(10)
+        silent.close()
+    with joining.listen(("127.0.0.1", port)) as listener, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(open_channel, 1, 2, ("127.0.0.1", port))
+        connection, _ = listener.accept()
+        with connection:
+            FrameSocket(connection, 5).send(Kind.BEAT, to_json(RankIdentity.own(0, 2).as_json()))
+            with pytest.raises(RankLost, match=r"rank 0 \(.*is lost before the run began: it did not answer"):
+                other.result(10)
+
+
+def test_ranks_that_wait_notice_that_rank_0_is_gone(monkeypatch):
+    """Where it had answered: else it may be another program, or one that ends and is started again."""
+    port = free_ports(1)[0]
+    with joining.listen(("127.0.0.1", port)) as listener, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(open_channel, 1, 2, ("127.0.0.1", port))
+        listener.accept()[0].close()
+        connection, _ = listener.accept()
+        FrameSocket(connection, 5).send(Kind.BEAT, to_json(RankIdentity.own(0, 2).as_json()))
+        connection.close()
+        with pytest.raises(RankLost, match=r"rank 0 \(.*is lost before the run began: its process ended"):
+            other.result(5)
+
+
+def test_a_rank_that_comes_twice_is_refused():
+    port = free_ports(1)[0]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(open_channel, 0, 3, ("127.0.0.1", port), seconds=1)
+        twin = arrive(port)
+        with pytest.raises(RankLost, match=r"came too, .* does another run use this port"):
+            open_channel(1, 3, ("127.0.0.1", port))
+        with pytest.raises(RankLost, match=r"rank 2 of 3 did not come .* in time. rank 1 .* came too"):
+            first.result(5)
+        twin.close()
+
+
+def test_waiting_ends_where_the_launch_says_so():
+    port = free_ports(1)[0]
+
+    def check():
+        raise RankLost("rank 1 was killed")
+
+    for rank in (0, 1):
+        with pytest.raises(RankLost, match="rank 1 was killed"):
+            open_channel(rank, 2, ("127.0.0.1", port), check=check)
+
+
+def test_a_port_where_another_program_waits_is_refused():
+    """Also where it lets others wait there too, as MLX does: two runs would share the ranks that come."""
+    with socket.socket() as other:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            other.setsockopt(socket.SOL_SOCKET, option, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = other.getsockname()
+        with pytest.raises(RankLost, match=r"rank 0: it cannot wait at .*starting-port"):
+            joining.listen(address)
+        assert "starting-port" in joining.port_problem([address])
+    assert joining.port_problem([address]) is None
+    assert "one of its machine" in joining.port_problem([("192.0.2.1", 1)])
 
 
 def test_the_port_is_free_for_mlx_once_all_have_joined(worlds):
@@ -185,7 +300,7 @@ def test_rank_0_is_found_at_the_first_address_that_answers():
 
 
 def test_an_address_of_another_machine_is_refused():
-    with pytest.raises(RankLost, match="has to be one of this machine"):
+    with pytest.raises(RankLost, match="has to be one of its machine"):
         joining.listen(("192.0.2.1", 32323))
 
 

@@ -19,8 +19,11 @@ def file(tmp_path, content):
 def test_what_mlx_launch_and_mpirun_set_is_understood(tmp_path):
     hosts = file(tmp_path, [["10.0.0.1:32323", "10.1.0.1:32324"], ["10.0.0.1:32325"], ["10.0.0.2:32323"]])
     ring = {"MLX_HOSTFILE": hosts}
-    assert find_launch({**ring, "MLX_RANK": "1"}) == Launch("ring", 1, 3, ("10.0.0.1", 32323), local=2)
-    assert find_launch({**ring, "MLX_RANK": "2"}) == Launch("ring", 2, 3, ("10.0.0.1", 32323), local=1)
+    first, own = ("10.0.0.1", 32323), (("10.0.0.1", 32325),)
+    assert find_launch({**ring, "MLX_RANK": "1"}) == Launch("ring", 1, 3, first, local=2, own_addresses=own)
+    both = (first, ("10.1.0.1", 32324))
+    assert find_launch({**ring, "MLX_RANK": "0"}) == Launch("ring", 0, 3, first, local=2, own_addresses=both)
+    assert find_launch({**ring, "MLX_RANK": "2"}).local == 1
     nccl = {"MLX_RANK": "0", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "10.0.0.1", "NCCL_PORT": "12345"}
     assert find_launch(nccl) == Launch("nccl", 0, 2, ("10.0.0.1", 12345))
     devices = file(tmp_path, [[None, "rdma_en2"], ["rdma_en2", None]])
@@ -45,6 +48,7 @@ def test_a_process_alone_is_none(tmp_path):
         ("0", "{", "cannot be read"),
         ("0", {"hosts": []}, "must be a list"),
         ("0", [["a"], ["b:1"]], "HOST:PORT"),
+        ("0", [["a:1"], []], "no address"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path, rank, hosts, message):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
-from distributed.conftest import assert_one_curve, free_ports
+from distributed.conftest import assert_one_curve
+
+from runner.common.free_ports import free_ports
 
 WORDS = ("model=tiny", "data=tiny", "train.batch_size=8", "train.iters=20", "train.report_every=1")
 WORDS += ("train.eval_every=10", "checkpoint.every=5", "optimizer.learning_rate=1e-3")
@@ -29,6 +33,39 @@ def test_a_run_starts_its_ranks_and_a_supervised_one_again(make_cli, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and output.count("ranks  2") == 2, output
     assert_one_curve(tmp_path / "alone", tmp_path / "killed")
+
+
+KILLED = """
+import os, signal, subprocess, sys
+from runner.backends import blas
+blas.load_blas(2)
+from runner.training import local_ranks
+
+class Killed(subprocess.Popen):
+    def __new__(cls, *arguments, **options):
+        process = start(*arguments, **options)
+        if options["env"]["MLX_RANK"] == "2":
+            os.kill(process.pid if sys.argv.pop() == "2" else os.getpid(), signal.SIGKILL)
+        return process
+
+start, local_ranks.subprocess.Popen = subprocess.Popen, Killed
+from runner.cli.main import main
+sys.exit(main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_rank_that_dies_before_it_joins_ends_all_at_once(make_cli, tmp_path, victim):
+    cli = make_cli(tmp_path)
+    start = time.monotonic()
+    process = cli.start(*WORDS, "hydra.run.dir=run", "ranks=3", str(victim), words=("-c", KILLED))
+    output, _ = process.communicate(timeout=60)  # of all ranks: each has its end of the pipe
+    assert time.monotonic() - start < 10, output
+    if victim == 0:
+        assert process.returncode == -signal.SIGKILL and not output
+    else:
+        assert process.returncode == 9 and output.count("runner:") == 1 and not (tmp_path / "run").exists(), output
+        assert re.search(r"rank 2 \(pid \d+\) was killed by SIGKILL before it joined the run", output)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.conftest import assert_one_curve, free_ports, losses
+from distributed.conftest import assert_one_curve, losses
 
 from runner.checkpoints.verify import load_checkpoint
 from runner.common.filesystem import FileSystem
+from runner.common.free_ports import free_ports
 from runner.models.device import on_cpu
 
 WORDS = (
@@ -135,22 +136,36 @@ def test_a_signal_during_an_evaluation_stops_all(make_cli, tmp_path, start_ranks
     assert time.monotonic() - start < 10 and status(tmp_path / "run")["step"] == 0
 
 
+def mlx_launch(cli, *words):
+    """Start `mlx.launch` with two ranks of `python WORDS…`."""
+    launcher = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
+    command = [sys.executable, "-c", launcher, "-n", "2", "--backend", "ring"]
+    command += ["--starting-port", str(free_ports(1)[0]), "--", sys.executable, *words]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=cli.folder, env=cli.environment, text=True, **pipes)
+
+
+VICTIM = """
+import os, runpy, signal, sys
+if os.environ["MLX_RANK"] == sys.argv.pop():
+    os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_module("runner", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_mlx_launch_ends_the_others_where_one_dies_before_it_joins(make_cli, tmp_path, victim):
+    cli = make_cli(tmp_path)
+    start = time.monotonic()
+    output, _ = mlx_launch(cli, "-c", VICTIM, *ENDLESS, "hydra.run.dir=run", str(victim)).communicate(timeout=60)
+    assert time.monotonic() - start < 10 and f"rank {victim} exited with code -9" in output, output
+
+
 def test_mlx_launch_with_supervision_continues_after_a_kill(alone, make_cli, tmp_path):
     """The command of docs/distributed.md, with real imports; a rank is killed, and the run ends by itself."""
     cli, whole = alone
-    ports = free_ports(1)[0]
-    words = [*WORDS, f"hydra.run.dir={tmp_path / 'run'}", "supervise=true"]
-    launcher = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
-    command = [sys.executable, "-c", launcher, "-n", "2", "--backend", "ring", "--starting-port", str(ports), "--"]
-    process = subprocess.Popen(
-        [*command, sys.executable, "-m", "runner", *words],
-        cwd=tmp_path,
-        env=cli.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = mlx_launch(cli, "-m", "runner", *WORDS, f"hydra.run.dir={tmp_path / 'run'}", "supervise=true")
     pid = cli.wait_for(tmp_path / "run", 10, process)
     os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=300)

@@ -99,6 +99,11 @@ class _Launcher(Launcher):
         """Run recorded jobs of the sweep: what `launch` does, without looking them up."""
         return self._open().run(jobs)
 
+    @property
+    def fail_fast(self) -> bool:
+        """Whether no job is started after one has failed."""
+        return self._fail_fast
+
     def at_once(self) -> int:
         """Return how many jobs it runs at once."""
         return self._open().at_once()

@@ -12,6 +12,7 @@ from runner.common.errors import ConfigError, DirectoryInUse
 from runner.config import resume_policy, schema, serialize
 from runner.runs import sweep_manifest
 from runner.runs.directory import RunDirectory
+from runner.runs.sweep_manifest import SweepJob
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def job_changes_recorded(run: Path, after: Mapping[str, Any], typed: Collection[
         DirectoryInUse: the sweep is running, so nothing can be recorded.
     """
     sweep = RunDirectory(run.parent)
-    changes = _changes(run, after, typed) if typed and _job_number(run) is not None else {}
+    changes = _changes(run, after, typed) if typed and find_job(run) is not None else {}
     if not changes:
         yield
         return
@@ -40,8 +41,8 @@ def job_changes_recorded(run: Path, after: Mapping[str, Any], typed: Collection[
         raise DirectoryInUse(f"{error} The settings of one of its jobs can be changed after that.") from None
     try:
         yield
-        if (number := _job_number(run)) is not None:
-            sweep_manifest.read_manifest(sweep.path).record(own_changes={number: changes})
+        if (job := find_job(run)) is not None:
+            sweep_manifest.read_manifest(sweep.path).record(own_changes={job.number: changes})
     finally:
         sweep.unlock()
 
@@ -76,10 +77,9 @@ def own_changes(
     }
 
 
-def _job_number(run: Path) -> int | None:
-    """Return the number of the job that `run` is; None where it is none, or its sweep's manifest is damaged."""
+def find_job(run: Path) -> SweepJob | None:
+    """Return the job that `run` is; None where it is none, or its sweep's manifest is damaged."""
     try:
-        job = sweep_manifest.read_manifest(run.parent).job_in(run.name)
+        return sweep_manifest.read_manifest(run.parent).job_in(run.name)
     except ConfigError:
         return None
-    return None if job is None else job.number

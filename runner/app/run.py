@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.app.compose import HydraSession, set_hydra, without_hydra
 from runner.app.hydra_internals import job_error
-from runner.app.job_changes import job_changes_recorded
+from runner.app.job_changes import find_job, job_changes_recorded
 from runner.app.resolve import config_to_store, resolve_config, resolve_to_start
 from runner.checkpoints import mirror
+from runner.common.commands import resume_command
 from runner.common.errors import ConfigError, DirectoryInUse, RunnerError
 from runner.common.text import shell_path
 from runner.config import validation
@@ -41,6 +42,9 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
     """
     config = _config_to_start(invocation, composed)
     context = session.context(composed)
+    stop_at = invocation.stop_at
+    if session.source is not None and not session.source.branch:
+        stop_at = _stop_now(RunDirectory(session.source.run, config.checkpoint.dir), stop_at)
     directory, source = _open_directory(invocation, session.source, composed, config.checkpoint.dir)
     set_hydra(composed, "run.dir", str(directory.path))
     if invocation.report_run is not None:
@@ -66,7 +70,7 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
             directory,
             source,
             new_run_id(),
-            stop_at=invocation.stop_at,
+            stop_at=stop_at,
             labels=labels,
             repeats=run_or_best_job(invocation.repeat) if invocation.repeat else None,
             on_accepted=partial(_record_changes, directory.path, stored, labels, invocation) if in_place else None,
@@ -138,6 +142,28 @@ def _open_directory(
 
     directory = claim_first_free(Path(composed.hydra.run.dir).absolute(), is_named, claim)
     return directory, source if backup is None else _restore(backup, directory)
+
+
+def _stop_now(directory: RunDirectory, typed: int | None) -> int | None:
+    """Return the update after which a run that is resumed by itself stops: in a search no later than the search has it.
+
+    Raises:
+        ConfigError: the search has compared it there: it alone decides whether the run continues.
+    """
+    run = directory.path
+    job = find_job(run)
+    if job is None or job.stop_at is None:
+        return typed
+    if (directory.read_status().get("step") or 0) < job.stop_at:
+        print(f"job {job.number} of a search trains to update {job.stop_at}, where the search compares it", flush=True)
+        return min(job.stop_at, typed or job.stop_at)
+    commands = [f"That is continued by: {resume_command(run.parent)}"]
+    if checkpoints := sorted(directory.checkpoints.glob("step-*[0-9]")):
+        commands.append(f"To train this one to its end, in a directory of its own: {resume_command(checkpoints[-1])}")
+    raise ConfigError(
+        f"resume={shell_path(run)}: this trial of a search stopped at update {job.stop_at}, and the search decides "
+        "whether it continues.\n" + "\n".join(commands)
+    )
 
 
 def _restore(backup: Path, directory: RunDirectory) -> ResumeSource:

@@ -13,6 +13,8 @@ from runner.common.units import SECONDS, parse_quantity
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "qmc")
 PRUNERS = ("halving", "asha", "none")
 DEFAULT_TRIALS = 30
+MAX_TRIALS = 10_000
+"""As many as the jobs of a grid."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def make_settings(options: Mapping[str, Any]) -> SearchSettings:
             continue
         if type(value) is not int or value < least:
             raise ConfigError(f"hydra.sweeper.{name}={value} is invalid: must be a whole number, {least} or more.")
+    if (settings.trials or 0) > MAX_TRIALS:
+        raise ConfigError(f"hydra.sweeper.trials={settings.trials} is invalid: must be {MAX_TRIALS:,} or less.")
     if settings.budget is not None and not (settings.budget_seconds or 0) > 0:
         raise ConfigError(f"hydra.sweeper.budget={settings.budget} is invalid: must be a duration such as 90m or 8h.")
     return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from runner.common.commands import PROGRAM, mlx_lm_command, repeat_command, resume_command, warm_start_command
 from runner.common.safe_json import finite_number
 from runner.common.text import relative_path, shell_path
+from runner.common.units import SECONDS, parse_quantity
 from runner.config.resume_policy import iters_may_change
 from runner.runs.find import SweepInfo
 from runner.runs.inspect import RunInfo
@@ -93,13 +95,13 @@ def for_sweep(sweep: SweepInfo, search: SearchSummary | None = None) -> list[Com
 def after_search(folder: Path, search: SearchSummary, best: RunInfo | None) -> list[Command]:
     """Return the commands printed where a search ends: finish it, or show its best run and search on."""
     if not search.is_complete:
-        return [_resume(folder, "finish")]
+        return [_finish_search(folder, search, "finish")]
     shown = [] if best is None else [_show(best), *_train_longer(best)]
     return [*shown, *_search_on(folder, search)]
 
 
 def _for_search(folder: Path, search: SearchSummary, best: RunInfo | None) -> list[Command]:
-    commands = [] if search.is_complete else [_resume(folder, "finish the search")]
+    commands = [] if search.is_complete else [_finish_search(folder, search, "finish the search")]
     if best is not None and best.settings:
         commands.append(_show(best))
         if best.state == "finished":
@@ -110,14 +112,21 @@ def _for_search(folder: Path, search: SearchSummary, best: RunInfo | None) -> li
     return commands + (_search_on(folder, search) if search.is_complete else [])
 
 
+def _finish_search(folder: Path, search: SearchSummary, purpose: str) -> Command:
+    """Return the command that finishes a search; with more time where its budget was too short for one trial."""
+    budget = _more_time(search.options.get("budget"), search.record.spent_seconds) if search.record.missed else ""
+    more = f" hydra.sweeper.budget={budget}" if budget else ""
+    return Command(purpose, f"{_resume(folder).line}{more}")
+
+
 def _search_on(folder: Path, search: SearchSummary) -> list[Command]:
     """Return the commands that give a complete search more trials, more time, or more seeds."""
-    options, resume = search.options, _resume(folder).line
-    budget = _doubled(options.get("budget"))
+    options, record, resume = search.options, search.record, _resume(folder).line
+    budget = _more_time(options.get("budget"), record.spent_seconds)
     time = f" hydra.sweeper.budget={budget}" if budget else ""
     wanted, made = options.get("trials"), len(search.trials)
     more = f" hydra.sweeper.trials={2 * made}"
-    if budget and isinstance(wanted, int) and wanted > made:  # time was what it lacked
+    if budget and (record.missed or (isinstance(wanted, int) and wanted > made)):  # time was what it lacked
         more = ""
     commands = [Command("search on", f"{resume}{more}{time}")]
     if options.get("seeds") in (None, 1):
@@ -131,10 +140,13 @@ def _train_longer(best: RunInfo) -> list[Command]:
     return [Command("train the best longer", repeat_command(best.path, f"train.iters={2 * best.iters}"))]
 
 
-def _doubled(budget: object) -> str:
-    """Return twice a duration, in its unit: `8h` as `16h`; empty where it is none."""
+def _more_time(budget: object, spent: float) -> str:
+    """Return twice a budget, or twice what was spent where that is more, in its unit: `8h` as `16h`; empty for none."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]+)", str(budget), re.IGNORECASE)
-    return f"{2 * float(match[1]):g}{match[2]}" if match else ""
+    unit = parse_quantity(f"1{match[2]}", SECONDS) if match else None
+    if match is None or unit is None:
+        return ""
+    return f"{max(2 * float(match[1]), math.ceil(2 * spent / unit)):g}{match[2]}"
 
 
 def _show(run: RunInfo) -> Command:

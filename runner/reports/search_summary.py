@@ -28,6 +28,7 @@ from runner.runs.search_record import (
 
 _OPTIONS = ("sampler", "pruner", "eta", "seed")
 _FINISHED, _STOPPED, _WAITING, _REPEATS = "finished", "stopped", "waiting", "repeats"
+_NOT_STARTED = "not started"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class SearchSummary:
     trials: list[Trial] = field(default_factory=list)
     seeds_missing: bool = False
     """Whether a trial is still to be trained with another seed."""
+
+    gone: list[int] = field(default_factory=list)
+    """Trials that were measured and whose folder is not there any more."""
 
     @property
     def is_complete(self) -> bool:
@@ -150,8 +154,11 @@ def summarize(record: SearchRecord, runs: Mapping[int, RunInfo]) -> SearchSummar
         state, step, text, short = _ending(trial, repeats, run, cuts, places, judged, record.rungs)
         trials.append(Trial(trial.number, trial.job, trial.params, state, step, text, short))
     jobs = [job for trial in record.trials for job in trial.replicates.values()]
-    missing = any(job not in runs or runs[job].state not in (_FINISHED, DIVERGED, FAILED) for job in jobs)
-    return SearchSummary(record, rungs, trials, missing)
+    missing = any(job not in runs or runs[job].state not in (_FINISHED, DIVERGED) for job in jobs)
+    present = {number for number, run in runs.items() if run.state != _NOT_STARTED}
+    measured = [trial for trial in record.trials if trial.job is not None and trial.results]
+    gone = [trial.number for trial in measured if trial.job not in present and first[trial.job or 0] == trial.number]
+    return SearchSummary(record, rungs, trials, missing, gone)
 
 
 def read_summary(folder: Path, runs: Mapping[int, RunInfo]) -> tuple[SearchSummary | None, str | None]:
@@ -193,12 +200,18 @@ def header_lines(summary: SearchSummary) -> list[tuple[str, str]]:
     earlier = settings.get("earlier")
     if isinstance(earlier, list) and earlier:
         lines.append(("began with", f"{count(len(earlier), 'result')} of an earlier sweep (warm_from)"))
+    if summary.gone:
+        names = ", ".join(map(str, summary.gone))
+        noun = "trials" if len(summary.gone) > 1 else "trial"
+        lines.append(("gone", f"the folders of {noun} {names} are gone: what is recorded of them stays"))
     lines += [("plan", shorten(line.get("reason", ""), 200)) for line in record.planned]
     for line in record.extensions:
         changed = line["extended"]
         if isinstance(changed, dict):
             texts = " ".join(f"{name}={shorten(value)}" for name, value in changed.items())
             lines.append(("extended", f"to {texts} before wave {line.get('wave')}"))
+    if record.missed:
+        lines.append(("left out", f"for lack of time: {shorten('; '.join(record.missed), 200)}"))
     lines += [("to the end", text) for text in _beyond_their_place(record)]
     if record.updates:
         spent, training = format_duration(record.spent_seconds), format_duration(record.job_seconds)
@@ -278,7 +291,7 @@ def _ending(
         return _REPEATS, 0, f"has the settings of trial {repeats}", f"as trial {repeats}"
     result = trial.results[-1] if trial.results else None
     if result is None or (result.state == PAUSED and run is not None and (run.step or 0) > result.step):
-        state, step = ("not started", 0) if run is None else (run.state, run.step or 0)
+        state, step = (_NOT_STARTED, 0) if run is None else (run.state, run.step or 0)
         is_unrecorded = state in (_STOPPED, _FINISHED, DIVERGED, FAILED)  # a resume goes on from there
         return (_WAITING if is_unrecorded else state), step, f"{state} at step {step}", ""
     step = result.step

@@ -17,7 +17,7 @@ from runner.runs import sweep_manifest
 from runner.runs.inspect import RunInfo, modified_time, read_run
 from runner.runs.labels import read_labels
 from runner.runs.objective import Objective, objective_of
-from runner.runs.search_record import read_rungs
+from runner.runs.search_record import lost_record, read_rungs
 from runner.runs.sweep_manifest import SweepManifest
 
 _SWEEP_FILES = ("multirun.yaml", sweep_manifest.NAME)
@@ -43,7 +43,7 @@ class SweepInfo:
     waiting: int = 0
     """Number of jobs in the manifest that have no folder yet."""
     problem: str | None = None
-    """Why the manifest cannot be read."""
+    """Why the manifest cannot be read, or what else of the sweep is lost."""
     manifest: SweepManifest | None = None
     """None where it cannot be read."""
     labels: Labels = NO_LABELS
@@ -149,7 +149,7 @@ def read_sweep(path: Path) -> SweepInfo:
     manifest = problem = None
     try:
         manifest = sweep_manifest.read_manifest(path)
-        jobs = [job.folder for job in manifest.jobs]
+        jobs, problem = [job.folder for job in manifest.jobs], lost_record(manifest)
     except (RunnerError, OSError) as error:
         problem = str(error)
     labels, rungs = read_labels(path), read_rungs(path)

@@ -13,6 +13,7 @@ that was killed makes the same decisions again, and the results that are recorde
     {"replicate": 3, "job": 12, "seed": 1}
     {"planned": {"trials": 17}, "wave": 1, "reason": "a budget of 8h holds 17 at 1.2 s an update"}
     {"extended": {"trials": 60, "budget": "16h"}, "wave": 10}
+    {"missed": ["13 of 30 trials", "seeds 1, 2 of trial 3"]}
     {"spent": 3600.0, "jobs": 3100.0, "updates": 2833, "beside": 210.0, "starts": 42}
 
 A wave is what is decided at once and launched together: how many trials the sampler is asked for, which trials continue
@@ -23,6 +24,7 @@ in sweep.jsonl: two trials of equal settings share one. `result`, `stopped` and 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,7 +33,10 @@ from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.common.safe_json import is_count
+from runner.common.text import relative_path
+from runner.config.search_settings import MAX_TRIALS
 from runner.runs.rows import RowFile, scan_rows
+from runner.runs.sweep_manifest import SweepManifest
 
 NAME = "search.jsonl"
 JOURNAL = "optuna-journal.log"
@@ -87,6 +92,8 @@ class SearchRecord:
     """Options that a resume changed, each with the `wave` from which they apply."""
     planned: list[dict[str, Any]] = field(default_factory=list)
     """How many trials were planned, in order, with the reason; resumes and budgets change it."""
+    missed: list[str] = field(default_factory=list)
+    """What the budget left out of the search where it ended, as phrases."""
     spent_seconds: float = 0.0
     """Time that the search has taken, all its processes together."""
     job_seconds: float = 0.0
@@ -130,7 +137,7 @@ def read_search(folder: Path) -> SearchRecord | None:
     if not path.is_file():
         return None
     record = SearchRecord()
-    with suppress(OSError):
+    try:
         for line in scan_rows(path):
             if line.torn:
                 break
@@ -140,8 +147,27 @@ def read_search(folder: Path) -> SearchRecord | None:
                 _apply(record, line.row)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError):
                 raise ConfigError(f"{path}, line {line.number} cannot be understood.") from None
-    record.size = _complete_bytes(path)
+        record.size = _complete_bytes(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
     return record
+
+
+def lost_record(manifest: SweepManifest) -> str | None:
+    """Return a sentence where a sweep was a search whose record is gone, as its other files tell."""
+    path = manifest.folder / NAME
+    if os.path.lexists(path) or not manifest.jobs:
+        return None
+    was_chosen = any(text.lstrip("+") == "hydra/sweeper=search" for text in manifest.arguments)
+    if not (
+        was_chosen or (manifest.folder / JOURNAL).exists() or any(job.stop_at is not None for job in manifest.jobs)
+    ):
+        return None
+    return (
+        f"{path} is missing, which says what this search tried and decided: only a backup of it can continue it. Its "
+        "jobs are whole, and a new search can begin with their results: "
+        f"hydra.sweeper.warm_from={relative_path(manifest.folder)}"
+    )
 
 
 def read_rungs(folder: Path) -> list[int]:
@@ -196,38 +222,60 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
     elif "trial" in line:
         if line["trial"] != len(record.trials):
             raise ValueError("a trial is out of order")
-        job = None if line["job"] is None else int(line["job"])
+        job = None if line["job"] is None else _count(line["job"])
         record.trials.append(TrialRecord(int(line["trial"]), job, dict(line["params"])))
     elif "result" in line:
+        trial = _trial(record, line["result"])
         values = tuple(float(value) for value in line["values"])
         if not all(map(math.isfinite, values)) or (line["state"] in (PAUSED, FINISHED)) != bool(values):
             raise ValueError("a result has other values than its state")
         judged = line.get("judged", values[0] if values else None)
         result = Result(
-            int(line["step"]),
+            _count(line["step"]),
             values,
             str(line["state"]),
             None if judged is None else float(judged),
             str(line.get("reason", "")),
         )
-        record.trials[line["result"]].results.append(result)
+        trial.results.append(result)
     elif "stopped" in line:
-        record.trials[line["stopped"]].stopped = line
+        _trial(record, line["stopped"]).stopped = line
     elif "wave" in line and "asked" in line:
         if line["wave"] != len(record.waves):
             raise ValueError("a wave is out of order")
+        if _count(line["asked"]) > MAX_TRIALS:
+            raise ValueError("a wave asks for more trials than a search may have")
         for decision in line.get("continued", []):
+            if record.rungs and not decision["from"] < decision["to"] <= record.rungs[-1]:
+                raise ValueError("trials continue to a step that is no rung")
             for number in decision["trials"]:
-                record.trials[number].stopped = None
+                _trial(record, number).stopped = None
+        for pair in line.get("replicates", []):
+            _trial(record, pair["trial"])
+            _count(pair["seed"])
         record.waves.append(line)
+        record.missed = []
     elif "extended" in line:
         record.extensions.append(line)
+        record.missed = []
     elif "replicate" in line:
-        record.trials[line["replicate"]].replicates[int(line["seed"])] = int(line["job"])
+        _trial(record, line["replicate"]).replicates[_count(line["seed"])] = _count(line["job"])
     elif "planned" in line:
         record.planned.append(line)
+    elif "missed" in line:
+        record.missed = [str(text) for text in line["missed"]]
     elif "spent" in line:
         record.spent_seconds, record.job_seconds = float(line["spent"]), float(line["jobs"])
         record.updates, record.beside_seconds = int(line["updates"]), float(line["beside"])
         record.starts = int(line["starts"])
     record.lines.append(line)
+
+
+def _trial(record: SearchRecord, number: object) -> TrialRecord:
+    return record.trials[_count(number)]
+
+
+def _count(value: object) -> int:
+    if not is_count(value):
+        raise ValueError("a number from 0 is expected")
+    return value

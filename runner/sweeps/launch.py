@@ -53,6 +53,8 @@ def resume_sweep(invocation: Invocation) -> Invocation:
     typed_hydra = [argument for argument in invocation.overrides if _is_hydra(argument)]
     recorded = [argument for argument in manifest.arguments if _is_hydra(argument) and not _is_sweeper(argument)]
     search = search_record.read_search(folder)
+    if problem := search_record.lost_record(manifest):
+        raise ConfigError(problem)
     if search is not None:
         recorded += _search_arguments(search)
     if "hydra/launcher" in invocation.hydra_settings:

@@ -34,6 +34,9 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Python sets handlers on the main thread only; in a launcher's worker thread signals are not recorded.
         if threading.current_thread() is threading.main_thread():
+            around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            if isinstance(around, StopSignals) and around.requested is not None:
+                self.request(around.requested)  # it came before this one listened
             for number in STOP_SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup

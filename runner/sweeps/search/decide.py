@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.common.errors import ConfigError
-from runner.common.text import format_duration
+from runner.common.text import count, format_duration
 from runner.runs.search_record import DIVERGED, FINISHED, PAUSED, Result
 from runner.sweeps.search import rungs as rung_rules
 from runner.sweeps.search.dimensions import Value
@@ -213,23 +213,50 @@ def affordable_trials(state: SearchState, targets: Targets, clock: Clock) -> int
         assert clock.seconds_left is not None
         return whole - made <= clock.seconds_left
 
-    count = next((trials for trials in range(targets.trials, 0, -1) if fits(trials)), 0)
-    if not count and not any(trial.is_finished for trial in state.trials):
+    affordable = next((trials for trials in range(targets.trials, 0, -1) if fits(trials)), 0)
+    if not affordable and not any(trial.is_finished for trial in state.trials):
         raise ConfigError(
             f"The budget does not hold one trial of {state.end} updates: the one that was begun would need "
-            f"{format_duration(clock.seconds(_reserve(state)))} more. Nothing is lost: resume=SWEEP with a larger "
+            f"{format_duration(clock.seconds(_reserve(state)))} more. Nothing is lost: a resume with a larger "
             "hydra.sweeper.budget continues."
         )
-    return count
+    return affordable
+
+
+def missed_targets(state: SearchState, targets: Targets) -> list[str]:
+    """Return what a search that ends lacks of its targets, as phrases: ``2 of 9 trials``, ``seeds 1, 2 of trial 4``."""
+    missed = []
+    if missing := _missing_trials(state, targets.trials):
+        missed.append(f"{missing} of {count(targets.trials, 'trial')}")
+    finalists = state.best_first()[: _finalists(targets)]
+    for trial in finalists:
+        seeds = [str(state.seed + i) for i in range(1, targets.seeds) if state.seed + i not in trial.replicates]
+        named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+        if trial.is_paused and trial.result is not None:
+            more = f", and its {named}" if seeds else ""
+            missed.append(f"trial {trial.number} from {trial.result.step} to its end{more}")
+        elif seeds:
+            missed.append(f"{named} of trial {trial.number}")
+    return missed
+
+
+def _missing_trials(state: SearchState, most: int) -> int:
+    """Return how many trials can still be asked for, up to `most` in all."""
+    last = state.trials[-_MAX_REPEATS:]
+    if state.exhausted or (len(last) == _MAX_REPEATS and all(trial.repeats is not None for trial in last)):
+        return 0
+    return max(0, most - len(state.counted))
+
+
+def _finalists(targets: Targets) -> int:
+    """Return how many of the best trials are trained to their end."""
+    return targets.finalists if targets.seeds > 1 else 1
 
 
 def _asks(state: SearchState, most: int) -> int:
     """Return how many trials to ask for at once, up to `most` in all."""
-    last = state.trials[-_MAX_REPEATS:]
-    if state.exhausted or (len(last) == _MAX_REPEATS and all(trial.repeats is not None for trial in last)):
-        return 0
-    missing = most - len(state.counted)
-    return max(0, min(missing, state.at_once) if state.learns else missing)
+    missing = _missing_trials(state, most)
+    return min(missing, state.at_once) if state.learns else missing
 
 
 def _reserve(state: SearchState) -> int:
@@ -301,10 +328,10 @@ def _waits(trial: Trial, step: int) -> bool:
 def _finish(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     """Train the best trials to their end, then the finalists with other seeds."""
     ranked = state.best_first()
-    count = targets.finalists if targets.seeds > 1 else 1
-    reason = "the best is trained to its end" if count == 1 else "a finalist"
+    finalists = ranked[: _finalists(targets)]
+    reason = "the best is trained to its end" if len(finalists) == 1 else "a finalist"
     paused: dict[int, list[int]] = {}
-    for place, trial in enumerate(ranked[:count]):
+    for place, trial in enumerate(finalists):
         assert trial.result is not None
         step = trial.result.step
         if trial.is_paused and (place == 0 or _fitting(state, clock, state.end - step) > place):
@@ -319,7 +346,7 @@ def _finish(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     missing = [
         (trial.number, state.seed + i)
         for i in range(1, targets.seeds)
-        for trial in ranked[:count]
+        for trial in finalists
         if trial.is_finished and state.seed + i not in trial.replicates
     ]
     rounds = clock.rounds(state.end)

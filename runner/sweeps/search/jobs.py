@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.plugins.launcher import Launcher
 
 from runner.app.hydra_internals import job_error
 from runner.common.errors import StorageError
+from runner.common.text import single_line
 from runner.runs.directory import RunDirectory
 from runner.runs.inspect import modified_time
 from runner.runs.sweep_manifest import SweepJob, SweepManifest
 from runner.sweeps.job_planner import JobPlanner
-from runner.sweeps.plan import remaining_jobs
+from runner.sweeps.plan import has_begun, remaining_jobs
 from runner.sweeps.search.dimensions import Value
+from runner.sweeps.search.outcome import Progress, read_progress
 from runner.sweeps.search.space import Space
+
+
+@dataclass(frozen=True)
+class Launched:
+    """How a launch went."""
+
+    any_started: bool = False
+    failed_fast: str = ""
+    """What failed, where the launcher has fail_fast: it starts no job after that."""
 
 
 class TrialJobs:
@@ -35,6 +46,13 @@ class TrialJobs:
         self._manifest, self._planner, self._space = manifest, planner, space
         self._launcher, self._output_subdir, self._template = launcher, output_subdir, template
         self._planned: list[SweepJob] = []
+        self.errors: dict[int, str] = {}
+        """What the last start of a job by this process raised, by its number."""
+
+    @property
+    def sweep(self) -> Path:
+        """The directory of the sweep."""
+        return self._manifest.folder
 
     def folder(self, number: int) -> Path:
         """Return the directory of a job."""
@@ -55,6 +73,10 @@ class TrialJobs:
     def has(self, number: int) -> bool:
         """Return whether a job of this number is recorded."""
         return number < len(self._manifest.jobs)
+
+    def has_begun(self, number: int) -> bool:
+        """Return whether there is a run of this job."""
+        return has_begun(self.folder(number))
 
     def find_or_plan_seed(self, number: int, seed: int) -> SweepJob:
         """Return the job that trains what a recorded job does, with another seed."""
@@ -83,8 +105,13 @@ class TrialJobs:
         folders = [self._manifest.folder / job.folder for job in self._manifest.jobs]
         return max((modified_time(RunDirectory(folder).metrics) for folder in folders), default=0.0)
 
-    def launch(self, numbers: Sequence[int]) -> bool:
-        """Train these jobs as far as is recorded, and return whether one was started.
+    def progress(self) -> Progress:
+        """Return how far all jobs are together."""
+        runs = [read_progress(self.folder(job.number)) for job in self._manifest.jobs]
+        return Progress(sum(run.updates for run in runs), sum(run.seconds for run in runs))
+
+    def launch(self, numbers: Sequence[int]) -> Launched:
+        """Train these jobs as far as is recorded.
 
         Raises:
             StorageError: nothing can be written any more, so that no other job could run.
@@ -92,7 +119,7 @@ class TrialJobs:
         """
         left = remaining_jobs(self._manifest, numbers)
         if not left:
-            return False
+            return Launched()
         run_jobs = getattr(self._launcher, "run_jobs", None)
         if callable(run_jobs):
             shared = {*self._space.fixed}
@@ -101,10 +128,17 @@ class TrialJobs:
         else:  # a launcher of another package
             overrides = [job.launch_overrides(self._manifest.folder, self._output_subdir) for job in left]
             returns = self._launcher.launch(overrides, initial_job_idx=0)
-        for done in returns:
-            if isinstance(error := job_error(done), StorageError):
+        failed_fast = ""
+        for one, done in zip(left, returns, strict=False):
+            number, error = one.job.number, job_error(done)
+            self.errors.pop(number, None)
+            if isinstance(error, StorageError):
                 raise error
-        return True
+            if error is not None:
+                self.errors[number] = str(error)
+                if not failed_fast and getattr(self._launcher, "fail_fast", False):
+                    failed_fast = f"job {number}: {single_line(str(error))}"
+        return Launched(True, failed_fast)
 
     def _add(self, job: SweepJob, is_new: bool) -> SweepJob:
         if is_new:

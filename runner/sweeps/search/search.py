@@ -7,27 +7,28 @@ is recorded, without launching it again, and continues where the record ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from runner.common.clock import parse_utc
+from runner.common.commands import resume_command
 from runner.common.errors import ConfigError, RunnerError
-from runner.common.text import single_line
+from runner.common.text import count, format_duration, relative_path, single_line
 from runner.runs.objective import Objective
-from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result, SearchRecord, SearchRecordWriter
+from runner.runs.search_record import DIVERGED, FAILED, FINISHED, NAME, PAUSED, Result, SearchRecord, SearchRecordWriter
 from runner.sweeps.search.decide import (
-    Clock,
     SearchState,
     Targets,
     Trial,
     Wave,
     affordable_trials,
+    missed_targets,
     next_wave,
 )
 from runner.sweeps.search.jobs import TrialJobs
 from runner.sweeps.search.lines import continued_text, read_wave, result_line, wave_line
-from runner.sweeps.search.outcome import Outcome, Progress, read_outcome, read_progress
+from runner.sweeps.search.outcome import Outcome, read_outcome, read_progress
 from runner.sweeps.search.study import Study
+from runner.sweeps.search.time_account import TimeAccount
+from runner.training.signals import StopSignals
 
 _MAX_STARTS = 3
 """How often a job is started whose process ends without a reason of its own."""
@@ -36,7 +37,11 @@ _MAX_FAILURES = 3
 
 
 class SearchFailed(RunnerError):
-    """Raised where trial after trial fails."""
+    """Raised where trial after trial fails, or one does with hydra.launcher.fail_fast."""
+
+
+class _Damaged(ConfigError):
+    """Raised where the record cannot be that of this search."""
 
 
 class Search:
@@ -52,8 +57,9 @@ class Search:
         objective: Objective,
         record: SearchRecord,
         writer: SearchRecordWriter,
+        stops: StopSignals,
     ) -> None:
-        """Start with an empty `state`: `run` fills it from the record."""
+        """Start with an empty `state`: `run` fills it from the record. `stops`: the signals that come between jobs."""
         self._state, self._targets = state, targets
         self._study, self._jobs, self._objective = study, jobs, objective
         self._record, self._writer = record, writer
@@ -61,25 +67,25 @@ class Search:
         self._wave = 0
         self._is_planned = False
         """Whether how many trials the budget holds is recorded."""
-        self._has_launched = False
-        """Whether this process has launched jobs: the first launch loads what the others share."""
         self._failures = 0
         """Trials in a row that failed."""
-        self._spent_before, self._started = record.spent_seconds, time.monotonic()
+        self._failed_fast = ""
+        """What failed, where the launcher has fail_fast."""
+        self._time = TimeAccount(record, writer, targets.budget_seconds)
+        self._stops = stops
 
     def run(self) -> None:
         """Train trials until the search is complete, or its budget is used.
 
         Raises:
-            SearchFailed: trial after trial fails.
+            SearchFailed: trial after trial fails, or one does with hydra.launcher.fail_fast.
             ConfigError: the record does not fit what the sampler suggests, or the budget does not hold one trial.
             SystemExit: a signal stopped it; it can be resumed.
         """
-        if lost := self._seconds_before_kill():
-            self._spent_before += lost
-            self._add_time()
+        self._time.add_killed_wave(self._jobs.last_written(), self._jobs.progress())
         for recorded in list(self._record.waves):
             self._carry_out(read_wave(recorded))
+        self._train_missing()
         self._state.planned = self._planned_trials()
         self._is_planned = self._state.planned is not None
         while (wave := self._next_wave()) is not None:
@@ -88,20 +94,37 @@ class Search:
                 print(continued_text(decision), flush=True)
             self._carry_out(wave)
         self._stop_paused()
+        self._record_missed()
+
+    def _train_missing(self) -> None:
+        """Train to their end once more the trials that were there already, and whose folder is gone since."""
+        gone = [
+            t for t in self._state.counted if t.is_finished and t.job is not None and not self._jobs.has_begun(t.job)
+        ]
+        for trial in gone:
+            print(
+                f"trial {trial.number}: the folder of its job {trial.job} is gone, so it is trained again", flush=True
+            )
+        self._launch({trial.job: self._state.end for trial in gone if trial.job is not None})
 
     def _next_wave(self) -> Wave | None:
         """Decide what to launch next; where the budget holds fewer trials than are wanted, record how many it holds."""
-        state, targets, clock = self._state, self._targets, self._clock()
+        state, targets, clock = self._state, self._targets, self._time.clock()
         if state.pruner == "halving" and clock.seconds_left is not None and not self._is_planned:
-            count = len(state.counted)
-            state.planned = affordable_trials(state, targets, clock) if count else None
-            if state.planned is not None and count >= state.planned < targets.trials:
+            made = len(state.counted)
+            try:
+                state.planned = affordable_trials(state, targets, clock) if made else None
+            except ConfigError:
+                self._record_missed()
+                raise
+            if state.planned is not None and state.planned <= made < targets.trials:
                 self._is_planned = True
-                reason = f"the budget holds {count} trials at {clock.per_update or 0.0:.3g} s an update"
+                trials = count(made, "trial")
+                reason = f"the budget holds {trials} at {clock.per_update or 0.0:.3g} s an update"
                 if clock.seconds_left <= 0:
-                    reason = f"the budget is used, after {count} trials"
+                    reason = f"the budget is used, after {trials}"
                 print(reason, flush=True)
-                self._writer.append({"planned": {"trials": count}, "wave": self._wave, "reason": reason})
+                self._writer.append({"planned": {"trials": made}, "wave": self._wave, "reason": reason})
         return next_wave(state, targets, clock)
 
     def _planned_trials(self) -> int | None:
@@ -114,28 +137,9 @@ class Search:
                 planned = int(line["planned"]["trials"])
         return planned
 
-    def _clock(self) -> Clock:
-        """Return the time that is left, and how long jobs take as measured so far."""
-        record, budget = self._record, self._targets.budget_seconds
-        left = None if budget is None else budget - self._spent()
-        if not record.updates:
-            return Clock(left)
-        per_start = record.beside_seconds / record.starts if record.starts else 0.0
-        return Clock(left, record.job_seconds / record.updates, per_start)
-
-    def _seconds_before_kill(self) -> float:
-        """Return how long the last wave was in progress where the process was killed in it, by what its jobs wrote."""
-        record = self._record
-        if not record.waves or any("spent" in line for line in _lines_since_last_wave(record)):
-            return 0.0
-        begun = parse_utc(record.waves[-1].get("time"))
-        return max(0.0, self._jobs.last_written() - begun) if begun is not None else 0.0
-
-    def _spent(self) -> float:
-        return self._spent_before + time.monotonic() - self._started
-
     def _carry_out(self, wave: Wave) -> None:
         """Launch what was decided, record the results and tell them to the sampler."""
+        self._stop_if_asked()
         self._wave += 1
         trials = self._suggest(wave.asked)
         for decision in wave.continued:
@@ -148,9 +152,17 @@ class Search:
         ends = {job: step if step < self._state.end else None for job, step in targets.items()}
         self._jobs.record({**ends, **dict.fromkeys(seeds)})
         if seeds:
-            self._launch(dict.fromkeys(seeds, self._state.end))
+            self._train_seeds(wave.replicates, seeds)
         if trials:
             self._measure(trials, targets)
+
+    def _train_seeds(self, replicates: Sequence[tuple[int, int]], jobs: Sequence[int]) -> None:
+        """Train trials with other seeds; one that fails is tried again by the next resume."""
+        outcomes = self._launch(dict.fromkeys(jobs, self._state.end))
+        for (number, seed), job in zip(replicates, jobs, strict=True):
+            if job in outcomes and (result := outcomes[job].result).state in (FAILED, DIVERGED):
+                print(f"trial {number} with seed {seed} {result.state}: {single_line(result.reason)}", flush=True)
+        self._refuse_failed_fast()
 
     def _suggest(self, count: int) -> list[Trial]:
         """Ask the sampler for trials, and return those that are new."""
@@ -162,12 +174,14 @@ class Search:
             number = len(self._state.trials)
             params = self._study.ask(at_once=count)
             recorded = self._record.trials[number] if number < len(self._record.trials) else None
+            if recorded is None and self._wave < self._recorded_waves:
+                raise self._damaged(f"wave {self._wave - 1} asked for {count} trials, and trial {number} is not there")
             if recorded is not None and recorded.params != params:
                 raise ConfigError(
                     f"trial {number} was recorded with {recorded.params}, and now {params} is suggested: another "
                     "version of Optuna, or an edited record. With the version that began the search "
                     f"({self._record.settings.get('optuna')}) it continues; a new one begins with its results by "
-                    "hydra.sweeper.warm_from=SWEEP."
+                    f"hydra.sweeper.warm_from={relative_path(self._jobs.sweep)}."
                 )
             trial, reason = Trial(number, None, params, target=self._state.first_rung), "no run can have its settings"
             if recorded is not None and (recorded.job is None or self._jobs.has(recorded.job)):
@@ -175,6 +189,10 @@ class Search:
             else:
                 try:
                     trial.job = self._jobs.find_or_plan(params).number
+                    if recorded is not None and recorded.job != trial.job:
+                        raise self._damaged(f"trial {number} has job {recorded.job}, and there is no such job")
+                except _Damaged:
+                    raise
                 except ConfigError as error:
                     reason = single_line(str(error))
                     print(f"trial {number} cannot run: {reason}", flush=True)
@@ -191,6 +209,9 @@ class Search:
             else:
                 new.append(trial)
         return new
+
+    def _damaged(self, problem: str) -> ConfigError:
+        return _Damaged(f"{self._jobs.sweep / NAME}: {problem}.")
 
     def _add_replicate(self, number: int, seed: int) -> int:
         trial = self._state.trials[number]
@@ -211,15 +232,17 @@ class Search:
                 reason = list(results.values())[-1].reason
                 raise SearchFailed(
                     f"{self._failures} trials in a row failed, the last one: {reason}\n"
-                    "The search ends here, since the next ones would fail as well. resume=SWEEP tries the last ones "
-                    "again."
+                    "The search ends here, since the next ones would fail as well. This tries the last ones again: "
+                    f"{resume_command(self._jobs.sweep)}"
                 )
         elif results:
             self._failures = 0
         for trial in trials:
-            recorded = self._recorded_result(trial)
-            self._add_result(trial, recorded or results[trial.number])
+            result = self._recorded_result(trial) or results.get(trial.number)
+            if result is not None:  # or else fail_fast ends the search below
+                self._add_result(trial, result)
         self._writer.sync()
+        self._refuse_failed_fast()
 
     def _recorded_result(self, trial: Trial) -> Result | None:
         if trial.number >= len(self._record.trials):
@@ -228,41 +251,42 @@ class Search:
         return recorded[len(trial.results)] if len(recorded) > len(trial.results) else None
 
     def _launch(self, targets: Mapping[int, int]) -> dict[int, Outcome]:
-        """Train jobs to these steps and return what they have there, by number of the job."""
-        left, outcomes, start, launched = dict(targets), {}, time.monotonic(), False
+        """Train jobs to these steps and return what they have there, by number of the job.
+
+        With hydra.launcher.fail_fast a job that failed, and those that were not started then, have nothing.
+        """
+        left, outcomes, start, was_launched = dict(targets), {}, time.monotonic(), False
         before = {job: read_progress(self._jobs.folder(job)) for job in targets}
         for attempt in range(1, _MAX_STARTS + 1):
-            if not left:
+            if not left or self._failed_fast:
                 break
-            launched |= self._jobs.launch(list(left))
+            self._stop_if_asked()
+            launched = self._jobs.launch(list(left))
+            was_launched |= launched.any_started
+            self._failed_fast = launched.failed_fast
             for job, step in left.items():
                 is_last = step >= self._state.end
                 outcomes[job] = read_outcome(self._jobs.folder(job), step, self._objective, is_last=is_last)
             left = {job: step for job, step in left.items() if outcomes[job].interrupted and attempt < _MAX_STARTS}
-        if launched:
-            after = {job: read_progress(self._jobs.folder(job)) for job in targets}
-            self._note_time(time.monotonic() - start, [after[job] - before[job] for job in targets])
+        if was_launched:
+            progress = [read_progress(self._jobs.folder(job)) - before[job] for job in targets]
+            self._time.add_launch(time.monotonic() - start, progress, self._state.at_once)
+        if self._failed_fast:
+            outcomes = {job: outcome for job, outcome in outcomes.items() if outcome.result.state != FAILED}
         return outcomes
 
-    def _note_time(self, seconds: float, jobs: list[Progress]) -> None:
-        """Record the time that was spent, and what it was spent on; `seconds`: that of the launch."""
-        in_jobs = sum(job.seconds for job in jobs)
-        is_first, self._has_launched = not self._has_launched, True
-        beside = max(0.0, seconds * min(len(jobs), self._state.at_once) - in_jobs)
-        updates = sum(job.updates for job in jobs)
-        self._add_time(in_jobs, updates, *((0.0, 0) if is_first else (beside, len(jobs))))
+    def _refuse_failed_fast(self) -> None:
+        """End the search where a job failed with hydra.launcher.fail_fast."""
+        if self._failed_fast:
+            raise SearchFailed(
+                f"{self._failed_fast}\nhydra.launcher.fail_fast ends the search here. This continues it, and tries "
+                f"again what failed: {resume_command(self._jobs.sweep)}"
+            )
 
-    def _add_time(self, jobs: float = 0.0, updates: int = 0, beside: float = 0.0, starts: int = 0) -> None:
-        record = self._record
-        self._writer.append(
-            {
-                "spent": round(self._spent(), 3),
-                "jobs": round(record.job_seconds + jobs, 3),
-                "updates": record.updates + updates,
-                "beside": round(record.beside_seconds + beside, 3),
-                "starts": record.starts + starts,
-            }
-        )
+    def _stop_if_asked(self) -> None:
+        """End with the exit code of a signal that came while no job ran."""
+        if self._stops.signal is not None:
+            raise SystemExit(128 + self._stops.signal)
 
     def _add_result(self, trial: Trial, result: Result) -> None:
         """Add the next result of a trial, record it unless it is recorded, and tell the sampler."""
@@ -293,7 +317,12 @@ class Search:
             if self._record.trials[trial.number].stopped != line:
                 self._writer.append(line)
 
-
-def _lines_since_last_wave(record: SearchRecord) -> list[dict[str, Any]]:
-    last = max(i for i, line in enumerate(record.lines) if "wave" in line and "asked" in line)
-    return record.lines[last:]
+    def _record_missed(self) -> None:
+        """Print and record what a complete search would have beside this one, where its budget leaves that out."""
+        missed = missed_targets(self._state, self._targets) if self._targets.budget_seconds is not None else []
+        if not missed:
+            return
+        spent, budget = format_duration(self._time.spent), format_duration(self._targets.budget_seconds or 0.0)
+        print(f"the budget of {budget}, of which {spent} are used, leaves out: {'; '.join(missed)}", flush=True)
+        if missed != self._record.missed:
+            self._writer.append({"missed": missed})

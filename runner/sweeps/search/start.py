@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from runner.sweeps.search.search import Search
 from runner.sweeps.search.search_plan import SearchPlan, head_line, new_plan, plan_text, recorded_plan, require_head
 from runner.sweeps.search.study import Study
 from runner.sweeps.sweep import SweepFailed, launcher_record, report
+from runner.training.signals import StopSignals
 
 _DECISIVE = ("train.iters", "train.epochs", "train.eval_", "train.early_stopping", "objective.", "data.", "model.")
 """Settings that are free on resume of a run, but would make the trials of a search incomparable."""
@@ -93,6 +94,7 @@ def run_search(
         _record_extension(record, writer, settings)
         print(plan_text(folder, plan), flush=True)
         jobs = TrialJobs(manifest, planner, plan.space, launcher, composed.hydra.output_subdir, plan.template)
+        stops = StopSignals()
         search = Search(
             _state(plan, launcher),
             _targets(plan),
@@ -101,19 +103,23 @@ def run_search(
             objective=plan.objective,
             record=record,
             writer=writer,
+            stops=stops,
         )
         results = None
+        # A launcher of another package may need the signals itself.
+        is_ours = callable(getattr(launcher, "run_jobs", None))
         try:
-            if changes:
-                jobs.apply_changes()
-            search.run()
+            with stops if is_ours else nullcontext():
+                if changes:
+                    jobs.apply_changes()
+                search.run()
         finally:
             if manifest.jobs:
-                results = report(manifest, {})
+                results = report(manifest, jobs.errors)
     if results is not None and results.failed:
         raise SweepFailed(
             f"{results.failed} of {len(results.jobs)} jobs failed or diverged; the table and results.csv say why. The "
-            "search counts them as such and does not try them again."
+            "search counts such trials and does not try them again; resume= tries again the seeds that failed."
         )
 
 

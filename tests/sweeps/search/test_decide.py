@@ -9,7 +9,7 @@ import pytest
 
 from runner.common.errors import ConfigError
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result
-from runner.sweeps.search.decide import Clock, SearchState, Targets, Trial, affordable_trials, next_wave
+from runner.sweeps.search.decide import Clock, SearchState, Targets, Trial, affordable_trials, missed_targets, next_wave
 
 RUNGS = [20, 60, 180]
 
@@ -156,6 +156,21 @@ def test_a_budget_without_room_for_one_trial_is_refused_after_its_speed_is_known
     with pytest.raises(ConfigError, match="does not hold one trial of 180 updates"):
         simulation.run()
     assert len(simulation.state.trials) == 1
+
+
+@pytest.mark.parametrize(
+    "budget, missed",
+    [
+        (None, []),
+        (1000.0, ["seed 2 of trial 0", "seed 2 of trial 8"]),
+        (450.0, ["seeds 1, 2 of trial 0", "trial 8 from 60 to its end, and its seeds 1, 2"]),
+        (300.0, ["4 of 9 trials", "seeds 1, 2 of trial 0", "trial 2 from 20 to its end, and its seeds 1, 2"]),
+    ],
+)
+def test_what_a_budget_leaves_out_is_named(budget, missed):
+    simulation = Simulation(seeds=3, finalists=2, budget=budget)
+    simulation.run()
+    assert missed_targets(simulation.state, simulation.targets) == missed
 
 
 def test_finalists_are_trained_to_their_end_and_with_every_seed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -416,6 +417,103 @@ def test_a_damaged_record_is_refused_in_one_sentence(inline, sweep, change):
     (sweep / "search.jsonl").write_text("\n".join([*first, *lines]) + "\n")
     out = inline("resume=s", expect=2)
     assert "first line, which says what is searched, is missing or damaged" in out and "\x1b" not in out
+
+
+def test_a_record_that_is_lost_is_named_and_its_jobs_are_no_grid(inline, sweep):
+    (sweep / "search.jsonl").unlink()
+    out = inline("resume=s", "lora.rank=3", expect=2)
+    assert "s/search.jsonl is missing" in out and "hydra.sweeper.warm_from=s" in out and len(jobs(sweep)) == 9
+    assert "search.jsonl is missing" in inline("show", "s")
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"trial": 8, "job": 99}, "job 99"),
+        ({"wave": 8, "asked": 1e6}, "cannot be understood"),
+        ({"wave": 8, "asked": 2000}, "wave 8 asked for 2000 trials, and trial 9 is not there"),
+        ({"result": -1}, "cannot be understood"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_refused_and_starts_nothing(inline, sweep, change, problem):
+    lines = [json.loads(line) for line in (sweep / "search.jsonl").read_text().splitlines()]
+    key = next(iter(change))
+    place = next(i for i, line in enumerate(lines) if key in line and (change[key] < 0 or line[key] == change[key]))
+    lines[place] |= change
+    (sweep / "search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = read_manifest(sweep)
+    out = inline("resume=s", expect=2)
+    assert problem in out and read_manifest(sweep).jobs == manifest.jobs
+
+
+def test_a_trial_at_its_end_whose_folder_is_gone_is_trained_again_and_a_stopped_one_stays_as_recorded(inline, sweep):
+    found = read_search(sweep)
+    assert found is not None
+    winner = next(trial.job for trial in found.trials if len(trial.results) == 3)
+    loser = next(trial.job for trial in found.trials if len(trial.results) == 1)
+    before = (sweep / f"{winner}/adapters/adapters.safetensors").read_bytes()
+    for job in (winner, loser):
+        shutil.rmtree(sweep / str(job))
+    out = inline("resume=s")
+    assert f"the folder of its job {winner} is gone, so it is trained again" in out
+    assert (sweep / f"{winner}/adapters/adapters.safetensors").read_bytes() == before
+    assert not (sweep / str(loser)).exists() and f"the folders of trial {loser} are gone" in out
+    after = read_search(sweep)
+    assert after is not None and after.trials == found.trials
+
+
+def test_a_trial_that_waits_is_not_continued_by_itself(inline, sweep):
+    found = read_search(sweep)
+    assert found is not None
+    waiting = next(trial for trial in found.trials if len(trial.results) == 2)
+    out = inline(f"resume=s/{waiting.job}", expect=2)
+    assert "stopped at update 3, and the search decides" in out and "resume=s\n" in out
+    assert f"resume=s/{waiting.job}/checkpoints/step-0000003" in out
+    status = json.loads((sweep / f"{waiting.job}/status.json").read_text())
+    (sweep / f"{waiting.job}/status.json").write_text(json.dumps(status | {"state": "interrupted", "step": 2}))
+    shutil.rmtree(sweep / f"{waiting.job}/checkpoints/step-0000003")
+    assert "trains to update 3" in inline(f"resume=s/{waiting.job}")
+    assert json.loads((sweep / f"{waiting.job}/status.json").read_text())["step"] == 3
+
+
+def test_fail_fast_ends_a_search_and_leaves_what_did_not_start(inline):
+    options = ("optimizer=sgd", "optimizer.learning_rate=1e30,1e-2", "lora.rank=2,4", "train.iters=2")
+    out = inline(*SEARCH, *options, "hydra.launcher.fail_fast=true", "hydra.sweep.dir=s", expect=1)
+    assert "fail_fast ends the search here" in out
+    found = read_search(inline.folder / "s")
+    assert found is not None
+    assert [[result.state for result in trial.results] for trial in found.trials] == [["diverged"], [], [], []]
+    inline("resume=s", "hydra.launcher.fail_fast=false", expect=1)
+    found = read_search(inline.folder / "s")
+    assert found is not None
+    assert [trial.results[-1].state for trial in found.trials] == ["diverged", "diverged", "finished", "paused"]
+
+
+def test_a_seed_that_fails_is_named_and_tried_again(inline, sweep):
+    (sweep / "9").mkdir()
+    (sweep / "9/of-another-program").write_text("")
+    out = inline("resume=s", "hydra.sweeper.seeds=2", "hydra.sweeper.finalists=1", expect=1)
+    assert re.search(r"trial \d with seed 1 failed", out) and "1 of 10 jobs failed" in out
+    shutil.rmtree(sweep / "9")
+    inline("resume=s")
+    assert states(sweep)[9] == "finished"
+
+
+def test_a_signal_between_jobs_ends_the_search_with_its_table(inline, monkeypatch):
+    from runner.sweeps.search.study import Study
+
+    ask = Study.ask
+
+    def ask_and_signal(study, **options):
+        if len(study._trials) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(study, **options)
+
+    monkeypatch.setattr(Study, "ask", ask_and_signal)
+    out = inline(*SEARCH, "hydra.sweeper.trials=4", "train.iters=2", "hydra.sweep.dir=s", expect=143)
+    assert "3 trials: 2 waiting, 1 not started" in out and "finish      python -m runner resume=s" in out
+    monkeypatch.undo()
+    assert "4 trials: 1 finished, 3 stopped" in inline("resume=s")
 
 
 @pytest.mark.parametrize("launcher", ["process", pytest.param("joblib", marks=pytest.mark.long)])

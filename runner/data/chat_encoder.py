@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runner.data import rendered_row
-from runner.data.chat_spans import OTHER_TEMPLATE, Conversation, Unlocated, lost_message
+from runner.data.chat_spans import OTHER_TEMPLATE, RenderedChat, Unlocated, lost_message
 from runner.data.conversation import Turn, normalize
 from runner.data.encoded import Encoded, Span
 from runner.data.row_errors import RowError
@@ -58,8 +58,8 @@ class ChatEncoder:
             lost_context=rendered_row.lost_context(turns, tools, conversation.text),
         )
 
-    def _conversation(self, turns: Sequence[Turn], tools: Any) -> Conversation:
-        return Conversation(self.encoder, self.ends, self.traits, turns, tools)
+    def _conversation(self, turns: Sequence[Turn], tools: Any) -> RenderedChat:
+        return RenderedChat(self.encoder, self.ends, self.traits, turns, tools)
 
     def _encode_turn_by_turn(self, turns: list[Turn], tools: Any) -> Encoded:
         """Return a row for each trained turn: what the model sees before it, and the turn."""
@@ -78,7 +78,7 @@ class ChatEncoder:
             lost_context = rendered_row.lost_context(turns[: index + 1], tools, conversation.text)
         return Encoded(rows, lost_reasoning, lost_context)
 
-    def _encode_unmasked(self, conversation: Conversation, limit: int) -> Encoded:
+    def _encode_unmasked(self, conversation: RenderedChat, limit: int) -> Encoded:
         turns, text = conversation.turns, conversation.text
         for index, turn in enumerate(turns):
             if turn.trained and (lost := rendered_row.lost_answer(turn, text)):

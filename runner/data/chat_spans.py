@@ -51,7 +51,7 @@ class AnswerLost(Unlocated):
     remedy = OTHER_TEMPLATE
 
 
-class Conversation:
+class RenderedChat:
     """One rendered conversation and where the assistant's turns are in it."""
 
     def __init__(
@@ -290,7 +290,7 @@ class Conversation:
         if index == len(self.turns) - 1:
             return len(self.text)
         try:
-            alone = Conversation(self._encoder, self._ends, self._traits, self.turns[: index + 1], self.tools)
+            alone = RenderedChat(self._encoder, self._ends, self._traits, self.turns[: index + 1], self.tools)
         except RowError:  # a template may fail on the beginning of a conversation and yet render the whole
             end = self._find_end_after_text(index, start)
         else:
@@ -303,7 +303,7 @@ class Conversation:
             )
         return end
 
-    def _find_end_as_rendered_last(self, alone: Conversation, index: int, start: int) -> int | None:
+    def _find_end_as_rendered_last(self, alone: RenderedChat, index: int, start: int) -> int | None:
         """Return the character after message `index`, of which `alone` ends with another rendering; None if unknown.
 
         In the whole conversation, the turn may lack its beginning, such as reasoning, and end with another token.

@@ -26,6 +26,10 @@ ROUNDED_BY_EARLIER_VERSIONS = (
     "Earlier versions rounded the weights of a quantized base model to 16 bits while dequantizing it, and this one "
     "does not: what they trained on such a base needs the version that it was trained with."
 )
+_EMBEDDINGS_ROUNDED_BY_EARLIER_VERSIONS = (
+    "Earlier versions rounded the embeddings of a base model that stays quantized to the 16 bits of its scales, "
+    "whatever model.dtype was, and this one does not."
+)
 _WINDOW_IGNORED = ("mistral", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2")
 """Model types with an attention window in every layer, which mlx-lm does not compute."""
 _WINDOW_OPTIONAL = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
@@ -126,8 +130,8 @@ def convert_weights(base: BaseModel, config: schema.ModelConfig, *, evaluate: bo
         remove_quantization(base, dtype, evaluate=evaluate)
         reason = "on the CPU only float32 products are fast" if on_cpu() else "model.dequantize=always"
         base.notes.append(f"the quantized base is dequantized: {reason}")
-    if dtype is not None:
-        _cast(base.model, dtype)
+    if dtype is not None and _cast(base.model, dtype):
+        base.differs_from_earlier_versions.append(_EMBEDDINGS_ROUNDED_BY_EARLIER_VERSIONS)
     if config.quantize.bits is not None:
         _quantize(base, config.quantize)
     elif config.dtype == "native" and on_cpu() and _is_slow_on_the_cpu(base.model):
@@ -226,20 +230,32 @@ def _window_notes(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+def _cast(model: nn.Module, dtype: mx.Dtype) -> bool:
     """Cast floating-point parameters to `dtype`, except those of quantized layers and those that must keep their own.
 
-    The latter are named by `cast_predicate` of mlx-lm's models, such as the biases of a router.
+    The latter are named by `cast_predicate` of mlx-lm's models, such as the biases of a router. A quantized product
+    takes the dtype of its activations, but a quantized embedding that of its affine scales, which are cast for that.
+
+    Returns:
+        whether the scales of an embedding had another dtype.
     """
-    quantized = quantization.quantized_layers(model).keys()
+    quantized = quantization.quantized_layers(model)
+    embeddings = {
+        name for name, layer in quantized.items() if isinstance(layer, nn.QuantizedEmbedding) and layer.mode == "affine"
+    }
     may_cast = getattr(model, "cast_predicate", lambda name: True)
+    kept = quantized.keys() - embeddings
+    before = [quantized[name].scales.dtype for name in embeddings]
 
     def cast(name: str, array: mx.array) -> mx.array:
         layer, _, part = name.rpartition(".")
-        keep = (layer in quantized and part != "bias") or not mx.issubdtype(array.dtype, mx.floating)
+        keep = (layer in quantized.keys() - embeddings and part != "bias") or not mx.issubdtype(
+            array.dtype, mx.floating
+        )
         return array if keep or not may_cast(name) else array.astype(dtype)
 
     model.update(tree_map_with_path(cast, model.parameters()))
+    return any(found != dtype for found in before)
 
 
 def _is_slow_on_the_cpu(model: nn.Module) -> bool:

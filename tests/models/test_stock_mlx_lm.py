@@ -44,7 +44,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def run(base: tuple[str, Path], tiny: Callable[..., Config], train: Callable[..., Path]) -> Path:
     """One run on each base, shared by the tests, which only read it."""
     folder = base[1].with_name("run")
-    changes = {"model.path": base[0], "optimizer.learning_rate": 1e-2, "lora.num_layers": 3, "train.eval_batches": 1}
+    rate = 1e-2 if base[0] == "builtin:tiny" else 1e-3  # at more, SmolLM2's logits grow beyond the tolerance's range
+    changes = {"model.path": base[0], "optimizer.learning_rate": rate, "lora.num_layers": 3, "train.eval_batches": 1}
     return folder if folder.exists() else train(tiny(**changes), folder)
 
 

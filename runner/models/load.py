@@ -249,9 +249,7 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> bool:
 
     def cast(name: str, array: mx.array) -> mx.array:
         layer, _, part = name.rpartition(".")
-        keep = (layer in quantized.keys() - embeddings and part != "bias") or not mx.issubdtype(
-            array.dtype, mx.floating
-        )
+        keep = (layer in kept and part != "bias") or not mx.issubdtype(array.dtype, mx.floating)
         return array if keep or not may_cast(name) else array.astype(dtype)
 
     model.update(tree_map_with_path(cast, model.parameters()))

@@ -28,7 +28,8 @@ USES_MLX_LM_COMMANDS = pytest.mark.parametrize(
 )
 IDS = mx.array([[1, 70, 71, 72, 3, 100, 259, 2, 300, 17]])
 TOLERANCE = 1e-4
-"""For logits of magnitude 10 to 30: float32 products, summed in another order once weights are merged."""
+"""For logits of magnitude up to 30: float32 products, summed in another order once weights are merged. For larger ones
+it grows with them, as float32's rounding does."""
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.long)])
@@ -44,8 +45,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def run(base: tuple[str, Path], tiny: Callable[..., Config], train: Callable[..., Path]) -> Path:
     """One run on each base, shared by the tests, which only read it."""
     folder = base[1].with_name("run")
-    rate = 1e-2 if base[0] == "builtin:tiny" else 1e-3  # at more, SmolLM2's logits grow beyond the tolerance's range
-    changes = {"model.path": base[0], "optimizer.learning_rate": rate, "lora.num_layers": 3, "train.eval_batches": 1}
+    changes = {"model.path": base[0], "optimizer.learning_rate": 1e-2, "lora.num_layers": 3, "train.eval_batches": 1}
     return folder if folder.exists() else train(tiny(**changes), folder)
 
 
@@ -102,8 +102,9 @@ def test_an_exported_fused_model_equals_that_of_mlx_lm_fuse(run: Path, base: tup
     assert export.run([str(run), "--to", "fused", "--dequantize", "--out", str(tmp_path / "f")]) == 0
     fused = mlx_lm.load(str(tmp_path / "f"))[0](IDS)
     expected = logits_of(run, run)
-    assert mx.abs(theirs - expected).max().item() < TOLERANCE
-    assert mx.abs(fused - expected).max().item() < TOLERANCE
+    tolerance = TOLERANCE * max(1.0, mx.abs(expected).max().item() / 30)
+    assert mx.abs(theirs - expected).max().item() < tolerance
+    assert mx.abs(fused - expected).max().item() < tolerance
 
 
 @pytest.mark.long

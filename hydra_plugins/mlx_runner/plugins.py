@@ -159,7 +159,7 @@ class RayLauncher(_Launcher):
         self,
         address: str | None = None,
         jobs: int | None = None,
-        cpus: float = 1,
+        cpus: float | None = None,
         gpus: float = 0,
         fail_fast: bool = False,
     ) -> None:
@@ -223,7 +223,7 @@ _RAY = {
     "_target_": f"{_MODULE}.RayLauncher",
     "address": None,  # null joins a cluster that runs on this machine, or starts one here
     "jobs": None,  # at once on each node; null as with process
-    "cpus": 1,  # that each job asks of its node, as Ray counts them
+    "cpus": None,  # that each job asks of its node, as Ray counts them; null is one for each of its ranks
     "gpus": 0,
     "fail_fast": False,
 }
@@ -234,7 +234,7 @@ _SUBMITIT: dict[str, Any] = {
     "jobs": 16,  # at once
     "timeout_min": 240,  # of each job; one that needs longer continues in another
     "signal_delay_s": 120,  # seconds before that, for the save
-    "cpus": 4,  # of each job
+    "cpus": 4,  # of each job, with all of its ranks
     "gpus": None,
     "mem_gb": None,
     "partition": None,

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from distributed.conftest import assert_one_curve
 
+from runner.common.cores import usable_cores
 from runner.common.free_ports import free_ports
+from runner.common.text import count
 
 WORDS = ("model=tiny", "data=tiny", "train.batch_size=8", "train.iters=20", "train.report_every=1")
 WORDS += ("train.eval_every=10", "checkpoint.every=5", "optimizer.learning_rate=1e-3")
@@ -81,6 +83,8 @@ def test_the_jobs_of_a_sweep_have_ranks(make_cli, tmp_path, launcher):
     cli = make_cli(tmp_path)
     sweep = [*WORDS, "lora.rank=4,8"]
     output = cli("-m", *sweep, *launcher, "ranks=2", "hydra.sweep.dir=sweep")
+    if "hydra/launcher=ray" in launcher:
+        assert f"{count(max(1, usable_cores() // 2), 'job')} at once" in output, "each takes two CPUs of the node"
     for number, rank in enumerate((4, 8)):
         cli(*WORDS, f"lora.rank={rank}", f"hydra.run.dir=alone{rank}")
         assert status(tmp_path / "sweep" / str(number)).get("ranks") == 2, output

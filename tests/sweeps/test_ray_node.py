@@ -9,12 +9,14 @@ import threading
 import time
 
 import pytest
+from omegaconf import OmegaConf
 
 from runner.checkpoints.transfer import PackedRun, pack
 from runner.common.errors import ConfigError, RunnerError
 from runner.config.invocation import Invocation
 from runner.runs.directory import RunDirectory
 from runner.runs.sweep_manifest import read_manifest
+from runner.sweeps.launchers import memory, ray_executor, ray_node
 from runner.sweeps.launchers.ray_cluster import Cluster
 from runner.sweeps.launchers.ray_node import NodeFacts, NodeWorker, node_facts, package_versions, sweep_identity
 from runner.sweeps.launchers.request import job_request
@@ -38,6 +40,31 @@ def test_a_node_with_other_versions_is_refused():
     cluster = Cluster.__new__(Cluster)
     with pytest.raises(ConfigError, match=r"other cannot continue what this machine computes: it has mlx 0\.1, here"):
         cluster._take_up({"NodeID": "1"}, NodeFacts("other", versions, True, 1))
+
+
+@pytest.mark.cpu("a GPU has no BLAS threads")
+def test_the_ranks_of_a_job_share_what_it_asks_for(monkeypatch, tmp_path):
+    for module in (ray_node, memory):
+        monkeypatch.setattr(module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**12)
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    asked = []
+    monkeypatch.setattr(ray_executor, "Cluster", lambda address, **options: asked.append(options))
+    composed = OmegaConf.create({"hydra": {"job": {"env_set": {}}}})
+    for ranks, cpus in ((None, None), (2, None), (2, 3)):
+        options = ray_executor.RayOptions(cpus=cpus)
+        ray_executor.RayExecutor(None, composed, Invocation(ranks=ranks), False, options)._connected()
+    assert [(each["ranks"], each["cpus"]) for each in asked] == [(1, 1), (2, 2), (2, 3)]
+
+    cluster = Cluster.__new__(Cluster)
+    cluster._cpus, cluster._gpus, cluster._ranks = 2, 0, 2
+    node = {"Resources": {"CPU": 6.0}}
+    assert cluster._room(node) == 3, "jobs of two ranks each"
+    assert [memory.jobs_that_fit([], ranks) for ranks in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert node_facts(str(tmp_path), "0" * 32, [], 2).fitting == 4
+    worker = NodeWorker("/absent", "0" * 32, 6, 3 * 2, {})
+    assert worker._environment["OPENBLAS_NUM_THREADS"] == "1"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

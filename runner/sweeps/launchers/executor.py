@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
@@ -13,6 +14,8 @@ from omegaconf import DictConfig
 from runner.config.invocation import Invocation
 from runner.sweeps.launched import launched_jobs
 from runner.sweeps.plan import PlannedJob
+
+Options = TypeVar("Options")
 
 
 class JobExecutor(ABC):
@@ -33,6 +36,11 @@ class JobExecutor(ABC):
     def sweep(self) -> Path:
         """The directory of the sweep."""
         return Path(self.composed.hydra.sweep.dir)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of each job."""
+        return self.invocation.ranks or 1
 
     @abstractmethod
     def at_once(self) -> int:
@@ -57,6 +65,16 @@ class JobExecutor(ABC):
             SystemExit: a signal stopped this process; the jobs in progress have saved.
         """
         return self.run(launched_jobs(job_overrides, self.context, self.composed, self.invocation))
+
+
+class ClusterExecutor(JobExecutor, Generic[Options]):
+    """Runs jobs on a cluster, with options of its own."""
+
+    def __init__(
+        self, context: HydraContext, composed: DictConfig, invocation: Invocation, fail_fast: bool, options: Options
+    ) -> None:
+        super().__init__(context, composed, invocation, fail_fast)
+        self.options = options
 
 
 def loading_order(jobs: Sequence[PlannedJob]) -> list[int]:

@@ -16,16 +16,20 @@ _FACTOR = 3
 """Memory of a training job relative to its weights."""
 
 
-def jobs_that_fit(models: Iterable[str]) -> int:
-    """Return how many jobs fit into memory and cores, at least 1; `models` are the values of model.path that they use.
+def jobs_that_fit(models: Iterable[str], ranks: int = 1) -> int:
+    """Return how many jobs fit into memory and cores, at least 1.
 
     On a GPU it is one: two would share its memory and its time.
+
+    Args:
+        models: the values of model.path that they use.
+        ranks: processes of each job, all of which hold its model.
     """
     if is_gpu_build():
         return 1
     largest = max((_weight_bytes(model) for model in models), default=0)
-    by_memory = int(_SHARE_OF_MEMORY * available_memory() / (_PROCESS_BYTES + _FACTOR * largest))
-    return max(1, min(usable_cores(), by_memory))
+    processes = int(_SHARE_OF_MEMORY * available_memory() / (_PROCESS_BYTES + _FACTOR * largest))
+    return max(1, min(usable_cores(), processes) // ranks)
 
 
 def _weight_bytes(model: str) -> int:

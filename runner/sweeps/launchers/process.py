@@ -61,7 +61,7 @@ class ProcessExecutor(JobExecutor):
         if self._limit is None:
             jobs = read_manifest(self.sweep).jobs
             models = {str((job.config or {})["model"]["path"]) for job in jobs} or {str(self.composed.model.path)}
-            fitting = jobs_that_fit(models)
+            fitting = jobs_that_fit(models, self.ranks)
             if not jobs:
                 return fitting
             self._limit = fitting
@@ -121,9 +121,7 @@ class ProcessExecutor(JobExecutor):
         if not self._settled:
             self._settled = True
             at_once = min(self.at_once(), max(len(jobs), len(read_manifest(self.sweep).jobs)))
-            self._threads = (
-                None if is_gpu_build() else thread_count(at_once * (self.invocation.ranks or 1), usable_cores())
-            )
+            self._threads = None if is_gpu_build() else thread_count(at_once * self.ranks, usable_cores())
             threads = f", {self._threads} BLAS threads each" if self._threads else ""
             print(f"processes: {at_once} at once{threads}; output in {logs}", flush=True)
 

@@ -44,7 +44,14 @@ class Cluster:
     """A connection to a Ray cluster, and the workers of one sweep on it."""
 
     def __init__(
-        self, address: str | None, *, per_node: int | None, cpus: float, gpus: float, environment: Mapping[str, str]
+        self,
+        address: str | None,
+        *,
+        per_node: int | None,
+        ranks: int,
+        cpus: float,
+        gpus: float,
+        environment: Mapping[str, str],
     ) -> None:
         """Connect to the cluster, or start one on this machine.
 
@@ -52,6 +59,7 @@ class Cluster:
             address: `host:port`, `auto` for a cluster that runs on this machine, `local` for a new one here, None for
                 the first of both that can be had.
             per_node: jobs at once on each node; None for as many as fit.
+            ranks: processes of each job.
             cpus: CPUs of the node for each job, as Ray counts them.
             gpus: the same for GPUs.
             environment: variables of the jobs.
@@ -61,7 +69,7 @@ class Cluster:
         """
         self.ray = _connect(address)
         """The module `ray`, connected."""
-        self._per_node, self._cpus, self._gpus = per_node, cpus, gpus
+        self._per_node, self._ranks, self._cpus, self._gpus = per_node, ranks, cpus, gpus
         self._environment = dict(environment)
         self._sweep = self._identity = ""
         self._models: list[str] = []
@@ -75,6 +83,11 @@ class Cluster:
         self._lost: Counter[str] = Counter()
         """Workers that ended, by node."""
         self._probes: dict[Any, str] = {}
+
+    @property
+    def asked(self) -> str:
+        """What a job asks of its node."""
+        return f"{self._cpus or 0:g} CPU" + (f" and {self._gpus:g} GPU" if self._gpus else "")
 
     def capacity(self, fitting: int) -> int:
         """Return how many jobs would run at once, if each node were as this one, which `fitting` jobs fit on."""
@@ -122,7 +135,7 @@ class Cluster:
             if self._room(nodes[node_id]):
                 self._seen.add(node_id)
                 probe = self.ray.remote(node_facts).options(num_cpus=0, scheduling_strategy=self._on(node_id))
-                self._probes[probe.remote(self._sweep, self._identity, self._models)] = node_id
+                self._probes[probe.remote(self._sweep, self._identity, self._models, self._ranks)] = node_id
 
     def _take_up_known(self, nodes: Mapping[str, dict[str, Any]], timeout: float) -> Iterator[str]:
         """Start workers on the nodes that have answered, and yield a line about each.
@@ -174,7 +187,8 @@ class Cluster:
             scheduling_strategy=self._on(node_id),
         )
         for _ in range(number):
-            worker = actor.remote(self._sweep, self._identity, cores, self._workers[node_id], self._environment)
+            processes = self._workers[node_id] * self._ranks
+            worker = actor.remote(self._sweep, self._identity, cores, processes, self._environment)
             self.places.append(Place(node_id, facts.host, facts.shares_folder, worker, worker.ping.remote()))
 
     def _room(self, node: dict[str, Any]) -> int:

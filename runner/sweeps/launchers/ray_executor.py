@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hydra.core.utils import JobReturn
-from hydra.types import HydraContext
-from omegaconf import DictConfig
 
-from runner.config.invocation import Invocation
 from runner.runs.sweep_manifest import read_manifest
-from runner.sweeps.launchers.executor import JobExecutor
+from runner.sweeps.launchers.executor import ClusterExecutor
 from runner.sweeps.launchers.memory import jobs_that_fit
 from runner.sweeps.launchers.ray_cluster import Cluster
 from runner.sweeps.launchers.ray_launch import RayLaunch
@@ -26,25 +23,16 @@ class RayOptions:
 
     address: str | None = None
     jobs: int | None = None
-    cpus: float = 1
+    cpus: float | None = None
+    """For all ranks of a job; None: one for each."""
     gpus: float = 0
 
 
-class RayExecutor(JobExecutor):
+class RayExecutor(ClusterExecutor[RayOptions]):
     """Runs jobs on the nodes of a cluster, whose workers keep what they have loaded until `close`."""
 
-    def __init__(
-        self,
-        context: HydraContext,
-        composed: DictConfig,
-        invocation: Invocation,
-        fail_fast: bool,
-        options: RayOptions,
-    ) -> None:
-        super().__init__(context, composed, invocation, fail_fast)
-        self._options = options
-        self._cluster: Cluster | None = None
-        self._has_begun = False
+    _cluster: Cluster | None = None
+    _has_begun = False
 
     def at_once(self) -> int:
         """Return how many jobs the nodes of the cluster run at once now; at least 1, since nodes may join.
@@ -54,7 +42,7 @@ class RayExecutor(JobExecutor):
         cluster = self._connected()
         if cluster.places or read_manifest(self.sweep).jobs:
             return max(1, len(self._begun().places))
-        return max(1, cluster.capacity(jobs_that_fit([str(self.composed.model.path)])))
+        return max(1, cluster.capacity(jobs_that_fit([str(self.composed.model.path)], self.ranks)))
 
     def run(self, jobs: Sequence[PlannedJob]) -> list[JobReturn]:
         """Run the jobs. Where this process ends, the jobs in progress save and stop.
@@ -82,10 +70,11 @@ class RayExecutor(JobExecutor):
     def _connected(self) -> Cluster:
         if self._cluster is None:
             self._cluster = Cluster(
-                self._options.address,
-                per_node=self._options.jobs,
-                cpus=self._options.cpus,
-                gpus=self._options.gpus,
+                self.options.address,
+                per_node=self.options.jobs,
+                ranks=self.ranks,
+                cpus=self.ranks if self.options.cpus is None else self.options.cpus,
+                gpus=self.options.gpus,
                 environment=dict(self.composed.hydra.job.env_set),
             )
         return self._cluster

@@ -80,7 +80,10 @@ class RayLaunch:
                 self._lines.print(line)
             if self._waiting and not self._cluster.places and not self._told:
                 self._told = True
-                self._lines.print("no node of the cluster has room for a job now: waiting for one (ray status)")
+                self._lines.print(
+                    f"no node of the cluster has room for a job now, which asks for {self._cluster.asked}: waiting for "
+                    "one (ray status; hydra.launcher.cpus and gpus)"
+                )
 
     def _start_jobs(self) -> None:
         """Give jobs that may start to free places."""

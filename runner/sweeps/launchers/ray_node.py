@@ -92,8 +92,8 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def node_facts(sweep: str, identity: str, models: Collection[str]) -> NodeFacts:
-    """Look at the node that this process runs on.
+def node_facts(sweep: str, identity: str, models: Collection[str], ranks: int = 1) -> NodeFacts:
+    """Look at the node that this process runs on; `ranks` is the number of processes of a job.
 
     Raises:
         RunnerError: another sweep lies at the path of this one.
@@ -103,25 +103,25 @@ def node_facts(sweep: str, identity: str, models: Collection[str]) -> NodeFacts:
         raise RunnerError(
             f"{socket.gethostname()} has another sweep in {sweep}: choose another hydra.sweep.dir, or remove that one."
         )
-    return NodeFacts(socket.gethostname(), package_versions(), found is not None, jobs_that_fit(models))
+    return NodeFacts(socket.gethostname(), package_versions(), found is not None, jobs_that_fit(models, ranks))
 
 
 class NodeWorker:
     """A worker process on a node, and the folder that it trains in. While one thread runs a job, another may ask for
     its files or for its stop."""
 
-    def __init__(self, sweep: str, identity: str, cores: int, workers: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, sweep: str, identity: str, cores: int, processes: int, environment: Mapping[str, str]) -> None:
         """
         Args:
             sweep: the folder of the sweep, as the launching process sees it.
             identity: that of the sweep there.
             cores: cores of the node that the cluster may use.
-            workers: how many workers share them.
+            processes: how many share them: the ranks of all jobs that run at once.
             environment: variables of the jobs.
         """
         # Ray sets it to the CPUs of an actor, which is no wish of a person.
         os.environ.pop("OMP_NUM_THREADS", None)
-        threads = thread_count(workers, min(cores, usable_cores()))
+        threads = thread_count(processes, min(cores, usable_cores()))
         own = {} if is_gpu_build() else {"OPENBLAS_NUM_THREADS": str(threads)}
         self._environment = {**own, **environment}
         self._sweep, self._identity = Path(sweep), identity

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, env_override
-from hydra.types import HydraContext
-from omegaconf import DictConfig
 
 from runner.common.atomic_io import write_atomically
 from runner.common.errors import EXIT_FAILED, EXIT_IN_USE, ConfigError
 from runner.common.text import count
-from runner.config.invocation import Invocation
 from runner.runs.restarts import NODE_LOST, PREEMPTED
-from runner.sweeps.launchers.executor import JobExecutor
+from runner.sweeps.launchers.executor import ClusterExecutor
 from runner.sweeps.launchers.submissions import Submissions, cluster_state
 from runner.sweeps.launchers.submitit_task import SubmittedJob
 from runner.sweeps.launchers.tracking import ProgressLines, TrackedJobs, progress_lines
@@ -57,24 +54,13 @@ class SubmititOptions:
     setup: list[str] = field(default_factory=list)
 
 
-class SubmititExecutor(JobExecutor):
+class SubmititExecutor(ClusterExecutor[SubmititOptions]):
     """Runs each job as one of the cluster's. They outlive this process: a resumed sweep waits for those that it finds
     in the queue or running."""
 
-    def __init__(
-        self,
-        context: HydraContext,
-        composed: DictConfig,
-        invocation: Invocation,
-        fail_fast: bool,
-        options: SubmititOptions,
-    ) -> None:
-        super().__init__(context, composed, invocation, fail_fast)
-        self._options = options
-
     def at_once(self) -> int:
         """Return how many jobs the cluster is asked to run at once."""
-        return 1 if self._options.cluster == "debug" else self._options.jobs
+        return 1 if self.options.cluster == "debug" else self.options.jobs
 
     def run(self, jobs: Sequence[PlannedJob]) -> list[JobReturn]:
         """Submit the jobs and wait for all.
@@ -85,8 +71,8 @@ class SubmititExecutor(JobExecutor):
         """
         tracked = TrackedJobs(jobs, self.context, self.composed, self.invocation)
         (self.sweep / "logs").mkdir(exist_ok=True)
-        folder = Path(self._options.folder) if self._options.folder else self.sweep / "logs" / "submitit"
-        executor = make_executor(self._options, folder.absolute())
+        folder = Path(self.options.folder) if self.options.folder else self.sweep / "logs" / "submitit"
+        executor = make_executor(self.options, folder.absolute())
         jobs_at_once = count(self.at_once(), "job")
         print(f"{executor.cluster}: {jobs_at_once} at once; output in {self.sweep / 'logs'}", flush=True)
         with StopSignals() as stops, progress_lines() as lines:
@@ -100,7 +86,7 @@ class _SubmititLaunch:
     def __init__(self, launcher: SubmititExecutor, executor: Any, tracked: TrackedJobs, lines: ProgressLines) -> None:
         self._executor, self._tracked, self._lines = executor, tracked, lines
         self._fail_fast, self._at_once = launcher.fail_fast, launcher.at_once()
-        self._cpus = launcher._options.cpus
+        self._cpus = launcher.options.cpus
         self._environment = {name: str(value) for name, value in launcher.composed.hydra.job.env_set.items()}
         """Of the jobs, which inherit it: it may hold what no file should."""
         self._submissions = Submissions(launcher.sweep)

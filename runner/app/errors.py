@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,7 @@ from runner.common.errors import ConfigError, RunnerError, StorageError, did_you
 from runner.common.filesystem import is_apple_double
 from runner.common.text import first_line
 from runner.config import retired, schema, serialize, validation
+from runner.config.search_settings import SearchSettings
 
 _TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 """What OmegaConf calls a type, and what a user calls it."""
@@ -117,6 +119,8 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
             return explanation
         if name.startswith("hydra.launcher."):
             return f"{name} is not an option of the chosen launcher. hydra.launcher.jobs needs hydra/launcher=process."
+        if name.startswith("hydra.sweeper."):
+            return _sweeper_option(name)
         known = [*serialize.default_settings(), *schema.section_metadata(), *schema.GROUPS]
         return validation.unknown_setting(name, known)
     # OmegaConf names an item of a list by its number alone; one setting is a list of mappings.
@@ -129,3 +133,11 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if match := re.search(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<type>\w+)", text):
         return f"{name}={match['value']} is invalid: must be {_TYPE_NAMES.get(match['type'], match['type'])}."
     return f"{name}: {text}." if name and name not in text else f"{text}."
+
+
+def _sweeper_option(name: str) -> str:
+    """Return the message for an option that the chosen sweeper does not have."""
+    option, options = name.removeprefix("hydra.sweeper."), [field.name for field in fields(SearchSettings)]
+    if option in options:
+        return f"{name} is an option of a search, and a grid has none: type hydra/sweeper=search too, or leave it out."
+    return f"{name} is no option of the sweeper.{did_you_mean(option, options)}\nOptions of a search: docs/config.md"

@@ -41,6 +41,8 @@ def start_run(invocation: Invocation, session: HydraSession, composed: DictConfi
         SystemExit: a signal stopped the run; it can be resumed.
     """
     config = _config_to_start(invocation, composed)
+    if invocation.sweep is None and composed.hydra.runtime.choices.get("hydra/sweeper") == "search":
+        print("hydra/sweeper=search has no effect on a single run: add -m for a search", flush=True)
     context = session.context(composed)
     stop_at = invocation.stop_at
     if session.source is not None and not session.source.branch:

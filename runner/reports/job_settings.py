@@ -24,9 +24,10 @@ def varied_settings(jobs: Sequence[SweepJob], runs: Mapping[int, RunInfo] | None
         recorded[number].update({name: run.settings[name] for name in recorded[number] if name in run.settings})
     values: dict[str, list[Any]] = {}
     changed = [name for job in jobs for name in job.later_changes]  # which a finished job may not have got
+    dicts = {override.lstrip("+").partition("={")[0] for job in jobs for override in job.overrides if "={" in override}
     for name in dict.fromkeys([*_varied_overrides(jobs), *changed]):
         leaves = [leaf for settings in recorded.values() for leaf in settings if leaf.startswith(f"{name}.")]
-        is_choice = any(name in job.choices for job in jobs)
+        is_choice = any(name in job.choices for job in jobs) and name not in dicts
         for leaf in (name,) if is_choice or not leaves else dict.fromkeys([*leaves, name]):
             values[leaf] = [_value(leaf, job, recorded[job.number]) for job in jobs]
     differing = {name: found for name, found in values.items() if any(value != found[0] for value in found)}

@@ -152,7 +152,8 @@ def summarize(record: SearchRecord, runs: Mapping[int, RunInfo]) -> SearchSummar
         twin = trial.number if trial.job is None else first[trial.job]
         repeats = twin if twin != trial.number else None
         state, step, text, short = _ending(trial, repeats, run, cuts, places, judged, record.rungs)
-        trials.append(Trial(trial.number, trial.job, trial.params, state, step, text, short))
+        params = {name.lstrip("+"): value for name, value in trial.params.items()}
+        trials.append(Trial(trial.number, trial.job, params, state, step, text, short))
     jobs = [job for trial in record.trials for job in trial.replicates.values()]
     missing = any(job not in runs or runs[job].state not in (_FINISHED, DIVERGED) for job in jobs)
     present = {number for number, run in runs.items() if run.state != _NOT_STARTED}

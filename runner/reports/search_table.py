@@ -24,7 +24,7 @@ def print_search(summary: SearchSummary, screen: Screen) -> None:
                 Column("trials", right=True),
                 Column("continued", right=True),
                 Column("up to", right=True),
-                Column("best", right=True),
+                Column(f"best {summary.judged_by}", right=True),
                 Column("diverged or failed", right=True),
             ],
             [TableRow(_cells(rung)) for rung in summary.rungs],

@@ -58,15 +58,18 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def value_text(value: Any) -> str:
-    """Return a value in short form as one would type it: `0.0002`, `[0.9,0.999]`, `null`; of loggers the names."""
+    """Return a value in short form as one would type it: `0.0002`, `[0.9,0.999]`, `null`; of a mapping of mappings, as
+    loggers is, the names."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return f"[{','.join(value_text(item) for item in value)}]"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
         return f"[{','.join(str(key) for key in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}: {value_text(item)}' for key, item in value.items())}}}"
     return format_value(value)
 
 

@@ -23,6 +23,7 @@ from runner.reports.search_table import endings, print_search
 from runner.reports.seed_groups import print_seed_groups, seed_groups
 from runner.reports.sweep_page import print_sweep_verdict
 from runner.reports.tables import Column, TableRow
+from runner.runs.find import mark_seeds
 from runner.runs.inspect import RunInfo, read_run
 from runner.runs.objective import Objective, objective_of
 from runner.runs.search_record import read_rungs
@@ -88,6 +89,7 @@ def read_sweep_results(
         if run.state not in ("failed", "diverged"):
             run.state, run.reason = "failed", error
         run.reason = run.reason or error
+    mark_seeds(manifest.folder, runs)
     objective = objective_of(list(runs.values()))
     varied = varied_settings(jobs, runs)
     results = {

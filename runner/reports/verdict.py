@@ -123,7 +123,10 @@ def judge(runs: Sequence[RunInfo], objective: Objective, names: Names) -> Verdic
         return Verdict(objective.metric, problem="it is no mean over rows, whose resampling would say what is noise")
     objective = metrics[0]
     measured = [run for run in objective.rank(runs) if objective.value(run) is not None]
-    candidates = {id(run) for run in objective.candidates(measured)}
+    comparable = objective.candidates(measured)
+    if comparable and all(run.rung is not None for run in comparable):
+        return Verdict(objective.metric, problem="the search has trained no job to its end yet")
+    candidates = {id(run) for run in comparable}
     groups = [group.runs for group in seed_groups(measured, objective)] or [[run] for run in measured]
     values: dict[Path, RowValues] = {}
     left_out: list[tuple[RunInfo, str]] = []

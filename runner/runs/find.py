@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from runner.runs import sweep_manifest
 from runner.runs.inspect import RunInfo, modified_time, read_run
 from runner.runs.labels import read_labels
 from runner.runs.objective import Objective, objective_of
-from runner.runs.search_record import lost_record, read_rungs
+from runner.runs.search_record import lost_record, read_rungs, replicated_jobs
 from runner.runs.sweep_manifest import SweepManifest
 
 _SWEEP_FILES = ("multirun.yaml", sweep_manifest.NAME)
@@ -157,8 +157,17 @@ def read_sweep(path: Path) -> SweepInfo:
     runs = [
         read_run(path / name, labels, rungs) for name in [*present, *(name for name in names if name not in present)]
     ]
+    if manifest is not None:
+        mark_seeds(path, {manifest.numbers[run.path.name]: run for run in runs if run.path.name in manifest.numbers})
     waiting = len(jobs) - len(present)
     return SweepInfo(path=path, runs=runs, waiting=waiting, problem=problem, manifest=manifest, labels=labels)
+
+
+def mark_seeds(sweep: Path, runs: Mapping[int, RunInfo]) -> None:
+    """Mark the jobs of a search, by number, that train a trial with another seed: `RunInfo.seed_of`."""
+    for job, trial in replicated_jobs(sweep).items():
+        if job in runs and trial in runs:
+            runs[job].seed_of = runs[trial].path
 
 
 def run_or_best_job(path: Path) -> Path:

@@ -56,6 +56,8 @@ class RunInfo:
     """Its own labels."""
     sweep_labels: Labels = NO_LABELS
     """Those of the sweep that it is a job of."""
+    seed_of: Path | None = None
+    """Of a job of a search that trains a trial with another seed: the job that the trial has."""
     rung: int | None = None
     """Of a job of a search that has not trained to its end: the last rung that it reached, in updates, 0 for none."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runner.config.objectives import directions_of, metrics_of
@@ -85,9 +87,25 @@ class Objective:
         return [run for run, _ in sorted(values, key=place)]
 
     def best(self, runs: Iterable[RunInfo], value: Value | None = None) -> RunInfo | None:
-        """Return the best run; None where no run has a value, which is as for `rank`."""
-        first = next(iter(self.rank(runs, value)), None)
-        return first if first is not None and (value or self.value)(first) is not None else None
+        """Return the best run; None where no run has a value, which is as for `rank`.
+
+        Of a search it is a trial, not one of its further seeds. Where there are such, it is the best of the trials that
+        have them by the mean over seeds: the lowest loss of a single run may be luck.
+        """
+        runs, value = list(runs), value or self.value
+        first = next(iter(self.rank([run for run in runs if run.seed_of is None] or runs, value)), None)
+        if first is None or value(first) is None:
+            return None
+        seeds: dict[Path, list[RunInfo]] = {}
+        for run in runs:
+            if run.seed_of is not None and run.seed_of.parent == first.path.parent:
+                seeds.setdefault(run.seed_of, []).append(run)
+        compared = []
+        for trial in runs:
+            values = [found for run in (trial, *seeds.get(trial.path, ())) if (found := value(run)) is not None]
+            if trial.path in seeds and value(trial) is not None:
+                compared.append((-len(values), self._cost(statistics.fmean(values)), trial))
+        return min(compared, key=lambda entry: entry[:2])[2] if compared else first
 
     def candidates(self, runs: Iterable[RunInfo]) -> list[RunInfo]:
         """Return the runs that can be the best: those with a value that trained as far as any, in their order.

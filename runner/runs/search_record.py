@@ -170,6 +170,19 @@ def lost_record(manifest: SweepManifest) -> str | None:
     )
 
 
+def replicated_jobs(folder: Path) -> dict[int, int]:
+    """Return the jobs of a search that train a trial with another seed: number to that of the trial's own job.
+
+    There are none where the sweep is no search, or its record is damaged.
+    """
+    try:
+        record = read_search(folder)
+    except ConfigError:
+        record = None
+    trials = record.trials if record is not None else []
+    return {job: trial.job for trial in trials if trial.job is not None for job in trial.replicates.values()}
+
+
 def read_rungs(folder: Path) -> list[int]:
     """Return the rungs of the search in the directory of a sweep, from the first line of its record alone.
 

@@ -154,8 +154,11 @@ def _write_final_status(trainer: Trainer, stop: StopReason, result_step: int | N
 
 def _print_summary(trainer: Trainer, spec: RunSpec, stop: StopReason, result_step: int | None) -> None:
     display, progress, state = trainer.display, trainer.state.progress, _state(stop)
-    best_loss = "" if progress.best_loss is None else f"valid loss {progress.best_loss:.4f}"
-    display.job_line(f"{state:<9} {progress.step:>6}/{trainer.plan.iters}  {best_loss}")
+    # What finished has the loss of its result; what stopped, as at a rung of a search, is compared by that of its step.
+    is_measured_here = state == "stopped" and progress.valid_step == progress.step
+    loss = progress.valid_loss if is_measured_here else progress.best_loss
+    text = "" if loss is None else f"valid loss {loss:.4f}"
+    display.job_line(f"{state:<9} {progress.step:>6}/{trainer.plan.iters}  {text}")
     display.line("")
     run = RunInfo(path=spec.directory.path, state=state, settings=serialize.flatten_dict(spec.stored))
     for line in run_summary.summary_lines(

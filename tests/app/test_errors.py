@@ -41,3 +41,18 @@ def test_a_disk_error_is_a_storage_error_and_any_other_error_a_failure():
     assert isinstance(full, StorageError) and "/full: No space left" in str(full)
     other = translate_error(ZeroDivisionError("division by zero"))
     assert type(other) is RunnerError and "RUNNER_TRACEBACK=1" in str(other)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("samplr", "is no option of the sweeper. Did you mean 'sampler'?"),
+        ("trials", "is an option of a search, and a grid has none: type hydra/sweeper=search too"),
+    ],
+)
+def test_an_option_that_the_sweeper_does_not_have(name, message):
+    config = OmegaConf.create({"hydra": {"sweeper": {"params": {}}}})
+    OmegaConf.set_struct(config, True)
+    with pytest.raises(Exception) as raised:
+        OmegaConf.update(config, f"hydra.sweeper.{name}", 1)
+    assert f"hydra.sweeper.{name} {message}" in str(translate_error(raised.value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from runner.reports.job_settings import job_labels, varied_settings
@@ -87,6 +88,12 @@ def test_the_settings_that_vary_have_the_values_of_each_jobs_config_whatever_was
         {"data.path": "/a b", "vars.x": 4, "lora.rank": 4, "optimizer": "adamw"},
         {"data.path": "/a b", "vars.x": 4, "lora.rank": 4, "optimizer": "sgd"},
     ]
+    # Hydra chose a file of the group, too, below the dicts.
+    dicts = [
+        replace(job, overrides=(f"lora={{rank: {4 + 4 * i}}}",), choices={"lora": "default"})
+        for i, job in enumerate(jobs[:2])
+    ]
+    assert [settings["lora.rank"] for settings in varied_settings(dicts).values()] == [8, 4]
     assert varied_settings(jobs)[3]["seed"] == "1"
     escaped = SweepJob(4, "4", (r"seed=$\{oc.env\:SEED\}",))
     assert varied_settings([*jobs, escaped])[4]["seed"] == "${oc.env:SEED}"

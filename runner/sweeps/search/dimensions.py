@@ -13,6 +13,11 @@ _STEP_ERROR = 1e-6
 """How far, in steps, a number may be from the values of a range that it counts as one of."""
 
 
+def without_noise(number: float) -> float:
+    """Return the number that a sum of decimal fractions means: 0.3 for 0.30000000000000004; a whole one as it is."""
+    return number if isinstance(number, int) else float(f"{number:.12g}")
+
+
 @dataclass(frozen=True)
 class Choices:
     """A dimension of listed values, without an order."""
@@ -70,7 +75,7 @@ class Interval:
         """Return all values of one that has an end of them."""
         step = self.step or 1
         numbers = [self.low + i * step for i in range(int(self.size))]
-        return [int(number) if self.is_int else self.rounded(float(number)) for number in numbers]
+        return [int(number) if self.is_int else without_noise(float(number)) for number in numbers]
 
     def ends(self) -> list[Value]:
         """Return the values that are validated before a search starts: the lowest and the highest."""
@@ -85,6 +90,8 @@ class Interval:
         """Return a suggested value with the digits that a person would type, within the interval."""
         if self.is_int or not isinstance(value, float):
             return value
+        if self.step is not None:
+            return without_noise(value)
         rounded = float(f"{value:.{_DIGITS}g}")
         return rounded if self.low <= rounded <= self.high else value
 

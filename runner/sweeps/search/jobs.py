@@ -123,7 +123,8 @@ class TrialJobs:
         run_jobs = getattr(self._launcher, "run_jobs", None)
         if callable(run_jobs):
             shared = {*self._space.fixed}
-            left = [replace(one, label=" ".join(o for o in one.job.overrides if o not in shared)) for one in left]
+            texts = [[o.lstrip("+") for o in one.job.overrides if o not in shared] for one in left]
+            left = [replace(one, label=" ".join(text)) for one, text in zip(left, texts, strict=True)]
             returns = run_jobs(left)
         else:  # a launcher of another package
             overrides = [job.launch_overrides(self._manifest.folder, self._output_subdir) for job in left]

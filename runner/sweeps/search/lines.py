@@ -7,7 +7,7 @@ from typing import Any
 
 from runner.common.clock import utc_now
 from runner.runs.search_record import Result
-from runner.sweeps.search.decide import Continuation, Wave
+from runner.sweeps.search.state import Continuation, Wave
 
 
 def wave_line(number: int, wave: Wave) -> dict[str, object]:

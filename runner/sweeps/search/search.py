@@ -14,18 +14,12 @@ from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import count, format_duration, relative_path, single_line
 from runner.runs.objective import Objective
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, NAME, PAUSED, Result, SearchRecord, SearchRecordWriter
-from runner.sweeps.search.decide import (
-    SearchState,
-    Targets,
-    Trial,
-    Wave,
-    affordable_trials,
-    missed_targets,
-    next_wave,
-)
+from runner.sweeps.search.budget import affordable_trials, missed_targets, seconds_to_come
+from runner.sweeps.search.decide import next_wave
 from runner.sweeps.search.jobs import TrialJobs
 from runner.sweeps.search.lines import continued_text, read_wave, result_line, wave_line
 from runner.sweeps.search.outcome import Outcome, read_outcome, read_progress
+from runner.sweeps.search.state import SearchState, Targets, Trial, Wave
 from runner.sweeps.search.study import Study
 from runner.sweeps.search.time_account import TimeAccount
 from runner.training.signals import StopSignals
@@ -93,6 +87,8 @@ class Search:
             for decision in wave.continued:
                 print(continued_text(decision), flush=True)
             self._carry_out(wave)
+            if self._wave == 1:
+                self._print_estimate()
         self._stop_paused()
         self._record_missed()
 
@@ -126,6 +122,15 @@ class Search:
                 print(reason, flush=True)
                 self._writer.append({"planned": {"trials": made}, "wave": self._wave, "reason": reason})
         return next_wave(state, targets, clock)
+
+    def _print_estimate(self) -> None:
+        """Print about how long the search takes, as the first trials say it."""
+        clock = self._time.clock()
+        if clock.seconds_left is None and clock.per_update is not None:
+            seconds = seconds_to_come(self._state, self._targets, clock)
+            if seconds >= 1:
+                per_update = f"{clock.per_update:.3g} s an update"
+                print(f"about {format_duration(seconds)} more at most, at {per_update}", flush=True)
 
     def _planned_trials(self) -> int | None:
         """Return how many trials were planned for the present options, where that is recorded."""

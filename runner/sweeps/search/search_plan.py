@@ -215,7 +215,7 @@ def head_line(plan: SearchPlan) -> dict[str, Any]:
 
 def plan_text(folder: Path, plan: SearchPlan) -> str:
     """Return what is searched: ``search  outputs/sweeps/x: 30 trials by tpe over 2 settings, rungs 25, 75, 200``."""
-    settings, names = plan.settings, ", ".join(plan.space.dimensions)
+    settings, names = plan.settings, ", ".join(key.lstrip("+") for key in plan.space.dimensions)
     parts = [f"{count(plan.trials, 'trial')} by {plan.sampler} over {names}"]
     if settings.pruner != "none":
         parts.append(f"rungs {', '.join(map(str, plan.rungs))}, of which the best 1/{settings.eta} continue")

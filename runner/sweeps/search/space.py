@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from runner.common.errors import ConfigError
 from runner.config import serialize
 from runner.sweeps import grid
-from runner.sweeps.search.dimensions import Choices, Interval, Value
+from runner.sweeps.search.dimensions import Choices, Interval, Value, without_noise
 
 _INT = re.compile(r"[-+]?\d{1,18}")
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)(e[-+]?\d+)?", re.IGNORECASE)
@@ -135,7 +135,7 @@ def _dimension(override: Override, references: Callable[[], Mapping[str, Any]]) 
         count = math.ceil((stop - start) / step - 1e-9) if step else 0
         if 0 < count <= grid.MAX_JOBS and step > 0:
             is_int = all(isinstance(number, int) for number in (start, stop, step))
-            return Interval(start, start + (count - 1) * step, is_int, log=False, step=step)
+            return Interval(start, without_noise(start + (count - 1) * step), is_int, log=False, step=step)
     texts = list(dict.fromkeys(override.sweep_string_iterator()))
     if not texts:
         raise ConfigError(f"{line} matches nothing.")

@@ -27,10 +27,10 @@ from runner.sweeps.job_composer import JobComposer
 from runner.sweeps.job_planner import JobPlanner
 from runner.sweeps.labels import relabel, take_labels
 from runner.sweeps.params import param_overrides
-from runner.sweeps.search.decide import SearchState, Targets
 from runner.sweeps.search.jobs import TrialJobs
 from runner.sweeps.search.search import Search
 from runner.sweeps.search.search_plan import SearchPlan, head_line, new_plan, plan_text, recorded_plan, require_head
+from runner.sweeps.search.state import SearchState, Targets
 from runner.sweeps.search.study import Study
 from runner.sweeps.sweep import SweepFailed, launcher_record, report
 from runner.training.signals import StopSignals

@@ -8,8 +8,8 @@ from typing import Any
 
 from runner.common.clock import parse_utc
 from runner.runs.search_record import SearchRecord, SearchRecordWriter
-from runner.sweeps.search.decide import Clock
 from runner.sweeps.search.outcome import Progress
+from runner.sweeps.search.state import Clock
 
 
 class TimeAccount:

@@ -9,7 +9,9 @@ import pytest
 
 from runner.common.errors import ConfigError
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result
-from runner.sweeps.search.decide import Clock, SearchState, Targets, Trial, affordable_trials, missed_targets, next_wave
+from runner.sweeps.search.budget import affordable_trials, missed_targets, seconds_to_come
+from runner.sweeps.search.decide import next_wave
+from runner.sweeps.search.state import Clock, SearchState, Targets, Trial
 
 RUNGS = [20, 60, 180]
 
@@ -156,6 +158,19 @@ def test_a_budget_without_room_for_one_trial_is_refused_after_its_speed_is_known
     with pytest.raises(ConfigError, match="does not hold one trial of 180 updates"):
         simulation.run()
     assert len(simulation.state.trials) == 1
+
+
+@pytest.mark.parametrize("pruner", ["halving", "none"])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_time_that_a_search_takes_is_known_after_its_first_trial(pruner, seeds):
+    simulation = Simulation(pruner, seeds=seeds)
+    simulation.state.trials = [Trial(0, 0, {})]
+    clock = Clock(None, 1.0, 0.5)
+    estimated = seconds_to_come(simulation.state, simulation.targets, clock)
+    simulation.state.trials = []
+    simulation.run()
+    first = clock.seconds(simulation.state.first_rung)
+    assert first + estimated == simulation.seconds
 
 
 @pytest.mark.parametrize(

@@ -499,6 +499,20 @@ def test_a_seed_that_fails_is_named_and_tried_again(inline, sweep):
     assert states(sweep)[9] == "finished"
 
 
+def test_a_job_that_stops_says_the_loss_of_its_step(inline):
+    high = ("train.eval_every=1", "lora.dropout=0", "optimizer.learning_rate=0.5")
+    out = inline("-m", *SMALL, *high, "train.stop_at=4", "hydra.sweep.dir=g")
+    rows = [json.loads(line) for line in (inline.folder / "g/0/metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows if row["split"] == "valid"}
+    assert min(losses.values()) < losses[4]
+    assert re.search(rf"stopped +4/9  valid loss {losses[4]:.4f}", out)
+
+
+def test_a_search_without_m_says_that_it_is_a_single_run(inline):
+    out = inline(*SMALL, "hydra/sweeper=search", "train.iters=1", "hydra.run.dir=r")
+    assert "hydra/sweeper=search has no effect on a single run: add -m" in out
+
+
 def test_a_signal_between_jobs_ends_the_search_with_its_table(inline, monkeypatch):
     from runner.sweeps.search.study import Study
 

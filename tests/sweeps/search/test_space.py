@@ -68,6 +68,20 @@ def test_a_drawn_number_has_four_digits_and_stays_within_its_interval():
     assert Interval(1, 9, True, False, 1).rounded(7) == 7
 
 
+def test_the_values_of_a_range_are_the_numbers_that_were_meant():
+    found = space("lora.dropout=range(0.0,0.81,0.1)").dimensions["lora.dropout"]
+    assert found.values() == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8] and found.ends() == [0.0, 0.8]
+    assert found.rounded(0.1 + 0.2) == 0.3 and found.contains(0.7) and not found.contains(0.75)
+    assert space("lora.scale=range(10.0,10.01,0.001)").dimensions["lora.scale"].rounded(10.003) == 10.003
+
+
+def test_a_variable_is_a_whole_number_where_the_setting_that_follows_it_is():
+    overrides = [PARSER.parse_override("+vars.x=interval(4,16)")]
+    for setting, is_int in (("lora.rank", True), ("lora.scale", False)):
+        found = make_space(overrides, references=lambda name=setting: {name: "${vars.x}"}).dimensions["+vars.x"]
+        assert isinstance(found, Interval) and found.is_int is is_int
+
+
 def test_combinations_of_a_grid():
     found = space("lora.rank=4,8", "train.batch_size=range(1,4)")
     assert found.size == 6 and found.combinations()[:2] == [

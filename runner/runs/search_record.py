@@ -14,7 +14,7 @@ that was killed makes the same decisions again, and the results that are recorde
     {"planned": {"trials": 17}, "wave": 1, "reason": "a budget of 8h holds 17 at 1.2 s an update"}
     {"extended": {"trials": 60, "budget": "16h"}, "wave": 10}
     {"missed": ["13 of 30 trials", "seeds 1, 2 of trial 3"]}
-    {"spent": 3600.0, "jobs": 3100.0, "updates": 2833, "beside": 210.0, "starts": 42}
+    {"spent": 3600.0, "jobs": 3100.0, "updates": 2833, "beside": 210.0, "starts": 42, "time": …}
 
 A wave is what is decided at once and launched together: how many trials the sampler is asked for, which trials continue
 from a step to another, and which are trained with another seed. `trial` counts from 0; `job` is the number of its job

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from runner.common.clock import parse_utc
+from runner.common.clock import parse_utc, utc_now
 from runner.runs.search_record import SearchRecord, SearchRecordWriter
 from runner.sweeps.search.outcome import Progress
 from runner.sweeps.search.state import Clock
@@ -36,19 +35,22 @@ class TimeAccount:
         return Clock(left, record.job_seconds / record.updates, per_start)
 
     def add_killed_wave(self, last_written: float, progress: Progress) -> None:
-        """Record the time of the last wave where the process was killed in it.
+        """Record what the last process did since its last record, where it was killed in a wave.
 
         Args:
             last_written: when a job last wrote its metrics, in seconds since 1970.
             progress: of all jobs together.
         """
         record = self._record
-        if not record.waves or any("spent" in line for line in _lines_since_last_wave(record)):
+        if not record.waves:
             return
-        begun = parse_utc(record.waves[-1].get("time"))
-        lost = max(0.0, last_written - begun) if begun is not None else 0.0
+        times = (parse_utc(line.get("time")) for line in reversed(record.lines) if "wave" in line or "spent" in line)
+        recorded = next((found for found in times if found is not None), last_written)
+        lost = max(0.0, last_written - recorded)
         made = progress - Progress(record.updates, record.job_seconds)
-        if lost or made.updates:
+        last = record.lines[-1]
+        is_in_a_wave = not any(name in last for name in ("spent", "result", "stopped", "missed"))
+        if made.updates or is_in_a_wave:
             self._spent_before += lost
             self._write(made)
 
@@ -68,10 +70,6 @@ class TimeAccount:
                 "updates": record.updates + made.updates,
                 "beside": round(record.beside_seconds + beside, 3),
                 "starts": record.starts + starts,
+                "time": utc_now(),
             }
         )
-
-
-def _lines_since_last_wave(record: SearchRecord) -> list[dict[str, Any]]:
-    last = max(i for i, line in enumerate(record.lines) if "wave" in line and "asked" in line)
-    return record.lines[last:]

@@ -92,6 +92,8 @@ class SearchRecord:
     """Options that a resume changed, each with the `wave` from which they apply."""
     planned: list[dict[str, Any]] = field(default_factory=list)
     """How many trials were planned, in order, with the reason; resumes and budgets change it."""
+    affordable_trials: int | None = None
+    """How many trials the budget holds, where that is decided for the present options."""
     missed: list[str] = field(default_factory=list)
     """What the budget left out of the search where it ended, as phrases."""
     spent_seconds: float = 0.0
@@ -270,11 +272,12 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
         record.missed = []
     elif "extended" in line:
         record.extensions.append(line)
-        record.missed = []
+        record.missed, record.affordable_trials = [], None
     elif "replicate" in line:
         _trial(record, line["replicate"]).replicates[_count(line["seed"])] = _count(line["job"])
     elif "planned" in line:
         record.planned.append(line)
+        record.affordable_trials = _count(line["planned"]["trials"])
     elif "missed" in line:
         record.missed = [str(text) for text in line["missed"]]
     elif "spent" in line:

@@ -56,7 +56,7 @@ def _train_all(state: SearchState, targets: Targets, clock: Clock) -> Wave | Non
 
 
 def _halve(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
-    asked = _asks(state, targets.trials if state.planned is None else state.planned)
+    asked = _asks(state, targets.trials if state.affordable is None else state.affordable)
     if asked:
         return Wave(asked if clock.seconds_left is None else min(asked, state.at_once))
     for step, following in zip(state.rungs[:-1], state.rungs[1:], strict=True):

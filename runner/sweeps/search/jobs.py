@@ -45,7 +45,7 @@ class TrialJobs:
         """Keep what jobs are planned from: those of the trials are the `template` with other values."""
         self._manifest, self._planner, self._space = manifest, planner, space
         self._launcher, self._output_subdir, self._template = launcher, output_subdir, template
-        self._planned: list[SweepJob] = []
+        self._unrecorded: list[SweepJob] = []
         self.errors: dict[int, str] = {}
         """What the last start of a job by this process raised, by its number."""
 
@@ -85,14 +85,14 @@ class TrialJobs:
 
     def record(self, stops: Mapping[int, int | None]) -> None:
         """Record the jobs that were planned, and how far jobs train now: number to step, None to the end."""
-        new = self._planned
+        new = self._unrecorded
         changed = {
             number: step
             for number, step in stops.items()
             if number >= len(self._manifest.jobs) or self._manifest.jobs[number].stop_at != step
         }
         self._manifest.record(jobs=new, stops=changed)
-        self._planned.clear()
+        self._unrecorded.clear()
 
     def apply_changes(self) -> None:
         """Start the jobs that have ended or wait once more, so that they have the settings that were changed since."""
@@ -143,5 +143,5 @@ class TrialJobs:
 
     def _add(self, job: SweepJob, is_new: bool) -> SweepJob:
         if is_new:
-            self._planned.append(job)
+            self._unrecorded.append(job)
         return job

@@ -43,10 +43,9 @@ def result_line(number: int, result: Result) -> dict[str, object]:
 def continued_text(decision: Continuation) -> str:
     """Return what is printed when trials continue: ``rung 10  3 of 9 continue to 30: trials 4, 3, 7, …``."""
     numbers = ", ".join(map(str, decision.trials))
-    noun = "trial" if len(decision.trials) == 1 else "trials"
+    trials = f"{'trial' if len(decision.trials) == 1 else 'trials'} {numbers}"
+    rung, following = decision.from_step, decision.to_step
     if decision.cut is None:
-        return f"rung {decision.start}  {noun} {numbers} to {decision.end}: {decision.reason}"
-    text = (
-        f"rung {decision.start}  {len(decision.trials)} of {decision.of} continue to {decision.end}: {noun} {numbers}"
-    )
+        return f"rung {rung}  {trials} to {following}: {decision.reason}"
+    text = f"rung {rung}  {len(decision.trials)} of {decision.of} continue to {following}: {trials}"
     return f"{text}, valid loss up to {decision.cut:.4f}" + (f"; {decision.reason}" if decision.reason else "")

@@ -11,17 +11,16 @@ from collections.abc import Mapping, Sequence
 
 from runner.common.commands import resume_command
 from runner.common.errors import ConfigError, RunnerError
-from runner.common.text import count, format_duration, relative_path, single_line
+from runner.common.text import relative_path, single_line
 from runner.runs.objective import Objective
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, NAME, PAUSED, Result, SearchRecord, SearchRecordWriter
-from runner.sweeps.search.budget import affordable_trials, missed_targets, seconds_to_come
-from runner.sweeps.search.decide import next_wave
 from runner.sweeps.search.jobs import TrialJobs
 from runner.sweeps.search.lines import continued_text, read_wave, result_line, wave_line
 from runner.sweeps.search.outcome import Outcome, read_outcome, read_progress
 from runner.sweeps.search.state import SearchState, Targets, Trial, Wave
 from runner.sweeps.search.study import Study
 from runner.sweeps.search.time_account import TimeAccount
+from runner.sweeps.search.wave_planner import WavePlanner
 from runner.training.signals import StopSignals
 
 _MAX_STARTS = 3
@@ -59,13 +58,12 @@ class Search:
         self._record, self._writer = record, writer
         self._recorded_waves = len(record.waves)
         self._wave = 0
-        self._is_planned = False
-        """Whether how many trials the budget holds is recorded."""
         self._failures = 0
         """Trials in a row that failed."""
         self._failed_fast = ""
         """What failed, where the launcher has fail_fast."""
         self._time = TimeAccount(record, writer, targets.budget_seconds)
+        self._planner = WavePlanner(state, targets, self._time, record, writer)
         self._stops = stops
 
     def run(self) -> None:
@@ -80,17 +78,15 @@ class Search:
         for recorded in list(self._record.waves):
             self._carry_out(read_wave(recorded))
         self._train_missing()
-        self._state.planned = self._planned_trials()
-        self._is_planned = self._state.planned is not None
-        while (wave := self._next_wave()) is not None:
+        while (wave := self._planner.next_wave()) is not None:
             self._writer.append(wave_line(self._wave, wave))
             for decision in wave.continued:
                 print(continued_text(decision), flush=True)
             self._carry_out(wave)
             if self._wave == 1:
-                self._print_estimate()
+                self._planner.print_estimate()
         self._stop_paused()
-        self._record_missed()
+        self._planner.record_missed()
 
     def _train_missing(self) -> None:
         """Train to their end once more the trials that were there already, and whose folder is gone since."""
@@ -103,45 +99,6 @@ class Search:
             )
         self._launch({trial.job: self._state.end for trial in gone if trial.job is not None})
 
-    def _next_wave(self) -> Wave | None:
-        """Decide what to launch next; where the budget holds fewer trials than are wanted, record how many it holds."""
-        state, targets, clock = self._state, self._targets, self._time.clock()
-        if state.pruner == "halving" and clock.seconds_left is not None and not self._is_planned:
-            made = len(state.counted)
-            try:
-                state.planned = affordable_trials(state, targets, clock) if made else None
-            except ConfigError:
-                self._record_missed()
-                raise
-            if state.planned is not None and state.planned <= made < targets.trials:
-                self._is_planned = True
-                trials = count(made, "trial")
-                reason = f"the budget holds {trials} at {clock.per_update or 0.0:.3g} s an update"
-                if clock.seconds_left <= 0:
-                    reason = f"the budget is used, after {trials}"
-                print(reason, flush=True)
-                self._writer.append({"planned": {"trials": made}, "wave": self._wave, "reason": reason})
-        return next_wave(state, targets, clock)
-
-    def _print_estimate(self) -> None:
-        """Print about how long the search takes, as the first trials say it."""
-        clock = self._time.clock()
-        if clock.seconds_left is None and clock.per_update is not None:
-            seconds = seconds_to_come(self._state, self._targets, clock)
-            if seconds >= 1:
-                per_update = f"{clock.per_update:.3g} s an update"
-                print(f"about {format_duration(seconds)} more at most, at {per_update}", flush=True)
-
-    def _planned_trials(self) -> int | None:
-        """Return how many trials were planned for the present options, where that is recorded."""
-        planned = None
-        for line in self._record.lines:
-            if "extended" in line:
-                planned = None
-            elif "planned" in line:
-                planned = int(line["planned"]["trials"])
-        return planned
-
     def _carry_out(self, wave: Wave) -> None:
         """Launch what was decided, record the results and tell them to the sampler."""
         self._stop_if_asked()
@@ -149,7 +106,7 @@ class Search:
         trials = self._suggest(wave.asked)
         for decision in wave.continued:
             for number in decision.trials:
-                self._state.trials[number].target = decision.end
+                self._state.trials[number].target = decision.to_step
                 trials.append(self._state.trials[number])
         targets = {t.job: t.target for t in trials if t.job is not None and self._recorded_result(t) is None}
         seeds = [self._add_replicate(number, seed) for number, seed in wave.replicates]
@@ -321,13 +278,3 @@ class Search:
             self._study.stop(trial.number)
             if self._record.trials[trial.number].stopped != line:
                 self._writer.append(line)
-
-    def _record_missed(self) -> None:
-        """Print and record what a complete search would have beside this one, where its budget leaves that out."""
-        missed = missed_targets(self._state, self._targets) if self._targets.budget_seconds is not None else []
-        if not missed:
-            return
-        spent, budget = format_duration(self._time.spent), format_duration(self._targets.budget_seconds or 0.0)
-        print(f"the budget of {budget}, of which {spent} are used, leaves out: {'; '.join(missed)}", flush=True)
-        if missed != self._record.missed:
-            self._writer.append({"missed": missed})

@@ -61,9 +61,9 @@ class Continuation:
     """Trials of one rung that continue to a later one."""
 
     trials: tuple[int, ...]
-    start: int
+    from_step: int
     """The rung that they wait at, in updates."""
-    end: int
+    to_step: int
     of: int
     """How many trials the rung has."""
     cut: float | None = None
@@ -73,7 +73,7 @@ class Continuation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as the record has it."""
-        line: dict[str, Any] = {"trials": list(self.trials), "from": self.start, "to": self.end, "of": self.of}
+        line: dict[str, Any] = {"trials": list(self.trials), "from": self.from_step, "to": self.to_step, "of": self.of}
         return line | ({} if self.cut is None else {"cut": self.cut}) | ({"reason": self.reason} if self.reason else {})
 
 
@@ -142,7 +142,7 @@ class SearchState:
     seed: int
     """That of the trials' config."""
     trials: list[Trial] = field(default_factory=list)
-    planned: int | None = None
+    affordable: int | None = None
     """How many trials the budget holds; None without a budget."""
     exhausted: bool = False
     """Whether the sampler has no further combination."""

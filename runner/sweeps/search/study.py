@@ -59,7 +59,7 @@ class Study:
             if os.path.lexists(left):
                 left.unlink()
         self._study = optuna.create_study(
-            storage=_PausedCountStorage(JournalFileBackend(str(journal))),
+            storage=_PausedAsStopped(JournalFileBackend(str(journal))),
             study_name=_STUDY,
             directions=["maximize" if higher else "minimize" for higher in maximize],
         )
@@ -140,7 +140,7 @@ class Study:
                 return RandomSampler(seed=seed)
 
 
-class _PausedCountStorage(JournalStorage):
+class _PausedAsStopped(JournalStorage):
     """Presents a paused trial to the sampler as one that was stopped at its last rung, so that it is learnt from.
 
     In the journal it is running, which it may be again.

@@ -39,7 +39,7 @@ class Simulation:
         done = []
         while True:
             if self.state.pruner == "halving" and self.targets.budget_seconds is not None and self.state.trials:
-                self.state.planned = affordable_trials(self.state, self.targets, self.clock())
+                self.state.affordable = affordable_trials(self.state, self.targets, self.clock())
             wave = next_wave(self.state, self.targets, self.clock())
             if wave is None:
                 return done
@@ -51,8 +51,8 @@ class Simulation:
                 jobs.append((number, 0))
             for decision in wave.continued:
                 for number in decision.trials:
-                    self.state.trials[number].target = decision.end
-                    jobs.append((number, decision.start))
+                    self.state.trials[number].target = decision.to_step
+                    jobs.append((number, decision.from_step))
             for number, before in jobs:
                 trial = self.state.trials[number]
                 state = FINISHED if trial.target == RUNGS[-1] else PAUSED

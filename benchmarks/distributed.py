@@ -1,10 +1,12 @@
 """How a run scales with ranks: measured on this machine, and calculated for several Macs.
 
-    python -m benchmarks.distributed [--ranks 1,2] [--updates 20] [--spin] [--json FILE] [WORDS …]
+    python -m benchmarks.distributed [--ranks 1,2] [--rounds 8] [--updates 4] [--spin] [--json FILE] [WORDS …]
     python -m benchmarks.distributed --calculate
 
-Every rank has one BLAS thread. An update's time is split into what the rank computes, what it waits for the slowest
-one, and what the sum itself takes. WORDS are overrides of the run; `--spin` lets ranks wait inside of MLX instead.
+The runs are all started, and then take turns: a few updates of one, the same updates of the next, so that what else the
+machine does is shared among them. Every rank has one BLAS thread. The time of an update is split into what the rank
+computes, what it waits for the slowest one, and the sum itself; the same sum is timed alone at the end, between ranks
+that are idle. WORDS are overrides of the run; `--spin` lets ranks wait inside of MLX instead of asleep.
 """
 
 from __future__ import annotations
@@ -12,22 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from runner.common.cores import usable_cores
 from runner.common.free_ports import free_ports
 
-WORDS = ("model=smollm2_135m", "data=text_to_sql", "train.batch_size=8", "lora.rank=8", "train.eval_every=1000000")
-WARM = 3
-"""First updates that are left out: shapes are compiled, caches filled."""
+WORDS = (
+    *("model=smollm2_135m", "data=text_to_sql", "train.batch_size=8", "lora.rank=8"),
+    *("train.eval_every=1000000", "checkpoint.every=1000000"),
+    # A row's cached states would be computed by the run that has it first. One batch is enough of an evaluation.
+    *("train.hidden_cache.enabled=false", "train.eval_batches=1"),
+)
+_QUIET = 0.3
+"""Load average up to which wall times are believed."""
+PARTS = ("update", "cpu", "compute", "compute_cpu", "wait", "transfer", "sum_cpu", "messages", "bytes")
 
 
 @dataclass(frozen=True)
@@ -74,121 +82,125 @@ def main() -> None:
     """Measure, or calculate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", default="1,2")
-    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=8, help="turns that are counted; one more comes before them")
+    parser.add_argument("--updates", type=int, default=4, help="updates of a turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--spin", action="store_true")
     parser.add_argument("--calculate", action="store_true")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options, words = parser.parse_known_args()
     if options.calculate:
         _print_calculation()
-    elif options.one:
-        _train_measured(options.one, words, options.spin)
     else:
         _measure([int(ranks) for ranks in options.ranks.split(",")], options, words)
 
 
+class MeasuredRun:
+    """A run on some ranks, which makes updates when it is told to."""
+
+    def __init__(self, ranks: int, folder: Path, options: argparse.Namespace, words: Sequence[str]) -> None:
+        self.ranks, self._folder = ranks, folder
+        folder.mkdir()
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
+        iters = (options.rounds + 1) * options.updates
+        words = [*WORDS, *words, f"train.iters={iters}", f"train.report_every={iters}", f"hydra.run.dir={folder}/run"]
+        self._updates = options.updates
+        self._processes = []
+        for rank in range(ranks):
+            command = [sys.executable, "-m", "benchmarks.distributed_rank", f"{folder}/{rank}.json", f"{self._updates}"]
+            command += ["--spin"] if options.spin else []
+            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+            if ranks > 1:
+                environment |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._processes.append(subprocess.Popen([*command, *words], env=environment, **pipes))  # type: ignore[call-overload]
+
+    def wait(self) -> None:
+        """Wait until each rank is ready for its next updates, or has made its last."""
+        for rank, process in enumerate(self._processes):
+            if not process.stdout.readline():
+                raise SystemExit(f"rank {rank} of {self.ranks} ended with exit code {process.wait()}")
+
+    def make_updates(self) -> None:
+        """Have each rank make the updates of a turn."""
+        for process in self._processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        self.wait()
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the end, and return means over the updates and ranks, and the seconds and tokens of each turn."""
+        if any(process.wait() for process in self._processes):
+            raise SystemExit(f"a rank of {self.ranks} failed")
+        by_rank = [json.loads((self._folder / f"{rank}.json").read_text()) for rank in range(self.ranks)]
+        counted = [told["updates"][self._updates :] for told in by_rank]
+        turns = [counted[0][i : i + self._updates] for i in range(0, len(counted[0]), self._updates)]
+        rows = [json.loads(line) for line in (self._folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        return {
+            "ranks": self.ranks,
+            **{name: mean(update[name] for updates in counted for update in updates) for name in PARTS},
+            "seconds": [sum(update["update"] for update in turn) for turn in turns],
+            "tokens": [sum(update["tokens"] for update in turn) for turn in turns],
+            "bare_sums": [seconds for told in by_rank for seconds in told["bare_sums"]],
+            "loss": next(row["loss"] for row in rows if row.get("split") == "train"),
+        }
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
 def _measure(counts: Sequence[int], options: argparse.Namespace, words: Sequence[str]) -> None:
-    print(f"load average {os.getloadavg()[0]:.2f}, {usable_cores()} cores, one BLAS thread a rank")
-    print("ranks  tokens/s  update  computes      CPU   waits    sum   message  final loss")
-    results = []
-    for ranks in counts:
-        result = _measure_one(ranks, options.updates, [*WORDS, *words], options.spin)
-        results.append(result)
-        print(
-            f"{ranks:>5}  {result['tokens_per_second']:>8.0f}  {result['update']:>5.2f}s  {result['compute']:>7.2f}s  "
-            f"{result['cpu']:>6.2f}s  {result['wait']:>5.2f}s  {1000 * result['sum']:>3.0f} ms  "
-            f"{result['bytes'] / 1e6:>4.1f} MB  {result['loss']:.6f}",
-            flush=True,
-        )
-    print(f"load average {os.getloadavg()[0]:.2f} at the end")
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        runs = []
+        for ranks in counts:
+            runs.append(MeasuredRun(ranks, Path(folder, f"on{ranks}"), options, words))
+            stack.callback(runs[-1].close)
+        for run in runs:
+            run.wait()
+        for turn in range(options.rounds + 1):
+            for run in runs if turn % 2 else reversed(runs):
+                run.make_updates()
+        results = [run.finish() for run in runs]
+    _print_results(results)
+    print(
+        f"\n{options.rounds} turns of {options.updates} updates each; {usable_cores()} cores, one BLAS thread a rank."
+    )
+    print(
+        f"Load average {load:.2f} before and {os.getloadavg()[0]:.2f} at the end, of which the ranks make", max(counts)
+    )
+    if load > _QUIET:
+        print("The machine was busy before: wall times say little.")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _measure_one(ranks: int, updates: int, words: Sequence[str], spin: bool) -> dict[str, Any]:
-    """Train on so many ranks, and return the means over their updates: seconds by part, bytes, tokens per second."""
-    with tempfile.TemporaryDirectory() as folder:
-        hosts = Path(folder, "hosts.json")
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
-        processes = []
-        for rank in range(ranks):
-            command = [sys.executable, "-m", "benchmarks.distributed", "--one", f"{folder}/{rank}.json", *words]
-            command += ["--spin"] if spin else []
-            command += [f"train.iters={updates}", f"train.report_every={updates}", f"hydra.run.dir={folder}/run"]
-            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-            if ranks > 1:
-                environment |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        if any(process.wait() for process in processes):
-            raise SystemExit("a rank failed")
-        by_rank = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    found = {
-        name: statistics.mean(update[name] for updates in by_rank for update in updates[WARM:])
-        for name in ("compute", "cpu", "wait", "sum", "update", "bytes")
-    }
-    tokens = sum(update["tokens"] for update in by_rank[0][WARM:])
-    seconds = sum(update["update"] for update in by_rank[0][WARM:])
-    return {"ranks": ranks, **found, "tokens_per_second": tokens / seconds, "loss": rows[-1]["loss"]}
+def _print_results(results: Sequence[dict[str, Any]]) -> None:
+    """Print two Markdown tables: what a run achieves, and what an update of a rank is made of."""
+    achieved, parts = [], []
+    for result in results:
+        rates = [tokens / seconds for tokens, seconds in zip(result["tokens"], result["seconds"], strict=True)]
+        ratios = [first / own for first, own in zip(results[0]["seconds"], result["seconds"], strict=True)]
+        rate = f"{median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+        achieved.append([result["ranks"], rate, f"{median(ratios):.2f}", f"{result['loss']:.6f}"])
+        seconds = {name: f"{result[name]:.3f} s" for name in ("update", "cpu", "compute", "compute_cpu")}
+        short = {name: f"{1000 * result[name]:.1f} ms" for name in ("wait", "transfer", "sum_cpu")}
+        alone = f"{1000 * median(result['bare_sums']):.1f} ms" if result["bare_sums"] else ""
+        parts.append([result["ranks"], seconds["update"], seconds["compute"], short["wait"], short["transfer"], alone])
+        parts[-1] += [seconds["cpu"], seconds["compute_cpu"], short["sum_cpu"]]
+        parts[-1] += [f"{result['messages']:.0f} of {result['bytes'] / 1e6:.2f} MB"]
+    _print_table(["ranks", "tokens/s: median turn (lowest to highest)", "speed: median turn", "last loss"], achieved)
+    print("\nMeans over updates and ranks:\n")
+    columns = ["ranks", "update", "computes", "waits for others", "sum", "sum alone"]
+    _print_table([*columns, "CPU time", "to compute", "to sum", "messages"], parts)
 
 
-def _train_measured(result: Path, words: list[str], spin: bool) -> None:
-    """Run the program as one rank, and write the times of its updates."""
-    from runner.backends import blas
-
-    blas.load_blas()
-    import mlx.core as mx
-
-    from runner.cli.main import main as run_program
-    from runner.training.train_step import TrainStep
-    from runner.training.world import Ranks, World
-
-    updates: list[dict[str, float]] = []
-    began = {"wall": 0.0, "cpu": 0.0}
-    waited = {"seconds": 0.0}
-    update, meet = TrainStep.update, Ranks.meet
-
-    def measured_update(step: TrainStep, *arguments: Any) -> Any:
-        began.update(wall=time.perf_counter(), cpu=time.process_time())
-        made = update(step, *arguments)
-        updates[-1] |= {"update": time.perf_counter() - began["wall"], "tokens": made.tokens}
-        return made
-
-    def measured_meet(world: Ranks) -> None:
-        start = time.perf_counter()
-        if not spin:
-            meet(world)
-        waited["seconds"] = time.perf_counter() - start
-
-    def measured(sum_update: Any) -> Any:
-        def call(world: World, sums: Any) -> Any:
-            mx.eval(sums.arrays)
-            computed, cpu = time.perf_counter(), time.process_time()
-            waited["seconds"] = 0.0
-            added = sum_update(world, sums)
-            mx.eval(added.arrays)
-            size = sum(array.nbytes for array in sums.arrays.values()) if world.size > 1 else 0
-            updates.append(
-                {
-                    "compute": computed - began["wall"],
-                    "cpu": cpu - began["cpu"],
-                    "wait": waited["seconds"],
-                    "sum": time.perf_counter() - computed - waited["seconds"],
-                    "bytes": size,
-                }
-            )
-            return added
-
-        return call
-
-    TrainStep.update = measured_update  # type: ignore[assignment]
-    Ranks.meet = measured_meet  # type: ignore[assignment]
-    for kind in (World, Ranks):
-        kind.sum_update = measured(kind.sum_update)  # type: ignore[method-assign]
-    code = run_program(words)
-    result.write_text(json.dumps(updates))
-    sys.exit(code)
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    for row in (columns, ["---:"] * len(columns), *rows):
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 def _print_calculation() -> None:

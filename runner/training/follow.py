@@ -19,8 +19,9 @@ from runner.training.device_failures import device_errors_explained
 from runner.training.finalize import finalize_share
 from runner.training.memory import memory_limits
 from runner.training.run_writer import DiscardingWriter
-from runner.training.shared_start import receive_spec, refuse_too_large
+from runner.training.shared_start import receive_spec
 from runner.training.signals import StopRequested, StopSignals
+from runner.training.too_large import refuse_too_large
 from runner.training.world import Ranks, join
 
 

@@ -31,8 +31,9 @@ from runner.training.memory_estimate import PlannedModel
 from runner.training.memory_fit import memory_warning
 from runner.training.resume import find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
-from runner.training.shared_start import refuse_too_large, send_spec, with_own_share
+from runner.training.shared_start import send_spec, with_own_share
 from runner.training.signals import StopRequested, StopSignals
+from runner.training.too_large import refuse_too_large
 from runner.training.trainer import Trainer
 from runner.training.world import ALONE, World
 

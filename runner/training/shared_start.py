@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,22 +11,17 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from runner.common import safe_json
-from runner.common.errors import ConfigError, RunnerError
+from runner.common.errors import ConfigError
 from runner.config import serialize
 from runner.config.invocation import Supervision
-from runner.config.schema import Config
 from runner.distributed.frames import pack, unpack
-from runner.models.device import on_cpu
-from runner.models.shapes import load_shapes
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
 from runner.training.baseline import Baseline, validation_result, validation_values
 from runner.training.components import Components
-from runner.training.memory_estimate import device_limit
 from runner.training.run_writer import FilePositions
 from runner.training.train_state import TrainState
 from runner.training.world import World
@@ -150,32 +144,6 @@ def keep_equal(world: World, state: TrainState, window: int, components: Compone
     if different:
         share_state(world, state, window, components)
     return different
-
-
-def refuse_too_large(world: World, config: Config) -> None:
-    """Refuse a model whose weights alone do not fit a machine, before it is loaded: each rank holds all of them.
-
-    mlx-lm's `shard` and `pipeline` split a model for inference: none of its layers of adapters can be put on the split
-    ones, and what a pipeline sends has no gradient.
-
-    Raises:
-        ConfigError: says which rank lacks how much, and what would fit.
-    """
-    if world.size == 1:
-        return
-    try:
-        weights = sum(array.nbytes for _, array in tree_flatten(load_shapes(config.model)[0].model.parameters()))
-    except RunnerError:  # loading it will say what is wrong
-        weights = 0
-    own = {"weights": weights, "limit": device_limit()[0], "host": platform.node()}
-    for rank, told in enumerate(json.loads(content) for content in world.gather(json.dumps(own).encode())):
-        if told["weights"] > told["limit"]:
-            smaller = "" if on_cpu() or config.model.quantize.bits == 4 else ", or quantize it: model.quantize.bits=4"
-            raise ConfigError(
-                f"The weights of the model take {told['weights'] / 1e9:.1f} GB, and rank {rank} ({told['host']}) has "
-                f"{told['limit'] / 1e9:.1f} GB for a run. Every rank holds the whole model, so more of them do not "
-                f"help. Leave that machine out, or take a smaller model{smaller}."
-            )
 
 
 def with_own_share(spec: RunSpec, world: World) -> RunSpec:

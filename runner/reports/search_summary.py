@@ -29,6 +29,8 @@ from runner.runs.search_record import (
 _OPTIONS = ("sampler", "pruner", "eta", "seed")
 _FINISHED, _STOPPED, _WAITING, _REPEATS = "finished", "stopped", "waiting", "repeats"
 _NOT_STARTED = "not started"
+_MOST_IMPOSSIBLE = 5
+"""Trials that no run can have, which are listed: the tables of jobs do not have them."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,12 @@ def header_lines(summary: SearchSummary) -> list[tuple[str, str]]:
     if record.missed:
         lines.append(("left out", f"for lack of time: {shorten('; '.join(record.missed), 200)}"))
     lines += [("to the end", text) for text in _beyond_their_place(record)]
+    impossible = [trial for trial in summary.trials if trial.job is None]
+    for trial in impossible[:_MOST_IMPOSSIBLE]:
+        reason = record.trials[trial.number].results[-1].reason if record.trials[trial.number].results else ""
+        lines.append(("cannot run", f"trial {trial.number}: {shorten(reason, 200)}"))
+    if len(impossible) > _MOST_IMPOSSIBLE:
+        lines.append(("cannot run", f"and {count(len(impossible) - _MOST_IMPOSSIBLE, 'further trial')}"))
     if record.updates:
         spent, training = format_duration(record.spent_seconds), format_duration(record.job_seconds)
         lines.append(("time", f"{spent}, of it {training} in jobs: {record.updates:,} updates"))

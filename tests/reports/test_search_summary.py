@@ -197,6 +197,7 @@ def test_trials_of_equal_settings_count_once_and_early_stopping_is_an_end(folder
     summary = summary_of(folder)
     assert (summary.trials[9].state, summary.trials[9].text) == ("repeats", "has the settings of trial 4")
     assert summary.trials[10].text == "failed at step 0: no run can have this" and summary.is_complete
+    assert ("cannot run", "trial 10: no run can have this") in header_lines(summary)
     assert summary.trials[1].text == "trained to its end at step 60 by early stopping"
     assert [rung.reached for rung in summary.rungs] == [7, 2, 1] and summary.rungs[0].lost == 3
     assert summary.by_job[4].number == 4

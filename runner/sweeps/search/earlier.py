@@ -67,8 +67,8 @@ class EarlierResults:
     results: list[EarlierResult] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     """Settings that are no part of the space and that used jobs have otherwise than this search."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Why jobs were left out, with how many."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Why jobs were left out: the reason to what each of them has, empty where the reason says all."""
 
     def lines(self) -> list[str]:
         """Return what is printed of them."""
@@ -82,8 +82,13 @@ class EarlierResults:
         return lines + [f"  left out: {self.left_out_text()}"] * bool(self.left_out)
 
     def left_out_text(self) -> str:
-        """Return why jobs were left out: ``2 jobs with another model.path (…; here …), 1 job that failed``."""
-        return ", ".join(f"{count(number, 'job')} {reason}" for reason, number in self.left_out.most_common())
+        """Return why jobs were left out: ``2 jobs outside of the space of lora.rank (8, 16)``."""
+        texts = []
+        for reason, values in sorted(self.left_out.items(), key=lambda item: -len(item[1])):
+            unique = [value for value in dict.fromkeys(values) if value]
+            listed = ", ".join(unique[:_MOST_NAMES]) + (", …" if len(unique) > _MOST_NAMES else "")
+            texts.append(f"{count(len(values), 'job')} {reason}" + (f" ({listed})" if unique else ""))
+        return ", ".join(texts)
 
 
 def find_earlier(
@@ -119,8 +124,8 @@ def find_earlier(
             params = recognizer.params_of(settings)
             others = _differences(settings, _leaves(config_of(params)))
             result = _result(params, run, objective, end, settings["train.iters"])
-        except _LeftOut as reason:
-            found.left_out[str(reason)] += 1
+        except _LeftOut as left_out:
+            found.left_out.setdefault(left_out.reason, []).append(left_out.value)
             continue
         found.results.append(result)
         differing |= dict.fromkeys(name for name in others if not name.startswith(_UNMENTIONED))
@@ -133,7 +138,11 @@ def find_earlier(
 
 
 class _LeftOut(Exception):
-    """Raised where a job says nothing about a point of the space; the message is why."""
+    """Raised where a job says nothing about a point of the space."""
+
+    def __init__(self, reason: str, value: str = "") -> None:
+        super().__init__(reason, value)
+        self.reason, self.value = reason, value
 
 
 def _settings_of(job: SweepJob, run: RunInfo) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def _result(params: dict[str, Value], run: RunInfo, objective: Objective, end: i
         return EarlierResult(params, DIVERGED, (), step_here(run.step or 0))
     losses = [(step, loss) for step, loss in run.losses("valid") if step > 0]
     if run.state not in ("stopped", "interrupted") or not losses:
-        raise _LeftOut(f"without a result ({run.state})")
+        raise _LeftOut("without a result", run.state)
     step, loss = losses[-1]
     return EarlierResult(params, PAUSED, (loss,), step_here(step))
 
@@ -185,7 +194,7 @@ def _differences(job: Mapping[str, Any], trial: Mapping[str, Any]) -> list[str]:
         if name in left_out or may_become(name, there, here) or may_become(name, here, there):
             continue
         if name.startswith(_COMPARABLE) and not name.startswith(_WITHOUT_EFFECT):
-            raise _LeftOut(f"with another {name} ({shorten(there, 60)}, here {shorten(here, 60)})")
+            raise _LeftOut(f"with another {name} than {shorten(here, 60)}", shorten(there, 60))
         names.append(name)
     return names
 
@@ -242,6 +251,6 @@ class _Recognizer:
                 value = int(number) if is_inside and dimension.is_int else number
             if not is_inside:
                 shown = next((name for name in (key.lstrip("+"), *effect.names) if name in settings), key)
-                raise _LeftOut(f"outside of the space ({shown}={shorten(settings.get(shown), 60)})")
+                raise _LeftOut(f"outside of the space of {shown}", shorten(settings.get(shown), 60))
             params[key] = value
         return params

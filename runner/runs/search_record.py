@@ -242,6 +242,8 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
     elif "result" in line:
         trial = _trial(record, line["result"])
         values = tuple(float(value) for value in line["values"])
+        if line["state"] not in (PAUSED, FINISHED, DIVERGED, FAILED):
+            raise ValueError("a result has a state that there is not")
         if not all(map(math.isfinite, values)) or (line["state"] in (PAUSED, FINISHED)) != bool(values):
             raise ValueError("a result has other values than its state")
         judged = line.get("judged", values[0] if values else None)

@@ -28,7 +28,9 @@ from runner.sweeps.search.space import Space
 
 _COMPARABLE = ("model.", "data.", "method.", "train.eval_batches")
 """Settings that decide what a validation loss is a loss of."""
-_WITHOUT_EFFECT = ("data.cache", "data.pad_to", "data.window", "model.trust_remote_code")
+_WITHOUT_EFFECT = ("data.cache", "data.pad_to", "data.window", "data.template_date", "model.trust_remote_code")
+_OF_SCORES = ("data.metric", "data.max_new_tokens")
+"""Settings that decide what a score is of, and no loss."""
 _UNMENTIONED = ("seed", "objective.", "checkpoint.", "loggers.", "vars.", "train.report_every", "train.eval_")
 """Settings whose difference needs no word: results are there to be compared over seeds, and the rest moves nothing."""
 _MOST_NAMES = 4
@@ -122,7 +124,7 @@ def find_earlier(
         settings = _settings_of(job, run)
         try:
             params = recognizer.params_of(settings)
-            others = _differences(settings, _leaves(config_of(params)))
+            others = _differences(settings, _leaves(config_of(params)), objective)
             result = _result(params, run, objective, end, settings["train.iters"])
         except _LeftOut as left_out:
             found.left_out.setdefault(left_out.reason, []).append(left_out.value)
@@ -181,19 +183,20 @@ def _result(params: dict[str, Value], run: RunInfo, objective: Objective, end: i
     return EarlierResult(params, PAUSED, (loss,), step_here(step))
 
 
-def _differences(job: Mapping[str, Any], trial: Mapping[str, Any]) -> list[str]:
+def _differences(job: Mapping[str, Any], trial: Mapping[str, Any], objective: Objective) -> list[str]:
     """Return the settings in which the job and the trial at its point differ, beside those that compare results.
 
     Raises:
-        _LeftOut: their losses are of something else.
+        _LeftOut: their results are of something else.
     """
+    without_effect = _WITHOUT_EFFECT + (() if "score" in objective.metrics else _OF_SCORES)
     left_out = {*schema.provenance_settings(), *schema.label_settings()}
     names = []
     for name in dict.fromkeys([*trial, *job]):
         there, here = job.get(name), trial.get(name)
         if name in left_out or may_become(name, there, here) or may_become(name, here, there):
             continue
-        if name.startswith(_COMPARABLE) and not name.startswith(_WITHOUT_EFFECT):
+        if name.startswith(_COMPARABLE) and not name.startswith(without_effect):
             raise _LeftOut(f"with another {name} than {shorten(here, 60)}", shorten(there, 60))
         names.append(name)
     return names

@@ -286,12 +286,11 @@ def test_the_time_of_a_wave_that_was_killed_counts(inline, sweep):
     assert spent == sorted(spent) and spent[-1] - spent[-2] > 24 * 3600 * 365
 
 
-def test_trials_that_are_added_to_a_single_one_are_compared_at_a_rung(inline):
-    inline(*SEARCH, "hydra.sweeper.trials=1", "train.iters=3", "hydra.sweep.dir=s")
-    inline("resume=s", "hydra.sweeper.trials=3")
+def test_a_single_trial_has_a_rung_at_which_others_can_be_compared_with_it(inline):
+    inline(*SEARCH, "hydra.sweeper.trials=1", "train.iters=2", "hydra.sweep.dir=s")
     found = read_search(inline.folder / "s")
-    assert found is not None and found.rungs == [1, 3]
-    assert [trial.results[0].step for trial in found.trials] == [1, 1, 1]
+    assert found is not None and found.rungs == [1, 2]
+    assert [result.step for result in found.trials[0].results] == [1, 2]
 
 
 def test_a_used_budget_starts_nothing_and_more_of_it_continues(inline, sweep):
@@ -335,7 +334,12 @@ BEGIN = ("-m", "hydra/sweeper=search", "hydra.sweeper.trials=2", "hydra.sweeper.
         pytest.param(("lora.dropout=0,0.1",), ("lora.dropout=0.0,0.1",), 2, marks=pytest.mark.long),
         pytest.param(("+vars.r=2,4", "lora.rank=${vars.r}"), ("lora.rank=range(2,9)",), 2, marks=pytest.mark.long),
         (("lora.rank=2,4,5",), ("+vars.q=interval(2,4)", "lora.rank=${vars.q}"), 2),
-        (("lora={rank: 2, alpha: 8},{rank: 4, alpha: 8}",), ("lora={alpha: 8, rank: 2},{rank: 4, alpha: 8.0}",), 2),
+        pytest.param(
+            ("lora={rank: 2, alpha: 8},{rank: 4, alpha: 8}",),
+            ("lora={alpha: 8, rank: 2},{rank: 4, alpha: 8.0}",),
+            2,
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             ("data.system_prompt='be brief',null",), ('data.system_prompt="be brief",null',), 2, marks=pytest.mark.long
         ),
@@ -480,16 +484,16 @@ def test_a_trial_that_waits_is_not_continued_by_itself(inline, sweep):
 
 
 def test_fail_fast_ends_a_search_and_leaves_what_did_not_start(inline):
-    options = ("optimizer=sgd", "optimizer.learning_rate=1e30,1e-2", "lora.rank=2,4", "train.iters=2")
+    options = ("optimizer=sgd", "optimizer.learning_rate=1e30,1e-2,1e-3", "lora.rank=2", "train.iters=2")
     out = inline(*SEARCH, *options, "hydra.launcher.fail_fast=true", "hydra.sweep.dir=s", expect=1)
     assert "fail_fast ends the search here" in out
     found = read_search(inline.folder / "s")
     assert found is not None
-    assert [[result.state for result in trial.results] for trial in found.trials] == [["diverged"], [], [], []]
+    assert [[result.state for result in trial.results] for trial in found.trials] == [["diverged"], [], []]
     inline("resume=s", "hydra.launcher.fail_fast=false", expect=1)
     found = read_search(inline.folder / "s")
     assert found is not None
-    assert [trial.results[-1].state for trial in found.trials] == ["diverged", "diverged", "finished", "paused"]
+    assert [trial.results[-1].state for trial in found.trials] == ["diverged", "finished", "paused"]
 
 
 def test_a_seed_that_fails_is_named_and_tried_again(inline, sweep):
@@ -522,15 +526,15 @@ def test_a_signal_between_jobs_ends_the_search_with_its_table(inline, monkeypatc
     ask = Study.ask
 
     def ask_and_signal(study, **options):
-        if len(study._trials) == 2:
+        if len(study._trials) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return ask(study, **options)
 
     monkeypatch.setattr(Study, "ask", ask_and_signal)
-    out = inline(*SEARCH, "hydra.sweeper.trials=4", "train.iters=2", "hydra.sweep.dir=s", expect=143)
-    assert "3 trials: 2 waiting, 1 not started" in out and "finish      python -m runner resume=s" in out
+    out = inline(*SEARCH, "hydra.sweeper.trials=2", "train.iters=2", "hydra.sweep.dir=s", expect=143)
+    assert "2 trials: 1 waiting, 1 not started" in out and "finish      python -m runner resume=s" in out
     monkeypatch.undo()
-    assert "4 trials: 1 finished, 3 stopped" in inline("resume=s")
+    assert "2 trials: 1 finished, 1 stopped" in inline("resume=s")
 
 
 @pytest.mark.parametrize("launcher", ["process", pytest.param("joblib", marks=pytest.mark.long)])

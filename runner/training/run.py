@@ -31,7 +31,7 @@ from runner.training.memory_estimate import PlannedModel
 from runner.training.memory_fit import memory_warning
 from runner.training.resume import find_resume_point, is_already_finished, require_same_inputs
 from runner.training.run_writer import RunWriter
-from runner.training.shared_start import send_spec, with_own_share
+from runner.training.shared_start import describe_ranks, send_spec, with_own_share
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.too_large import refuse_too_large
 from runner.training.trainer import Trainer
@@ -98,10 +98,8 @@ def train_run(spec: RunSpec, shared: ComponentLoader | None = None, world: World
             template_date.record_date(spec)
         if shared is None:
             free_frozen_weights(spec.config, components, display)
-        if world.size > 1:
-            display.line(
-                f"ranks  {world.size}, each with its share of every batch of {spec.config.train.batch_size} rows"
-            )
+        for line in describe_ranks(world, spec.config):
+            display.line(line)
         world.on_abort(partial(_record_abort, spec, writer))
         with _exit_on_stop(stops, writer):
             trainer = build_trainer(spec, point, components, writer, stops, display, buffer_cache, world)

@@ -13,10 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from runner.common import safe_json
+from runner.common.cores import usable_cores
 from runner.common.errors import ConfigError
+from runner.common.text import count
 from runner.config import serialize
 from runner.config.invocation import Supervision
+from runner.config.schema import Config
 from runner.distributed.frames import pack, unpack
+from runner.models.device import on_cpu
 from runner.runs.directory import RunDirectory
 from runner.runs.run_spec import RunSpec
 from runner.training import state_files
@@ -144,6 +148,21 @@ def keep_equal(world: World, state: TrainState, window: int, components: Compone
     if different:
         share_state(world, state, window, components)
     return different
+
+
+def describe_ranks(world: World, config: Config) -> list[str]:
+    """Return lines for the log on how many ranks train, and which of them are of no use; none for a process alone."""
+    if world.size == 1:
+        return []
+    rows = config.train.batch_size * config.train.grad_accumulation
+    lines = [f"ranks  {world.size}, each with its share of every batch of {config.train.batch_size} rows"]
+    if rows < world.size:
+        lines.append(
+            f"ranks  an update has {count(rows, 'row')}: only {rows} of {world.size} ranks have something to compute"
+        )
+    if on_cpu() and world.local > (cores := usable_cores()):
+        lines.append(f"ranks  {world.local} on this machine share {count(cores, 'core')}: fewer of them are faster")
+    return lines
 
 
 def with_own_share(spec: RunSpec, world: World) -> RunSpec:

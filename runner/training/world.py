@@ -52,6 +52,8 @@ class World:
     """A process alone: rank 0 of 1."""
 
     rank, size = 0, 1
+    local = 1
+    """Number of ranks on this machine."""
     backend: str | None = None
 
     @property
@@ -112,6 +114,7 @@ class Ranks(World):
 
     def __init__(self, launch: Launch, channel: Channel, group: mx.distributed.Group) -> None:
         self.rank, self.size, self.backend = launch.rank, launch.size, launch.backend
+        self.local = launch.local
         self.channel = channel
         self._group: mx.distributed.Group | None = group
         self._stops = StopSignals()

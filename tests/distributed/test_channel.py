@@ -17,6 +17,7 @@ import pytest
 
 from runner.common.errors import EXIT_CONFIG, EXIT_RANK_LOST, ConfigError, RankLost
 from runner.common.free_ports import free_ports
+from runner.config.schema import Config
 from runner.distributed import channel as channels
 from runner.distributed import join as joining
 from runner.distributed import reception as receiving
@@ -24,6 +25,7 @@ from runner.distributed.frames import Broken, FrameSocket, Kind, pack, to_json, 
 from runner.distributed.identity import RankIdentity
 from runner.distributed.join import open_channel
 from runner.distributed.launch import Launch
+from runner.training import shared_start
 from runner.training.shared_start import compare_inputs
 from runner.training.signals import StopRequested, StopSignals
 from runner.training.world import ALONE, Ranks, _count, _limbs
@@ -341,3 +343,16 @@ def test_the_items_of_an_update_are_dealt_in_turn():
     assert shares == [[[0, 3], [6], [9]], [[1], [4, 7], []], [[2], [5], [8]]]
     assert items[ALONE.share(7)].tolist() == items.tolist()
     assert threading.active_count() < 50
+
+
+def test_ranks_that_are_of_no_use_are_named(monkeypatch):
+    config = Config()
+    config.train.batch_size, config.train.grad_accumulation = 2, 1
+    world = SimpleNamespace(size=3, local=3)
+    for name, value in (("usable_cores", 2), ("on_cpu", True)):
+        monkeypatch.setattr(shared_start, name, lambda value=value: value)
+    lines = shared_start.describe_ranks(world, config)  # type: ignore[arg-type]
+    assert "only 2 of 3 ranks have something to compute" in lines[1] and "3 on this machine share 2 cores" in lines[2]
+    config.train.grad_accumulation, world.local = 2, 2
+    assert len(shared_start.describe_ranks(world, config)) == 1  # type: ignore[arg-type]
+    assert shared_start.describe_ranks(ALONE, config) == []

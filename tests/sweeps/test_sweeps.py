@@ -286,7 +286,7 @@ def test_memory_does_not_grow_over_thirty_jobs(cli):
         "sizes_rss = []\n"
         "module.train_run = watched\n"
         "rc = main(['-m', 'model=tiny', 'data=tiny', 'train.iters=2', 'seed=range(30)', 'hydra.sweep.dir=s'])\n"
-        "print('SIZES', sizes[4], sizes[-1], sizes_rss[9], sizes_rss[-1]); sys.exit(rc)"
+        "print('SIZES', sizes[4], sizes[-1], min(sizes_rss[7:12]), min(sizes_rss[-5:])); sys.exit(rc)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=cli.folder, env=cli.environment, capture_output=True, text=True, check=False
@@ -294,4 +294,4 @@ def test_memory_does_not_grow_over_thirty_jobs(cli):
     assert done.returncode == 0, done.stdout + done.stderr
     mlx_early, mlx_late, rss_early, rss_late = map(int, done.stdout.split("SIZES")[1].split()[:4])
     assert mlx_late <= mlx_early
-    assert rss_late - rss_early < 20 * 500_000  # under half a megabyte a job
+    assert rss_late - rss_early < 18 * 500_000  # under half a megabyte a job

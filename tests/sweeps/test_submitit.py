@@ -71,7 +71,7 @@ def test_a_sweep_whose_process_was_killed_waits_for_the_jobs_that_go_on_without_
 def test_ctrl_c_saves_the_jobs_and_a_resume_finishes_them(cli, inline, assert_equal_runs):
     process = cli.start("-m", *SMALL, "lora.rank=2,4", *LOCAL, "hydra.launcher.jobs=2")
     for job in ("0", "1"):
-        cli.wait_for(cli.folder / "s" / job, 20, process)
+        cli.wait_for(cli.folder / "s" / job, 2, process)  # before the other is at its end
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out

@@ -70,6 +70,20 @@ def test_a_rank_that_dies_before_it_joins_ends_all_at_once(make_cli, tmp_path, v
         assert re.search(r"rank 2 \(pid \d+\) was killed by SIGKILL before it joined the run", output)
 
 
+@pytest.mark.long
+def test_ctrl_c_in_a_terminal_saves_and_stops_all(make_cli, tmp_path):
+    """It is sent to all processes of the terminal; the other ranks have a session of their own, and hear it once."""
+    cli = make_cli(tmp_path)
+    words = [*WORDS, "train.iters=100000", "train.eval_every=100000", "hydra.run.dir=run", "ranks=2"]
+    process = cli.start(*words, start_new_session=True)
+    cli.wait_for(tmp_path / "run", 8, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    found = status(tmp_path / "run")
+    assert process.returncode == 130 and output.count("stopped (SIGINT)") == 1, output
+    assert (found["state"], found["last_checkpoint"]) == ("stopped", found["step"])
+
+
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -124,7 +124,7 @@ def _search_on(folder: Path, search: SearchSummary) -> list[Command]:
     options, record, resume = search.options, search.record, _resume(folder).line
     budget = _more_time(options.get("budget"), record.spent_seconds)
     time = f" hydra.sweeper.budget={budget}" if budget else ""
-    wanted, made = options.get("trials"), len(search.trials)
+    wanted, made = options.get("trials"), sum(trial.state != "repeats" for trial in search.trials)
     more = f" hydra.sweeper.trials={2 * made}"
     if budget and (record.missed or (isinstance(wanted, int) and wanted > made)):  # time was what it lacked
         more = ""

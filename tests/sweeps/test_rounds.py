@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,12 @@ def check_jobs(inline, assert_equal_runs):
     for number, rank in enumerate((2, 4)):
         inline(*SMALL, f"lora.rank={rank}", f"hydra.run.dir=alone{rank}")
         assert_equal_runs(inline.folder / f"s/{number}", inline.folder / f"alone{rank}")
+
+
+def test_a_worker_that_is_stopped_before_its_first_job_ends_without_a_traceback():
+    code = "from runner.sweeps.launchers import worker; worker._receive_signals(); print(flush=True); input()"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"" and process.returncode == -signal.SIGINT

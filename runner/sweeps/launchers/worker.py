@@ -92,7 +92,8 @@ def _train(request: Mapping[str, Any], loader: ComponentLoader) -> dict[str, Any
 
 def _receive_signals() -> None:
     """Receive the signals that stop a run, which a parent on a cluster may block, and ignore those by which a cluster
-    announces a stop to all processes of a job: the parent asks for it."""
+    announces a stop to all processes of a job: the parent asks for it. Before a job begins there is nothing to save."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would print where it was
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -88,6 +88,7 @@ FREE: dict[str, Any] = {
     "train.iters": 9,
     "train.report_every": 1,
     "train.eval_every": 2,
+    "train.eval_at": [3],
     "train.eval_batches": 1,
     "train.eval_tokens": 64,
     "train.head": "all",

@@ -29,7 +29,8 @@ from runner.sweeps.job import JobTask
 from runner.sweeps.sweep import OWN_PROCESS_LAUNCHERS, OWN_SWEEPERS, PROCESS_LAUNCHER, refuse_failed, report
 
 _LEFT_BY_A_START = {".lock", "multirun.yaml", sweep_manifest.NAME, layout.LABELS}
-_LEFT_BY_A_START |= {search_record.NAME, JOURNAL, f"{JOURNAL}.lock"}
+_LEFT_BY_A_SEARCH = {search_record.NAME, JOURNAL, f"{JOURNAL}.lock"}
+_LEFT_BY_A_START |= _LEFT_BY_A_SEARCH
 """What a start leaves that ended before it recorded a job."""
 
 
@@ -177,6 +178,8 @@ def _claim(path: Path) -> RunDirectory:
         directory.lock()
         try:
             _require_unused(path)
+            for name in _LEFT_BY_A_SEARCH:  # or else a resume would take a grid for it
+                (path / name).unlink(missing_ok=True)
         except ConfigError:
             directory.unlock()
             raise

@@ -79,8 +79,9 @@ def _fitting(state: SearchState, clock: Clock, updates: int, continued: Sequence
         continued: the trials that would make them; none of them where they are new.
     """
     best = state.best_first()
-    brings_best = bool(best) and best[0].number in continued
-    rounds = clock.rounds(updates, max(0, updates_of_best(state) - updates * brings_best))
+    made_by_best = updates if best and best[0].number in continued else 0
+    left_for_best = max(0, updates_of_best(state) - made_by_best)
+    rounds = clock.rounds(updates, reserve=left_for_best)
     return len(state.trials) + state.at_once if math.isinf(rounds) else int(rounds) * state.at_once
 
 

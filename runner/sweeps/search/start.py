@@ -77,7 +77,6 @@ def run_search(
         stored = [text for text in arguments if text.startswith("stored=")]  # of a repeated run
         plan = recorded_plan(manifest, record, settings, composer, stored)
     else:
-        (folder / search_record.NAME).unlink(missing_ok=True)  # left by a start that recorded no job
         texts = [*param_overrides(dict(options.get("params") or {}), composer), *arguments]
         plan = new_plan(texts, settings, composer, planner)
     study = _study(folder, plan)

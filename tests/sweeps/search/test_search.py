@@ -295,9 +295,14 @@ def test_a_single_trial_has_a_rung_at_which_others_can_be_compared_with_it(inlin
 
 def test_a_used_budget_starts_nothing_and_more_of_it_continues(inline, sweep):
     out = inline("resume=s", "hydra.sweeper.trials=11", "hydra.sweeper.budget=0.1s")
-    assert "the budget is used, after 9 trials" in out
+    assert "the budget is used, after 9 trials" in out and "leaves out: 2 of 11 trials" in out
+    more = re.search(r"search on +python -m runner resume=s hydra.sweeper.budget=(\d+)s\n", out)
     found = read_search(sweep)
     assert found is not None and len(found.trials) == 9 and found.planned[0]["planned"] == {"trials": 9}
+    assert more is not None and int(more[1]) > found.spent_seconds
+    before = record(sweep)
+    inline("resume=s")
+    assert record(sweep) == before
     inline("resume=s", "hydra.sweeper.budget=10h")
     extended = read_search(sweep)
     assert extended is not None and len(extended.trials) == 11
@@ -431,6 +436,15 @@ def test_a_record_that_is_lost_is_named_and_its_jobs_are_no_grid(inline, sweep):
     out = inline("resume=s", "lora.rank=3", expect=2)
     assert "s/search.jsonl is missing" in out and "hydra.sweeper.warm_from=s" in out and len(jobs(sweep)) == 9
     assert "search.jsonl is missing" in inline("show", "s")
+
+
+def test_what_a_search_left_that_recorded_no_job_makes_no_search_of_a_grid(inline, sweep):
+    folder = inline.folder / "g"
+    folder.mkdir()
+    for name in ("search.jsonl", "optuna-journal.log"):
+        shutil.copy(sweep / name, folder)
+    inline("-m", *SMALL, "train.iters=1", "hydra.sweep.dir=g")
+    assert "1 job, 1 done" in inline("resume=g")
 
 
 @pytest.mark.parametrize(

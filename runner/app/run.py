@@ -159,7 +159,7 @@ def _stop_now(directory: RunDirectory, typed: int | None) -> int | None:
     if (directory.read_status().get("step") or 0) < job.stop_at:
         print(f"job {job.number} of a search trains to update {job.stop_at}, where the search compares it", flush=True)
         return min(job.stop_at, typed or job.stop_at)
-    commands = [f"That is continued by: {resume_command(run.parent)}"]
+    commands = [f"To continue the search: {resume_command(run.parent)}"]
     if checkpoints := sorted(directory.checkpoints.glob("step-*[0-9]")):
         commands.append(f"To train this one to its end, in a directory of its own: {resume_command(checkpoints[-1])}")
     raise ConfigError(

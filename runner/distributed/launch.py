@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from runner.common.errors import ConfigError
 
 _MPI = "OMPI_COMM_WORLD_"
 """Variables of Open MPI begin with it: MLX supports no other MPI."""
+RANK0_ADDRESS = "RUNNER_RANK0"
+"""Names HOST:PORT of rank 0 for the second connection, where not every rank reaches the address in the hostfile: a ring
+over Thunderbolt gives each pair of neighbours a network of its own."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
         return None
     if not 0 <= launch.rank < launch.size:
         raise ConfigError(f"This is rank {launch.rank} of {launch.size}: ranks count from 0.")
+    if text := environment.get(RANK0_ADDRESS):
+        return replace(launch, address=_address(text))
     return launch
 
 

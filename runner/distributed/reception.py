@@ -15,7 +15,7 @@ from runner.distributed.identity import RankIdentity
 
 _TICK = 0.25
 _HELLO_SECONDS = 2.0
-"""How long who has connected may take from the first byte to the last of who it is."""
+"""Longest pause between two bytes of who has connected, in which it says who it is."""
 _NOTICE_SECONDS = 10.0
 """How long ranks may be missing without a line that says so."""
 _MAX_STRANGERS = 64
@@ -86,7 +86,8 @@ class Reception:
         arrived = [key.fileobj for key, _ in ready.select(_TICK)]
         for peer in self._peers.values():
             self._hear(peer, peer.socket in arrived)
-        for stranger in [stranger for stranger in self._strangers if stranger in arrived]:
+        # One at a time, since each may keep this thread waiting, and those that are there need to hear of it meanwhile.
+        for stranger in [stranger for stranger in self._strangers if stranger in arrived][:1]:
             self._strangers.remove(stranger)
             if not self._greet(stranger):
                 ready.unregister(stranger)

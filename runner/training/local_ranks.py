@@ -24,18 +24,19 @@ _END_SECONDS = 10.0
 """How long the other ranks may take to end after this one."""
 JOIN_SECONDS = 600.0
 """How long they may take to start: whether they live is known, so that the time is only for one that hangs."""
-_joined: list[int] = []
-"""The numbers of ranks that this process has joined: MLX connects a process once, for good."""
+_has_joined = False
+"""Whether this process has joined others: MLX connects a process once, for good."""
 
 
 @contextmanager
 def joined_world(invocation: Invocation) -> Iterator[World]:
-    """Join the ranks that `invocation` was launched with or asks for, and yield the world of this process, rank 0.
+    """Join the ranks that `invocation` was launched with or asks for, and yield the world of this process.
 
     Raises:
         ConfigError: it asks for ranks although it is one of several, or this process had some before.
         RankLost: a rank did not come.
     """
+    global _has_joined
     with ExitStack() as stack:
         launch = invocation.launch
         if invocation.ranks is not None and invocation.ranks > 1:
@@ -43,16 +44,15 @@ def joined_world(invocation: Invocation) -> Iterator[World]:
                 raise ConfigError(
                     f"ranks={invocation.ranks} starts ranks, and this is one of {launch.size}: leave it out."
                 )
-            if _joined:
+            if _has_joined:
                 raise ConfigError("ranks= needs a process for each run: MLX connects a process with others only once.")
             others = stack.enter_context(_OtherRanks(invocation.ranks))
-            _joined.append(invocation.ranks)
+            _has_joined = True
             world = join(others.launch, JOIN_SECONDS, others.check)
             others.have_joined = True
             yield world
             return
-        if launch is not None:
-            _joined.append(launch.size)
+        _has_joined = _has_joined or launch is not None
         yield join(launch)
 
 
@@ -66,6 +66,14 @@ class _OtherRanks:
         self.have_joined = False
 
     def __enter__(self) -> _OtherRanks:
+        try:
+            self._start()
+        except BaseException:  # without it, nobody would end those that have started
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="runner-ranks-")
         hosts = Path(self._folder.name, "hosts.json")
         hosts.write_text(json.dumps([[f"{host}:{port}"] for host, port in self._addresses]))
@@ -78,7 +86,6 @@ class _OtherRanks:
                 start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which tells the others
             )
             self._processes.append(process)
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for name in ("MLX_RANK", "MLX_HOSTFILE"):

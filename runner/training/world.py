@@ -250,7 +250,8 @@ def _channel_by(group: mx.distributed.Group, launch: Launch) -> Channel:
     with listen(("", 0)) if launch.rank == 0 else nullcontext() as listener:
         told = np.zeros(1 + 4 * _MAX_ADDRESSES, np.int32)
         if listener is not None:
-            own = own_addresses()[-_MAX_ADDRESSES:]
+            *outside, loopback = own_addresses()
+            own = [*outside[: _MAX_ADDRESSES - 1], loopback]
             told[0] = listener.getsockname()[1]
             told[1 : 1 + 4 * len(own)] = [int(part) for address in own for part in address.split(".")]
         port, *parts = np.array(mx.distributed.all_sum(mx.array(told), group=group, stream=mx.cpu)).tolist()

@@ -24,6 +24,8 @@ def test_what_mlx_launch_and_mpirun_set_is_understood(tmp_path):
     both = (first, ("10.1.0.1", 32324))
     assert find_launch({**ring, "MLX_RANK": "0"}) == Launch("ring", 0, 3, first, local=2, own_addresses=both)
     assert find_launch({**ring, "MLX_RANK": "2"}).local == 1
+    elsewhere = {**ring, "MLX_RANK": "2", "RUNNER_RANK0": "192.168.1.10:32400"}  # neighbours have networks of their own
+    assert find_launch(elsewhere).address == ("192.168.1.10", 32400)
     nccl = {"MLX_RANK": "0", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "10.0.0.1", "NCCL_PORT": "12345"}
     assert find_launch(nccl) == Launch("nccl", 0, 2, ("10.0.0.1", 12345))
     devices = file(tmp_path, [[None, "rdma_en2"], ["rdma_en2", None]])

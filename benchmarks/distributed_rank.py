@@ -121,7 +121,7 @@ class Measured:
         array = mx.zeros(size // 4, mx.float32)
         mx.eval(array)
         for _ in range(_BARE_SUMS):
-            world.meet()
+            world.barrier()
             start = Clock()
             mx.eval(mx.distributed.all_sum(array, group=world._group))
             self.bare_sums.append(start.read()[0])

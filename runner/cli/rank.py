@@ -22,9 +22,9 @@ def main() -> int:
         assert launch is not None and launch.rank > 0
         blas.load_blas(launch.local)  # before MLX is imported
         from runner.training.follow import follow
-        from runner.training.local_ranks import JOIN_SECONDS
+        from runner.training.local_ranks import LOCAL_JOIN_SECONDS
 
-        return follow(launch, seconds=JOIN_SECONDS, check=_check_parent)
+        return follow(launch, seconds=LOCAL_JOIN_SECONDS, check=_check_parent)
     except RunnerError as error:
         return report_error(error, error)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from runner.common.errors import RankLost
 from runner.common.text import shorten
-from runner.distributed.frames import Broken, FrameSocket, Kind, from_json, pack, to_json, unpack
+from runner.distributed.frames import ConnectionLost, FrameSocket, Kind, from_json, pack, to_json, unpack
 from runner.distributed.identity import RankIdentity
 
 BEAT_SECONDS = 1.0
@@ -41,7 +41,7 @@ class Peer:
     is_done: bool = False
     """Whether it said that it ends."""
     is_lost: bool = False
-    stop_told: bool = False
+    stop_sent: bool = False
     """Whether it was told of this rank's stop signal."""
 
     @property
@@ -106,8 +106,8 @@ class Channel:
             time.sleep(0.02)
         self.check()
 
-    def tell_stop(self, number: signal.Signals) -> None:
-        """Tell every rank, from another thread and once, that this one received a stop signal."""
+    def broadcast_stop(self, number: signal.Signals) -> None:
+        """Tell the ranks that this one is connected with, once, that it received a stop signal; rank 0 passes it on."""
         self._stop = self._stop or number
 
     def end(self, code: int, reason: str | None = None) -> None:
@@ -129,7 +129,7 @@ class Channel:
                 return int(exit_.code or 0)
 
     @property
-    def is_spokesman(self) -> bool:
+    def reports_errors(self) -> bool:
         """Whether this rank has to print what ended the run: rank 0, or all others where that is gone."""
         return self.rank == 0 or not self.peers[0].is_done
 
@@ -155,7 +155,7 @@ class Channel:
         try:
             peer.socket.send(kind, content)
             return True
-        except Broken as error:
+        except ConnectionLost as error:
             self._lose(peer, str(error))
             return False
         finally:
@@ -172,8 +172,8 @@ class Channel:
                     self.on_stop(signal.Signals(int(from_json(content)["signal"])))
                 elif kind is Kind.END:
                     self._hear_end(peer, from_json(content))
-        except (Broken, KeyError, TypeError, ValueError) as error:
-            self._lose(peer, str(error) if isinstance(error, Broken) else "it sent what is no message")
+        except (ConnectionLost, KeyError, TypeError, ValueError) as error:
+            self._lose(peer, str(error) if isinstance(error, ConnectionLost) else "it sent what is no message")
 
     def _hear_end(self, peer: Peer, message: dict[str, object]) -> None:
         peer.is_done = True
@@ -217,7 +217,7 @@ class Channel:
             if self._stop is not None:
                 for peer in self.peers:
                     told = {"signal": int(self._stop)}
-                    peer.stop_told = peer.stop_told or self._send(peer, Kind.STOP, to_json(told), seconds=0)
+                    peer.stop_sent = peer.stop_sent or self._send(peer, Kind.STOP, to_json(told), seconds=0)
             if self._end is not None and not self._is_raised and now - self._ended_at > GRACE_SECONDS:
                 self._abort(self._end)
 
@@ -227,7 +227,7 @@ class Channel:
             self.on_abort(end)
         if isinstance(end, RankLost):
             with suppress(OSError, ValueError):
-                if self.is_spokesman:
+                if self.reports_errors:
                     print(f"runner: {end}", file=sys.stderr, flush=True)
             os._exit(end.exit_code)
         os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from runner import __version__
 from runner.common.text import shorten
-from runner.distributed.frames import Broken
+from runner.distributed.frames import ConnectionLost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class RankIdentity:
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> RankIdentity:
-        """Return that of another process. Raises Broken where it is none."""
+        """Return that of another process. Raises ConnectionLost where it is none."""
         try:
             problem = told.get("problem")
             return cls(
@@ -53,7 +53,7 @@ class RankIdentity:
                 problem=None if problem is None else shorten(problem, 1000),
             )
         except (KeyError, TypeError, ValueError):
-            raise Broken("it did not say who it is") from None
+            raise ConnectionLost("it did not say who it is") from None
 
     @property
     def name(self) -> str:

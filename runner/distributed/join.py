@@ -16,9 +16,9 @@ from itertools import cycle
 from runner.common.errors import RankLost
 from runner.common.text import shorten
 from runner.distributed.channel import SILENCE_SECONDS, Channel, Peer
-from runner.distributed.frames import Broken, FrameSocket, Kind, from_json, to_json
+from runner.distributed.frames import ConnectionLost, FrameSocket, Kind, from_json, to_json
 from runner.distributed.identity import RankIdentity
-from runner.distributed.reception import Reception
+from runner.distributed.rendezvous import Rendezvous
 
 Address = tuple[str, int]
 """An IPv4 address or a host's name, and a port."""
@@ -60,7 +60,7 @@ def open_channel(
     if problem is not None:
         raise RankLost(f"rank 0: {problem}")
     with closing(listener or listen(addresses[0])) as waiting:
-        peers = Reception(own, waiting, _text(addresses[0]), check).receive_all(until)
+        peers = Rendezvous(own, waiting, _text(addresses[0]), check).receive_all(until)
     for peer in peers:  # only now, when nobody waits at the address: MLX of a rank that is quick would be answered here
         peer.socket.try_to_send(Kind.START)
     return Channel(rank, peers)
@@ -135,7 +135,7 @@ def _join(own: RankIdentity, addresses: Sequence[Address], until: float, check: 
         try:
             frames.send(Kind.HELLO, to_json(own.as_json()))
             return Peer(_wait_for_start(frames, check), frames)
-        except Broken as error:  # of an earlier start that is just ending, or another program
+        except ConnectionLost as error:  # of an earlier start that is just ending, or another program
             if time.monotonic() > until:
                 raise RankLost(f"rank {own.rank} could not join the run at {_text(address)}: {error}.") from None
         except BaseException:
@@ -150,7 +150,7 @@ def _wait_for_start(frames: FrameSocket, check: Callable[[], None]) -> RankIdent
     """Answer the heartbeats of rank 0 until it says that all ranks are there; return who it is.
 
     Raises:
-        Broken: it was not rank 0.
+        ConnectionLost: it was not rank 0.
         RankLost: it was, and is gone, or refuses this rank.
         SystemExit: it has ended, with its exit code.
     """
@@ -171,8 +171,8 @@ def _wait_for_start(frames: FrameSocket, check: Callable[[], None]) -> RankIdent
                     raise SystemExit(code)
                 raise RankLost(shorten(told.get("reason"), 1000), code)
             else:
-                raise Broken("it is no rank 0")
-        except Broken as error:
+                raise ConnectionLost("it is no rank 0")
+        except ConnectionLost as error:
             if first is None:
                 raise
             raise RankLost(f"{first.name} is lost before the run began: {error}.") from None

@@ -59,7 +59,7 @@ def follow(
     except SystemExit as exit_:
         return int(exit_.code or 0)
     except RankLost as error:
-        if world.channel.is_spokesman:
+        if world.channel.reports_errors:
             raise
         return error.exit_code
     except Exception as error:

@@ -22,7 +22,7 @@ from runner.training.world import World, join
 
 _END_SECONDS = 10.0
 """How long the other ranks may take to end after this one."""
-JOIN_SECONDS = 600.0
+LOCAL_JOIN_SECONDS = 600.0
 """How long they may take to start: whether they live is known, so that the time is only for one that hangs."""
 _has_joined = False
 """Whether this process has joined others: MLX connects a process once, for good."""
@@ -48,7 +48,7 @@ def joined_world(invocation: Invocation) -> Iterator[World]:
                 raise ConfigError("ranks= needs a process for each run: MLX connects a process with others only once.")
             others = stack.enter_context(_OtherRanks(invocation.ranks))
             _has_joined = True
-            world = join(others.launch, JOIN_SECONDS, others.check)
+            world = join(others.launch, LOCAL_JOIN_SECONDS, others.check)
             others.have_joined = True
             yield world
             return

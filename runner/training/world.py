@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LIMB = 1 << 12
-"""Counts are sent as numbers below this, whose float32 sum over any number of ranks is exact."""
+"""Counts are sent as numbers below this, whose float32 sum over up to 4,096 ranks is exact."""
 _LIMBS = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MAX_ADDRESSES = 8
 _INIT_SECONDS = 60.0
 """How long MLX may take to connect ranks that are all there."""
-_NOTICE_SECONDS = 3.0
+_BLAME_SECONDS = 3.0
 """How long it may take to find out which rank is gone after MLX has reported that one is."""
 
 
@@ -127,12 +127,12 @@ class Ranks(World):
         vectors = [array.reshape(-1).astype(mx.float32) for array in sums.arrays.values()]
         buffer = mx.concatenate([*vectors, mx.array(numbers, mx.float32)])
         mx.eval(buffer)
-        self.meet()
+        self.barrier()
         try:
             added = mx.distributed.all_sum(buffer, group=self._group)
             mx.eval(added)
         except RuntimeError as error:
-            self.channel.wait_for_loss(_NOTICE_SECONDS)
+            self.channel.wait_for_loss(_BLAME_SECONDS)
             raise RankLost(f"the connection to another rank is lost: {error}") from None
         arrays, start = {}, 0
         for key, array in sums.arrays.items():
@@ -142,7 +142,7 @@ class Ranks(World):
         self._agree(rest[2 * _LIMBS :])
         return UpdateSums(arrays, loss, _count(rest[:_LIMBS]), _count(rest[_LIMBS : 2 * _LIMBS]))
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks, asleep: MLX's ring would spin on two cores, those that a slower rank may need."""
         self.channel.gather(b"")
 
@@ -164,7 +164,7 @@ class Ranks(World):
     def connected(self, stops: StopSignals) -> Iterator[None]:
         """As `World.connected`; rank 0's end is that of all, and the others wait for it."""
         self._stops = stops
-        stops.share(self.channel.tell_stop)
+        stops.share(self.channel.broadcast_stop)
         self.channel.on_stop = stops.request
         try:
             yield
@@ -222,7 +222,7 @@ def join(launch: Launch | None, seconds: float = JOIN_SECONDS, check: Callable[[
     except RuntimeError as error:
         reason = f"rank {launch.rank} could not connect to its neighbours: {error}"
         if channel is not None:
-            channel.wait_for_loss(_NOTICE_SECONDS)
+            channel.wait_for_loss(_BLAME_SECONDS)
             channel.end(EXIT_RANK_LOST, reason)
         raise RankLost(reason) from None
     return Ranks(launch, channel or _channel_by(group, launch), group)

@@ -20,8 +20,8 @@ from runner.common.free_ports import free_ports
 from runner.config.schema import Config
 from runner.distributed import channel as channels
 from runner.distributed import join as joining
-from runner.distributed import reception as receiving
-from runner.distributed.frames import Broken, FrameSocket, Kind, pack, to_json, unpack
+from runner.distributed import rendezvous
+from runner.distributed.frames import ConnectionLost, FrameSocket, Kind, pack, to_json, unpack
 from runner.distributed.identity import RankIdentity
 from runner.distributed.join import open_channel
 from runner.distributed.launch import Launch
@@ -93,7 +93,7 @@ def test_a_stop_signal_counts_at_the_same_point_on_all_ranks(worlds):
     found = worlds(2)
     stops = [StopSignals(), StopSignals()]
     for world, each in zip(found, stops, strict=True):
-        each.share(world.channel.tell_stop)
+        each.share(world.channel.broadcast_stop)
         world._stops = each
         world.channel.on_stop = each.request
     stops[1].request(signal.SIGHUP)
@@ -131,7 +131,7 @@ def test_rank_0_ends_all_with_its_exit_code(worlds):
 
 
 def test_silence_is_noticed(worlds, monkeypatch):
-    for module in (receiving, joining):
+    for module in (rendezvous, joining):
         monkeypatch.setattr(module, "SILENCE_SECONDS", 1.5)
     found = worlds(2)
     monkeypatch.setattr(channels.Channel, "_send", lambda *_, **__: True)  # from now on nobody sends anything
@@ -214,7 +214,7 @@ def test_a_rank_that_is_gone_before_all_have_come_is_named_at_once():
 
 
 def test_ranks_that_wait_notice_that_another_one_is_silent(monkeypatch):
-    for module in (receiving, joining):
+    for module in (rendezvous, joining):
         monkeypatch.setattr(module, "SILENCE_SECONDS", 1.5)
     port = free_ports(1)[0]
     with ThreadPoolExecutor(2) as pool:
@@ -311,7 +311,7 @@ def test_a_frame_that_stops_in_the_middle_is_a_lost_rank():
     with left, right:
         left.sendall(struct.pack("!4sBQ", b"RNR1", Kind.DATA, 100) + b"half")
         left.close()
-        with pytest.raises(Broken, match="its process ended"):
+        with pytest.raises(ConnectionLost, match="its process ended"):
             FrameSocket(right, 5).receive()
 
 

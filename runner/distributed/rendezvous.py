@@ -10,31 +10,32 @@ from collections.abc import Callable
 
 from runner.common.errors import EXIT_CONFIG, EXIT_RANK_LOST, RankLost, exit_code_of
 from runner.distributed.channel import BEAT_SECONDS, SILENCE_SECONDS, Peer
-from runner.distributed.frames import Broken, FrameSocket, Kind, from_json, to_json
+from runner.distributed.frames import ConnectionLost, FrameSocket, Kind, from_json, to_json
 from runner.distributed.identity import RankIdentity
 
 _TICK = 0.25
 _HELLO_SECONDS = 2.0
 """Longest pause between two bytes of who has connected, in which it says who it is."""
-_NOTICE_SECONDS = 10.0
+_MISSING_NOTICE_SECONDS = 10.0
 """How long ranks may be missing without a line that says so."""
-_MAX_STRANGERS = 64
+_MAX_PENDING = 64
 
 
-class Reception:
+class Rendezvous:
     """Takes up the ranks of a run at a socket that listens. One thread does all, so that nothing is left behind."""
 
     def __init__(self, own: RankIdentity, listener: socket.socket, address: str, check: Callable[[], None]) -> None:
-        """
+        """Wait at `listener`.
+
         Args:
             own: of rank 0.
-            listener: where it waits.
-            address: the same for messages.
+            listener: a socket of rank 0.
+            address: its address, for messages.
             check: raises what makes waiting pointless, such as the end of a process that was to join.
         """
         self._own, self._listener, self._address, self._check = own, listener, address, check
         self._peers: dict[int, Peer] = {}
-        self._strangers: list[FrameSocket] = []
+        self._pending: list[FrameSocket] = []
         """Who has connected and not said yet who it is, the oldest first."""
         self._refused: list[str] = []
         self._beaten = 0.0
@@ -57,12 +58,12 @@ class Reception:
                 peer.socket.close()
             raise
         finally:
-            for stranger in self._strangers:
-                stranger.close()
+            for connection in self._pending:
+                connection.close()
         return list(self._peers.values())
 
     def _wait(self, until: float) -> None:
-        notice_at = time.monotonic() + _NOTICE_SECONDS
+        notice_at = time.monotonic() + _MISSING_NOTICE_SECONDS
         self._listener.setblocking(False)
         with selectors.DefaultSelector() as ready:
             ready.register(self._listener, selectors.EVENT_READ)
@@ -82,21 +83,22 @@ class Reception:
                     raise RankLost(f"{missing} of {self._own.size} did not come to {self._address} in time.{refused}")
 
     def _read(self, ready: selectors.BaseSelector) -> None:
-        """Wait for a moment, and read what ranks that are there, new ones and strangers have sent."""
+        """Wait for a moment, and read what ranks that are there, and connections that are pending, have sent."""
         arrived = [key.fileobj for key, _ in ready.select(_TICK)]
         for peer in self._peers.values():
-            self._hear(peer, peer.socket in arrived)
+            self._poll(peer, peer.socket in arrived)
         # One at a time, since each may keep this thread waiting, and those that are there need to hear of it meanwhile.
-        for stranger in [stranger for stranger in self._strangers if stranger in arrived][:1]:
-            self._strangers.remove(stranger)
-            if not self._greet(stranger):
-                ready.unregister(stranger)
-                stranger.close()
+        connection = next((connection for connection in self._pending if connection in arrived), None)
+        if connection is not None:
+            self._pending.remove(connection)
+            if not self._handshake(connection):
+                ready.unregister(connection)
+                connection.close()
         if self._listener in arrived and (new := self._accept()):
             ready.register(new, selectors.EVENT_READ)
-        if len(self._strangers) > _MAX_STRANGERS:
-            ready.unregister(self._strangers[0])
-            self._strangers.pop(0).close()
+        if len(self._pending) > _MAX_PENDING:
+            ready.unregister(self._pending[0])
+            self._pending.pop(0).close()
 
     def _missing(self) -> str:
         missing = [str(rank) for rank in range(1, self._own.size) if rank not in self._peers]
@@ -108,21 +110,21 @@ class Reception:
         except OSError:  # gone again
             return None
         connection.setblocking(True)
-        self._strangers.append(FrameSocket(connection, _HELLO_SECONDS))
-        return self._strangers[-1]
+        self._pending.append(FrameSocket(connection, _HELLO_SECONDS))
+        return self._pending[-1]
 
-    def _greet(self, stranger: FrameSocket) -> bool:
+    def _handshake(self, connection: FrameSocket) -> bool:
         """Take up who has said that it is a rank of this run, and return whether it is one.
 
         Raises:
             RankLost: it is a rank that cannot take part in the run.
         """
         try:
-            kind, content = stranger.receive()
+            kind, content = connection.receive()
             if kind is not Kind.HELLO:
                 return False
             found = RankIdentity.of(from_json(content))
-        except Broken:
+        except ConnectionLost:
             return False
         problem = found.problem or self._own.difference(found)
         if found.rank in self._peers and not problem:
@@ -130,29 +132,29 @@ class Reception:
                 f"{found.name} came too, and {self._peers[found.rank].name} was there: does another run use this port "
                 "(mlx.launch --starting-port)?"
             )
-            stranger.try_to_send(Kind.END, to_json({"code": EXIT_CONFIG, "reason": self._refused[-1]}))
+            connection.try_to_send(Kind.END, to_json({"code": EXIT_CONFIG, "reason": self._refused[-1]}))
             return False
         if problem:
             refusal = RankLost(f"{found.name}: {problem}", EXIT_RANK_LOST if found.problem else EXIT_CONFIG)
-            stranger.try_to_send(Kind.END, to_json({"code": refusal.exit_code, "reason": str(refusal)}))
+            connection.try_to_send(Kind.END, to_json({"code": refusal.exit_code, "reason": str(refusal)}))
             raise refusal
-        stranger.patience = SILENCE_SECONDS
-        self._peers[found.rank] = peer = Peer(found, stranger)
+        connection.patience = SILENCE_SECONDS
+        self._peers[found.rank] = peer = Peer(found, connection)
         self._send(peer, Kind.BEAT)
         return True
 
-    def _hear(self, peer: Peer, has_sent: bool) -> None:
+    def _poll(self, peer: Peer, has_sent: bool) -> None:
         """Read what a rank that waits has sent, which is nothing but that it is alive."""
         try:
             if has_sent:
                 peer.socket.receive()
             elif time.monotonic() - peer.socket.heard > SILENCE_SECONDS:
-                raise Broken(f"it did not answer for {SILENCE_SECONDS:.0f} seconds")
-        except Broken as error:
+                raise ConnectionLost(f"it did not answer for {SILENCE_SECONDS:.0f} seconds")
+        except ConnectionLost as error:
             raise RankLost(f"{peer.name} is lost before the run began: {error}.") from None
 
     def _send(self, peer: Peer, kind: Kind) -> None:
         try:
             peer.socket.send(kind, to_json(self._own.as_json()))
-        except Broken as error:
+        except ConnectionLost as error:
             raise RankLost(f"{peer.name} is lost before the run began: {error}.") from None

@@ -128,8 +128,9 @@ def cut_short(words: list[str]) -> list[str]:
     extra += ["model=tiny"] if "adapter" in own else []
     extra += [] if own & {"data", "data.path", "data.mix"} else ["data=tiny"]
     extra += metric
-    extra += ["schedule.warmup=0"] if "experiment=first_run" in words else []  # its own is longer than two updates
-    kept = {word.partition("=")[0] for word in extra} & own - {"train.iters"}
+    # A warmup of their own is longer than two updates.
+    extra += ["schedule.warmup=0"] if "experiment=first_run" in words or "schedule.warmup" in own else []
+    kept = {word.partition("=")[0] for word in extra} & own - {"train.iters", "schedule.warmup"}
     return [word for word in extra if word.partition("=")[0] not in kept]
 
 

@@ -30,7 +30,6 @@ from benchmarks.models import FLOAT32
 from benchmarks.processes import call_module, run_measured
 
 RANKS, RATES = (4, 8, 16, 32), (1e-4, 3e-4, 1e-3, 3e-3)
-ETA = 4
 PARTS = ("stock", "single", "sweep", "search")
 VALID_ROWS = 64
 _STOCK, _OURS = sides.ROWS[sides.BASE_ROW], sides.ROWS[sides.SHIPPED_ROW]
@@ -41,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--seeds", default="0", help="for sweep and search: 0,1,2")
-    parser.add_argument("--iters", type=int, default=48, help="updates of a full run, a multiple of 16")
+    parser.add_argument("--iters", type=int, default=48, help="updates of a full run")
+    parser.add_argument("--eta", type=int, default=4, help="of the search: the best 1/eta of a rung continue")
     parser.add_argument("--stock", type=int, default=2, help="configurations measured one by one")
     parser.add_argument("--limit", type=float, default=7200, help="seconds that one process may take")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="(outputs/benchmarks/search-TIME)")
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     model = call_module("models")[FLOAT32]
     data = call_module("workloads", model, "short", "3000", str(VALID_ROWS))["folder"]
     work = sides.Work(iters=options.iters, eval_every=options.iters)
-    measure = _Measure(out, work, model, data, options.limit)
+    measure = _Measure(out, work, model, data, options.eta, options.limit)
     for part in options.parts.split(","):
         if part in ("stock", "single"):
             for rank, rate in _spread(options.stock):
@@ -65,8 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Measure:
-    def __init__(self, out: Path, work: sides.Work, model: str, data: str, limit: float) -> None:
-        self._out, self._work, self._model, self._data, self._limit = out, work, model, data, limit
+    def __init__(self, out: Path, work: sides.Work, model: str, data: str, eta: int, limit: float) -> None:
+        self._out, self._work, self._model, self._data = out, work, model, data
+        self._eta, self._limit = eta, limit
         self._file = out / "results.json"
         self.results: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
@@ -99,7 +100,7 @@ class _Measure:
             *(f"train.eval_every={self._work.iters}", f"checkpoint.every={self._work.iters}"),
         ]
         if part == "search":
-            command += ["hydra/sweeper=search", f"hydra.sweeper.eta={ETA}", "hydra.sweeper.trials=16"]
+            command += ["hydra/sweeper=search", f"hydra.sweeper.eta={self._eta}", "hydra.sweeper.trials=16"]
         self._record(name, command, folder, {})
         losses = {job.name: _last_loss(job) for job in sorted((folder / "sweep").glob("[0-9]*"))}
         ended = {job: loss for job, (step, loss) in losses.items() if step == self._work.iters}

@@ -57,7 +57,7 @@ class Measured:
         """Take the place of the program's functions."""
         Trainer.update = self._around_update(Trainer.update)  # type: ignore[method-assign, assignment]
         TrainStep.update = self._around_step(TrainStep.update)  # type: ignore[method-assign]
-        Ranks.meet = self._around_meeting(Ranks.meet)  # type: ignore[method-assign, assignment]
+        Ranks.barrier = self._around_meeting(Ranks.meet)  # type: ignore[method-assign, assignment]
         for kind in (World, Ranks):
             kind.sum_update = self._around_sum(kind.sum_update)  # type: ignore[method-assign]
         mx.distributed.all_sum = self._around_message(mx.distributed.all_sum)
@@ -105,7 +105,7 @@ class Measured:
         def measured(world: Ranks) -> None:
             start = Clock()
             if not self._spin:
-                meet(world)
+                barrier(world)
             self._now["wait"] += start.read()[0]
 
         return measured

@@ -38,7 +38,7 @@ class Kind(IntEnum):
     """A rank ends, why and with which exit code (JSON)."""
 
 
-class Broken(Exception):
+class ConnectionLost(Exception):
     """Raised when the other side is gone or sends what is no frame."""
 
 
@@ -59,7 +59,7 @@ class FrameSocket:
         return self._connection.fileno()
 
     def send(self, kind: Kind, content: bytes = b"") -> None:
-        """Send a frame. Raises Broken where the other side does not take it."""
+        """Send a frame. Raises ConnectionLost where the other side does not take it."""
         view = memoryview(_HEADER.pack(_MAGIC, kind, len(content)) + content[:_PIECE])
         self._send(view)
         for start in range(_PIECE, len(content), _PIECE):
@@ -67,21 +67,21 @@ class FrameSocket:
 
     def try_to_send(self, kind: Kind, content: bytes = b"") -> None:
         """Send a frame, unless the other side does not take it."""
-        with suppress(Broken):
+        with suppress(ConnectionLost):
             self.send(kind, content)
 
     def receive(self) -> tuple[Kind, bytes]:
-        """Wait for the next frame and return it. Raises Broken where none comes any more."""
+        """Wait for the next frame and return it. Raises ConnectionLost where none comes any more."""
         magic, number, size = _HEADER.unpack(self._receive(_HEADER.size))
         if magic != _MAGIC or number not in Kind.__members__.values():
-            raise Broken("it is no rank of a run of this version")
+            raise ConnectionLost("it is no rank of a run of this version")
         kind = Kind(number)
         if size > (MAX_DATA if kind is Kind.DATA else _MAX_TEXT):
-            raise Broken("it sent more than it may")
+            raise ConnectionLost("it sent more than it may")
         return kind, bytes(self._receive(size))
 
     def close(self) -> None:
-        """Close the socket; a thread that waits in `receive` raises Broken."""
+        """Close the socket; a thread that waits in `receive` raises ConnectionLost."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
@@ -93,10 +93,10 @@ class FrameSocket:
                 sent = self._connection.send(view)
             except TimeoutError:
                 if time.monotonic() - since > self.patience:
-                    raise Broken(f"it did not answer for {self.patience:.0f} seconds") from None
+                    raise ConnectionLost(f"it did not answer for {self.patience:.0f} seconds") from None
                 continue
             except OSError as error:
-                raise Broken(_text(error)) from None
+                raise ConnectionLost(_text(error)) from None
             view, since = view[sent:], time.monotonic()
 
     def _receive(self, size: int) -> bytearray:
@@ -106,12 +106,12 @@ class FrameSocket:
                 piece = self._connection.recv(min(_PIECE, size - len(data)))
             except TimeoutError:
                 if time.monotonic() - self.heard > self.patience:
-                    raise Broken(f"it did not answer for {self.patience:.0f} seconds") from None
+                    raise ConnectionLost(f"it did not answer for {self.patience:.0f} seconds") from None
                 continue
             except OSError as error:
-                raise Broken(_text(error)) from None
+                raise ConnectionLost(_text(error)) from None
             if not piece:
-                raise Broken("its process ended")
+                raise ConnectionLost("its process ended")
             data += piece
             self.heard = time.monotonic()
         return data
@@ -123,13 +123,13 @@ def to_json(value: Any) -> bytes:
 
 
 def from_json(content: bytes) -> dict[str, Any]:
-    """Return the object that a frame holds. Raises Broken where it holds none."""
+    """Return the object that a frame holds. Raises ConnectionLost where it holds none."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise Broken("it sent what is no JSON object")
+        raise ConnectionLost("it sent what is no JSON object")
     return value
 
 

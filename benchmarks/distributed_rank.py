@@ -57,7 +57,7 @@ class Measured:
         """Take the place of the program's functions."""
         Trainer.update = self._around_update(Trainer.update)  # type: ignore[method-assign, assignment]
         TrainStep.update = self._around_step(TrainStep.update)  # type: ignore[method-assign]
-        Ranks.barrier = self._around_meeting(Ranks.meet)  # type: ignore[method-assign, assignment]
+        Ranks.barrier = self._around_barrier(Ranks.barrier)  # type: ignore[method-assign, assignment]
         for kind in (World, Ranks):
             kind.sum_update = self._around_sum(kind.sum_update)  # type: ignore[method-assign]
         mx.distributed.all_sum = self._around_message(mx.distributed.all_sum)
@@ -101,7 +101,7 @@ class Measured:
 
         return measured
 
-    def _around_meeting(self, meet: Callable[[Ranks], None]) -> Callable[[Ranks], None]:
+    def _around_barrier(self, barrier: Callable[[Ranks], None]) -> Callable[[Ranks], None]:
         def measured(world: Ranks) -> None:
             start = Clock()
             if not self._spin:

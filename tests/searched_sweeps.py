@@ -120,7 +120,7 @@ def write_search(
 
 def _finish(searched: Searched, seeds: Sequence[int]) -> None:
     append = searched.writer.append
-    append({"wave": 1, "asked": 0, "continued": [{"trials": [4, 1], "from": 10, "to": 30, "of": 7, "cut": 1.10}]})
+    append({"wave": 1, "asked": 0, "continued": [{"trials": [4, 1], "from": 10, "to": 30, "of": 8, "cut": 1.10}]})
     searched.stop_at({4: 30, 1: 30})
     for number, loss in ((4, 0.95), (1, 0.90)):
         searched.train(number, {5: 1.3, 10: LOSSES[number] or 0.0, 30: loss}, "stopped", reason="stop_at")
@@ -139,7 +139,7 @@ def _finish(searched: Searched, seeds: Sequence[int]) -> None:
     ranked = sorted(values, key=lambda number: values[number])
     for place, number in enumerate(ranked, 1):
         if number not in (1, 4):
-            append({"stopped": number, "step": 10, "place": place, "of": 7, "value": values[number]})
+            append({"stopped": number, "step": 10, "place": place, "of": 8, "value": values[number]})
     append({"stopped": 4, "step": 30, "place": 2, "of": 2, "value": 0.95})
     append({"spent": 400.0, "jobs": 380.0, "updates": 300, "beside": 9.0, "starts": 13})
 

@@ -16,7 +16,7 @@ import yaml
 
 from runner.common.errors import ConfigError
 from runner.common.text import shorten
-from runner.config.schema import Config
+from runner.config import schema
 
 REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)\s*(?:,([^{}]*))?\}")
 """A reference without others inside it: the variable and its default."""
@@ -100,9 +100,7 @@ def parse_value(name: str, text: str) -> Any:
     Raises:
         ConfigError: `text` is not a value.
     """
-    hint: Any = Config
-    for part in name.split("."):
-        hint = typing.get_type_hints(hint).get(part) if isinstance(hint, type) else None
+    hint = schema.type_of(name)
     types = typing.get_args(hint) or (hint,)
     if type(None) in types and text in ("null", ""):
         return None

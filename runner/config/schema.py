@@ -144,6 +144,24 @@ def numeric_settings() -> frozenset[str]:
     return frozenset(names(Config, ""))
 
 
+def type_of(name: str) -> Any:
+    """Return the type of the setting or section `name` (dotted) as the schema has it; None where it has none."""
+    hint: Any = Config
+    for part in name.split("."):
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint
+
+
+def number_type(name: str) -> type | None:
+    """Return int where the setting `name` is a whole number (or null), float where it is any number, else None.
+
+    What it has as its default, which may be null, does not matter.
+    """
+    hint = type_of(name)
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((kind for kind in (float, int) if kind in members), None)
+
+
 def path_settings() -> dict[str, PathKind]:
     """Return the settings that are paths outside the run directory, with their kind."""
     kinds = {name: found.path for name, found in metadata().items()}

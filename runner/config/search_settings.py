@@ -22,10 +22,10 @@ class SearchSettings:
     """hydra.sweeper.* of a search."""
 
     sampler: str = "tpe"
-    """How values are suggested: tpe (tree-structured Parzen estimator), random, grid (every combination), cmaes, or qmc
-    (a quasi-random sequence)."""
+    """How values are suggested: tpe (tree-structured Parzen estimator), random, grid (every combination), cmaes (with
+    pruner=none), or qmc (a quasi-random sequence)."""
     trials: int | None = None
-    """How many trials there are, at most; null means 30, and all combinations where there are fewer."""
+    """How many trials there are, at most; null means 30, or all combinations where there are fewer or sampler=grid."""
     pruner: str = "halving"
     """Which trials continue at a rung: halving waits for all trials of the rung, asha decides with those that are
     there, and none trains every trial to its end."""
@@ -50,7 +50,7 @@ class SearchSettings:
         return None if self.budget is None else parse_quantity(str(self.budget), SECONDS)
 
 
-MAY_GROW = ("trials", "budget", "seeds", "finalists")
+CHANGEABLE_ON_RESUME = ("trials", "budget", "seeds", "finalists")
 """Options that may have another value when the search is resumed."""
 
 

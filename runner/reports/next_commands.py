@@ -128,7 +128,7 @@ def _search_on(folder: Path, search: SearchSummary) -> list[Command]:
     more = f" hydra.sweeper.trials={2 * made}"
     if budget and (record.missed or (isinstance(wanted, int) and wanted > made)):  # time was what it lacked
         more = ""
-    commands = [Command("search on", f"{resume}{more}{time}")]
+    commands = [] if search.only_repeats else [Command("search on", f"{resume}{more}{time}")]
     if options.get("seeds") in (None, 1):
         commands.append(Command("compare finalists over seeds", f"{resume} hydra.sweeper.seeds=3{time}"))
     return commands

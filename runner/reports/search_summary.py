@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,10 +21,11 @@ from runner.runs.search_record import (
     FINISHED,
     NAME,
     PAUSED,
-    Result,
     SearchRecord,
     TrialRecord,
+    only_repeats,
     read_search,
+    value_at_rung,
 )
 
 _OPTIONS = ("sampler", "pruner", "eta", "seed")
@@ -39,7 +41,7 @@ class Rung:
 
     step: int
     reached: int
-    """Trials that have a value there."""
+    """Trials that were compared there, with those that diverged on the way to it."""
     continued: int
     """Those that were chosen to continue."""
     cut: float | None
@@ -89,6 +91,11 @@ class SearchSummary:
         return bool(self.trials) and not self.seeds_missing and all(trial.state in ended for trial in self.trials)
 
     @property
+    def only_repeats(self) -> bool:
+        """Whether the sampler suggested only what was tried before, so that it is asked for no more trials."""
+        return only_repeats([trial.state == _REPEATS for trial in self.trials])
+
+    @property
     def judged_by(self) -> str:
         """What compares trials at a rung."""
         return str(self.record.settings.get("judged_by", "valid_loss"))
@@ -123,10 +130,10 @@ class SearchSummary:
         }
 
     def values_at_first_rung(self) -> dict[int, float]:
-        """Return the trials, by number, that were compared at the first rung, with their values there."""
+        """Return the trials, by number, that have a value at the first rung, with it."""
         if not self.rungs or self.rungs[0].is_end:
             return {}
-        found = {trial.number: judged_at(trial, self.rungs[0].step) for trial in self.record.trials}
+        found = {trial.number: finite_value_at(trial, self.rungs[0].step) for trial in self.record.trials}
         repeated = {trial.number for trial in self.trials if trial.state == _REPEATS}
         return {number: value for number, value in found.items() if value is not None and number not in repeated}
 
@@ -139,7 +146,7 @@ def summarize(record: SearchRecord, runs: Mapping[int, RunInfo]) -> SearchSummar
     """
     if not all(map(is_count, record.rungs)):
         raise ValueError("rungs are whole numbers")
-    judged = str(record.settings.get("judged_by", "valid_loss")).replace("_", " ")
+    metric = str(record.settings.get("judged_by", "valid_loss")).replace("_", " ")
     first: dict[int, int] = {}
     for trial in record.trials:
         if trial.job is not None:
@@ -151,9 +158,9 @@ def summarize(record: SearchRecord, runs: Mapping[int, RunInfo]) -> SearchSummar
     trials = []
     for trial in record.trials:
         run = None if trial.job is None else runs.get(trial.job)
-        twin = trial.number if trial.job is None else first[trial.job]
-        repeats = twin if twin != trial.number else None
-        state, step, text, short = _ending(trial, repeats, run, cuts, places, judged, record.rungs)
+        earlier = trial.number if trial.job is None else first[trial.job]
+        repeats = earlier if earlier != trial.number else None
+        state, step, text, short = _ending(trial, repeats, run, cuts, places, metric, record.rungs)
         params = {name.lstrip("+"): value for name, value in trial.params.items()}
         trials.append(Trial(trial.number, trial.job, params, state, step, text, short))
     jobs = [job for trial in record.trials for job in trial.replicates.values()]
@@ -184,14 +191,10 @@ def summarize_sweep(sweep: SweepInfo) -> tuple[SearchSummary | None, str | None]
     return read_summary(sweep.path, {numbers[r.path.name]: r for r in sweep.runs if r.path.name in numbers})
 
 
-def judged_at(trial: TrialRecord, step: int) -> float | None:
-    """Return what compares a trial with others at a rung; one that ended early has what it had at its end."""
-    for result in trial.results:
-        if result.state in (PAUSED, FINISHED) and (
-            result.step == step or (result.state == FINISHED and result.step <= step)
-        ):
-            return _judged(result)
-    return None
+def finite_value_at(trial: TrialRecord, step: int) -> float | None:
+    """Return the value of a trial at a rung; None where it has not reached it, diverged or failed."""
+    value = value_at_rung(trial.results, trial.stop_at, step)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def header_lines(summary: SearchSummary) -> list[tuple[str, str]]:
@@ -254,7 +257,7 @@ def search_fields(summary: SearchSummary) -> dict[str, Any]:
             }
             for trial in summary.trials
         ],
-        "planned": [{"trials": line["planned"], "reason": line.get("reason")} for line in record.planned],
+        "planned": [{"trials": line["planned"]["trials"], "reason": line.get("reason")} for line in record.planned],
         "spent_seconds": record.spent_seconds,
         "job_seconds": record.job_seconds,
         "updates": record.updates,
@@ -264,8 +267,8 @@ def search_fields(summary: SearchSummary) -> dict[str, Any]:
 def _rung(record: SearchRecord, trials: Sequence[TrialRecord], place: int) -> Rung:
     """Return what happened at a rung to those `trials` that repeat no other."""
     step, before = record.rungs[place], record.rungs[place - 1] if place else -1
-    values = {trial.number: judged_at(trial, step) for trial in trials}
-    known = [value for value in values.values() if value is not None]
+    values = {number: value for value, number in _places(trials, step)}
+    known = [value for value in values.values() if math.isfinite(value)]
     is_end = place == len(record.rungs) - 1
     lowest = [t.results[-1].values[0] for t in trials if t.results and t.results[-1].state == FINISHED]
     best = min(lowest if is_end and record.metrics[:1] == [VALID_LOSS] else known, default=None)
@@ -277,7 +280,7 @@ def _rung(record: SearchRecord, trials: Sequence[TrialRecord], place: int) -> Ru
     lost = sum(result.state in (DIVERGED, FAILED) and before < result.step <= step for result in ends)
     return Rung(
         step=step,
-        reached=len(known),
+        reached=len(values),
         continued=len(chosen),
         cut=max(cuts, default=None),
         best=best,
@@ -292,7 +295,7 @@ def _ending(
     run: RunInfo | None,
     cuts: Mapping[int, float | None],
     places: Mapping[int, Sequence[tuple[float, int]]],
-    judged: str,
+    metric: str,
     rungs: list[int],
 ) -> tuple[str, int, str, str]:
     """Return the state of a trial, how far it trained, and how it ended as a sentence and in short."""
@@ -312,26 +315,23 @@ def _ending(
         short = f"{result.state} at {step}"
         return result.state, step, f"{result.state} at step {step}" + (f": {reason}" if reason else ""), short
     stopped, cut = trial.stopped, cuts.get(step)
-    if stopped is not None and "place" not in stopped:
-        reason = shorten(stopped.get("reason", "no reason was recorded"), 200)
-        return _STOPPED, step, f"stopped at {step}: {reason}", f"stopped at {step}"
     if stopped is not None:
         value, place, of = float(stopped["value"]), stopped["place"], stopped["of"]
     else:
         ranked = places.get(step, ())
-        value = next((value for value, number in ranked if number == trial.number), _judged(result) or 0.0)
+        value = next((value for value, number in ranked if number == trial.number), result.rung_value or 0.0)
         place, of = 1 + sum(pair < (value, trial.number) for pair in ranked), len(ranked)
     if stopped is None and cut is None:
         return _WAITING, step, f"waits at step {step}, where nothing is decided yet", f"waits at {step}"
     state, verb = (_WAITING, "waits") if stopped is None else (_STOPPED, "stopped")
     limit = "none continued" if cut is None else f"those up to {cut:.4f} continued"
     short = f"place {place} of {of} at {step}" + ("" if cut is None else f", cut {cut:.4f}")
-    return state, step, f"{verb} at {step}: place {place} of {of}, {judged} {value:.4f}; {limit}", short
+    return state, step, f"{verb} at {step}: place {place} of {of}, {metric} {value:.4f}; {limit}", short
 
 
 def _places(trials: Sequence[TrialRecord], step: int) -> list[tuple[float, int]]:
     """Return the values at a rung with the numbers of their trials, the best first."""
-    values = [(judged_at(trial, step), trial.number) for trial in trials]
+    values = [(value_at_rung(trial.results, trial.stop_at, step), trial.number) for trial in trials]
     return sorted((value, number) for value, number in values if value is not None)
 
 
@@ -343,12 +343,6 @@ def _beyond_their_place(record: SearchRecord) -> Iterator[str]:
             noun = "trial" if len(decision["trials"]) == 1 else "trials"
             reason = shorten(decision.get("reason", ""), 200)
             yield f"{noun} {numbers} from {decision['from']}" + (f": {reason}" if reason else "")
-
-
-def _judged(result: Result) -> float | None:
-    if result.judged is not None:
-        return result.judged
-    return result.values[0] if result.values else None
 
 
 def _order(state: str) -> int:

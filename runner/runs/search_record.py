@@ -11,7 +11,7 @@ that was killed makes the same decisions again, and the results that are recorde
     {"stopped": 0, "step": 25, "place": 4, "of": 9, "value": 0.53}
     {"wave": 9, "asked": 0, "replicates": [{"trial": 3, "seed": 1}]}
     {"replicate": 3, "job": 12, "seed": 1}
-    {"planned": {"trials": 17}, "wave": 1, "reason": "a budget of 8h holds 17 at 1.2 s an update"}
+    {"planned": {"trials": 17}, "wave": 1, "reason": "the budget holds 17 trials at 1.2 s an update"}
     {"extended": {"trials": 60, "budget": "16h"}, "wave": 10}
     {"missed": ["13 of 30 trials", "seeds 1, 2 of trial 3"]}
     {"spent": 3600.0, "jobs": 3100.0, "updates": 2833, "beside": 210.0, "starts": 42, "time": …}
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,8 @@ JOURNAL = "optuna-journal.log"
 SCHEMA = 1
 PAUSED, FINISHED, DIVERGED, FAILED = "paused", "finished", "diverged", "failed"
 """States of a result: the trial waits at a rung, trained to its end, diverged, or could not be measured."""
+MAX_REPEATS = 20
+"""Suggestions in a row that were tried before, after which a search asks for no more."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,40 @@ class Result:
     """One for each metric of the search, in its order; none where the trial diverged or failed."""
     state: str
     """PAUSED, FINISHED, DIVERGED or FAILED."""
-    judged: float | None = None
+    rung_value: float | None = None
     """What compares it with other trials at a rung: the validation loss at its step, which is its first value unless
     the line has another."""
     reason: str = ""
     """Why it failed or diverged."""
+
+
+def value_at_rung(results: Sequence[Result], stop_at: int, step: int) -> float | None:
+    """Return what compares a trial with others at a rung; None where it has not reached it, or failed on the way.
+
+    One that ended before the rung, as by early stopping, has what it had at its end. One that diverged on the way to it
+    is worse than any other: infinity.
+
+    Args:
+        results: of the trial, in the order of their steps.
+        stop_at: the step that it was last sent to.
+        step: the rung, in updates.
+    """
+    for result in results:
+        if result.state == DIVERGED and stop_at == step:
+            return math.inf
+        if result.step == step or (result.state == FINISHED and result.step <= step):
+            return result.rung_value
+    return None
+
+
+def only_repeats(are_repeats: Sequence[bool]) -> bool:
+    """Return whether a search asks for no more trials.
+
+    Args:
+        are_repeats: of each suggestion so far, whether it was tried before.
+    """
+    last = are_repeats[-MAX_REPEATS:]
+    return len(last) == MAX_REPEATS and all(last)
 
 
 @dataclass
@@ -73,8 +104,10 @@ class TrialRecord:
     """Searched setting to the suggested value."""
     results: list[Result] = field(default_factory=list)
     """In the order of their steps."""
+    stop_at: int = 0
+    """The step that it was last sent to."""
     stopped: dict[str, Any] | None = None
-    """Where and why it was not continued: `step`, `place` among the `of` trials of that rung, `value`; or `reason`."""
+    """Where and why it was not continued: `step`, `place` among the `of` trials of that rung, and `value`."""
     replicates: dict[int, int] = field(default_factory=dict)
     """Seed to the number of the job that trains the same settings with it."""
 
@@ -113,7 +146,7 @@ class SearchRecord:
 
     @property
     def rungs(self) -> list[int]:
-        """Steps at which trials are judged, ascending; the last is their end."""
+        """Steps at which trials are compared, ascending; the last is their end."""
         return list(self.settings.get("rungs", []))
 
     @property
@@ -165,10 +198,15 @@ def lost_record(manifest: SweepManifest) -> str | None:
         was_chosen or (manifest.folder / JOURNAL).exists() or any(job.stop_at is not None for job in manifest.jobs)
     ):
         return None
+    problem = f"{path} is missing, which says what this search tried and decided"
+    return f"{problem}. {without_record(manifest.folder)}"
+
+
+def without_record(folder: Path) -> str:
+    """Return what is left of a search whose record is missing or damaged, and what can be done, as sentences."""
     return (
-        f"{path} is missing, which says what this search tried and decided: only a backup of it can continue it. Its "
-        "jobs are whole, and a new search can begin with their results: "
-        f"hydra.sweeper.warm_from={relative_path(manifest.folder)}"
+        "Only a backup of it can continue the search. The jobs are whole, and a new search can begin with their "
+        f"results: hydra.sweeper.warm_from={relative_path(folder)}"
     )
 
 
@@ -238,7 +276,8 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
         if line["trial"] != len(record.trials):
             raise ValueError("a trial is out of order")
         job = None if line["job"] is None else _count(line["job"])
-        record.trials.append(TrialRecord(int(line["trial"]), job, dict(line["params"])))
+        first = record.rungs[0] if record.rungs else 0
+        record.trials.append(TrialRecord(int(line["trial"]), job, dict(line["params"]), stop_at=first))
     elif "result" in line:
         trial = _trial(record, line["result"])
         values = tuple(float(value) for value in line["values"])
@@ -246,12 +285,12 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
             raise ValueError("a result has a state that there is not")
         if not all(map(math.isfinite, values)) or (line["state"] in (PAUSED, FINISHED)) != bool(values):
             raise ValueError("a result has other values than its state")
-        judged = line.get("judged", values[0] if values else None)
+        rung_value = line.get("judged", values[0] if values else None)
         result = Result(
             _count(line["step"]),
             values,
             str(line["state"]),
-            None if judged is None else float(judged),
+            None if rung_value is None else float(rung_value),
             str(line.get("reason", "")),
         )
         trial.results.append(result)
@@ -266,7 +305,8 @@ def _apply(record: SearchRecord, line: dict[str, Any]) -> None:
             if record.rungs and not decision["from"] < decision["to"] <= record.rungs[-1]:
                 raise ValueError("trials continue to a step that is no rung")
             for number in decision["trials"]:
-                _trial(record, number).stopped = None
+                trial = _trial(record, number)
+                trial.stopped, trial.stop_at = None, _count(decision["to"])
         for pair in line.get("replicates", []):
             _trial(record, pair["trial"])
             _count(pair["seed"])

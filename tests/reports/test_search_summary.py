@@ -34,7 +34,7 @@ from runner.runs.inspect import read_run
 from runner.runs.search_record import read_rungs
 from runner.runs.sweep_manifest import read_manifest
 
-FIRST_RUNG = ["10", "7", "2", "1.1000", "1.0500", "2"]
+FIRST_RUNG = ["10", "8", "2", "1.1000", "1.0500", "2"]
 BEST_FIRST = ["1", "4", "6", "2", "0", "3", "5", "8", "7"]
 
 
@@ -70,18 +70,20 @@ def edit(folder: Path, change: Any) -> None:
 
 def test_each_trial_says_where_it_was_stopped_and_why(folder: Path) -> None:
     trials = {trial.number: trial for trial in summary_of(folder).trials}
-    assert trials[6].text == "stopped at 10: place 3 of 7, valid loss 1.2000; those up to 1.1000 continued"
-    assert trials[6].short == "place 3 of 7 at 10, cut 1.1000"
+    assert trials[6].text == "stopped at 10: place 3 of 8, valid loss 1.2000; those up to 1.1000 continued"
+    assert trials[6].short == "place 3 of 8 at 10, cut 1.1000"
     assert trials[4].text == "stopped at 30: place 2 of 2, valid loss 0.9500; those up to 0.9000 continued"
     assert (trials[1].state, trials[1].text) == ("finished", "trained to its end at step 90")
     assert (trials[7].state, trials[7].text) == ("diverged", "diverged at step 7: the loss is not finite")
     assert (trials[8].state, trials[8].text) == ("failed", "failed at step 5: OutOfMemory: 3 GB")
     assert tried_text(summary_of(folder)) == "9 trials: 1 finished, 6 stopped, 1 diverged, 1 failed"
+    reason = "the budget holds 9 trials at 1.2 s an update"
+    assert search_fields(summary_of(folder))["planned"] == [{"trials": 9, "reason": reason}]
 
 
 def test_each_rung_says_how_many_reached_it_and_up_to_where_they_continued(folder: Path) -> None:
     first, second, end = summary_of(folder).rungs
-    assert (first.step, first.reached, first.continued, first.cut, first.best, first.lost) == (10, 7, 2, 1.10, 1.05, 2)
+    assert (first.step, first.reached, first.continued, first.cut, first.best, first.lost) == (10, 8, 2, 1.10, 1.05, 2)
     assert (second.step, second.reached, second.continued, second.cut, second.lost) == (30, 2, 1, 0.90, 0)
     assert (end.step, end.reached, end.continued, end.cut, end.best, end.is_end) == (90, 1, 0, None, 0.80, True)
 
@@ -128,7 +130,7 @@ def test_the_tables_show_the_search(folder: Path, capsys: pytest.CaptureFixture[
         assert "plan        the budget holds 9 trials at 1.2 s an update" in text
         assert "time        6m40s, of it 6m20s in jobs: 300 updates" in text
         assert [line.split() for line in text.splitlines() if re.search(r"1\.1000 +1\.0500", line)] == [FIRST_RUNG]
-        assert "place 3 of 7 at 10, cut 1.1000" in text
+        assert "place 3 of 8 at 10, cut 1.1000" in text
         assert "resume=" in text and "hydra.sweeper.trials=18 hydra.sweeper.budget=16h" in text
         assert "train.iters=180" in text
 
@@ -136,7 +138,7 @@ def test_the_tables_show_the_search(folder: Path, capsys: pytest.CaptureFixture[
 def test_results_csv_has_the_end_of_each_trial(folder: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(results_csv(results_of(folder)[0]))))
     assert [row["trial_state"] for row in rows] == ["finished", *["stopped"] * 6, "failed", "diverged"]
-    assert rows[2]["trial_reason"].startswith("stopped at 10: place 3 of 7") and rows[2]["trial"] == "6"
+    assert rows[2]["trial_reason"].startswith("stopped at 10: place 3 of 8") and rows[2]["trial"] == "6"
 
 
 def test_a_search_that_was_killed_waits_to_be_resumed(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_trials_of_equal_settings_count_once_and_early_stopping_is_an_end(folder
     assert summary.trials[10].text == "failed at step 0: no run can have this" and summary.is_complete
     assert ("cannot run", "trial 10: no run can have this") in header_lines(summary)
     assert summary.trials[1].text == "trained to its end at step 60 by early stopping"
-    assert [rung.reached for rung in summary.rungs] == [7, 2, 1] and summary.rungs[0].lost == 3
+    assert [rung.reached for rung in summary.rungs] == [8, 2, 1] and summary.rungs[0].lost == 3
     assert summary.by_job[4].number == 4
 
 
@@ -208,7 +210,6 @@ def test_the_best_that_is_trained_to_its_end_says_why(folder: Path) -> None:
         (wave,) = [line for line in lines if line.get("wave") == 2]
         del wave["continued"][0]["cut"]
         wave["continued"][0]["reason"] = "the best is trained to its end"
-        lines.append({"stopped": 5, "step": 10, "reason": "the budget holds no more"})
         lines[0]["earlier"] = [{"params": {}, "values": [1.0]}] * 2
         lines.append({"extended": {"trials": 60, "budget": "16h"}, "wave": 3})
 
@@ -219,9 +220,16 @@ def test_the_best_that_is_trained_to_its_end_says_why(folder: Path) -> None:
     assert ("extended", "to trials=60 budget=16h before wave 3") in header_lines(summary)
     assert summary.rungs[1].continued == 1 and summary.rungs[1].cut is None
     assert summary.trials[4].text == "stopped at 30: place 2 of 2, valid loss 0.9500; none continued"
-    assert summary.trials[5].text == "stopped at 10: the budget holds no more"
     assert summary.options["budget"] == "16h"
     assert for_sweep(read_sweep(folder), summary)[-2].line.endswith("/s hydra.sweeper.budget=32h")  # time was short
+
+
+def test_a_search_whose_sampler_repeats_itself_is_not_offered_more_trials(folder: Path) -> None:
+    params = {"lora.rank": 8, "optimizer.learning_rate": 0.0005}
+    assert "search on" in [command.purpose for command in for_sweep(read_sweep(folder), summary_of(folder))]
+    edit(folder, lambda lines: lines.extend({"trial": n, "job": 4, "params": params} for n in range(9, 29)))
+    purposes = [command.purpose for command in for_sweep(read_sweep(folder), summary_of(folder))]
+    assert "search on" not in purposes and "compare finalists over seeds" in purposes
 
 
 def test_other_seeds_of_the_best_are_its_replicates(tmp_path: Path) -> None:
@@ -289,7 +297,7 @@ def test_importance_is_measured_where_all_trials_are_comparable(folder: Path) ->
     values = summary_of(folder).values_at_first_rung()
     assert values == {number: loss for number, loss in enumerate(LOSSES) if loss is not None}
     (bars,) = [part for part in sweep_report(read_sweep(folder)).parts if part["kind"] == "bars"]
-    assert "over the 7 trials that were compared at step 10, the first rung," in bars["note"]
+    assert "over the 7 trials that have a value at step 10, the first rung," in bars["note"]
     assert {item["name"] for item in bars["items"]} == {"lora.rank", "optimizer.learning_rate", "the rest"}
 
 

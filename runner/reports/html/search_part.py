@@ -10,7 +10,7 @@ from runner.reports import settings_text
 from runner.reports.html import sections
 from runner.reports.html.importance_part import importance_part
 from runner.reports.html.sections import Column, Mark, Part, Row
-from runner.reports.search_summary import Rung, SearchSummary, header_lines, judged_at, tried_text
+from runner.reports.search_summary import Rung, SearchSummary, finite_value_at, header_lines, tried_text
 from runner.runs.inspect import RunInfo
 from runner.runs.timeline import Timeline
 
@@ -28,13 +28,13 @@ def search_facts(search: SearchSummary) -> list[tuple[str, str, str]]:
 
 def rungs_part(search: SearchSummary) -> list[Part]:
     """Return the table of rungs, with the options, the plans and the time below it."""
-    judged = search.judged_by.replace("_", " ")
+    metric = search.judged_by.replace("_", " ")
     columns = [
         Column(title="rung", number=True, help="the step at which trials were compared"),
         Column(title="trials", number=True, help="how many were compared there"),
         Column(title="continued", number=True),
-        Column(title="up to", number=True, digits=_DIGITS, help=f"the highest {judged} that continued for its place"),
-        Column(title=f"best {judged}", number=True, digits=_DIGITS),
+        Column(title="up to", number=True, digits=_DIGITS, help=f"the highest {metric} that continued for its place"),
+        Column(title=f"best {metric}", number=True, digits=_DIGITS),
         Column(title="diverged or failed", number=True, help="since the rung before"),
     ]
     rows = [Row(cells=_rung_cells(rung)) for rung in search.rungs]
@@ -50,15 +50,15 @@ def trials_part(search: SearchSummary, link_of: Callable[[int | None], sections.
 
     `link_of` returns the cell of a job by its number.
     """
-    judged = search.judged_by.replace("_", " ")
+    metric = search.judged_by.replace("_", " ")
     columns = [Column(title="trial", number=True), Column(title="job", number=True)]
-    columns += [Column(title=f"at {rung.step:,}", number=True, digits=_DIGITS, help=judged) for rung in search.rungs]
+    columns += [Column(title=f"at {rung.step:,}", number=True, digits=_DIGITS, help=metric) for rung in search.rungs]
     columns.append(Column(title="how it ended", wide=True))
     rows = []
     for trial, recorded in zip(search.trials, search.record.trials, strict=True):
-        values = [judged_at(recorded, rung.step) for rung in search.rungs]
+        values = [finite_value_at(recorded, rung.step) for rung in search.rungs]
         rows.append(Row(cells=[trial.number, link_of(trial.job), *values, trial.text]))
-    note = f"The {judged} at each rung, by which trials are compared there."
+    note = f"The {metric} at each rung, by which trials are compared there."
     return [sections.table("Trials of the search", columns, rows, id="trials", note=note, closed=True)]
 
 
@@ -101,7 +101,7 @@ def search_settings_part(search: SearchSummary, job_of: Callable[[int | None], M
         if trial.number in values
     ]
     more = f" {count(len(names) - len(shown), 'further setting')} varied." if len(names) > len(shown) else ""
-    note = f"Trials that were compared at the first rung; the best there are at the top of its axis.{more}"
+    note = f"Trials that have a value at the first rung; the best there are at the top of its axis.{more}"
     return [sections.parallel("Settings and result", axes, lines, note=note)]
 
 
@@ -117,7 +117,7 @@ def search_importance(search: SearchSummary) -> list[Part]:
         [trial.params for trial in trials],
         [values[trial.number] for trial in trials],
         metric=search.judged_by.replace("_", " "),
-        among=f"the {count(len(trials), 'trial')} that were compared at step {step:,}, the first rung,",
+        among=f"the {count(len(trials), 'trial')} that have a value at step {step:,}, the first rung,",
         remark=learns if sampler in ("tpe", "cmaes") else "",
     )
 

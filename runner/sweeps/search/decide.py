@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from runner.sweeps.search import rungs as rung_rules
 from runner.sweeps.search.state import Clock, Continuation, SearchState, Targets, Trial, Wave
 
-_MAX_REPEATS = 20
-"""Suggestions in a row that were tried before, after which no more are asked for."""
-
 
 def next_wave(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     """Return what to launch next; None where the search is complete, or what is left does not fit its budget."""
@@ -24,8 +21,7 @@ def next_wave(state: SearchState, targets: Targets, clock: Clock) -> Wave | None
 
 def missing_trials(state: SearchState, most: int) -> int:
     """Return how many trials can still be asked for, up to `most` in all."""
-    last = state.trials[-_MAX_REPEATS:]
-    if state.exhausted or (len(last) == _MAX_REPEATS and all(trial.repeats is not None for trial in last)):
+    if state.exhausted or state.only_repeats:
         return 0
     return max(0, most - len(state.counted))
 
@@ -61,7 +57,7 @@ def _halve(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
         return Wave(asked if clock.seconds_left is None else min(asked, state.at_once))
     for step, following in zip(state.rungs[:-1], state.rungs[1:], strict=True):
         values = state.at_rung(step)
-        ranked = rung_rules.rank(values, maximize=False)
+        ranked = rung_rules.rank(values)
         chosen = rung_rules.survivors(ranked, state.eta)
         waiting = [number for number in chosen if _waits(state.trials[number], step)]
         fitting = waiting[: _fitting(state, clock, following - step, waiting)]
@@ -92,7 +88,7 @@ def _promote(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
     for i in range(len(state.rungs) - 2, -1, -1):
         step, following = state.rungs[i], state.rungs[i + 1]
         values = state.at_rung(step)
-        ranked = rung_rules.rank(values, maximize=False)
+        ranked = rung_rules.rank(values)
         for number in ranked[: len(ranked) // state.eta]:
             free = state.at_once - len(sent)
             if free and _waits(state.trials[number], step) and _fitting(state, clock, following - step, [number]):
@@ -105,7 +101,7 @@ def _promote(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:
 
 
 def _waits(trial: Trial, step: int) -> bool:
-    return trial.is_paused and trial.target == step
+    return trial.is_paused and trial.stop_at == step
 
 
 def _finish(state: SearchState, targets: Targets, clock: Clock) -> Wave | None:

@@ -26,14 +26,14 @@ from runner.runs.sweep_manifest import SweepJob
 from runner.sweeps.search.dimensions import Choices, Interval, Value
 from runner.sweeps.search.space import Space
 
-_COMPARABLE = ("model.", "data.", "method.", "train.eval_batches")
-"""Settings that decide what a validation loss is a loss of."""
+_COMPARABLE = ("adapter", "model.", "data.", "method.", "train.eval_batches")
+"""Settings that decide what a validation loss is a loss of, and where training starts."""
 _WITHOUT_EFFECT = ("data.cache", "data.pad_to", "data.window", "data.template_date", "model.trust_remote_code")
 _OF_SCORES = ("data.metric", "data.max_new_tokens")
 """Settings that decide what a score is of, and no loss."""
-_UNMENTIONED = ("seed", "objective.", "checkpoint.", "loggers.", "vars.", "train.report_every", "train.eval_")
+_NOT_REPORTED = ("seed", "objective.", "checkpoint.", "loggers.", "vars.", "train.report_every", "train.eval_")
 """Settings whose difference needs no word: results are there to be compared over seeds, and the rest moves nothing."""
-_MOST_NAMES = 4
+_MAX_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class EarlierResults:
         parts = ", ".join(f"{states[state]} {name}" for state, name in names.items() if states[state])
         lines = [f"warm start: {count(len(self.results), 'result')}: {parts}"]
         if self.differing:
-            more = f" and {len(self.differing) - _MOST_NAMES} more" if len(self.differing) > _MOST_NAMES else ""
-            lines.append(f"  they differ from this search in {', '.join(self.differing[:_MOST_NAMES])}{more}")
+            more = f" and {len(self.differing) - _MAX_NAMES} more" if len(self.differing) > _MAX_NAMES else ""
+            lines.append(f"  they differ from this search in {', '.join(self.differing[:_MAX_NAMES])}{more}")
         return lines + [f"  left out: {self.left_out_text()}"] * bool(self.left_out)
 
     def left_out_text(self) -> str:
@@ -88,7 +88,7 @@ class EarlierResults:
         texts = []
         for reason, values in sorted(self.left_out.items(), key=lambda item: -len(item[1])):
             unique = [value for value in dict.fromkeys(values) if value]
-            listed = ", ".join(unique[:_MOST_NAMES]) + (", …" if len(unique) > _MOST_NAMES else "")
+            listed = ", ".join(unique[:_MAX_NAMES]) + (", …" if len(unique) > _MAX_NAMES else "")
             texts.append(f"{count(len(values), 'job')} {reason}" + (f" ({listed})" if unique else ""))
         return ", ".join(texts)
 
@@ -130,7 +130,7 @@ def find_earlier(
             found.left_out.setdefault(left_out.reason, []).append(left_out.value)
             continue
         found.results.append(result)
-        differing |= dict.fromkeys(name for name in others if not name.startswith(_UNMENTIONED))
+        differing |= dict.fromkeys(name for name in others if not name.startswith(_NOT_REPORTED))
     found.differing = list(differing)
     if not found.results:
         raise ConfigError(

@@ -35,8 +35,8 @@ def read_wave(line: Mapping[str, Any]) -> Wave:
 def result_line(number: int, result: Result) -> dict[str, object]:
     """Return the line of a trial's result."""
     line: dict[str, object] = {"result": number, "step": result.step, "values": result.values, "state": result.state}
-    if result.judged is not None and result.values[0] != result.judged:
-        line["judged"] = result.judged
+    if result.rung_value is not None and result.values[0] != result.rung_value:
+        line["judged"] = result.rung_value
     return line | ({"reason": result.reason} if result.reason else {})
 
 

@@ -15,8 +15,8 @@ from runner.common.errors import ConfigError
 def plan_rungs(iters: int, *, eta: int, min_iters: int | None, trials: int) -> list[int]:
     """Return the steps at which trials are compared, ascending; the last is `iters`.
 
-    They are `iters`, `iters` / eta, `iters` / eta², … rounded up, down to `min_iters`, which is one of them, or as many
-    as bring `trials` down to one.
+    They are `iters`, `iters` / eta, `iters` / eta², … rounded up: as many as bring `trials` down to one. Where
+    `min_iters` is set, it is the first one, whatever the trials, and those within a factor of sqrt(eta) are left out.
 
     Raises:
         ConfigError: there is no step to compare trials at before their end.
@@ -27,7 +27,9 @@ def plan_rungs(iters: int, *, eta: int, min_iters: int | None, trials: int) -> l
     if min_iters is None:
         steps = {math.ceil(iters / eta**power) for power in range(halvings + 1)}
     else:
-        steps = {iters, min_iters, *(s for power in range(64) if (s := math.ceil(iters / eta**power)) >= min_iters)}
+        # A comparison soon after the first would stop trials by the noise of a few updates.
+        least = min_iters * math.sqrt(eta)
+        steps = {iters, min_iters, *(s for power in range(64) if (s := math.ceil(iters / eta**power)) > least)}
     rungs = sorted(step for step in steps if step <= iters)
     if len(rungs) == 1 and trials > 1:
         cause = f"train.iters={iters}" if min_iters is None else f"hydra.sweeper.min_iters={min_iters}"
@@ -38,9 +40,9 @@ def plan_rungs(iters: int, *, eta: int, min_iters: int | None, trials: int) -> l
     return rungs
 
 
-def rank(values: Mapping[int, float], *, maximize: bool) -> list[int]:
-    """Return the trials with these values, the best first; equal ones by number."""
-    return sorted(values, key=lambda number: (-values[number] if maximize else values[number], number))
+def rank(values: Mapping[int, float]) -> list[int]:
+    """Return the trials with these values, the lowest first, which is the best; equal ones by number."""
+    return sorted(values, key=lambda number: (values[number], number))
 
 
 def survivors(ranked: Sequence[int], eta: int) -> list[int]:

@@ -14,6 +14,7 @@ from runner.common.errors import ConfigError, RunnerError
 from runner.common.text import relative_path, single_line
 from runner.runs.objective import Objective
 from runner.runs.search_record import DIVERGED, FAILED, FINISHED, NAME, PAUSED, Result, SearchRecord, SearchRecordWriter
+from runner.sweeps.search import rungs as rung_rules
 from runner.sweeps.search.jobs import TrialJobs
 from runner.sweeps.search.lines import continued_text, read_wave, result_line, wave_line
 from runner.sweeps.search.outcome import Outcome, read_outcome, read_progress
@@ -50,10 +51,10 @@ class Search:
         objective: Objective,
         record: SearchRecord,
         writer: SearchRecordWriter,
-        stops: StopSignals,
+        signals: StopSignals,
     ) -> None:
-        """Start with an empty `state`: `run` fills it from the record. `stops`: the signals that come between jobs."""
-        self._state, self._targets = state, targets
+        """Start with an empty `state`: `run` fills it from the record. `signals`: those that come between jobs."""
+        self._state = state
         self._study, self._jobs, self._objective = study, jobs, objective
         self._record, self._writer = record, writer
         self._recorded_waves = len(record.waves)
@@ -62,9 +63,9 @@ class Search:
         """Trials in a row that failed."""
         self._failed_fast = ""
         """What failed, where the launcher has fail_fast."""
-        self._time = TimeAccount(record, writer, targets.budget_seconds)
-        self._planner = WavePlanner(state, targets, self._time, record, writer)
-        self._stops = stops
+        self._account = TimeAccount(record, writer, targets.budget_seconds)
+        self._planner = WavePlanner(state, targets, self._account, record, writer)
+        self._signals = signals
 
     def run(self) -> None:
         """Train trials until the search is complete, or its budget is used.
@@ -74,18 +75,19 @@ class Search:
             ConfigError: the record does not fit what the sampler suggests, or the budget does not hold one trial.
             SystemExit: a signal stopped it; it can be resumed.
         """
-        self._time.add_killed_wave(self._jobs.last_written(), self._jobs.progress())
+        self._account.add_killed_wave(self._jobs.last_written(), self._jobs.progress())
         for recorded in list(self._record.waves):
-            self._carry_out(read_wave(recorded))
+            self._run_wave(read_wave(recorded))
         self._train_missing()
         while (wave := self._planner.next_wave()) is not None:
             self._writer.append(wave_line(self._wave, wave))
             for decision in wave.continued:
                 print(continued_text(decision), flush=True)
-            self._carry_out(wave)
+            self._run_wave(wave)
             if self._wave == 1:
                 self._planner.print_estimate()
         self._stop_paused()
+        self._planner.record_repetition()
         self._planner.record_missed()
 
     def _train_missing(self) -> None:
@@ -99,24 +101,24 @@ class Search:
             )
         self._launch({trial.job: self._state.end for trial in gone if trial.job is not None})
 
-    def _carry_out(self, wave: Wave) -> None:
+    def _run_wave(self, wave: Wave) -> None:
         """Launch what was decided, record the results and tell them to the sampler."""
         self._stop_if_asked()
         self._wave += 1
         trials = self._suggest(wave.asked)
         for decision in wave.continued:
             for number in decision.trials:
-                self._state.trials[number].target = decision.to_step
+                self._state.trials[number].stop_at = decision.to_step
                 trials.append(self._state.trials[number])
-        targets = {t.job: t.target for t in trials if t.job is not None and self._recorded_result(t) is None}
+        stops = {t.job: t.stop_at for t in trials if t.job is not None and self._recorded_result(t) is None}
         seeds = [self._add_replicate(number, seed) for number, seed in wave.replicates]
         self._writer.sync()  # what the jobs are for is there before the jobs are
-        ends = {job: step if step < self._state.end else None for job, step in targets.items()}
+        ends = {job: step if step < self._state.end else None for job, step in stops.items()}
         self._jobs.record({**ends, **dict.fromkeys(seeds)})
         if seeds:
             self._train_seeds(wave.replicates, seeds)
         if trials:
-            self._measure(trials, targets)
+            self._measure(trials, stops)
 
     def _train_seeds(self, replicates: Sequence[tuple[int, int]], jobs: Sequence[int]) -> None:
         """Train trials with other seeds; one that fails is tried again by the next resume."""
@@ -140,12 +142,12 @@ class Search:
                 raise self._damaged(f"wave {self._wave - 1} asked for {count} trials, and trial {number} is not there")
             if recorded is not None and recorded.params != params:
                 raise ConfigError(
-                    f"trial {number} was recorded with {recorded.params}, and now {params} is suggested: another "
-                    "version of Optuna, or an edited record. With the version that began the search "
-                    f"({self._record.settings.get('optuna')}) it continues; a new one begins with its results by "
-                    f"hydra.sweeper.warm_from={relative_path(self._jobs.sweep)}."
+                    f"trial {number} was recorded with {recorded.params}, and now {params} is suggested: by "
+                    "another version of Optuna or of this program, or the record was edited. The versions that began "
+                    f"the search (Optuna {self._record.settings.get('optuna')}) continue it; a new one begins with its "
+                    f"results by hydra.sweeper.warm_from={relative_path(self._jobs.sweep)}."
                 )
-            trial, reason = Trial(number, None, params, target=self._state.first_rung), "no run can have its settings"
+            trial, reason = Trial(number, None, params, stop_at=self._state.first_rung), "no run can have its settings"
             if recorded is not None and (recorded.job is None or self._jobs.has(recorded.job)):
                 trial.job = recorded.job  # whatever its config would be composed to today
             else:
@@ -167,7 +169,7 @@ class Search:
             if trial.job is None:
                 self._add_result(trial, Result(0, (), FAILED, reason=reason))
             elif trial.repeats is not None:
-                self._study.fail(number)  # its twin is what the sampler learns from
+                self._study.fail(number)  # the sampler learns from the earlier trial
             else:
                 new.append(trial)
         return new
@@ -184,9 +186,9 @@ class Search:
             self._writer.append({"replicate": number, "job": job, "seed": seed})
         return job
 
-    def _measure(self, trials: list[Trial], targets: Mapping[int, int]) -> None:
-        """Train jobs to their targets, and record and tell what the trials have there; recorded results are told."""
-        outcomes = self._launch(targets)
+    def _measure(self, trials: list[Trial], stops: Mapping[int, int]) -> None:
+        """Train jobs to these steps, and record and tell what the trials have there; recorded results are told."""
+        outcomes = self._launch(stops)
         results = {trial.number: outcomes[trial.job].result for trial in trials if trial.job in outcomes}
         if results and all(result.state == FAILED for result in results.values()):
             self._failures += len(results)
@@ -212,13 +214,13 @@ class Search:
         recorded = self._record.trials[trial.number].results
         return recorded[len(trial.results)] if len(recorded) > len(trial.results) else None
 
-    def _launch(self, targets: Mapping[int, int]) -> dict[int, Outcome]:
+    def _launch(self, stops: Mapping[int, int]) -> dict[int, Outcome]:
         """Train jobs to these steps and return what they have there, by number of the job.
 
         With hydra.launcher.fail_fast a job that failed, and those that were not started then, have nothing.
         """
-        left, outcomes, start, was_launched = dict(targets), {}, time.monotonic(), False
-        before = {job: read_progress(self._jobs.folder(job)) for job in targets}
+        left, outcomes, start, was_launched = dict(stops), {}, time.monotonic(), False
+        before = {job: read_progress(self._jobs.folder(job)) for job in stops}
         for attempt in range(1, _MAX_STARTS + 1):
             if not left or self._failed_fast:
                 break
@@ -231,8 +233,8 @@ class Search:
                 outcomes[job] = read_outcome(self._jobs.folder(job), step, self._objective, is_last=is_last)
             left = {job: step for job, step in left.items() if outcomes[job].interrupted and attempt < _MAX_STARTS}
         if was_launched:
-            progress = [read_progress(self._jobs.folder(job)) - before[job] for job in targets]
-            self._time.add_launch(time.monotonic() - start, progress, self._state.at_once)
+            progress = [read_progress(self._jobs.folder(job)) - before[job] for job in stops]
+            self._account.add_launch(time.monotonic() - start, progress, self._state.at_once)
         if self._failed_fast:
             outcomes = {job: outcome for job, outcome in outcomes.items() if outcome.result.state != FAILED}
         return outcomes
@@ -247,8 +249,8 @@ class Search:
 
     def _stop_if_asked(self) -> None:
         """End with the exit code of a signal that came while no job ran."""
-        if self._stops.signal is not None:
-            raise SystemExit(128 + self._stops.signal)
+        if self._signals.signal is not None:
+            raise SystemExit(128 + self._signals.signal)
 
     def _add_result(self, trial: Trial, result: Result) -> None:
         """Add the next result of a trial, record it unless it is recorded, and tell the sampler."""
@@ -272,7 +274,7 @@ class Search:
                 continue
             step = trial.results[-1].step
             values = self._state.at_rung(step)
-            ranked = sorted(values, key=lambda number: (values[number], number))
+            ranked = rung_rules.rank(values)
             place, value = ranked.index(trial.number) + 1, values[trial.number]
             line = {"stopped": trial.number, "step": step, "place": place, "of": len(ranked), "value": value}
             self._study.stop(trial.number)

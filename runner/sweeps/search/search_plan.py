@@ -14,7 +14,7 @@ from runner.common.errors import ConfigError
 from runner.common.safe_json import is_count
 from runner.common.text import count, relative_path
 from runner.config import schema, serialize
-from runner.config.search_settings import DEFAULT_TRIALS, MAY_GROW, SAMPLERS, SearchSettings
+from runner.config.search_settings import CHANGEABLE_ON_RESUME, DEFAULT_TRIALS, MAX_TRIALS, SAMPLERS, SearchSettings
 from runner.runs import search_record
 from runner.runs.objective import VALID_LOSS, Objective
 from runner.runs.search_record import SearchRecord
@@ -36,7 +36,7 @@ class SearchPlan:
     settings: SearchSettings
     space: Space
     template: SweepJob
-    """A job with values of the space, from which those of the trials derive."""
+    """A job with the first value of each dimension, from which those of the trials derive."""
     rungs: list[int]
     objective: Objective
     sampler: str
@@ -49,8 +49,13 @@ class SearchPlan:
     @property
     def trials(self) -> int:
         """How many trials there are, at most."""
-        default = self.space.size if self.settings.sampler == "grid" else DEFAULT_TRIALS
-        return int(min(self.space.size, self.settings.trials or default))
+        return _most_trials(self.settings, self.space)
+
+
+def _most_trials(settings: SearchSettings, space: Space) -> int:
+    """Return how many trials there are, at most."""
+    default = space.size if settings.sampler == "grid" else DEFAULT_TRIALS
+    return int(min(settings.trials or default, space.size, MAX_TRIALS))
 
 
 def new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobComposer, planner: JobPlanner) -> SearchPlan:
@@ -85,14 +90,20 @@ def new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobCompos
             f"hydra.sweeper.pruner={settings.pruner} compares trials by their validation loss, which says nothing of "
             f"{', '.join(objective.metrics)} together: type hydra.sweeper.pruner=none."
         )
+    sampler = "grid" if space.size <= (settings.trials or DEFAULT_TRIALS) else settings.sampler
+    if sampler == "cmaes" and settings.pruner != "none":
+        raise ConfigError(
+            "hydra.sweeper.sampler=cmaes learns from trials at their end alone, and "
+            f"hydra.sweeper.pruner={settings.pruner} stops most of them before: type hydra.sweeper.pruner=none, or "
+            "take tpe."
+        )
     rungs = [train["iters"]]
     if settings.pruner != "none":
-        most = max(settings.trials or DEFAULT_TRIALS, settings.eta)  # of a single trial too: a resume may add others
+        most = max(_most_trials(settings, space), settings.eta)  # of a single trial too: a resume may add others
         trials = int(min(most, space.size))
         rungs = plan_rungs(train["iters"], eta=settings.eta, min_iters=settings.min_iters, trials=trials)
         space = space.with_fixed(f"train.eval_at=[{','.join(map(str, sorted({*rungs, *train['eval_at']})))}]")
         template = planner.draft([*space.fixed, *extremes[0]])
-    sampler = "grid" if space.size <= (settings.trials or DEFAULT_TRIALS) else settings.sampler
     earlier = []
     if settings.warm_from is not None:
         found = find_earlier(
@@ -138,8 +149,8 @@ def require_head(record: SearchRecord, folder: Path) -> None:
 
 def _damaged_head(folder: Path) -> ConfigError:
     return ConfigError(
-        f"{folder / search_record.NAME}: its first line, which says what is searched, is missing or damaged. The "
-        "jobs are whole: each can be resumed by itself."
+        f"{folder / search_record.NAME}: its first line, which says what is searched, is missing or damaged. "
+        f"{search_record.without_record(folder)}"
     )
 
 
@@ -157,11 +168,11 @@ def recorded_plan(
 ) -> SearchPlan:
     """Return the plan of a search that is resumed, with the options that were typed now."""
     recorded = record.settings
-    for name in [field.name for field in dataclasses.fields(SearchSettings) if field.name not in MAY_GROW]:
+    for name in [field.name for field in dataclasses.fields(SearchSettings) if field.name not in CHANGEABLE_ON_RESUME]:
         if getattr(settings, name) != recorded["options"].get(name):
             raise ConfigError(
                 f"hydra.sweeper.{name} is {recorded['options'].get(name)} in this search and stays so: a resume may "
-                f"change {', '.join(MAY_GROW)}. A new search can begin with its results: "
+                f"change {', '.join(CHANGEABLE_ON_RESUME)}. A new search can begin with its results: "
                 f"hydra.sweeper.warm_from={relative_path(manifest.folder)}"
             )
     jobs = [trial.job for trial in record.trials]

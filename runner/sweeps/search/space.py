@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from runner.common.errors import ConfigError
-from runner.config import serialize
+from runner.config import schema
 from runner.sweeps import grid
 from runner.sweeps.search.dimensions import Choices, Interval, Value, without_noise
 
@@ -128,8 +128,8 @@ def make_space(
 def _dimension(override: Override, references: Callable[[], Mapping[str, Any]]) -> Choices | Interval:
     swept, line = override.value(), override.input_line
     if isinstance(swept, IntervalSweep):
-        return _interval(swept, line or "", _default(override, references))
-    if isinstance(swept, RangeSweep) and _is_numeric(_default(override, references)):
+        return _interval(swept, line or "", _number_type(override, references))
+    if isinstance(swept, RangeSweep) and _number_type(override, references) is not None:
         start, stop, step = swept.start, swept.stop, swept.step
         assert start is not None and stop is not None
         count = math.ceil((stop - start) / step - 1e-9) if step else 0
@@ -145,20 +145,19 @@ def _dimension(override: Override, references: Callable[[], Mapping[str, Any]]) 
     return Choices(tuple(values), tuple(texts))
 
 
-def _default(override: Override, references: Callable[[], Mapping[str, Any]]) -> Any:
-    """Return the default of the setting that an override gives a value: of a variable, the first that refers to it."""
-    name, defaults = override.key_or_group, serialize.default_settings()
-    if name in defaults:
-        return defaults[name]
-    users = (user for user, text in references().items() if text == f"${{{name}}}")
-    return next((defaults[user] for user in users if user in defaults), None)
+def _number_type(override: Override, references: Callable[[], Mapping[str, Any]]) -> type | None:
+    """Return int or float where an override sets a number, else None: by the type of its setting.
+
+    The setting of a variable is the first one that refers to it.
+    """
+    name, settings = override.key_or_group, schema.metadata()
+    if name not in settings:
+        users = (user for user, text in references().items() if text == f"${{{name}}}" and user in settings)
+        name = next(users, name)
+    return schema.number_type(name)
 
 
-def _is_numeric(default: Any) -> bool:
-    return isinstance(default, int | float) and not isinstance(default, bool)
-
-
-def _interval(swept: IntervalSweep, line: str, default: Any) -> Interval:
+def _interval(swept: IntervalSweep, line: str, number_type: type | None) -> Interval:
     low, high, tags = swept.start, swept.end, set(swept.tags or ())
     if unknown := tags - {"log"}:
         raise ConfigError(f"{line}: a search knows the tag log, not {', '.join(sorted(unknown))}.")
@@ -167,7 +166,7 @@ def _interval(swept: IntervalSweep, line: str, default: Any) -> Interval:
     if "log" in tags and low <= 0:
         raise ConfigError(f"{line}: with tag(log) an interval begins above 0.")
     is_int = isinstance(low, int) and isinstance(high, int)
-    if _is_numeric(default) and isinstance(default, int) and low == int(low) and high == int(high):
+    if number_type is int and low == int(low) and high == int(high):
         is_int = True  # Hydra makes floats of interval(4,64), also for a setting that is a whole number
     if is_int:
         return Interval(int(low), int(high), True, "log" in tags, None if "log" in tags else 1)

@@ -16,7 +16,7 @@ from runner.common.errors import ConfigError
 from runner.common.text import relative_path
 from runner.config.invocation import Invocation
 from runner.config.labels import NO_LABELS
-from runner.config.search_settings import MAY_GROW, SearchSettings, make_settings
+from runner.config.search_settings import CHANGEABLE_ON_RESUME, SearchSettings, make_settings
 from runner.runs import search_record, sweep_manifest
 from runner.runs.labels import write_labels
 from runner.runs.search_record import SearchRecord, SearchRecordWriter
@@ -35,7 +35,18 @@ from runner.sweeps.search.study import Study
 from runner.sweeps.sweep import SweepFailed, launcher_record, report
 from runner.training.signals import StopSignals
 
-_DECISIVE = ("train.iters", "train.epochs", "train.eval_", "train.early_stopping", "objective.", "data.", "model.")
+_DECISIVE = (
+    "adapter",
+    "data.",
+    "model.",
+    "objective.",
+    "train.early_stopping",
+    "train.epochs",
+    "train.eval_",
+    "train.iters",
+    "train.nonfinite_limit",
+    "train.on_nonfinite",
+)
 """Settings that are free on resume of a run, but would make the trials of a search incomparable."""
 
 
@@ -93,7 +104,7 @@ def run_search(
         _record_extension(record, writer, settings)
         print(plan_text(folder, plan), flush=True)
         jobs = TrialJobs(manifest, planner, plan.space, launcher, composed.hydra.output_subdir, plan.template)
-        stops = StopSignals()
+        signals = StopSignals()
         search = Search(
             _state(plan, launcher),
             _targets(plan),
@@ -102,13 +113,13 @@ def run_search(
             objective=plan.objective,
             record=record,
             writer=writer,
-            stops=stops,
+            signals=signals,
         )
         results = None
         # A launcher of another package may need the signals itself.
         is_ours = callable(getattr(launcher, "run_jobs", None))
         try:
-            with stops if is_ours else nullcontext():
+            with signals if is_ours else nullcontext():
                 if changes:
                     jobs.apply_changes()
                 search.run()
@@ -183,6 +194,6 @@ def _record_extension(record: SearchRecord, writer: SearchRecordWriter, settings
     present = dict(record.settings["options"])
     for line in record.extensions:
         present.update(line["extended"])
-    changed = {name: value for name in MAY_GROW if (value := getattr(settings, name)) != present[name]}
+    changed = {name: value for name in CHANGEABLE_ON_RESUME if (value := getattr(settings, name)) != present[name]}
     if changed:
         writer.append({"extended": changed, "wave": len(record.waves)})

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.runs.search_record import DIVERGED, FINISHED, PAUSED, Result
+from runner.runs.search_record import FINISHED, PAUSED, Result, only_repeats, value_at_rung
 from runner.sweeps.search.dimensions import Value
 
 
@@ -22,7 +22,7 @@ class Trial:
     """The earlier trial of equal settings, whose job it shares; it counts for nothing else."""
     results: list[Result] = field(default_factory=list)
     """In the order of their steps."""
-    target: int = 0
+    stop_at: int = 0
     """The step that it was last sent to."""
     replicates: dict[int, int] = field(default_factory=dict)
     """Seed to the number of the job with these settings and that seed."""
@@ -42,18 +42,9 @@ class Trial:
         """Whether it waits at a rung."""
         return self.result is not None and self.result.state == PAUSED
 
-    def judged_at(self, step: int) -> float | None:
-        """Return what compares it with others at a rung: None where it has not reached it, or failed on the way.
-
-        One that ended before the rung, as by early stopping, has what it had at its end; one that diverged on the way
-        to it is worse than any other.
-        """
-        for result in self.results:
-            if result.state == DIVERGED and self.target == step:
-                return math.inf
-            if result.step == step or (result.state == FINISHED and result.step <= step):
-                return result.judged
-        return None
+    def value_at_rung(self, step: int) -> float | None:
+        """Return what compares it with others at a rung; None where it has not reached it, or failed on the way."""
+        return value_at_rung(self.results, self.stop_at, step)
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a search aims at, which a resume may raise."""
+    """What a search aims at, which a resume may change."""
 
     trials: int
     budget_seconds: float | None
@@ -153,6 +144,11 @@ class SearchState:
         return [trial for trial in self.trials if trial.repeats is None]
 
     @property
+    def only_repeats(self) -> bool:
+        """Whether the sampler suggests only what was tried before, so that no more trials are asked for."""
+        return only_repeats([trial.repeats is not None for trial in self.trials])
+
+    @property
     def end(self) -> int:
         """The step at which a trial ends."""
         return self.rungs[-1]
@@ -164,7 +160,7 @@ class SearchState:
 
     def at_rung(self, step: int) -> dict[int, float]:
         """Return the trials that have a value at a rung, with it."""
-        values = {trial.number: trial.judged_at(step) for trial in self.counted}
+        values = {trial.number: trial.value_at_rung(step) for trial in self.counted}
         return {number: value for number, value in values.items() if value is not None}
 
     def best_first(self) -> list[Trial]:

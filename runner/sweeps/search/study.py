@@ -118,12 +118,12 @@ class Study:
             trial = create_trial(params=params, distributions=self._distributions, values=list(result.values))
         else:
             loss = result.values[0] if result.values else float("nan")
-            is_better_higher = self._study.directions[0] == StudyDirection.MAXIMIZE
+            maximize = self._study.directions[0] == StudyDirection.MAXIMIZE
             trial = create_trial(
                 params=params,
                 distributions=self._distributions,
                 state=TrialState.PRUNED,
-                intermediate_values={result.step: -loss if is_better_higher else loss},
+                intermediate_values={result.step: -loss if maximize else loss},
             )
         self._study.add_trial(trial)
 

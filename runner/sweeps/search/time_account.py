@@ -49,7 +49,7 @@ class TimeAccount:
         lost = max(0.0, last_written - recorded)
         made = progress - Progress(record.updates, record.job_seconds)
         last = record.lines[-1]
-        is_in_a_wave = not any(name in last for name in ("spent", "result", "stopped", "missed"))
+        is_in_a_wave = not any(name in last for name in ("spent", "result", "stopped", "planned", "missed"))
         if made.updates or is_in_a_wave:
             self._spent_before += lost
             self._write(made)

@@ -132,7 +132,7 @@ def test_a_search_shows_its_rungs_and_where_trials_were_stopped(open_report: Ope
     page.get_by_role("button", name="in the search").press("Enter")
     assert column(page, 0)[:2] == ["7", "8"] and column(page, 0)[-1] == "1"  # "diverged", "failed", "to its end"
     page.get_by_text("9 entries").click()
-    reason = "stopped at 10: place 3 of 7, valid loss 1.2000; those up to 1.1000 continued"
+    reason = "stopped at 10: place 3 of 8, valid loss 1.2000; those up to 1.1000 continued"
     assert page.get_by_text(reason).is_visible()
     page.locator("section.table:has(#trials-title)").get_by_role("button", name="at 30").press("Enter")
     rows = page.locator("section.table:has(#trials-title) tbody tr")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from runner.common.errors import ConfigError
-from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result
+from runner.runs.search_record import DIVERGED, FAILED, FINISHED, PAUSED, Result, SearchRecord, SearchRecordWriter
 from runner.sweeps.search.budget import affordable_trials, missed_targets, seconds_to_come
 from runner.sweeps.search.decide import next_wave
 from runner.sweeps.search.state import Clock, SearchState, Targets, Trial
+from runner.sweeps.search.time_account import TimeAccount
+from runner.sweeps.search.wave_planner import WavePlanner
 
 RUNGS = [20, 60, 180]
 
@@ -47,24 +51,24 @@ class Simulation:
             jobs = []
             for _ in range(wave.asked):
                 number = len(self.state.trials)
-                self.state.trials.append(Trial(number, number, {}, target=self.state.first_rung))
+                self.state.trials.append(Trial(number, number, {}, stop_at=self.state.first_rung))
                 jobs.append((number, 0))
             for decision in wave.continued:
                 for number in decision.trials:
-                    self.state.trials[number].target = decision.to_step
+                    self.state.trials[number].stop_at = decision.to_step
                     jobs.append((number, decision.from_step))
             for number, before in jobs:
                 trial = self.state.trials[number]
-                state = FINISHED if trial.target == RUNGS[-1] else PAUSED
-                value = loss(number, trial.target)
-                result = Result(trial.target, (value,), state, value)
+                state = FINISHED if trial.stop_at == RUNGS[-1] else PAUSED
+                value = loss(number, trial.stop_at)
+                result = Result(trial.stop_at, (value,), state, value)
                 if number in self.failing | self.diverging:
                     result = Result(before, (), FAILED if number in self.failing else DIVERGED)
                 trial.results.append(result)
-                done.append((number, trial.target))
+                done.append((number, trial.stop_at))
             for number, seed in wave.replicates:
                 self.state.trials[number].replicates[seed] = 100 + len(self.state.trials[number].replicates)
-            updates = max([self.state.trials[number].target - before for number, before in jobs], default=180)
+            updates = max([self.state.trials[number].stop_at - before for number, before in jobs], default=180)
             count = len(jobs) + len(wave.replicates)
             self.seconds += math.ceil(count / self.state.at_once) * (0.5 + updates)
 
@@ -198,10 +202,19 @@ def test_finalists_are_trained_to_their_end_and_with_every_seed():
     assert len(simulation.waves[-1].replicates) == 4
 
 
-def test_repeated_suggestions_end_the_asking():
+def test_repeated_suggestions_end_the_asking_and_the_search_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     state = SearchState("none", 3, [180], maximize=False, learns=True, at_once=1, seed=0)
-    state.trials = [Trial(0, 0, {}, results=[Result(180, (1.0,), FINISHED, 1.0)], target=180)]
+    state.trials = [Trial(0, 0, {}, results=[Result(180, (1.0,), FINISHED, 1.0)], stop_at=180)]
     state.trials += [Trial(number, 0, {}, repeats=0) for number in range(1, 20)]
-    assert next_wave(state, Targets(30, None, 1, 3), Clock()) is not None
-    state.trials.append(Trial(20, 0, {}, repeats=0))
-    assert next_wave(state, Targets(30, None, 1, 3), Clock()) is None
+    targets, record = Targets(30, None, 1, 3), SearchRecord()
+    with closing(SearchRecordWriter(tmp_path, record)) as writer:
+        planner = WavePlanner(state, targets, TimeAccount(record, writer, None), record, writer)
+        planner.record_repetition()
+        assert next_wave(state, targets, Clock()) is not None and not capsys.readouterr().out
+        state.trials.append(Trial(20, 0, {}, repeats=0))
+        assert next_wave(state, targets, Clock()) is None
+        planner.record_repetition()
+        planner.record_repetition()  # as a resume does
+    said = "1 of 30 trials were tried: the last 20 suggestions repeated earlier ones"
+    assert capsys.readouterr().out.count(f"{said}. A new search with hydra.sweeper.sampler=grid tries every") == 2
+    assert [(line["planned"], line["reason"]) for line in record.planned] == [({"trials": 1}, said)]

@@ -21,6 +21,7 @@ import pytest
 
 from runner.runs.search_record import read_search
 from runner.runs.sweep_manifest import read_manifest
+from runner.sweeps.search.search import Search
 
 SMALL = ("model=tiny", "data=tiny", "train.iters=9", "train.eval_every=5", "checkpoint.every=50", "lora.dropout=0.1")
 SPACE = ("optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "lora.rank=interval(2,8)")
@@ -137,7 +138,7 @@ def kill_at_random(cli, sweep: str, kills: int, *arguments: str) -> int:
         (4, ()),
         pytest.param(20, ("hydra.sweeper.seeds=2",), marks=pytest.mark.long),
         pytest.param(8, ("hydra.sweeper.pruner=asha",), marks=pytest.mark.long),
-        pytest.param(8, ("hydra.sweeper.sampler=cmaes",), marks=pytest.mark.long),
+        pytest.param(8, ("hydra.sweeper.sampler=cmaes", "hydra.sweeper.pruner=none"), marks=pytest.mark.long),
         pytest.param(8, ("hydra.sweeper.sampler=qmc", "hydra/launcher=process"), marks=pytest.mark.long),
     ],
 )
@@ -161,10 +162,12 @@ def test_a_search_killed_at_random_equals_one_that_was_not(cli, inline, assert_e
 
 @pytest.mark.parametrize("sampler", [pytest.param("random", marks=pytest.mark.long), "qmc", "cmaes"])
 def test_every_sampler_suggests_within_the_space_by_its_seed(inline, sampler):
-    options = (f"hydra.sweeper.sampler={sampler}", "hydra.sweeper.trials=3", "hydra.sweeper.eta=2", "train.iters=2")
+    pruner = "none" if sampler == "cmaes" else "halving"
+    options = (f"hydra.sweeper.sampler={sampler}", f"hydra.sweeper.pruner={pruner}", "hydra.sweeper.trials=3")
+    short = ("hydra.sweeper.eta=2", "train.iters=2")
     params = []
     for name, seed in (("a", 0), ("b", 1)):
-        inline(*SEARCH, *options, f"hydra.sweeper.seed={seed}", f"hydra.sweep.dir={name}")
+        inline(*SEARCH, *options, *short, f"hydra.sweeper.seed={seed}", f"hydra.sweep.dir={name}")
         found = read_search(inline.folder / name)
         assert found is not None
         params.append([trial.params for trial in found.trials])
@@ -179,6 +182,15 @@ def test_where_the_trials_are_enough_for_all_combinations_each_is_tried_once(inl
     found = read_search(inline.folder / "s")
     assert found is not None and found.settings["sampler"] == "grid"
     assert [tuple(trial.params.values()) for trial in found.trials] == [(1e-3, 2), (1e-3, 4), (1e-2, 2), (1e-2, 4)]
+
+
+def test_a_grid_without_a_number_of_trials_has_the_rungs_for_all_its_combinations(inline, monkeypatch):
+    monkeypatch.setattr(Search, "run", lambda search: None)  # the plan alone
+    options = ("hydra.sweeper.sampler=grid", "hydra.sweeper.trials=null", "train.iters=81")
+    grid = ("optimizer.learning_rate=1e-3,1e-2", "lora.rank=range(1,9)", "seed=range(0,6)")
+    assert "96 trials by grid" in inline(*SEARCH, *options, *grid, "hydra.sweep.dir=s")
+    found = read_search(inline.folder / "s")
+    assert found is not None and found.rungs == [1, 3, 9, 27, 81]
 
 
 def test_groups_and_lists_are_searched_as_well(inline):
@@ -256,6 +268,8 @@ def test_a_trial_that_diverges_is_worse_than_any_other_and_the_search_goes_on(in
     assert ended == {"diverged"}
     assert any(trial.results[-1].state == "finished" for trial in found.trials)
     assert "2 of 4 jobs failed or diverged" in out
+    first = json.loads(inline("show", "s", "--json"))["search"]["rungs"][0]
+    assert first["reached"] == found.continued[0]["of"] == 4  # the table counts as the search did
     study = optuna.load_study(study_name="search", storage=_journal(inline.folder / "s"))
     assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "PRUNED", "PRUNED", "PRUNED"]
     assert all(trial.value is None or trial.value < 10 for trial in study.trials)
@@ -392,6 +406,7 @@ def test_earlier_jobs_that_were_stopped_or_diverged_are_used_and_those_of_other_
         (("objective.metric=[valid_loss,tokens_per_second]",), "pruner=none"),
         (("hydra.sweeper.warm_from=nowhere",), "there is no sweep"),
         (("hydra.sweeper.sampler=grid",), "has no end"),
+        (("hydra.sweeper.sampler=cmaes",), "pruner=halving stops most of them before: type hydra.sweeper.pruner=none"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_and_leaves_no_folder(inline, options, reason):
@@ -410,6 +425,9 @@ def test_a_resume_changes_free_settings_and_refuses_what_the_suggestions_depend_
         "data.path=other",
     ):
         inline("resume=s", change, expect=2)
+    adapter = next(sweep.glob("*/adapters"))
+    for change in ("train.on_nonfinite=skip", "train.nonfinite_limit=3", f"adapter={adapter}"):
+        assert "have to stay comparable" in inline("resume=s", change, expect=2)
     assert "may raise their number" in inline("resume=s", "hydra.sweeper.trials=3", expect=2)
     out = inline("resume=s", "checkpoint.keep_last=1", "hydra.sweeper.trials=10")
     assert "changed for all jobs: checkpoint.keep_last=1" in out
@@ -429,6 +447,7 @@ def test_a_damaged_record_is_refused_in_one_sentence(inline, sweep, change):
     (sweep / "search.jsonl").write_text("\n".join([*first, *lines]) + "\n")
     out = inline("resume=s", expect=2)
     assert "first line, which says what is searched, is missing or damaged" in out and "\x1b" not in out
+    assert "hydra.sweeper.warm_from=s" in out
 
 
 def test_a_record_that_is_lost_is_named_and_its_jobs_are_no_grid(inline, sweep):

@@ -82,6 +82,23 @@ def test_a_variable_is_a_whole_number_where_the_setting_that_follows_it_is():
         assert isinstance(found, Interval) and found.is_int is is_int
 
 
+def test_a_setting_that_is_null_unless_set_is_a_number_by_its_type():
+    found = space(
+        "lora.alpha=range(8,33,8)",
+        "train.grad_clip=range(1,5)",
+        "method.group_size=interval(4,16)",
+        "optimizer.weight_decay=interval(0,1)",
+        "optimizer.nesterov=true,false",
+    ).dimensions
+    assert found == {
+        "lora.alpha": Interval(8, 32, True, False, 8),
+        "train.grad_clip": Interval(1, 4, True, False, 1),
+        "method.group_size": Interval(4, 16, True, False, 1),
+        "optimizer.weight_decay": Interval(0.0, 1.0, False, False),
+        "optimizer.nesterov": Choices((True, False), ("True", "False")),
+    }
+
+
 def test_combinations_of_a_grid():
     found = space("lora.rank=4,8", "train.batch_size=range(1,4)")
     assert found.size == 6 and found.combinations()[:2] == [

@@ -188,9 +188,8 @@ def test_a_grid_without_a_number_of_trials_has_the_rungs_for_all_its_combination
     monkeypatch.setattr(Search, "run", lambda search: None)  # the plan alone
     options = ("hydra.sweeper.sampler=grid", "hydra.sweeper.trials=null", "train.iters=81")
     grid = ("optimizer.learning_rate=1e-3,1e-2", "lora.rank=range(1,9)", "seed=range(0,6)")
-    assert "96 trials by grid" in inline(*SEARCH, *options, *grid, "hydra.sweep.dir=s")
-    found = read_search(inline.folder / "s")
-    assert found is not None and found.rungs == [1, 3, 9, 27, 81]
+    out = inline(*SEARCH, *options, *grid, "hydra.sweep.dir=s")
+    assert "96 trials by grid" in out and "rungs 1, 3, 9, 27, 81, of which" in out
 
 
 def test_groups_and_lists_are_searched_as_well(inline):

@@ -388,6 +388,8 @@ def test_earlier_jobs_that_were_stopped_or_diverged_are_used_and_those_of_other_
     assert sorted(trial.state.name for trial in trials) == ["COMPLETE", *["PRUNED"] * 8]
     out = inline(*words, "data.mask_prompt=false", "hydra.sweep.dir=other", expect=2)
     assert "none of its jobs can be used: 9 jobs with another data.mask_prompt than False (True)" in out
+    out = inline(*words, f"adapter={next(sweep.glob('*/adapters'))}", "hydra.sweep.dir=other", expect=2)
+    assert "none of its jobs can be used: 9 jobs with another adapter than" in out
     assert not (inline.folder / "other").exists()
 
 

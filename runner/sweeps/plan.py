@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.checkpoints.save_policy import StopReason
 from runner.config import serialize
 from runner.config.quoting import quote_text
 from runner.runs.directory import RunDirectory
@@ -77,7 +78,8 @@ def _is_done(directory: RunDirectory, job: SweepJob) -> bool:
     status = directory.read_status()
     state = status["state"]
     if state == "stopped" and job.stop_at is not None and (status.get("step") or 0) >= job.stop_at:
-        return not _is_changed(directory, job)  # it waits for the search to continue it
+        # It waits for the search to continue it; but where a signal stopped it there, its evaluation may be missing.
+        return status.get("reason") == StopReason.STOP_AT.value and not _is_changed(directory, job)
     if state != "finished":
         return bool(state == _DIVERGED)
     return not _is_changed(directory, job) or _is_cleaned(directory)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from runner.checkpoints.save_policy import StopReason
 from runner.common.safe_json import finite_number
 from runner.config.labels import NO_LABELS
 from runner.runs.directory import RunDirectory
@@ -48,7 +49,9 @@ def read_outcome(folder: Path, step: int, objective: Objective, *, is_last: bool
     if run.state == "stopped" and reached >= step and not is_last:
         loss = losses.get(step)
         if loss is None:
-            return _failed(reached, f"it has no validation loss at step {step}")
+            # A stop signal abandons an evaluation, for which the next start makes up.
+            by_signal = run.reason != StopReason.STOP_AT.value
+            return _failed(reached, f"it has no validation loss at step {step}", interrupted=by_signal)
         return Outcome(Result(step, (loss,), PAUSED, loss))
     return _failed(reached, run.reason or run.problem or run.state, interrupted=run.state != "failed")
 

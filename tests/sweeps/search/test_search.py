@@ -22,6 +22,7 @@ import pytest
 from runner.runs.search_record import read_search
 from runner.runs.sweep_manifest import read_manifest
 from runner.sweeps.search.search import Search
+from runner.training.trainer import Trainer
 
 SMALL = ("model=tiny", "data=tiny", "train.iters=9", "train.eval_every=5", "checkpoint.every=50", "lora.dropout=0.1")
 SPACE = ("optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "lora.rank=interval(2,8)")
@@ -158,6 +159,23 @@ def test_a_search_killed_at_random_equals_one_that_was_not(cli, inline, assert_e
     by_time = r"\d+\.\d+s|, cheapest|cheapest of these.*\n|whole|killed| {2,}"
     verdicts = [re.sub(by_time, "", text) for text in verdicts]
     assert verdicts[0] == verdicts[1] != ""
+
+
+def test_an_evaluation_that_a_signal_stopped_at_a_rung_is_made_up_for(inline, sweep, monkeypatch):
+    own, at_rung = Trainer.evaluate, []
+
+    def evaluate(trainer):
+        if trainer.state.progress.step == 1 and not at_rung:
+            at_rung.append(trainer)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(trainer)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    inline(*SEARCH, "hydra.sweep.dir=stopped", expect=128 + signal.SIGTERM)
+    status = json.loads((inline.folder / "stopped/0/status.json").read_text())
+    assert (status["state"], status["step"], status["reason"]) == ("stopped", 1, "SIGTERM")
+    inline("resume=stopped")
+    assert record(inline.folder / "stopped") == record(sweep)
 
 
 @pytest.mark.parametrize("sampler", [pytest.param("random", marks=pytest.mark.long), "qmc", "cmaes"])

@@ -1,7 +1,7 @@
 """A search with halving against the same configurations one by one: python -m benchmarks.search [--parts …]
 
-16 configurations (4 ranks by 4 learning rates) of SmolLM2-135M on the default data, the same rows, float32 and BLAS on
-both sides. The parts, each a process or several in turn:
+16 configurations (4 ranks by 4 learning rates, which fall in a straight line to 0) of SmolLM2-135M on the default data,
+the same rows, float32 and BLAS on both sides. The parts, each a process or several in turn:
 
     stock   mlx_lm.lora, a process for each configuration; --stock N measures that many and counts the mean of the rest
     single  ours, a process for each configuration; likewise
@@ -9,8 +9,9 @@ both sides. The parts, each a process or several in turn:
     search  ours, hydra/sweeper=search with halving, in one process
 
 Printed are the seconds of each, the ratio of each to the next, and for every seed the validation loss at its end of the
-winner of the search beside the best of the 16 full runs. Leave the machine alone for the times; the losses do not
-depend on it. results.json and the logs go to FOLDER; parts that it has already are not measured again.
+winner of the search beside the best of the 16 full runs. That one is also the luckiest of them: so the winners' mean
+over the seeds is printed beside the best mean of a configuration, too. Leave the machine alone for the times; the losses
+do not depend on it. results.json and the logs go to FOLDER; parts that it has already are not measured again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0", help="for sweep and search: 0,1,2")
     parser.add_argument("--iters", type=int, default=48, help="updates of a full run")
     parser.add_argument("--eta", type=int, default=4, help="of the search: the best 1/eta of a rung continue")
+    parser.add_argument(
+        "--eval-at",
+        default="",
+        help="updates, 12,48: jobs of a sweep evaluate there too, which shows what other rungs would choose",
+    )
     parser.add_argument("--stock", type=int, default=2, help="configurations measured one by one")
     parser.add_argument("--limit", type=float, default=7200, help="seconds that one process may take")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="(outputs/benchmarks/search-TIME)")
@@ -50,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     model = call_module("models")[FLOAT32]
     data = call_module("workloads", model, "short", "3000", str(VALID_ROWS))["folder"]
-    work = sides.Work(iters=options.iters, eval_every=options.iters)
-    measure = _Measure(out, work, model, data, options.eta, options.limit)
+    work = sides.Work(iters=options.iters, eval_every=options.iters, falls_to_zero=True)
+    measure = _Measure(out, work, model, data, options)
     for part in options.parts.split(","):
         if part in ("stock", "single"):
             for rank, rate in _spread(options.stock):
@@ -65,9 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Measure:
-    def __init__(self, out: Path, work: sides.Work, model: str, data: str, eta: int, limit: float) -> None:
-        self._out, self._work, self._model, self._data = out, work, model, data
-        self._eta, self._limit = eta, limit
+    def __init__(self, out: Path, work: sides.Work, model: str, data: str, options: argparse.Namespace) -> None:
+        self._out, self._work, self._model, self._data, self._options = out, work, model, data, options
         self._file = out / "results.json"
         self.results: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
@@ -100,7 +106,9 @@ class _Measure:
             *(f"train.eval_every={self._work.iters}", f"checkpoint.every={self._work.iters}"),
         ]
         if part == "search":
-            command += ["hydra/sweeper=search", f"hydra.sweeper.eta={self._eta}", "hydra.sweeper.trials=16"]
+            command += ["hydra/sweeper=search", f"hydra.sweeper.eta={self._options.eta}", "hydra.sweeper.trials=16"]
+        elif self._options.eval_at:
+            command.append(f"train.eval_at=[{self._options.eval_at}]")
         self._record(name, command, folder, {})
         losses = {job.name: _last_loss(job) for job in sorted((folder / "sweep").glob("[0-9]*"))}
         ended = {job: loss for job, (step, loss) in losses.items() if step == self._work.iters}
@@ -109,7 +117,7 @@ class _Measure:
 
     def _record(self, name: str, command: Sequence[str], folder: Path, extra: dict[str, str]) -> None:
         print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-        measured = run_measured(command, extra=extra, log=folder / "log", limit=self._limit)
+        measured = run_measured(command, extra=extra, log=folder / "log", limit=self._options.limit)
         self.results[name] = asdict(measured)
         self._write()
 
@@ -146,14 +154,23 @@ def _table(results: dict[str, Any]) -> str:
             lines.append(f"{part} / {following}: {seconds[part] / seconds[following]:.2f}")
     if "stock" in seconds and "search" in seconds:
         lines.append(f"stock / search, in all: {seconds['stock'] / seconds['search']:.1f}")
+    both: list[tuple[float, dict[str, float]]] = []
+    """Of each seed, the loss of the winner, and those of the full runs by their number."""
     for name, result in results.items():
-        if not name.startswith("search "):
+        full = results.get(name.replace("search", "sweep"))
+        if not name.startswith("search ") or full is None:
             continue
-        seed = name.rpartition(" ")[2]
-        winner = min(result["losses"].values())
-        if full := results.get(f"sweep seed {seed}"):
-            best = min(full["losses"].values())
-            lines.append(f"seed {seed}: winner {winner:.4f}, best of 16 full runs {best:.4f}, {winner / best - 1:+.2%}")
+        winner, best = min(result["losses"].values()), min(full["losses"].values())
+        both.append((winner, full["losses"]))
+        lines.append(f"{name}: winner {winner:.4f}, best of 16 full runs {best:.4f}, {winner / best - 1:+.2%}")
+    if len(both) > 1:
+        winners = statistics.mean(winner for winner, _ in both)
+        means = {job: statistics.mean(losses[job] for _, losses in both) for job in both[0][1]}
+        best = min(means.values())
+        lines.append(
+            f"mean over {len(both)} seeds: winners {winners:.4f}, the configuration with the best mean {best:.4f}, "
+            f"{winners / best - 1:+.2%}"
+        )
     return "\n".join(lines)
 
 

@@ -30,6 +30,8 @@ class Work:
     rank: int = 8
     scale: float = 20.0
     learning_rate: float = 1e-4
+    falls_to_zero: bool = False
+    """Whether the learning rate falls in a straight line, to 0 at the last update; else it is constant."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def command(row: Row, work: Work, *, model: str, data: str, seed: int, folder: P
 
 def stock_config(work: Work, model: str, data: str, seed: int, folder: Path) -> dict[str, object]:
     """Return the config of stock mlx-lm. Without `keys`, both sides adapt every linear layer of the blocks."""
+    schedule = {"name": "linear_schedule", "arguments": [work.learning_rate, 0.0, work.iters - 1]}
     return {
         "model": model,
         "train": True,
@@ -160,6 +163,7 @@ def stock_config(work: Work, model: str, data: str, seed: int, folder: Path) -> 
         "optimizer": "adam",
         "optimizer_config": {"adam": {"bias_correction": True}},
         "learning_rate": work.learning_rate,
+        "lr_schedule": schedule if work.falls_to_zero else None,
         "mask_prompt": True,
         "max_seq_length": MAX_LENGTH,
         "val_batches": -1,
@@ -172,6 +176,7 @@ def stock_config(work: Work, model: str, data: str, seed: int, folder: Path) -> 
 def overrides(row: Row, work: Work, model: str, data: str, seed: int, folder: Path) -> list[str]:
     settings = {
         "optimizer": "adam",
+        "schedule": "linear" if work.falls_to_zero else "constant",
         "data": "folder",
         "model.path": model,
         "data.path": data,

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.tuner.utils import build_schedule
+
+from runner.training.lr_schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
@@ -207,3 +211,19 @@ def test_a_process_is_measured_by_itself(tmp_path: Path) -> None:
     with pytest.raises(processes.ProcessFailed, match=re.compile("ended with 3.*the reason", re.DOTALL)):
         words = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
         processes.run_measured(words, extra={}, log=tmp_path / "log", limit=60)
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_both_sides_train_each_update_at_the_same_learning_rate(falls: bool, tmp_path: Path) -> None:
+    work = sides.Work(iters=12, eval_every=12, learning_rate=3e-4, falls_to_zero=falls)
+    stock = sides.stock_config(work, "model", "data", 0, tmp_path)
+    typed = dict(text.split("=", 1) for text in sides.overrides(sides.ROWS["f"], work, "model", "data", 0, tmp_path))
+    schedule = stock["lr_schedule"] or {"name": "step_decay", "arguments": [stock["learning_rate"], 1.0, 1]}
+    theirs = build_schedule(schedule)
+    options = {"end": 0.0} if typed["schedule"] == "linear" else {}
+    for update in range(1, work.iters + 1):
+        ours = learning_rate(
+            update, name=typed["schedule"], peak=float(typed["optimizer.learning_rate"]), iters=work.iters, **options
+        )
+        assert float(theirs(mx.array(update - 1))) == pytest.approx(ours, rel=1e-5, abs=1e-10)
+    assert (ours == 0.0) == falls

@@ -76,33 +76,17 @@ def new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobCompos
             return planner.draft([*space.fixed, *typed]).config or {}
         return planner.changed_config(with_references, typed)
 
-    configs = [template.config or {}, *map(config_of, extremes[1:])]
+    iters = _common_length([template.config or {}, *map(config_of, extremes[1:])])
     _require_seeds(space, settings, template)
-    lengths = {tuple(str(config["train"][name]) for name in _LENGTH) for config in configs}
-    train = configs[0]["train"]
-    if train["epochs"] is not None:
-        raise ConfigError("A search needs the length of its trials in updates: type train.iters=, not train.epochs=.")
-    if len(lengths) > 1:
-        raise ConfigError(f"The trials of a search have one length: do not vary train.{', '.join(_LENGTH)}.")
-    objective = Objective.of(serialize.flatten_stored(template.config or {}))
-    if len(objective.each) > 1 and settings.pruner != "none":
-        raise ConfigError(
-            f"hydra.sweeper.pruner={settings.pruner} compares trials by their validation loss, which says nothing of "
-            f"{', '.join(objective.metrics)} together: type hydra.sweeper.pruner=none."
-        )
-    sampler = "grid" if space.size <= (settings.trials or DEFAULT_TRIALS) else settings.sampler
-    if sampler == "cmaes" and settings.pruner != "none":
-        raise ConfigError(
-            "hydra.sweeper.sampler=cmaes learns from trials at their end alone, and "
-            f"hydra.sweeper.pruner={settings.pruner} stops most of them before: type hydra.sweeper.pruner=none, or "
-            "take tpe."
-        )
-    rungs = [train["iters"]]
+    objective = _objective(template, settings)
+    sampler = _sampler(space, settings)
+    rungs = [iters]
     if settings.pruner != "none":
         most = max(_most_trials(settings, space), settings.eta)  # of a single trial too: a resume may add others
         trials = int(min(most, space.size))
-        rungs = plan_rungs(train["iters"], eta=settings.eta, min_iters=settings.min_iters, trials=trials)
-        space = space.with_fixed(f"train.eval_at=[{','.join(map(str, sorted({*rungs, *train['eval_at']})))}]")
+        rungs = plan_rungs(iters, eta=settings.eta, min_iters=settings.min_iters, trials=trials)
+        typed = (template.config or {})["train"]["eval_at"]
+        space = space.with_fixed(f"train.eval_at=[{','.join(map(str, sorted({*rungs, *typed})))}]")
         template = planner.draft([*space.fixed, *extremes[0]])
     earlier = []
     if settings.warm_from is not None:
@@ -112,6 +96,38 @@ def new_plan(texts: Sequence[str], settings: SearchSettings, composer: JobCompos
         print("\n".join(found.lines()))
         earlier = found.results
     return SearchPlan(settings, space, template, rungs, objective, sampler, settings.trials, earlier)
+
+
+def _common_length(configs: Sequence[Mapping[str, Any]]) -> int:
+    """Return the updates of a trial; refuse configs whose lengths differ, or depend on the data."""
+    if configs[0]["train"]["epochs"] is not None:
+        raise ConfigError("A search needs the length of its trials in updates: type train.iters=, not train.epochs=.")
+    if len({tuple(str(config["train"][name]) for name in _LENGTH) for config in configs}) > 1:
+        raise ConfigError(f"The trials of a search have one length: do not vary train.{', '.join(_LENGTH)}.")
+    return int(configs[0]["train"]["iters"])
+
+
+def _objective(template: SweepJob, settings: SearchSettings) -> Objective:
+    """Return the objective of the trials; refuse several metrics where a pruner compares trials by one."""
+    objective = Objective.of(serialize.flatten_stored(template.config or {}))
+    if len(objective.each) > 1 and settings.pruner != "none":
+        raise ConfigError(
+            f"hydra.sweeper.pruner={settings.pruner} compares trials by their validation loss, which says nothing of "
+            f"{', '.join(objective.metrics)} together: type hydra.sweeper.pruner=none."
+        )
+    return objective
+
+
+def _sampler(space: Space, settings: SearchSettings) -> str:
+    """Return the sampler, grid where there are enough trials for all combinations; refuse one that would not learn."""
+    sampler = "grid" if space.size <= (settings.trials or DEFAULT_TRIALS) else settings.sampler
+    if sampler == "cmaes" and settings.pruner != "none":
+        raise ConfigError(
+            "hydra.sweeper.sampler=cmaes learns from trials at their end alone, and "
+            f"hydra.sweeper.pruner={settings.pruner} stops most of them before: type hydra.sweeper.pruner=none, or "
+            "take tpe."
+        )
+    return sampler
 
 
 def _require_seeds(space: Space, settings: SearchSettings, template: SweepJob) -> None:

@@ -10,8 +10,8 @@ the same rows, float32 and BLAS on both sides. The parts, each a process or seve
 
 Printed are the seconds of each, the ratio of each to the next, and for every seed the validation loss at its end of the
 winner of the search beside the best of the 16 full runs. That one is also the luckiest of them: so the winners' mean
-over the seeds is printed beside the best mean of a configuration, too. Leave the machine alone for the times; the losses
-do not depend on it. results.json and the logs go to FOLDER; parts that it has already are not measured again.
+over the seeds is printed beside the best mean of a configuration, too. Leave the machine alone for the times; losses do
+not depend on it. results.json and the logs go to FOLDER; parts that it has already are not measured again.
 """
 
 from __future__ import annotations

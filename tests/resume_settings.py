@@ -61,6 +61,7 @@ FROZEN: dict[str, Any] = {
     "train.grad_accumulation": 2,
     "train.grad_clip": 1.0,
     "train.neftune_alpha": 5.0,
+    "train.averaging_power": 3.0,
     "method.name": "simpo",
     "method.beta": ({"method.name": "dpo"}, 0.3),
     "method.reference_free": ({"method.name": "dpo"}, True),

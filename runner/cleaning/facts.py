@@ -28,7 +28,7 @@ REMOVED = re.compile(r"\.removed-.{1,200}-[0-9a-f]{8}")
 """A run's directory whose removal was interrupted."""
 _HYDRA_FILES = {"config.yaml", "hydra.yaml", "overrides.yaml"}
 _ADAPTER_FILES = {layout.ADAPTERS, layout.ADAPTER_CONFIG, manifest.NAME}
-_CHECKPOINT_FILES = {*_ADAPTER_FILES, "optimizer.safetensors", layout.TRAIN_STATE}
+_CHECKPOINT_FILES = {*_ADAPTER_FILES, "optimizer.safetensors", layout.UNAVERAGED, layout.TRAIN_STATE}
 _RUN_FILES = {
     layout.CONFIG,
     layout.STATUS,

@@ -27,6 +27,8 @@ EXPORT_PREFIX = "export-"
 STEP_NAME = re.compile(r"step-([0-9]{7,18})")
 """The folder of a checkpoint."""
 ADAPTERS = "adapters.safetensors"
+UNAVERAGED = "unaveraged.safetensors"
+"""With weight averaging, the weights after the last update; the adapter of the checkpoint is the mean."""
 ADAPTER_CONFIG = "adapter_config.json"
 TRAIN_STATE = "train_state.json"
 BEST_METRIC = "valid_loss"

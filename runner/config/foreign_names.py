@@ -64,6 +64,7 @@ OUR_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("val_batches", "eval_batches", "test_batches"), ("train.eval_batches",)),
     **dict.fromkeys(("early_stopping_patience",), ("train.early_stopping.patience",)),
     **dict.fromkeys(("neftune_noise_alpha",), ("train.neftune_alpha",)),
+    **dict.fromkeys(("ema", "use_ema", "ema_decay", "swa", "weight_averaging"), ("train.averaging_power",)),
     **dict.fromkeys(("torch_compile",), ("train.compile",)),
     # optimizer and schedule
     **dict.fromkeys(("lr", "learning_rate", "max_lr"), ("optimizer.learning_rate",)),

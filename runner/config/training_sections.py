@@ -249,6 +249,10 @@ class TrainConfig:
     neftune_alpha: float | None = setting(None, above=0, added_later=True)
     """Add uniform noise of up to alpha / sqrt(tokens * hidden size) to the embeddings of each row in training (NEFTune,
     arXiv:2310.05914, where 5 is a usual value); null adds none. Hidden states of frozen blocks are not cached then."""
+    averaging_power: float | None = setting(None, at_least=0, at_most=1000, added_later=True)
+    """Weight averaging: what is evaluated, and the adapter of checkpoints and the result, is the mean of the weights
+    after each update, those after update t weighted by about t**averaging_power (arXiv:1212.1824; 3 is a good value);
+    null takes the last weights. It helps most where the learning rate does not fall."""
     on_nonfinite: str = setting("stop", choices=("stop", "skip"), on_resume=FREE)
     """What happens at an update whose loss or gradient is not finite: stop ends the run as diverged; skip leaves the
     weights and the optimizer as they are and continues with the next rows."""

@@ -46,6 +46,7 @@ from runner.training.start_adapter import settings_that_differ, warm_started_par
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 from runner.training.trainer import Trainer
+from runner.training.weight_average import WeightAverage
 from runner.training.world import ALONE, World
 
 
@@ -151,6 +152,8 @@ def build_trainer(
     config, data = spec.config, components.data
     params = components.adapted.params()
     state = TrainState(params, optimizer.build_optimizer(config, params), config.seed)
+    if config.train.averaging_power is not None:
+        state.average = WeightAverage(config.train.averaging_power, state.optimizer.layout)
     for line in compare_inputs(world, components):
         display.line(line, "yellow")
     share_baseline(world, components)

@@ -101,7 +101,7 @@ def _evaluate_result(trainer: Trainer, spec: RunSpec, result_step: int | None) -
     Raises:
         StopRequested: a stop signal arrived.
     """
-    config, params = spec.config, trainer.state.params
+    config, params = spec.config, trainer.state.adapter
     if result_step is not None and (config.train.test or config.data.metric_rows):
         stored = state_files.read_params(trainer.writer.store.load_step(result_step))
         params = trainer.components.adapted.from_stored(stored)

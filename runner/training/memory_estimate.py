@@ -119,6 +119,8 @@ def estimate_memory(config: Config, data: TokenizedDataset, planned: PlannedMode
     kept = adapted.original_bytes + adapted.start_bytes
     everything = sum(array.nbytes for _, array in tree_flatten(adapted.model.parameters()))
     moments = state_bytes(config.optimizer, params)
+    # The mean is of float32, as the weights are; its next value is computed beside it, in place of the gradients.
+    moments += adapter if config.train.averaging_power is not None else 0
     # The sum of the gradients stays while the next micro-batch, or its next part, is computed.
     sums = config.train.grad_accumulation > 1 or (config.train.rows_at_once or math.inf) < config.train.batch_size
     while_computing = adapter * (1 + sums) + moments

@@ -171,7 +171,8 @@ def _disk(config: Config, data: TokenizedDataset, planned: PlannedModel, assumed
     params = adapted.params()
     adapter = sum(array.nbytes for array in params.values())
     adapter += adapted.start_bytes
-    checkpoint = adapter + state_bytes(config.optimizer, params) + _STATE_BYTES
+    averaged = adapter if config.train.averaging_power is not None else 0
+    checkpoint = adapter + averaged + state_bytes(config.optimizer, params) + _STATE_BYTES
     c, iters = config.checkpoint, iterations(config, data)
     kept_by_step = iters // c.keep_every if c.keep_every else 0
     evaluations = evaluation_count(config.train, iters) if len(data.valid) else 0

@@ -15,6 +15,7 @@ import numpy as np
 from runner.common import safe_json
 from runner.common.cores import usable_cores
 from runner.common.errors import ConfigError
+from runner.common.layout import ADAPTERS, UNAVERAGED
 from runner.common.text import count
 from runner.config import serialize
 from runner.config.invocation import Supervision
@@ -30,7 +31,7 @@ from runner.training.run_writer import FilePositions
 from runner.training.train_state import TrainState
 from runner.training.world import World
 
-_FILES = (state_files.ADAPTERS, state_files.OPTIMIZER, state_files.STATE)
+_FILES = (ADAPTERS, UNAVERAGED, state_files.OPTIMIZER, state_files.STATE)
 _MAX_VALUES = 100_000
 _NAMES = {
     "model": "the base model has other weights",
@@ -124,9 +125,9 @@ def share_state(world: World, state: TrainState, window: int, components: Compon
             identity=components.identity,
             adapted=components.adapted,
         )
-        world.broadcast(pack([_bytes(files[name]) for name in _FILES]))
+        world.broadcast(pack([_bytes(files.get(name, b"")) for name in _FILES]))
         return window
-    received = dict(zip(_FILES, unpack(world.broadcast(None)), strict=True))
+    received = {name: file for name, file in zip(_FILES, unpack(world.broadcast(None)), strict=True) if file}
     saved = state_files.decode_state(received, "the state of rank 0")
     state_files.restore(state, saved, components.adapted, "the state of rank 0")
     return saved.window or window

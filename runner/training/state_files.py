@@ -15,7 +15,7 @@ from runner.checkpoints.verify import LoadedCheckpoint
 from runner.common import safe_json
 from runner.common.errors import CheckpointError, Diverged
 from runner.common.filesystem import Content
-from runner.common.layout import ADAPTER_CONFIG, ADAPTERS
+from runner.common.layout import ADAPTER_CONFIG, ADAPTERS, UNAVERAGED
 from runner.common.safe_json import quoted
 from runner.data.order import DataPosition
 from runner.models.arrays import parse_arrays
@@ -51,6 +51,8 @@ class SavedState:
     """The decoded and checked state of a checkpoint."""
 
     params: Params
+    average: Params | None
+    """With weight averaging, the mean of `params` so far."""
     optimizer: dict[str, mx.array]
     progress: Progress
     position: DataPosition
@@ -83,6 +85,7 @@ def checkpoint_files(
     progress, position = state.progress, state.position
     try:
         weights, optimizer = state.optimizer.tensors(state.params)
+        average = state.average and state.average.tensors()
     except NonFiniteArray as error:
         raise Diverged(f"{error} is not finite after update {progress.step}; that state was not saved.") from None
     seed = dropout_seed(state.seed, progress.step + 1, 0)
@@ -106,8 +109,10 @@ def checkpoint_files(
         "precision": identity.precision,
         "hyperparameters": identity.hyperparameters,
     }
+    unaveraged = {UNAVERAGED: partial(pieces, adapted.to_stored(weights), {"format": "mlx"})} if average else {}
     return {
-        ADAPTERS: partial(pieces, adapted.to_stored(weights), {"format": "mlx"}),
+        ADAPTERS: partial(pieces, adapted.to_stored(average or weights), {"format": "mlx"}),
+        **unaveraged,
         ADAPTER_CONFIG: _json_bytes(adapted.adapter_config()),
         OPTIMIZER: partial(pieces, optimizer, {"format": "mlx"}),
         STATE: _json_bytes(document),
@@ -139,7 +144,9 @@ def decode_state(files: Mapping[str, bytes], path: str, step: int | None = None)
         CheckpointError: names the file and the reason.
     """
     try:
-        params = parse_arrays(files[ADAPTERS], source=f"{path}/{ADAPTERS}")
+        params, average = parse_arrays(files[ADAPTERS], source=f"{path}/{ADAPTERS}"), None
+        if UNAVERAGED in files:
+            params, average = parse_arrays(files[UNAVERAGED], source=f"{path}/{UNAVERAGED}"), params
         optimizer = parse_arrays(files[OPTIMIZER], source=f"{path}/{OPTIMIZER}")
         data = safe_json.parse(files[STATE], max_values=_MAX_VALUES)
         if data["schema"] != SCHEMA:
@@ -150,6 +157,7 @@ def decode_state(files: Mapping[str, bytes], path: str, step: int | None = None)
             raise CheckpointError(f"{path}/{STATE} is not of step {step}.")
         return SavedState(
             params=params,
+            average=average,
             optimizer=optimizer,
             progress=progress,
             position=position,
@@ -174,11 +182,20 @@ def restore(state: TrainState, saved: SavedState, adapted: AdaptedModel, source:
     Raises:
         CheckpointError: arrays differ from the run's in name, shape or dtype.
     """
-    params = adapted.from_stored(saved.params)
-    require_same_arrays(params, state.params, "the adapter", source)
-    state.params = {name: params[name] for name in state.params}
+    if state.average is not None:
+        if saved.average is None and saved.progress.step:
+            raise CheckpointError(f"{source} lacks {UNAVERAGED}, but train.averaging_power is set.")
+        state.average.restore(None if saved.average is None else _fitting(saved.average, state, adapted, source))
+    state.params = _fitting(saved.params, state, adapted, source)
     state.optimizer.restore(saved.optimizer, source)
     state.progress, state.position = saved.progress, saved.position
+
+
+def _fitting(stored: Params, state: TrainState, adapted: AdaptedModel, source: str) -> Params:
+    """Return the stored arrays as those of `state`, in their order."""
+    params = adapted.from_stored(stored)
+    require_same_arrays(params, state.params, "the adapter", source)
+    return {name: params[name] for name in state.params}
 
 
 def _file_positions(data: Mapping[str, Any]) -> FilePositions:

@@ -10,6 +10,7 @@ from runner.common import safe_json
 from runner.data.order import DataPosition
 from runner.models.lora import Params
 from runner.training.optimizer import Optimizer
+from runner.training.weight_average import WeightAverage
 
 T = TypeVar("T")
 
@@ -154,11 +155,20 @@ class TrainState:
     """Weights, optimizer state, progress and data position of a run, and its seed."""
 
     params: Params
+    """The weights after the last update, which the next one changes."""
     optimizer: Optimizer
     seed: int
+    average: WeightAverage | None = None
+    """With weight averaging, the mean of `params` so far."""
     progress: Progress = field(default_factory=Progress)
     position: DataPosition = field(default_factory=DataPosition)
     """Where in the training data the next update begins."""
+
+    @property
+    def adapter(self) -> Params:
+        """The weights to evaluate, and those of the result: the mean, or without averaging `params`."""
+        average = None if self.average is None else self.average.params()
+        return self.params if average is None else average
 
 
 def _checked(instance: T) -> T:

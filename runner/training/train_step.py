@@ -65,6 +65,8 @@ class TrainStep:
                 "the update was not applied."
             )
         state.params = state.optimizer.update(state.params, mean, learning_rate)
+        if state.average is not None:
+            state.average.add(state.params, update)
         return UpdateResult(
             loss_sum=loss_sum,
             supervised=sums.supervised,

@@ -208,7 +208,7 @@ class Trainer:
         result = baseline.validation if step == 0 else None
         if result is None:
             batches = self.batches_with_progress(step)
-            result = self.method.evaluate(self.state.params, "valid", batches, self.stops.check)
+            result = self.method.evaluate(self.state.adapter, "valid", batches, self.stops.check)
         if not math.isfinite(result.loss):
             raise Diverged(f"The validation loss at step {step} is not finite.")
         if step == 0 and baseline.validation is None:

@@ -30,6 +30,7 @@ WORDS = (
     "train.test=true",
     "checkpoint.every=10",
     "optimizer.learning_rate=1e-3",
+    "train.averaging_power=3",
 )
 ENDLESS = ("model=tiny", "data=tiny", "train.batch_size=8", "train.iters=100000", "train.eval_every=100000")
 ENDLESS += ("train.report_every=5", "checkpoint.every=10")

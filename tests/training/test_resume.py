@@ -30,6 +30,7 @@ ALL_FEATURES = {
     "schedule.warmup": 2,
     "train.iters": 14,
     "train.grad_clip": 1.0,
+    "train.averaging_power": 2.5,
     "checkpoint.every": 4,
     "data.metric": "exact_match",
     "data.metric_rows": 3,

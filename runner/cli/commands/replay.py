@@ -29,7 +29,7 @@ from runner.cli.commands import stored_settings
 from runner.common.cache_dir import cache_dir
 from runner.common.errors import ConfigError
 from runner.common.filesystem import FileSystem
-from runner.common.layout import ADAPTERS
+from runner.common.layout import ADAPTERS, UNAVERAGED
 from runner.config import validation
 from runner.config.schema import Config
 from runner.runs.directory import RunDirectory
@@ -150,7 +150,9 @@ def noise_floor(updates: int, tokens: float) -> float:
 def tensor_differences(first: LoadedCheckpoint, second: LoadedCheckpoint) -> dict[str, float]:
     """Return the largest difference by file, relative to the largest value of a tensor; 0.0 for equal bytes."""
     differences = {}
-    for name in (ADAPTERS, _OPTIMIZER):
+    for name in (ADAPTERS, UNAVERAGED, _OPTIMIZER):
+        if name not in first.files and name not in second.files:
+            continue
         if first.files[name] == second.files[name]:
             differences[name] = 0.0
             continue

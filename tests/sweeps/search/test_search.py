@@ -136,7 +136,7 @@ def kill_at_random(cli, sweep: str, kills: int, *arguments: str) -> int:
 @pytest.mark.parametrize(
     "kills, options",
     [
-        (4, ()),
+        (4, ("train.averaging_power=3",)),
         pytest.param(20, ("hydra.sweeper.seeds=2",), marks=pytest.mark.long),
         pytest.param(8, ("hydra.sweeper.pruner=asha",), marks=pytest.mark.long),
         pytest.param(8, ("hydra.sweeper.sampler=cmaes", "hydra.sweeper.pruner=none"), marks=pytest.mark.long),

@@ -1,17 +1,18 @@
 """A search with halving against the same configurations one by one: python -m benchmarks.search [--parts …]
 
-16 configurations (4 ranks by 4 learning rates, which fall in a straight line to 0) of SmolLM2-135M on the default data,
-the same rows, float32 and BLAS on both sides. The parts, each a process or several in turn:
+16 configurations (4 ranks by 4 learning rates) of SmolLM2-135M on the default data, the same rows, float32 and BLAS on
+both sides. The parts, each a process or several in turn:
 
-    stock   mlx_lm.lora, a process for each configuration; --stock N measures that many and counts the mean of the rest
-    single  ours, a process for each configuration; likewise
-    sweep   ours, all 16 to their end in one process: they share base model, tokens and hidden states
-    search  ours, hydra/sweeper=search with halving, in one process
+    stock     mlx_lm.lora, a process for each configuration; --stock N measures that many and counts their mean 16 times
+    single    ours, a process for each configuration; likewise
+    sweep     ours, all 16 to their end in one process: they share base model, tokens and hidden states
+    averaged  that with weight averaging, which mlx_lm.lora does not have: the same updates
+    search    ours, hydra/sweeper=search with halving and weight averaging, in one process
 
 Printed are the seconds of each, the ratio of each to the next, and for every seed the validation loss at its end of the
-winner of the search beside the best of the 16 full runs. That one is also the luckiest of them: so the winners' mean
-over the seeds is printed beside the best mean of a configuration, too. Leave the machine alone for the times; losses do
-not depend on it. results.json and the logs go to FOLDER; parts that it has already are not measured again.
+winner of the search beside the best of the 16 full runs without and with averaging. Leave the machine alone for the
+times; losses do not depend on it. results.json and the logs go to FOLDER; parts that it has already are not measured
+again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +32,8 @@ from benchmarks.models import FLOAT32
 from benchmarks.processes import call_module, run_measured
 
 RANKS, RATES = (4, 8, 16, 32), (1e-4, 3e-4, 1e-3, 3e-3)
-PARTS = ("stock", "single", "sweep", "search")
+PARTS = ("stock", "single", "sweep", "averaged", "search")
+TIMED = ("stock", "single", "sweep", "search")
 VALID_ROWS = 64
 _STOCK, _OURS = sides.ROWS[sides.BASE_ROW], sides.ROWS[sides.SHIPPED_ROW]
 
@@ -41,8 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure the parts that are asked for, and print all that is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--seeds", default="0", help="for sweep and search: 0,1,2")
+    parser.add_argument("--seeds", default="0", help="for sweep, averaged and search: 0,1,2")
     parser.add_argument("--iters", type=int, default=48, help="updates of a full run")
+    parser.add_argument(
+        "--schedule", choices=("constant", "linear"), default="constant", help="of the learning rate; linear falls to 0"
+    )
+    parser.add_argument("--averaging", default="3", help="train.averaging_power of averaged and search; null: none")
     parser.add_argument("--eta", type=int, default=4, help="of the search: the best 1/eta of a rung continue")
     parser.add_argument(
         "--eval-at",
@@ -57,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     model = call_module("models")[FLOAT32]
     data = call_module("workloads", model, "short", "3000", str(VALID_ROWS))["folder"]
-    work = sides.Work(iters=options.iters, eval_every=options.iters, falls_to_zero=True)
+    work = sides.Work(iters=options.iters, eval_every=options.iters, falls_to_zero=options.schedule == "linear")
     measure = _Measure(out, work, model, data, options)
     for part in options.parts.split(","):
         if part in ("stock", "single"):
@@ -105,6 +110,8 @@ class _Measure:
             f"optimizer.learning_rate={','.join(f'{rate:g}' for rate in RATES)}",
             *(f"train.eval_every={self._work.iters}", f"checkpoint.every={self._work.iters}"),
         ]
+        if part != "sweep":
+            command.append(f"train.averaging_power={self._options.averaging}")
         if part == "search":
             command += ["hydra/sweeper=search", f"hydra.sweeper.eta={self._options.eta}", "hydra.sweeper.trials=16"]
         elif self._options.eval_at:
@@ -148,29 +155,22 @@ def _table(results: dict[str, Any]) -> str:
         count = len(RANKS) * len(RATES) if part in ("stock", "single") else 1
         seconds[part] = count * sum(found) / len(found)
         measured = f"{len(found)} of 16 measured" if count > 1 else f"{len(found)} seeds"
-        lines.append(f"{part:<7} {seconds[part]:8.0f} s  ({measured})")
-    for part, following in itertools.pairwise(PARTS):
+        lines.append(f"{part:<9} {seconds[part]:8.0f} s  ({measured})")
+    for part, following in itertools.pairwise(TIMED):
         if part in seconds and following in seconds:
             lines.append(f"{part} / {following}: {seconds[part] / seconds[following]:.2f}")
     if "stock" in seconds and "search" in seconds:
         lines.append(f"stock / search, in all: {seconds['stock'] / seconds['search']:.1f}")
-    both: list[tuple[float, dict[str, float]]] = []
-    """Of each seed, the loss of the winner, and those of the full runs by their number."""
     for name, result in results.items():
-        full = results.get(name.replace("search", "sweep"))
-        if not name.startswith("search ") or full is None:
+        part, _, seed = name.partition(" ")
+        if part != "search":
             continue
-        winner, best = min(result["losses"].values()), min(full["losses"].values())
-        both.append((winner, full["losses"]))
-        lines.append(f"{name}: winner {winner:.4f}, best of 16 full runs {best:.4f}, {winner / best - 1:+.2%}")
-    if len(both) > 1:
-        winners = statistics.mean(winner for winner, _ in both)
-        means = {job: statistics.mean(losses[job] for _, losses in both) for job in both[0][1]}
-        best = min(means.values())
-        lines.append(
-            f"mean over {len(both)} seeds: winners {winners:.4f}, the configuration with the best mean {best:.4f}, "
-            f"{winners / best - 1:+.2%}"
-        )
+        winner = min(result["losses"].values())
+        lines.append(f"{name}: winner {winner:.4f}")
+        for full, averaging in (("sweep", "without"), ("averaged", "with")):
+            if f"{full} {seed}" in results:
+                best = min(results[f"{full} {seed}"]["losses"].values())
+                lines.append(f"  best of 16 full runs {averaging} averaging {best:.4f}: {winner / best - 1:+.2%}")
     return "\n".join(lines)
 
 

@@ -9,10 +9,10 @@ both sides. The parts, each a process or several in turn:
     averaged  that with weight averaging, which mlx_lm.lora does not have: the same updates
     search    ours, hydra/sweeper=search with halving and weight averaging, in one process
 
-Printed are the seconds of each, the ratio of each to the next, and for every seed the validation loss at its end of the
-winner of the search beside the best of the 16 full runs without and with averaging. Leave the machine alone for the
-times; losses do not depend on it. results.json and the logs go to FOLDER; parts that it has already are not measured
-again.
+Printed are the seconds of each, how much faster each is than the one before (but for `averaged`), and for every seed
+the validation loss at its end of the winner of the search beside the best of the 16 full runs without and with
+averaging. Leave the machine alone for the times; losses do not depend on it. results.json and the logs go to FOLDER;
+parts that it has already are not measured again.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = (options.out or Path("outputs/benchmarks") / time.strftime("search-%Y-%m-%d_%H-%M-%S")).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    asked = {name: getattr(options, name) for name in ("iters", "schedule", "averaging", "eta")}
+    measured = out / "options.json"
+    if measured.exists() and json.loads(measured.read_text()) != asked:
+        parser.error(f"{out} was measured with {measured.read_text()}: take another --out")
+    measured.write_text(json.dumps(asked))
     model = call_module("models")[FLOAT32]
     data = call_module("workloads", model, "short", "3000", str(VALID_ROWS))["folder"]
     work = sides.Work(iters=options.iters, eval_every=options.iters, falls_to_zero=options.schedule == "linear")

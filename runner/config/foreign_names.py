@@ -110,6 +110,7 @@ _NOTES = {
     "warmup_ratio": "schedule.warmup is a number of updates here: the ratio times train.iters.",
     "lora_alpha": "lora.alpha is the numerator as in PEFT: scale = alpha / rank.",
     "target_modules": "A suffix such as q_proj names the layer in every block.",
+    "ema_decay": "It is the power of a mean over the whole run, not a decay: 3 is a good value.",
     "max_steps": "It counts optimizer updates.",
 }
 

@@ -27,7 +27,7 @@ from runner.runs.directory import RunDirectory
 from runner.runs.labels import write_labels
 from runner.runs.lineage import record_parents
 from runner.runs.run_spec import RunSpec
-from runner.training import optimizer, state_files
+from runner.training import state_files
 from runner.training.components import Components
 from runner.training.dataloader import PrefetchingLoader, batch_builder, evaluation_loader
 from runner.training.legacy_window import window_of_run
@@ -46,17 +46,16 @@ from runner.training.start_adapter import settings_that_differ, warm_started_par
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 from runner.training.trainer import Trainer
-from runner.training.weight_average import WeightAverage
 from runner.training.world import ALONE, World
 
 
 def build_retention(spec: RunSpec, point: ResumePoint | None = None) -> RunRetention:
     """Build the retention of the run's checkpoints; the one that it resumed from in its own directory is retained."""
-    checkpoint, source = spec.config.checkpoint, spec.source
+    checkpoint = spec.config.checkpoint
     return RunRetention(
         CheckpointStore(spec.directory.checkpoints, spec.run_id),
         RetentionPolicy(checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every),
-        source_step=point.checkpoint.step if point and source and not source.branch else None,
+        source_step=point.checkpoint.step if point and point.branched_from is None else None,
     )
 
 
@@ -80,13 +79,15 @@ def open_writer(spec: RunSpec, point: ResumePoint | None, ranks: int = 1) -> Run
     )
     if (spec.source is None or spec.source.branch) and spec.labels != NO_LABELS:
         write_labels(directory.path, spec.labels)
+    # The status first: without a config.yaml there is nothing to resume, and with one it must be known where a branch
+    # begins.
+    writer.update_status(**_first_status(spec, point, ranks), last_checkpoint=retention.source_step)
     directory.write_config(spec.stored)
-    if point is not None and spec.source is not None and spec.source.branch:
-        source, written = RunDirectory(spec.source.run), point.saved.written
+    if point is not None and point.branched_from is not None:
+        source, written = RunDirectory(point.branched_from), point.saved.written
         _copy_rows(source.metrics, directory.metrics, written.metrics_offset)
         _copy_rows(source.samples, directory.samples, written.samples_offset)
         _copy_rows(source.row_losses, directory.row_losses, written.row_losses_offset, optional=True)
-    writer.update_status(**_first_status(spec, point, ranks), last_checkpoint=retention.source_step)
     writer.open(logged_run(spec), point.saved.written if point else None)
     if writer.backup:
         writer.backup.wake()  # catches up, and reports at once if it cannot
@@ -151,9 +152,7 @@ def build_trainer(
     """
     config, data = spec.config, components.data
     params = components.adapted.params()
-    state = TrainState(params, optimizer.build_optimizer(config, params), config.seed)
-    if config.train.averaging_power is not None:
-        state.average = WeightAverage(config.train.averaging_power, state.optimizer.layout)
+    state = TrainState.begin(config, params)
     for line in compare_inputs(world, components):
         display.line(line, "yellow")
     share_baseline(world, components)

@@ -21,7 +21,8 @@ from runner.common.text import shorten
 from runner.config import environment, resume_policy, serialize, validation
 from runner.config.schema import Config
 from runner.models.load import BaseModel
-from runner.runs.run_spec import RunSpec
+from runner.runs.lineage import BRANCH, parents_of
+from runner.runs.run_spec import RunSpec, find_resume_source
 from runner.training import legacy_window, state_files
 from runner.training.component_loader import ComponentLoader
 from runner.training.signals import StopSignals
@@ -53,13 +54,16 @@ class ResumePoint:
     messages: list[str]
     """What was repaired, skipped as damaged, or changed in the config."""
     config_changed: bool
+    branched_from: Path | None = None
+    """The run that the checkpoint is of, where that is another one: of a branch that has none of its own yet."""
 
 
 def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
     """Return `spec`, completed from the run that it resumes, and the verified checkpoint to resume from.
 
     A run that resumes in its own directory keeps its run id. It keeps what model.dtype and model.dequantize on auto
-    meant when it began, on any device. Where an earlier version left data.window to the backend, it is the one that the
+    meant when it began, on any device. A branch that was killed before its first checkpoint begins again from the one
+    that it branched from. Where an earlier version left data.window to the backend, it is the one that the
     checkpoint records. Without a checkpoint (None) the run starts from the beginning.
 
     Raises:
@@ -75,15 +79,19 @@ def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
         legacy_window.fill_window(previous, spec.config.data.window), spec.config, source.run
     )
     messages: list[str] = []
-    if source.checkpoint is not None:
-        loaded = verify.load_checkpoint(source.checkpoint, FileSystem())
-        saved = state_files.read_state(loaded)
-    else:
+    newest: tuple[LoadedCheckpoint, SavedState] | None = None
+    branch_point = source.checkpoint
+    if branch_point is None:
         spec = replace(spec, run_id=_stored_run_id(spec))
         newest, messages = _newest_valid(spec)
-        if newest is None:
+        branch_point = None if newest else _branch_point(spec)
+        if newest is None and branch_point is None:
             return spec, None
-        loaded, saved = newest
+    if branch_point is not None:
+        loaded = verify.load_checkpoint(branch_point, FileSystem())
+        newest = loaded, state_files.read_state(loaded)
+    assert newest is not None
+    loaded, saved = newest
     spec = replace(spec, config=legacy_window.fill_window(spec.config, saved.window))
     previous = legacy_window.fill_window(previous, saved.window or spec.config.data.window)
     resume_policy.refuse_frozen_changes(previous, spec.config, source.run, saved.progress.step)
@@ -91,7 +99,11 @@ def find_resume_point(spec: RunSpec) -> tuple[RunSpec, ResumePoint | None]:
     _refuse_changed_environment(spec, saved)
     changes = _change_messages(spec, previous)
     spec = replace(spec, precision=saved.identity.precision)
-    return spec, ResumePoint(loaded.checkpoint, saved, [*messages, *changes], config_changed=bool(changes))
+    branched_from = None if branch_point is None else find_resume_source(branch_point).run
+    messages += changes
+    return spec, ResumePoint(
+        loaded.checkpoint, saved, messages, config_changed=bool(changes), branched_from=branched_from
+    )
 
 
 def is_already_finished(spec: RunSpec, point: ResumePoint) -> bool:
@@ -211,6 +223,31 @@ def _newest_valid(spec: RunSpec) -> tuple[tuple[LoadedCheckpoint, SavedState] | 
             )
         )
     return None, messages
+
+
+def _branch_point(spec: RunSpec) -> Path | None:
+    """Return the checkpoint that a run without one of its own branched from; None where it began by itself.
+
+    Raises:
+        CheckpointError: that checkpoint is gone, or is now another run's.
+    """
+    status = spec.directory.read_status()
+    parent = status.get("parent")
+    if not isinstance(parent, str):
+        return None
+    known = {found.run_id for found in parents_of(status) if found.how == BRANCH} - {None}
+    try:
+        found = verify.load_checkpoint(Path(parent), FileSystem()).checkpoint.manifest.run_id
+        problem = "is now of another run" if known and found not in known else ""
+    except CheckpointError as error:
+        problem = f"cannot be read ({error})"
+    if problem:
+        raise CheckpointError(
+            f"{spec.directory.path} has no checkpoint of its own yet, and the one that it branched from {problem}: "
+            f"{parent}. A branch never starts over from the beginning silently.\n"
+            f"To train with the same settings from the beginning: {repeat_command(spec.directory.path)}"
+        )
+    return Path(parent)
 
 
 def _gone_message(status: Mapping[str, Any], step: int) -> list[str]:

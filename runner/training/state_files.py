@@ -183,7 +183,7 @@ def restore(state: TrainState, saved: SavedState, adapted: AdaptedModel, source:
         CheckpointError: arrays differ from the run's in name, shape or dtype.
     """
     if state.average is not None:
-        if saved.average is None and saved.progress.step:
+        if saved.average is None and saved.progress.step > saved.progress.skipped_updates:
             raise CheckpointError(f"{source} lacks {UNAVERAGED}, but train.averaging_power is set.")
         state.average.restore(None if saved.average is None else _fitting(saved.average, state, adapted, source))
     state.params = _fitting(saved.params, state, adapted, source)

@@ -18,7 +18,6 @@ from runner.training.components import longest_row
 from runner.training.dataloader import batch_builder, evaluation_loader, split_rows
 from runner.training.lr_schedule import learning_rate_of
 from runner.training.memory_estimate import batch_order
-from runner.training.optimizer import build_optimizer
 from runner.training.train_state import TrainState
 from runner.training.train_step import TrainStep
 
@@ -53,8 +52,7 @@ def measure_speed(config: Config, data: TokenizedDataset) -> Speed:
     in_memory = replace(config.train.hidden_cache, memory_gb=1.0, disk_gb=0)
     probed = replace(config, train=replace(config.train, hidden_cache=in_memory))
     caches = hidden_caches(backend, base, probed, lambda line: None)
-    params = adapted.params()
-    state = TrainState(params, build_optimizer(config, params), config.seed)
+    state = TrainState.begin(config, adapted.params())
     step, builder = TrainStep(backend, grad_clip=config.train.grad_clip), batch_builder(data.train, config, caches)
     order, position = batch_order(config, data), DataPosition()
     seconds, frozen, tokens, count = 0.0, 0.0, 0, -1

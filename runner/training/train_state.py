@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from runner.common import safe_json
+from runner.config.schema import Config
 from runner.data.order import DataPosition
 from runner.models.lora import Params
-from runner.training.optimizer import Optimizer
+from runner.training.optimizer import Optimizer, build_optimizer
 from runner.training.weight_average import WeightAverage
 
 T = TypeVar("T")
@@ -163,6 +164,14 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     position: DataPosition = field(default_factory=DataPosition)
     """Where in the training data the next update begins."""
+
+    @classmethod
+    def begin(cls, config: Config, params: Params) -> TrainState:
+        """Return the state of a new run of `config` with the adapter `params`."""
+        state = cls(params, build_optimizer(config, params), config.seed)
+        if config.train.averaging_power is not None:
+            state.average = WeightAverage(config.train.averaging_power, state.optimizer.layout)
+        return state
 
     @property
     def adapter(self) -> Params:

@@ -66,7 +66,7 @@ class TrainStep:
             )
         state.params = state.optimizer.update(state.params, mean, learning_rate)
         if state.average is not None:
-            state.average.add(state.params, update)
+            state.average.add(state.params, update - state.progress.skipped_updates)
         return UpdateResult(
             loss_sum=loss_sum,
             supervised=sums.supervised,

@@ -29,7 +29,7 @@ class WeightAverage:
         """The mean, float32; None before the first update."""
 
     def add(self, params: Mapping[str, mx.array], update: int) -> None:
-        """Add the weights after `update`, counted from 1. Where a mean begins later, it begins as these weights."""
+        """Add the weights after `update`, counted from 1 without those that were skipped."""
         weights = {key: vector.astype(mx.float32) for key, vector in self._layout.flatten(params).items()}
         if self.vectors is not None:
             share = (self._power + 1) / (update + self._power)

@@ -77,6 +77,12 @@ LONG = [
     Case("llama 256, 4 bits", SMALL, 128, {**MLX, "model.quantize.bits": 4}),
     Case("llama 256, bfloat16", SMALL, 128, {**MLX, "model.dtype": "bfloat16"}, "bfloat16"),
     Case("llama 256, rank 512", SMALL, 32, {**MLX, "lora.rank": 512, "train.batch_size": 1}),
+    Case(
+        "llama 256, rank 512, averaging",
+        SMALL,
+        32,
+        {**MLX, "lora.rank": 512, "train.batch_size": 1, "train.averaging_power": 3},
+    ),
     *(
         Case(
             f"llama 256, rank 512, {name}",

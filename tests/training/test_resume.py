@@ -87,6 +87,50 @@ def test_a_branch_from_a_checkpoint_ends_equal_in_a_directory_of_its_own(
     assert before == {p: p.read_bytes() for p in sorted(uninterrupted.rglob("*")) if p.is_file()}
 
 
+@pytest.fixture
+def killed_branch(tiny, train, cli):
+    """A run of 8 updates, and the command line whose folder has it as `whole` and, as `branch`, one that began at its
+    update 4 and was killed before its first checkpoint."""
+    train(tiny(**{"train.iters": 8}), cli.folder / "whole")
+    process = cli.start(
+        "resume=whole/checkpoints/step-0000004",
+        "hydra.run.dir=branch",
+        *("train.iters=100000", "checkpoint.every=null", "train.eval_every=100000", "train.report_every=1"),
+    )
+    cli.wait_for(cli.folder / "branch", 6, process)
+    process.kill()
+    process.communicate()
+    assert not list((cli.folder / "branch/checkpoints").iterdir())
+    return cli
+
+
+ENDED = ("train.iters=8", "checkpoint.every=4", "train.eval_every=6", "train.report_every=5")
+
+
+@pytest.mark.parametrize("lost", [None, "metrics.jsonl"])
+def test_a_branch_killed_before_its_first_checkpoint_begins_where_it_branched(killed_branch, lost, assert_equal_runs):
+    folder = killed_branch.folder
+    if lost:  # killed before the rows of the other run were copied
+        (folder / "branch" / lost).unlink()
+    output = killed_branch("resume=branch", *ENDED)
+    assert "resumed from" in output and "whole/checkpoints/step-0000004 at step 4" in output
+    assert_equal_runs(folder / "whole", folder / "branch")
+    status = json.loads((folder / "branch/status.json").read_text())
+    assert status["state"] == "finished" and status["parent"].endswith("whole/checkpoints/step-0000004")
+
+
+@pytest.mark.parametrize("change", ["gone", "of another run"])
+def test_a_branch_without_a_checkpoint_never_starts_over(killed_branch, tiny, train, change):
+    folder = killed_branch.folder
+    shutil.rmtree(folder / "whole")
+    if change != "gone":
+        train(tiny(**{"train.iters": 8}), folder / "whole")
+    output = killed_branch("resume=branch", expect=5)
+    assert "has no checkpoint of its own yet, and the one that it branched from" in output
+    assert "never starts over" in output and "repeat=branch" in output
+    assert not list((folder / "branch/checkpoints").iterdir())
+
+
 def test_a_checkpoint_of_before_the_losses_of_rows_were_kept_resumes(tiny, train, tmp_path, assert_equal_runs):
     whole = train(tiny(), tmp_path / "whole")
     run = train(tiny(), tmp_path / "run", stop_at=9)

@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.common.errors import CheckpointError, ConfigError
+from runner.common.errors import CheckpointError, ConfigError, NonFiniteUpdate
 from runner.training.optimizer import FlatLayout
+from runner.training.train_step import TrainStep
 from runner.training.weight_average import WeightAverage
 
 EACH_STEP = {"checkpoint.every": 1, "checkpoint.keep_last": 20, "train.averaging_power": 3.0}
@@ -102,19 +103,33 @@ def test_a_resume_cannot_switch_it_and_a_checkpoint_without_its_weights_is_refus
         train(tiny(**EACH_STEP), run, resume=run)
 
 
-def test_a_skipped_update_adds_nothing(tiny, train, tmp_path, monkeypatch):
-    from runner.common.errors import NonFiniteUpdate
-    from runner.training.train_step import TrainStep
+@pytest.fixture
+def failing_at(monkeypatch):
+    """Updates with the numbers in this set are not finite, and skipped."""
+    own, numbers = TrainStep.update, set()
 
-    own, added = TrainStep.update, []
-    monkeypatch.setattr(WeightAverage, "add", lambda self, params, update: added.append(update))
-
-    def fail_at_two(self, state, batches, learning_rate):
-        if state.progress.step == 1:
-            raise NonFiniteUpdate("The loss at update 2 is not finite.")
+    def update(self, state, batches, learning_rate):
+        if state.progress.step + 1 in numbers:
+            raise NonFiniteUpdate(f"The loss at update {state.progress.step + 1} is not finite.")
         return own(self, state, batches, learning_rate)
 
-    monkeypatch.setattr(TrainStep, "update", fail_at_two)
-    settings = {"train.iters": 4, "train.on_nonfinite": "skip", "train.averaging_power": 3.0}
-    train(tiny(**settings), tmp_path / "run")
-    assert added == [1, 3, 4]
+    monkeypatch.setattr(TrainStep, "update", update)
+    return numbers
+
+
+@pytest.mark.parametrize("skipped", [{3, 5}, {1, 2}], ids=str)
+def test_skipped_updates_do_not_count_and_resumes_among_them_are_exact(
+    tiny, train, tmp_path, assert_equal_runs, failing_at, skipped
+):
+    failing_at |= skipped
+    settings = {**EACH_STEP, "train.iters": 6, "train.on_nonfinite": "skip"}
+    run = train(tiny(**settings), tmp_path / "run")
+    applied = [step for step in range(1, 7) if step not in skipped]
+    weights = [arrays(run / f"checkpoints/step-{step:07d}", "unaveraged.safetensors") for step in applied]
+    shares = [t * (t + 1) * (t + 2) for t in range(1, len(applied) + 1)]
+    for name, array in arrays(run / "checkpoints/step-0000006", "adapters.safetensors").items():
+        mean = np.average([each[name].astype(np.float64) for each in weights], axis=0, weights=shares)
+        np.testing.assert_allclose(array, mean, rtol=1e-4, atol=1e-6)
+    stopped = train(tiny(**settings), tmp_path / "stopped", stop_at=2)
+    train(tiny(**settings), stopped, resume=stopped)
+    assert_equal_runs(run, stopped)

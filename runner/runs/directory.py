@@ -65,7 +65,8 @@ class RunDirectory:
             for path in (self.path / layout.HYDRA, self.log, self.checkpoints):
                 if path.is_symlink():
                     raise ConfigError(f"{path} is a symbolic link, which a run does not follow: {_CHOOSE_ANOTHER}.")
-            expected = {layout.LOCK, layout.HYDRA, layout.LOG, layout.LABELS, self.checkpoints.name, *written}
+            expected = {layout.LOCK, layout.HYDRA, layout.LOG, layout.LABELS, layout.STATUS, self.checkpoints.name}
+            expected |= {*written}
             if not self.config.exists() and unexpected_names(self.path, expected):
                 raise ConfigError(f"{self.path} is not empty and not a run: {_CHOOSE_ANOTHER}.")
             self.lock()
@@ -75,6 +76,7 @@ class RunDirectory:
                     f"{self.path} already belongs to a run. For a new run {_CHOOSE_ANOTHER}. "
                     f"To resume this one: {resume_command(self.path)}"
                 )
+            self.status.unlink(missing_ok=True)  # of such a start
             with storage_errors(self.checkpoints, "created"):
                 self.checkpoints.mkdir(exist_ok=True)
         # The directory must survive a power cut. Which of its parents are new is not known, so all are synced.

@@ -59,7 +59,7 @@ def remaining_jobs(manifest: SweepManifest, numbers: Iterable[int] | None = None
 
 
 def has_begun(folder: Path) -> bool:
-    """Return whether a run has begun in `folder`: it writes its config first."""
+    """Return whether a run has begun in `folder`: without a config there is nothing to resume."""
     return (folder / "config.yaml").is_file()
 
 

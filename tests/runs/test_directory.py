@@ -111,5 +111,8 @@ def test_a_directory_left_by_a_start_that_was_killed_before_its_config_is_claime
     first = RunDirectory(tmp_path / "run")
     first.claim()
     (first.path / ".hydra").mkdir()
+    first.write_status({"parent": "that of a branch"})
     first.unlock()
-    RunDirectory(tmp_path / "run").claim()
+    second = RunDirectory(tmp_path / "run")
+    second.claim()
+    assert second.read_status() == {}  # what begins here now is another run

@@ -171,9 +171,9 @@ class RunDirectory:
             status["state"] = "interrupted"
         return status
 
-    def write_status(self, status: Mapping[str, Any]) -> None:
-        """Write status.json atomically."""
-        write_atomically(self.status, json.dumps(status, indent=1) + "\n", durable=False)
+    def write_status(self, status: Mapping[str, Any], *, durable: bool = False) -> None:
+        """Write status.json atomically; `durable`: it survives a power cut."""
+        write_atomically(self.status, json.dumps(status, indent=1) + "\n", durable=durable)
 
 
 def unexpected_names(folder: Path, expected: Collection[str]) -> list[str]:

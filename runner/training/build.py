@@ -81,7 +81,8 @@ def open_writer(spec: RunSpec, point: ResumePoint | None, ranks: int = 1) -> Run
         write_labels(directory.path, spec.labels)
     # The status first: without a config.yaml there is nothing to resume, and with one it must be known where a branch
     # begins.
-    writer.update_status(**_first_status(spec, point, ranks), last_checkpoint=retention.source_step)
+    first_status = {**_first_status(spec, point, ranks), "last_checkpoint": retention.source_step}
+    writer.update_status(durable=True, **first_status)
     directory.write_config(spec.stored)
     if point is not None and point.branched_from is not None:
         source, written = RunDirectory(point.branched_from), point.saved.written

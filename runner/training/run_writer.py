@@ -130,11 +130,11 @@ class RunWriter:
         """Close the loggers of a run that ends in `state`, wait up to `seconds`, and return what to report."""
         return background_loggers.finish(self.loggers, state, seconds, print_line)
 
-    def update_status(self, **fields: Any) -> None:
-        """Set fields of status.json; None removes a field."""
+    def update_status(self, *, durable: bool = False, **fields: Any) -> None:
+        """Set fields of status.json; None removes a field. `durable`: it survives a power cut."""
         self._status.update(pid=os.getpid(), host=socket.gethostname(), updated=utc_now(), **fields)
         self._status = {key: value for key, value in self._status.items() if value is not None}
-        self.directory.write_status(self._status)
+        self.directory.write_status(self._status, durable=durable)
 
     def save_checkpoint(
         self,
@@ -234,7 +234,7 @@ class DiscardingWriter(RunWriter):
         """Return nothing."""
         return []
 
-    def update_status(self, **fields: Any) -> None:
+    def update_status(self, *, durable: bool = False, **fields: Any) -> None:
         """Write no status."""
 
     def record_finished_save(self) -> None:
